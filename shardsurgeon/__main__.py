@@ -1,0 +1,8 @@
+"""`python -m shardsurgeon`: the command line, wherever the console script is not on the path."""
+
+import sys
+
+from shardsurgeon.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The commands for notebooks and pipelines: the same rooms, called with plain arguments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TypeVar
+
+from shardsurgeon import operations
+from shardsurgeon.checkpoint import Checkpoint
+from shardsurgeon.counts import MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.errors import UsageError
+from shardsurgeon.naming import require_apart
+from shardsurgeon.operations import Pruning
+from shardsurgeon.progress import Listener
+from shardsurgeon.reports import ApplyReport, VerifyReport
+from shardsurgeon.scores import Scores
+from shardsurgeon.units import parse_size
+
+AnyPath = str | PathLike[str]
+_Choice = TypeVar("_Choice", Rounding, MtpPolicy)
+
+
+def plan(
+    checkpoint: Checkpoint | AnyPath,
+    scores: Scores | AnyPath | None = None,
+    *,
+    ratio: float | None = None,
+    keep: int | None = None,
+    target_size: int | str | None = None,
+    plan_file: AnyPath | None = None,
+    rounding: str | None = None,
+    multiple_of: int | None = None,
+    metric: str | None = None,
+    preserve_super_experts: bool = False,
+    mtp: str = "router-norm",
+    out: AnyPath | None = None,
+    max_shard_size: int | str | None = None,
+) -> Pruning:
+    """Decide which experts stay and plan every byte of the result. Writes nothing.
+
+    Exactly one of ratio (fraction removed, 0 < ratio < 1), keep (experts per MoE layer),
+    target_size (bytes or `"122GB"`) and plan_file says how many. The other arguments are the
+    options of the same names. Raises InputError and its children for whatever does not fit.
+    """
+    request = SelectionRequest(
+        ratio=ratio,
+        keep=keep,
+        target_size=_nbytes(target_size, "target_size"),
+        plan_file=plan_file,
+        rounding=None if rounding is None else _choice(Rounding, rounding, "rounding"),
+        multiple_of=multiple_of,
+        metric=metric,
+        preserve_super_experts=preserve_super_experts,
+        mtp=_choice(MtpPolicy, mtp, "mtp"),
+    )
+    limit = _nbytes(max_shard_size, "max_shard_size")
+    return operations.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit)
+
+
+def apply(
+    plan: Pruning,
+    out: AnyPath | None = None,
+    *,
+    workers: int = 0,
+    verify: bool = True,
+    restart: bool = False,
+    on_progress: Listener | None = None,
+) -> ApplyReport:
+    """Carry a plan out, into the folder `out` or the one that the plan names.
+
+    workers: threads, 0 for a number that suits the machine. Raises OutputError where the place
+    is taken or belongs to another run, WorkError and its children where the work fails.
+    """
+    if out is not None:
+        plan = replace(plan, out=Path(out))
+        require_apart(plan.checkpoint, plan.out)
+    return operations.carry_out(
+        plan, workers=workers, verify=verify, restart=restart, progress=on_progress
+    )
+
+
+def verify(source: AnyPath, pruned: AnyPath, *, sample: int | None = None) -> VerifyReport:
+    """Compare a pruned folder with its source, byte by byte, or `sample` tensors per shard."""
+    return operations.verify(source, pruned, sample=sample)
+
+
+def _nbytes(size: int | str | None, option: str) -> int | None:
+    return parse_size(size, option) if isinstance(size, str) else size
+
+
+def _choice(kind: type[_Choice], value: str, option: str) -> _Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        names = ", ".join(kind)
+        raise UsageError(option, f"{value!r} is none of {names}") from None

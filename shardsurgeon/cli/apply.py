@@ -1,0 +1,155 @@
+"""`shardsurgeon apply`: write the pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import click
+
+from shardsurgeon.cli.options import (
+    at_least,
+    json_option,
+    model_option,
+    only_one,
+    progress_option,
+    scores_argument,
+    selection_options,
+    shard_size,
+)
+from shardsurgeon.cli.output import byte_bar, print_json, print_lines
+from shardsurgeon.cli.plantext import note_lines, outcome_lines, plan_lines, title
+from shardsurgeon.cli.tables import as_typed, counted, fact
+from shardsurgeon.counts import SelectionRequest
+from shardsurgeon.reports import ApplyReport, VerifyReport
+from shardsurgeon.units import format_size
+
+
+@click.command("apply")
+@scores_argument
+@model_option
+@selection_options
+@click.option(
+    "-o",
+    "out",
+    metavar="OUT",
+    help="Folder to write.  [default: <name>-REAP-<percent>pct]",
+)
+@click.option(
+    "--max-shard-size",
+    "max_shard_nbytes",
+    metavar="SIZE|source",
+    default="source",
+    callback=shard_size,
+    show_default=True,
+    help="Pack shards up to this size, such as 5GB, or keep the source's cutting.",
+)
+@click.option(
+    "--workers",
+    metavar="N",
+    type=int,
+    default=0,
+    callback=at_least(0),
+    help="Threads that copy; the bytes are the same for any number.  [default: 0, as suits]",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Check the result: structure of every tensor, bytes of a sample.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would happen and write nothing.")
+@click.option("--restart", is_flag=True, help="Start over instead of resuming in OUT.partial.")
+@progress_option
+@json_option
+def apply_command(
+    scores: str | None,
+    model: str | None,
+    requests: Sequence[SelectionRequest],
+    out: str | None,
+    max_shard_nbytes: int | None,
+    workers: int,
+    verify: bool,
+    dry_run: bool,
+    restart: bool,
+    progress: bool | None,
+    as_json: bool,
+) -> None:
+    """Write the pruned model.
+
+    SCORES is a file of expert scores: .pt, .safetensors, .npz or .json. Say how
+    much to remove with one of --ratio, --keep, --target-size and --plan. The
+    source is only read. OUT appears when it is complete; until then the work is
+    in OUT.partial, and the same command resumes it after any interruption.
+
+    \b
+    Examples:
+      shardsurgeon apply scores.pt --ratio 0.65
+      shardsurgeon apply scores.pt --keep 72 --model /models/Kimi-K2.5
+      shardsurgeon apply scores.pt --target-size 122GB -o /models/small
+      shardsurgeon apply --plan plan.json --max-shard-size 5GB
+    """
+    from shardsurgeon import operations
+
+    request = only_one(requests)
+    with byte_bar(progress) as bar:
+        report = operations.apply(
+            model,
+            scores,
+            request,
+            out=out,
+            max_shard_nbytes=max_shard_nbytes,
+            workers=workers,
+            verify=verify,
+            dry_run=dry_run,
+            restart=restart,
+            progress=bar.on_progress if bar else None,
+        )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_lines(report))
+
+
+def _lines(report: ApplyReport) -> Iterator[str]:
+    if report.dry_run or report.out is None:
+        yield from plan_lines(report.plan)
+        yield ""
+        yield "Dry run: nothing was written."
+        return
+    yield title(report.plan)
+    yield ""
+    yield from outcome_lines(report.plan)
+    yield from fact("written", f"{report.out}: {_written(report)}")
+    yield from _checked(report.verification)
+    yield from note_lines(report.plan.notes)
+    yield from _next(report.out, report.verification)
+
+
+def _written(report: ApplyReport) -> str:
+    seconds = max(report.seconds, 0.001)
+    rate = format_size(int(report.bytes_copied / seconds))
+    words = f"{counted(report.files, 'file')}, {format_size(report.bytes_copied)}"
+    words += f" in {seconds:.1f} s ({rate}/s)"
+    if report.bytes_resumed:
+        words += f", {format_size(report.bytes_resumed)} by an earlier run"
+    return words
+
+
+def _checked(check: VerifyReport | None) -> list[str]:
+    if check is None:
+        return fact("checked", "nothing (--no-verify)")
+    structure = f"structure of all {counted(check.tensors, 'tensor')}"
+    compared = f"bytes of {check.tensors_compared:,}"
+    compared += " sampled" if check.sampled is not None else ""
+    return fact("checked", f"{structure}, {compared} ({format_size(check.bytes_compared)})")
+
+
+def _next(out: str, check: VerifyReport | None) -> Iterator[str]:
+    """Commands to copy, each on a line of its own however long it gets."""
+    source = "SOURCE" if check is None else as_typed(check.source)
+    yield ""
+    yield "Compare every byte:"
+    yield f"  shardsurgeon verify {source} {as_typed(out)}"
+    yield "Serve:"
+    yield f"  vllm serve {as_typed(out)}"

@@ -1,0 +1,76 @@
+"""`shardsurgeon inspect`: what a model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import click
+
+from shardsurgeon.cli.options import json_option
+from shardsurgeon.cli.output import print_json, print_lines
+from shardsurgeon.cli.tables import counted, facts, number_ranges, parameters, percent, table
+from shardsurgeon.reports import InspectReport
+from shardsurgeon.units import format_size
+
+
+@click.command("inspect")
+@click.argument("model", required=False)
+@json_option
+def inspect_command(model: str | None, as_json: bool) -> None:
+    """Show a model's layers, experts and sizes.
+
+    MODEL is the folder of a checkpoint, by default the current folder. Reads
+    headers and config only.
+
+    \b
+    Examples:
+      shardsurgeon inspect
+      shardsurgeon inspect /models/Kimi-K2.5 --json
+    """
+    from shardsurgeon import operations
+
+    report = operations.inspect(model)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_lines(report))
+
+
+def _lines(report: InspectReport) -> Iterator[str]:
+    yield f"{report.name}: {report.model_type or report.family}"
+    yield ""
+    yield from facts(_facts(report))
+    if report.sizes_at:
+        yield ""
+        yield from table(("experts\nremoved", "tensor\ndata left", "share\nleft"), _sizes(report))
+    yield from ["", *facts(("note", note) for note in report.notes)] if report.notes else []
+
+
+def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
+    layers = f"{len(report.moe_layers)} ({number_ranges(report.moe_layers)})"
+    every = len(report.moe_layers) + len(report.mtp_layers)
+    expert = format_size(report.expert_size)
+    yield "architecture", ", ".join(report.architectures) or "not named"
+    yield "family", report.family
+    yield "layers", str(report.num_hidden_layers)
+    yield "MoE layers", layers
+    yield "MTP layers", number_ranges(report.mtp_layers) or "none with experts"
+    yield "experts", f"{report.num_experts} per MoE layer, {report.top_k} chosen per token"
+    if report.n_group > 1:
+        yield "groups", f"{report.n_group}, {report.topk_group} of them chosen per token"
+    yield "layout", report.expert_layout
+    yield "quantization", report.quantization or "none"
+    yield "tensors", f"{report.tensors:,} in {counted(report.shards, 'shard')}"
+    yield "tensor data", format_size(report.total_size)
+    if report.total_parameters is not None:
+        yield "parameters", parameters(report.total_parameters)
+    yield (
+        "one expert",
+        f"{expert} in a layer, {format_size(every * report.expert_size)} over all layers",
+    )
+
+
+def _sizes(report: InspectReport) -> Iterator[tuple[str, str, str]]:
+    for ratio, nbytes in report.sizes_at.items():
+        yield f"{float(ratio):.0%}", format_size(nbytes), percent(nbytes / report.total_size)

@@ -1,0 +1,157 @@
+"""The command group, and the one place that turns errors into a line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from shardsurgeon import __version__
+from shardsurgeon.cli.apply import apply_command
+from shardsurgeon.cli.inspect import inspect_command
+from shardsurgeon.cli.output import let_any_text_through, silence_stdout
+from shardsurgeon.cli.plan import plan_command
+from shardsurgeon.cli.verify import verify_command
+from shardsurgeon.errors import ShardSurgeonError, WorkError
+
+PROGRAM = "shardsurgeon"
+DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
+_ASK_FOR_TRACEBACK = f"set {DEBUG_VARIABLE}=1 for the traceback"
+
+
+class Stopped(BaseException):
+    """Ctrl-C or a polite kill, on its way up. No `except Exception` may hold it back."""
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__(exit_status)
+        self.exit_status = exit_status
+        self.command: str | None = None
+
+
+class _Commands(click.Group):
+    """The commands, in the order in which a prune uses them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Stopped as stopped:
+            stopped.command = ctx.invoked_subcommand
+            raise
+
+
+@click.group(
+    cls=_Commands,
+    commands=[inspect_command, plan_command, apply_command, verify_command],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND ...",
+)
+@click.version_option(__version__, prog_name=PROGRAM)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Remove whole experts from a Mixture-of-Experts checkpoint.
+
+    Works on safetensors shards byte by byte, from a file of expert scores; the
+    model is never loaded. In a model's folder:
+
+    \b
+      shardsurgeon inspect
+      shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
+      shardsurgeon apply scores.pt --ratio 0.65
+
+    Exit status: 0 done, 1 the work failed or a check did not hold, 2 bad input.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; arguments: the words, default sys.argv[1:].
+
+    Whatever goes wrong ends here as one line on stderr. With SHARDSURGEON_DEBUG=1 the traceback
+    comes before it.
+    """
+    let_any_text_through()
+    try:
+        with _signals_as_stopped():
+            status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except Stopped as stopped:
+        return _stop(stopped)
+    except click.Abort:
+        return _stop(Stopped(130))
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            traceback.print_exc()
+        line, status = describe(error)
+        _say(f"error: {line}")
+        return status
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """The line and the exit status that an error ends a command with."""
+    if isinstance(error, ShardSurgeonError):
+        return str(error), error.exit_status
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx else PROGRAM
+        return f"{error.format_message().rstrip('.')}; see `{path} --help`", error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, OSError):
+        what = error.strerror or str(error) or type(error).__name__
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{what}; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
+    if isinstance(error, MemoryError):
+        return f"memory ran out; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
+    if isinstance(error, RecursionError):
+        return f"input is nested too deeply; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
+    problem = f"{type(error).__name__}: {error}"
+    return f"this is a bug, {problem}; {_ASK_FOR_TRACEBACK} and report it", WorkError.exit_status
+
+
+def _stop(stopped: Stopped) -> int:
+    resumes = stopped.command == apply_command.name
+    _say("stopped; the same command resumes" if resumes else "stopped")
+    return stopped.exit_status
+
+
+def _say(text: str) -> None:
+    silence_stdout()
+    click.echo(f"{PROGRAM}: {' '.join(text.split())}", err=True)
+
+
+@contextmanager
+def _signals_as_stopped() -> Iterator[None]:
+    """Make SIGINT and SIGTERM raise Stopped, with the status that shells give such an end."""
+    statuses = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(statuses[signal.Signals(number)])
+
+    previous = {}
+    try:
+        for number in statuses:
+            # Only the main thread may; and a signal that a parent shell ignores stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, stop)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""`shardsurgeon verify`: prove a pruned model against its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import click
+
+from shardsurgeon.cli.options import at_least, json_option, progress_option
+from shardsurgeon.cli.output import byte_bar, print_json, print_lines
+from shardsurgeon.cli.tables import counted, facts
+from shardsurgeon.errors import VerificationError
+from shardsurgeon.reports import VerifyReport
+from shardsurgeon.units import format_size
+
+
+@click.command("verify")
+@click.argument("source")
+@click.argument("pruned")
+@click.option(
+    "--sample",
+    metavar="N",
+    type=int,
+    callback=at_least(1),
+    help="Compare the bytes of N tensors per shard.  [default: of every tensor]",
+)
+@progress_option
+@json_option
+def verify_command(
+    source: str, pruned: str, sample: int | None, progress: bool | None, as_json: bool
+) -> None:
+    """Prove a pruned model against its source.
+
+    SOURCE and PRUNED are folders. Checks headers, index, config, side files and
+    metadata, and compares every byte of every surviving tensor. Exit status 1
+    where it does not hold, with the first differences.
+
+    \b
+    Examples:
+      shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct
+      shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct --sample 20
+    """
+    from shardsurgeon import operations
+
+    with byte_bar(progress) as bar:
+        report = operations.verify(
+            source, pruned, sample=sample, progress=bar.on_bytes if bar else None
+        )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_lines(report))
+    if not report.holds:
+        found = counted(len(report.differences), "difference")
+        raise VerificationError(pruned, f"{found} from {source}", "see the report")
+
+
+def _lines(report: VerifyReport) -> Iterator[str]:
+    yield f"{report.pruned}: {'holds' if report.holds else 'does not hold'}"
+    yield ""
+    yield from facts(_facts(report))
+    if not report.holds:
+        yield ""
+        yield from (f"  {difference}" for difference in report.differences)
+
+
+def _facts(report: VerifyReport) -> Iterator[tuple[str, str]]:
+    which = "all" if report.sampled is None else f"a sample of {report.sampled} per shard"
+    compared = f"{report.tensors_compared:,} tensors ({which})"
+    yield "source", report.source
+    yield "structure", f"{counted(report.tensors, 'tensor')}, index, config, side files, metadata"
+    yield "bytes", f"{format_size(report.bytes_compared)} of {compared}"

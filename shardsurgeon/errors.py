@@ -1,0 +1,109 @@
+"""Every error a user can meet, and the exit status each one ends the command with.
+
+    ShardSurgeonError
+    ├── InputError   (2)  the files or the words given cannot be worked with
+    │   ├── UsageError          the words of the command contradict each other or the model
+    │   ├── CheckpointError     a checkpoint folder is incomplete or inconsistent
+    │   │   ├── HeaderError     a safetensors header breaks its format
+    │   │   ├── IndexFileError  model.safetensors.index.json and the shards disagree
+    │   │   └── ConfigError     config.json is missing, broken or lacks what is needed
+    │   ├── FamilyError         the model is of no supported family, or not laid out as its family
+    │   ├── ScoreError          a score file is unreadable or does not fit the model
+    │   ├── KeepListError       a keep-list file is unreadable or does not fit the model
+    │   └── OutputError         the output place is taken, or belongs to another run
+    └── WorkError    (1)  the work was right but could not be done
+        ├── SourceChangedError  a shard is no longer what it was when it was planned
+        ├── SourceReadError     a shard could not be read
+        ├── OutputWriteError    the output could not be written
+        └── VerificationError   the result does not hold
+
+Each prints as one line: where, what is wrong in numbers, what to do.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+
+
+class ShardSurgeonError(Exception):
+    """The root of everything shardsurgeon raises on purpose."""
+
+    exit_status = 1
+
+    def __init__(self, where: str | PathLike[str], problem: str, remedy: str = "") -> None:
+        """Keep the three parts of the line apart.
+
+        where: the file, folder or option concerned; problem: what is wrong, in numbers;
+        remedy: what the user can do about it, or "" where the problem says it all.
+        """
+        self.where = fspath(where)
+        self.problem = problem
+        self.remedy = remedy
+        line = f"{self.where}: {problem}" if self.where else problem
+        if remedy:
+            line += f"; {remedy}"
+        super().__init__(" ".join(line.split()))
+
+
+class InputError(ShardSurgeonError):
+    """Bad input or usage."""
+
+    exit_status = 2
+
+
+class UsageError(InputError):
+    """The words of the command contradict each other or the model."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder is incomplete or inconsistent."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header breaks its format."""
+
+
+class IndexFileError(CheckpointError):
+    """The index and the shards disagree, or the index is broken."""
+
+
+class ConfigError(CheckpointError):
+    """config.json is missing, broken or lacks what is needed."""
+
+
+class FamilyError(InputError):
+    """The model is of no supported family, or is not laid out as its family says."""
+
+
+class ScoreError(InputError):
+    """A score file is unreadable or does not fit the model."""
+
+
+class KeepListError(InputError):
+    """A keep-list file is unreadable or does not fit the model."""
+
+
+class OutputError(InputError):
+    """The output place is taken, or belongs to another run."""
+
+
+class WorkError(ShardSurgeonError):
+    """The work was right but could not be done."""
+
+    exit_status = 1
+
+
+class SourceChangedError(WorkError):
+    """A shard is no longer what it was when it was planned."""
+
+
+class SourceReadError(WorkError):
+    """A shard could not be read."""
+
+
+class OutputWriteError(WorkError):
+    """The output could not be written."""
+
+
+class VerificationError(WorkError):
+    """The result does not hold."""

@@ -1,0 +1,1 @@
+"""Model families, as data: one TOML file each, read and checked by `schema`."""

@@ -1,0 +1,403 @@
+"""One function per command: each introduces the rooms to one another and returns a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from shardsurgeon import __version__
+from shardsurgeon.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from shardsurgeon.counts import MtpPolicy, SelectionRequest, kept_count
+from shardsurgeon.decision import Decision, decide, routing_facts
+from shardsurgeon.durable import write_file
+from shardsurgeon.errors import OutputError, UsageError, VerificationError
+from shardsurgeon.execution import execute
+from shardsurgeon.finishing import documents, is_other_weight_format, side_files
+from shardsurgeon.keeplists import write_plan
+from shardsurgeon.lineage import compose, step_of
+from shardsurgeon.modelconfig import quantization_name
+from shardsurgeon.naming import default_out, require_apart
+from shardsurgeon.parameters import count_parameters
+from shardsurgeon.planning import plan_shards
+from shardsurgeon.progress import Listener
+from shardsurgeon.provenance import SourceIdentity, Step
+from shardsurgeon.reports import (
+    ApplyReport,
+    InspectReport,
+    LayerReport,
+    PlanReport,
+    VerifyReport,
+)
+from shardsurgeon.scores import Scores, read_scores
+from shardsurgeon.selection import summarize
+from shardsurgeon.sizing import Sizing
+from shardsurgeon.sources.base import SourceFile
+from shardsurgeon.surgeryplan import OutputShard, SurgeryPlan
+from shardsurgeon.verification import verify_checkpoint
+
+RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
+# What apply compares by itself: every tensor's place and shape, and of every shard a few
+# tensors' bytes. `verify` compares them all.
+SAMPLED_BY_APPLY = 8
+
+
+def inspect(model: str | None = None) -> InspectReport:
+    """What a model is made of. Reads headers and JSON only."""
+    checkpoint = open_checkpoint(_model(model))
+    anatomy = read_anatomy(checkpoint)
+    config = checkpoint.settings
+    records = (record for shard in checkpoint.shards for record in shard.header.tensors)
+    return InspectReport(
+        name=checkpoint.source.name,
+        model_type=config.get("model_type"),
+        architectures=tuple(config.get("architectures") or ()),
+        family=anatomy.family.name,
+        num_hidden_layers=anatomy.num_layers,
+        moe_layers=tuple(layer.index for layer in anatomy.main_layers),
+        mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
+        num_experts=anatomy.num_experts,
+        top_k=anatomy.top_k,
+        n_group=anatomy.n_group,
+        topk_group=anatomy.topk_group,
+        expert_layout=anatomy.layout,
+        quantization=quantization_name(config),
+        shards=len(checkpoint.shards),
+        tensors=checkpoint.num_tensors,
+        total_size=checkpoint.total_size,
+        total_parameters=count_parameters(records, config),
+        expert_size=anatomy.expert_nbytes,
+        sizes_at=_sizes_at(anatomy),
+        notes=checkpoint.notes,
+    )
+
+
+def _sizes_at(anatomy: Anatomy) -> dict[str, int]:
+    """Ratio → bytes, for the ratios that this model's routing allows."""
+    sizes = {}
+    for ratio in RATIOS_SHOWN:
+        try:
+            count = kept_count(SelectionRequest(ratio=ratio), routing_facts(anatomy))
+        except UsageError:
+            continue
+        sizes[str(ratio)] = anatomy.total_nbytes(count.kept)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A prune that is decided and planned, and not yet done.
+
+    decision: which experts stay; surgery: the bytes to move; out: the folder they go to.
+    """
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    request: SelectionRequest
+    decision: Decision
+    surgery: SurgeryPlan
+    out: Path
+
+    @cached_property
+    def report(self) -> PlanReport:
+        """What it would do, for people."""
+        return _plan_report(self)
+
+    def write_plan(self, path: str | os.PathLike[str]) -> None:
+        """Save the keep-lists as a plan.json that `--plan` reads."""
+        data = write_plan(
+            self.decision.keep,
+            selection=_selection_words(self),
+            source={
+                "name": self.checkpoint.source.name,
+                "config_sha256": self.checkpoint.config_sha256,
+            },
+        )
+        write_file(Path(path), data)
+
+
+def plan(
+    model: str | os.PathLike[str] | Checkpoint | None,
+    scores: str | os.PathLike[str] | Scores | None,
+    request: SelectionRequest,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    max_shard_nbytes: int | None = None,
+) -> Pruning:
+    """Decide which experts stay and plan every byte of the result. Writes nothing.
+
+    model: a folder, an opened checkpoint, or None for the current folder; scores: a score
+    file, a table that `read_scores` gave, or None with a keep-list file; out: where the
+    result is to go (None: named after the model); max_shard_nbytes: None keeps the source's
+    cutting. Raises InputError and its children for whatever does not fit.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_model(model))
+    anatomy = read_anatomy(checkpoint)
+    table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
+    given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
+    sizing = Sizing(checkpoint, anatomy, drop_mtp=request.mtp is MtpPolicy.DROP)
+    decision = decide(checkpoint, anatomy, table, request, sizing.nbytes)
+    shards = plan_shards(
+        checkpoint,
+        anatomy,
+        decision.keep,
+        drop_mtp=decision.drop_mtp,
+        max_shard_nbytes=max_shard_nbytes,
+    )
+    folder = Path(out) if out is not None else default_out(checkpoint, request, decision.kept)
+    require_apart(checkpoint, folder)
+    surgery = _surgery(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
+    return Pruning(checkpoint, anatomy, request, decision, surgery, folder)
+
+
+def apply(
+    model: str | None,
+    scores: str | None,
+    request: SelectionRequest,
+    *,
+    out: str | None = None,
+    max_shard_nbytes: int | None = None,
+    workers: int = 0,
+    verify: bool = True,
+    dry_run: bool = False,
+    restart: bool = False,
+    progress: Listener | None = None,
+) -> ApplyReport:
+    """`plan` and `carry_out` in one."""
+    pruning = plan(model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes)
+    return carry_out(
+        pruning,
+        workers=workers,
+        verify=verify,
+        dry_run=dry_run,
+        restart=restart,
+        progress=progress,
+    )
+
+
+def carry_out(
+    pruning: Pruning,
+    *,
+    workers: int = 0,
+    verify: bool = True,
+    dry_run: bool = False,
+    restart: bool = False,
+    progress: Listener | None = None,
+) -> ApplyReport:
+    """Move the bytes of a plan, check the result, and only then give it its name.
+
+    workers: threads, 0 for a number that suits the machine; verify: compare the structure of
+    everything and the bytes of a sample; dry_run: say what would happen and write nothing.
+
+    Raises OutputError where the place is taken, WorkError and its children where the work
+    fails or the check does not hold. What was finished is kept for a rerun.
+    """
+    if os.path.lexists(pruning.out):
+        raise OutputError(pruning.out, "exists", "choose another -o or remove it")
+    if dry_run:
+        return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
+    checks: list[VerifyReport] = []
+
+    def check(folder: Path) -> None:
+        report = verify_checkpoint(pruning.checkpoint, folder, sample=SAMPLED_BY_APPLY)
+        checks.append(report)
+        require_verified(report)
+
+    done = execute(
+        pruning.surgery,
+        pruning.checkpoint.source,
+        pruning.out,
+        workers=workers,
+        restart=restart,
+        on_progress=progress,
+        before_delivery=check if verify else None,
+    )
+    surgery = pruning.surgery
+    small = len(surgery.documents) + len(surgery.side_files) + len(surgery.extra_files)
+    return ApplyReport(
+        plan=pruning.report,
+        dry_run=False,
+        out=str(pruning.out),
+        files=len(surgery.shards) + small,
+        bytes_copied=done.bytes_copied,
+        bytes_resumed=done.bytes_resumed,
+        seconds=done.seconds,
+        # The folder was checked under its working name, just before it got its own.
+        verification=replace(checks[0], pruned=str(pruning.out)) if checks else None,
+    )
+
+
+def verify(
+    source: str | os.PathLike[str],
+    pruned: str | os.PathLike[str],
+    *,
+    sample: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Prove a pruned folder against its source; sample: tensors per shard, None for all."""
+    return verify_checkpoint(source, pruned, sample=sample, on_progress=progress)
+
+
+def require_verified(report: VerifyReport) -> None:
+    """Raise VerificationError with the first difference unless the verification holds."""
+    if not report.holds:
+        more = len(report.differences) - 1
+        also = f" (and {more} more)" if more else ""
+        raise VerificationError(
+            report.pruned, f"does not hold: {report.differences[0]}{also}", "report this as a bug"
+        )
+
+
+def _model(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    if model is not None:
+        return model
+    if not Path(CONFIG_NAME).is_file():
+        problem = f"the current folder has no {CONFIG_NAME}"
+        raise UsageError("--model", problem, "go to a model's folder or name one with --model")
+    return "."
+
+
+def _path(value: object) -> Path | None:
+    return Path(value).absolute() if isinstance(value, str | os.PathLike) else None
+
+
+def _selection_words(pruning: Pruning) -> dict[str, object]:
+    request, decision = pruning.request, pruning.decision
+    return {
+        "selection": request.selection,
+        "ratio": request.ratio,
+        "rounding": request.effective_rounding,
+        "metric": decision.metric,
+        "kept": decision.kept,
+        "mtp": request.mtp,
+    }
+
+
+def _surgery(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    request: SelectionRequest,
+    decision: Decision,
+    shards: tuple[OutputShard, ...],
+    given: Sequence[Path],
+    max_shard_nbytes: int | None,
+) -> SurgeryPlan:
+    identity = SourceIdentity(
+        checkpoint.source.name, checkpoint.source.revision, checkpoint.config_sha256
+    )
+    step = step_of(request, decision.keep, decision.metric, identity)
+    provenance = compose(
+        checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
+    )
+    copied, extra = side_files(checkpoint, given)
+    papers = documents(checkpoint, anatomy, decision, shards, provenance)
+    return SurgeryPlan(
+        shards=shards,
+        documents=papers,
+        side_files=copied,
+        extra_files=extra,
+        source_files=_source_files(checkpoint, shards, copied),
+        request_fingerprint=_request_fingerprint(decision, max_shard_nbytes, step, extra),
+        source_fingerprint=_source_fingerprint(checkpoint),
+    )
+
+
+def _source_files(
+    checkpoint: Checkpoint, shards: tuple[OutputShard, ...], copied: tuple[str, ...]
+) -> tuple[SourceFile, ...]:
+    """Every source file whose bytes end up in the result."""
+    read = {shard.file for shard in checkpoint.shards} | set(copied) | {CONFIG_NAME}
+    return tuple(file for file in checkpoint.files if file.name in read)
+
+
+def _request_fingerprint(
+    decision: Decision, max_shard_nbytes: int | None, step: Step, extra: Sequence[tuple[str, str]]
+) -> str:
+    """What was asked for, apart from the source's state: a run may only go on with the same."""
+    asked = {
+        "version": __version__,
+        # The source is a matter of the other fingerprint.
+        "step": {**asdict(step), "source": None},
+        "retained": {n: layer.retained for n, layer in decision.keep.layers.items()},
+        "drop_mtp": decision.drop_mtp,
+        "max_shard_nbytes": max_shard_nbytes,
+        "extra": [
+            (name, hashlib.sha256(Path(path).read_bytes()).hexdigest()) for name, path in extra
+        ],
+    }
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _source_fingerprint(checkpoint: Checkpoint) -> str:
+    files = [(file.name, file.nbytes, file.stamp) for file in checkpoint.files]
+    headers = [shard.header_sha256 for shard in checkpoint.shards]
+    return hashlib.sha256(json.dumps([files, headers]).encode()).hexdigest()
+
+
+def _plan_report(pruning: Pruning) -> PlanReport:
+    checkpoint, anatomy = pruning.checkpoint, pruning.anatomy
+    request, decision, surgery = pruning.request, pruning.decision, pruning.surgery
+    config = checkpoint.settings
+    records = [record for shard in checkpoint.shards for record in shard.header.tensors]
+    tensors = [tensor for shard in surgery.shards for tensor in shard.tensors]
+    return PlanReport(
+        model=checkpoint.source.name,
+        selection=request.selection,
+        ratio=request.ratio,
+        rounding=request.effective_rounding,
+        metric=decision.metric,
+        num_experts_before=anatomy.num_experts,
+        num_experts_after=decision.kept,
+        layers=_layer_reports(pruning),
+        mtp_dropped=decision.drop_mtp and anatomy.mtp_nbytes > 0,
+        total_size_before=checkpoint.total_size,
+        total_size_after=sum(tensor.nbytes for tensor in tensors),
+        total_parameters_before=count_parameters(records, config),
+        total_parameters_after=count_parameters(tensors, config),
+        shards_before=len(checkpoint.shards),
+        shards_after=len(surgery.shards),
+        space_needed=_space_needed(pruning),
+        out=str(pruning.out),
+        notes=(*checkpoint.notes, *decision.notes, *_left_out(pruning)),
+    )
+
+
+def _layer_reports(pruning: Pruning) -> tuple[LayerReport, ...]:
+    decision = pruning.decision
+    return tuple(
+        LayerReport(
+            layer=layer.layer,
+            is_mtp=layer.layer >= pruning.anatomy.num_layers,
+            kept=layer.kept,
+            pruned=layer.pruned,
+            preserved=layer.preserved,
+            never_routed=len(decision.never_routed.get(layer.layer, ())),
+            min_retained_saliency=layer.min_retained,
+            max_pruned_saliency=layer.max_pruned,
+            saliency_dropped=layer.dropped_share,
+            policy=decision.policies.get(layer.layer, "scores"),
+        )
+        for layer in summarize(decision.keep)
+    )
+
+
+def _space_needed(pruning: Pruning) -> int:
+    """Bytes that the finished folder takes."""
+    surgery = pruning.surgery
+    sizes = {file.name: file.nbytes for file in pruning.checkpoint.files}
+    return (
+        sum(shard.nbytes for shard in surgery.shards)
+        + sum(len(content) for _, content in surgery.documents)
+        + sum(sizes[name] for name in surgery.side_files)
+        + sum(Path(path).stat().st_size for _, path in surgery.extra_files)
+    )
+
+
+def _left_out(pruning: Pruning) -> list[str]:
+    names = [f.name for f in pruning.checkpoint.files if is_other_weight_format(f.name)]
+    return [f"{name} holds weights in another format and is left out" for name in names]

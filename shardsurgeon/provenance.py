@@ -1,0 +1,341 @@
+"""The metadata file that records what was removed: its value, its bytes, and how it is read back.
+
+Every pruned checkpoint carries it. `lineage` builds the value when a checkpoint is pruned;
+`checkpoint` reads it when a pruned checkpoint is pruned again. No files are touched here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from shardsurgeon.errors import CheckpointError
+
+PROVENANCE_NAME = "calibration/reap_pruning_metadata.json"
+FORMAT = 1
+METHOD = "reap"
+
+_REMEDY = "restore the file, or move it away to prune this checkpoint as if it were an original"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceIdentity:
+    """The checkpoint a prune started from; config_sha256: hex, of its config.json's bytes."""
+
+    name: str
+    revision: str | None
+    config_sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One prune.
+
+    ratio: the ratio asked for, or else the exact fraction removed; rounding: None unless a ratio
+    was asked for; metric: None where a keep-list decided; selection: `ratio`, `keep`,
+    `target-size` or `plan`; source: the checkpoint it was applied to.
+    """
+
+    num_experts_before: int
+    num_experts_after: int
+    ratio: float
+    rounding: str | None
+    metric: str | None
+    selection: str
+    source: SourceIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What is left of one layer, in ids of the first, unpruned model.
+
+    retained: ascending, retained[i] is now expert i; pruned: ascending, all the others;
+    preserved: those of the retained that stay whatever their saliency; saliency: one finite
+    value per original id, None where unknown; policy: what decided, `scores`, `router-norm`,
+    `last` or `plan`.
+    """
+
+    retained: tuple[int, ...]
+    pruned: tuple[int, ...]
+    preserved: tuple[int, ...]
+    saliency: tuple[float | None, ...]
+    policy: str = "scores"
+
+    def cut(self, ids: range) -> dict[str, float | None]:
+        """The saliencies on both sides of the cut among `ids`, preserved and unknown ones left
+        out; None where nothing is left."""
+        kept = frozenset(self.retained).difference(self.preserved)
+        return {
+            "min_retained_saliency": min(self._known(kept, ids), default=None),
+            "max_pruned_saliency": max(self._known(frozenset(self.pruned), ids), default=None),
+        }
+
+    def _known(self, members: frozenset[int], ids: range) -> list[float]:
+        values = ((old_id, self.saliency[old_id]) for old_id in ids)
+        return [value for old_id, value in values if value is not None and old_id in members]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """The whole file.
+
+    num_experts_before: of the first, unpruned model; num_experts_after: now; n_group: the
+    router's groups; layers: layer → record; steps: every prune, first to last, at least one.
+    """
+
+    num_experts_before: int
+    num_experts_after: int
+    n_group: int
+    layers: dict[int, LayerRecord]
+    steps: tuple[Step, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The ratio last asked for; where the last prune had none, the fraction of the original
+        experts that is gone."""
+        last = self.steps[-1]
+        gone = (self.num_experts_before - self.num_experts_after) / self.num_experts_before
+        return last.ratio if last.selection == "ratio" else gone
+
+    def to_bytes(self) -> bytes:
+        """The file: JSON, one line per layer and step, the same bytes for the same value."""
+        last = self.steps[-1]
+        head = {
+            "format": FORMAT,
+            "method": METHOD,
+            "metric": last.metric,
+            "ratio": self.ratio,
+            "rounding": last.rounding,
+            "num_experts_before": self.num_experts_before,
+            "num_experts_after": self.num_experts_after,
+            # The ids below are the first model's, so it is the source that is named here.
+            "source": asdict(self.steps[0].source),
+        }
+        lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
+        steps = ",\n".join(f"    {_json(asdict(step))}" for step in self.steps)
+        lines.append(f'  "steps": [\n{steps}\n  ]')
+        layers = ",\n".join(
+            f'    "{layer}": {_json(self._layer(record))}'
+            for layer, record in sorted(self.layers.items())
+        )
+        lines.append(f'  "layers": {{\n{layers}\n  }}')
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    def _layer(self, record: LayerRecord) -> dict[str, object]:
+        fields: dict[str, object] = {
+            "retained": record.retained,
+            "pruned": record.pruned,
+            "preserved": record.preserved,
+            **record.cut(range(self.num_experts_before)),
+            "policy": record.policy,
+        }
+        if self.n_group > 1:
+            # Only within a group is retained >= pruned promised.
+            size = self.num_experts_before // self.n_group
+            groups = (range(g * size, (g + 1) * size) for g in range(self.n_group))
+            fields["groups"] = [record.cut(ids) for ids in groups]
+        return {**fields, "saliency": record.saliency}
+
+
+def is_foreign(raw: bytes) -> bool:
+    """Whether the file was written by another tool: JSON that names no format of ours.
+
+    Published prunes carry a file of this name that says other things.
+    """
+    try:
+        top = json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(top, dict) and "format" not in top
+
+
+def parse_provenance(raw: bytes, where: str) -> Provenance:
+    """Read the file back and check that it is whole.
+
+    Every layer must name all original experts once, leave num_experts_after of them, and the
+    steps must lead from the one count to the other. Raises CheckpointError, naming `where`.
+    """
+    return _Reader(where).provenance(raw)
+
+
+class _Reader:
+    """Checked access to the file's JSON; every refusal names the file and the place in it."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def refuse(self, problem: str) -> NoReturn:
+        raise CheckpointError(self.where, problem, _REMEDY)
+
+    def provenance(self, raw: bytes) -> Provenance:
+        top = self.top(raw)
+        before = self.count(top, "num_experts_before", "")
+        after = self.count(top, "num_experts_after", "")
+        if not 0 < after < before:
+            self.refuse(f"{after} of {before} experts are left, which is no prune")
+        layers: dict[int, LayerRecord] = {}
+        groups: set[int] = set()
+        for key, fields in self.member(top, "layers", "").items():
+            place = f"layers.{key[:40]}"
+            if not (key.isascii() and key.isdigit() and key == str(int(key[:9]))):
+                self.refuse(f"{place}: not a layer number")
+            layers[int(key)] = self.layer(self.as_object(fields, place), place, before, after)
+            groups.add(self.n_group(fields, place))
+        if not layers:
+            self.refuse("holds 0 layers")
+        if len(groups) > 1 or before % min(groups) or after % min(groups):
+            self.refuse(f"{sorted(groups)} groups do not fit {before} and {after} experts")
+        return Provenance(before, after, groups.pop(), layers, self.steps(top, before, after))
+
+    def top(self, raw: bytes) -> dict[str, Any]:
+        try:
+            top = json.loads(
+                raw.decode("utf-8"),
+                object_pairs_hook=_without_duplicates,
+                parse_constant=_no_constant,
+            )
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(self.where, f"is not valid JSON ({error})", _REMEDY) from error
+        top = self.as_object(top, "the document")
+        if top.get("format") != FORMAT or isinstance(top["format"], bool):
+            found = json.dumps(top.get("format"))[:40]
+            remedy = "update shardsurgeon, or move the file away if another tool wrote it"
+            raise CheckpointError(self.where, f"format is {found}, known is {FORMAT}", remedy)
+        return top
+
+    def layer(self, fields: dict[str, Any], place: str, before: int, after: int) -> LayerRecord:
+        retained = self.ids(fields, "retained", place)
+        pruned = self.ids(fields, "pruned", place)
+        preserved = self.ids(fields, "preserved", place) if "preserved" in fields else ()
+        if len(retained) != after or len(pruned) != before - after:
+            found = f"{len(retained)} retained and {len(pruned)} pruned"
+            self.refuse(f"{place}: {found} experts, expected {after} and {before - after}")
+        if sorted(retained + pruned) != list(range(before)):
+            self.refuse(
+                f"{place}: retained and pruned are not the ids 0 to {before - 1}, each once"
+            )
+        if not set(preserved) <= set(retained):
+            self.refuse(f"{place}: preserved experts {preserved} are not all retained")
+        policy = self.text(fields, "policy", place) if "policy" in fields else None
+        saliency = self.saliency(fields, place, before)
+        return LayerRecord(retained, pruned, preserved, saliency, policy or "scores")
+
+    def saliency(self, fields: dict[str, Any], place: str, before: int) -> tuple[float | None, ...]:
+        values = fields.get("saliency")
+        if values is None:
+            return (None,) * before
+        if not isinstance(values, list) or len(values) != before:
+            found = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
+            self.refuse(f"{place}.saliency: {found}, expected {before} values")
+        return tuple(
+            None if value is None else self.number(value, f"{place}.saliency[{old_id}]")
+            for old_id, value in enumerate(values)
+        )
+
+    def n_group(self, fields: dict[str, Any], place: str) -> int:
+        groups = fields.get("groups")
+        if groups is None:
+            return 1
+        if not isinstance(groups, list) or not groups:
+            self.refuse(f"{place}.groups: not a list of groups")
+        return len(groups)
+
+    def steps(self, top: dict[str, Any], before: int, after: int) -> tuple[Step, ...]:
+        if "steps" not in top:
+            # A single prune may leave the list out: the top level says all of it.
+            selection = "ratio" if top.get("rounding") is not None else "keep"
+            return (self.step({**top, "selection": selection}, "the document"),)
+        listed = top["steps"]
+        if not isinstance(listed, list) or not listed:
+            self.refuse("steps: not a list of prunes")
+        places = [f"steps[{i}]" for i in range(len(listed))]
+        steps = [
+            self.step(self.as_object(item, place), place)
+            for item, place in zip(listed, places, strict=True)
+        ]
+        begins = [step.num_experts_before for step in steps]
+        ends = [step.num_experts_after for step in steps]
+        if begins != [before, *ends[:-1]] or ends[-1] != after:
+            pairs = ", ".join(f"{b} to {e}" for b, e in zip(begins, ends, strict=True))
+            self.refuse(f"steps: {pairs} do not lead from {before} to {after} experts")
+        return tuple(steps)
+
+    def step(self, fields: dict[str, Any], place: str) -> Step:
+        source = self.member(fields, "source", place)
+        return Step(
+            num_experts_before=self.count(fields, "num_experts_before", place),
+            num_experts_after=self.count(fields, "num_experts_after", place),
+            ratio=self.number(fields.get("ratio"), f"{place}.ratio"),
+            rounding=self.text(fields, "rounding", place),
+            metric=self.text(fields, "metric", place),
+            selection=self.text(fields, "selection", place) or "keep",
+            source=SourceIdentity(
+                name=self.text(source, "name", f"{place}.source") or "",
+                revision=self.text(source, "revision", f"{place}.source"),
+                config_sha256=self.text(source, "config_sha256", f"{place}.source"),
+            ),
+        )
+
+    def as_object(self, value: object, place: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.refuse(f"{place}: found {type(value).__name__}, expected an object")
+        return value
+
+    def member(self, fields: dict[str, Any], key: str, place: str) -> dict[str, Any]:
+        return self.as_object(fields.get(key), f"{place}.{key}".lstrip("."))
+
+    def count(self, fields: dict[str, Any], key: str, place: str) -> int:
+        value = fields.get(key)
+        if type(value) is not int or value < 1:
+            self.refuse(f"{place}.{key}: not a positive whole number".lstrip("."))
+        return value
+
+    def ids(self, fields: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
+        value = fields.get(key)
+        if not isinstance(value, list) or any(type(item) is not int for item in value):
+            self.refuse(f"{place}.{key}: not a list of expert ids")
+        if not _ascending(value):
+            self.refuse(f"{place}.{key}: {len(value)} ids that do not ascend")
+        return tuple(value)
+
+    def number(self, value: object, place: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(f"{place}: found {type(value).__name__}, expected a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            self.refuse(f"{place}: too large a number")
+        return number
+
+    def text(self, fields: dict[str, Any], key: str, place: str) -> str | None:
+        value = fields.get(key)
+        if value is not None and not isinstance(value, str):
+            self.refuse(f"{place}.{key}: found {type(value).__name__}, expected text")
+        return value
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _ascending(ids: Sequence[int]) -> bool:
+    return all(left < right for left, right in pairwise(ids))
+
+
+def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(f"the key {key[:80]!r} stands there twice")
+        members[key] = value
+    return members
+
+
+def _no_constant(spelling: str) -> NoReturn:
+    raise ValueError(f"{spelling} is no JSON number")

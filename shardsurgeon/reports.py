@@ -1,0 +1,122 @@
+"""What the commands have to say, as plain frozen values. `--json` prints exactly these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport:
+    """What a model is made of. Sizes in bytes.
+
+    total_size: tensor data of the whole model; expert_size: one expert of one layer;
+    sizes_at: ratio removed (as text) → tensor data that would stay.
+    """
+
+    name: str
+    model_type: str | None
+    architectures: tuple[str, ...]
+    family: str
+    num_hidden_layers: int
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    expert_layout: str
+    quantization: str | None
+    shards: int
+    tensors: int
+    total_size: int
+    total_parameters: int | None
+    expert_size: int
+    sizes_at: dict[str, int]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One MoE layer of a plan.
+
+    min_retained_saliency, max_pruned_saliency: at the cut, preserved experts left out; None
+    where there is no saliency. saliency_dropped: share of the layer's saliency that goes, 0 to
+    1. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
+    """
+
+    layer: int
+    is_mtp: bool
+    kept: int
+    pruned: int
+    preserved: int
+    never_routed: int
+    min_retained_saliency: float | None
+    max_pruned_saliency: float | None
+    saliency_dropped: float | None
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
+
+    ratio: as asked for, None where the selection was no ratio. parameters: None where the
+    storage format hides them.
+    """
+
+    model: str
+    selection: str
+    ratio: float | None
+    rounding: str | None
+    metric: str | None
+    num_experts_before: int
+    num_experts_after: int
+    layers: tuple[LayerReport, ...]
+    mtp_dropped: bool
+    total_size_before: int
+    total_size_after: int
+    total_parameters_before: int | None
+    total_parameters_after: int | None
+    shards_before: int
+    shards_after: int
+    space_needed: int
+    out: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification compared. differences: the first ones, one clear line each.
+
+    sampled: tensors per shard whose bytes were compared, None for all of them.
+    """
+
+    source: str
+    pruned: str
+    sampled: int | None
+    tensors: int
+    tensors_compared: int
+    bytes_compared: int
+    differences: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether no difference was found."""
+        return not self.differences
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyReport:
+    """What apply did. out: the finished folder, None after a dry run.
+
+    bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one.
+    """
+
+    plan: PlanReport
+    dry_run: bool
+    out: str | None
+    files: int
+    bytes_copied: int
+    bytes_resumed: int
+    seconds: float
+    verification: VerifyReport | None

@@ -1,0 +1,216 @@
+"""What a tensor's name means: a family's rules, compiled for one checkpoint's numbers.
+
+`anatomy` asks this room about every tensor; the planner and the verifier ask again, so that
+no table of 200,000 answers has to be kept.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shardsurgeon.errors import FamilyError
+from shardsurgeon.families.schema import Family, Rule, pattern
+from shardsurgeon.formats.safetensors import TensorRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Not per expert: passes through whole. mtp: goes when the MTP layers go."""
+
+    mtp: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensor:
+    """A tensor of one expert. begin, end: where its number stands in the name."""
+
+    layer: int
+    expert: int
+    begin: int
+    end: int
+
+    def renamed(self, name: str, expert: int) -> str:
+        """The tensor's name when its expert has another number."""
+        return f"{name[: self.begin]}{expert}{name[self.end :]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """A tensor with an expert axis. tail: rows behind the experts' own, kept as they are."""
+
+    layer: int
+    axis: int
+    tail: int
+    is_router: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """An integer tensor whose first element is the number of experts."""
+
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tabled:
+    """An integer table whose values are expert ids."""
+
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Surplus:
+    """A tensor of an identity expert, which has no weights: a re-save writes what no one reads."""
+
+
+Role = Carried | ExpertTensor | Sliced | Counted | Tabled | Surplus
+
+
+class NameReader:
+    """A family's rules, compiled for one checkpoint's numbers."""
+
+    def __init__(self, family: Family, num_layers: int, num_experts: int, tail: int) -> None:
+        names = family.tensors
+        self._family = family
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._tail = tail
+        self._main = _any(prefix + "." for prefix in names.layers)
+        self._mtp = _any(prefix + "." for prefix in names.mtp)
+        self._mtp_others = _any(names.mtp_others)
+        self._blocks = _any([*names.blocks, *(f"{block}.*" for block in names.blocks)])
+        self._experts = _rules(names.experts)
+        self._stacked = _rules(names.stacked)
+        self._routers = _rules(names.routers)
+        self._shared = _rules(names.shared)
+        self._counts = _rules(names.expert_counts)
+        self._ids = _rules(names.expert_ids)
+        self._beside = _any(names.beside)
+        self._elsewhere = _any(names.elsewhere)
+        self._moe_layers: frozenset[int] | None = None
+
+    def settle(self, moe_layers: Iterable[int]) -> None:
+        """Say which layers have experts; from then on `role` refuses what it cannot claim there."""
+        self._moe_layers = frozenset(moe_layers)
+
+    def place(self, name: str) -> tuple[int, int] | None:
+        """(layer number, length of the prefix) of a layer's tensor, else None."""
+        if match := self._main.match(name):
+            return _layer_number(match), match.end()
+        if match := self._mtp.match(name):
+            return self._num_layers + _layer_number(match), match.end()
+        return None
+
+    def is_mtp(self, layer: int) -> bool:
+        """Whether a layer number belongs to an MTP layer."""
+        return layer >= self._num_layers
+
+    def is_router_weight(self, record: TensorRecord) -> bool:
+        """Whether the tensor is the router's matrix, one row per expert."""
+        place = self.place(record.name)
+        return place is not None and any(
+            rule.axis == 0 and len(record.shape) == 2 and regex.fullmatch(record.name, place[1])
+            for regex, rule in self._routers
+        )
+
+    def role(self, record: TensorRecord) -> Role:
+        """What removing experts does to a tensor. Raises FamilyError where no rule claims it."""
+        name = record.name
+        place = self.place(name)
+        if place is None:
+            return self._outside(name)
+        layer, start = place
+        for regex, _ in self._experts:
+            if match := regex.fullmatch(name, start):
+                expert = int(match["expert"])
+                if self._num_experts <= expert < self._num_experts + self._tail:
+                    return Surplus()
+                return ExpertTensor(layer, expert, *match.span("expert"))
+        for regex, _ in self._counts:
+            if regex.fullmatch(name, start) and record.shape != () and math.prod(record.shape) > 2:
+                return Counted(layer)
+        for regex, _ in self._ids:
+            if regex.fullmatch(name, start):
+                return Tabled(layer)
+        for regex, rule in self._stacked:
+            if regex.fullmatch(name, start):
+                # One value for all experts, such as a global scale, stays as it is.
+                if math.prod(record.shape) == 1:
+                    return Carried(self.is_mtp(layer))
+                return self._sliced(record, layer, rule)
+        for regex, rule in self._routers:
+            if regex.fullmatch(name, start):
+                return self._sliced(record, layer, rule, is_router=True)
+        return self._unclaimed(record, layer, start)
+
+    def _sliced(
+        self, record: TensorRecord, layer: int, rule: Rule, *, is_router: bool = False
+    ) -> Sliced:
+        tail = self._tail if is_router else 0
+        rows = record.shape[rule.axis] if rule.axis < len(record.shape) else None
+        if rows != self._num_experts + tail:
+            raise FamilyError(
+                record.name,
+                f"shape {list(record.shape)} has {rows} experts in dimension {rule.axis}, "
+                f"expected {self._num_experts + tail}",
+                "the config and the tensors are not of one model",
+            )
+        return Sliced(layer, rule.axis, tail, is_router)
+
+    def _outside(self, name: str) -> Role:
+        if self._mtp_others.fullmatch(name):
+            return Carried(mtp=True)
+        if ".experts." in name and not self._elsewhere.fullmatch(name):
+            raise FamilyError(
+                name,
+                f"an expert tensor that no rule of family {self._family.name} claims",
+                "see 'Adding a family' in CONTRIBUTING.md",
+            )
+        return Carried()
+
+    def _unclaimed(self, record: TensorRecord, layer: int, start: int) -> Role:
+        """A layer's tensor without an expert axis, if that can be told; else refuse it."""
+        carried = Carried(self.is_mtp(layer))
+        if self._moe_layers is not None and layer not in self._moe_layers:
+            return carried
+        name = record.name
+        if any(regex.fullmatch(name, start) for regex, _ in self._shared):
+            return carried
+        rows = {self._num_experts, self._num_experts + self._tail}
+        axes = [axis for axis, size in enumerate(record.shape) if size in rows]
+        in_block = self._blocks.fullmatch(name, start)
+        if not in_block and (not axes or self._beside.fullmatch(name, start)):
+            return carried
+        if self._moe_layers is None:
+            return carried
+        what = f"has {self._num_experts} in dimension {axes[0]}" if axes else "is in an MoE block"
+        shape, family = list(record.shape), self._family.name
+        raise FamilyError(
+            name,
+            f"shape {shape} {what} and no rule of family {family} claims it",
+            "see 'Adding a family' in CONTRIBUTING.md",
+        )
+
+
+_Rules = tuple[tuple[re.Pattern[str], Rule], ...]
+
+
+def _rules(rules: Iterable[Rule]) -> _Rules:
+    return tuple((re.compile(pattern(rule.name)), rule) for rule in rules)
+
+
+def _any(templates: Iterable[str]) -> re.Pattern[str]:
+    """One pattern for several templates; the placeholder of each gets a group of its own."""
+    parts = [
+        re.sub(r"\?P<(\w+)>", rf"?P<\g<1>_{number}>", pattern(template))
+        for number, template in enumerate(templates)
+    ]
+    # No template at all must match nothing, not everything.
+    return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
+
+
+def _layer_number(match: re.Match[str]) -> int:
+    return int(next(value for value in match.groups() if value is not None))

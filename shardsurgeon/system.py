@@ -1,0 +1,214 @@
+"""Calls that only some operating systems have, each beside a twin that works anywhere.
+
+The lowest room of execution: `durable` and `journal` go through a `System`, so that the choice
+between kernel and portable ways is made once, in `native`, and tests run both and inject faults.
+
+Files are unbuffered `FileIO` objects; offsets and sizes are bytes. Every call raises plain
+`OSError`; `durable` translates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+RENAME_TRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One way to ask for each thing.
+
+    read_at(file, buffer, offset): fill the buffer from the file; how many bytes came, 0 at its end.
+    write_at(file, data, offset): how many bytes were taken.
+    kernel_copy(source, source_offset, target, target_offset, nbytes): how many bytes the kernel
+    moved without us; 0 where it declines or the source ends.
+    reserve(file, nbytes): make the file that long and, where the system can, claim its blocks.
+    sync_file(file), sync_folder(path): return when content, or names, are on the disk.
+    rename(old, new): replace file `new`, or move a folder to a name that is free.
+    lock(file): hold the file until it is closed or the process dies; False where another does.
+    free_space(folder): bytes this user may still write there.
+    """
+
+    read_at: Callable[[FileIO, memoryview, int], int]
+    write_at: Callable[[FileIO, memoryview, int], int]
+    kernel_copy: Callable[[FileIO, int, FileIO, int, int], int]
+    reserve: Callable[[FileIO, int], None]
+    sync_file: Callable[[FileIO], None]
+    sync_folder: Callable[[Path], None]
+    rename: Callable[[Path, Path], None]
+    lock: Callable[[FileIO], bool]
+    free_space: Callable[[Path], int]
+
+
+def portable() -> System:
+    """The twin of every call, from what Python has on all systems."""
+    return System(
+        read_at=_seek_and_read,
+        write_at=_seek_and_write,
+        kernel_copy=_decline,
+        reserve=_extend,
+        sync_file=_sync_file,
+        sync_folder=_sync_nothing,
+        rename=_rename_patiently,
+        lock=_lock,
+        free_space=_free_space,
+    )
+
+
+def native() -> System:
+    """The best call this machine has for each; the portable twin for what it lacks."""
+    system = portable()
+    if sys.platform == "linux":
+        system = replace(system, reserve=_fallocate)
+        if hasattr(os, "copy_file_range"):
+            system = replace(system, kernel_copy=_copy_file_range)
+    if os.name == "posix":
+        system = replace(system, sync_folder=_sync_folder, rename=_rename)
+    return system
+
+
+def default_system() -> System:
+    """What is used where nothing is asked for: native, unless SHARDSURGEON_PORTABLE=1 is set."""
+    return portable() if os.environ.get("SHARDSURGEON_PORTABLE") == "1" else native()
+
+
+def _seek_and_read(file: FileIO, buffer: memoryview, offset: int) -> int:
+    file.seek(offset)
+    return file.readinto(buffer) or 0
+
+
+def _seek_and_write(file: FileIO, data: memoryview, offset: int) -> int:
+    file.seek(offset)
+    return file.write(data) or 0
+
+
+def _decline(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> int:
+    return 0
+
+
+def _copy_file_range(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> int:
+    """Let the kernel move bytes, or share blocks where the file system can.
+
+    It refuses for many reasons that mean nothing (two file systems, an old kernel, an odd mount)
+    and does not say which of the two files is at fault when it fails. So any failure counts as
+    declining: the copy through a buffer goes on from there and meets a real fault by itself.
+    """
+    if sys.platform != "linux":
+        return 0
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), nbytes, begin, at)
+    except OSError:
+        return 0
+
+
+def _extend(file: FileIO, nbytes: int) -> None:
+    file.truncate(nbytes)
+
+
+def _fallocate(file: FileIO, nbytes: int) -> None:
+    """Claim the blocks now, so that a full disk is found before hours of copying.
+
+    The system call itself, not `os.posix_fallocate`: where a file system cannot reserve, the C
+    library imitates that one by writing into every block, which takes hours over a network.
+    """
+    _extend(file, nbytes)
+    while nbytes:
+        if _libc_fallocate()(file.fileno(), 0, 0, nbytes) == 0:
+            return
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+@cache
+def _libc_fallocate() -> Callable[[int, int, int, int], int]:
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    # glibc's plain name takes 32-bit sizes on 32-bit machines; musl has the plain name only.
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if call is None:
+        return _no_fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    call.restype = ctypes.c_int
+    found: Callable[[int, int, int, int], int] = call
+    return found
+
+
+def _no_fallocate(descriptor: int, mode: int, begin: int, nbytes: int) -> int:
+    ctypes.set_errno(errno.ENOSYS)
+    return -1
+
+
+def _sync_file(file: FileIO) -> None:
+    os.fsync(file.fileno())
+
+
+def _sync_nothing(path: Path) -> None:
+    """Windows has no call for it: its file systems log every change of a name."""
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems have no folder to sync and say so like this.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _rename(old: Path, new: Path) -> None:
+    os.replace(old, new)
+
+
+def _rename_patiently(old: Path, new: Path) -> None:
+    """Rename, waiting a little for virus scanners and indexers, which hold new files on Windows."""
+    for attempt in range(RENAME_TRIES):
+        try:
+            os.replace(old, new)
+            return
+        except PermissionError:
+            if os.name == "posix" or attempt == RENAME_TRIES - 1:
+                raise
+            time.sleep(0.05 * 2**attempt)
+
+
+# Both kinds of lock die with the process, however it ends; a lock made of files would not.
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: FileIO) -> bool:
+        file.seek(0)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _lock(file: FileIO) -> bool:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _free_space(folder: Path) -> int:
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,110 @@
+"""Which expert of the source every output expert was, read from the metadata that a prune leaves.
+
+First of the checks: the keep-lists it gives, in the source's own numbering, are what tensors and
+config are held against. What the metadata says about itself is checked here as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardsurgeon.anatomy import Anatomy
+from shardsurgeon.checkpoint import Checkpoint
+from shardsurgeon.provenance import PROVENANCE_NAME, Provenance
+from shardsurgeon.verification.findings import Findings
+
+
+@dataclass(frozen=True, slots=True)
+class Keeps:
+    """The keep-lists, in expert ids of the source.
+
+    kept: experts left in every layer; retained: layer → ids, retained[layer][new_id] is the
+    source's number of what is now expert new_id.
+    """
+
+    kept: int
+    retained: dict[int, tuple[int, ...]]
+
+
+def read_keeps(
+    source: Checkpoint, anatomy: Anatomy, pruned: Checkpoint, findings: Findings
+) -> Keeps | None:
+    """The keep-lists of a pruned checkpoint; None where nothing usable is recorded.
+
+    The metadata counts in ids of the first, unpruned model. Where the source is a pruned model
+    itself, its own metadata translates them.
+    """
+    record = pruned.provenance
+    if record is None:
+        findings.add(PROVENANCE_NAME, "is missing: nothing says which experts were kept")
+        return None
+    earlier = source.provenance
+    _check_steps(source, anatomy, record, findings)
+    original = anatomy.num_experts if earlier is None else earlier.num_experts_before
+    if record.num_experts_before != original:
+        findings.add(
+            PROVENANCE_NAME,
+            f"speaks of a model of {record.num_experts_before} experts, "
+            f"the source goes back to one of {original}",
+        )
+        return None
+    retained = {}
+    for layer in (each.index for each in anatomy.layers if each.index in record.layers):
+        ids = record.layers[layer].retained
+        if earlier is None:
+            retained[layer] = ids
+        elif layer in earlier.layers:
+            present = {old_id: number for number, old_id in enumerate(earlier.layers[layer].retained)}
+            if gone := [old_id for old_id in ids if old_id not in present]:
+                problem = f"keeps expert {gone[0]} of the original, which the source has not"
+                findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
+                continue
+            retained[layer] = tuple(present[old_id] for old_id in ids)
+        else:
+            findings.add(f"{PROVENANCE_NAME} layers.{layer}", "is not in the source's own metadata")
+    return Keeps(record.num_experts_after, retained)
+
+
+def check_layers(
+    anatomy: Anatomy, pruned: Checkpoint, keeps: Keeps, mtp_dropped: bool, findings: Findings
+) -> None:
+    """Every MoE layer has a keep-list that its router can work with, and nothing else has one."""
+    record = pruned.provenance
+    recorded = set() if record is None else set(record.layers)
+    expected = {layer.index for layer in anatomy.layers if not (mtp_dropped and layer.is_mtp)}
+    for layer in sorted(expected - recorded):
+        findings.add(PROVENANCE_NAME, f"has no entry for MoE layer {layer}")
+    for layer in sorted(recorded - expected):
+        findings.add(PROVENANCE_NAME, f"has an entry for layer {layer}, which has no experts")
+    if keeps.kept < anatomy.top_k:
+        problem = f"{keeps.kept} experts are left, the router chooses {anatomy.top_k} for each token"
+        findings.add(PROVENANCE_NAME, problem)
+    groups = anatomy.n_group
+    size = anatomy.num_experts // groups
+    for layer, retained in keeps.retained.items() if groups > 1 else ():
+        counts = [sum(old_id // size == group for old_id in retained) for group in range(groups)]
+        if len(set(counts)) > 1:
+            problem = f"keeps {min(counts)} to {max(counts)} experts per router group, not equally many"
+            findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
+
+
+def _check_steps(
+    source: Checkpoint, anatomy: Anatomy, record: Provenance, findings: Findings
+) -> None:
+    """The recorded prunes go on from where the source stands."""
+    before = () if source.provenance is None else source.provenance.steps
+    if record.steps[: len(before)] != before or len(record.steps) <= len(before):
+        problem = f"records {len(record.steps)} prunes that do not go on from the source's own"
+        findings.add(PROVENANCE_NAME, f"{problem} {len(before)}")
+        return
+    step = record.steps[len(before)]
+    if step.num_experts_before != anatomy.num_experts:
+        problem = f"says it was pruned from {step.num_experts_before} experts"
+        findings.add(PROVENANCE_NAME, f"{problem}, the source has {anatomy.num_experts}")
+    made_from = step.source.config_sha256
+    if made_from not in (None, source.config_sha256):
+        findings.add(
+            PROVENANCE_NAME,
+            f"was pruned from a model whose config.json has sha256 {str(made_from)[:12]}…, "
+            f"the source's has {source.config_sha256[:12]}…",
+        )

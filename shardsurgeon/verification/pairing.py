@@ -1,0 +1,234 @@
+"""From every output tensor back to the source tensor it must be made of.
+
+Between the keep-lists and the comparing of bytes. Goes against the direction in which a prune is
+planned, and in the end accounts for every tensor of the source: surviving, pruned, or gone with
+the MTP layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from shardsurgeon.anatomy import Anatomy
+from shardsurgeon.checkpoint import Checkpoint, Shard
+from shardsurgeon.formats.safetensors import DTYPE_BITS, TensorRecord
+from shardsurgeon.roles import Carried, Counted, ExpertTensor, Role, Sliced
+from shardsurgeon.verification.findings import Findings
+from shardsurgeon.verification.lineage import Keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How a sliced tensor lies in its source tensor.
+
+    blocks: how often the expert axis repeats; before: rows per block in the source; row_nbytes:
+    size of a row; old_rows: which of the source's rows stand in the output, in order.
+    """
+
+    blocks: int
+    before: int
+    row_nbytes: int
+    old_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A tensor whose first element, `width` bytes, is the number of experts, now `kept`."""
+
+    width: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An output tensor and the source tensor it must be made of.
+
+    source_begin and begin: absolute file offsets of the two tensors; nbytes: of the output;
+    source_place: (shard number, position in the shard), for the order of the source; cut: None
+    where the bytes are the same from first to last.
+    """
+
+    name: str
+    dtype: str
+    file: str
+    begin: int
+    nbytes: int
+    source_name: str
+    source_file: str
+    source_begin: int
+    source_place: tuple[int, int]
+    cut: Rows | Count | None
+
+    def stretches(self) -> Iterator[tuple[int, int, int]]:
+        """(source offset, output offset, bytes), relative to the tensors, that must be equal."""
+        if isinstance(self.cut, Count):
+            yield self.cut.width, self.cut.width, self.nbytes - self.cut.width
+        elif isinstance(self.cut, Rows):
+            yield from _row_stretches(self.cut)
+        else:
+            yield 0, 0, self.nbytes
+
+
+@dataclass(slots=True)
+class Pairing:
+    """What was found.
+
+    pairs: output shard → its pairs, in the order of the file; mtp: whether the output holds any
+    tensor of an MTP layer; mtp_dropped: whether the source had some and all are gone.
+    """
+
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    mtp: bool = False
+    mtp_dropped: bool = False
+
+
+def pair_tensors(
+    source: Checkpoint, anatomy: Anatomy, pruned: Checkpoint, keeps: Keeps, findings: Findings
+) -> Pairing:
+    """Pair every output tensor with its source and account for every source tensor.
+
+    Wrong dtypes and shapes, tensors too many and tensors missing are findings; what cannot be
+    paired is left out.
+    """
+    matcher = _Matcher(source, anatomy, keeps, findings)
+    pairing = Pairing()
+    for shard in pruned.shards:
+        found = (matcher.match(shard, record) for record in shard.header.tensors)
+        pairing.pairs[shard.file] = [pair for pair in found if pair is not None]
+    pairing.mtp = matcher.mtp_seen
+    pairing.mtp_dropped = matcher.account()
+    return pairing
+
+
+class _Matcher:
+    """Finds the source tensor of one output tensor after the other, and remembers which it found."""
+
+    def __init__(
+        self, source: Checkpoint, anatomy: Anatomy, keeps: Keeps, findings: Findings
+    ) -> None:
+        self._source = source
+        self._anatomy = anatomy
+        self._keeps = keeps
+        self._findings = findings
+        self._places = {
+            record.name: (number, position)
+            for number, shard in enumerate(source.shards)
+            for position, record in enumerate(shard.header.tensors)
+        }
+        self._used: set[tuple[int, int]] = set()
+        self.mtp_seen = False
+
+    def match(self, shard: Shard, record: TensorRecord) -> Pair | None:
+        """The pair of an output tensor; None, and a finding, where it cannot be one."""
+        where = f"{shard.file} {record.name}"
+        # New ids are a part of the old ones: every output name is a name of the source, too.
+        place = self._places.get(record.name)
+        if place is None:
+            self._findings.add(where, "is a surplus tensor: the source has none of that name")
+            return None
+        role = self._anatomy.role(self._record(place))
+        self.mtp_seen |= self._is_mtp(role)
+        if not isinstance(role, Carried) and role.layer not in self._keeps.retained:
+            return None
+        if isinstance(role, ExpertTensor):
+            if role.expert >= self._keeps.kept:
+                problem = f"is a surplus tensor: expert {role.expert} of {self._keeps.kept} kept"
+                self._findings.add(where, problem)
+                return None
+            old_id = self._keeps.retained[role.layer][role.expert]
+            place = self._places[role.renamed(record.name, old_id)]
+        self._used.add(place)
+        return self._pair(shard, record, place, role)
+
+    def account(self) -> bool:
+        """Find what is missing; whether the MTP layers were dropped."""
+        missing_mtp: list[str] = []
+        for place in sorted(set(self._places.values()) - self._used):
+            record = self._record(place)
+            role = self._anatomy.role(record)
+            name = self._output_name(record.name, role)
+            if name is None:
+                continue
+            if self._is_mtp(role):
+                missing_mtp.append(name)
+            else:
+                self._findings.add(name, "is missing from the pruned model")
+        if missing_mtp and self.mtp_seen:
+            for name in missing_mtp:
+                self._findings.add(name, "is missing, but other MTP tensors are there")
+        return bool(missing_mtp) and not self.mtp_seen
+
+    def _output_name(self, name: str, role: Role) -> str | None:
+        """What a source tensor is called in the output; None where it does not survive."""
+        if not isinstance(role, ExpertTensor):
+            return name
+        retained = self._keeps.retained.get(role.layer)
+        if retained is None:
+            return name
+        return role.renamed(name, retained.index(role.expert)) if role.expert in retained else None
+
+    def _pair(
+        self, shard: Shard, record: TensorRecord, place: tuple[int, int], role: Role
+    ) -> Pair | None:
+        old = self._record(place)
+        home = self._source.shards[place[0]]
+        shape, cut = old.shape, None
+        if isinstance(role, Sliced):
+            shape, cut = _rows(old, role, self._keeps.retained[role.layer])
+        elif isinstance(role, Counted):
+            cut = Count(DTYPE_BITS[old.dtype] // 8, self._keeps.kept)
+        if (record.dtype, record.shape) != (old.dtype, shape):
+            self._findings.add(
+                f"{shard.file} {record.name}",
+                f"is {record.dtype} {list(record.shape)}, expected {old.dtype} {list(shape)}",
+            )
+            return None
+        return Pair(
+            name=record.name,
+            dtype=record.dtype,
+            file=shard.file,
+            begin=shard.header.data_begin + record.begin,
+            nbytes=record.nbytes,
+            source_name=old.name,
+            source_file=home.file,
+            source_begin=home.header.data_begin + old.begin,
+            source_place=place,
+            cut=cut,
+        )
+
+    def _record(self, place: tuple[int, int]) -> TensorRecord:
+        number, position = place
+        return self._source.shards[number].header.tensors[position]
+
+    def _is_mtp(self, role: Role) -> bool:
+        return role.mtp if isinstance(role, Carried) else role.layer >= self._anatomy.num_layers
+
+
+def _rows(
+    old: TensorRecord, role: Sliced, retained: tuple[int, ...]
+) -> tuple[tuple[int, ...], Rows]:
+    """The shape and the rows of a sliced tensor: the retained ones, then the tail as it was."""
+    blocks = math.prod(old.shape[: role.axis])
+    before = old.shape[role.axis]
+    old_rows = retained + tuple(range(before - role.tail, before))
+    shape = (*old.shape[: role.axis], len(old_rows), *old.shape[role.axis + 1 :])
+    rows = blocks * before
+    return shape, Rows(blocks, before, old.nbytes // rows if rows else 0, old_rows)
+
+
+def _row_stretches(rows: Rows) -> Iterator[tuple[int, int, int]]:
+    """Rows that lie side by side in the source are compared in one go."""
+    for block in range(rows.blocks):
+        numbered = enumerate(rows.old_rows)
+        for shift, run in groupby(numbered, key=lambda row: row[1] - row[0]):
+            members = list(run)
+            new_row = block * len(rows.old_rows) + members[0][0]
+            old_row = block * rows.before + members[0][0] + shift
+            yield (
+                old_row * rows.row_nbytes,
+                new_row * rows.row_nbytes,
+                len(members) * rows.row_nbytes,
+            )

@@ -1,0 +1,28 @@
+"""A command line whose operations are stand-ins: parsing and printing are what is tested."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardsurgeon import operations
+from shardsurgeon.cli.main import main
+from tests.cli.standins import Ended, FakeOperations, Run
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
+    operations_ = FakeOperations()
+    for name in ("inspect", "plan", "apply", "verify"):
+        monkeypatch.setattr(operations, name, operations_.answer(name))
+    return operations_
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], fake: FakeOperations) -> Run:
+    """Run a command line of words against the stand-ins."""
+
+    def words(*arguments: str) -> Ended:
+        status = main(arguments)
+        return Ended(status, *capsys.readouterr())
+
+    return words

@@ -1,0 +1,144 @@
+"""Reports of a full-size prune, and operations that answer with them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from shardsurgeon.reports import (
+    ApplyReport,
+    InspectReport,
+    LayerReport,
+    PlanReport,
+    VerifyReport,
+)
+
+INSPECTED = InspectReport(
+    name="Kimi-K2.5",
+    model_type="kimi_k25",
+    architectures=("KimiK25ForConditionalGeneration",),
+    family="kimi_k25",
+    num_hidden_layers=61,
+    moe_layers=tuple(range(1, 61)),
+    mtp_layers=(),
+    num_experts=384,
+    top_k=8,
+    n_group=1,
+    topk_group=1,
+    expert_layout="per-expert",
+    quantization="pack-quantized",
+    shards=64,
+    tensors=208_235,
+    total_size=594_100_000_000,
+    total_parameters=1_026_400_000_000,
+    expert_size=25_100_000,
+    sizes_at={"0.25": 448_000_000_000, "0.5": 302_000_000_000},
+    notes=(),
+)
+
+
+def layer(number: int, **facts: Any) -> LayerReport:
+    """A layer that keeps 135 of 384, with the facts that a test changes."""
+    usual = LayerReport(number, False, 135, 249, 0, 0, 0.5, 0.25, 0.125, "scores")
+    return replace(usual, **facts)
+
+
+PLANNED = PlanReport(
+    model="Kimi-K2.5",
+    selection="ratio",
+    ratio=0.65,
+    rounding="floor",
+    metric="reap",
+    num_experts_before=384,
+    num_experts_after=135,
+    layers=(layer(1), layer(2, saliency_dropped=0.375, max_pruned_saliency=0.4375)),
+    mtp_dropped=False,
+    total_size_before=594_000_000_000,
+    total_size_after=237_600_000_000,
+    total_parameters_before=1_000_000_000_000,
+    total_parameters_after=372_000_000_000,
+    shards_before=64,
+    shards_after=64,
+    space_needed=238_000_000_000,
+    out="/models/Kimi-K2.5-REAP-65pct",
+    notes=(),
+)
+
+VERIFIED = VerifyReport(
+    source="/models/Kimi-K2.5",
+    pruned="/models/Kimi-K2.5-REAP-65pct",
+    sampled=8,
+    tensors=74_210,
+    tensors_compared=512,
+    bytes_compared=1_500_000_000,
+    differences=(),
+)
+
+APPLIED = ApplyReport(
+    plan=PLANNED,
+    dry_run=False,
+    out="/models/Kimi-K2.5-REAP-65pct",
+    files=72,
+    bytes_copied=200_000_000_000,
+    bytes_resumed=0,
+    seconds=400.0,
+    verification=VERIFIED,
+)
+
+
+@dataclass
+class FakeOperations:
+    """What each operation answers (an exception is raised, a function called), and the calls."""
+
+    inspect: Any = INSPECTED
+    plan: Any = PLANNED
+    apply: Any = APPLIED
+    verify: Any = VERIFIED
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def answer(self, name: str) -> Callable[..., Any]:
+        def operation(*args: Any, **options: Any) -> Any:
+            self.calls.append((args, options))
+            value = getattr(self, name)
+            if isinstance(value, BaseException):
+                raise value
+            if callable(value):
+                value = value(*args, **options)
+            return FakePruning(value) if name == "plan" else value
+
+        return operation
+
+
+@dataclass
+class FakePruning:
+    report: PlanReport
+
+    def write_plan(self, path: str) -> None:
+        Path(path).write_text("keep-lists")
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Ended]
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_python(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, with this package importable."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, env=environment, text=True, **options)

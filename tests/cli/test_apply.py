@@ -1,0 +1,162 @@
+"""`apply`: its words, its report, its bar."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from shardsurgeon.counts import SelectionRequest
+from shardsurgeon.progress import Listener, Progress
+from shardsurgeon.reports import ApplyReport
+from tests.cli.standins import APPLIED, PLANNED, VERIFIED, FakeOperations, Run
+
+APPLY = ("apply", "scores.pt", "--ratio", "0.65")
+
+
+def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations) -> None:
+    run(*APPLY)
+    [(args, options)] = fake.calls
+    assert args == (None, "scores.pt", SelectionRequest(ratio=0.65))
+    assert options == {
+        "out": None,
+        "max_shard_nbytes": None,
+        "workers": 0,
+        "verify": True,
+        "dry_run": False,
+        "restart": False,
+        "progress": None,
+    }
+
+
+def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
+    words = ("--model", "/m", "-o", "/out", "--max-shard-size", "5GB", "--workers", "3")
+    run(*APPLY, *words, "--no-verify", "--dry-run", "--restart")
+    [(args, options)] = fake.calls
+    assert args[0] == "/m"
+    assert options == {
+        "out": "/out",
+        "max_shard_nbytes": 5 * 10**9,
+        "workers": 3,
+        "verify": False,
+        "dry_run": True,
+        "restart": True,
+        "progress": None,
+    }
+
+
+def test_the_shard_size_may_be_the_sources(run: Run, fake: FakeOperations) -> None:
+    run(*APPLY, "--max-shard-size", "source")
+    assert fake.calls[0][1]["max_shard_nbytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--ratio", "0.5,0.65"), "2 ratios at once; give one; `shardsurgeon plan` compares"),
+        (("--keep", "9", "--max-shard-size", "all"), "--max-shard-size: 'all' is not a size"),
+        (("--keep", "9", "--workers", "-1"), "--workers: -1 is less than 0"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_refused_before_any_file_is_read(
+    run: Run, fake: FakeOperations, words: tuple[str, ...], told: str
+) -> None:
+    ended = run("apply", "scores.pt", *words)
+    assert ended.status == 2
+    assert told in ended.stderr
+    assert fake.calls == []
+
+
+def test_the_report_says_what_was_done_and_what_comes_next(run: Run) -> None:
+    assert run(*APPLY).stdout == (
+        "Kimi-K2.5: keep 135 of 384 experts in each of 2 MoE layers\n"
+        "\n"
+        "  chosen by     --ratio 0.65, rounding floor, metric reap\n"
+        "  saliency      25.0% dropped on average, 37.5% at worst (layer 2)\n"
+        "  tensor data   594.0 GB -> 237.6 GB (40.0%)\n"
+        "  parameters    1,000.0B -> 372.0B (37.2%)\n"
+        "  shards        64 -> 64\n"
+        "  written       /models/Kimi-K2.5-REAP-65pct: 72 files, 200.0 GB in 400.0 s\n"
+        "                (500.0 MB/s)\n"
+        "  checked       structure of all 74,210 tensors, bytes of 512 sampled (1.5 GB)\n"
+        "\n"
+        "Compare every byte:\n"
+        "  shardsurgeon verify /models/Kimi-K2.5 /models/Kimi-K2.5-REAP-65pct\n"
+        "Serve:\n"
+        "  vllm serve /models/Kimi-K2.5-REAP-65pct\n"
+    )
+
+
+def test_a_resumed_run_says_how_much_was_there(run: Run, fake: FakeOperations) -> None:
+    fake.apply = replace(APPLIED, bytes_resumed=37_000_000_000)
+    text = " ".join(run(*APPLY).stdout.split())
+    assert "(500.0 MB/s), 37.0 GB by an earlier run" in text
+
+
+def test_without_a_check_the_report_says_so(run: Run, fake: FakeOperations) -> None:
+    fake.apply = replace(APPLIED, verification=None)
+    lines = run(*APPLY).stdout.splitlines()
+    assert "  checked       nothing (--no-verify)" in lines
+    assert "  shardsurgeon verify SOURCE /models/Kimi-K2.5-REAP-65pct" in lines
+
+
+@pytest.mark.skipif("os.name == 'nt'", reason="another shell, other quotes")
+def test_commands_to_copy_are_quoted(run: Run, fake: FakeOperations) -> None:
+    fake.apply = replace(APPLIED, out="/my models/small")
+    assert "  vllm serve '/my models/small'\n" in run(*APPLY).stdout
+
+
+def test_a_dry_run_shows_the_plan_in_full_and_says_that_nothing_was_written(
+    run: Run, fake: FakeOperations
+) -> None:
+    fake.apply = replace(APPLIED, dry_run=True, out=None, verification=None)
+    text = run(*APPLY, "--dry-run").stdout
+    assert "      1   135     249     0.5     0.25     12.5%\n" in text
+    assert "  free space    238.0 GB needed\n" in text
+    assert text.endswith("\nDry run: nothing was written.\n")
+    assert "vllm" not in text
+
+
+def test_json_is_the_report(run: Run) -> None:
+    document = json.loads(run(*APPLY, "--json").stdout)
+    assert document["out"] == "/models/Kimi-K2.5-REAP-65pct"
+    assert document["plan"]["num_experts_after"] == PLANNED.num_experts_after
+    assert document["verification"]["tensors"] == VERIFIED.tensors
+
+
+def work(*args: object, progress: Listener, **options: object) -> ApplyReport:
+    for done in (30, 60, 100):
+        progress(Progress(done * 10**9, 100 * 10**9, 30 * 10**9, done // 50, 2))
+    return APPLIED
+
+
+def test_the_bar_is_in_bytes_with_rate_time_and_shards(run: Run, fake: FakeOperations) -> None:
+    fake.apply = work
+    ended = run(*APPLY, "--progress")
+    last = ended.stderr.split("\r")[-1]
+    assert last.startswith("2/2 shards: 100%|")
+    assert "100G/100G [" in last
+    assert "B/s]" in last
+    assert ended.stdout == run(*APPLY, "--progress").stdout
+
+
+def test_what_an_earlier_run_left_is_done_from_the_start(run: Run, fake: FakeOperations) -> None:
+    fake.apply = work
+    assert "| 30.0G/100G [" in run(*APPLY, "--progress").stderr
+
+
+def test_there_is_no_bar_where_stderr_is_no_terminal(run: Run, fake: FakeOperations) -> None:
+    run(*APPLY)
+    assert fake.calls[0][1]["progress"] is None
+
+
+def test_there_is_a_bar_where_stderr_is_a_terminal_unless_told_otherwise(
+    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    run(*APPLY)
+    run(*APPLY, "--no-progress")
+    first, second = [options["progress"] for _, options in fake.calls]
+    assert first is not None
+    assert second is None

@@ -1,0 +1,211 @@
+"""Every end of a command: one line on stderr, and the status that belongs to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon import errors
+from shardsurgeon.errors import HeaderError, OutputWriteError, ShardSurgeonError
+from shardsurgeon.reports import InspectReport
+from tests.cli.standins import INSPECTED, FakeOperations, Run, in_python
+
+APPLY = ("apply", "scores.pt", "--ratio", "0.65")
+
+
+def one_line(stderr: str) -> str:
+    assert stderr.startswith("shardsurgeon: "), stderr
+    assert stderr.count("\n") == 1
+    assert stderr.endswith("\n")
+    return stderr.removeprefix("shardsurgeon: ").rstrip("\n")
+
+
+def test_a_good_end_is_status_0_and_says_nothing_on_stderr(run: Run, fake: FakeOperations) -> None:
+    ended = run(*APPLY)
+    assert ended.status == 0
+    assert ended.stderr == ""
+
+
+def test_bad_input_is_one_line_and_status_2(run: Run, fake: FakeOperations) -> None:
+    fake.apply = HeaderError("model-1.safetensors", "header is 3 bytes", "fetch it again")
+    ended = run(*APPLY)
+    assert ended.status == 2
+    assert ended.stdout == ""
+    expected = "error: model-1.safetensors: header is 3 bytes; fetch it again"
+    assert one_line(ended.stderr) == expected
+
+
+def test_failed_work_is_one_line_and_status_1(run: Run, fake: FakeOperations) -> None:
+    fake.apply = OutputWriteError("out", "the disk is full", "free 3 GB")
+    ended = run(*APPLY)
+    assert ended.status == 1
+    assert one_line(ended.stderr) == "error: out: the disk is full; free 3 GB"
+
+
+def test_the_status_comes_from_the_error_class(run: Run, fake: FakeOperations) -> None:
+    found = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds = [kind for kind in found if issubclass(kind, ShardSurgeonError)]
+    assert len(kinds) > 10
+    for kind in kinds:
+        fake.apply = kind("file", "problem", "remedy")
+        assert run(*APPLY).status == kind.exit_status
+
+
+def test_with_json_an_error_prints_nothing_on_stdout(run: Run, fake: FakeOperations) -> None:
+    fake.apply = HeaderError("shard", "problem", "remedy")
+    ended = run(*APPLY, "--json")
+    assert ended.stdout == ""
+    assert one_line(ended.stderr) == "error: shard: problem; remedy"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("aply",), "'aply'"),
+        (("--verbose",), "--verbose"),
+        (("apply", "--ration", "0.5"), "--ration"),
+        (("apply", "a.pt", "b.pt", "--ratio", "0.5"), "b.pt"),
+        (("apply", "--keep", "many"), "'many'"),
+        (("apply", "--rounding", "up"), "'floor', 'nearest', 'ceil'"),
+        (("verify", "only-one"), "PRUNED"),
+        (("apply", "scores.pt", "--ratio"), "--ratio"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_a_hint_and_status_2(
+    run: Run, words: tuple[str, ...], told: str
+) -> None:
+    ended = run(*words)
+    assert ended.status == 2
+    assert ended.stdout == ""
+    line = one_line(ended.stderr)
+    assert told in line
+    assert "--help`" in line
+
+
+def test_a_bug_says_that_it_is_one(run: Run, fake: FakeOperations) -> None:
+    fake.apply = ValueError("unexpected\nlines")
+    ended = run(*APPLY)
+    assert ended.status == 1
+    line = one_line(ended.stderr)
+    assert line.startswith("error: this is a bug, ValueError: unexpected lines;")
+    assert "SHARDSURGEON_DEBUG=1" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(13, "Permission denied", "/models/x"), "/models/x: Permission denied"),
+        (MemoryError(), "memory ran out"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+    ],
+)
+def test_trouble_of_the_machine_is_one_line_and_status_1(
+    run: Run, fake: FakeOperations, error: Exception, told: str
+) -> None:
+    fake.apply = error
+    ended = run(*APPLY)
+    assert ended.status == 1
+    line = one_line(ended.stderr)
+    assert told in line
+    assert "SHARDSURGEON_DEBUG=1" in line
+    assert "bug" not in line
+
+
+@pytest.mark.parametrize("error", [HeaderError("shard", "problem"), KeyError("bug")])
+def test_debugging_shows_the_traceback_before_the_line(
+    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setenv("SHARDSURGEON_DEBUG", "1")
+    fake.apply = error
+    stderr = run(*APPLY).stderr
+    assert stderr.startswith("Traceback (most recent call last):")
+    assert stderr.splitlines()[-1].startswith("shardsurgeon: error: ")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_apply_says_that_it_resumes(
+    run: Run, fake: FakeOperations, number: signal.Signals, status: int
+) -> None:
+    fake.apply = lambda *args, **options: signal.raise_signal(number)
+    ended = run(*APPLY)
+    assert ended.status == status
+    assert one_line(ended.stderr) == "stopped; the same command resumes"
+
+
+def test_another_stopped_command_promises_nothing(run: Run, fake: FakeOperations) -> None:
+    fake.inspect = lambda *args, **options: signal.raise_signal(signal.SIGINT)
+    ended = run("inspect")
+    assert ended.status == 130
+    assert one_line(ended.stderr) == "stopped"
+
+
+def test_a_stop_is_not_caught_as_an_exception_on_its_way(run: Run, fake: FakeOperations) -> None:
+    def careless(*args: object, **options: object) -> str:
+        with suppress(Exception):
+            signal.raise_signal(signal.SIGTERM)
+        return "swallowed"
+
+    fake.apply = careless
+    assert run(*APPLY).status == 143
+
+
+def test_the_handlers_of_the_caller_come_back(run: Run) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run(*APPLY)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored(run: Run, fake: FakeOperations) -> None:
+    def stop(model: str | None) -> InspectReport:
+        signal.raise_signal(signal.SIGINT)
+        return INSPECTED
+
+    fake.inspect = stop
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run("inspect").status == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def in_a_shell(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a program that has the command line and its stand-ins at hand."""
+    prelude = (
+        "import sys; from shardsurgeon import operations; from tests.cli.standins import *;"
+        "operations.inspect = lambda model: INSPECTED; from shardsurgeon.cli.main import main;"
+    )
+    return in_python(prelude + code, **options)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe has another face on Windows")
+def test_a_reader_that_left_is_no_reason_for_words() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = in_a_shell("sys.exit(main(['inspect']))", stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = in_a_shell("sys.exit(main(['inspect']))", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert "No space left on device" in one_line(done.stderr)
+
+
+def test_a_name_that_the_console_cannot_spell_is_escaped() -> None:
+    code = (
+        "import dataclasses;"
+        "report = dataclasses.replace(INSPECTED, name='K\\udcff\\u2192');"
+        "operations.inspect = lambda model: report;"
+        "sys.stdout.reconfigure(encoding='cp1252'); sys.exit(main(['inspect']))"
+    )
+    done = in_a_shell(code, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("K\\udcff\\u2192: kimi_k25")

@@ -1,0 +1,76 @@
+"""Help: every option explained, 80 columns, quick, and with examples that work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import shardsurgeon
+from shardsurgeon.cli.main import cli
+from tests.cli.standins import Run, in_python
+
+HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "safetensors", "tqdm"}
+COMMANDS = ["inspect", "plan", "apply", "verify"]
+
+
+def examples(text: str) -> list[str]:
+    return re.findall(r"^ +shardsurgeon (.+)$", text, flags=re.MULTILINE)
+
+
+def test_the_commands_are_those_of_the_contract_in_order_of_use() -> None:
+    assert list(cli.commands) == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help(name: str) -> None:
+    for parameter in cli.commands[name].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+@pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS)])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_fits_80_columns(run: Run, words: tuple[str, ...], flag: str) -> None:
+    ended = run(*words, flag)
+    assert ended.status == 0
+    assert ended.stderr == ""
+    assert max(map(len, ended.stdout.splitlines())) <= 80
+
+
+def test_no_words_at_all_show_the_help(run: Run) -> None:
+    assert run().stdout == run("--help").stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_in_the_help_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = examples(run(name, "--help").stdout)
+    assert len(found) >= 2
+    for example in found:
+        assert run(*shlex.split(example)).status == 0, example
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"shardsurgeon, version {shardsurgeon.__version__}\n"
+
+
+def imported_by(*words: str) -> set[str]:
+    """Top-level modules that a command line imports, whatever comes of it."""
+    code = (
+        "import json, sys; from shardsurgeon.cli.main import main; status = main(sys.argv[1:]);"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = in_python(code, *words, capture_output=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("words", [("--help",), ("apply", "--help"), ("--version",), ("aply",)])
+def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
+    assert imported_by(*words) & HEAVY == set()

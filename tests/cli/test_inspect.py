@@ -1,0 +1,68 @@
+"""`inspect`: facts for people, and the contract's JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+from tests.cli.standins import INSPECTED, FakeOperations, Run
+
+CONTRACT_KEYS = {
+    *("model_type", "architectures", "num_hidden_layers", "moe_layers", "mtp_layers"),
+    *("num_experts", "top_k", "n_group", "topk_group", "expert_layout", "quantization"),
+    *("shards", "tensors", "total_size", "expert_size", "sizes_at"),
+}
+
+
+def test_the_current_folder_is_the_default(run: Run, fake: FakeOperations) -> None:
+    run("inspect")
+    run("inspect", "/models/K2")
+    assert [args for args, _ in fake.calls] == [(None,), ("/models/K2",)]
+
+
+def test_json_is_one_document_with_the_keys_of_the_contract(run: Run) -> None:
+    document = json.loads(run("inspect", "--json").stdout)
+    assert set(document) >= CONTRACT_KEYS
+    assert document == json.loads(json.dumps(asdict(INSPECTED)))
+
+
+def test_the_report_reads_well(run: Run) -> None:
+    assert run("inspect").stdout == (
+        "Kimi-K2.5: kimi_k25\n"
+        "\n"
+        "  architecture  KimiK25ForConditionalGeneration\n"
+        "  family        kimi_k25\n"
+        "  layers        61\n"
+        "  MoE layers    60 (1-60)\n"
+        "  MTP layers    none with experts\n"
+        "  experts       384 per MoE layer, 8 chosen per token\n"
+        "  layout        per-expert\n"
+        "  quantization  pack-quantized\n"
+        "  tensors       208,235 in 64 shards\n"
+        "  tensor data   594.1 GB\n"
+        "  parameters    1,026.4B\n"
+        "  one expert    25.1 MB in a layer, 1.5 GB over all layers\n"
+        "\n"
+        "  experts     tensor  share\n"
+        "  removed  data left   left\n"
+        "  -------  ---------  -----\n"
+        "      25%   448.0 GB  75.4%\n"
+        "      50%   302.0 GB  50.8%\n"
+    )
+
+
+def test_groups_and_notes_are_told_where_there_are_any(run: Run, fake: FakeOperations) -> None:
+    fake.inspect = replace(INSPECTED, n_group=8, topk_group=4, notes=("x.bin is left out",))
+    lines = run("inspect").stdout.splitlines()
+    assert "  groups        8, 4 of them chosen per token" in lines
+    assert lines[-1] == "  note          x.bin is left out"
+
+
+def test_what_is_unknown_is_not_made_up(run: Run, fake: FakeOperations) -> None:
+    fake.inspect = replace(
+        INSPECTED, model_type=None, architectures=(), total_parameters=None, sizes_at={}
+    )
+    text = run("inspect").stdout
+    assert text.startswith("Kimi-K2.5: kimi_k25\n")
+    assert "parameters" not in text
+    assert "removed" not in text

@@ -1,0 +1,205 @@
+"""`plan`: words to requests, one plan in full, several side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon.counts import MtpPolicy, Rounding, SelectionRequest
+from tests.cli.standins import PLANNED, FakeOperations, Run, layer
+
+
+def asked(fake: FakeOperations, run: Run, *words: str) -> SelectionRequest:
+    ended = run("plan", "scores.pt", *words)
+    assert ended.status == 0, ended.stderr
+    request = fake.calls[-1][0][2]
+    assert isinstance(request, SelectionRequest)
+    return request
+
+
+@pytest.mark.parametrize(
+    ("words", "request_"),
+    [
+        (("--ratio", "0.65"), SelectionRequest(ratio=0.65)),
+        (("--keep", "72"), SelectionRequest(keep=72)),
+        (("--target-size", "122GB"), SelectionRequest(target_size=122 * 10**9)),
+        (("--target-size", "1.5GiB"), SelectionRequest(target_size=3 * 2**29)),
+        (("--plan", "keep.json"), SelectionRequest(plan_file="keep.json")),
+        (
+            ("--ratio", "0.65", "--rounding", "nearest"),
+            SelectionRequest(ratio=0.65, rounding=Rounding.NEAREST),
+        ),
+        (("--keep", "72", "--multiple-of", "8"), SelectionRequest(keep=72, multiple_of=8)),
+        (("--keep", "72", "--metric", "ean_sum"), SelectionRequest(keep=72, metric="ean_sum")),
+        (
+            ("--keep", "72", "--preserve-super-experts"),
+            SelectionRequest(keep=72, preserve_super_experts=True),
+        ),
+        (("--keep", "72", "--mtp", "drop"), SelectionRequest(keep=72, mtp=MtpPolicy.DROP)),
+    ],
+)
+def test_the_words_become_one_frozen_request(
+    run: Run, fake: FakeOperations, words: tuple[str, ...], request_: SelectionRequest
+) -> None:
+    assert asked(fake, run, *words) == request_
+
+
+def test_model_and_scores_are_handed_on(run: Run, fake: FakeOperations) -> None:
+    run("plan", "scores.pt", "--model", "/models/K2", "--keep", "8")
+    run("plan", "--plan", "keep.json")
+    assert [args[:2] for args, _ in fake.calls] == [("/models/K2", "scores.pt"), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "--ratio, --keep, --target-size, --plan"),
+        (("--ratio", "0.5", "--keep", "8"), "--ratio, --keep"),
+        (("--ratio", "65"), "65.0 is not between 0 and 1"),
+        (("--ratio", "nan"), "nan is not between 0 and 1"),
+        (("--ratio", "half"), "'half' is not a number"),
+        (("--ratio", "0.5,"), "'0.5,' is not a number"),
+        (("--ratio", "0.5,1.5"), "1.5 is not between 0 and 1"),
+        (("--keep", "0"), "--keep: 0 is less than 1"),
+        (("--target-size", "big"), "--target-size: 'big' is not a size"),
+        (("--keep", "8", "--rounding", "ceil"), "--rounding"),
+        (("--plan", "keep.json", "--metric", "reap"), "--metric"),
+        (("--ratio", "0.5,0.65", "-o", "plan.json"), "2 ratios"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_refused_before_any_file_is_read(
+    run: Run, fake: FakeOperations, words: tuple[str, ...], told: str
+) -> None:
+    ended = run("plan", "scores.pt", *words)
+    assert ended.status == 2
+    assert told in ended.stderr
+    assert fake.calls == []
+
+
+def test_a_plan_in_full(run: Run) -> None:
+    assert run("plan", "scores.pt", "--ratio", "0.65").stdout == (
+        "Kimi-K2.5: keep 135 of 384 experts in each of 2 MoE layers\n"
+        "\n"
+        "                       lowest  highest  saliency\n"
+        "  layer  kept  pruned    kept   pruned   dropped\n"
+        "  -----  ----  ------  ------  -------  --------\n"
+        "      1   135     249     0.5     0.25     12.5%\n"
+        "      2   135     249     0.5   0.4375     37.5%\n"
+        "\n"
+        "  chosen by     --ratio 0.65, rounding floor, metric reap\n"
+        "  saliency      25.0% dropped on average, 37.5% at worst (layer 2)\n"
+        "  tensor data   594.0 GB -> 237.6 GB (40.0%)\n"
+        "  parameters    1,000.0B -> 372.0B (37.2%)\n"
+        "  shards        64 -> 64\n"
+        "  free space    238.0 GB needed\n"
+        "  output        /models/Kimi-K2.5-REAP-65pct\n"
+    )
+
+
+def test_a_plan_with_everything_to_say_fits_80_columns(run: Run, fake: FakeOperations) -> None:
+    layers = [
+        layer(n, preserved=1, never_routed=22, min_retained_saliency=-1.2345e-05)
+        for n in range(1, 61)
+    ]
+    mtp = layer(61, is_mtp=True, policy="router-norm", saliency_dropped=None)
+    fake.plan = replace(PLANNED, layers=(*layers, mtp), mtp_dropped=True, notes=("word " * 40,))
+    lines = run("plan", "scores.pt", "--ratio", "0.65").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.endswith(" scores") for line in lines) == 60
+    row = next(line for line in lines if line.lstrip().startswith("61*"))
+    assert row.split() == ["61*", "135", "249", "0", "0", "0.5", "0.25", "-", "router-norm"]
+    assert "  * next-token-prediction layer" in lines
+
+
+def test_router_norms_do_not_count_as_saliency_in_the_totals(
+    run: Run, fake: FakeOperations
+) -> None:
+    mtp = layer(3, is_mtp=True, policy="router-norm", saliency_dropped=0.9)
+    fake.plan = replace(PLANNED, layers=(*PLANNED.layers, mtp))
+    text = run("plan", "scores.pt", "--ratio", "0.65").stdout
+    assert "  saliency      25.0% dropped on average, 37.5% at worst (layer 2)\n" in text
+
+
+def test_a_keep_list_without_saliency_has_no_saliency_columns(
+    run: Run, fake: FakeOperations
+) -> None:
+    bare = {"min_retained_saliency": None, "max_pruned_saliency": None, "saliency_dropped": None}
+    fake.plan = replace(
+        PLANNED,
+        selection="plan",
+        ratio=None,
+        rounding=None,
+        metric=None,
+        layers=(layer(1, policy="plan", **bare),),
+        total_parameters_before=None,
+        total_parameters_after=None,
+    )
+    text = run("plan", "--plan", "keep.json").stdout
+    assert "saliency" not in text
+    assert "parameters" not in text
+    assert "  chosen by     --plan\n" in text
+    assert "      1   135     249    plan\n" in text
+
+
+def test_several_ratios_are_compared_a_line_each(run: Run, fake: FakeOperations) -> None:
+    fake.plan = lambda model, scores, request: replace(PLANNED, ratio=request.ratio)
+    assert run("plan", "scores.pt", "--ratio", "0.5,0.65").stdout == (
+        "Kimi-K2.5: 2 ratios compared\n"
+        "\n"
+        "  now           384 experts in each of 2 MoE layers, 594.0 GB of tensor data,\n"
+        "                1,000.0B parameters\n"
+        "\n"
+        "                                              saliency\n"
+        "                 tensor  share                 dropped            narrowest\n"
+        "  ratio  kept      data   left  parameters  on average  at worst        cut\n"
+        "  -----  ----  --------  -----  ----------  ----------  --------  ---------\n"
+        "    0.5   135  237.6 GB  40.0%      372.0B       25.0%     37.5%      12.5%\n"
+        "   0.65   135  237.6 GB  40.0%      372.0B       25.0%     37.5%      12.5%\n"
+        "\n"
+        "  saliency dropped: share of a layer's saliency that goes with its experts\n"
+        "  narrowest cut: how far the highest pruned saliency stays below the lowest kept\n"
+    )
+
+
+def test_a_note_that_several_plans_share_is_told_once(run: Run, fake: FakeOperations) -> None:
+    fake.plan = replace(PLANNED, notes=("x.bin is left out",))
+    assert run("plan", "scores.pt", "--ratio", "0.5,0.65").stdout.count("x.bin is left out") == 1
+
+
+def test_json_of_one_plan_is_the_report(run: Run) -> None:
+    document = json.loads(run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout)
+    assert document["num_experts_after"] == 135
+    assert document["layers"][1]["saliency_dropped"] == 0.375
+
+
+def test_json_of_several_plans_is_a_list_of_them(run: Run, fake: FakeOperations) -> None:
+    fake.plan = lambda model, scores, request: replace(PLANNED, ratio=request.ratio)
+    document = json.loads(run("plan", "scores.pt", "--ratio", "0.5,0.65,0.75", "--json").stdout)
+    assert list(document) == ["plans"]
+    assert [plan["ratio"] for plan in document["plans"]] == [0.5, 0.65, 0.75]
+
+
+def test_a_number_that_json_lacks_becomes_null(run: Run, fake: FakeOperations) -> None:
+    fake.plan = replace(PLANNED, layers=(layer(1, min_retained_saliency=float("inf")),))
+    text = run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout
+    assert json.loads(text)["layers"][0]["min_retained_saliency"] is None
+    assert "Infinity" not in text
+
+
+def test_the_plan_file_is_written_and_said(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    ended = run("plan", "scores.pt", "--ratio", "0.65", "-o", str(path))
+    assert Path(path).read_text() == "keep-lists"
+    assert ended.stdout.endswith(f"Keep-lists saved in {path}.\n")
+
+
+def test_with_json_the_plan_file_is_written_and_stdout_stays_one_document(
+    run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    ended = run("plan", "scores.pt", "--ratio", "0.65", "-o", str(path), "--json")
+    assert path.exists()
+    json.loads(ended.stdout)

@@ -1,0 +1,185 @@
+"""A local folder as a source: what it lists, what it reads, what it refuses."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon.errors import CheckpointError, SourceReadError
+from shardsurgeon.sources.base import Source
+from shardsurgeon.sources.local import LocalSource
+from shardsurgeon.sources.memory import MemorySource
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "Tiny-MoE"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "sub" / "a.txt").write_bytes(b"0123456789")
+    return folder
+
+
+def names(source: Source) -> list[str]:
+    return [file.name for file in source.list()]
+
+
+def test_files_are_listed_sorted_with_forward_slashes_and_sizes(model: Path) -> None:
+    files = LocalSource(model).list()
+    assert [(file.name, file.nbytes) for file in files] == [("config.json", 2), ("sub/a.txt", 10)]
+
+
+def test_leftovers_of_tools_are_not_listed(model: Path) -> None:
+    for folder in (".git", ".cache", "__pycache__", "sub/.huggingface"):
+        (model / folder).mkdir()
+        (model / folder / "x").write_bytes(b"x")
+    assert names(LocalSource(model)) == ["config.json", "sub/a.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
+def test_what_is_no_file_is_not_listed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(model / "pipe")
+    monkeypatch.chdir(model)  # socket paths must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        assert names(LocalSource(model)) == ["config.json", "sub/a.txt"]
+
+
+def test_linked_files_are_files_and_linked_folders_are_left_alone(
+    model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "blob").write_bytes(b"abc")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").write_bytes(b"x")
+    (model / "linked.json").symlink_to(tmp_path / "blob")
+    (model / "linked_folder").symlink_to(tmp_path / "elsewhere")
+    source = LocalSource(model)
+    assert names(source) == ["config.json", "linked.json", "sub/a.txt"]
+    assert source.list()[1].nbytes == 3
+    assert source.read("linked.json", 1, 3) == b"bc"
+
+
+def test_a_link_to_a_missing_file_is_an_incomplete_download(model: Path) -> None:
+    (model / "model.safetensors").symlink_to(model / "gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*fetch it again"):
+        LocalSource(model).list()
+
+
+def test_a_folder_is_named_by_itself_even_as_a_dot_or_through_a_link(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model)
+    assert LocalSource(".").name == LocalSource(tmp_path / "link").name == "Tiny-MoE"
+    assert LocalSource(".").location == str(model.resolve())
+    assert LocalSource(model).revision is None
+
+
+def test_a_relative_source_stays_where_it_was_opened(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    source = LocalSource(".")
+    monkeypatch.chdir(tmp_path)
+    assert source.read("config.json", 0, 2) == b"{}"
+
+
+def test_a_cache_snapshot_is_named_by_its_model_and_pinned_to_its_commit(tmp_path: Path) -> None:
+    cache = tmp_path / "models--moonshotai--Kimi-K2.5"
+    snapshot = cache / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "f00d").write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/f00d")
+    for given in (snapshot, snapshot / "model.safetensors"):
+        source = LocalSource(given)
+        assert (source.name, source.revision) == ("Kimi-K2.5", COMMIT)
+        assert source.read("model.safetensors", 0, 7) == b"weights"
+
+
+def test_a_single_shard_stands_for_its_folder(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"x")
+    source = LocalSource(model / "model.safetensors")
+    assert source.name == "Tiny-MoE"
+    assert names(source) == ["config.json", "model.safetensors", "sub/a.txt"]
+
+
+@pytest.mark.parametrize("given", ["missing", "Tiny-MoE/config.json"])
+def test_what_is_no_checkpoint_folder_is_refused(model: Path, given: str) -> None:
+    with pytest.raises(CheckpointError, match="give the folder that holds the model"):
+        LocalSource(model.parent / given)
+
+
+@pytest.mark.parametrize("name", ["../secret", "sub/../../secret", "/etc/hostname", "a\0b"])
+def test_names_that_leave_the_folder_are_refused(model: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        LocalSource(model).read(name, 0, 1)
+
+
+def stamp(folder: Path) -> str:
+    return LocalSource(folder).list()[0].stamp
+
+
+def test_reading_and_hard_linking_leave_the_stamp_alone(model: Path) -> None:
+    before = stamp(model)
+    LocalSource(model).read("config.json", 0, 2)
+    os.link(model / "config.json", model / "zzz")
+    assert stamp(model) == before
+
+
+def _replace_with_a_copy(path: Path) -> None:
+    times = path.stat()
+    (path.parent / "copy").write_bytes(path.read_bytes())
+    os.replace(path.parent / "copy", path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [_touch, _replace_with_a_copy])
+def test_touching_and_replacing_change_the_stamp(
+    model: Path, change: Callable[[Path], None]
+) -> None:
+    before = stamp(model)
+    change(model / "config.json")
+    assert stamp(model) != before
+
+
+def _local(folder: Path) -> Source:
+    return LocalSource(folder)
+
+
+def _memory(folder: Path) -> Source:
+    return MemorySource({"sub/a.txt": b"0123456789", "config.json": b"{}"}, "Tiny-MoE")
+
+
+@pytest.mark.parametrize("make", [_local, _memory])
+def test_reads_are_exact_or_an_error_that_says_how_much_there_is(
+    model: Path, make: Callable[[Path], Source]
+) -> None:
+    source = make(model)
+    assert source.name == "Tiny-MoE"
+    assert names(source) == ["config.json", "sub/a.txt"]
+    assert source.read("sub/a.txt", 2, 5) == b"234"
+    assert source.read("sub/a.txt", 10, 10) == b""
+    with pytest.raises(SourceReadError, match=r"a\.txt: ends at byte 10, byte 11 was expected"):
+        source.read("sub/a.txt", 8, 11)
+    with pytest.raises(SourceReadError, match="missing"):
+        source.read("missing", 0, 1)
+
+
+def test_memory_lies_on_no_disk_and_its_stamp_follows_the_content() -> None:
+    files = {"a": b"1"}
+    source = MemorySource(files)
+    before = source.list()
+    assert source.local_path("a") is None
+    assert source.revision is None
+    files["a"] = b"2"
+    assert source.list() != before

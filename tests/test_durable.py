@@ -1,0 +1,178 @@
+"""Whole files, exact reads, full writes, and errors that name the file."""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon import durable
+from shardsurgeon.errors import OutputWriteError, SourceReadError
+from shardsurgeon.system import System, native, portable
+
+BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
+CONTENT = bytes(range(256)) * 40
+
+
+def failing(code: int) -> Callable[..., int]:
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "from").write_bytes(CONTENT)
+    return tmp_path / "from"
+
+
+def three_bytes_at_a_time(system: System) -> System:
+    return replace(
+        system,
+        read_at=lambda file, buffer, at: system.read_at(file, buffer[:3], at),
+        write_at=lambda file, data, at: system.write_at(file, data[:3], at),
+    )
+
+
+def test_an_exact_read_goes_on_after_short_reads(file: Path) -> None:
+    system = three_bytes_at_a_time(portable())
+    with FileIO(file) as opened:
+        assert durable.read_exact(opened, 100, 1100, file, system) == CONTENT[100:1100]
+
+
+def test_a_file_that_ends_early_is_named_with_both_offsets(file: Path) -> None:
+    with FileIO(file) as opened, pytest.raises(SourceReadError) as caught:
+        durable.read_exact(opened, 10_000, 10_300, file)
+    assert str(caught.value) == (
+        f"{file}: ends at byte 10,240, byte 10,300 was expected; it was cut short; fetch it again"
+    )
+
+
+def copy(file: Path, target: Path, system: System) -> list[int]:
+    steps: list[int] = []
+    target.write_bytes(bytes(9_000))
+    with FileIO(file) as origin, FileIO(target, "r+") as opened:
+        durable.Copier(system, steps.append).copy(origin, 1_000, opened, 500, 8_000)
+    return steps
+
+
+@BOTH
+def test_a_range_is_copied_to_its_offset_and_every_step_is_told(
+    file: Path, tmp_path: Path, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "BUFFER_NBYTES", 999)
+    for variant in (system, three_bytes_at_a_time(system)):
+        steps = copy(file, tmp_path / "to", variant)
+        assert sum(steps) == 8_000
+        expected = bytes(500) + CONTENT[1_000:9_000] + bytes(500)
+        assert (tmp_path / "to").read_bytes() == expected
+
+
+def test_the_buffer_takes_over_where_the_kernel_stops_half_way(file: Path, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def kernel_copy(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> int:
+        asked.append(nbytes)
+        if len(asked) == 3:
+            return 0
+        source.seek(begin)
+        target.seek(at)
+        return target.write(source.read(700))
+
+    steps = copy(file, tmp_path / "to", replace(native(), kernel_copy=kernel_copy))
+    assert asked == [8_000, 7_300, 6_600]
+    assert steps == [700, 700, 6_600]
+    assert (tmp_path / "to").read_bytes()[500:8_500] == CONTENT[1_000:9_000]
+
+
+@BOTH
+def test_a_copy_beyond_the_end_of_the_source_names_the_source(
+    file: Path, tmp_path: Path, system: System
+) -> None:
+    os.truncate(file, 5_000)
+    with pytest.raises(SourceReadError, match=r"from: ends at byte 5,000"):
+        copy(file, tmp_path / "to", system)
+
+
+def test_a_failing_read_names_the_source_and_a_failing_write_the_target(
+    file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceReadError, match=r"from: cannot be read \(Input/output error\)"):
+        copy(file, tmp_path / "to", replace(portable(), read_at=failing(errno.EIO)))
+    with pytest.raises(OutputWriteError, match=r"to: cannot be written \(No space left .*free"):
+        copy(file, tmp_path / "to", replace(portable(), write_at=failing(errno.ENOSPC)))
+
+
+def test_a_system_that_takes_no_bytes_is_an_error_not_a_hang(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputWriteError, match="takes no more bytes"):
+        copy(file, tmp_path / "to", replace(portable(), write_at=lambda *_: 0))
+
+
+@BOTH
+def test_a_written_file_holds_the_data_and_leaves_nothing_beside_it(
+    tmp_path: Path, system: System
+) -> None:
+    for data in (b"first", b"", b"second"):
+        durable.write_file(tmp_path / "plan.json", data, three_bytes_at_a_time(system))
+        assert (tmp_path / "plan.json").read_bytes() == data
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+@pytest.mark.parametrize("call", ["write_at", "sync_file", "rename"])
+def test_a_failed_write_leaves_the_old_content(tmp_path: Path, call: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"old")
+    broken = replace(native(), **{call: failing(errno.EDQUOT)})  # type: ignore[arg-type]
+    with pytest.raises(OutputWriteError, match=r"plan\.json: cannot be written .*quota"):
+        durable.write_file(path, b"new", broken)
+    assert path.read_bytes() == b"old"
+
+
+def test_content_is_synced_before_the_name_and_the_folder_after(tmp_path: Path) -> None:
+    calls: list[str] = []
+    real = native()
+
+    def sync_file(file: FileIO) -> None:
+        calls.append(f"sync {Path(str(file.name)).name}")
+
+    def sync_folder(path: Path) -> None:
+        calls.append(f"sync {path.name}")
+
+    def rename(old: Path, new: Path) -> None:
+        calls.append(f"rename {old.name} {new.name}")
+        real.rename(old, new)
+
+    watched = replace(real, sync_file=sync_file, sync_folder=sync_folder, rename=rename)
+    durable.write_file(tmp_path / "a", b"data", watched)
+    assert calls == ["sync a.writing", "rename a.writing a", f"sync {tmp_path.name}"]
+
+
+def test_folders_are_made_with_those_above_them(tmp_path: Path) -> None:
+    durable.make_folder(tmp_path / "a" / "b", native())
+    durable.make_folder(tmp_path / "a" / "b", native())
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputWriteError):
+        durable.make_folder(tmp_path / "file" / "b", native())
+
+
+def test_a_reserved_file_starts_anew(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(b"leftover of a longer shard")
+    durable.reserve_file(tmp_path / "shard", 4, native())
+    assert (tmp_path / "shard").read_bytes() == bytes(4)
+
+
+def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+    asked: list[Path] = []
+
+    def free_space(path: Path) -> int:
+        asked.append(path)
+        return 7
+
+    system = replace(native(), free_space=free_space)
+    assert durable.free_space(tmp_path / "a" / "b" / "OUT", system) == 7
+    assert asked == [tmp_path]

@@ -1,0 +1,274 @@
+"""Which experts stay: order, ties, marks, groups, super experts, and the check of the cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
+from shardsurgeon.keeplists import KeepList, LayerKeep
+from shardsurgeon.selection import (
+    RoutingFacts,
+    check_keep_list,
+    check_order,
+    select,
+    summarize,
+    super_experts,
+)
+
+Rows = Mapping[int, NDArray[np.float64]]
+
+
+def row(*values: float) -> NDArray[np.float64]:
+    return np.array(values, dtype=np.float64)
+
+
+def flat(experts: int) -> RoutingFacts:
+    return RoutingFacts(experts, 1)
+
+
+def grouped(experts: int, n_group: int) -> RoutingFacts:
+    return RoutingFacts(experts, 1, n_group=n_group, topk_group=1)
+
+
+def keep_of(saliency: tuple[float | None, ...], retained: tuple[int, ...]) -> LayerKeep:
+    pruned = tuple(i for i in range(len(saliency)) if i not in retained)
+    return LayerKeep(retained=retained, pruned=pruned, preserved=(), saliency=saliency)
+
+
+def test_the_most_salient_experts_stay_in_ascending_order() -> None:
+    keep_list = select({7: row(0.1, 0.9, 0.3, 0.7)}, 2, flat(4))
+    assert keep_list.num_experts == 4
+    assert keep_list.layers == {7: keep_of((0.1, 0.9, 0.3, 0.7), (1, 3))}
+
+
+def test_layers_come_in_ascending_order_and_are_cut_each_for_itself() -> None:
+    keep_list = select({3: row(1, 2, 3), 1: row(3, 2, 1)}, 1, flat(3))
+    assert [(i, keep.retained) for i, keep in keep_list.layers.items()] == [(1, (0,)), (3, (2,))]
+
+
+def test_among_equals_the_lower_id_stays() -> None:
+    assert select({0: row(5, 1, 5, 5, 1)}, 2, flat(5)).layers[0].retained == (0, 2)
+    assert select({0: row(5, 1, 5, 5, 1)}, 4, flat(5)).layers[0].retained == (0, 1, 2, 3)
+    assert select({0: row(0.0, -0.0, 0.0)}, 1, flat(3)).layers[0].retained == (0,)
+
+
+def test_a_never_routed_expert_counts_as_the_lowest_even_below_negative_values() -> None:
+    keep = select({0: row(math.nan, -9.0, 0.0, math.nan)}, 3, flat(4)).layers[0]
+    assert keep.retained == (0, 1, 2)
+    assert keep.saliency == (None, -9.0, 0.0, None)
+
+
+def test_infinite_marks_and_named_experts_are_preserved_and_count_towards_the_kept() -> None:
+    values = {0: row(0.1, math.inf, 0.5, 0.2, math.nan)}
+    keep = select(values, 3, flat(5), {0: {4}}).layers[0]
+    assert keep.retained == (1, 2, 4)
+    assert keep.preserved == (1, 4)
+    assert keep.saliency == (0.1, None, 0.5, 0.2, None)
+
+
+def test_groups_keep_the_same_number_each_chosen_within_the_group() -> None:
+    keep = select({0: row(9, 8, 7, 6, 1, 3, 2, 4)}, 4, grouped(8, 2)).layers[0]
+    assert keep.retained == (0, 1, 5, 7)
+
+
+def test_more_preserved_experts_than_may_be_kept_are_refused_with_both_numbers() -> None:
+    marks = row(math.inf, math.inf, math.inf, 0)
+    with pytest.raises(UsageError, match="layer 5: 3 experts are preserved, 2 may be kept"):
+        select({5: marks}, 2, flat(4))
+    with pytest.raises(UsageError, match="layer 5: 2 experts of group 0 are preserved, 1 may be"):
+        select({5: marks}, 2, grouped(4, 2))
+
+
+SALIENCIES = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=False),
+    st.sampled_from([0.0, 0.5, 0.5, 1.0, math.nan, math.inf]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from([1, 1, 2, 4]), st.integers(1, 6))
+def test_any_selection_keeps_the_count_the_groups_and_the_preserved(
+    data: st.DataObject, n_group: int, size: int
+) -> None:
+    experts = n_group * size
+    values = row(*data.draw(st.lists(SALIENCIES, min_size=experts, max_size=experts)))
+    named = data.draw(st.sets(st.integers(0, experts - 1), max_size=2))
+    quota = data.draw(st.integers(1, size))
+    facts = grouped(experts, n_group)
+    marked = {i for i in range(experts) if values[i] == math.inf} | named
+    crowded = any(sum(i // size == g for i in marked) > quota for g in range(n_group))
+    if crowded:
+        with pytest.raises(UsageError):
+            select({0: values}, quota * n_group, facts, {0: named})
+        return
+    keep_list = select({0: values}, quota * n_group, facts, {0: named})
+    keep = keep_list.layers[0]
+    assert list(keep.retained) == sorted(set(keep.retained))
+    assert sorted(keep.retained + keep.pruned) == list(range(experts))
+    assert [sum(i // size == g for i in keep.retained) for g in range(n_group)] == [quota] * n_group
+    assert marked == set(keep.preserved) <= set(keep.retained)
+    check_order(keep_list, facts)
+    for old in keep.retained:
+        for other in keep.pruned:
+            if old // size == other // size and old not in marked:
+                lower = -math.inf if math.isnan(values[old]) else values[old]
+                higher = -math.inf if math.isnan(values[other]) else values[other]
+                assert lower > higher or (lower == higher and old < other)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(SALIENCIES, min_size=2, max_size=12))
+def test_keeping_one_more_only_adds_an_expert(saliencies: list[float]) -> None:
+    values = row(*saliencies)
+    values[np.isinf(values)] = 2.0
+    kept = [
+        set(select({0: values}, count, flat(len(values))).layers[0].retained)
+        for count in range(1, len(values) + 1)
+    ]
+    assert all(fewer < more for fewer, more in pairwise(kept))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.permutations(range(9)), st.integers(1, 8))
+def test_renumbering_distinct_experts_renumbers_the_selection(order: list[int], kept: int) -> None:
+    values = row(0.3, 0.1, 4, 1, 5, 9, 2, 6, math.nan)
+    plain = select({0: values}, kept, flat(9)).layers[0].retained
+    moved = select({0: values[order]}, kept, flat(9)).layers[0].retained
+    assert {order[i] for i in moved} == set(plain)
+
+
+def test_a_pruned_expert_above_a_retained_one_is_found_and_named() -> None:
+    wrong = KeepList(num_experts=3, layers={4: keep_of((0.5, 0.25, 0.75), (0, 1))})
+    says = "layer 4: a retained expert has saliency 0.25, a pruned one 0.75"
+    with pytest.raises(VerificationError, match=says):
+        check_order(wrong, flat(3))
+
+
+def test_an_unknown_saliency_is_below_every_known_one_in_the_check() -> None:
+    check_order(KeepList(3, {0: keep_of((0.5, None, -3.0), (0, 2))}), flat(3))
+    with pytest.raises(VerificationError, match="saliency -inf, a pruned one -3"):
+        check_order(KeepList(3, {0: keep_of((0.5, None, -3.0), (0, 1))}), flat(3))
+
+
+def test_the_check_leaves_preserved_experts_and_lists_without_saliency_out() -> None:
+    kept = LayerKeep(retained=(0, 1), pruned=(2,), preserved=(1,), saliency=(0.9, 0.1, 0.5))
+    check_order(KeepList(3, {0: kept}), flat(3))
+    check_order(KeepList(3, {0: LayerKeep((0, 1), (2,), (), None)}), flat(3))
+
+
+def test_the_check_compares_within_groups_where_routing_is_group_limited() -> None:
+    across = KeepList(4, {0: keep_of((9.0, 8.0, 1.0, 2.0), (0, 3))})
+    check_order(across, grouped(4, 2))
+    with pytest.raises(VerificationError):
+        check_order(across, flat(4))
+    within = KeepList(4, {0: keep_of((9.0, 8.0, 1.0, 2.0), (0, 2))})
+    with pytest.raises(VerificationError, match=r"layer 0, group 1: .* 1\.0, a pruned one 2\.0"):
+        check_order(within, grouped(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("keep_list", "says"),
+    [
+        (KeepList(6, {0: keep_of((1.0,) * 6, (0, 1))}), "is for 6 experts, the model has 8"),
+        (KeepList(8, {}), "holds 0 layers"),
+        (KeepList(8, {0: keep_of((1.0,) * 8, tuple(range(8)))}), "prunes nothing"),
+        (KeepList(8, {0: keep_of((1.0,) * 8, (0, 4, 5))}), "do not divide into the 2 groups"),
+        (
+            KeepList(8, {0: keep_of((1.0,) * 8, (0, 4)), 2: keep_of((1.0,) * 8, (0, 1, 4, 5))}),
+            "layer 0 keeps 2 experts, layer 2 4",
+        ),
+        (
+            KeepList(8, {0: keep_of((1.0,) * 8, (0, 1, 2, 4))}),
+            "layer 0 keeps 3 experts of group 0, not 2",
+        ),
+    ],
+)
+def test_a_keep_list_the_router_cannot_use_is_refused(keep_list: KeepList, says: str) -> None:
+    with pytest.raises(KeepListError) as caught:
+        check_keep_list(keep_list, grouped(8, 2), "drops.json")
+    assert str(caught.value).startswith("drops.json: ")
+    assert says in str(caught.value)
+
+
+def test_a_keep_list_that_suits_the_router_passes() -> None:
+    check_keep_list(KeepList(8, {0: keep_of((1.0,) * 8, (0, 1, 4, 7))}), grouped(8, 2), "x")
+
+
+def test_the_summary_tells_the_cut_the_share_dropped_and_the_never_routed() -> None:
+    saliency = (4.0, None, 1.0, 2.0, None, 3.0)
+    keep = LayerKeep((0, 4, 5), (1, 2, 3), preserved=(4,), saliency=saliency)
+    (summary,) = summarize(KeepList(6, {2: keep}))
+    assert (summary.layer, summary.kept, summary.pruned, summary.preserved) == (2, 3, 3, 1)
+    assert (summary.min_retained, summary.max_pruned) == (3.0, 2.0)
+    assert summary.dropped_share == pytest.approx(3 / 10)
+    assert summary.never_routed == 1
+
+
+@pytest.mark.parametrize(
+    ("saliency", "share"),
+    [
+        (None, None),
+        ((None, None), None),
+        ((0.0, 0.0), None),
+        ((2.0, -1.0), None),
+        ((1.5e308, 0.5e308), 0.25),
+    ],
+)
+def test_a_share_without_meaning_is_left_out(
+    saliency: tuple[float | None, ...] | None, share: float | None
+) -> None:
+    (summary,) = summarize(KeepList(2, {0: LayerKeep((0,), (1,), (), saliency)}))
+    assert summary.dropped_share == (share if share is None else pytest.approx(share))
+
+
+def reference_super_experts(rows: Rows) -> set[tuple[int, int]]:
+    """The rule in torch: threshold over all layers, strictly above, first three quarters."""
+    layers = sorted(rows)
+    stacked = torch.stack([torch.from_numpy(rows[layer]) for layer in layers])
+    threshold = torch.maximum(torch.quantile(stacked.flatten(), 0.995), stacked.max() / 10)
+    mask = stacked > threshold
+    mask[math.floor(0.75 * len(layers)) :] = False
+    return {(layers[int(i)], int(j)) for i, j in mask.nonzero()}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_super_experts_are_those_the_rule_gives_in_torch(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    layers, experts = int(rng.integers(1, 14)), int(rng.integers(2, 70))
+    # Heavy tails let the tenth of the maximum decide, light ones the percentile.
+    spread = [0.2, 2.0][seed % 2]
+    numbers = rng.choice(30, size=layers, replace=False)
+    rows = {int(i): np.exp(spread * rng.standard_normal(experts)) for i in numbers}
+    found = {(layer, old) for layer, ids in super_experts(rows).items() for old in ids}
+    assert found == reference_super_experts(rows)
+
+
+def test_a_tenth_of_the_maximum_must_be_exceeded_and_late_layers_do_not_count() -> None:
+    # 4 layers of 4: the percentile of 16 values lies between 10 and 100, above the tenth, 10.
+    few = {layer: row(1, 1, 1, 10) for layer in (1, 2, 3)} | {4: row(1, 1, 1, 100)}
+    assert super_experts(few) == {}
+    # 4 layers of 300: 1,194 of 1,200 values lie at or below the percentile, 1; the tenth is 10.
+    rows = {layer: np.ones(300) for layer in (1, 2, 3, 4)}
+    rows[1][[5, 9]] = [100.0, 10.5]
+    rows[3][[0, 7]] = [10.0, 11.0]
+    rows[4][2] = 99.0
+    assert super_experts(rows) == {1: (5, 9), 3: (7,)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_activation_norms_without_a_percentile_are_refused(value: float) -> None:
+    with pytest.raises(ScoreError, match=f"layer 3: max_activations of expert 1 is {value}"):
+        super_experts({3: row(1, value)})
+
+
+def test_no_activation_norms_name_no_super_experts() -> None:
+    assert super_experts({}) == {}

@@ -1,0 +1,162 @@
+"""Every call beside its twin: both must do the same."""
+
+import ctypes
+import errno
+import os
+import subprocess
+import sys
+import time
+from io import FileIO
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon import system as system_module
+from shardsurgeon.system import System, default_system, native, portable
+
+BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
+
+
+@BOTH
+def test_reads_and_writes_hit_their_offset(tmp_path: Path, system: System) -> None:
+    with FileIO(tmp_path / "file", "w+") as file:
+        assert system.write_at(file, memoryview(b"0123456789"), 0) == 10
+        assert system.write_at(file, memoryview(b"xy"), 4) == 2
+        buffer = bytearray(3)
+        assert system.read_at(file, memoryview(buffer), 3) == 3
+        assert buffer == b"3xy"
+        assert system.read_at(file, memoryview(buffer), 10) == 0
+
+
+@BOTH
+def test_reserving_sets_the_length_even_to_nothing(tmp_path: Path, system: System) -> None:
+    for nbytes in (0, 1, 100_000):
+        with FileIO(tmp_path / "file", "w") as file:
+            system.reserve(file, nbytes)
+        assert (tmp_path / "file").read_bytes() == bytes(nbytes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
+def test_a_reservation_that_the_disk_cannot_hold_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, mode: int, begin: int, nbytes: int) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(system_module, "_libc_fallocate", lambda: full)
+    with FileIO(tmp_path / "file", "w") as file, pytest.raises(OSError, match="No space"):
+        native().reserve(file, 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
+def test_a_file_system_that_cannot_reserve_still_gets_the_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_module, "_libc_fallocate", lambda: system_module._no_fallocate)
+    with FileIO(tmp_path / "file", "w") as file:
+        native().reserve(file, 10)
+    assert (tmp_path / "file").stat().st_size == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="no copy_file_range here")
+def test_the_kernel_copy_moves_a_range_and_declines_what_it_cannot_do(tmp_path: Path) -> None:
+    (tmp_path / "from").write_bytes(b"0123456789")
+    with FileIO(tmp_path / "from") as source, FileIO(tmp_path / "to", "w+") as target:
+        assert native().kernel_copy(source, 2, target, 1, 3) == 3
+        assert native().kernel_copy(source, 10, target, 1, 3) == 0
+        assert native().kernel_copy(target, 0, source, 0, 3) == 0  # source is open for reading
+        assert portable().kernel_copy(source, 2, target, 1, 3) == 0
+    assert (tmp_path / "to").read_bytes() == b"\x00234"
+
+
+@BOTH
+def test_renaming_replaces_files_and_moves_folders(tmp_path: Path, system: System) -> None:
+    (tmp_path / "old").write_bytes(b"new content")
+    (tmp_path / "new").write_bytes(b"")
+    system.rename(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "new").read_bytes() == b"new content"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_bytes(b"")
+    system.rename(tmp_path / "folder", tmp_path / "moved")
+    assert (tmp_path / "moved" / "file").exists()
+    with pytest.raises(FileNotFoundError):
+        system.rename(tmp_path / "missing", tmp_path / "other")
+
+
+def test_a_rename_that_windows_refuses_for_a_moment_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [PermissionError(), PermissionError()]
+    waits: list[float] = []
+
+    def replace(old: Path, new: Path) -> None:
+        if refusals:
+            raise refusals.pop()
+
+    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    portable().rename(tmp_path / "old", tmp_path / "new")
+    assert waits == [0.05, 0.1]
+    refusals[:] = [PermissionError()] * 100
+    with pytest.raises(PermissionError):
+        portable().rename(tmp_path / "old", tmp_path / "new")
+
+
+@BOTH
+def test_syncing_accepts_files_and_folders(tmp_path: Path, system: System) -> None:
+    with FileIO(tmp_path / "file", "w") as file:
+        system.sync_file(file)
+    system.sync_folder(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX syncs folders")
+def test_a_mount_without_folder_sync_is_accepted_but_a_bad_disk_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = errno.EINVAL
+
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    native().sync_folder(tmp_path)
+    code = errno.EIO
+    with pytest.raises(OSError, match=r"\[Errno 5\]"):
+        native().sync_folder(tmp_path)
+
+
+@BOTH
+def test_a_lock_excludes_others_until_its_file_is_closed(tmp_path: Path, system: System) -> None:
+    with FileIO(tmp_path / "lock", "a+") as first, FileIO(tmp_path / "lock", "a+") as second:
+        assert system.lock(first)
+        assert not system.lock(second)
+        first.close()
+        assert system.lock(second)
+
+
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from io import FileIO; from shardsurgeon.system import native\n"
+        "file = FileIO(sys.argv[1], 'a+'); assert native().lock(file); os._exit(9)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "lock")], env=environment, check=False
+    )
+    assert ended.returncode == 9
+    with FileIO(tmp_path / "lock", "a+") as file:
+        assert native().lock(file)
+
+
+@BOTH
+def test_free_space_is_that_of_the_folder(tmp_path: Path, system: System) -> None:
+    assert system.free_space(tmp_path) > 0
+
+
+def test_the_environment_can_ask_for_the_portable_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDSURGEON_PORTABLE", "1")
+    assert default_system() == portable()
+    monkeypatch.delenv("SHARDSURGEON_PORTABLE")
+    assert default_system() == native()

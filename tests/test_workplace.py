@@ -1,0 +1,228 @@
+"""OUT.partial: who may work there, what is thrown away, and how it becomes OUT."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon.errors import OutputError, OutputWriteError
+from shardsurgeon.journal import Run
+from shardsurgeon.system import native
+from shardsurgeon.workplace import Workplace, hold
+
+RUN = Run("1" * 64, "2" * 64, ())
+
+
+def finish(place: Workplace, name: str, data: bytes) -> None:
+    place.begin_file(name).write_bytes(data)
+    place.finish_file(name)
+
+
+def try_to_hold(out: Path) -> None:
+    with hold(out, native()):
+        pass
+
+
+def interrupted(out: Path) -> Path:
+    """Leave OUT.partial as a failed run does that had finished one file of two."""
+    with (
+        pytest.raises(ZeroDivisionError),
+        hold(out, native()) as place,
+        place.open_journal(RUN, restart=False) as journal,
+    ):
+        finish(place, "sub/one", b"1111")
+        journal.add("sub/one", 4)
+        place.begin_file("two").write_bytes(b"half")
+        raise ZeroDivisionError
+    return place.folder
+
+
+def tree(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_delivered_files_are_out_and_nothing_else_is_left(tmp_path: Path) -> None:
+    with hold(tmp_path / "deep" / "OUT", native()) as place:
+        with place.open_journal(RUN, restart=False):
+            finish(place, "sub/one", b"1111")
+        place.deliver({"sub/one"})
+    assert tree(tmp_path) == {"deep/OUT/sub/one"}
+    assert os.listdir(tmp_path / "deep") == ["OUT"]
+
+
+def test_a_failed_run_keeps_what_is_finished_and_drops_what_is_half(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "OUT")
+    assert folder == tmp_path / "OUT.partial"
+    assert tree(folder) == {"files/sub/one", "shardsurgeon.journal", "shardsurgeon.lock"}
+
+
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        hold(tmp_path / "OUT", native()) as place,
+        place.open_journal(RUN, restart=False),
+    ):
+        place.begin_file("one").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_run_goes_on_and_a_restart_starts_over(tmp_path: Path) -> None:
+    interrupted(tmp_path / "OUT")
+    with hold(tmp_path / "OUT", native()) as place, place.open_journal(RUN, False) as journal:
+        assert journal.finished == {"sub/one": 4}
+        assert place.has("sub/one", 4, b"11")
+    with hold(tmp_path / "OUT", native()) as place, place.open_journal(RUN, True) as journal:
+        assert journal.finished == {}
+        assert not place.has("sub/one", 4, b"11")
+
+
+@pytest.mark.parametrize(("nbytes", "begins"), [(5, b"11"), (4, b"12")])
+def test_a_file_of_another_size_or_header_is_not_finished(
+    tmp_path: Path, nbytes: int, begins: bytes
+) -> None:
+    interrupted(tmp_path / "OUT")
+    assert not Workplace(tmp_path / "OUT", native()).has("sub/one", nbytes, begins)
+    assert not Workplace(tmp_path / "OUT", native()).has("missing", nbytes, begins)
+
+
+def test_the_place_of_another_command_is_refused_untouched(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "OUT")
+    (folder / "writing").mkdir()
+    (folder / "writing" / "two").write_bytes(b"half")
+    before = tree(folder)
+    other = Run("9" * 64, "2" * 64, ())
+    with (
+        pytest.raises(OutputError, match="different command"),
+        hold(tmp_path / "OUT", native()) as place,
+    ):
+        place.open_journal(other, restart=False)
+    assert tree(folder) == before
+    with hold(tmp_path / "OUT", native()) as place, place.open_journal(other, True) as journal:
+        assert journal.finished == {}
+
+
+def test_an_existing_out_is_refused_even_where_it_is_a_dangling_link(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    for name in ("folder", "link", "."):
+        with pytest.raises(OutputError, match="exists; choose another -o or remove it"):
+            try_to_hold(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("content", ["notes.txt", "files/x"])
+def test_a_folder_that_is_not_ours_is_never_touched(
+    tmp_path: Path, content: str, restart: bool
+) -> None:
+    path = tmp_path / "OUT.partial" / content
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"precious")
+    with (
+        pytest.raises(OutputError, match="was not made by shardsurgeon"),
+        hold(tmp_path / "OUT", native()) as place,
+    ):
+        place.open_journal(RUN, restart)
+    assert tree(tmp_path / "OUT.partial") == {content}
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_or_link_in_the_way_is_not_ours_either(tmp_path: Path, kind: str) -> None:
+    if kind == "file":
+        (tmp_path / "OUT.partial").write_bytes(b"precious")
+    else:
+        (tmp_path / "OUT.partial").symlink_to(tmp_path / "missing")
+    with pytest.raises(OutputError, match="was not made by shardsurgeon"):
+        try_to_hold(tmp_path / "OUT")
+
+
+@pytest.mark.parametrize(
+    "leftovers", [(), ("shardsurgeon.lock",), ("shardsurgeon.lock", "shardsurgeon.journal.writing")]
+)
+def test_what_a_kill_in_the_first_moments_leaves_is_taken_over(
+    tmp_path: Path, leftovers: tuple[str, ...]
+) -> None:
+    (tmp_path / "OUT.partial").mkdir()
+    for name in leftovers:
+        (tmp_path / "OUT.partial" / name).write_bytes(b"")
+    with hold(tmp_path / "OUT", native()) as place:
+        with place.open_journal(RUN, restart=False):
+            finish(place, "one", b"1")
+        place.deliver({"one"})
+    assert tree(tmp_path) == {"OUT/one"}
+
+
+def test_a_second_run_on_the_same_out_is_refused_while_the_first_works(tmp_path: Path) -> None:
+    with (
+        hold(tmp_path / "OUT", native()),
+        pytest.raises(OutputError, match="another run writes there now"),
+    ):
+        try_to_hold(tmp_path / "OUT")
+    try_to_hold(tmp_path / "OUT")
+
+
+def test_of_many_runs_that_come_and_go_never_two_hold_the_place(tmp_path: Path) -> None:
+    holders: list[int] = []
+    together: list[int] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        for _ in range(30):
+            try:
+                with hold(tmp_path / "OUT", native()):
+                    holders.append(1)
+                    together.append(len(holders))
+                    holders.pop()
+            except OutputError:
+                pass
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert set(together) == {1}
+
+
+@pytest.fixture
+def delivering(tmp_path: Path) -> Iterator[Workplace]:
+    with hold(tmp_path / "OUT", native()) as place:
+        with place.open_journal(RUN, restart=False):
+            finish(place, "one", b"1")
+        yield place
+
+
+def test_a_file_that_the_run_did_not_write_is_not_delivered(delivering: Workplace) -> None:
+    (delivering.files / "stray.txt").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"stray\.txt: is not of this run"):
+        delivering.deliver({"one"})
+    assert not delivering.out.exists()
+
+
+def test_a_file_that_went_missing_stops_the_delivery(delivering: Workplace) -> None:
+    (delivering.files / "one").unlink()
+    with pytest.raises(OutputWriteError, match="one: disappeared"):
+        delivering.deliver({"one"})
+
+
+def test_an_out_that_appeared_meanwhile_is_not_replaced(delivering: Workplace) -> None:
+    delivering.out.mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        delivering.deliver({"one"})
+    assert os.listdir(delivering.out) == []
+
+
+def test_leftovers_that_will_be_given_back_count_as_free(tmp_path: Path) -> None:
+    place = Workplace(tmp_path / "OUT", native())
+    alone = place.space()
+    place.files.mkdir(parents=True)
+    (place.files / "one").write_bytes(os.urandom(1 << 20))
+    kept, thrown_away = place.space(), place.space(restart=True)
+    assert thrown_away - kept >= 1 << 20
+    assert abs(thrown_away - alone) < 64 << 20  # others use this disk too
