@@ -16,7 +16,12 @@ _WIDTHS = {"I32": "<i4", "I64": "<i8"}
 
 
 def remapped(
-    name: str, dtype: str, shape: tuple[int, ...], raw: bytes, retained: tuple[int, ...], experts: int
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    raw: bytes,
+    retained: tuple[int, ...],
+    experts: int,
 ) -> bytes:
     """The table of old ids `raw`, of `dtype` and `shape` [..., ids per row], in new ids.
 

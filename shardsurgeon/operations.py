@@ -44,7 +44,8 @@ from shardsurgeon.verification import verify_checkpoint
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
 # What apply compares by itself: every tensor's place and shape, and of every shard a few
 # tensors' bytes. `verify` compares them all.
-SAMPLED_BY_APPLY = 8
+SAMPLED_TENSORS = 8
+SAMPLED_NBYTES = 1 << 20
 
 
 def inspect(model: str | None = None) -> InspectReport:
@@ -204,7 +205,12 @@ def carry_out(
     checks: list[VerifyReport] = []
 
     def check(folder: Path) -> None:
-        report = verify_checkpoint(pruning.checkpoint, folder, sample=SAMPLED_BY_APPLY)
+        report = verify_checkpoint(
+            pruning.checkpoint,
+            folder,
+            sample=SAMPLED_TENSORS,
+            sample_nbytes=SAMPLED_NBYTES,
+        )
         checks.append(report)
         require_verified(report)
 
@@ -363,7 +369,7 @@ def _plan_report(pruning: Pruning) -> PlanReport:
         shards_after=len(surgery.shards),
         space_needed=_space_needed(pruning),
         out=str(pruning.out),
-        notes=(*checkpoint.notes, *decision.notes, *_left_out(pruning)),
+        notes=(*checkpoint.notes, *decision.notes, *_grouped(anatomy), *_left_out(pruning)),
     )
 
 
@@ -396,6 +402,15 @@ def _space_needed(pruning: Pruning) -> int:
         + sum(sizes[name] for name in surgery.side_files)
         + sum(Path(path).stat().st_size for _, path in surgery.extra_files)
     )
+
+
+def _grouped(anatomy: Anatomy) -> list[str]:
+    if anatomy.n_group == 1:
+        return []
+    return [
+        f"every one of the router's {anatomy.n_group} groups keeps its own best experts, so the "
+        "lowest kept may be below the highest pruned of another group"
+    ]
 
 
 def _left_out(pruning: Pruning) -> list[str]:

@@ -131,9 +131,12 @@ def test_an_unknown_model_type_is_told_what_is_supported_and_how_to_add_a_family
 
 
 def test_a_dimension_that_happens_to_equal_the_expert_count_does_no_harm_beside_the_block() -> None:
-    assert anatomy().role(
-        TensorRecord("model.layers.1.self_attn.o_proj.weight", "F32", (6, 8), 0, 192)
-    ) == Carried()
+    assert (
+        anatomy().role(
+            TensorRecord("model.layers.1.self_attn.o_proj.weight", "F32", (6, 8), 0, 192)
+        )
+        == Carried()
+    )
 
 
 def test_every_spelling_of_the_count_may_be_present() -> None:

@@ -21,7 +21,7 @@ LINES = [
     ["api"],
     ["operations"],
     ["execution", "verification*", "finishing", "naming"],
-    ["copying", "workplace", "decision", "planning", "modelconfig", "sizing"],
+    ["copying", "workplace", "decision", "planning", "modelconfig", "sizing", "idtables"],
     ["lineage", "selection"],
     ["journal", "surgeryplan", "scores", "keeplists", "progress", "reports"],
     ["scoretables", "keepfiles"],
@@ -55,7 +55,9 @@ def imports(path: Path) -> set[str]:
                 found.add(inner if inner in MODULES else base or "__init__")
         elif isinstance(node, ast.Import):
             names = (alias.name for alias in node.names)
-            found |= {n.removeprefix("shardsurgeon.") for n in names if n.startswith("shardsurgeon.")}
+            found |= {
+                n.removeprefix("shardsurgeon.") for n in names if n.startswith("shardsurgeon.")
+            }
     return found
 
 

@@ -22,9 +22,9 @@ from shardsurgeon.errors import (
     VerificationError,
 )
 from shardsurgeon.execution import Space, estimate_space, execute
-from shardsurgeon.surgeryplan import OutputShard
 from shardsurgeon.progress import Progress
 from shardsurgeon.sources.memory import MemorySource
+from shardsurgeon.surgeryplan import OutputShard
 from shardsurgeon.system import System, native, portable
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])

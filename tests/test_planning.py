@@ -14,8 +14,8 @@ from safetensors.numpy import load
 from shardsurgeon.anatomy import read_anatomy
 from shardsurgeon.checkpoint import open_checkpoint
 from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.surgeryplan import Literal, OutputShard
 from shardsurgeon.planning import plan_shards, shard_name
+from shardsurgeon.surgeryplan import Literal, OutputShard
 
 QWEN = {
     "model_type": "qwen3_5_moe",
@@ -32,11 +32,19 @@ def stacked_tensors() -> tiny.Tensors:
     """Qwen3.5's layout: experts stacked along the first axis, an MTP layer of its own name."""
     numbers = np.random.default_rng(3)
     found: tiny.Tensors = {"model.visual.weight": numbers.standard_normal((3, 8)).astype("f4")}
-    for prefix in ("model.language_model.layers.0", "model.language_model.layers.1", "mtp.layers.0"):
-        found[f"{prefix}.mlp.experts.gate_up_proj"] = numbers.standard_normal((8, 6, 4)).astype("f2")
+    for prefix in (
+        "model.language_model.layers.0",
+        "model.language_model.layers.1",
+        "mtp.layers.0",
+    ):
+        found[f"{prefix}.mlp.experts.gate_up_proj"] = numbers.standard_normal((8, 6, 4)).astype(
+            "f2"
+        )
         found[f"{prefix}.mlp.experts.down_proj"] = numbers.standard_normal((8, 4, 3)).astype("f2")
         found[f"{prefix}.mlp.gate.weight"] = numbers.standard_normal((8, 4)).astype("f4")
-        found[f"{prefix}.mlp.shared_expert_gate.weight"] = numbers.standard_normal((1, 4)).astype("f4")
+        found[f"{prefix}.mlp.shared_expert_gate.weight"] = numbers.standard_normal((1, 4)).astype(
+            "f4"
+        )
     found["mtp.fc.weight"] = numbers.standard_normal((4, 8)).astype("f4")
     return found
 
@@ -101,7 +109,10 @@ def assert_same(found: tiny.Tensors, wanted: tiny.Tensors) -> None:
 
 
 keep_lists = st.fixed_dictionaries(
-    {n: st.sets(st.integers(0, 7), min_size=1, max_size=7).map(sorted).map(tuple) for n in (1, 2, 3)}
+    {
+        n: st.sets(st.integers(0, 7), min_size=1, max_size=7).map(sorted).map(tuple)
+        for n in (1, 2, 3)
+    }
 )
 
 

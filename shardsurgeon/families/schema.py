@@ -152,6 +152,9 @@ def family_for(config: Mapping[str, Any], where: str) -> Family:
     for family in families:
         if any(name in family.architectures for name in architectures):
             return family
+    if not _mentions_experts(config):
+        problem = f"{model_type!r} names no experts: a dense model has none to prune"
+        raise FamilyError(where, problem)
     raise FamilyError(where, *_unknown(model_type, families))
 
 
@@ -165,6 +168,12 @@ def all_families() -> tuple[Family, ...]:
 
 def _read(file_name: str) -> str:
     return (resources.files("shardsurgeon.families") / file_name).read_text(encoding="utf-8")
+
+
+def _mentions_experts(node: object) -> bool:
+    if isinstance(node, Mapping):
+        return any("expert" in key or _mentions_experts(value) for key, value in node.items())
+    return False
 
 
 def _unknown(model_type: object, families: tuple[Family, ...]) -> tuple[str, str]:
