@@ -16,7 +16,12 @@ _WIDTHS = {"I32": "<i4", "I64": "<i8"}
 
 
 def remapped(
-    name: str, dtype: str, shape: tuple[int, ...], raw: bytes, retained: tuple[int, ...], experts: int
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    raw: bytes,
+    retained: tuple[int, ...],
+    experts: int,
 ) -> bytes:
     """The table of old ids `raw`, of `dtype` and `shape` [..., ids per row], in new ids.
 
@@ -34,7 +39,8 @@ def remapped(
     new = new_ids[old]
     for column in range(shape[-1]):
         _fill(new, old, column, len(retained))
-    return new.astype(_WIDTHS[dtype]).tobytes()
+    table: bytes = new.astype(_WIDTHS[dtype]).tobytes()
+    return table
 
 
 def _fill(new: np.ndarray, old: np.ndarray, column: int, kept: int) -> None:

@@ -20,15 +20,17 @@ LINES = [
     ["cli*"],
     ["api"],
     ["operations"],
-    ["execution", "verification*", "finishing", "naming"],
+    ["execution", "verification*", "finishing", "naming", "mixedprecision"],
     ["copying", "workplace", "decision", "planning", "modelconfig", "sizing"],
-    ["lineage", "selection"],
-    ["journal", "surgeryplan", "scores", "keeplists", "progress", "reports"],
+    ["mtplayers"],
+    ["lineage", "selection", "allocation", "routerscores", "quantlists"],
+    ["journal", "surgeryplan", "scores", "scorefiles", "keeplists", "progress", "reports"],
     ["scoretables", "keepfiles"],
     ["anatomy"],
-    ["checkpoint", "roles", "parameters", "counts"],
+    ["confignumbers"],
+    ["checkpoint", "roles", "blocks", "parameters", "counts", "idtables"],
     ["provenance", "families*", "sources*"],
-    ["formats*", "durable", "layernames"],
+    ["formats*", "durable", "layernames", "quantnames"],
     ["system"],
     ["units"],
     ["errors", "__init__"],
@@ -55,7 +57,9 @@ def imports(path: Path) -> set[str]:
                 found.add(inner if inner in MODULES else base or "__init__")
         elif isinstance(node, ast.Import):
             names = (alias.name for alias in node.names)
-            found |= {n.removeprefix("shardsurgeon.") for n in names if n.startswith("shardsurgeon.")}
+            found |= {
+                n.removeprefix("shardsurgeon.") for n in names if n.startswith("shardsurgeon.")
+            }
     return found
 
 

@@ -54,7 +54,9 @@ def read_keeps(
         if earlier is None:
             retained[layer] = ids
         elif layer in earlier.layers:
-            present = {old_id: number for number, old_id in enumerate(earlier.layers[layer].retained)}
+            present = {
+                old_id: number for number, old_id in enumerate(earlier.layers[layer].retained)
+            }
             if gone := [old_id for old_id in ids if old_id not in present]:
                 problem = f"keeps expert {gone[0]} of the original, which the source has not"
                 findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
@@ -77,14 +79,18 @@ def check_layers(
     for layer in sorted(recorded - expected):
         findings.add(PROVENANCE_NAME, f"has an entry for layer {layer}, which has no experts")
     if keeps.kept < anatomy.top_k:
-        problem = f"{keeps.kept} experts are left, the router chooses {anatomy.top_k} for each token"
+        problem = (
+            f"{keeps.kept} experts are left, the router chooses {anatomy.top_k} for each token"
+        )
         findings.add(PROVENANCE_NAME, problem)
     groups = anatomy.n_group
     size = anatomy.num_experts // groups
     for layer, retained in keeps.retained.items() if groups > 1 else ():
         counts = [sum(old_id // size == group for old_id in retained) for group in range(groups)]
         if len(set(counts)) > 1:
-            problem = f"keeps {min(counts)} to {max(counts)} experts per router group, not equally many"
+            problem = (
+                f"keeps {min(counts)} to {max(counts)} experts per router group, not equally many"
+            )
             findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
 
 

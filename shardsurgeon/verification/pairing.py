@@ -15,7 +15,7 @@ from itertools import groupby
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import Checkpoint, Shard
 from shardsurgeon.formats.safetensors import DTYPE_BITS, TensorRecord
-from shardsurgeon.roles import Carried, Counted, ExpertTensor, Role, Sliced
+from shardsurgeon.roles import Carried, Counted, ExpertTensor, Role, Sliced, Surplus, Tabled
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import Keeps
 
@@ -43,6 +43,18 @@ class Count:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A table whose values, rows of `row_length` integers of `width` bytes, are expert ids.
+
+    retained: as in Keeps.
+    """
+
+    width: int
+    row_length: int
+    retained: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """An output tensor and the source tensor it must be made of.
 
@@ -60,7 +72,7 @@ class Pair:
     source_file: str
     source_begin: int
     source_place: tuple[int, int]
-    cut: Rows | Count | None
+    cut: Rows | Count | Table | None
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
         """(source offset, output offset, bytes), relative to the tensors, that must be equal."""
@@ -68,6 +80,8 @@ class Pair:
             yield self.cut.width, self.cut.width, self.nbytes - self.cut.width
         elif isinstance(self.cut, Rows):
             yield from _row_stretches(self.cut)
+        elif isinstance(self.cut, Table):
+            return  # compared by what its values mean
         else:
             yield 0, 0, self.nbytes
 
@@ -104,7 +118,7 @@ def pair_tensors(
 
 
 class _Matcher:
-    """Finds the source tensor of one output tensor after the other, and remembers which it found."""
+    """Finds the source tensor of one output tensor after the other, and remembers it."""
 
     def __init__(
         self, source: Checkpoint, anatomy: Anatomy, keeps: Keeps, findings: Findings
@@ -133,15 +147,29 @@ class _Matcher:
         self.mtp_seen |= self._is_mtp(role)
         if not isinstance(role, Carried) and role.layer not in self._keeps.retained:
             return None
-        if isinstance(role, ExpertTensor):
-            if role.expert >= self._keeps.kept:
+        if isinstance(role, ExpertTensor | Surplus):
+            place = self._old_place(record.name, role)
+            if place is None:
                 problem = f"is a surplus tensor: expert {role.expert} of {self._keeps.kept} kept"
                 self._findings.add(where, problem)
                 return None
-            old_id = self._keeps.retained[role.layer][role.expert]
-            place = self._places[role.renamed(record.name, old_id)]
         self._used.add(place)
         return self._pair(shard, record, place, role)
+
+    def _old_place(self, name: str, role: ExpertTensor | Surplus) -> tuple[int, int] | None:
+        """Where the source has what the output calls `name`; None where there is no such expert.
+
+        Behind the retained experts stand the identity experts, where the source has tensors of
+        them: they follow in their order.
+        """
+        if role.expert < self._keeps.kept:
+            old_id = self._keeps.retained[role.layer][role.expert]
+            return self._places[role.renamed(name, old_id)]
+        removed = self._anatomy.num_experts - self._keeps.kept
+        place = self._places.get(role.renamed(name, role.expert + removed))
+        if place is None or not isinstance(self._anatomy.role(self._record(place)), Surplus):
+            return None
+        return place
 
     def account(self) -> bool:
         """Find what is missing; whether the MTP layers were dropped."""
@@ -163,11 +191,14 @@ class _Matcher:
 
     def _output_name(self, name: str, role: Role) -> str | None:
         """What a source tensor is called in the output; None where it does not survive."""
-        if not isinstance(role, ExpertTensor):
+        if not isinstance(role, ExpertTensor | Surplus):
             return name
         retained = self._keeps.retained.get(role.layer)
         if retained is None:
             return name
+        if isinstance(role, Surplus):
+            removed = self._anatomy.num_experts - len(retained)
+            return role.renamed(name, role.expert - removed)
         return role.renamed(name, retained.index(role.expert)) if role.expert in retained else None
 
     def _pair(
@@ -175,11 +206,15 @@ class _Matcher:
     ) -> Pair | None:
         old = self._record(place)
         home = self._source.shards[place[0]]
-        shape, cut = old.shape, None
+        shape = old.shape
+        cut: Rows | Count | Table | None = None
         if isinstance(role, Sliced):
             shape, cut = _rows(old, role, self._keeps.retained[role.layer])
         elif isinstance(role, Counted):
             cut = Count(DTYPE_BITS[old.dtype] // 8, self._keeps.kept)
+        elif isinstance(role, Tabled):
+            width = DTYPE_BITS[old.dtype] // 8
+            cut = Table(width, old.shape[-1], self._keeps.retained[role.layer])
         if (record.dtype, record.shape) != (old.dtype, shape):
             self._findings.add(
                 f"{shard.file} {record.name}",
@@ -204,7 +239,9 @@ class _Matcher:
         return self._source.shards[number].header.tensors[position]
 
     def _is_mtp(self, role: Role) -> bool:
-        return role.mtp if isinstance(role, Carried) else role.layer >= self._anatomy.num_layers
+        if isinstance(role, Carried):
+            return role.mtp
+        return role.layer >= self._anatomy.num_layers
 
 
 def _rows(

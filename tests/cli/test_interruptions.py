@@ -1,0 +1,114 @@
+"""An interrupted apply: what it leaves, what goes on from it, what is refused."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon import operations
+from shardsurgeon.cli.main import main
+from shardsurgeon.errors import VerificationError
+from tests.cli.standins import ROOT
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ROOT / "fixtures" / "kimi_linear", tmp_path / "model"))
+
+
+def words(model: Path, ratio: str = "0.5") -> list[str]:
+    out = str(model.parent / "out")
+    return ["apply", str(model / "scores.pt"), "--model", str(model), "--ratio", ratio, "-o", out]
+
+
+def interrupt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that moved every byte and stopped before its folder got its name."""
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise VerificationError("out", "stopped by the test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(operations, "verify_checkpoint", stop)
+        assert main(words(model)) == 1
+    assert not (model.parent / "out").exists()
+    assert (model.parent / "out.partial").is_dir()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def reference(model: Path) -> dict[str, bytes]:
+    assert main(words(model)) == 0
+    found = contents(model.parent / "out")
+    shutil.rmtree(model.parent / "out")
+    return found
+
+
+def test_the_same_command_finishes_what_another_began(
+    model: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(model, monkeypatch)
+    assert main(words(model)) == 0
+    assert contents(model.parent / "out") == reference
+    assert not (model.parent / "out.partial").exists()
+
+
+def test_another_command_is_refused_until_it_says_restart(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(model, monkeypatch)
+    capsys.readouterr()
+    assert main(words(model, "0.25")) == 2
+    line = capsys.readouterr().err
+    assert "different command" in line and "--restart" in line and line.count("\n") == 1
+    assert main([*words(model, "0.25"), "--restart"]) == 0
+
+
+def test_a_source_that_changed_meanwhile_is_refused_by_name(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(model, monkeypatch)
+    capsys.readouterr()
+    shard = sorted(model.glob("*.safetensors"))[1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(words(model)) == 2
+    line = capsys.readouterr().err
+    assert shard.name in line and "changed" in line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
+def test_kills_at_random_moments_lose_nothing(model: Path, reference: dict[str, bytes]) -> None:
+    numbers = random.Random(7)
+    command = [sys.executable, "-m", "shardsurgeon", *words(model), "--workers", "2"]
+    killed = 0
+    begun = time.monotonic()
+    while not (model.parent / "out").exists():
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        try:
+            # Later and later, so that the run ends however slow the machine is.
+            _, said = process.communicate(timeout=numbers.uniform(0.2, 0.5) + 0.02 * killed)
+            assert process.returncode == 0, said
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+        assert time.monotonic() - begun < 300
+    assert contents(model.parent / "out") == reference
+    assert not (model.parent / "out.partial").exists()
