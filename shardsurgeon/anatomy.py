@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint, config_section
+from shardsurgeon.blocks import Block, check_alike
+from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
+from shardsurgeon.confignumbers import read_numbers
 from shardsurgeon.errors import ConfigError, FamilyError
 from shardsurgeon.families.schema import Family, family_for
 from shardsurgeon.formats.safetensors import TensorRecord
-from shardsurgeon.roles import Carried, Counted, ExpertTensor, NameReader, Role, Sliced, Tabled
+from shardsurgeon.roles import (
+    Carried,
+    Counted,
+    ExpertTensor,
+    NameReader,
+    Role,
+    Sliced,
+    Surplus,
+    Tabled,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +43,20 @@ class MoELayer:
     expert_nbytes: tuple[int, ...]
     router: str
 
+    @property
+    def num_experts(self) -> int:
+        """How many experts it has."""
+        return len(self.expert_nbytes)
+
 
 @dataclass(frozen=True)
 class Anatomy:
     """A checkpoint's layers, experts and routing.
 
     layers: ascending by index, MTP layers last. mtp_nbytes: bytes that go when the MTP layers
-    go. num_layers: decoder layers without MTP.
+    go. num_layers: decoder layers without MTP. num_experts: of the largest layers.
+    shared_count: the one count that the config says of every layer; own_mtp_count: whether it
+    says another of the MTP layers.
     """
 
     family: Family
@@ -52,6 +69,8 @@ class Anatomy:
     num_mtp_layers: int
     carried_nbytes: int
     mtp_nbytes: int
+    shared_count: int
+    own_mtp_count: bool
     reader: NameReader = field(repr=False)
 
     @property
@@ -63,6 +82,16 @@ class Anatomy:
     def mtp_layers(self) -> tuple[MoELayer, ...]:
         """The MoE layers that predict tokens further ahead."""
         return tuple(layer for layer in self.layers if layer.is_mtp)
+
+    @property
+    def experts_per_layer(self) -> dict[int, int]:
+        """MoE layer → its experts."""
+        return {layer.index: layer.num_experts for layer in self.layers}
+
+    def shares_count(self, layer: MoELayer) -> bool:
+        """Whether engines build a layer with the count that the config says of all layers."""
+        own = layer.is_mtp and self.own_mtp_count
+        return not own and layer.num_experts == self.shared_count
 
     @property
     def layout(self) -> str:
@@ -79,15 +108,16 @@ class Anatomy:
         """What removing experts does to a tensor. Raises FamilyError where no rule claims it."""
         return self.reader.role(record)
 
-    def total_nbytes(self, kept: int, *, drop_mtp: bool = False) -> int:
-        """Bytes of tensor data with `kept` experts a layer, at most.
+    def total_nbytes(self, kept: int | Mapping[int, int], *, drop_mtp: bool = False) -> int:
+        """Bytes of tensor data with `kept` experts a layer, or kept[layer] of each, at most.
 
         Exact where a layer's experts are of one size; else it counts the largest ones.
         """
         nbytes = self.carried_nbytes + (0 if drop_mtp else self.mtp_nbytes)
         for layer in self.layers:
             if not (drop_mtp and layer.is_mtp):
-                nbytes += sum(sorted(layer.expert_nbytes, reverse=True)[:kept])
+                count = kept if isinstance(kept, int) else kept[layer.index]
+                nbytes += sum(sorted(layer.expert_nbytes, reverse=True)[:count])
         return nbytes
 
 
@@ -100,25 +130,32 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     """
     where = f"{checkpoint.location}/{CONFIG_NAME}"
     config = checkpoint.settings
-    family = family_for(config, where)
+    family = checkpoint.family or family_for(config, where)
     if family.refusal:
         raise FamilyError(where, f"{config.get('model_type')}: {family.refusal}")
-    numbers = _Numbers.read(family, config, where)
-    reader = NameReader(family, numbers.num_layers, numbers.num_experts, numbers.extra_rows)
-    census = _Census(checkpoint.location, numbers.num_experts)
+    numbers = read_numbers(family, config, where)
+    reader = NameReader(family, numbers.num_layers, numbers.experts, numbers.extra_rows)
+    census = _Census(checkpoint.location, reader)
     for shard in checkpoint.shards:
         for record in shard.header.tensors:
-            census.see(reader, record)
+            census.see(record)
     census.check()
     reader.settle(census.moe_layers)
     for shard in checkpoint.shards:
         for record in shard.header.tensors:
-            census.weigh(reader, record)
+            census.weigh(record)
+    census.compare()
+    layers = census.layers()
+    own_mtp = numbers.own_mtp_count
+    most = max(layer.num_experts for layer in layers if not (layer.is_mtp and own_mtp))
+    if most != numbers.experts.every:
+        problem = f"says {numbers.experts.every} experts, the largest layers have {most}"
+        raise ConfigError(where, problem, "make the spellings agree")
     return Anatomy(
         family=family,
-        layers=census.layers(reader),
+        layers=layers,
         num_layers=numbers.num_layers,
-        num_experts=numbers.num_experts,
+        num_experts=max(layer.num_experts for layer in layers),
         top_k=numbers.top_k,
         n_group=numbers.n_group,
         topk_group=numbers.topk_group,
@@ -126,74 +163,9 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
         carried_nbytes=census.carried,
         mtp_nbytes=census.mtp,
         reader=reader,
+        shared_count=most,
+        own_mtp_count=own_mtp,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbers:
-    """What config.json says, every spelling considered."""
-
-    num_layers: int
-    num_experts: int
-    top_k: int
-    n_group: int
-    topk_group: int
-    mtp_layers: int
-    extra_rows: int
-
-    @classmethod
-    def read(cls, family: Family, config: Mapping[str, Any], where: str) -> _Numbers:
-        keys = family.config
-        sections = [s for s in (config_section(config, at) for at in keys.at) if s is not None]
-        section = next((s for s in sections if any(key in s for key in keys.num_experts)), None)
-        if section is None:
-            raise ConfigError(
-                where,
-                f"has no expert count ({' or '.join(keys.num_experts)})",
-                "a dense model has no experts to prune",
-            )
-
-        def number(names: tuple[str, ...], default: int | None) -> int:
-            return _number(section, names, default, where)
-
-        num_experts = number(keys.num_experts, None)
-        for name in keys.num_experts:
-            said = _whole(section.get(name))
-            if said and set(said) != {num_experts}:
-                problem = f"says {num_experts} and {section[name]} experts ({name})"
-                raise ConfigError(where, problem, "make the spellings agree")
-        n_group = max(number(keys.n_group, 1), 1)
-        return cls(
-            num_layers=number(keys.num_layers, None),
-            num_experts=num_experts,
-            top_k=number(keys.top_k, None),
-            n_group=n_group,
-            topk_group=max(number(keys.topk_group, n_group), 1),
-            mtp_layers=number(keys.mtp_layers, 0),
-            extra_rows=number((keys.extra_rows,), 0) if keys.extra_rows else 0,
-        )
-
-
-def _number(
-    section: Mapping[str, Any], names: tuple[str, ...], default: int | None, where: str
-) -> int:
-    for name in names:
-        value = section.get(name)
-        if value is None:
-            continue
-        numbers = _whole(value)
-        if not numbers or min(numbers) < 0:
-            raise ConfigError(where, f"{name} is {value!r}, expected a whole number")
-        return max(numbers)
-    if default is None:
-        raise ConfigError(where, f"has no {' or '.join(names)}")
-    return default
-
-
-def _whole(value: object) -> list[int]:
-    """A whole number, or a list of them (one per layer), as a list; else nothing."""
-    numbers = value if isinstance(value, list) else [value]
-    return [n for n in numbers if type(n) is int] if all(type(n) is int for n in numbers) else []
 
 
 class _Census:
@@ -203,11 +175,13 @@ class _Census:
     the second, with those known, weighs every tensor and refuses what no rule claims.
     """
 
-    def __init__(self, location: str, num_experts: int) -> None:
+    def __init__(self, location: str, reader: NameReader) -> None:
         self._location = location
-        self._num_experts = num_experts
-        self._parts: dict[str, int] = {}
+        self._reader = reader
+        self._parts: dict[tuple[str, str], int] = {}
+        self._blocks: dict[int, Block] = {}
         self._experts: dict[int, dict[int, int]] = {}
+        self._full: dict[int, int] = {}
         self._stacked: set[int] = set()
         self._routers: dict[int, str] = {}
         self._nbytes: dict[int, list[int]] = {}
@@ -219,32 +193,53 @@ class _Census:
         """Layers with experts or a router, ascending."""
         return tuple(sorted({*self._experts, *self._stacked, *self._routers}))
 
-    def see(self, reader: NameReader, record: TensorRecord) -> None:
+    def see(self, record: TensorRecord) -> None:
         """First pass: who is there."""
-        role = reader.role(record)
+        role = self._reader.role(record)
         if isinstance(role, ExpertTensor):
             # The same for every expert of the layer; told apart by one bit each.
-            part = f"{record.name[: role.begin]}{{}}{record.name[role.end :]}"
+            part = record.name[: role.begin], record.name[role.end :]
             bit = 1 << self._parts.setdefault(part, len(self._parts))
             layer = self._experts.setdefault(role.layer, {})
             layer[role.expert] = layer.get(role.expert, 0) | bit
+            if self._full.get(role.layer, 0) & bit:
+                return
+            self._full[role.layer] = self._full.get(role.layer, 0) | bit
         elif isinstance(role, Sliced) and not role.is_router:
             self._stacked.add(role.layer)
-        elif isinstance(role, Sliced) and reader.is_router_weight(record):
+        elif isinstance(role, Sliced) and self._reader.is_router_weight(record):
             self._routers[role.layer] = record.name
+        self._note(record, role)
 
-    def weigh(self, reader: NameReader, record: TensorRecord) -> None:
+    def _note(self, record: TensorRecord, role: Role) -> None:
+        """Keep what a layer's block has, to compare it with the others'."""
+        place = self._reader.place(record.name)
+        if place is None:
+            return
+        layer, start = place
+        block = self._blocks.get(layer)
+        if block is None:
+            block = self._blocks[layer] = Block(record.name[:start])
+        if isinstance(role, ExpertTensor | Surplus):
+            name = f"{record.name[start : role.begin]}{{}}{record.name[role.end :]}"
+            block.weights[name] = record.dtype
+        elif isinstance(role, Tabled) or (isinstance(role, Sliced) and role.is_router):
+            block.routers.add(record.name[start:])
+        elif isinstance(role, Sliced) or self._reader.in_block(record.name, start):
+            block.weights[record.name[start:]] = record.dtype
+
+    def weigh(self, record: TensorRecord) -> None:
         """Second pass: how much each expert weighs."""
-        role = reader.role(record)
+        role = self._reader.role(record)
         if isinstance(role, ExpertTensor):
             self._row(role.layer)[role.expert] += record.nbytes
         elif isinstance(role, Sliced):
             row = self._row(role.layer)
             each = record.nbytes // record.shape[role.axis]
             row[:] = [nbytes + each for nbytes in row]
-            self._carry(each * role.tail, reader.is_mtp(role.layer))
-        elif isinstance(role, Counted | Tabled):
-            self._carry(record.nbytes, reader.is_mtp(role.layer))
+            self._carry(each * role.tail, self._reader.is_mtp(role.layer))
+        elif isinstance(role, Counted | Tabled | Surplus):
+            self._carry(record.nbytes, self._reader.is_mtp(role.layer))
         elif isinstance(role, Carried):
             self._carry(record.nbytes, role.mtp)
 
@@ -256,42 +251,59 @@ class _Census:
             )
         for layer in self.moe_layers:
             if layer not in self._routers:
-                raise FamilyError(self._location, f"layer {layer} has experts and no router weight")
+                name = self._blocks[layer].prefix + self._router_name()
+                problem = f"layer {layer} has experts and no router weight such as {name}"
+                raise FamilyError(self._location, problem, "fetch the checkpoint again")
             if layer in self._experts:
                 self._check_experts(layer)
             elif layer not in self._stacked:
                 raise FamilyError(self._location, f"layer {layer} has a router and no experts")
 
+    def compare(self) -> None:
+        """Every MoE layer has the tensors that the others have."""
+        blocks = {layer: self._blocks[layer] for layer in self.moe_layers}
+        reader = self._reader
+        check_alike(blocks, lambda layer: not reader.is_mtp(layer), reader.varies, self._location)
+
+    def _router_name(self) -> str:
+        """What a router is called behind its layer's prefix: as in another layer, if there is."""
+        for layer, name in self._routers.items():
+            return name.removeprefix(self._blocks[layer].prefix)
+        return self._reader.router_name
+
     def _check_experts(self, layer: int) -> None:
         masks = self._experts[layer]
-        missing = sorted(set(range(self._num_experts)) - set(masks))
-        surplus = sorted(set(masks) - set(range(self._num_experts)))
+        experts = self._reader.experts_of(layer)
+        missing = sorted(set(range(experts)) - set(masks))
+        surplus = sorted(set(masks) - set(range(experts)))
         if missing or surplus:
             what = f"lacks expert {missing[0]}" if missing else f"has an expert {surplus[0]}"
+            there = next(iter(masks.values()))
+            head, tail = next(part for part, bit in self._parts.items() if there >> bit & 1)
+            name = f"{head}{(missing or surplus)[0]}{tail}"
             raise FamilyError(
                 self._location,
-                f"layer {layer} {what}: the config says {self._num_experts} experts, "
+                f"layer {layer} {what} ({name}): the config says {experts} experts, "
                 f"the shards hold {len(masks)}",
                 "experts must be 0..E-1 without gaps; fetch the checkpoint again",
             )
-        full = 0
-        for mask in masks.values():
-            full |= mask
+        full = self._full[layer]
         for expert, mask in sorted(masks.items()):
             if mask != full:
-                part = next(p for p, bit in self._parts.items() if (full & ~mask) >> bit & 1)
+                lacks = full & ~mask
+                head, tail = next(part for part, bit in self._parts.items() if lacks >> bit & 1)
                 raise FamilyError(
                     self._location,
-                    f"tensor {part.format(expert)} is missing",
+                    f"tensor {head}{expert}{tail} is missing",
                     "every expert needs the same tensors; fetch the checkpoint again",
                 )
 
-    def layers(self, reader: NameReader) -> tuple[MoELayer, ...]:
+    def layers(self) -> tuple[MoELayer, ...]:
         """The layers found, weighed."""
         return tuple(
             MoELayer(
                 index=layer,
-                is_mtp=reader.is_mtp(layer),
+                is_mtp=self._reader.is_mtp(layer),
                 stacked=layer not in self._experts,
                 expert_nbytes=tuple(self._nbytes[layer]),
                 router=self._routers[layer],
@@ -300,7 +312,7 @@ class _Census:
         )
 
     def _row(self, layer: int) -> list[int]:
-        return self._nbytes.setdefault(layer, [0] * self._num_experts)
+        return self._nbytes.setdefault(layer, [0] * self._reader.experts_of(layer))
 
     def _carry(self, nbytes: int, mtp: bool) -> None:
         if mtp:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from shardsurgeon import operations
 from shardsurgeon.checkpoint import Checkpoint
-from shardsurgeon.counts import MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.errors import UsageError
 from shardsurgeon.naming import require_apart
 from shardsurgeon.operations import Pruning
@@ -19,7 +19,7 @@ from shardsurgeon.scores import Scores
 from shardsurgeon.units import parse_size
 
 AnyPath = str | PathLike[str]
-_Choice = TypeVar("_Choice", Rounding, MtpPolicy)
+_Choice = TypeVar("_Choice", Rounding, MtpPolicy, Allocation)
 
 
 def plan(
@@ -35,6 +35,8 @@ def plan(
     metric: str | None = None,
     preserve_super_experts: bool = False,
     mtp: str = "router-norm",
+    allocate: str = "uniform",
+    allow_nonuniform: bool = False,
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
 ) -> Pruning:
@@ -54,6 +56,8 @@ def plan(
         metric=metric,
         preserve_super_experts=preserve_super_experts,
         mtp=_choice(MtpPolicy, mtp, "mtp"),
+        allocate=_choice(Allocation, allocate, "allocate"),
+        allow_nonuniform=allow_nonuniform,
     )
     limit = _nbytes(max_shard_size, "max_shard_size")
     return operations.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit)
@@ -81,9 +85,15 @@ def apply(
     )
 
 
-def verify(source: AnyPath, pruned: AnyPath, *, sample: int | None = None) -> VerifyReport:
-    """Compare a pruned folder with its source, byte by byte, or `sample` tensors per shard."""
-    return operations.verify(source, pruned, sample=sample)
+def verify(
+    source: AnyPath, pruned: AnyPath, *, sample: int | None = None, architecture: bool = False
+) -> VerifyReport:
+    """Compare a pruned folder with its source, byte by byte, or `sample` tensors per shard.
+
+    architecture: check as well that transformers' model of the pruned config takes exactly
+    these tensors.
+    """
+    return operations.verify(source, pruned, sample=sample, architecture=architecture)
 
 
 def _nbytes(size: int | str | None, option: str) -> int | None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from typing import Any
 
 from shardsurgeon.errors import CheckpointError, ConfigError, HeaderError, IndexFileError
+from shardsurgeon.families.schema import Family
 from shardsurgeon.formats.documents import Document
 from shardsurgeon.formats.index import INDEX_NAME, Index, parse_index
 from shardsurgeon.formats.safetensors import Header, header_length, parse_header
@@ -46,7 +47,8 @@ class Checkpoint:
     without an index (its weight map is checked against the shards and let go); provenance:
     what an earlier prune by this tool wrote, or None; unindexed: safetensors files that the
     index does not name and that therefore are no part of the model; notes: what a user
-    should know and need not mend.
+    should know and need not mend; family: a declaration that takes the place of the shipped
+    ones.
     """
 
     source: Source
@@ -57,6 +59,7 @@ class Checkpoint:
     provenance: Provenance | None
     unindexed: tuple[str, ...]
     notes: tuple[str, ...]
+    family: Family | None = None
 
     @property
     def location(self) -> str:
@@ -231,3 +234,23 @@ def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] 
     for key in filter(None, dotted.split(".")):
         node = node.get(key) if isinstance(node, Mapping) else None
     return node if isinstance(node, Mapping) else None
+
+
+def config_values(
+    node: object, keys: tuple[str, ...]
+) -> Iterator[tuple[tuple[str | int, ...], object]]:
+    """(path, value) of every value at a path of keys, of which `*` stands for all there are.
+
+    A list at the end of the path gives each of its elements: some configs say it per layer.
+    """
+    if not keys and not isinstance(node, list):
+        yield (), node
+        return
+    inner: Iterable[tuple[str | int, object]] = ()
+    if isinstance(node, list) and (not keys or keys[0] == "*"):
+        inner = enumerate(node)
+    elif isinstance(node, Mapping) and keys:
+        inner = node.items() if keys[0] == "*" else [(k, node[k]) for k in keys[:1] if k in node]
+    for key, value in inner:
+        for path, number in config_values(value, keys[1:]):
+            yield (key, *path), number

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from enum import StrEnum
 from os import PathLike
@@ -32,6 +32,13 @@ class MtpPolicy(StrEnum):
     ROUTER_NORM = "router-norm"
     LAST = "last"
     DROP = "drop"
+
+
+class Allocation(StrEnum):
+    """How the kept experts are shared out among the layers."""
+
+    UNIFORM = "uniform"
+    GLOBAL = "global"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +73,19 @@ class RoutingFacts:
             problem = f"topk_group is {self.topk_group}, more than the {self.n_group} groups"
             raise ConfigError("config.json", problem)
 
+    def of_layer(self, num_experts: int) -> RoutingFacts:
+        """The same for a layer of another number of experts, of which a token gets no more."""
+        return replace(self, num_experts=num_experts, top_k=min(self.top_k, num_experts))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRequest:
     """What the user asked for. Exactly one of ratio, keep, target_size (bytes), plan_file.
 
     rounding, multiple_of and metric are None where the user did not say; `effective_rounding`
-    is what then holds. Raises UsageError for values and combinations that cannot be meant.
+    is what then holds. allocate: whether every layer keeps the same number or the layers share
+    one budget; allow_nonuniform: whether a model whose layers keep different numbers may be
+    written. Raises UsageError for values and combinations that cannot be meant.
     """
 
     ratio: float | None = None
@@ -84,6 +97,8 @@ class SelectionRequest:
     metric: str | None = None
     preserve_super_experts: bool = False
     mtp: MtpPolicy = MtpPolicy.ROUTER_NORM
+    allocate: Allocation = Allocation.UNIFORM
+    allow_nonuniform: bool = False
 
     def __post_init__(self) -> None:
         self._check_one_selection()
@@ -143,6 +158,7 @@ class SelectionRequest:
             ("--metric", self.metric is not None),
             ("--preserve-super-experts", self.preserve_super_experts),
             ("--multiple-of", self.multiple_of is not None),
+            ("--allocate", self.allocate is Allocation.GLOBAL),
         ):
             if unwanted:
                 problem = "a keep-list given with --plan already says which experts stay"
@@ -230,10 +246,22 @@ def check_kept(
     if kept >= facts.num_experts:
         problem = f"keeping {kept} of {facts.num_experts} experts prunes nothing"
         raise error(where, problem, f"keep fewer than {facts.num_experts}")
+    check_routing(kept, facts, where, error)
+
+
+def check_routing(
+    kept: int, facts: RoutingFacts, where: str, error: type[InputError] = UsageError
+) -> None:
+    """Raise `error`, naming `where`, unless a router can choose from `kept` experts."""
     problems = _group_problem(kept, facts) if kept % facts.n_group else None
     problems = problems or _routing_problem(kept, facts)
     if problems:
         raise error(where, *problems)
+
+
+def fewest_kept(facts: RoutingFacts) -> int:
+    """The smallest kept count that `check_routing` lets pass."""
+    return max(-(-facts.top_k // facts.topk_group), facts.group_score_top) * facts.n_group
 
 
 def _kept_at(request: SelectionRequest, experts: int) -> int:

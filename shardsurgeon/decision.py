@@ -1,7 +1,7 @@
 """From a model and its scores (or a keep-list file) to the keep-lists of every layer.
 
-Joins `scores`, `keeplists`, `lineage` and `selection`; the one thing it reads of the model's
-weights is the router of an MTP layer that has no scores.
+Joins `scores`, `keeplists`, `lineage`, `allocation`, `selection` and `mtplayers`. Of the model's
+weights it reads tables that hold expert ids.
 """
 
 from __future__ import annotations
@@ -12,22 +12,34 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsurgeon.anatomy import Anatomy, MoELayer
-from shardsurgeon.checkpoint import Checkpoint
+from shardsurgeon.allocation import Counts, LayerCounts, allocate, uniform_counts
+from shardsurgeon.anatomy import Anatomy
+from shardsurgeon.checkpoint import Checkpoint, Shard
 from shardsurgeon.counts import (
+    Allocation,
     MtpPolicy,
     RoutingFacts,
     SelectionRequest,
-    kept_count,
 )
-from shardsurgeon.errors import FamilyError, ScoreError
-from shardsurgeon.formats.numbers import decode
-from shardsurgeon.keeplists import KeepList, LayerKeep, read_keeplist, resolve
+from shardsurgeon.errors import ScoreError, UsageError
+from shardsurgeon.formats.safetensors import TensorRecord
+from shardsurgeon.idtables import remapped
+from shardsurgeon.keeplists import KeepList, read_keeplist, resolve
 from shardsurgeon.lineage import check_lineage, restrict, restrict_ids
+from shardsurgeon.mtplayers import check_mtp_counts, mtp_counts, with_mtp
+from shardsurgeon.roles import Tabled
 from shardsurgeon.scores import Scores, check_values
-from shardsurgeon.selection import check_keep_list, check_order, select, super_experts
+from shardsurgeon.selection import (
+    check_keep_list,
+    check_order,
+    check_uniform,
+    select,
+    super_experts,
+)
 
 Values = Mapping[int, NDArray[np.float64]]
+SizeOf = Callable[[int | Counts], int]
+"""What every layer keeps, or each of them → bytes of the checkpoint."""
 
 _SUPER_METRIC = "max_activations"
 
@@ -36,22 +48,28 @@ _SUPER_METRIC = "max_activations"
 class Decision:
     """Which experts stay, and why.
 
-    keep: in ids of the checkpoint at hand; kept: experts per MoE layer afterwards; metric: the
-    one that decided, None with a keep-list file; policies: layer → what decided where it was
-    not the scores; never_routed: layer → experts that no calibration token reached.
+    keep: in ids of the checkpoint at hand; metric: the one that decided, None with a keep-list
+    file; policies: layer → what decided where it was not the scores; never_routed: layer →
+    experts that no calibration token reached; uniform: what as many experts in every layer would
+    have been, to compare a global allocation with, where there is one and that is possible.
     """
 
     keep: KeepList
-    kept: int
     drop_mtp: bool
     metric: str | None
     policies: Mapping[int, str]
     never_routed: Mapping[int, tuple[int, ...]]
     notes: tuple[str, ...]
+    uniform: KeepList | None = None
+
+    @property
+    def kept(self) -> int:
+        """Experts per MoE layer afterwards, of the largest layers."""
+        return self.keep.kept
 
 
 def routing_facts(anatomy: Anatomy) -> RoutingFacts:
-    """What the selection must know of a model's router."""
+    """What the selection must know of a model's routers, in its largest layers."""
     return RoutingFacts(
         num_experts=anatomy.num_experts,
         top_k=anatomy.top_k,
@@ -66,15 +84,15 @@ def decide(
     anatomy: Anatomy,
     scores: Scores | None,
     request: SelectionRequest,
-    size_of: Callable[[int], int],
+    size_of: SizeOf,
 ) -> Decision:
     """The keep-lists that a request means for a checkpoint.
 
-    size_of: kept count → bytes of the result, for a target size. Raises UsageError, ScoreError
+    size_of: for a target size. Raises UsageError, ScoreError
     or KeepListError where request, scores and model do not fit, VerificationError where a
     pruned expert would beat a retained one.
     """
-    check_lineage(checkpoint.provenance, anatomy.num_experts, [la.index for la in anatomy.layers])
+    check_lineage(checkpoint.provenance, anatomy.experts_per_layer)
     facts = routing_facts(anatomy)
     if request.plan_file is not None:
         decision = _from_file(checkpoint, anatomy, request, facts)
@@ -94,29 +112,80 @@ def _from_scores(
     scores: Scores,
     request: SelectionRequest,
     facts: RoutingFacts,
-    size_of: Callable[[int], int],
+    size_of: SizeOf,
 ) -> Decision:
     scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
     metric, table = scores.select(request.metric)
     values = restrict(
         _by_number(table, anatomy, scores.origin),
         checkpoint.provenance,
-        anatomy.num_experts,
+        anatomy.experts_per_layer,
         scores.origin,
     )
     drop_mtp = request.mtp is MtpPolicy.DROP
     if drop_mtp:
         values = {layer: row for layer, row in values.items() if layer < anatomy.num_layers}
     never_routed = _check(values, scores, checkpoint, anatomy)
-    count = kept_count(request, facts, size_of)
     preserved: dict[int, tuple[int, ...]] = {}
     if request.preserve_super_experts:
         preserved = _super(checkpoint, anatomy, scores)
         preserved = {layer: ids for layer, ids in preserved.items() if layer in values}
-    keep = select(values, count.kept, facts, preserved)
-    keep, policies = _with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
-    notes = (count.note,) if count.note else ()
-    return Decision(keep, count.kept, drop_mtp, metric, policies, never_routed, notes)
+    uniform = uniform_counts(request, main_facts(anatomy), size_of)
+    counts, compared = uniform, None
+    if request.allocate is Allocation.GLOBAL:
+        counts = _shared_out(anatomy, values, preserved, facts, uniform, request, size_of)
+        compared = _if_uniform(values, preserved, uniform, facts)
+    every = {**counts.kept, **mtp_counts(anatomy, facts, counts.kept)}
+    keep = select(values, every, facts, preserved)
+    keep, policies = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
+    notes = (counts.note,) if counts.note else ()
+    return Decision(keep, drop_mtp, metric, policies, never_routed, notes, compared)
+
+
+def main_facts(anatomy: Anatomy) -> dict[int, RoutingFacts]:
+    """Main layer → what the selection must know of its own router."""
+    facts = routing_facts(anatomy)
+    return {layer.index: facts.of_layer(layer.num_experts) for layer in anatomy.main_layers}
+
+
+def _shared_out(
+    anatomy: Anatomy,
+    values: Values,
+    preserved: Mapping[int, tuple[int, ...]],
+    facts: RoutingFacts,
+    uniform: LayerCounts,
+    request: SelectionRequest,
+    size_of: SizeOf,
+) -> LayerCounts:
+    """As many experts as `uniform` in all, or as fit the target size, given to the layers that
+    need them most."""
+    allocation = allocate(values, preserved, main_facts(anatomy), request)
+    budget = sum(uniform.kept.values())
+    if request.target_size is None:
+        kept = allocation.counts(budget)
+    else:
+        mtp = request.mtp is not MtpPolicy.DROP
+
+        def size(counts: Counts) -> int:
+            return size_of({**counts, **(mtp_counts(anatomy, facts, counts) if mtp else {})})
+
+        kept = allocation.largest_fitting(size, request.target_size, budget)
+    total = f"{sum(kept.values()):,} experts kept in {len(kept)} layers together"
+    return LayerCounts(kept, f"{uniform.note}; {total}" if uniform.note else total)
+
+
+def _if_uniform(
+    values: Values,
+    preserved: Mapping[int, tuple[int, ...]],
+    uniform: LayerCounts,
+    facts: RoutingFacts,
+) -> KeepList | None:
+    """The choice that `uniform` would have made; None where it would keep too few experts for
+    those preserved."""
+    try:
+        return select({n: values[n] for n in uniform.kept}, uniform.kept, facts, preserved)
+    except UsageError:
+        return None
 
 
 def _from_file(
@@ -132,15 +201,18 @@ def _from_file(
         anatomy.num_experts,
         [layer.index for layer in anatomy.mtp_layers],
         num_layers=anatomy.num_layers,
+        per_layer=anatomy.experts_per_layer,
     )
     if drop_mtp:
         layers = {n: kept for n, kept in keep.layers.items() if n < anatomy.num_layers}
         keep = KeepList(keep.num_experts, layers)
     check_keep_list(keep, facts, listed.origin)
+    if not request.allow_nonuniform:
+        check_uniform(keep, listed.origin)
     policies = dict.fromkeys(keep.layers, "plan")
-    keep, others = _with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
-    kept = len(next(iter(keep.layers.values())).retained)
-    return Decision(keep, kept, drop_mtp, None, {**policies, **others}, {}, ())
+    keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
+    check_mtp_counts(keep, anatomy, listed.origin)
+    return Decision(keep, drop_mtp, None, {**policies, **others}, {}, ())
 
 
 def _by_number(
@@ -175,7 +247,7 @@ def _check(
     counted = restrict(
         {n: row for n, row in _numbered(scores.frequencies(), anatomy).items() if n in values},
         checkpoint.provenance,
-        anatomy.num_experts,
+        anatomy.experts_per_layer,
         scores.origin,
     )
     found = {
@@ -198,53 +270,33 @@ def _super(checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores) -> dict[int
     _, table = scores.select(_SUPER_METRIC)
     main = {layer.index for layer in anatomy.main_layers}
     activations = {n: row for n, row in _numbered(table, anatomy).items() if n in main}
-    lengths = {len(row) for row in activations.values()}
-    if len(lengths) != 1:
-        raise ScoreError(scores.origin, f"{_SUPER_METRIC} has rows of {sorted(lengths)} experts")
-    return restrict_ids(super_experts(activations), checkpoint.provenance, lengths.pop())
+    # Checked as scores are: every row is for the model as it is, or for the original.
+    restrict(activations, checkpoint.provenance, anatomy.experts_per_layer, scores.origin)
+    lengths = {layer: len(row) for layer, row in activations.items()}
+    return restrict_ids(super_experts(activations), checkpoint.provenance, lengths)
 
 
-def _with_mtp(
-    keep: KeepList,
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    policy: MtpPolicy,
-    facts: RoutingFacts,
-) -> tuple[KeepList, dict[int, str]]:
-    """Give MTP layers that have experts and no keep-list one by the policy."""
-    open_layers = [layer for layer in anatomy.mtp_layers if layer.index not in keep.layers]
-    if policy is MtpPolicy.DROP or not open_layers:
-        return keep, {}
-    last = keep.layers[max(layer.index for layer in anatomy.main_layers)]
-    layers = dict(keep.layers)
-    for layer in open_layers:
-        if policy is MtpPolicy.LAST:
-            layers[layer.index] = LayerKeep(last.retained, last.pruned)
-        else:
-            norms = {layer.index: router_norms(checkpoint, anatomy, layer)}
-            layers.update(select(norms, len(last.retained), facts).layers)
-    policies = {layer.index: str(policy) for layer in open_layers}
-    return KeepList(keep.num_experts, dict(sorted(layers.items()))), policies
+def expert_id_tables(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> dict[str, bytes]:
+    """New content of every tensor whose values are expert ids, by name.
 
-
-def router_norms(checkpoint: Checkpoint, anatomy: Anatomy, layer: MoELayer) -> NDArray[np.float64]:
-    """The L2 norm of each expert's row of a layer's router, float64 [num_experts].
-
-    Raises FamilyError where the router is stored in a form that has no norms without its
-    scales.
+    Tables of layers without a keep-list (dropped MTP layers) are left out. Raises FamilyError
+    where a table cannot be renumbered.
     """
+    tables: dict[str, bytes] = {}
+    if not anatomy.family.tensors.expert_ids:
+        return tables
     for shard in checkpoint.shards:
         for record in shard.header.tensors:
-            if record.name != layer.router:
-                continue
-            if record.dtype not in ("BF16", "F16", "F32", "F64"):
-                raise FamilyError(
-                    record.name,
-                    f"is stored as {record.dtype}, whose rows have no norm by themselves",
-                    "give --mtp last or --mtp drop",
+            role = anatomy.role(record)
+            if isinstance(role, Tabled) and role.layer in keep.layers:
+                kept = keep.layers[role.layer]
+                raw = _content(checkpoint, shard, record)
+                tables[record.name] = remapped(
+                    record.name, record.dtype, record.shape, raw, kept.retained, kept.num_experts
                 )
-            begin = shard.header.data_begin
-            raw = checkpoint.source.read(shard.file, begin + record.begin, begin + record.end)
-            rows = decode(record.dtype, raw).reshape(record.shape)[: anatomy.num_experts]
-            return np.asarray(np.sqrt((rows * rows).sum(axis=1)))
-    raise AssertionError(f"{layer.router} was there when the anatomy was read")
+    return tables
+
+
+def _content(checkpoint: Checkpoint, shard: Shard, record: TensorRecord) -> bytes:
+    begin = shard.header.data_begin
+    return checkpoint.source.read(shard.file, begin + record.begin, begin + record.end)

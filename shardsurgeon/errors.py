@@ -8,6 +8,7 @@
     │   │   ├── IndexFileError  model.safetensors.index.json and the shards disagree
     │   │   └── ConfigError     config.json is missing, broken or lacks what is needed
     │   ├── FamilyError         the model is of no supported family, or not laid out as its family
+    │   │   └── UndeclaredFamilyError  no declaration fits, and the model does not speak for itself
     │   ├── ScoreError          a score file is unreadable or does not fit the model
     │   ├── KeepListError       a keep-list file is unreadable or does not fit the model
     │   └── OutputError         the output place is taken, or belongs to another run
@@ -73,6 +74,15 @@ class ConfigError(CheckpointError):
 
 class FamilyError(InputError):
     """The model is of no supported family, or is not laid out as its family says."""
+
+
+class UndeclaredFamilyError(FamilyError):
+    """No declaration fits the model; skeleton: the TOML of one, as far as it can be told."""
+
+    def __init__(self, where: str, problem: str, remedy: str, *, skeleton: str) -> None:
+        """Carry the skeleton along for whoever prints the error."""
+        super().__init__(where, problem, remedy)
+        self.skeleton = skeleton
 
 
 class ScoreError(InputError):

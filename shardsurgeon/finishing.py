@@ -44,9 +44,7 @@ def documents(
             where = f"{checkpoint.location}/{name}"
             document = Document.parse(raw, where)
             papers.append((name, pruned_quantization_file(document, anatomy, decision.keep, where)))
-    config = pruned_config(
-        checkpoint, anatomy, decision.keep, decision.kept, drop_mtp=decision.drop_mtp
-    )
+    config = pruned_config(checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp)
     papers.append((CONFIG_NAME, config))
     if len(shards) > 1:
         papers.append((INDEX_NAME, _index(checkpoint, shards)))

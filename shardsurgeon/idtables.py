@@ -39,8 +39,8 @@ def remapped(
     new = new_ids[old]
     for column in range(shape[-1]):
         _fill(new, old, column, len(retained))
-    data: bytes = new.astype(_WIDTHS[dtype]).tobytes()
-    return data
+    table: bytes = new.astype(_WIDTHS[dtype]).tobytes()
+    return table
 
 
 def _fill(new: np.ndarray, old: np.ndarray, column: int, kept: int) -> None:

@@ -36,7 +36,8 @@ class KeepListFile:
     file says it; original_ids: whether ids are those of the first, unpruned model (a pruned
     checkpoint's metadata) and not those of the checkpoint at hand; mtp_like_first: whether MTP
     layers without a list of their own use the first layer's (as omnimergekit's drop maps do);
-    preserved, saliency: of the layers for which the file says them.
+    preserved, saliency, per_layer: of the layers for which the file says them; per_layer: the
+    layer's own number of experts before, at most num_experts.
     """
 
     origin: str
@@ -47,6 +48,7 @@ class KeepListFile:
     mtp_like_first: bool = False
     preserved: Mapping[Layer, Ids] = field(default_factory=dict)
     saliency: Mapping[Layer, tuple[float | None, ...]] = field(default_factory=dict)
+    per_layer: Mapping[Layer, int] = field(default_factory=dict)
 
 
 def recognise(value: Mapping[str, object], where: str, meaning: Meaning | None) -> KeepListFile:
@@ -118,31 +120,47 @@ class _Shapes:
         return self._recorded(value, count, original_ids=True)
 
     def _recorded(
-        self, value: Mapping[str, object], count: int, original_ids: bool
+        self, value: Mapping[str, object], num_experts: int, original_ids: bool
     ) -> KeepListFile:
+        per_layer: dict[Layer, int] = {}
         retained: dict[Layer, Ids] = {}
         preserved: dict[Layer, Ids] = {}
         saliency: dict[Layer, tuple[float | None, ...]] = {}
         for layer, fields in self._by_layer(self._object(value.get("layers"), "layers")).items():
             place = f"layer {layer}"
             record = self._object(fields, place)
+            count = self._own_count(record, place, num_experts)
             kept = self._ids(record.get("retained"), f"{place}, retained", count)
-            pruned = self._ids(record.get("pruned"), f"{place}, pruned", count)
-            marked = record.get("preserved") or []
-            stay = self._ids(marked, f"{place}, preserved", count) if marked else ()
+            pruned = self._maybe_no_ids(record.get("pruned"), f"{place}, pruned", count)
+            stay = self._maybe_no_ids(record.get("preserved") or [], f"{place}, preserved", count)
             if sorted(kept + pruned) != list(range(count)) or not set(stay) <= set(kept):
                 raise self._fault(
                     f"{place}: {len(kept)} retained, {len(pruned)} pruned and {len(stay)} "
                     f"preserved ids do not make up {count} experts",
                     "make the file again",
                 )
-            retained[layer], preserved[layer] = kept, stay
+            retained[layer], preserved[layer], per_layer[layer] = kept, stay, count
             if record.get("saliency") is not None:
                 saliency[layer] = self._saliency(record["saliency"], place, count)
         self._require_meaning("kept")
         return KeepListFile(
-            self._where, "kept", retained, count, original_ids, False, preserved, saliency
+            self._where,
+            "kept",
+            retained,
+            num_experts,
+            original_ids,
+            preserved=preserved,
+            saliency=saliency,
+            per_layer=per_layer,
         )
+
+    def _own_count(self, record: Mapping[str, object], place: str, num_experts: int) -> int:
+        """The experts of one layer before: its own number where it has fewer than others."""
+        count = record.get("num_experts_before", num_experts)
+        if not _is_count(count) or count > num_experts:
+            problem = f"{place}: num_experts_before is {brief(count)}, others have {num_experts}"
+            raise self._fault(problem, "make the file again")
+        return count
 
     def _saliency(self, value: object, place: str, count: int) -> tuple[float | None, ...]:
         if not isinstance(value, list) or len(value) != count:
@@ -158,6 +176,10 @@ class _Shapes:
             return float(value)
         except OverflowError as error:
             raise self._fault(f"{place}: {brief(value)} is no saliency") from error
+
+    def _maybe_no_ids(self, value: object, place: str, count: int | None) -> Ids:
+        """Expert ids in ascending order, of a list that may be empty."""
+        return () if value == [] else self._ids(value, place, count)
 
     # The files of others
 
@@ -212,9 +234,9 @@ class _Shapes:
         mtp_like_first: bool = False,
     ) -> KeepListFile:
         self._require_meaning(meaning)
-        layers = {
-            layer: self._ids(item, f"layer {layer}", count) for layer, item in by_layer.items()
-        }
+        # A layer may drop no expert, where others do; it cannot keep none.
+        read = self._maybe_no_ids if meaning == "dropped" else self._ids
+        layers = {layer: read(item, f"layer {layer}", count) for layer, item in by_layer.items()}
         return KeepListFile(self._where, meaning, layers, count, mtp_like_first=mtp_like_first)
 
     def _require_meaning(self, meaning: Meaning) -> None:

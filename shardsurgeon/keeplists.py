@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 
 from shardsurgeon.errors import KeepListError
 from shardsurgeon.formats.strict_json import read_object
@@ -20,6 +21,7 @@ from shardsurgeon.layernames import Layer
 __all__ = ["KeepList", "KeepListFile", "LayerKeep", "read_keeplist", "resolve", "write_plan"]
 
 _MAX_NBYTES = 64 * 2**20
+_SAME_EVERYWHERE: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +37,28 @@ class LayerKeep:
     preserved: tuple[int, ...] = ()
     saliency: tuple[float | None, ...] | None = None
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer before."""
+        return len(self.retained) + len(self.pruned)
+
 
 @dataclass(frozen=True, slots=True)
 class KeepList:
-    """layer → its keep-list; num_experts: experts per layer before."""
+    """layer → its keep-list; num_experts: experts per layer before, of the largest layers."""
 
     num_experts: int
     layers: dict[int, LayerKeep]
+
+    @property
+    def kept(self) -> int:
+        """Experts that the largest layers keep."""
+        return max(len(keep.retained) for keep in self.layers.values())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer keeps the same number."""
+        return len({len(keep.retained) for keep in self.layers.values()}) == 1
 
 
 def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> KeepListFile:
@@ -70,13 +87,15 @@ def resolve(
     mtp_layers: Sequence[int] = (),
     *,
     num_layers: int | None = None,
+    per_layer: Mapping[int, int] = _SAME_EVERYWHERE,
 ) -> KeepList:
     """The keep-list that a file means for a model.
 
     layers: the model's MoE layers, all of which the file must list; mtp_layers: its MTP layers
     with experts, which the file may leave out; num_layers: the number of the first MTP layer
-    (None: the first of mtp_layers). How many experts stay may differ between layers: that is
-    for the caller to judge. Raises KeepListError for missing and surplus layers, ids beyond
+    (None: the first of mtp_layers); per_layer: the experts of layers that have fewer than
+    num_experts. How many experts stay may differ between layers: that is for the caller to
+    judge. Raises KeepListError for missing and surplus layers, ids beyond
     the experts, and layers without survivors.
     """
     if file.num_experts not in (None, num_experts):
@@ -93,7 +112,7 @@ def resolve(
     return KeepList(
         num_experts,
         {
-            number: _layer_keep(file, number, listed[number], num_experts)
+            number: _layer_keep(file, number, listed[number], per_layer.get(number, num_experts))
             for number in sorted(listed)
         },
     )
@@ -117,11 +136,18 @@ def write_plan(
     }
     lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
     layers = ",\n".join(
-        f'    "{number}": {_json(_fields(keep))}'
+        f'    "{number}": {_json({**_own_count(keep_list, keep), **_fields(keep)})}'
         for number, keep in sorted(keep_list.layers.items())
     )
     lines.append(f'  "layers": {{\n{layers}\n  }}')
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _own_count(keep_list: KeepList, keep: LayerKeep) -> dict[str, object]:
+    """What a layer says of its experts before where it has fewer than others."""
+    if keep.num_experts == keep_list.num_experts:
+        return {}
+    return {"num_experts_before": keep.num_experts}
 
 
 def _fields(keep: LayerKeep) -> dict[str, object]:
@@ -185,12 +211,16 @@ def _layer_keep(
     file: KeepListFile, number: int, listed: tuple[Layer, Ids], num_experts: int
 ) -> LayerKeep:
     layer, ids = listed
-    if ids[-1] >= num_experts:
+    if ids and ids[-1] >= num_experts:
         raise KeepListError(
             file.origin,
             f"layer {number} lists expert {ids[-1]}, the model has {num_experts} per layer",
             "use a keep-list made for this model",
         )
+    said = file.per_layer.get(layer, num_experts)
+    if said != num_experts:
+        problem = f"layer {number} is for {said} experts, the model has {num_experts} there"
+        raise KeepListError(file.origin, problem, "use a keep-list made for this model")
     others = tuple(sorted(set(range(num_experts)).difference(ids)))
     retained, pruned = (ids, others) if file.meaning == "kept" else (others, ids)
     if not retained:

@@ -8,7 +8,7 @@ at hand; nothing outside this module translates between the two.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -43,58 +43,58 @@ def survivors(previous: Provenance, layer: int) -> tuple[int, ...]:
     return previous.layers[layer].retained
 
 
-def check_lineage(previous: Provenance | None, num_experts: int, layers: Iterable[int]) -> None:
+def check_lineage(previous: Provenance | None, counts: Mapping[int, int]) -> None:
     """Check that the record a checkpoint carries is about this checkpoint.
 
-    num_experts: experts per layer now; layers: its MoE layers that have experts.
-    Raises CheckpointError otherwise.
+    counts: MoE layer → its experts now. Raises CheckpointError otherwise.
     """
     if previous is None:
         return
-    if previous.num_experts_after != num_experts:
-        problem = f"says {previous.num_experts_after} experts are left, the model has {num_experts}"
-        remedy = "restore the file that belongs to this checkpoint, or move it away"
-        raise CheckpointError(PROVENANCE_NAME, problem, remedy)
-    for layer in layers:
-        survivors(previous, layer)
+    for layer, num_experts in counts.items():
+        left = len(survivors(previous, layer))
+        if left != num_experts:
+            problem = f"says {left} experts are left in layer {layer}, the model has {num_experts}"
+            remedy = "restore the file that belongs to this checkpoint, or move it away"
+            raise CheckpointError(PROVENANCE_NAME, problem, remedy)
 
 
 def restrict(
     values: Mapping[int, NDArray[np.float64]],
     previous: Provenance | None,
-    num_experts: int,
+    counts: Mapping[int, int],
     where: str,
 ) -> dict[int, NDArray[np.float64]]:
     """One value per expert the model has now, from values made for it or for the original.
 
-    values: layer → [E] with E the experts now (`num_experts`) or of the original; layers must be
-    the model's. Raises ScoreError, naming the score file `where`, for any other length.
+    values: layer → [E] with E the experts now (`counts`: layer → E) or of the original; layers
+    must be the model's. Raises ScoreError, naming the score file `where`, for any other length.
     """
     fitting: dict[int, NDArray[np.float64]] = {}
     for layer, row in values.items():
-        if len(row) == num_experts:
+        original = None if previous is None else previous.layers[layer].num_experts
+        if len(row) == counts[layer]:
             fitting[layer] = row
-        elif previous is not None and len(row) == previous.num_experts_before:
+        elif previous is not None and len(row) == original:
             fitting[layer] = row[list(survivors(previous, layer))]
         else:
-            has = f"layer {layer} has {len(row)} scores, the model has {num_experts} experts"
+            has = f"layer {layer} has {len(row)} scores, the model has {counts[layer]} experts"
             if previous is not None:
-                has += f" ({previous.num_experts_before} before it was pruned)"
+                has += f" ({original} before it was pruned)"
             raise ScoreError(where, has, "use scores made for this model")
     return fitting
 
 
 def restrict_ids(
-    ids: Mapping[int, Collection[int]],
-    previous: Provenance | None,
-    made_for: int,
+    ids: Mapping[int, Collection[int]], previous: Provenance | None, made_for: Mapping[int, int]
 ) -> dict[int, tuple[int, ...]]:
-    """Present ids of experts found among `made_for` experts per layer (now or originally).
+    """Present ids of experts found among made_for[layer] experts, now's or the original's.
 
     For marks that need all layers' original values to be found, such as super experts. Experts
     that are gone are left out.
     """
-    if previous is None or made_for == previous.num_experts_after:
+    if previous is None or all(
+        len(survivors(previous, layer)) == count for layer, count in made_for.items()
+    ):
         return {layer: tuple(sorted(chosen)) for layer, chosen in ids.items()}
     return {
         layer: tuple(new for new, old in enumerate(survivors(previous, layer)) if old in chosen)
@@ -107,20 +107,22 @@ def step_of(
 ) -> Step:
     """The record of this prune: the request as it was meant, the counts as they came out.
 
-    metric: the one that decided, None where a keep-list did. Every layer of the keep-list must
-    keep the same number (`selection.check_keep_list`).
+    metric: the one that decided, None where a keep-list did.
     """
-    before = keep_list.num_experts
-    (after,) = {len(keep.retained) for keep in keep_list.layers.values()}
     return Step(
-        num_experts_before=before,
-        num_experts_after=after,
-        ratio=request.ratio if request.ratio is not None else (before - after) / before,
+        num_experts_before=keep_list.num_experts,
+        num_experts_after=keep_list.kept,
+        ratio=request.ratio if request.ratio is not None else _removed_share(keep_list),
         rounding=request.effective_rounding,
         metric=metric,
         selection=request.selection,
         source=source,
     )
+
+
+def _removed_share(keep_list: KeepList) -> float:
+    layers = keep_list.layers.values()
+    return sum(len(keep.pruned) for keep in layers) / sum(keep.num_experts for keep in layers)
 
 
 def compose(
@@ -141,8 +143,8 @@ def compose(
     for layer, keep in sorted(keep_list.layers.items()):
         policy = policies.get(layer, "scores")
         if previous is None:
-            everyone = tuple(range(original))
-            earlier = LayerRecord(everyone, (), (), (None,) * original)
+            everyone = tuple(range(keep.num_experts))
+            earlier = LayerRecord(everyone, (), (), (None,) * keep.num_experts)
         else:
             survivors(previous, layer)
             earlier = previous.layers[layer]
@@ -159,7 +161,7 @@ def _compose_layer(earlier: LayerRecord, keep: LayerKeep, policy: str) -> LayerR
     preserved |= set(earlier.preserved).intersection(retained)
     return LayerRecord(
         retained=retained,
-        pruned=tuple(sorted(set(range(len(earlier.saliency))).difference(retained))),
+        pruned=tuple(sorted(set(range(earlier.num_experts)).difference(retained))),
         preserved=tuple(sorted(preserved)),
         saliency=_compose_saliency(earlier, keep),
         policy=policy,

@@ -7,15 +7,23 @@ from pathlib import Path
 from shardsurgeon.checkpoint import Checkpoint
 from shardsurgeon.counts import SelectionRequest
 from shardsurgeon.errors import OutputError
+from shardsurgeon.keeplists import KeepList
 
 
-def default_out(checkpoint: Checkpoint, request: SelectionRequest, kept: int) -> Path:
+def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepList) -> Path:
     """`<model name>-REAP-65pct`, or `-REAP-134e` where no ratio was given.
 
-    In the current folder; where that is the model itself, beside the model, because nothing is
+    Where layers keep different numbers it is their mean, and `-nonuniform` follows. In the
+    current folder; where that is the model itself, beside the model, because nothing is
     ever written into a source. Raises OutputError where that would be inside a Hub cache.
     """
-    what = f"{kept}e" if request.ratio is None else f"{_percent(request.ratio)}pct"
+    counts = [len(layer.retained) for layer in keep.layers.values()]
+    what = (
+        f"{round(sum(counts) / len(counts))}e"
+        if request.ratio is None
+        else f"{_percent(request.ratio)}pct"
+    )
+    what += "" if keep.is_uniform else "-nonuniform"
     name = f"{checkpoint.source.name}-REAP-{what}"
     folder = Path.cwd()
     home = _home(checkpoint)

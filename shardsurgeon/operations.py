@@ -10,18 +10,26 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from shardsurgeon import __version__
+from shardsurgeon.allocation import uniform_counts
 from shardsurgeon.anatomy import Anatomy, read_anatomy
+from shardsurgeon.architecture import check_architecture
 from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
-from shardsurgeon.counts import MtpPolicy, SelectionRequest, kept_count
-from shardsurgeon.decision import Decision, decide, routing_facts
+from shardsurgeon.counts import MtpPolicy, SelectionRequest
+from shardsurgeon.decision import Decision, decide, expert_id_tables, main_facts, routing_facts
 from shardsurgeon.durable import write_file
 from shardsurgeon.errors import OutputError, UsageError, VerificationError
 from shardsurgeon.execution import execute
+from shardsurgeon.families.schema import is_declared, read_family
 from shardsurgeon.finishing import documents, is_other_weight_format, side_files
 from shardsurgeon.keeplists import write_plan
+from shardsurgeon.likely import guess_family
 from shardsurgeon.lineage import compose, step_of
-from shardsurgeon.modelconfig import quantization_name
+from shardsurgeon.mixedprecision import mixed_precision_notes
+from shardsurgeon.modelconfig import nonuniform_notes, quantization_name
+from shardsurgeon.mtplayers import mtp_counts
 from shardsurgeon.naming import default_out, require_apart
 from shardsurgeon.parameters import count_parameters
 from shardsurgeon.planning import plan_shards
@@ -32,13 +40,17 @@ from shardsurgeon.reports import (
     InspectReport,
     LayerReport,
     PlanReport,
+    RouterScoresReport,
+    ScoreLayerReport,
     VerifyReport,
 )
+from shardsurgeon.routerscores import RouterNorm, router_scores
+from shardsurgeon.scorefiles import check_score_file_name, score_file
 from shardsurgeon.scores import Scores, read_scores
 from shardsurgeon.selection import summarize
 from shardsurgeon.sizing import Sizing
 from shardsurgeon.sources.base import SourceFile
-from shardsurgeon.surgeryplan import OutputShard, SurgeryPlan
+from shardsurgeon.surgeryplan import Literal, OutputShard, OutputTensor, SurgeryPlan
 from shardsurgeon.verification import verify_checkpoint
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
@@ -48,9 +60,9 @@ SAMPLED_TENSORS = 8
 SAMPLED_NBYTES = 1 << 20
 
 
-def inspect(model: str | None = None) -> InspectReport:
-    """What a model is made of. Reads headers and JSON only."""
-    checkpoint = open_checkpoint(_model(model))
+def inspect(model: str | None = None, *, family: str | None = None) -> InspectReport:
+    """What a model is made of. Reads headers and JSON only; family: as for `plan`."""
+    checkpoint = _open(model, family)
     anatomy = read_anatomy(checkpoint)
     config = checkpoint.settings
     records = (record for shard in checkpoint.shards for record in shard.header.tensors)
@@ -75,6 +87,7 @@ def inspect(model: str | None = None) -> InspectReport:
         expert_size=anatomy.expert_nbytes,
         sizes_at=_sizes_at(anatomy),
         notes=checkpoint.notes,
+        num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,
     )
 
 
@@ -83,11 +96,17 @@ def _sizes_at(anatomy: Anatomy) -> dict[str, int]:
     sizes = {}
     for ratio in RATIOS_SHOWN:
         try:
-            count = kept_count(SelectionRequest(ratio=ratio), routing_facts(anatomy))
+            kept = uniform_counts(SelectionRequest(ratio=ratio), main_facts(anatomy)).kept
         except UsageError:
             continue
-        sizes[str(ratio)] = anatomy.total_nbytes(count.kept)
+        mtp = mtp_counts(anatomy, routing_facts(anatomy), kept)
+        sizes[str(ratio)] = anatomy.total_nbytes({**kept, **mtp})
     return sizes
+
+
+def _alike(anatomy: Anatomy) -> bool:
+    """Whether all MoE layers have the same number of experts."""
+    return len(set(anatomy.experts_per_layer.values())) == 1
 
 
 @dataclass(frozen=True)
@@ -129,15 +148,17 @@ def plan(
     *,
     out: str | os.PathLike[str] | None = None,
     max_shard_nbytes: int | None = None,
+    family: str | None = None,
 ) -> Pruning:
     """Decide which experts stay and plan every byte of the result. Writes nothing.
 
     model: a folder, an opened checkpoint, or None for the current folder; scores: a score
     file, a table that `read_scores` gave, or None with a keep-list file; out: where the
     result is to go (None: named after the model); max_shard_nbytes: None keeps the source's
-    cutting. Raises InputError and its children for whatever does not fit.
+    cutting; family: a file with the model's declaration, or `auto` to read a model without
+    one, where that leaves no doubt. Raises InputError and its children for whatever does not fit.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_model(model))
+    checkpoint = model if isinstance(model, Checkpoint) else _open(model, family)
     anatomy = read_anatomy(checkpoint)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
     given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
@@ -147,10 +168,11 @@ def plan(
         checkpoint,
         anatomy,
         decision.keep,
+        tables=expert_id_tables(checkpoint, anatomy, decision.keep),
         drop_mtp=decision.drop_mtp,
         max_shard_nbytes=max_shard_nbytes,
     )
-    folder = Path(out) if out is not None else default_out(checkpoint, request, decision.kept)
+    folder = Path(out) if out is not None else default_out(checkpoint, request, decision.keep)
     require_apart(checkpoint, folder)
     surgery = _surgery(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
     return Pruning(checkpoint, anatomy, request, decision, surgery, folder)
@@ -168,9 +190,12 @@ def apply(
     dry_run: bool = False,
     restart: bool = False,
     progress: Listener | None = None,
+    family: str | None = None,
 ) -> ApplyReport:
     """`plan` and `carry_out` in one."""
-    pruning = plan(model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes)
+    pruning = plan(
+        model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family
+    )
     return carry_out(
         pruning,
         workers=workers,
@@ -195,9 +220,11 @@ def carry_out(
     workers: threads, 0 for a number that suits the machine; verify: compare the structure of
     everything and the bytes of a sample; dry_run: say what would happen and write nothing.
 
-    Raises OutputError where the place is taken, WorkError and its children where the work
-    fails or the check does not hold. What was finished is kept for a rerun.
+    Raises UsageError where layers keep different numbers and nobody allowed that, OutputError
+    where the place is taken, WorkError and its children where the work fails or the check does
+    not hold. What was finished is kept for a rerun.
     """
+    _require_allowed(pruning)
     if os.path.lexists(pruning.out):
         raise OutputError(pruning.out, "exists", "choose another -o or remove it")
     if dry_run:
@@ -238,15 +265,62 @@ def carry_out(
     )
 
 
+def _require_allowed(pruning: Pruning) -> None:
+    """Raise UsageError where layers keep different numbers and the request does not allow it."""
+    keep = pruning.decision.keep
+    if not keep.is_uniform and not pruning.request.allow_nonuniform:
+        counts = [len(layer.retained) for layer in keep.layers.values()]
+        problem = (
+            f"is needed: layers keep {min(counts)} to {max(counts)} experts, and stock engines"
+        )
+        remedy = "give it for an engine that reads a count per layer"
+        raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
+
+
 def verify(
     source: str | os.PathLike[str],
     pruned: str | os.PathLike[str],
     *,
     sample: int | None = None,
+    architecture: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    family: str | None = None,
 ) -> VerifyReport:
-    """Prove a pruned folder against its source; sample: tensors per shard, None for all."""
-    return verify_checkpoint(source, pruned, sample=sample, on_progress=progress)
+    """Prove a pruned folder against its source.
+
+    sample: tensors per shard whose bytes are compared, None for all; architecture: check as
+    well that transformers' model of the pruned config takes exactly these tensors. Raises
+    UsageError, before any weight is read, where that cannot be checked.
+    """
+    before = _open(source, family)
+    fits = check_architecture(before, pruned) if architecture else None
+    report = verify_checkpoint(before, pruned, sample=sample, on_progress=progress)
+    return replace(report, architecture=fits)
+
+
+def scores_from_router(
+    model: str | os.PathLike[str] | None, out: str | os.PathLike[str], *, norm: str = "l2"
+) -> RouterScoresReport:
+    """Write router magnitudes, of MTP layers too, as a score file; norm: `l2` or `l1`.
+
+    Raises OutputError where `out` exists, UsageError where its name ends in no form of score
+    file that can be written, and whatever opening the model and reading its routers raises.
+    """
+    check_score_file_name(out)
+    if os.path.lexists(out):
+        raise OutputError(out, "exists", "choose another -o or remove it")
+    checkpoint = open_checkpoint(_model(model))
+    anatomy = read_anatomy(checkpoint)
+    scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
+    name, metric = checkpoint.source.name, f"router_{norm}"
+    facts = {"method": "router-magnitude", "model": name, "norm": norm}
+    table = {layer: {metric: row} for layer, row in scores.items()}
+    write_file(Path(out), score_file(out, table, facts))
+    layers = []
+    for layer in anatomy.layers:
+        lowest, median, highest = np.quantile(scores[layer.index], (0, 0.5, 1)).tolist()
+        layers.append(ScoreLayerReport(layer.index, layer.is_mtp, lowest, median, highest))
+    return RouterScoresReport(name, norm, metric, anatomy.num_experts, tuple(layers), str(out))
 
 
 def require_verified(report: VerifyReport) -> None:
@@ -257,6 +331,19 @@ def require_verified(report: VerifyReport) -> None:
         raise VerificationError(
             report.pruned, f"does not hold: {report.differences[0]}{also}", "report this as a bug"
         )
+
+
+def _open(model: str | os.PathLike[str] | None, family: str | None) -> Checkpoint:
+    """A checkpoint, with the family that was asked for."""
+    checkpoint = open_checkpoint(_model(model))
+    if family is None:
+        return checkpoint
+    if family != "auto":
+        return replace(checkpoint, family=read_family(family))
+    if is_declared(checkpoint.settings):
+        return checkpoint
+    guess = guess_family(checkpoint)
+    return replace(checkpoint, family=guess.family, notes=(*checkpoint.notes, *guess.notes))
 
 
 def _model(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
@@ -280,6 +367,7 @@ def _selection_words(pruning: Pruning) -> dict[str, object]:
         "rounding": request.effective_rounding,
         "metric": decision.metric,
         "kept": decision.kept,
+        "allocate": request.allocate,
         "mtp": request.mtp,
     }
 
@@ -369,12 +457,23 @@ def _plan_report(pruning: Pruning) -> PlanReport:
         shards_after=len(surgery.shards),
         space_needed=_space_needed(pruning),
         out=str(pruning.out),
-        notes=(*checkpoint.notes, *decision.notes, *_grouped(anatomy), *_left_out(pruning)),
+        allocate=request.allocate,
+        notes=(
+            *checkpoint.notes,
+            *decision.notes,
+            *_grouped(anatomy),
+            *nonuniform_notes(config, anatomy, decision.keep),
+            *mixed_precision_notes(checkpoint, anatomy, decision.keep),
+            *_rewritten(tensors),
+            *_left_out(pruning),
+        ),
     )
 
 
 def _layer_reports(pruning: Pruning) -> tuple[LayerReport, ...]:
     decision = pruning.decision
+    compared = summarize(decision.uniform) if decision.uniform is not None else ()
+    uniform = {layer.layer: layer.dropped_share for layer in compared}
     return tuple(
         LayerReport(
             layer=layer.layer,
@@ -387,6 +486,7 @@ def _layer_reports(pruning: Pruning) -> tuple[LayerReport, ...]:
             max_pruned_saliency=layer.max_pruned,
             saliency_dropped=layer.dropped_share,
             policy=decision.policies.get(layer.layer, "scores"),
+            saliency_dropped_uniform=uniform.get(layer.layer),
         )
         for layer in summarize(decision.keep)
     )
@@ -411,6 +511,13 @@ def _grouped(anatomy: Anatomy) -> list[str]:
         f"every one of the router's {anatomy.n_group} groups keeps its own best experts, so the "
         "lowest kept may be below the highest pruned of another group"
     ]
+
+
+def _rewritten(tensors: Sequence[OutputTensor]) -> list[str]:
+    """Names the tensors that are no copy of the source's bytes."""
+    names = [t.name for t in tensors if any(isinstance(piece, Literal) for piece in t.pieces)]
+    what = "hold expert counts or ids and get new values"
+    return [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
 
 
 def _left_out(pruning: Pruning) -> list[str]:

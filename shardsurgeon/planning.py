@@ -135,7 +135,9 @@ class _Surgeon:
             name = role.renamed(record.name, new_id)
             return OutputTensor(name, record.dtype, record.shape, (whole,))
         if isinstance(role, Surplus):
-            return None
+            removed = self._anatomy.num_experts - len(self._retained[role.layer])
+            name = role.renamed(record.name, role.expert - removed)
+            return OutputTensor(name, record.dtype, record.shape, (whole,))
         if isinstance(role, Tabled):
             table = Literal(self._tables[record.name])
             return OutputTensor(record.name, record.dtype, record.shape, (table,))
@@ -146,7 +148,7 @@ class _Surgeon:
     def _goes_with_mtp(self, role: Role) -> bool:
         if isinstance(role, Carried):
             return role.mtp
-        return not isinstance(role, Surplus) and role.layer >= self._anatomy.num_layers
+        return role.layer >= self._anatomy.num_layers
 
     def _recount(self, record: TensorRecord, file: str, begin: int, kept: int) -> OutputTensor:
         """The tensor with its first element, the expert count, made new."""

@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 from shardsurgeon.errors import CheckpointError
 
 PROVENANCE_NAME = "calibration/reap_pruning_metadata.json"
-FORMAT = 1
+# 2 where layers have different numbers of experts, which readers of 1 alone must not take for
+# one of their own.
+FORMATS = (1, 2)
 METHOD = "reap"
 
 _REMEDY = "restore the file, or move it away to prune this checkpoint as if it were an original"
@@ -33,7 +35,7 @@ class SourceIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One prune.
+    """One prune. Numbers of experts are those of the largest layers.
 
     ratio: the ratio asked for, or else the exact fraction removed; rounding: None unless a ratio
     was asked for; metric: None where a keep-list decided; selection: `ratio`, `keep`,
@@ -65,6 +67,11 @@ class LayerRecord:
     saliency: tuple[float | None, ...]
     policy: str = "scores"
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer in the first, unpruned model."""
+        return len(self.retained) + len(self.pruned)
+
     def cut(self, ids: range) -> dict[str, float | None]:
         """The saliencies on both sides of the cut among `ids`, preserved and unknown ones left
         out; None where nothing is left."""
@@ -83,8 +90,9 @@ class LayerRecord:
 class Provenance:
     """The whole file.
 
-    num_experts_before: of the first, unpruned model; num_experts_after: now; n_group: the
-    router's groups; layers: layer → record; steps: every prune, first to last, at least one.
+    num_experts_before: of the first, unpruned model; num_experts_after: now; both of the largest
+    layers, where layers differ. n_group: the router's groups; layers: layer → record; steps:
+    every prune, first to last, at least one.
     """
 
     num_experts_before: int
@@ -98,14 +106,22 @@ class Provenance:
         """The ratio last asked for; where the last prune had none, the fraction of the original
         experts that is gone."""
         last = self.steps[-1]
-        gone = (self.num_experts_before - self.num_experts_after) / self.num_experts_before
-        return last.ratio if last.selection == "ratio" else gone
+        records = self.layers.values()
+        gone = sum(len(record.pruned) for record in records)
+        everyone = sum(record.num_experts for record in records)
+        return last.ratio if last.selection == "ratio" else gone / everyone
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer had, and has, as many experts as the others."""
+        records = self.layers.values()
+        return len({(record.num_experts, len(record.retained)) for record in records}) == 1
 
     def to_bytes(self) -> bytes:
         """The file: JSON, one line per layer and step, the same bytes for the same value."""
         last = self.steps[-1]
         head = {
-            "format": FORMAT,
+            "format": FORMATS[0] if self.is_uniform else FORMATS[1],
             "method": METHOD,
             "metric": last.metric,
             "ratio": self.ratio,
@@ -126,16 +142,18 @@ class Provenance:
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
     def _layer(self, record: LayerRecord) -> dict[str, object]:
+        own = record.num_experts != self.num_experts_before
         fields: dict[str, object] = {
+            **({"num_experts_before": record.num_experts} if own else {}),
             "retained": record.retained,
             "pruned": record.pruned,
             "preserved": record.preserved,
-            **record.cut(range(self.num_experts_before)),
+            **record.cut(range(record.num_experts)),
             "policy": record.policy,
         }
         if self.n_group > 1:
             # Only within a group is retained >= pruned promised.
-            size = self.num_experts_before // self.n_group
+            size = record.num_experts // self.n_group
             groups = (range(g * size, (g + 1) * size) for g in range(self.n_group))
             fields["groups"] = [record.cut(ids) for ids in groups]
         return {**fields, "saliency": record.saliency}
@@ -156,8 +174,9 @@ def is_foreign(raw: bytes) -> bool:
 def parse_provenance(raw: bytes, where: str) -> Provenance:
     """Read the file back and check that it is whole.
 
-    Every layer must name all original experts once, leave num_experts_after of them, and the
-    steps must lead from the one count to the other. Raises CheckpointError, naming `where`.
+    Every layer must name all original experts once and leave num_experts_after of them (the
+    largest layers of format 2 must, the others fewer), and the steps must lead from the one count
+    to the other. Raises CheckpointError, naming `where`.
     """
     return _Reader(where).provenance(raw)
 
@@ -175,7 +194,8 @@ class _Reader:
         top = self.top(raw)
         before = self.count(top, "num_experts_before", "")
         after = self.count(top, "num_experts_after", "")
-        if not 0 < after < before:
+        differ = top["format"] == FORMATS[1]
+        if not 0 < after < before + differ:
             self.refuse(f"{after} of {before} experts are left, which is no prune")
         layers: dict[int, LayerRecord] = {}
         groups: set[int] = set()
@@ -183,12 +203,19 @@ class _Reader:
             place = f"layers.{key[:40]}"
             if not (key.isascii() and key.isdigit() and key == str(int(key[:9]))):
                 self.refuse(f"{place}: not a layer number")
-            layers[int(key)] = self.layer(self.as_object(fields, place), place, before, after)
+            own = self.own_count(fields, place, before) if differ else before
+            left = range(1 if differ else after, min(own, after) + 1)
+            layers[int(key)] = self.layer(self.as_object(fields, place), place, own, left)
             groups.add(self.n_group(fields, place))
         if not layers:
             self.refuse("holds 0 layers")
-        if len(groups) > 1 or before % min(groups) or after % min(groups):
-            self.refuse(f"{sorted(groups)} groups do not fit {before} and {after} experts")
+        counts = {(each.num_experts, len(each.retained)) for each in layers.values()}
+        if [max(column) for column in zip(*counts, strict=True)] != [before, after]:
+            self.refuse(f"no layer had {before} experts or none has {after} now")
+        if len(groups) > 1 or any(n % min(groups) for pair in counts for n in pair):
+            numbers = sorted({n for pair in counts for n in pair}, reverse=True)
+            fitted = " and ".join(map(str, numbers))
+            self.refuse(f"{sorted(groups)} groups do not fit {fitted} experts")
         return Provenance(before, after, groups.pop(), layers, self.steps(top, before, after))
 
     def top(self, raw: bytes) -> dict[str, Any]:
@@ -201,19 +228,32 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(self.where, f"is not valid JSON ({error})", _REMEDY) from error
         top = self.as_object(top, "the document")
-        if top.get("format") != FORMAT or isinstance(top["format"], bool):
+        if top.get("format") not in FORMATS or isinstance(top["format"], bool):
             found = json.dumps(top.get("format"))[:40]
             remedy = "update shardsurgeon, or move the file away if another tool wrote it"
-            raise CheckpointError(self.where, f"format is {found}, known is {FORMAT}", remedy)
+            raise CheckpointError(self.where, f"format is {found}, known are 1 and 2", remedy)
         return top
 
-    def layer(self, fields: dict[str, Any], place: str, before: int, after: int) -> LayerRecord:
+    def own_count(self, fields: object, place: str, before: int) -> int:
+        """A layer's original experts: its own number where it had fewer than the largest."""
+        record = self.as_object(fields, place)
+        if "num_experts_before" not in record:
+            return before
+        own = self.count(record, "num_experts_before", place)
+        if own > before:
+            self.refuse(f"{place}: {own} experts before, no layer had more than {before}")
+        return own
+
+    def layer(self, fields: dict[str, Any], place: str, before: int, left: range) -> LayerRecord:
+        """left: how many may be retained."""
         retained = self.ids(fields, "retained", place)
         pruned = self.ids(fields, "pruned", place)
         preserved = self.ids(fields, "preserved", place) if "preserved" in fields else ()
-        if len(retained) != after or len(pruned) != before - after:
+        if len(retained) not in left or len(retained) + len(pruned) != before:
             found = f"{len(retained)} retained and {len(pruned)} pruned"
-            self.refuse(f"{place}: {found} experts, expected {after} and {before - after}")
+            which = "at most " if len(left) > 1 else ""
+            expected = f"{which}{left[-1]} and {before - left[-1]}"
+            self.refuse(f"{place}: {found} experts, expected {expected}")
         if sorted(retained + pruned) != list(range(before)):
             self.refuse(
                 f"{place}: retained and pruned are not the ids 0 to {before - 1}, each once"

@@ -10,7 +10,8 @@ class InspectReport:
     """What a model is made of. Sizes in bytes.
 
     total_size: tensor data of the whole model; expert_size: one expert of one layer;
-    sizes_at: ratio removed (as text) → tensor data that would stay.
+    sizes_at: ratio removed (as text) → tensor data that would stay. num_experts: of the largest
+    layers; num_experts_per_layer: MoE layer → its experts, where they differ.
     """
 
     name: str
@@ -33,6 +34,7 @@ class InspectReport:
     expert_size: int
     sizes_at: dict[str, int]
     notes: tuple[str, ...]
+    num_experts_per_layer: dict[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ class LayerReport:
 
     min_retained_saliency, max_pruned_saliency: at the cut, preserved experts left out; None
     where there is no saliency. saliency_dropped: share of the layer's saliency that goes, 0 to
-    1. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
+    1; saliency_dropped_uniform: the same had every layer kept as many, None without --allocate
+    global. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
     """
 
     layer: int
@@ -54,13 +57,16 @@ class LayerReport:
     max_pruned_saliency: float | None
     saliency_dropped: float | None
     policy: str
+    saliency_dropped_uniform: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
     """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
 
-    ratio: as asked for, None where the selection was no ratio. parameters: None where the
+    ratio: as asked for, None where the selection was no ratio. num_experts_before, _after: of the
+    largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
+    `global`. parameters: None where the
     storage format hides them.
     """
 
@@ -82,6 +88,27 @@ class PlanReport:
     space_needed: int
     out: str
     notes: tuple[str, ...]
+    allocate: str = "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureReport:
+    """How a pruned checkpoint fits the model that an engine builds from its config.
+
+    engine: name and version; model_class: what it built; parameters: how many parameters and
+    buffers that expects; tensors: how many the checkpoint holds; mtp_layers: MTP layers whose
+    experts were compared with a main layer's, because the engine does not read them;
+    unchecked: tensors that the engine does not read, layer and expert numbers as `*`;
+    differences: the first ones, one clear line each.
+    """
+
+    engine: str
+    model_class: str
+    parameters: int
+    tensors: int
+    mtp_layers: tuple[int, ...]
+    unchecked: tuple[str, ...]
+    differences: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +116,7 @@ class VerifyReport:
     """What a verification compared. differences: the first ones, one clear line each.
 
     sampled: tensors per shard whose bytes were compared, None for all of them.
+    architecture: None where it was not asked for.
     """
 
     source: str
@@ -98,11 +126,18 @@ class VerifyReport:
     tensors_compared: int
     bytes_compared: int
     differences: tuple[str, ...]
+    architecture: ArchitectureReport | None = None
+
+    @property
+    def all_differences(self) -> tuple[str, ...]:
+        """Those from the source, then those from what the engine builds."""
+        built = self.architecture.differences if self.architecture is not None else ()
+        return self.differences + built
 
     @property
     def holds(self) -> bool:
         """Whether no difference was found."""
-        return not self.differences
+        return not self.all_differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +155,26 @@ class ApplyReport:
     bytes_resumed: int
     seconds: float
     verification: VerifyReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreLayerReport:
+    """One MoE layer of a score table: its number, and the range of its experts' scores."""
+
+    layer: int
+    is_mtp: bool
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouterScoresReport:
+    """Scores taken from a model's routers. out: the score file, which holds one `metric`."""
+
+    model: str
+    norm: str
+    metric: str
+    num_experts: int
+    layers: tuple[ScoreLayerReport, ...]
+    out: str

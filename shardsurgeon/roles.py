@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shardsurgeon.errors import FamilyError
@@ -63,20 +63,48 @@ class Tabled:
 
 @dataclass(frozen=True, slots=True)
 class Surplus:
-    """A tensor of an identity expert, which has no weights: a re-save writes what no one reads."""
+    """A tensor of an identity expert, which computes nothing.
 
+    transformers re-saves such tensors and reads no checkpoint of its own without them, so they
+    stay, numbered on behind the experts that are left. begin, end: as in ExpertTensor.
+    """
+
+    layer: int
+    expert: int
+    begin: int
+    end: int
+
+    def renamed(self, name: str, expert: int) -> str:
+        """The tensor's name when its expert has another number."""
+        return f"{name[: self.begin]}{expert}{name[self.end :]}"
+
+
+_INTEGERS = ("I32", "I64")
 
 Role = Carried | ExpertTensor | Sliced | Counted | Tabled | Surplus
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """How many experts a config says its layers have.
+
+    every: of layers of which it says nothing else; per_layer: layer → its own count; mtp: of the
+    MTP layers that have none there.
+    """
+
+    every: int
+    per_layer: Mapping[int, int]
+    mtp: int
 
 
 class NameReader:
     """A family's rules, compiled for one checkpoint's numbers."""
 
-    def __init__(self, family: Family, num_layers: int, num_experts: int, tail: int) -> None:
+    def __init__(self, family: Family, num_layers: int, counts: ExpertCounts, tail: int) -> None:
         names = family.tensors
         self._family = family
         self._num_layers = num_layers
-        self._num_experts = num_experts
+        self._expert_counts = counts
         self._tail = tail
         self._main = _any(prefix + "." for prefix in names.layers)
         self._mtp = _any(prefix + "." for prefix in names.mtp)
@@ -90,6 +118,7 @@ class NameReader:
         self._ids = _rules(names.expert_ids)
         self._beside = _any(names.beside)
         self._elsewhere = _any(names.elsewhere)
+        self._varies = _any(names.varies)
         self._moe_layers: frozenset[int] | None = None
 
     def settle(self, moe_layers: Iterable[int]) -> None:
@@ -104,9 +133,31 @@ class NameReader:
             return self._num_layers + _layer_number(match), match.end()
         return None
 
+    def experts_of(self, layer: int) -> int:
+        """How many experts a layer has where it has any."""
+        counts = self._expert_counts
+        return counts.per_layer.get(layer, counts.mtp if self.is_mtp(layer) else counts.every)
+
     def is_mtp(self, layer: int) -> bool:
         """Whether a layer number belongs to an MTP layer."""
         return layer >= self._num_layers
+
+    @property
+    def router_name(self) -> str:
+        """What the family calls the router's matrix, behind a layer's prefix."""
+        return self._family.tensors.routers[0].name
+
+    def in_block(self, name: str, start: int) -> bool:
+        """Whether a layer's tensor, its prefix `start` characters long, is in the MoE block."""
+        return self._blocks.fullmatch(name, start) is not None
+
+    def varies(self, rest: str) -> bool:
+        """Whether only some MoE layers have the tensor; rest: its name behind the prefix."""
+        return self._varies.fullmatch(rest) is not None
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a name outside the layers is known to be of experts that stay as they are."""
+        return self._elsewhere.fullmatch(name) is not None
 
     def is_router_weight(self, record: TensorRecord) -> bool:
         """Whether the tensor is the router's matrix, one row per expert."""
@@ -126,8 +177,8 @@ class NameReader:
         for regex, _ in self._experts:
             if match := regex.fullmatch(name, start):
                 expert = int(match["expert"])
-                if self._num_experts <= expert < self._num_experts + self._tail:
-                    return Surplus()
+                if 0 <= expert - self.experts_of(layer) < self._tail:
+                    return Surplus(layer, expert, *match.span("expert"))
                 return ExpertTensor(layer, expert, *match.span("expert"))
         for regex, _ in self._counts:
             if regex.fullmatch(name, start) and record.shape != () and math.prod(record.shape) > 2:
@@ -137,25 +188,35 @@ class NameReader:
                 return Tabled(layer)
         for regex, rule in self._stacked:
             if regex.fullmatch(name, start):
-                # One value for all experts, such as a global scale, stays as it is.
-                if math.prod(record.shape) == 1:
-                    return Carried(self.is_mtp(layer))
-                return self._sliced(record, layer, rule)
+                return self._stacked_role(record, layer, rule)
         for regex, rule in self._routers:
             if regex.fullmatch(name, start):
                 return self._sliced(record, layer, rule, is_router=True)
         return self._unclaimed(record, layer, start)
+
+    def _stacked_role(self, record: TensorRecord, layer: int, rule: Rule) -> Role:
+        """A tensor of all experts: rows for each of them, or one thing said for all."""
+        one_row = len(record.shape) == 1 and record.dtype in _INTEGERS
+        if one_row and record.name.endswith("_shape"):
+            # The packed weight's shape: [E, out, in], or [out, in] that all experts have.
+            return Counted(layer) if record.shape[0] > 2 else Carried(self.is_mtp(layer))
+        for_all = record.shape[:1] == (1,) and "scale" in record.name[record.name.rfind(".") :]
+        if math.prod(record.shape) == 1 or for_all:
+            # A scale that every expert has.
+            return Carried(self.is_mtp(layer))
+        return self._sliced(record, layer, rule)
 
     def _sliced(
         self, record: TensorRecord, layer: int, rule: Rule, *, is_router: bool = False
     ) -> Sliced:
         tail = self._tail if is_router else 0
         rows = record.shape[rule.axis] if rule.axis < len(record.shape) else None
-        if rows != self._num_experts + tail:
+        expected = self.experts_of(layer) + tail
+        if rows != expected:
             raise FamilyError(
                 record.name,
                 f"shape {list(record.shape)} has {rows} experts in dimension {rule.axis}, "
-                f"expected {self._num_experts + tail}",
+                f"expected {expected}",
                 "the config and the tensors are not of one model",
             )
         return Sliced(layer, rule.axis, tail, is_router)
@@ -163,7 +224,7 @@ class NameReader:
     def _outside(self, name: str) -> Role:
         if self._mtp_others.fullmatch(name):
             return Carried(mtp=True)
-        if ".experts." in name and not self._elsewhere.fullmatch(name):
+        if ".experts." in name and not self.is_elsewhere(name):
             raise FamilyError(
                 name,
                 f"an expert tensor that no rule of family {self._family.name} claims",
@@ -179,14 +240,15 @@ class NameReader:
         name = record.name
         if any(regex.fullmatch(name, start) for regex, _ in self._shared):
             return carried
-        rows = {self._num_experts, self._num_experts + self._tail}
+        experts = self.experts_of(layer)
+        rows = {experts, experts + self._tail}
         axes = [axis for axis, size in enumerate(record.shape) if size in rows]
         in_block = self._blocks.fullmatch(name, start)
         if not in_block and (not axes or self._beside.fullmatch(name, start)):
             return carried
         if self._moe_layers is None:
             return carried
-        what = f"has {self._num_experts} in dimension {axes[0]}" if axes else "is in an MoE block"
+        what = f"has {experts} in dimension {axes[0]}" if axes else "is in an MoE block"
         shape, family = list(record.shape), self._family.name
         raise FamilyError(
             name,

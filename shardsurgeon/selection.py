@@ -21,6 +21,7 @@ from shardsurgeon.counts import (
     RoutingFacts,
     SelectionRequest,
     check_kept,
+    check_routing,
     kept_count,
     largest_kept,
     removed_count,
@@ -38,6 +39,7 @@ __all__ = [
     "check_keep_list",
     "check_kept",
     "check_order",
+    "check_uniform",
     "kept_count",
     "largest_kept",
     "removed_count",
@@ -55,24 +57,25 @@ _NOBODY: Mapping[int, Collection[int]] = MappingProxyType({})
 
 def select(
     values: Mapping[int, NDArray[np.float64]],
-    kept: int,
+    kept: int | Mapping[int, int],
     facts: RoutingFacts,
     preserved: Mapping[int, Collection[int]] = _NOBODY,
 ) -> KeepList:
-    """Keep the `kept` most salient experts of every layer.
+    """Keep the `kept` most salient experts of every layer, or kept[layer] of each.
 
-    values: layer → float64 [num_experts], index = expert id. NaN, a never-routed expert, counts
-    as the lowest; +inf marks a preserved expert. preserved: layer → further ids that stay
-    whatever their saliency; all preserved count towards `kept`. Among equals the lower id
-    stays. With n_group > 1 every group keeps kept / n_group, chosen within the group. `kept`
-    must have passed `check_kept`. In the result NaN and +inf stand as None.
+    values: layer → float64 [experts], index = expert id; as long as the layer has experts, at
+    most facts.num_experts. NaN, a never-routed expert, counts as the lowest; +inf marks a
+    preserved expert. preserved: layer → further ids that stay whatever their saliency; all
+    preserved count towards `kept`. Among equals the lower id stays. With n_group > 1 every
+    group keeps kept / n_group, chosen within the group. `kept` must suit the router
+    (`check_routing`). In the result NaN and +inf stand as None.
 
     Raises UsageError where more experts are preserved than a layer or a group may keep.
     """
-    layers = {
-        layer: _select_layer(layer, values[layer], kept, facts, preserved.get(layer, ()))
-        for layer in sorted(values)
-    }
+    layers = {}
+    for layer in sorted(values):
+        count = kept if isinstance(kept, int) else kept[layer]
+        layers[layer] = _select_layer(layer, values[layer], count, facts, preserved.get(layer, ()))
     return KeepList(num_experts=facts.num_experts, layers=layers)
 
 
@@ -121,7 +124,7 @@ def check_order(keep_list: KeepList, facts: RoutingFacts) -> None:
         if keep.saliency is None:
             continue
         judged = _judged(keep)
-        size = facts.num_experts // facts.n_group
+        size = keep.num_experts // facts.n_group
         for group in range(facts.n_group):
             ids = range(group * size, (group + 1) * size)
             lowest = min((_rank(keep, old) for old in judged if old in ids), default=math.inf)
@@ -135,25 +138,36 @@ def check_order(keep_list: KeepList, facts: RoutingFacts) -> None:
                 raise VerificationError(place, problem)
 
 
+def check_uniform(keep_list: KeepList, where: str) -> None:
+    """Raise KeepListError, naming `where`, unless every layer keeps the same number."""
+    first, *others = sorted(keep_list.layers) or [0]
+    for layer in others:
+        kept = [len(keep_list.layers[each].retained) for each in (first, layer)]
+        if kept[0] != kept[1]:
+            problem = f"layer {first} keeps {kept[0]} experts, layer {layer} {kept[1]}"
+            remedy = "keep the same number in every layer, or give --allow-nonuniform"
+            raise KeepListError(where, problem, remedy)
+
+
 def check_keep_list(keep_list: KeepList, facts: RoutingFacts, where: str) -> None:
     """Check that a keep-list made elsewhere suits the model's routing.
 
-    Every layer keeps the same number, that number prunes something and leaves the router
-    enough, and every group keeps as many as the others. Raises KeepListError, naming `where`.
+    It prunes something, and in every layer it leaves the router enough, every group as many as
+    the others. Raises KeepListError, naming `where`.
     """
     if keep_list.num_experts != facts.num_experts:
         problem = f"is for {keep_list.num_experts} experts, the model has {facts.num_experts}"
         raise KeepListError(where, problem, "use a keep-list made for this model")
-    first = next(iter(sorted(keep_list.layers)), None)
-    if first is None:
+    if not keep_list.layers:
         raise KeepListError(where, "holds 0 layers")
-    kept = len(keep_list.layers[first].retained)
-    check_kept(kept, facts, where, KeepListError)
-    size, quota = facts.num_experts // facts.n_group, kept // facts.n_group
+    if not any(keep.pruned for keep in keep_list.layers.values()):
+        problem = f"keeping {facts.num_experts} of {facts.num_experts} experts prunes nothing"
+        raise KeepListError(where, problem, f"keep fewer than {facts.num_experts}")
     for layer, keep in sorted(keep_list.layers.items()):
-        if len(keep.retained) != kept:
-            problem = f"layer {first} keeps {kept} experts, layer {layer} {len(keep.retained)}"
-            raise KeepListError(where, problem, "keep the same number in every layer")
+        kept = len(keep.retained)
+        place = where if keep_list.is_uniform else f"{where}: layer {layer}"
+        check_routing(kept, facts.of_layer(keep.num_experts), place, KeepListError)
+        size, quota = keep.num_experts // facts.n_group, kept // facts.n_group
         for group in range(facts.n_group):
             survivors = sum(old // size == group for old in keep.retained)
             if survivors != quota:
@@ -198,8 +212,8 @@ def _select_layer(
     marked[list(preserved)] = True
     rank = np.where(np.isnan(values), -np.inf, values)
     rank[marked] = np.inf
-    size, quota = facts.num_experts // facts.n_group, kept // facts.n_group
-    keeps = np.zeros(facts.num_experts, dtype=bool)
+    size, quota = len(values) // facts.n_group, kept // facts.n_group
+    keeps = np.zeros(len(values), dtype=bool)
     for group in range(facts.n_group):
         begin = group * size
         count = int(marked[begin : begin + size].sum())

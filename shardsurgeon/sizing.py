@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import Checkpoint
 from shardsurgeon.formats.safetensors import TensorRecord
@@ -18,19 +20,24 @@ class Sizing:
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, *, drop_mtp: bool) -> None:
         self._anatomy = anatomy
         self._drop_mtp = drop_mtp
-        self._per_expert = 0
+        self._entries = dict.fromkeys(anatomy.experts_per_layer, 0)
         for shard in checkpoint.shards:
             for record in shard.header.tensors:
-                if isinstance(anatomy.role(record), ExpertTensor):
-                    self._per_expert += _entry_nbytes(record)
+                role = anatomy.role(record)
+                if isinstance(role, ExpertTensor):
+                    self._entries[role.layer] += _entry_nbytes(record)
         headers = sum(shard.header.data_begin for shard in checkpoint.shards)
-        self._others = headers - self._per_expert
+        self._others = headers - sum(self._entries.values())
 
-    def nbytes(self, kept: int) -> int:
-        """Bytes of all weight files with `kept` experts in every MoE layer."""
+    def nbytes(self, kept: int | Mapping[int, int]) -> int:
+        """Bytes of all weight files with `kept` experts in every MoE layer, or kept[layer]."""
         data = self._anatomy.total_nbytes(kept, drop_mtp=self._drop_mtp)
-        share = -(-self._per_expert * kept // self._anatomy.num_experts)
-        return data + self._others + share
+        entries = 0
+        for layer in self._anatomy.layers:
+            whole = self._entries[layer.index]
+            count = kept if isinstance(kept, int) else kept.get(layer.index, layer.num_experts)
+            entries += -(-whole * min(count, layer.num_experts) // layer.num_experts)
+        return data + self._others + entries
 
 
 def _entry_nbytes(record: TensorRecord) -> int:

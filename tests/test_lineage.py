@@ -123,36 +123,85 @@ def test_groups_are_recorded_where_routing_is_group_limited() -> None:
 def test_scores_for_the_original_or_for_the_pruned_model_both_fit() -> None:
     previous = pruned_once()
     original = {3: np.arange(6.0) * 10}
-    assert restrict(original, previous, 4, "s.pt")[3].tolist() == [10, 20, 40, 50]
-    assert restrict({3: np.arange(4.0)}, previous, 4, "s.pt")[3].tolist() == [0, 1, 2, 3]
-    assert restrict({3: np.arange(6.0)}, None, 6, "s.pt")[3].tolist() == [0, 1, 2, 3, 4, 5]
+    assert restrict(original, previous, {3: 4}, "s.pt")[3].tolist() == [10, 20, 40, 50]
+    assert restrict({3: np.arange(4.0)}, previous, {3: 4}, "s.pt")[3].tolist() == [0, 1, 2, 3]
+    assert restrict({3: np.arange(6.0)}, None, {3: 6}, "s.pt")[3].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_scores_for_another_number_of_experts_are_refused_with_both_numbers() -> None:
     with pytest.raises(ScoreError) as caught:
-        restrict({3: np.zeros(5)}, pruned_once(), 4, "s.pt")
+        restrict({3: np.zeros(5)}, pruned_once(), {3: 4}, "s.pt")
     says = "s.pt: layer 3 has 5 scores, the model has 4 experts (6 before it was pruned)"
     assert says in str(caught.value)
     with pytest.raises(ScoreError, match="layer 3 has 6 scores, the model has 8 experts; use"):
-        restrict({3: np.zeros(6)}, None, 8, "s.pt")
+        restrict({3: np.zeros(6)}, None, {3: 8}, "s.pt")
 
 
 def test_ids_found_among_the_original_experts_are_renumbered() -> None:
     previous = pruned_once()
-    assert restrict_ids({3: (0, 2, 5)}, previous, made_for=6) == {3: (1, 3)}
-    assert restrict_ids({3: (2, 0)}, previous, made_for=4) == {3: (0, 2)}
-    assert restrict_ids({3: (2, 0)}, None, made_for=6) == {3: (0, 2)}
+    assert restrict_ids({3: (0, 2, 5)}, previous, made_for={3: 6}) == {3: (1, 3)}
+    assert restrict_ids({3: (2, 0)}, previous, made_for={3: 4}) == {3: (0, 2)}
+    assert restrict_ids({3: (2, 0)}, None, made_for={3: 6}) == {3: (0, 2)}
 
 
 def test_a_record_of_another_checkpoint_is_refused() -> None:
-    check_lineage(None, 9, [1])
-    check_lineage(pruned_once(), 4, [3])
-    with pytest.raises(CheckpointError, match="says 4 experts are left, the model has 5"):
-        check_lineage(pruned_once(), 5, [3])
+    check_lineage(None, {1: 9})
+    check_lineage(pruned_once(), {3: 4})
+    with pytest.raises(CheckpointError, match="4 experts are left in layer 3, the model has 5"):
+        check_lineage(pruned_once(), {3: 5})
     with pytest.raises(CheckpointError, match=r"records 1 layers from 3 to 3, .* layer 7 as well"):
-        check_lineage(pruned_once(), 4, [3, 7])
+        check_lineage(pruned_once(), {3: 4, 7: 4})
     with pytest.raises(CheckpointError, match="layer 7"):
         survivors(pruned_once(), 7)
+
+
+def unequal() -> KeepList:
+    """Layer 3 keeps four of six experts, layer 5 two, layer 8 all of its three."""
+    return KeepList(
+        6,
+        {
+            3: LayerKeep((1, 2, 4, 5), (0, 3)),
+            5: LayerKeep((0, 5), (1, 2, 3, 4)),
+            8: LayerKeep((0, 1, 2), ()),
+        },
+    )
+
+
+def test_layers_may_keep_different_numbers_and_be_pruned_again() -> None:
+    kept = unequal()
+    first = compose(None, kept, step_of(BY_KEEP, kept, None, ORIGINAL))
+    step = first.steps[0]
+    assert (step.num_experts_before, step.num_experts_after, step.ratio) == (6, 4, 6 / 15)
+    assert (first.num_experts_before, first.num_experts_after) == (6, 4)
+    check_lineage(first, {3: 4, 5: 2, 8: 3})
+    again = KeepList(
+        4,
+        {
+            3: LayerKeep((0, 3), (1, 2)),
+            5: LayerKeep((1,), (0,)),
+            8: LayerKeep((1,), (0, 2)),
+        },
+    )
+    chained = prune_again(parse_provenance(first.to_bytes(), "metadata"), again)
+    assert [record.retained for record in chained.layers.values()] == [(1, 5), (5,), (1,)]
+    assert [record.num_experts for record in chained.layers.values()] == [6, 6, 3]
+    assert (chained.num_experts_after, chained.ratio) == (2, 11 / 15)
+
+
+def test_scores_and_ids_fit_layers_that_kept_different_numbers() -> None:
+    kept = unequal()
+    previous = compose(None, kept, step_of(BY_KEEP, kept, None, ORIGINAL))
+    counts = {3: 4, 5: 2, 8: 3}
+    original = {3: np.arange(6.0), 5: np.arange(6.0), 8: np.arange(3.0)}
+    fitting = restrict(original, previous, counts, "s.pt")
+    assert {n: row.tolist() for n, row in fitting.items()} == {
+        3: [1, 2, 4, 5],
+        5: [0, 5],
+        8: [0, 1, 2],
+    }
+    ids = {3: (2, 3), 5: (5,)}
+    assert restrict_ids(ids, previous, made_for={3: 6, 5: 6, 8: 3}) == {3: (1,), 5: (1,)}
+    assert restrict_ids({5: (1,)}, previous, made_for=counts) == {5: (1,)}
 
 
 VALUES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, math.nan, 3.5])
@@ -170,8 +219,8 @@ def test_with_the_same_scores_a_chain_of_prunes_equals_the_direct_one(
 
     def pruned(previous: Provenance | None, experts: int, kept: int) -> Provenance:
         facts = RoutingFacts(experts, 1, n_group=n_group)
-        here = restrict(scores, previous, experts, "s.pt")
-        marks = restrict_ids({3: chosen}, previous, made_for=12)
+        here = restrict(scores, previous, {3: experts}, "s.pt")
+        marks = restrict_ids({3: chosen}, previous, made_for={3: 12})
         selected = select(here, kept, facts, marks)
         return compose(previous, selected, step_of(BY_KEEP, selected, "reap", ORIGINAL), n_group)
 

@@ -29,7 +29,7 @@ def pruned(text: str, drop_mtp: bool = False) -> str:
     files = {**tiny.files(), "config.json": text.encode()}
     checkpoint = open_checkpoint(tiny.MemorySource(files, name="tiny"))
     anatomy = read_anatomy(checkpoint)
-    return pruned_config(checkpoint, anatomy, KEEP, 3, drop_mtp=drop_mtp).decode()
+    return pruned_config(checkpoint, anatomy, KEEP, drop_mtp=drop_mtp).decode()
 
 
 def quantized(entries: object) -> object:
@@ -58,14 +58,6 @@ def test_entries_of_survivors_are_renumbered_and_those_of_the_pruned_dropped() -
     assert quantized(entries) == ["lm_head", EXPERT.format(1, 2), EXPERT.format(2, 0)]
 
 
-def test_renumbering_never_takes_one_number_for_the_beginning_of_another() -> None:
-    # Layer 12 has no experts; expert 5 of layer 1 becomes 2, and 52 is no expert of ours.
-    assert quantized(["model.layers.12.mlp.experts_norm", EXPERT.format(3, 7)]) == [
-        "model.layers.12.mlp.experts_norm",
-        EXPERT.format(3, 2),
-    ]
-
-
 def test_patterns_that_name_an_expert_are_renumbered_and_wildcards_stay() -> None:
     entries = [
         r"re:model\.layers\.1\.mlp\.experts\.5\..*",
@@ -75,28 +67,6 @@ def test_patterns_that_name_an_expert_are_renumbered_and_wildcards_stay() -> Non
         "model.layers.*.mlp.experts.*",
     ]
     assert quantized(entries) == [r"re:model\.layers\.1\.mlp\.experts\.2\..*", *entries[1:]]
-
-
-def test_keys_that_name_an_expert_are_renumbered_without_colliding() -> None:
-    entries = {EXPERT.format(2, 2): {"bits": 8}, EXPERT.format(2, 1): {"bits": 4}}
-    entries[EXPERT.format(2, 7)] = {"bits": 2}
-    assert quantized(entries) == {
-        EXPERT.format(2, 1): {"bits": 8},
-        EXPERT.format(2, 0): {"bits": 4},
-    }
-
-
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        (r"re:.*experts\.5\..*", "of no single layer"),
-        (r"re:model\.layers\.1\.mlp\.experts\.(1|2)\..*", "several experts by number"),
-        (r"re:model\.layers\.1\.mlp\.experts\.[0-3]\..*", "several experts by number"),
-    ],
-)
-def test_entries_that_cannot_be_renumbered_are_refused(entry: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        quantized([entry])
 
 
 def test_a_count_that_no_rule_knows_is_refused_with_its_path() -> None:

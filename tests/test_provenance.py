@@ -109,6 +109,57 @@ def test_group_limited_routing_records_the_cut_of_every_group() -> None:
     assert (layer["min_retained_saliency"], layer["max_pruned_saliency"]) == (2.0, 8.0)
 
 
+def unequal(**changes: Any) -> bytes:
+    """Two layers of six and four experts that keep three and four of them."""
+    source = {"name": "tiny", "revision": None, "config_sha256": None}
+    rest = {"ratio": 0.3, "rounding": None, "metric": None, "selection": "plan", "source": source}
+    step = {"num_experts_before": 6, "num_experts_after": 4, **rest}
+    layers = {
+        "1": {"retained": [0, 2, 5], "pruned": [1, 3, 4]},
+        "2": {"num_experts_before": 4, "retained": [0, 1, 2, 3], "pruned": []},
+    }
+    layers["1"].update(changes.pop("first", {}))
+    layers["2"].update(changes.pop("second", {}))
+    return json.dumps({"format": 2, **step, "steps": [step], "layers": layers, **changes}).encode()
+
+
+def test_layers_with_different_numbers_of_experts_make_a_file_of_format_2() -> None:
+    provenance = parse_provenance(unequal(), "metadata")
+    counts = {n: (r.num_experts, len(r.retained)) for n, r in provenance.layers.items()}
+    assert counts == {1: (6, 3), 2: (4, 4)}
+    assert (provenance.num_experts_before, provenance.num_experts_after) == (6, 4)
+    assert provenance.ratio == 3 / 10
+    written = json.loads(provenance.to_bytes())
+    assert written["format"] == 2
+    assert "num_experts_before" not in written["layers"]["1"]
+    assert written["layers"]["2"]["num_experts_before"] == 4
+    assert parse_provenance(provenance.to_bytes(), "metadata") == provenance
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": 1}, "layers.1: 3 retained and 3 pruned experts, expected 4 and 2"),
+        ({"second": {"num_experts_before": 7}}, "layers.2: 7 experts before, no layer had more"),
+        ({"second": {"num_experts_before": True}}, "layers.2.num_experts_before: not a positive"),
+        ({"second": {"retained": [0, 1, 2]}}, "layers.2: 3 retained and 0 pruned experts"),
+        ({"first": {"retained": [], "pruned": [0, 1, 2, 3, 4, 5]}}, "layers.1: 0 retained"),
+        (
+            {"first": {"retained": [0, 1, 2, 3, 4], "pruned": [5]}},
+            "layers.1: 5 retained and 1 pruned experts, expected at most 4 and 2",
+        ),
+        ({"num_experts_after": 5}, "no layer had 6 experts or none has 5 now"),
+        ({"num_experts_before": 10**12}, "3 retained and 3 pruned experts, expected at most 4"),
+    ],
+)
+def test_layers_that_differ_are_still_held_against_the_head(
+    changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse_provenance(unequal(**changes), "metadata")
+    assert says in str(caught.value)
+
+
 def test_reading_and_writing_agree_on_a_chain_with_groups() -> None:
     raw = json.dumps(document()).encode()
     provenance = parse_provenance(raw, "metadata")
@@ -154,9 +205,9 @@ def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (change("format", to=2), "format is 2, known is 1"),
-        (change("format", to=None), "format is null, known is 1"),
-        (change("format", to=True), "format is true, known is 1"),
+        (change("format", to=3), "format is 3, known are 1 and 2"),
+        (change("format", to=None), "format is null, known are 1 and 2"),
+        (change("format", to=True), "format is true, known are 1 and 2"),
         (change("num_experts_before", to="6"), "num_experts_before: not a positive whole number"),
         (change("num_experts_before", to=10**12), "expected 2 and 999999999998"),
         (change("num_experts_after", to=6), "6 of 6 experts are left"),

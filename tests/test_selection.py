@@ -19,6 +19,7 @@ from shardsurgeon.selection import (
     RoutingFacts,
     check_keep_list,
     check_order,
+    check_uniform,
     select,
     summarize,
     super_experts,
@@ -183,8 +184,8 @@ def test_the_check_compares_within_groups_where_routing_is_group_limited() -> No
         (KeepList(8, {0: keep_of((1.0,) * 8, tuple(range(8)))}), "prunes nothing"),
         (KeepList(8, {0: keep_of((1.0,) * 8, (0, 4, 5))}), "do not divide into the 2 groups"),
         (
-            KeepList(8, {0: keep_of((1.0,) * 8, (0, 4)), 2: keep_of((1.0,) * 8, (0, 1, 4, 5))}),
-            "layer 0 keeps 2 experts, layer 2 4",
+            KeepList(8, {0: keep_of((1.0,) * 8, (0, 4)), 2: keep_of((1.0,) * 8, (0, 4, 5))}),
+            "layer 2: 3 kept experts do not divide into the 2 groups",
         ),
         (
             KeepList(8, {0: keep_of((1.0,) * 8, (0, 1, 2, 4))}),
@@ -197,6 +198,25 @@ def test_a_keep_list_the_router_cannot_use_is_refused(keep_list: KeepList, says:
         check_keep_list(keep_list, grouped(8, 2), "drops.json")
     assert str(caught.value).startswith("drops.json: ")
     assert says in str(caught.value)
+
+
+def test_layers_that_keep_different_numbers_suit_a_router_and_are_not_uniform() -> None:
+    facts = RoutingFacts(8, 2, n_group=2, topk_group=2)
+    everyone = keep_of((1.0,) * 8, tuple(range(8)))
+    unequal = KeepList(8, {0: keep_of((1.0,) * 8, (0, 4)), 2: everyone, 3: everyone})
+    check_keep_list(unequal, facts, "keep.json")
+    assert (unequal.kept, unequal.is_uniform) == (8, False)
+    with pytest.raises(KeepListError, match="layer 0 keeps 2 experts, layer 2 8"):
+        check_uniform(unequal, "keep.json")
+    check_uniform(KeepList(8, {2: everyone, 3: everyone}), "keep.json")
+
+
+def test_each_layer_keeps_its_own_count_of_its_own_experts() -> None:
+    values = {1: np.array([1.0, 5.0, 3.0, 4.0]), 4: np.array([2.0, 1.0])}
+    kept = select(values, {1: 3, 4: 1}, RoutingFacts(4, 1))
+    assert {n: layer.retained for n, layer in kept.layers.items()} == {1: (1, 2, 3), 4: (0,)}
+    assert [layer.num_experts for layer in kept.layers.values()] == [4, 2]
+    check_order(kept, RoutingFacts(4, 1))
 
 
 def test_a_keep_list_that_suits_the_router_passes() -> None:

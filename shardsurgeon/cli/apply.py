@@ -9,6 +9,7 @@ import click
 
 from shardsurgeon.cli.options import (
     at_least,
+    family_option,
     json_option,
     model_option,
     only_one,
@@ -29,6 +30,7 @@ from shardsurgeon.units import format_size
 @scores_argument
 @model_option
 @selection_options
+@family_option
 @click.option(
     "-o",
     "out",
@@ -66,6 +68,7 @@ def apply_command(
     scores: str | None,
     model: str | None,
     requests: Sequence[SelectionRequest],
+    family: str | None,
     out: str | None,
     max_shard_nbytes: int | None,
     workers: int,
@@ -104,6 +107,7 @@ def apply_command(
             dry_run=dry_run,
             restart=restart,
             progress=bar.on_progress if bar else None,
+            family=family,
         )
     if as_json:
         print_json(asdict(report))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from shardsurgeon.cli.options import json_option
+from shardsurgeon.cli.options import family_option, json_option
 from shardsurgeon.cli.output import print_json, print_lines
 from shardsurgeon.cli.tables import counted, facts, number_ranges, parameters, percent, table
 from shardsurgeon.reports import InspectReport
@@ -16,8 +16,9 @@ from shardsurgeon.units import format_size
 
 @click.command("inspect")
 @click.argument("model", required=False)
+@family_option
 @json_option
-def inspect_command(model: str | None, as_json: bool) -> None:
+def inspect_command(model: str | None, family: str | None, as_json: bool) -> None:
     """Show a model's layers, experts and sizes.
 
     MODEL is the folder of a checkpoint, by default the current folder. Reads
@@ -30,7 +31,7 @@ def inspect_command(model: str | None, as_json: bool) -> None:
     """
     from shardsurgeon import operations
 
-    report = operations.inspect(model)
+    report = operations.inspect(model, family=family)
     if as_json:
         print_json(asdict(report))
     else:
@@ -56,7 +57,7 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     yield "layers", str(report.num_hidden_layers)
     yield "MoE layers", layers
     yield "MTP layers", number_ranges(report.mtp_layers) or "none with experts"
-    yield "experts", f"{report.num_experts} per MoE layer, {report.top_k} chosen per token"
+    yield "experts", f"{_experts(report)} per MoE layer, {report.top_k} chosen per token"
     if report.n_group > 1:
         yield "groups", f"{report.n_group}, {report.topk_group} of them chosen per token"
     yield "layout", report.expert_layout
@@ -69,6 +70,14 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
         "one expert",
         f"{expert} in a layer, {format_size(every * report.expert_size)} over all layers",
     )
+
+
+def _experts(report: InspectReport) -> str:
+    """`384`, or `108 to 216` where layers have different numbers."""
+    if report.num_experts_per_layer is None:
+        return str(report.num_experts)
+    counts = report.num_experts_per_layer.values()
+    return f"{min(counts)} to {max(counts)}"
 
 
 def _sizes(report: InspectReport) -> Iterator[tuple[str, str, str]]:

@@ -18,8 +18,9 @@ from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.output import let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
+from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.verify import verify_command
-from shardsurgeon.errors import ShardSurgeonError, WorkError
+from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError
 
 PROGRAM = "shardsurgeon"
 DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
@@ -51,7 +52,7 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
-    commands=[inspect_command, plan_command, apply_command, verify_command],
+    commands=[inspect_command, plan_command, apply_command, verify_command, scores_commands],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     invoke_without_command=True,
     subcommand_metavar="COMMAND ...",
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         line, status = describe(error)
         _say(f"error: {line}")
+        if isinstance(error, UndeclaredFamilyError) and "--json" not in (arguments or sys.argv):
+            click.echo(error.skeleton, nl=False)
         return status
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from shardsurgeon.counts import MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.errors import UsageError
 from shardsurgeon.units import parse_size
 
@@ -16,7 +16,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _WORDS = (
     *("keep", "target_size", "plan_file", "rounding", "multiple_of"),
-    *("metric", "preserve_super_experts", "mtp"),
+    *("metric", "preserve_super_experts", "mtp", "allocate", "allow_nonuniform"),
 )
 
 
@@ -52,6 +52,16 @@ def model_option(command: Command) -> Command:
         "--model",
         metavar="MODEL",
         help="Folder of the checkpoint.  [default: the current folder]",
+    )(command)
+
+
+def family_option(command: Command) -> Command:
+    """Add `--family auto|FILE`."""
+    return click.option(
+        "--family",
+        metavar="auto|FILE",
+        help="Read a model of no declared family: by a declaration of your own (TOML), or"
+        " without one where its names, shapes and config leave no doubt.",
     )(command)
 
 
@@ -120,6 +130,10 @@ def _mtp(context: click.Context, parameter: click.Parameter, text: str) -> MtpPo
     return MtpPolicy(text)
 
 
+def _allocate(context: click.Context, parameter: click.Parameter, text: str) -> Allocation:
+    return Allocation(text)
+
+
 _SELECTION = (
     click.option(
         "--ratio",
@@ -176,5 +190,21 @@ _SELECTION = (
         help="What becomes of next-token-prediction layers that have experts and no scores: "
         "router-norm scores them by their router rows, last reuses the choice of the last layer, "
         "drop removes them.",
+    ),
+    click.option(
+        "--allocate",
+        metavar="WAY",
+        type=click.Choice([str(way) for way in Allocation]),
+        default=str(Allocation.UNIFORM),
+        show_default=True,
+        callback=_allocate,
+        help="uniform keeps as many experts in every layer; global shares the same number of "
+        "experts out by the layers' shares of saliency, so that some keep more than others.",
+    ),
+    click.option(
+        "--allow-nonuniform",
+        is_flag=True,
+        help="Accept layers that keep different numbers of experts. Stock vLLM and transformers "
+        "misread such a model, except where its config has counts per block.",
     ),
 )

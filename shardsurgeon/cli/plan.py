@@ -7,7 +7,13 @@ from dataclasses import asdict
 
 import click
 
-from shardsurgeon.cli.options import json_option, model_option, scores_argument, selection_options
+from shardsurgeon.cli.options import (
+    family_option,
+    json_option,
+    model_option,
+    scores_argument,
+    selection_options,
+)
 from shardsurgeon.cli.output import print_json, print_lines
 from shardsurgeon.cli.plantext import comparison_lines, plan_lines
 from shardsurgeon.counts import SelectionRequest
@@ -19,12 +25,14 @@ from shardsurgeon.reports import PlanReport
 @scores_argument
 @model_option
 @selection_options
+@family_option
 @click.option("-o", "plan_out", metavar="PLAN.JSON", help="Save the keep-lists, for `--plan`.")
 @json_option
 def plan_command(
     scores: str | None,
     model: str | None,
     requests: Sequence[SelectionRequest],
+    family: str | None,
     plan_out: str | None,
     as_json: bool,
 ) -> None:
@@ -40,13 +48,14 @@ def plan_command(
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
       shardsurgeon plan scores.pt --keep 72 --model /models/Kimi-K2.5
       shardsurgeon plan scores.pt --target-size 122GB -o plan.json
+      shardsurgeon plan scores.pt --ratio 0.5 --allocate global
     """
     from shardsurgeon import operations
 
     if plan_out is not None and len(requests) > 1:
         problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
         raise UsageError("-o", problem, "give a single --ratio")
-    prunings = [operations.plan(model, scores, request) for request in requests]
+    prunings = [operations.plan(model, scores, request, family=family) for request in requests]
     if plan_out is not None:
         prunings[0].write_plan(plan_out)
     _show([pruning.report for pruning in prunings], plan_out, as_json)

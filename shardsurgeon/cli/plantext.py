@@ -13,7 +13,7 @@ from shardsurgeon.cli.tables import (
     saliency,
     table,
 )
-from shardsurgeon.counts import MtpPolicy
+from shardsurgeon.counts import Allocation, MtpPolicy
 from shardsurgeon.reports import LayerReport, PlanReport
 from shardsurgeon.units import format_size
 
@@ -30,8 +30,8 @@ def plan_lines(report: PlanReport) -> Iterator[str]:
 
 
 def title(report: PlanReport) -> str:
-    """`Kimi-K2.5: keep 135 of 384 experts in each of 60 MoE layers`."""
-    kept = f"keep {report.num_experts_after} of {report.num_experts_before} experts"
+    """`Kimi-K2.5: keep 135 of 384 experts in each of 60 MoE layers`, or `96 to 212 of 384`."""
+    kept = f"keep {_kept(report)} of {_before(report)} experts"
     return f"{report.model}: {kept} in each of {len(report.layers)} MoE layers"
 
 
@@ -69,7 +69,7 @@ def comparison_lines(reports: Sequence[PlanReport]) -> Iterator[str]:
 
 
 def _now(report: PlanReport) -> str:
-    words = [f"{report.num_experts_before} experts in each of {len(report.layers)} MoE layers"]
+    words = [f"{_before(report)} experts in each of {len(report.layers)} MoE layers"]
     words.append(f"{format_size(report.total_size_before)} of tensor data")
     if report.total_parameters_before is not None:
         words.append(f"{parameters(report.total_parameters_before)} parameters")
@@ -84,6 +84,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
         "lowest\nkept": any(layer.min_retained_saliency is not None for layer in layers),
         "highest\npruned": any(layer.max_pruned_saliency is not None for layer in layers),
         "saliency\ndropped": any(layer.saliency_dropped is not None for layer in layers),
+        "were it\nuniform": any(layer.saliency_dropped_uniform is not None for layer in layers),
         "chosen\nby": any(layer.policy != "scores" for layer in layers),
     }
     headings = ["layer", "kept", "pruned", *(heading for heading in told if told[heading])]
@@ -101,6 +102,7 @@ def _layer_row(layer: LayerReport) -> dict[str, str]:
         "lowest\nkept": saliency(layer.min_retained_saliency),
         "highest\npruned": saliency(layer.max_pruned_saliency),
         "saliency\ndropped": percent(layer.saliency_dropped),
+        "were it\nuniform": percent(layer.saliency_dropped_uniform),
         "chosen\nby": layer.policy,
     }
 
@@ -108,9 +110,9 @@ def _layer_row(layer: LayerReport) -> dict[str, str]:
 def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:
     yield "chosen by", _chosen_by(report)
     if (dropped := _dropped(report)) is not None:
-        mean, worst, layer = dropped
-        worst_of = f", {percent(worst)} at worst (layer {layer})" if len(report.layers) > 1 else ""
-        yield "saliency", f"{percent(mean)} dropped on average{worst_of}"
+        yield "saliency", _dropped_words(report, dropped)
+    if (uniform := _dropped_if_uniform(report)) is not None:
+        yield "were it uniform", _dropped_words(report, uniform)
     if report.mtp_dropped:
         yield "MTP", "the next-token-prediction layers are dropped"
     yield "tensor data", _size_change(report)
@@ -128,6 +130,8 @@ def _chosen_by(report: PlanReport) -> str:
         words.append(f"rounding {report.rounding}")
     if report.metric is not None:
         words.append(f"metric {report.metric}")
+    if report.allocate != Allocation.UNIFORM:
+        words.append(f"--allocate {report.allocate}")
     return ", ".join(words)
 
 
@@ -146,7 +150,7 @@ def _compared(report: PlanReport) -> tuple[str, ...]:
     mean, worst, _ = _dropped(report) or (None, None, None)
     return (
         f"{report.ratio:g}",
-        str(report.num_experts_after),
+        _kept(report, "-"),
         format_size(report.total_size_after),
         percent(report.total_size_after / report.total_size_before),
         parameters(report.total_parameters_after),
@@ -156,17 +160,44 @@ def _compared(report: PlanReport) -> tuple[str, ...]:
     )
 
 
-def _dropped(report: PlanReport) -> tuple[float, float, int] | None:
-    """Mean and largest share of saliency dropped, and the layer of the largest."""
-    shares = [
-        (layer.saliency_dropped, layer.layer)
-        for layer in _scored(report.layers)
-        if layer.saliency_dropped is not None
-    ]
+def _kept(report: PlanReport, to: str = " to ") -> str:
+    """`135`, or `96 to 212` where layers keep different numbers."""
+    return _extremes([layer.kept for layer in report.layers], to)
+
+
+def _before(report: PlanReport) -> str:
+    return _extremes([layer.kept + layer.pruned for layer in report.layers], " to ")
+
+
+def _extremes(counts: Sequence[int], to: str) -> str:
+    ends = (min(counts), max(counts))
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}{to}{ends[1]}"
+
+
+_Dropped = tuple[float, float, int]
+"""Mean and largest share of saliency dropped, and the layer of the largest."""
+
+
+def _dropped(report: PlanReport) -> _Dropped | None:
+    return _summed((layer.saliency_dropped, layer.layer) for layer in _scored(report.layers))
+
+
+def _dropped_if_uniform(report: PlanReport) -> _Dropped | None:
+    return _summed((layer.saliency_dropped_uniform, layer.layer) for layer in report.layers)
+
+
+def _summed(every: Iterable[tuple[float | None, int]]) -> _Dropped | None:
+    shares = [(share, layer) for share, layer in every if share is not None]
     if not shares:
         return None
     worst, layer = max(shares)
     return sum(share for share, _ in shares) / len(shares), worst, layer
+
+
+def _dropped_words(report: PlanReport, dropped: _Dropped) -> str:
+    mean, worst, layer = dropped
+    worst_of = f", {percent(worst)} at worst (layer {layer})" if len(report.layers) > 1 else ""
+    return f"{percent(mean)} dropped on average{worst_of}"
 
 
 def _narrowest_cut(layers: Sequence[LayerReport]) -> float | None:

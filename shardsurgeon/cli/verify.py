@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import click
 
-from shardsurgeon.cli.options import at_least, json_option, progress_option
+from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
 from shardsurgeon.cli.output import byte_bar, print_json, print_lines
-from shardsurgeon.cli.tables import counted, facts
+from shardsurgeon.cli.tables import counted, facts, number_ranges
 from shardsurgeon.errors import VerificationError
-from shardsurgeon.reports import VerifyReport
+from shardsurgeon.reports import ArchitectureReport, VerifyReport
 from shardsurgeon.units import format_size
 
 
@@ -25,10 +25,23 @@ from shardsurgeon.units import format_size
     callback=at_least(1),
     help="Compare the bytes of N tensors per shard.  [default: of every tensor]",
 )
+@click.option(
+    "--architecture",
+    is_flag=True,
+    help="Also check, by names and shapes, that transformers' model of the pruned config takes"
+    " exactly these tensors. Needs shardsurgeon[architecture].",
+)
+@family_option
 @progress_option
 @json_option
 def verify_command(
-    source: str, pruned: str, sample: int | None, progress: bool | None, as_json: bool
+    source: str,
+    pruned: str,
+    sample: int | None,
+    architecture: bool,
+    family: str | None,
+    progress: bool | None,
+    as_json: bool,
 ) -> None:
     """Prove a pruned model against its source.
 
@@ -40,12 +53,18 @@ def verify_command(
     Examples:
       shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct
       shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct --sample 20
+      shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct --architecture
     """
     from shardsurgeon import operations
 
     with byte_bar(progress) as bar:
         report = operations.verify(
-            source, pruned, sample=sample, progress=bar.on_bytes if bar else None
+            source,
+            pruned,
+            sample=sample,
+            architecture=architecture,
+            progress=bar.on_bytes if bar else None,
+            family=family,
         )
     if as_json:
         print_json(asdict(report))
@@ -53,7 +72,11 @@ def verify_command(
         print_lines(_lines(report))
     if not report.holds:
         found = counted(len(report.differences), "difference")
-        raise VerificationError(pruned, f"{found} from {source}", "see the report")
+        problem = f"{found} from {source}"
+        if report.architecture is not None:
+            built = counted(len(report.architecture.differences), "difference")
+            problem += f", {built} from {report.architecture.model_class}"
+        raise VerificationError(pruned, problem, "see the report")
 
 
 def _lines(report: VerifyReport) -> Iterator[str]:
@@ -62,7 +85,7 @@ def _lines(report: VerifyReport) -> Iterator[str]:
     yield from facts(_facts(report))
     if not report.holds:
         yield ""
-        yield from (f"  {difference}" for difference in report.differences)
+        yield from (f"  {difference}" for difference in report.all_differences)
 
 
 def _facts(report: VerifyReport) -> Iterator[tuple[str, str]]:
@@ -71,3 +94,15 @@ def _facts(report: VerifyReport) -> Iterator[tuple[str, str]]:
     yield "source", report.source
     yield "structure", f"{counted(report.tensors, 'tensor')}, index, config, side files, metadata"
     yield "bytes", f"{format_size(report.bytes_compared)} of {compared}"
+    if report.architecture is not None:
+        yield from _architecture_facts(report.architecture)
+
+
+def _architecture_facts(report: ArchitectureReport) -> Iterator[tuple[str, str]]:
+    expected = f"{report.parameters:,} parameters and buffers of {report.model_class}"
+    yield "architecture", f"{report.tensors:,} tensors, {expected}, {report.engine}"
+    if report.mtp_layers:
+        layers = number_ranges(report.mtp_layers)
+        yield "MTP layers", f"{layers}: experts and routers, by the shapes of a main layer"
+    if report.unchecked:
+        yield "not checked", ", ".join(report.unchecked)

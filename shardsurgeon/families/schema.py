@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from shardsurgeon.errors import FamilyError
@@ -49,8 +50,12 @@ class ConfigKeys:
 
     at: dotted paths of the object that holds the keys; "" is the top. The first one that has
     an expert count is read, and every one is rewritten.
-    also: dotted paths, from `at`, of further values that repeat the expert count; `*` stands
-    for every element of a list or member of an object.
+    also: further values that repeat the expert count.
+    All but `at` and `elsewhere` are dotted paths from `at`, in which `*` stands for every
+    element of a list or member of an object; a list at the end counts as its elements.
+    per_layer, per_mtp_layer: where the config says of every layer how many experts it has, `*`
+    being the layer's number (of MTP layers: counted from 0); mtp_num_experts: spellings of a
+    count of the MTP layers' own. What says it per layer may differ between layers.
     extra_rows: key of the number of router rows behind the experts' own (identity experts).
     elsewhere: dotted paths of objects that speak of other experts, and stay as they are.
     """
@@ -63,6 +68,9 @@ class ConfigKeys:
     topk_group: tuple[str, ...] = ()
     mtp_layers: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    per_layer: str = ""
+    per_mtp_layer: str = ""
+    mtp_num_experts: tuple[str, ...] = ()
     extra_rows: str = ""
     elsewhere: tuple[str, ...] = ()
 
@@ -85,6 +93,8 @@ class TensorNames:
     beside: tensors of the layer outside the block that are known to have no expert axis,
     whatever their shape.
     elsewhere: tensors outside the layers that are known to have no expert to prune.
+    varies: tensors of the block that only some MoE layers have; without it a layer that lacks
+    what the others have is refused.
     """
 
     layers: tuple[str, ...]
@@ -99,6 +109,31 @@ class TensorNames:
     mtp_others: tuple[str, ...] = ()
     beside: tuple[str, ...] = ("self_attn.*", "linear_attn.*", "*norm*")
     elsewhere: tuple[str, ...] = ()
+    varies: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersView:
+    """How transformers is told of models whose config.json it does not read as published.
+
+    model_types: model type in config.json → the one that transformers has for the same model,
+    wherever in the config it stands.
+    config_keys: dotted path in config.json → the one where transformers looks for the value.
+    tensor_names: part of a published tensor name → what transformers calls it, where its own
+    renaming rules lack it.
+    text: dotted path of a section that transformers knows, where it does not know the whole.
+    within: model type of a wrapper, where transformers builds the model only inside of it.
+    absent: the wrapper's own parameters, which a checkpoint of the bare model lacks.
+    unknown: why transformers cannot build models of this family at all.
+    """
+
+    model_types: tuple[tuple[str, str], ...] = ()
+    config_keys: tuple[tuple[str, str], ...] = ()
+    tensor_names: tuple[tuple[str, str], ...] = ()
+    text: str = ""
+    within: str = ""
+    absent: tuple[str, ...] = ()
+    unknown: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +143,7 @@ class Family:
     group_score_top: how many of a group's experts make its score where routing is
     group-limited; a group must keep at least that many.
     refusal: why models of this family cannot be pruned correctly, where that is so.
+    transformers: not inherited; what is `like` another family need not be built like it.
     """
 
     name: str
@@ -118,6 +154,7 @@ class Family:
     tensors: TensorNames
     group_score_top: int = 1
     refusal: str = ""
+    transformers: TransformersView = TransformersView()
 
 
 def pattern(template: str) -> str:
@@ -136,6 +173,24 @@ def parse_family(text: str, where: str) -> Family:
     except tomllib.TOMLDecodeError as error:
         raise FamilyError(where, f"not TOML: {error}") from error
     return _family(data, where)
+
+
+def read_family(path: str) -> Family:
+    """Read a family file of the user's. Raises FamilyError where it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FamilyError(path, f"cannot be read: {error}") from error
+    return parse_family(text, path)
+
+
+def is_declared(config: Mapping[str, Any]) -> bool:
+    """Whether a shipped declaration is for this config."""
+    try:
+        family_for(config, "")
+    except FamilyError:
+        return False
+    return True
 
 
 def family_for(config: Mapping[str, Any], where: str) -> Family:
@@ -181,7 +236,10 @@ def _unknown(model_type: object, families: tuple[Family, ...]) -> tuple[str, str
     problem = f"model type {model_type!r} is not supported; supported are {', '.join(known)}"
     near = difflib.get_close_matches(str(model_type), known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    remedy = f"{hint}a new family is one TOML file: see 'Adding a family' in CONTRIBUTING.md"
+    remedy = (
+        f"{hint}try --family auto, or declare it with --family FILE: see 'Adding a family' in "
+        "CONTRIBUTING.md"
+    )
     return problem, remedy
 
 
@@ -189,7 +247,13 @@ def _family(data: dict[str, Any], where: str) -> Family:
     data = _inherit(data)
     config = _build(ConfigKeys, data.pop("config", {}), f"{where} [config]")
     tensors = _build(TensorNames, data.pop("tensors", {}), f"{where} [tensors]")
-    rest = {"name": where.removesuffix(".toml"), "config": config, "tensors": tensors}
+    view = _build(TransformersView, data.pop("transformers", {}), f"{where} [transformers]")
+    rest = {
+        "name": Path(where).stem,
+        "config": config,
+        "tensors": tensors,
+        "transformers": view,
+    }
     family: Family = _build(Family, {**data, **rest}, where)
     return family
 
@@ -203,6 +267,7 @@ def _inherit(data: dict[str, Any]) -> dict[str, Any]:
     tables = {name: {**base[name], **data.get(name, {})} for name in ("config", "tensors")}
     merged = {**base, **data, **tables}
     del merged["like"]
+    merged["transformers"] = data.get("transformers", {})
     return merged
 
 
@@ -232,6 +297,9 @@ def _entry(declared: Any, value: Any, where: str) -> Any:
             return tuple(
                 _build(Rule, {"name": v} if isinstance(v, str) else v, where) for v in value
             )
+    elif declared == "tuple[tuple[str, str], ...]":
+        if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+            return tuple(value.items())
     elif type(value).__name__ == declared:
         return value
     raise FamilyError(where, f"{value!r} is not what this entry holds ({declared})")

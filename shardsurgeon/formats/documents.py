@@ -7,7 +7,8 @@ and remembers where every value stands in it; `Document.edit` cuts out only what
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -33,6 +34,13 @@ class Rename:
 
     new_key: str
     value: object = KEEP
+
+
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """As a change of a path that does not exist yet: a new last member of that object."""
+
+    value: object
 
 
 class Document:
@@ -64,8 +72,9 @@ class Document:
         """The text with the changes made and every byte outside of them as it was.
 
         A path leads from the root by keys and list positions, both as they are before the
-        edit. A change is DELETE, a Rename, or the value that replaces the present one; a
-        replacement that equals the present value leaves its spelling alone.
+        edit. A change is DELETE, a Rename, an Insert (several into one object stand in the
+        order given), or the value that replaces the present one; a replacement that equals the
+        present value leaves its spelling alone.
 
         Raises KeyError for a path that does not exist, ValueError for changes that
         contradict each other: one below a value that goes, or keys that collide.
@@ -94,9 +103,14 @@ class _Editor:
         """Every cut, in no particular order."""
         removed: dict[Path, set[str | int]] = {}
         renamed: dict[Path, dict[str | int, str]] = {}
+        inserted: dict[Path, dict[str, object]] = {}
         for path, change in self._changes.items():
-            node = self._find(path)
             self._check_ancestors(path)
+            if isinstance(change, Insert):
+                self._check_new(path)
+                inserted.setdefault(path[:-1], {})[str(path[-1])] = change.value
+                continue
+            node = self._find(path)
             if change is DELETE:
                 if not path:
                     raise ValueError("the root cannot be deleted")
@@ -106,10 +120,13 @@ class _Editor:
                 yield from self._rename(path, node, change)
             else:
                 yield from self._replace(node, change)
-        for path, keys in renamed.items():
-            _check_collisions(self._find(path), keys, removed.get(path, set()))
+        for path in {**renamed, **inserted}:
+            gone, new = removed.get(path, set()), inserted.get(path, {})
+            _check_collisions(self._find(path), renamed.get(path, {}), gone, new)
         for path, steps in removed.items():
             yield from _removals(self._find(path), steps)
+        for path, members in inserted.items():
+            yield self._insertion(self._find(path), members, removed.get(path, set()))
 
     def _find(self, path: Path) -> Node:
         node = self._root
@@ -134,23 +151,60 @@ class _Editor:
         if change.value is not KEEP:
             yield from self._replace(node, change.value)
 
+    def _check_new(self, path: Path) -> None:
+        if not path or not isinstance(path[-1], str):
+            raise ValueError(f"{path} names no member that could be inserted")
+        if not isinstance(self._find(path[:-1]).value, dict):
+            raise ValueError(f"{path} cannot be inserted into what is no object")
+
+    def _insertion(
+        self, container: Node, members: Mapping[str, object], removed: set[str | int]
+    ) -> tuple[int, int, str]:
+        """The new members behind the last one that stays, spaced as the last one there was."""
+        children = list(container.children.values())
+        gap, colon = self._separators[0][1:], self._separators[1]
+        if children:
+            begin = children[-2].end if len(children) > 1 else container.begin
+            space = re.split("[,{]", self._text[begin : children[-1].key_begin])[-1]
+            gap = space if len(children) > 1 or "\n" in space else gap
+            colon = self._text[children[-1].key_end : children[-1].begin]
+        sample, margin = self._sample(container), gap.rpartition("\n")[2]
+        texts = [
+            f"{self._dump(key)}{colon}{self._render(sample, value, margin)}"
+            for key, value in members.items()
+        ]
+        stay = [child for key, child in container.children.items() if key not in removed]
+        if not stay:
+            begin = container.begin + 1
+            return begin, begin, self._separators[0].join(texts)
+        return stay[-1].end, stay[-1].end, "".join(f",{gap}{text}" for text in texts)
+
+    def _sample(self, container: Node) -> Node | None:
+        """A list of the document to lay new ones out by: a sibling, if there is one."""
+        near = (*container.children.values(), *self._root.children.values())
+        return next((node for node in near if node.children and isinstance(node.value, list)), None)
+
     def _replace(self, node: Node, value: object) -> Iterator[tuple[int, int, str]]:
         present = json.loads(self._text[node.begin : node.end])
         # Compared as JSON: 1, 1.0 and true are different there.
         if json.dumps(present) != json.dumps(value):
             yield node.begin, node.end, self._render(node, value)
 
-    def _render(self, node: Node, value: object) -> str:
-        """The value on one line, or broken into lines as the container in its place was."""
-        children = list(node.children.values())
-        if children and isinstance(value, (dict, list, tuple)):
-            inner = self._text[node.begin + 1 : children[0].key_begin]
-            outer = self._text[children[-1].end : node.end - 1]
+    def _render(self, sample: Node | None, value: object, margin: str | None = None) -> str:
+        """The value on one line, or broken into lines as the container `sample` is.
+
+        margin: the indentation of the line it stands on; None for that of the sample.
+        """
+        children = list(sample.children.values()) if sample else []
+        if sample and children and isinstance(value, (dict, list, tuple)):
+            inner = self._text[sample.begin + 1 : children[0].key_begin]
+            outer = self._text[children[-1].end : sample.end - 1]
             if "\n" in inner and "\n" in outer:
                 newline = "\r\n" if "\r\n" in inner else "\n"
-                margin = outer.rpartition("\n")[2]
-                indent = inner.rpartition("\n")[2].removeprefix(margin)
-                return self._dump(value, indent).replace("\n", newline + margin)
+                own = outer.rpartition("\n")[2]
+                indent = inner.rpartition("\n")[2].removeprefix(own)
+                text = self._dump(value, indent)
+                return text.replace("\n", newline + (own if margin is None else margin))
         return self._dump(value)
 
     def _dump(self, value: object, indent: str | None = None) -> str:
@@ -164,7 +218,10 @@ class _Editor:
 
 
 def _check_collisions(
-    container: Node, new_keys: Mapping[str | int, str], removed: set[str | int]
+    container: Node,
+    new_keys: Mapping[str | int, str],
+    removed: set[str | int],
+    inserted: Iterable[str],
 ) -> None:
     taken: set[str | int] = set()
     for key in container.children:
@@ -174,6 +231,9 @@ def _check_collisions(
         if new_key in taken:
             raise ValueError(f"two members would have the key {new_key!r}")
         taken.add(new_key)
+    for key in inserted:
+        if key in taken:
+            raise ValueError(f"two members would have the key {key!r}")
 
 
 def _removals(container: Node, steps: set[str | int]) -> Iterator[tuple[int, int, str]]:

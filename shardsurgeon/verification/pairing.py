@@ -144,21 +144,32 @@ class _Matcher:
             self._findings.add(where, "is a surplus tensor: the source has none of that name")
             return None
         role = self._anatomy.role(self._record(place))
-        if isinstance(role, Surplus):
-            self._findings.add(where, "is a tensor of an identity expert, which no one reads")
-            return None
         self.mtp_seen |= self._is_mtp(role)
         if not isinstance(role, Carried) and role.layer not in self._keeps.retained:
             return None
-        if isinstance(role, ExpertTensor):
-            if role.expert >= self._keeps.kept:
+        if isinstance(role, ExpertTensor | Surplus):
+            place = self._old_place(record.name, role)
+            if place is None:
                 problem = f"is a surplus tensor: expert {role.expert} of {self._keeps.kept} kept"
                 self._findings.add(where, problem)
                 return None
-            old_id = self._keeps.retained[role.layer][role.expert]
-            place = self._places[role.renamed(record.name, old_id)]
         self._used.add(place)
         return self._pair(shard, record, place, role)
+
+    def _old_place(self, name: str, role: ExpertTensor | Surplus) -> tuple[int, int] | None:
+        """Where the source has what the output calls `name`; None where there is no such expert.
+
+        Behind the retained experts stand the identity experts, where the source has tensors of
+        them: they follow in their order.
+        """
+        if role.expert < self._keeps.kept:
+            old_id = self._keeps.retained[role.layer][role.expert]
+            return self._places[role.renamed(name, old_id)]
+        removed = self._anatomy.num_experts - self._keeps.kept
+        place = self._places.get(role.renamed(name, role.expert + removed))
+        if place is None or not isinstance(self._anatomy.role(self._record(place)), Surplus):
+            return None
+        return place
 
     def account(self) -> bool:
         """Find what is missing; whether the MTP layers were dropped."""
@@ -167,7 +178,7 @@ class _Matcher:
             record = self._record(place)
             role = self._anatomy.role(record)
             name = self._output_name(record.name, role)
-            if name is None or isinstance(role, Surplus):
+            if name is None:
                 continue
             if self._is_mtp(role):
                 missing_mtp.append(name)
@@ -180,11 +191,14 @@ class _Matcher:
 
     def _output_name(self, name: str, role: Role) -> str | None:
         """What a source tensor is called in the output; None where it does not survive."""
-        if not isinstance(role, ExpertTensor):
+        if not isinstance(role, ExpertTensor | Surplus):
             return name
         retained = self._keeps.retained.get(role.layer)
         if retained is None:
             return name
+        if isinstance(role, Surplus):
+            removed = self._anatomy.num_experts - len(retained)
+            return role.renamed(name, role.expert - removed)
         return role.renamed(name, retained.index(role.expert)) if role.expert in retained else None
 
     def _pair(
@@ -227,7 +241,7 @@ class _Matcher:
     def _is_mtp(self, role: Role) -> bool:
         if isinstance(role, Carried):
             return role.mtp
-        return not isinstance(role, Surplus) and role.layer >= self._anatomy.num_layers
+        return role.layer >= self._anatomy.num_layers
 
 
 def _rows(

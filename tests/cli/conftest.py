@@ -12,7 +12,7 @@ from tests.cli.standins import Ended, FakeOperations, Run
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     operations_ = FakeOperations()
-    for name in ("inspect", "plan", "apply", "verify"):
+    for name in ("inspect", "plan", "apply", "verify", "scores_from_router"):
         monkeypatch.setattr(operations, name, operations_.answer(name))
     return operations_
 

@@ -15,6 +15,8 @@ from shardsurgeon.reports import (
     InspectReport,
     LayerReport,
     PlanReport,
+    RouterScoresReport,
+    ScoreLayerReport,
     VerifyReport,
 )
 
@@ -90,6 +92,18 @@ APPLIED = ApplyReport(
     verification=VERIFIED,
 )
 
+SCORED = RouterScoresReport(
+    model="GLM-4.5",
+    norm="l2",
+    metric="router_l2",
+    num_experts=160,
+    layers=(
+        ScoreLayerReport(1, False, 0.5, 0.75, 1.25),
+        ScoreLayerReport(92, True, 0.0625, 0.125, 10.0),
+    ),
+    out="scores.safetensors",
+)
+
 
 @dataclass
 class FakeOperations:
@@ -99,6 +113,7 @@ class FakeOperations:
     plan: Any = PLANNED
     apply: Any = APPLIED
     verify: Any = VERIFIED
+    scores_from_router: Any = SCORED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def answer(self, name: str) -> Callable[..., Any]:

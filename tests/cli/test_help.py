@@ -15,7 +15,16 @@ from shardsurgeon.cli.main import cli
 from tests.cli.standins import Run, in_python
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "plan", "apply", "verify"]
+COMMANDS = ["inspect", "plan", "apply", "verify", "scores"]
+WORDS = [*((name,) for name in COMMANDS), ("scores", "from-router")]
+
+
+def command(words: tuple[str, ...]) -> click.Command:
+    found: click.Command = cli
+    for word in words:
+        assert isinstance(found, click.Group)
+        found = found.commands[word]
+    return found
 
 
 def examples(text: str) -> list[str]:
@@ -26,14 +35,21 @@ def test_the_commands_are_those_of_the_contract_in_order_of_use() -> None:
     assert list(cli.commands) == COMMANDS
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_has_help(name: str) -> None:
-    for parameter in cli.commands[name].params:
+def test_every_command_of_a_group_is_tested() -> None:
+    for words in WORDS:
+        found = command(words)
+        inner = found.commands if isinstance(found, click.Group) else {}
+        assert {(*words, name) for name in inner} <= set(WORDS)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_every_option_has_help(words: tuple[str, ...]) -> None:
+    for parameter in command(words).params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
 
 
-@pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS)])
+@pytest.mark.parametrize("words", [(), *WORDS])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_fits_80_columns(run: Run, words: tuple[str, ...], flag: str) -> None:
     ended = run(*words, flag)
@@ -44,14 +60,15 @@ def test_help_fits_80_columns(run: Run, words: tuple[str, ...], flag: str) -> No
 
 def test_no_words_at_all_show_the_help(run: Run) -> None:
     assert run().stdout == run("--help").stdout
+    assert run("scores").stdout == run("scores", "--help").stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("words", WORDS)
 def test_the_examples_in_the_help_run(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = examples(run(name, "--help").stdout)
+    found = examples(run(*words, "--help").stdout)
     assert len(found) >= 2
     for example in found:
         assert run(*shlex.split(example)).status == 0, example
@@ -71,6 +88,9 @@ def imported_by(*words: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("words", [("--help",), ("apply", "--help"), ("--version",), ("aply",)])
+@pytest.mark.parametrize(
+    "words",
+    [("--help",), ("apply", "--help"), ("scores", "from-router", "-h"), ("--version",), ("aply",)],
+)
 def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
     assert imported_by(*words) & HEAVY == set()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ConfigError, IndexFileError
-from shardsurgeon.formats.documents import DELETE, Document, Path, Rename
+from shardsurgeon.formats.documents import DELETE, Document, Insert, Path, Rename
 
 CONFIG = """{
   "architectures": ["DeepseekV3ForCausalLM"],
@@ -157,6 +157,47 @@ def test_a_replaced_list_is_laid_out_as_the_one_before() -> None:
     assert edit("[\r\n\t1\r\n]", {(): [2, [3]]}) == "[\r\n\t2,\r\n\t[\r\n\t\t3\r\n\t]\r\n]"
 
 
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ('{"a": 1}', '{"a": 1, "n": [0, 4]}'),
+        ('{"a":1}', '{"a":1,"n":[0,4]}'),
+        ('{"a": 1, "b": 2}', '{"a": 1, "b": 2, "n": [0, 4]}'),
+        ('{"a":1,"b":2}', '{"a":1,"b":2,"n":[0,4]}'),
+        ('{"a": 1 ,\t"b" : 2 }', '{"a": 1 ,\t"b" : 2,\t"n" : [0, 4] }'),
+        ("{}", '{"n": [0, 4]}'),
+        ('{ "a": 1 }\n', '{ "a": 1, "n": [0, 4] }\n'),
+        ('{\n  "a": 1\n}', '{\n  "a": 1,\n  "n": [0, 4]\n}'),
+        (
+            '{\r\n\t"a": [\r\n\t\t1\r\n\t]\r\n}',
+            '{\r\n\t"a": [\r\n\t\t1\r\n\t],\r\n\t"n": [\r\n\t\t0,\r\n\t\t4\r\n\t]\r\n}',
+        ),
+    ],
+)
+def test_a_new_member_stands_last_and_is_laid_out_as_its_neighbours(text: str, result: str) -> None:
+    assert edit(text, {("n",): Insert([0, 4])}) == result
+
+
+def test_a_new_list_is_broken_into_lines_where_the_lists_of_the_document_are() -> None:
+    path, before = ("text_config", "n"), '"num_experts": 384\n'
+    one_line = '"num_experts": 384,\n    "n": [0, 4]\n'
+    assert edit(CONFIG, {path: Insert([0, 4])}) == CONFIG.replace(before, one_line)
+    broken = CONFIG.replace('["Deep', '[\n    "Deep').replace('M"],', 'M"\n  ],')
+    assert edit(broken, {path: Insert([0, 4])}) == broken.replace(
+        before, '"num_experts": 384,\n    "n": [\n      0,\n      4\n    ]\n'
+    )
+
+
+def test_new_members_stand_behind_what_stays() -> None:
+    text = '{\n  "a": 1,\n  "b": 2,\n  "c": 3\n}'
+    changes: dict[Path, object] = {("c",): DELETE, ("x",): Insert(8), ("y",): Insert("é")}
+    assert edit(text, changes) == '{\n  "a": 1,\n  "b": 2,\n  "x": 8,\n  "y": "\\u00e9"\n}'
+    everything: dict[Path, object] = {(key,): DELETE for key in "abc"}
+    assert edit(text, {**everything, ("x",): Insert(1)}) == '{"x": 1}'
+    renamed: dict[Path, object] = {("a",): Rename("b", 2), ("c",): Insert(3)}
+    assert edit('{"a": 1}', renamed) == '{"b": 2, "c": 3}'
+
+
 def test_new_text_is_escaped_as_the_document_is() -> None:
     assert edit('{"a": "\\u00e9"}', {("a",): "è"}) == '{"a": "\\u00e8"}'
     assert edit('{"a": "é"}', {("a",): "è"}) == '{"a": "è"}'
@@ -185,12 +226,18 @@ def test_a_path_that_does_not_exist_is_a_defect_of_the_caller(path: Path) -> Non
         {("a",): DELETE, ("a", 0): 5},
         {("a",): [], ("a", 0): 5},
         {("a",): Rename("c", 1), ("a", 0): DELETE},
+        {(): Insert(1)},
+        {("b",): Insert(1)},
+        {("b",): Rename("c"), ("c",): Insert(1)},
+        {("a", 2): Insert(1)},
+        {("a", "x"): Insert(1)},
+        {("b",): DELETE, ("b", "x"): Insert(1)},
     ],
 )
 def test_changes_that_contradict_each_other_are_a_defect_of_the_caller(
     changes: dict[Path, object],
 ) -> None:
-    with pytest.raises(ValueError, match=r"deleted|renamed|have the key|lies below"):
+    with pytest.raises(ValueError, match=r"deleted|renamed|have the key|lies below|inserted"):
         edit('{"a": [1, 2], "b": 1}', changes)
 
 
@@ -315,6 +362,9 @@ def applied(value: object, changes: dict[Path, object], above: Path = ()) -> obj
             change = changes.get(path)
             new_key = change.new_key if isinstance(change, Rename) else key
             renamed[new_key] = applied(item, changes, path)
+        for path, change in changes.items():
+            if path[:-1] == above and isinstance(change, Insert):
+                renamed[path[-1]] = copy.deepcopy(change.value)
         return renamed
     if isinstance(value, list):
         return [
@@ -323,6 +373,27 @@ def applied(value: object, changes: dict[Path, object], above: Path = ()) -> obj
             if changes.get((*above, position)) is not DELETE
         ]
     return value
+
+
+def objects_that_stay(value: object, changes: dict[Path, object], draw: st.DrawFn) -> list[Path]:
+    """Up to two objects that no change replaces or removes."""
+
+    def at(path: Path) -> object:
+        node: object = value
+        for step in path:
+            node = node[step]  # type: ignore[index]
+        return node
+
+    def stays(path: Path) -> bool:
+        above = [changes.get(path[:length]) for length in range(len(path) + 1)]
+        there = [path[:length] in changes for length in range(len(path) + 1)]
+        return all(
+            not is_there or (isinstance(change, Rename) and not isinstance(change.value, str))
+            for change, is_there in zip(above, there, strict=True)
+        )
+
+    objects = [path for path in paths_of(value) if isinstance(at(path), dict) and stays(path)]
+    return draw(st.lists(st.sampled_from(objects), max_size=2)) if objects else []
 
 
 @st.composite
@@ -348,6 +419,8 @@ def edits(draw: st.DrawFn) -> tuple[str, object, dict[Path, object]]:
                 changes[path] = Rename(new_key)
             case _:
                 changes[path] = Rename(new_key, "another value")
+    for number, path in enumerate(objects_that_stay(value, changes, draw)):
+        changes[(*path, f"an inserted key, {number}")] = Insert(draw(values))
     return text, value, changes
 
 

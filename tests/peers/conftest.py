@@ -1,0 +1,15 @@
+"""compressed-tensors tells stderr what it does, which is no matter of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from loguru import logger
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logger.disable("compressed_tensors")
+    yield
+    logger.enable("compressed_tensors")
