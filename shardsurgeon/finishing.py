@@ -92,7 +92,8 @@ def side_files(
         and not is_other_weight_format(file.name)
         and not _is_one_of(checkpoint.source.local_path(file.name), in_use)
     )
-    taken = set(copied)
+    # A metadata file given as --plan must not take the place of the one that is written.
+    taken = {*copied, PROVENANCE_NAME, _FOREIGN_PROVENANCE}
     extra = []
     for path in given:
         name = _free_name(f"calibration/{path.name}", taken)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -57,6 +58,28 @@ def test_a_right_result_holds_and_every_byte_was_compared(pair) -> None:
 def test_a_result_without_its_mtp_layers_holds(tmp_path: Path) -> None:
     source, out = _pruned("deepseek_v3", tmp_path, "--mtp", "drop")
     assert differences(source, out) == ""
+
+
+def test_a_result_holds_whose_source_had_lost_its_mtp_layers(tmp_path: Path) -> None:
+    """A model that transformers saved again: the count is there, the tensors are not."""
+    source = Path(shutil.copytree(FIXTURES / "kimi_linear", tmp_path / "resaved"))
+    _edit_json("config.json", lambda c: c.update(num_nextn_predict_layers=1))(source)
+    for policy in ("drop", "last"):
+        words = ["--model", str(source), "--keep", "8", "--mtp", policy, "--no-verify"]
+        out = tmp_path / policy
+        assert main(["apply", str(source / "scores.pt"), *words, "-o", str(out)]) == 0
+        assert differences(source, out) == ""
+
+
+def test_a_score_file_in_a_pruned_model_may_meet_an_earlier_one(tmp_path: Path) -> None:
+    """Both are called scores.pt, so the later one gets another name in calibration/."""
+    _, middle = _pruned("kimi_linear", tmp_path)
+    torch.save({layer: torch.rand(8) for layer in (1, 2, 3)}, middle / "scores.pt")
+    out = tmp_path / "last"
+    words = ["--model", str(middle), "--keep", "4", "--no-verify", "-o", str(out)]
+    assert main(["apply", str(middle / "scores.pt"), *words]) == 0
+    assert (out / "calibration" / "scores-2.pt").exists()
+    assert differences(middle, out) == ""
 
 
 def test_a_repacked_result_holds(tmp_path: Path) -> None:

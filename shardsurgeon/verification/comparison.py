@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from shardsurgeon.checkpoint import Checkpoint
-from shardsurgeon.errors import SourceReadError
-from shardsurgeon.sources.base import Source
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Count, Pair, Table
+from shardsurgeon.verification.windows import BLOCK_NBYTES, SideBySide
 
-# What is read of each side at a time; memory is twice this per worker.
-BLOCK_NBYTES = 1 << 20
+# Neighbouring tensors of so many bytes together go to one worker: they are read in one go.
+_BATCH_NBYTES = 1 << 25
 
 Progress = Callable[[int, int], None]
+Problem = tuple[Pair, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +49,21 @@ def compare_bytes(
 ) -> Compared:
     """Compare the tensors that the sampling picks; a difference is noted once per tensor.
 
-    Raises SourceReadError where the source cannot be read.
+    Raises SourceReadError where a file of either side cannot be read.
     """
     chosen = [pair for file in sorted(pairs) for pair in _picked(file, pairs[file], sampling)]
-    comparer = _Comparer(source.source, pruned.source, sampling, on_progress)
-    comparer.total = sum(min(p.nbytes, sampling.nbytes or p.nbytes) for p in chosen)
+    run = _Run(source, pruned, sampling, on_progress)
+    run.total = sum(min(p.nbytes, sampling.nbytes or p.nbytes) for p in chosen)
     with ThreadPoolExecutor(max(workers, 1), "verify") as pool:
-        for pair, problem in zip(chosen, pool.map(comparer.problem, chosen), strict=True):
-            if problem is not None:
-                findings.add(f"{pair.file} {pair.name}", problem)
-    return Compared(len(chosen), comparer.done)
+        try:
+            for problems in pool.map(run.problems, _batches(chosen)):
+                for pair, problem in problems:
+                    findings.add(f"{pair.file} {pair.name}", problem)
+        except BaseException:
+            # The pool waits for those at work: have them end soon, also on Ctrl-C.
+            run.stopped = True
+            raise
+    return Compared(len(chosen), run.done)
 
 
 def _picked(file: str, pairs: list[Pair], sampling: Sampling) -> Iterable[Pair]:
@@ -67,11 +72,28 @@ def _picked(file: str, pairs: list[Pair], sampling: Sampling) -> Iterable[Pair]:
     return random.Random(f"{sampling.seed} {file}").sample(pairs, sampling.tensors)
 
 
-class _Comparer:
-    """Compares one pair after the other; safe for several threads."""
+def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    batch: list[Pair] = []
+    nbytes = 0
+    for pair in pairs:
+        batch.append(pair)
+        nbytes += pair.nbytes
+        if nbytes >= _BATCH_NBYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+class _Run:
+    """What the workers share: what to compare, how far it is, whether to go on."""
 
     def __init__(
-        self, source: Source, pruned: Source, sampling: Sampling, on_progress: Progress | None
+        self,
+        source: Checkpoint,
+        pruned: Checkpoint,
+        sampling: Sampling,
+        on_progress: Progress | None,
     ) -> None:
         self._source = source
         self._pruned = pruned
@@ -80,77 +102,75 @@ class _Comparer:
         self._lock = threading.Lock()
         self.done = 0
         self.total = 0
+        self.stopped = False
 
-    def problem(self, pair: Pair) -> str | None:
-        """What is wrong with a tensor's bytes, or None."""
-        if isinstance(pair.cut, Count) and (problem := self._count_problem(pair, pair.cut)):
-            return problem
+    def problems(self, batch: list[Pair]) -> list[Problem]:
+        """What is wrong with the bytes of some tensors; safe for several threads."""
+        with SideBySide(self._source, self._pruned) as sides:
+            found = ((pair, self._problem(sides, pair)) for pair in batch if not self.stopped)
+            return [(pair, problem) for pair, problem in found if problem is not None]
+
+    def _problem(self, sides: SideBySide, pair: Pair) -> str | None:
         if isinstance(pair.cut, Table):
-            return self._table_problem(pair, pair.cut)
-        for old, new, nbytes in self._blocks(pair):
-            begin = pair.source_begin + old
-            expected = self._source.read(pair.source_file, begin, begin + nbytes)
-            found = self._found(pair, new, nbytes)
-            self._advance(nbytes)
-            if expected != found:
-                at = next(n for n, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-                where = f"{pair.source_file} {pair.source_name}"
-                return f"differs from {where}, first at byte {new + at:,} of {pair.nbytes:,}"
+            return self._table_problem(sides, pair, pair.cut)
+        if isinstance(pair.cut, Count):
+            said = int.from_bytes(sides.found(pair.file, pair.begin, pair.cut.width), "little")
+            self._advance(pair.cut.width)
+            if said != pair.cut.kept:
+                return f"says {said} experts, {pair.cut.kept} were kept"
+        for old, new, nbytes in self._stretches(pair):
+            at = new
+            places = (pair.source_file, pair.source_begin + old, pair.file, pair.begin + new)
+            for step in sides.steps(*places, nbytes):
+                self._advance(step.nbytes)
+                if step.differs is not None:
+                    where = f"{pair.source_file} {pair.source_name}"
+                    first = f"first at byte {at + step.differs:,} of {pair.nbytes:,}"
+                    return f"differs from {where}, {first}"
+                if self.stopped:
+                    return None
+                at += step.nbytes
         return None
 
-    def _found(self, pair: Pair, offset: int, nbytes: int) -> bytes:
-        begin = pair.begin + offset
-        try:
-            return self._pruned.read(pair.file, begin, begin + nbytes)
-        except SourceReadError as error:
-            # The file was whole when it was opened: someone is writing to it.
-            raise SourceReadError(pair.file, error.problem, "let no one write to it") from error
-
-    def _blocks(self, pair: Pair) -> Iterator[tuple[int, int, int]]:
-        blocks = (
+    def _stretches(self, pair: Pair) -> Iterator[tuple[int, int, int]]:
+        """What is compared of a tensor: all of it, or blocks chosen at random up to the limit."""
+        limit = self._sampling.nbytes
+        if limit is None or pair.nbytes <= limit:
+            return pair.stretches()
+        blocks = [
             (old + done, new + done, min(BLOCK_NBYTES, nbytes - done))
             for old, new, nbytes in pair.stretches()
             for done in range(0, nbytes, BLOCK_NBYTES)
-        )
-        limit = self._sampling.nbytes
-        if limit is None or pair.nbytes <= limit:
-            return blocks
-        listed = list(blocks)
-        mean = sum(nbytes for *_, nbytes in listed) / len(listed)
-        count = min(max(int(limit / mean), 1), len(listed))
-        return iter(random.Random(f"{self._sampling.seed} {pair.name}").sample(listed, count))
+        ]
+        mean = sum(nbytes for *_, nbytes in blocks) / len(blocks)
+        count = min(max(int(limit / mean), 1), len(blocks))
+        return iter(random.Random(f"{self._sampling.seed} {pair.name}").sample(blocks, count))
 
-    def _count_problem(self, pair: Pair, cut: Count) -> str | None:
-        said = int.from_bytes(self._found(pair, 0, cut.width), "little")
-        return None if said == cut.kept else f"says {said} experts, {cut.kept} were kept"
-
-    def _table_problem(self, pair: Pair, cut: Table) -> str | None:
+    def _table_problem(self, sides: SideBySide, pair: Pair, cut: Table) -> str | None:
         """Retained ids have their new numbers, the others any; no row names an expert twice."""
         new_ids = {old_id: new_id for new_id, old_id in enumerate(cut.retained)}
         row_nbytes = cut.width * cut.row_length
-        step = max(BLOCK_NBYTES // row_nbytes, 1) * row_nbytes
-        for begin in range(0, pair.nbytes, step):
-            nbytes = min(step, pair.nbytes - begin)
-            place = pair.source_begin + begin
-            before = _integers(
-                self._source.read(pair.source_file, place, place + nbytes), cut.width
-            )
-            after = _integers(self._found(pair, begin, nbytes), cut.width)
+        size = max(BLOCK_NBYTES // max(row_nbytes, 1), 1) * row_nbytes
+        for begin in range(0, pair.nbytes, max(size, 1)):
+            nbytes = min(size, pair.nbytes - begin)
+            raw = sides.expected(pair.source_file, pair.source_begin + begin, nbytes)
+            before = _integers(raw, cut.width)
+            after = _integers(sides.found(pair.file, pair.begin + begin, nbytes), cut.width)
             self._advance(nbytes)
             for row in range(0, len(before), cut.row_length):
                 old, new = (ids[row : row + cut.row_length] for ids in (before, after))
+                number = (begin // cut.width + row) // cut.row_length
                 wrong = any(new_ids.get(o, n) != n for o, n in zip(old, new, strict=True))
                 if wrong or not all(0 <= n < len(cut.retained) for n in new):
-                    number = (begin // cut.width + row) // cut.row_length
                     return f"row {number:,} is {new}, made of {old}"
                 if len(set(old)) == len(old) != len(set(new)):
-                    return f"row {(begin // cut.width + row) // cut.row_length:,} repeats: {new}"
+                    return f"row {number:,} repeats: {new}"
         return None
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
             self.done += nbytes
-            if self._on_progress is not None:
+            if self._on_progress is not None and not self.stopped:
                 self._on_progress(min(self.done, self.total), self.total)
 
 

@@ -173,28 +173,27 @@ class _Matcher:
 
     def account(self) -> bool:
         """Find what is missing; whether the MTP layers were dropped."""
-        missing_mtp: list[str] = []
-        for place in sorted(set(self._places.values()) - self._used):
-            record = self._record(place)
-            role = self._anatomy.role(record)
-            name = self._output_name(record.name, role)
-            if name is None:
-                continue
-            if self._is_mtp(role):
-                missing_mtp.append(name)
-            else:
-                self._findings.add(name, "is missing from the pruned model")
-        if missing_mtp and self.mtp_seen:
-            for name in missing_mtp:
-                self._findings.add(name, "is missing, but other MTP tensors are there")
-        return bool(missing_mtp) and not self.mtp_seen
+        mtp_missing = False
+        for number, shard in enumerate(self._source.shards):
+            for position, record in enumerate(shard.header.tensors):
+                if (number, position) in self._used:
+                    continue
+                role = self._anatomy.role(record)
+                if self._is_mtp(role) and not self.mtp_seen:
+                    mtp_missing = True
+                elif (name := self._output_name(record.name, role)) is not None:
+                    self._findings.add(name, "is missing from the pruned model")
+        return mtp_missing
 
     def _output_name(self, name: str, role: Role) -> str | None:
-        """What a source tensor is called in the output; None where it does not survive."""
-        if not isinstance(role, ExpertTensor | Surplus):
+        """What a source tensor is called in the output; None where it need not be there."""
+        if isinstance(role, Carried):
             return name
         retained = self._keeps.retained.get(role.layer)
         if retained is None:
+            # A layer without a keep-list is a finding of its own.
+            return None
+        if not isinstance(role, ExpertTensor | Surplus):
             return name
         if isinstance(role, Surplus):
             removed = self._anatomy.num_experts - len(retained)
@@ -204,12 +203,16 @@ class _Matcher:
     def _pair(
         self, shard: Shard, record: TensorRecord, place: tuple[int, int], role: Role
     ) -> Pair | None:
+        where = f"{shard.file} {record.name}"
         old = self._record(place)
         home = self._source.shards[place[0]]
         shape = old.shape
         cut: Rows | Count | Table | None = None
         if isinstance(role, Sliced):
             shape, cut = _rows(old, role, self._keeps.retained[role.layer])
+            if cut.row_nbytes * cut.blocks * cut.before != old.nbytes:
+                self._findings.add(where, "was cut, though its rows are no whole bytes")
+                return None
         elif isinstance(role, Counted):
             cut = Count(DTYPE_BITS[old.dtype] // 8, self._keeps.kept)
         elif isinstance(role, Tabled):
@@ -217,7 +220,7 @@ class _Matcher:
             cut = Table(width, old.shape[-1], self._keeps.retained[role.layer])
         if (record.dtype, record.shape) != (old.dtype, shape):
             self._findings.add(
-                f"{shard.file} {record.name}",
+                where,
                 f"is {record.dtype} {list(record.shape)}, expected {old.dtype} {list(shape)}",
             )
             return None

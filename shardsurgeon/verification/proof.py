@@ -15,7 +15,8 @@ from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import check_layers, read_keeps
 from shardsurgeon.verification.pairing import pair_tensors
 from shardsurgeon.verification.saliency import check_saliencies
-from shardsurgeon.verification.settings import check_settings, check_side_files
+from shardsurgeon.verification.settings import check_settings
+from shardsurgeon.verification.side_files import check_side_files, check_strays
 from shardsurgeon.verification.structure import check_structure
 
 _MOST_WORKERS = 4
@@ -58,9 +59,10 @@ def verify_checkpoint(
     if keeps is not None:
         pairing = pair_tensors(before, anatomy, after, keeps, findings)
         check_layers(anatomy, after, keeps, pairing.mtp_dropped, findings)
-        check_structure(after, pairing.pairs, findings)
-        check_settings(before, anatomy, after, keeps, pairing.mtp_dropped, findings)
+        check_structure(before, after, pairing.pairs, findings)
+        check_settings(before, anatomy, after, keeps, pairing, findings)
         check_side_files(before, after, findings)
+        check_strays(before, after, findings)
         check_saliencies(after, findings)
         sampling = Sampling(sample, sample_nbytes, seed)
         threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)

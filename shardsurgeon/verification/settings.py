@@ -1,4 +1,4 @@
-"""config.json and the files beside the weights: what may differ from the source, and how."""
+"""config.json and the quantization files: what may differ from the source, and how."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from typing import Any
 
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
-from shardsurgeon.formats.index import INDEX_NAME
-from shardsurgeon.provenance import PROVENANCE_NAME
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import Keeps
+from shardsurgeon.verification.pairing import Pairing
 
-_BLOCK = 1 << 20
-_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _NAMED_EXPERT = re.compile(
     r"(?:^|[.\\])(mtp[.\\]+)?(?:layers|blocks)[.\\]+(\d+)[.\\].*?experts([.\\]+)(\d+)(?!\d)"
 )
-_NOT_COPIED = re.compile(
-    r".*\.(?:bin|pth|gguf|bin\.index\.json)|(?:.*/)?consolidated[^/]*|original/.*"
-)
+# Keys that count experts, and keys about experts that count something else.
+_COUNTING = re.compile(r"expert|routed", re.IGNORECASE)
+_NOT_COUNTING = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
+
+Path = tuple[str, ...]
 
 
 class _Gone(Exception):
     """The entry named an expert that is pruned."""
+
+
+class _Spelled(str):
+    """A number that is no plain integer, as the file spells it: 1e-6 is not 0.000001 here."""
+
+    __slots__ = ()
 
 
 def check_settings(
@@ -34,37 +40,80 @@ def check_settings(
     anatomy: Anatomy,
     pruned: Checkpoint,
     keeps: Keeps,
-    mtp_dropped: bool,
+    pairing: Pairing,
     findings: Findings,
 ) -> None:
     """config.json and quantization files say the new counts and are otherwise the source's."""
-    expected = _Expected(anatomy, keeps, mtp_dropped)
-    config = expected.config(source.settings, ())
-    _compare(CONFIG_NAME, "", config, pruned.settings, findings)
-    there = {file.name: file.nbytes for file in pruned.files}
-    for file in source.files:
-        if file.name not in _QUANTIZATION_FILES:
+    found = _load(pruned, CONFIG_NAME)
+    expected = _Expected(anatomy, keeps, _counts_no_mtp(anatomy, pairing, found))
+    _compare(CONFIG_NAME, "", expected.config(_load(source, CONFIG_NAME), ()), found, findings)
+    for path in expected.forgotten(found, ()):
+        problem = f"{'.'.join(path)} is {anatomy.num_experts}, the expert count of the source"
+        findings.add(CONFIG_NAME, problem)
+    there = {file.name for file in pruned.files}
+    for name in (file.name for file in source.files if file.name in QUANTIZATION_FILES):
+        if name not in there:
+            findings.add(name, "is missing")
             continue
-        if file.name not in there:
-            findings.add(file.name, "is missing")
+        try:
+            found = _load(pruned, name)
+        except (ValueError, RecursionError) as error:
+            findings.add(name, f"is not valid JSON ({error})")
             continue
-        before = json.loads(source.source.read(file.name, 0, file.nbytes))
-        after = json.loads(pruned.source.read(file.name, 0, there[file.name]))
-        _compare(file.name, "", expected.quantization(before), after, findings)
+        _compare(name, "", expected.quantization(_load(source, name)), found, findings)
+
+
+def _load(checkpoint: Checkpoint, name: str) -> Any:
+    """A JSON file, its numbers as they are spelled. Raises ValueError where it is none."""
+    nbytes = next(file.nbytes for file in checkpoint.files if file.name == name)
+    text = checkpoint.source.read(name, 0, nbytes).decode("utf-8-sig")
+    return json.loads(
+        text, parse_float=_Spelled, parse_constant=_Spelled, object_pairs_hook=_members
+    )
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return members
+
+
+def _counts_no_mtp(anatomy: Anatomy, pairing: Pairing, found: Any) -> bool:
+    """Whether the MTP count must be 0.
+
+    Where the source had lost its MTP tensors already, both are right: what it says, and 0.
+    """
+    if pairing.mtp or pairing.mtp_dropped:
+        return pairing.mtp_dropped
+    keys = set(anatomy.family.config.mtp_layers)
+    return any(path[-1] in keys and value == 0 for path, value in _integers(found, ()))
+
+
+def _integers(value: Any, path: Path) -> Iterator[tuple[Path, int]]:
+    """Every whole number below some key, with the keys that lead to it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _integers(inner, (*path, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _integers(inner, path)
+    elif type(value) is int and path:
+        yield path, value
 
 
 class _Expected:
     """What a JSON value of the source must have become."""
 
-    def __init__(self, anatomy: Anatomy, keeps: Keeps, mtp_dropped: bool) -> None:
+    def __init__(self, anatomy: Anatomy, keeps: Keeps, no_mtp: bool) -> None:
         keys = anatomy.family.config
         self._anatomy = anatomy
         self._keeps = keeps
         self._counts = {_last_word(dotted) for dotted in (*keys.num_experts, *keys.also)}
-        self._mtp = set(keys.mtp_layers) if mtp_dropped else set()
+        self._mtp = set(keys.mtp_layers) if no_mtp else set()
         self._elsewhere = {tuple(dotted.split(".")) for dotted in keys.elsewhere}
 
-    def config(self, value: Any, path: tuple[str, ...]) -> Any:
+    def config(self, value: Any, path: Path) -> Any:
         if path in self._elsewhere:
             return value
         if path and path[-1] in _QUANTIZATION_KEYS:
@@ -79,6 +128,19 @@ class _Expected:
             if path[-1] in self._mtp:
                 return 0
         return value
+
+    def forgotten(self, found: Any, path: Path) -> Iterator[Path]:
+        """Where the output's config still has the old count under a key that counts experts.
+
+        The keys of the family are not among them: their values have been compared.
+        """
+        for at, value in _integers(found, path):
+            inside = {at[:length] for length in range(1, len(at) + 1)}
+            if inside & self._elsewhere or set(at) & set(_QUANTIZATION_KEYS):
+                continue
+            counts = _COUNTING.search(at[-1]) and not _NOT_COUNTING.search(at[-1])
+            if counts and value == self._anatomy.num_experts and at[-1] not in self._counts:
+                yield at
 
     def quantization(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -97,9 +159,9 @@ class _Expected:
     def _items(self, value: list[Any]) -> Iterator[Any]:
         for inner in value:
             try:
-                yield (
-                    self._renumbered(inner) if isinstance(inner, str) else self.quantization(inner)
-                )
+                # A number kept as it is spelled is a str, too, and names nothing.
+                named = type(inner) is str
+                yield self._renumbered(inner) if named else self.quantization(inner)
             except _Gone:
                 continue
 
@@ -135,46 +197,11 @@ def _compare(where: str, path: str, expected: Any, found: Any, findings: Finding
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for position, (left, right) in enumerate(zip(expected, found, strict=True)):
             _compare(where, f"{path}{position}.", left, right, findings)
-    elif not _same(expected, found):
+    elif type(expected) is not type(found) or expected != found:
         shown = f"{_brief(found)}, expected {_brief(expected)}"
         findings.add(where, f"{path.rstrip('.') or 'the document'} is {shown}")
 
 
-def _same(left: Any, right: Any) -> bool:
-    # NaN, which some configs hold, equals itself here.
-    return type(left) is type(right) and (left == right or (left != left and right != right))
-
-
 def _brief(value: Any) -> str:
-    text = json.dumps(value)
+    text = str(value) if isinstance(value, _Spelled) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
-    """Tokenizer, remote code and whatever else lay beside the weights is there, byte for byte."""
-    there = {file.name: file.nbytes for file in pruned.files}
-    weights = {shard.file for shard in source.shards} | set(source.unindexed)
-    written = {CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *_QUANTIZATION_FILES}
-    for file in source.files:
-        if file.name in weights | written or _NOT_COPIED.fullmatch(file.name):
-            continue
-        # The score file of a run goes to calibration/ only, also when it lay in the model.
-        moved = f"calibration/{file.name.rpartition('/')[2]}"
-        names = [name for name in (file.name, moved) if name in there]
-        if not names:
-            findings.add(file.name, "is missing")
-        elif not any(_same_file(source, file.name, pruned, name, there) for name in names):
-            findings.add(file.name, "is not the source's, byte for byte")
-
-
-def _same_file(
-    source: Checkpoint, name: str, pruned: Checkpoint, copy: str, there: dict[str, int]
-) -> bool:
-    nbytes = next(file.nbytes for file in source.files if file.name == name)
-    if there[copy] != nbytes:
-        return False
-    for begin in range(0, nbytes, _BLOCK):
-        end = min(begin + _BLOCK, nbytes)
-        if source.source.read(name, begin, end) != pruned.source.read(copy, begin, end):
-            return False
-    return True

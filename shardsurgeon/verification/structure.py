@@ -1,20 +1,23 @@
-"""The shape of the output as files: names, headers, order, alignment, the index, strays."""
+"""The shape of the output as files: names, headers, order, alignment, the index."""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from shardsurgeon.checkpoint import Checkpoint, Shard
 from shardsurgeon.formats.index import INDEX_NAME, parse_index
 from shardsurgeon.formats.safetensors import DTYPE_BITS
+from shardsurgeon.parameters import count_parameters
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pair
 
 _HEADER_UNIT = 8
-_OTHER_WEIGHTS = (".bin", ".pth", ".gguf")
 
 
-def check_structure(pruned: Checkpoint, pairs: dict[str, list[Pair]], findings: Findings) -> None:
+def check_structure(
+    source: Checkpoint, pruned: Checkpoint, pairs: dict[str, list[Pair]], findings: Findings
+) -> None:
     """Every file is named, laid out and listed as the contract says.
 
     That headers have no holes and overlaps, and that the index names nothing that is not
@@ -24,7 +27,8 @@ def check_structure(pruned: Checkpoint, pairs: dict[str, list[Pair]], findings: 
     for shard in pruned.shards:
         _check_layout(shard, findings)
         _check_order(pairs.get(shard.file, []), findings)
-    _check_index(pruned, findings)
+        _check_metadata(source, shard, pairs.get(shard.file, []), findings)
+    _check_index(source, pruned, findings)
 
 
 def _check_names(pruned: Checkpoint, findings: Findings) -> None:
@@ -35,12 +39,6 @@ def _check_names(pruned: Checkpoint, findings: Findings) -> None:
     for shard, name in zip(pruned.shards, expected, strict=True):
         if shard.file != name:
             findings.add(shard.file, f"should be called {name}")
-    shards = {shard.file for shard in pruned.shards}
-    for file in pruned.files:
-        if "/" in file.name or file.name in shards:
-            continue
-        if file.name.endswith((".safetensors", *_OTHER_WEIGHTS)):
-            findings.add(file.name, "is a weight file that is no part of the model")
 
 
 def _check_layout(shard: Shard, findings: Findings) -> None:
@@ -64,19 +62,53 @@ def _check_order(pairs: list[Pair], findings: Findings) -> None:
             findings.add(f"{second.file} {second.name}", f"stands behind {first.name}")
 
 
-def _check_index(pruned: Checkpoint, findings: Findings) -> None:
+def _check_metadata(
+    source: Checkpoint, shard: Shard, pairs: list[Pair], findings: Findings
+) -> None:
+    """`__metadata__` says what it said in the source shards that the tensors come from."""
+    numbers = sorted({pair.source_place[0] for pair in pairs})
+    origins = [source.shards[number].header.metadata or {} for number in numbers]
+    found = shard.header.metadata or {}
+    for key in sorted(set(found).union(*origins)):
+        said = dict.fromkeys(origin[key] for origin in origins if key in origin)
+        if (found.get(key) not in said) if said else (key in found):
+            expected = " or ".join(map(repr, said)) or "none"
+            problem = f"__metadata__ {key!r} is {found.get(key)!r}, expected {expected}"
+            findings.add(shard.file, problem)
+
+
+def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
     file = next((file for file in pruned.files if file.name == INDEX_NAME), None)
     if file is None:
         if len(pruned.shards) > 1:
             findings.add(INDEX_NAME, f"is missing beside {len(pruned.shards)} shards")
         return
     index = parse_index(pruned.source.read(INDEX_NAME, 0, file.nbytes), INDEX_NAME)
-    listed = set(index.weight_map)
     for shard in pruned.shards:
         for record in shard.header.tensors:
-            if record.name not in listed:
+            if record.name not in index.weight_map:
                 findings.add(INDEX_NAME, f"does not list {record.name} of {shard.file}")
-    said = index.metadata.get("total_size")
-    if said != pruned.total_size:
-        problem = f"total_size is {said}, the tensors have {pruned.total_size} bytes"
-        findings.add(INDEX_NAME, problem)
+    said = {**(source.index_metadata or {}), "total_size": pruned.total_size}
+    if (parameters := _parameters(source, pruned)) is not None:
+        said["total_parameters"] = parameters
+    for key, value in said.items():
+        found = index.metadata.get(key)
+        # Where the source is silent about parameters, the output may be.
+        silent = found is None and key not in (source.index_metadata or {}) and key != "total_size"
+        if (type(found), found) != (type(value), value) and not silent:
+            findings.add(INDEX_NAME, f"{key} is {found!r}, expected {value!r}")
+
+
+def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
+    """Counted as the source counts them: elements as they are stored, or unpacked weights."""
+    said = (source.index_metadata or {}).get("total_parameters")
+    if said is not None and said == _stored_elements(source):
+        return _stored_elements(pruned)
+    records = (record for shard in pruned.shards for record in shard.header.tensors)
+    return count_parameters(records, pruned.settings)
+
+
+def _stored_elements(checkpoint: Checkpoint) -> int:
+    return sum(
+        math.prod(record.shape) for shard in checkpoint.shards for record in shard.header.tensors
+    )

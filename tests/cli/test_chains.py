@@ -101,3 +101,13 @@ def test_a_saved_plan_gives_the_same_weights_as_its_scores(original: Path) -> No
     assert (
         metadata(planned)["layers"]["1"]["retained"] == metadata(direct)["layers"]["1"]["retained"]
     )
+
+
+def test_published_metadata_prunes_the_original_again(original: Path) -> None:
+    half = prune(original, original / "scores.pt", original.parent / "half", "--ratio", "0.5")
+    again = original.parent / "again"
+    words = ["apply", "--model", str(original), "--plan", str(half / METADATA), "-o", str(again)]
+    assert main(words) == 0
+    ours, theirs = files(again), files(half)
+    assert {n: d for n, d in ours.items() if n != "scores.pt"} == theirs
+    assert (again / "calibration" / "reap_pruning_metadata-2.json").is_file()

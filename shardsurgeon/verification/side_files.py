@@ -1,0 +1,71 @@
+"""What lies beside the weights: every file that was to be copied is there, and nothing stale.
+
+Files that are written anew (config.json, the index, the metadata, quantization lists) have
+checks of their own. Files that came later, such as a model card, are nobody's business here.
+"""
+
+from __future__ import annotations
+
+from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
+from shardsurgeon.formats.index import INDEX_NAME
+from shardsurgeon.provenance import PROVENANCE_NAME
+from shardsurgeon.verification.findings import Findings
+from shardsurgeon.verification.settings import QUANTIZATION_FILES
+from shardsurgeon.verification.windows import SideBySide
+
+_CALIBRATION = "calibration/"
+_REWRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
+
+
+def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    """Tokenizer, remote code and whatever else lay beside the weights is there, byte for byte."""
+    there = {file.name: file.nbytes for file in pruned.files}
+    weights = {shard.file for shard in source.shards} | set(source.unindexed)
+    with SideBySide(source, pruned) as sides:
+        for file in source.files:
+            name, nbytes = file.name, file.nbytes
+            if name in weights or name in _REWRITTEN or _holds_other_weights(name):
+                continue
+            if name in there:
+                if there[name] != nbytes:
+                    problem = f"has {there[name]:,} bytes, the source's has {nbytes:,}"
+                    findings.add(name, problem)
+                elif not sides.same_file(name, name, nbytes):
+                    findings.add(name, "is not the source's, byte for byte")
+            elif not any(
+                sides.same_file(name, moved, nbytes) for moved in _moved(name, nbytes, there)
+            ):
+                findings.add(name, "is missing")
+
+
+def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    """No weights lie about that are no part of the model: a loader might take them."""
+    shards = {shard.file for shard in pruned.shards}
+    old_shards = {shard.file for shard in source.shards} | set(source.unindexed)
+    copied = {file.name for file in source.files} - old_shards
+    for file in pruned.files:
+        name = file.name
+        if name in shards or name.startswith(_CALIBRATION):
+            continue
+        if _holds_other_weights(name) or (name.endswith(".safetensors") and name not in copied):
+            findings.add(name, "is a weight file that is no part of the model")
+
+
+def _moved(name: str, nbytes: int, there: dict[str, int]) -> list[str]:
+    """Where a score file that lay in the model can be: in calibration/, under its own name or,
+    where an earlier prune left one of that name, a numbered one."""
+    stem = name.rpartition("/")[2].partition(".")[0]
+    return [
+        other
+        for other, size in there.items()
+        if other.startswith(f"{_CALIBRATION}{stem}") and size == nbytes
+    ]
+
+
+def _holds_other_weights(name: str) -> bool:
+    """Whether a file holds weights in another format than the shards."""
+    return (
+        name.startswith("original/")
+        or name.rpartition("/")[2].startswith("consolidated")
+        or name.endswith((".bin", ".pth", ".gguf", ".bin.index.json"))
+    )

@@ -1,0 +1,163 @@
+"""Two files side by side, read in bounded memory and compared at the speed of reading.
+
+Below `comparison` (tensors) and `side_files`: knows files and ranges, not what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from types import TracebackType
+
+from shardsurgeon.checkpoint import Checkpoint
+from shardsurgeon.durable import read_into, reading
+from shardsurgeon.errors import SourceReadError
+from shardsurgeon.system import native
+
+# What is read of each side at a time; memory is twice this per worker.
+BLOCK_NBYTES = 1 << 20
+# What is read at least, so that small tensors and short rows need no call each.
+_AHEAD_NBYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stretch that was compared. differs: how many of its bytes are equal before the first
+    that is not, None where all are."""
+
+    nbytes: int
+    differs: int | None
+
+
+class SideBySide:
+    """Compares ranges of source files with ranges of output files. For one thread."""
+
+    def __init__(self, source: Checkpoint, pruned: Checkpoint) -> None:
+        self._source = _Window(source)
+        self._pruned = _Window(pruned)
+
+    def __enter__(self) -> SideBySide:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._source.close()
+        self._pruned.close()
+
+    def steps(
+        self, source_file: str, source_begin: int, file: str, begin: int, nbytes: int
+    ) -> Iterator[Step]:
+        """Compare block after block, until all are compared or one differs.
+
+        Raises SourceReadError, naming the file, where either side cannot be read.
+        """
+        done = 0
+        while done < nbytes:
+            size = min(BLOCK_NBYTES, nbytes - done)
+            left = self._source.hold(source_file, source_begin + done, size)
+            with _trusting():
+                right = self._pruned.hold(file, begin + done, size)
+            if not self._equal(left, right, size):
+                yield Step(size, self._first_difference(left, right, size))
+                return
+            yield Step(size, None)
+            done += size
+
+    def same_file(self, source_file: str, file: str, nbytes: int) -> bool:
+        """Whether two files of `nbytes` hold the same bytes."""
+        return all(step.differs is None for step in self.steps(source_file, 0, file, 0, nbytes))
+
+    def expected(self, source_file: str, begin: int, nbytes: int) -> bytes:
+        """`nbytes` of a source file, for the few tensors whose values count."""
+        return b"".join(self._source.pieces(source_file, begin, nbytes))
+
+    def found(self, file: str, begin: int, nbytes: int) -> bytes:
+        """`nbytes` of an output file."""
+        with _trusting():
+            return b"".join(self._pruned.pieces(file, begin, nbytes))
+
+    def _equal(self, left: int, right: int, nbytes: int) -> bool:
+        # `startswith` compares two buffers where they are and at once; `==` on memoryviews goes
+        # byte by byte, and slices of a bytearray are copies.
+        return self._source.buffer.startswith(self._pruned.view[right : right + nbytes], left)
+
+    def _first_difference(self, left: int, right: int, nbytes: int) -> int:
+        low, high = 0, nbytes
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._equal(left + low, right + low, middle - low):
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+@contextmanager
+def _trusting() -> Iterator[None]:
+    """The output was whole when it was opened: what cannot be read, someone is writing to."""
+    try:
+        yield
+    except SourceReadError as error:
+        raise SourceReadError(error.where, error.problem, "let no one write to it") from error
+
+
+class _Window:
+    """A stretch of one file, held in a buffer that is used again and again."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.buffer = bytearray(BLOCK_NBYTES)
+        self.view = memoryview(self.buffer)
+        self._source = checkpoint.source
+        self._sizes = {file.name: file.nbytes for file in checkpoint.files}
+        self._system = native()
+        self._handle: FileIO | None = None
+        self._file: str | None = None
+        self._begin = self._end = 0
+
+    def hold(self, file: str, begin: int, nbytes: int) -> int:
+        """Have the bytes [begin, begin + nbytes) of a file in the buffer; where in it they begin.
+
+        nbytes: at most BLOCK_NBYTES.
+        """
+        if file != self._file:
+            self._turn_to(file)
+        if begin < self._begin or begin + nbytes > self._end:
+            ahead = min(_AHEAD_NBYTES, self._sizes[file] - begin)
+            self._fill(file, begin, max(nbytes, ahead))
+        return begin - self._begin
+
+    def pieces(self, file: str, begin: int, nbytes: int) -> Iterator[bytes]:
+        """The bytes [begin, begin + nbytes) of a file, block after block."""
+        for done in range(0, nbytes, BLOCK_NBYTES):
+            size = min(BLOCK_NBYTES, nbytes - done)
+            at = self.hold(file, begin + done, size)
+            yield bytes(self.view[at : at + size])
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._handle is not None:
+            self._handle.close()
+
+    def _turn_to(self, file: str) -> None:
+        self.close()
+        self._file, self._handle, self._begin, self._end = file, None, 0, 0
+        path = self._source.local_path(file)
+        if path is not None:
+            with reading(path):
+                self._handle = FileIO(path)
+
+    def _fill(self, file: str, begin: int, nbytes: int) -> None:
+        self._begin = self._end = begin
+        part = self.view[:nbytes]
+        if self._handle is None:
+            part[:] = self._source.read(file, begin, begin + nbytes)
+        else:
+            where = f"{self._source.location}/{file}"
+            read_into(self._handle, part, begin, where, self._system)
+        self._end = begin + nbytes
