@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
 from shardsurgeon.formats.index import INDEX_NAME
 from shardsurgeon.provenance import PROVENANCE_NAME
+from shardsurgeon.verification.expertcounts import ExpectedCounts, Path
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import Keeps
 
@@ -38,7 +39,7 @@ def check_settings(
     findings: Findings,
 ) -> None:
     """config.json and quantization files say the new counts and are otherwise the source's."""
-    expected = _Expected(anatomy, keeps, mtp_dropped)
+    expected = _Expected(source.settings, anatomy, keeps, mtp_dropped)
     config = expected.config(source.settings, ())
     _compare(CONFIG_NAME, "", config, pruned.settings, findings)
     there = {file.name: file.nbytes for file in pruned.files}
@@ -56,26 +57,31 @@ def check_settings(
 class _Expected:
     """What a JSON value of the source must have become."""
 
-    def __init__(self, anatomy: Anatomy, keeps: Keeps, mtp_dropped: bool) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: Keeps, mtp_dropped: bool
+    ) -> None:
         keys = anatomy.family.config
         self._anatomy = anatomy
         self._keeps = keeps
-        self._counts = {_last_word(dotted) for dotted in (*keys.num_experts, *keys.also)}
+        self._counts = ExpectedCounts(config, anatomy, keeps, mtp_dropped)
         self._mtp = set(keys.mtp_layers) if mtp_dropped else set()
         self._elsewhere = {tuple(dotted.split(".")) for dotted in keys.elsewhere}
 
-    def config(self, value: Any, path: tuple[str, ...]) -> Any:
+    def config(self, value: Any, path: Path) -> Any:
         if path in self._elsewhere:
             return value
         if path and path[-1] in _QUANTIZATION_KEYS:
             return self.quantization(value)
         if isinstance(value, dict):
-            return {key: self.config(inner, (*path, key)) for key, inner in value.items()}
+            members = {key: self.config(inner, (*path, key)) for key, inner in value.items()}
+            return members | self._counts.added(path, value)
         if isinstance(value, list):
-            return [self.config(inner, path) for inner in value]
+            items = self._counts.elements(path, value)
+            return [self.config(inner, (*path, number)) for number, inner in enumerate(items)]
         if type(value) is int and path:
-            if path[-1] in self._counts and value == self._anatomy.num_experts:
-                return self._keeps.kept
+            count = self._counts.of(path, value)
+            if count is not None:
+                return count
             if path[-1] in self._mtp:
                 return 0
         return value
@@ -115,10 +121,6 @@ class _Expected:
         if old_id not in retained:
             raise _Gone
         return text[: named.start(4)] + str(retained.index(old_id)) + text[named.end(4) :]
-
-
-def _last_word(dotted: str) -> str:
-    return [word for word in dotted.split(".") if word != "*"][-1]
 
 
 def _compare(where: str, path: str, expected: Any, found: Any, findings: Findings) -> None:
