@@ -85,7 +85,7 @@ def _experts(
         other = next((n for n in _said(section, name) if n != every), None)
         if other is not None:
             problem = f"says {every} and {other!r} experts ({name})"
-            remedy = "every layer must have as many, in every spelling"
+            remedy = "make the spellings agree"
             raise ConfigError(where, problem, remedy)
     return ExpertCounts(every, per_layer, _number(section, keys.mtp_num_experts, every, where))
 

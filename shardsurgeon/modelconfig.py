@@ -139,7 +139,8 @@ def _counts(
         prefix: Path = tuple(filter(None, at.split(".")))
         changes = dict(_shared_counts(section, anatomy, kept))
         if add and changes and PER_LAYER_KEY not in section:
-            length = max(anatomy.num_layers + (0 if drop_mtp else anatomy.num_mtp_layers), *kept)
+            mtp = 0 if drop_mtp else anatomy.num_mtp_layers
+            length = max(anatomy.num_layers + mtp, max(kept) + 1)
             changes[(PER_LAYER_KEY,)] = Insert([kept.get(layer, 0) for layer in range(length)])
         changes.update(_own_counts(section, anatomy, kept, drop_mtp))
         changes.update({(name,): 0 for name in keys.mtp_layers if drop_mtp and section.get(name)})

@@ -18,12 +18,16 @@ from shardsurgeon.verification.findings import Findings
 class Keeps:
     """The keep-lists, in expert ids of the source.
 
-    kept: experts left in every layer; retained: layer → ids, retained[layer][new_id] is the
-    source's number of what is now expert new_id.
+    retained: layer → ids, retained[layer][new_id] is the source's number of what is now expert
+    new_id.
     """
 
-    kept: int
     retained: dict[int, tuple[int, ...]]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer has the same number of experts left."""
+        return len(set(map(len, self.retained.values()))) <= 1
 
 
 def read_keeps(
@@ -48,9 +52,15 @@ def read_keeps(
             f"the source goes back to one of {original}",
         )
         return None
-    retained = {}
+    retained, counts = {}, anatomy.experts_per_layer
     for layer in (each.index for each in anatomy.layers if each.index in record.layers):
         ids = record.layers[layer].retained
+        first = earlier.layers.get(layer) if earlier is not None else None
+        had = counts[layer] if first is None else first.num_experts
+        if record.layers[layer].num_experts != had:
+            problem = f"speaks of {record.layers[layer].num_experts} experts, there were {had}"
+            findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
+            continue
         if earlier is None:
             retained[layer] = ids
         elif layer in earlier.layers:
@@ -64,7 +74,7 @@ def read_keeps(
             retained[layer] = tuple(present[old_id] for old_id in ids)
         else:
             findings.add(f"{PROVENANCE_NAME} layers.{layer}", "is not in the source's own metadata")
-    return Keeps(record.num_experts_after, retained)
+    return Keeps(retained)
 
 
 def check_layers(
@@ -78,14 +88,19 @@ def check_layers(
         findings.add(PROVENANCE_NAME, f"has no entry for MoE layer {layer}")
     for layer in sorted(recorded - expected):
         findings.add(PROVENANCE_NAME, f"has an entry for layer {layer}, which has no experts")
-    if keeps.kept < anatomy.top_k:
-        problem = (
-            f"{keeps.kept} experts are left, the router chooses {anatomy.top_k} for each token"
-        )
-        findings.add(PROVENANCE_NAME, problem)
-    groups = anatomy.n_group
-    size = anatomy.num_experts // groups
+    groups, before = anatomy.n_group, anatomy.experts_per_layer
+    fewest = min(keeps.retained.items(), key=lambda item: len(item[1]), default=None)
+    if fewest is not None and len(fewest[1]) < min(anatomy.top_k, before[fewest[0]]):
+        problem = f"{len(fewest[1])} experts are left in layer {fewest[0]}, the router chooses "
+        findings.add(PROVENANCE_NAME, f"{problem}{anatomy.top_k} for each token")
+    most = max(map(len, keeps.retained.values()), default=0)
+    for mtp in anatomy.mtp_layers:
+        left = len(keeps.retained.get(mtp.index, range(most)))
+        if left != most and anatomy.shares_count(mtp):
+            problem = f"{left} experts are left in MTP layer {mtp.index}, the config says {most}"
+            findings.add(PROVENANCE_NAME, problem)
     for layer, retained in keeps.retained.items() if groups > 1 else ():
+        size = before[layer] // groups
         counts = [sum(old_id // size == group for old_id in retained) for group in range(groups)]
         if len(set(counts)) > 1:
             problem = (

@@ -150,7 +150,8 @@ class _Matcher:
         if isinstance(role, ExpertTensor | Surplus):
             place = self._old_place(record.name, role)
             if place is None:
-                problem = f"is a surplus tensor: expert {role.expert} of {self._keeps.kept} kept"
+                kept = len(self._keeps.retained[role.layer])
+                problem = f"is a surplus tensor: expert {role.expert} of {kept} kept"
                 self._findings.add(where, problem)
                 return None
         self._used.add(place)
@@ -162,10 +163,10 @@ class _Matcher:
         Behind the retained experts stand the identity experts, where the source has tensors of
         them: they follow in their order.
         """
-        if role.expert < self._keeps.kept:
-            old_id = self._keeps.retained[role.layer][role.expert]
-            return self._places[role.renamed(name, old_id)]
-        removed = self._anatomy.num_experts - self._keeps.kept
+        retained = self._keeps.retained[role.layer]
+        if role.expert < len(retained):
+            return self._places[role.renamed(name, retained[role.expert])]
+        removed = self._anatomy.reader.experts_of(role.layer) - len(retained)
         place = self._places.get(role.renamed(name, role.expert + removed))
         if place is None or not isinstance(self._anatomy.role(self._record(place)), Surplus):
             return None
@@ -196,7 +197,7 @@ class _Matcher:
         if not isinstance(role, ExpertTensor | Surplus):
             return name
         if isinstance(role, Surplus):
-            removed = self._anatomy.num_experts - len(retained)
+            removed = self._anatomy.reader.experts_of(role.layer) - len(retained)
             return role.renamed(name, role.expert - removed)
         return role.renamed(name, retained.index(role.expert)) if role.expert in retained else None
 
@@ -214,7 +215,7 @@ class _Matcher:
                 self._findings.add(where, "was cut, though its rows are no whole bytes")
                 return None
         elif isinstance(role, Counted):
-            cut = Count(DTYPE_BITS[old.dtype] // 8, self._keeps.kept)
+            cut = Count(DTYPE_BITS[old.dtype] // 8, len(self._keeps.retained[role.layer]))
         elif isinstance(role, Tabled):
             width = DTYPE_BITS[old.dtype] // 8
             cut = Table(width, old.shape[-1], self._keeps.retained[role.layer])

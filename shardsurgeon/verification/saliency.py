@@ -29,11 +29,11 @@ def check_saliencies(pruned: Checkpoint, findings: Findings) -> None:
         where = f"{PROVENANCE_NAME} layers.{key}"
         layer = record.layers[int(key)]
         groups = fields.get("groups")
-        _check_extremes(where, fields, layer, range(record.num_experts_before), findings)
+        _check_extremes(where, fields, layer, range(layer.num_experts), findings)
         if groups is None:
             _check_order(where, fields, findings)
             continue
-        size = record.num_experts_before // len(groups)
+        size = layer.num_experts // len(groups)
         for number, group in enumerate(groups):
             ids = range(number * size, (number + 1) * size)
             _check_extremes(f"{where}.groups[{number}]", group, layer, ids, findings)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
+from shardsurgeon.quantnames import NamedExpert, is_regex, named_expert, plain_name
+from shardsurgeon.verification.expertcounts import ExpectedCounts, Path
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import Keeps
 from shardsurgeon.verification.pairing import Pairing
 
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-_NAMED_EXPERT = re.compile(
-    r"(?:^|[.\\])(mtp[.\\]+)?(?:layers|blocks)[.\\]+(\d+)[.\\].*?experts([.\\]+)(\d+)(?!\d)"
+QUANTIZATION_FILES = (
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
 )
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Keys that count experts, and keys about experts that count something else.
 _COUNTING = re.compile(r"expert|routed", re.IGNORECASE)
 _NOT_COUNTING = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
-
-Path = tuple[str, ...]
 
 
 class _Gone(Exception):
@@ -45,10 +47,12 @@ def check_settings(
 ) -> None:
     """config.json and quantization files say the new counts and are otherwise the source's."""
     found = _load(pruned, CONFIG_NAME)
-    expected = _Expected(anatomy, keeps, _counts_no_mtp(anatomy, pairing, found))
+    no_mtp = _counts_no_mtp(anatomy, pairing, found)
+    expected = _Expected(source.settings, anatomy, keeps, no_mtp)
     _compare(CONFIG_NAME, "", expected.config(_load(source, CONFIG_NAME), ()), found, findings)
     for path in expected.forgotten(found, ()):
-        problem = f"{'.'.join(path)} is {anatomy.num_experts}, the expert count of the source"
+        dotted = ".".join(map(str, path))
+        problem = f"{dotted} is {anatomy.shared_count}, the expert count of the source"
         findings.add(CONFIG_NAME, problem)
     there = {file.name for file in pruned.files}
     for name in (file.name for file in source.files if file.name in QUANTIZATION_FILES):
@@ -91,13 +95,13 @@ def _counts_no_mtp(anatomy: Anatomy, pairing: Pairing, found: Any) -> bool:
 
 
 def _integers(value: Any, path: Path) -> Iterator[tuple[Path, int]]:
-    """Every whole number below some key, with the keys that lead to it."""
+    """Every whole number below some key, with the path that leads to it."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _integers(inner, (*path, key))
     elif isinstance(value, list):
-        for inner in value:
-            yield from _integers(inner, path)
+        for number, inner in enumerate(value):
+            yield from _integers(inner, (*path, number))
     elif type(value) is int and path:
         yield path, value
 
@@ -105,11 +109,13 @@ def _integers(value: Any, path: Path) -> Iterator[tuple[Path, int]]:
 class _Expected:
     """What a JSON value of the source must have become."""
 
-    def __init__(self, anatomy: Anatomy, keeps: Keeps, no_mtp: bool) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: Keeps, no_mtp: bool
+    ) -> None:
         keys = anatomy.family.config
         self._anatomy = anatomy
         self._keeps = keeps
-        self._counts = {_last_word(dotted) for dotted in (*keys.num_experts, *keys.also)}
+        self._counts = ExpectedCounts(config, anatomy, keeps, no_mtp)
         self._mtp = set(keys.mtp_layers) if no_mtp else set()
         self._elsewhere = {tuple(dotted.split(".")) for dotted in keys.elsewhere}
 
@@ -119,12 +125,15 @@ class _Expected:
         if path and path[-1] in _QUANTIZATION_KEYS:
             return self.quantization(value)
         if isinstance(value, dict):
-            return {key: self.config(inner, (*path, key)) for key, inner in value.items()}
+            members = {key: self.config(inner, (*path, key)) for key, inner in value.items()}
+            return members | self._counts.added(path, value)
         if isinstance(value, list):
-            return [self.config(inner, path) for inner in value]
+            items = self._counts.elements(path, value)
+            return [self.config(inner, (*path, number)) for number, inner in enumerate(items)]
         if type(value) is int and path:
-            if path[-1] in self._counts and value == self._anatomy.num_experts:
-                return self._keeps.kept
+            count = self._counts.of(path, value)
+            if count is not None:
+                return count
             if path[-1] in self._mtp:
                 return 0
         return value
@@ -134,53 +143,80 @@ class _Expected:
 
         The keys of the family are not among them: their values have been compared.
         """
+        old = self._anatomy.shared_count
         for at, value in _integers(found, path):
+            name = next((part for part in reversed(at) if isinstance(part, str)), "")
             inside = {at[:length] for length in range(1, len(at) + 1)}
             if inside & self._elsewhere or set(at) & set(_QUANTIZATION_KEYS):
                 continue
-            counts = _COUNTING.search(at[-1]) and not _NOT_COUNTING.search(at[-1])
-            if counts and value == self._anatomy.num_experts and at[-1] not in self._counts:
+            counts = _COUNTING.search(name) and not _NOT_COUNTING.search(name)
+            if counts and value == old and self._counts.of(at, value) is None:
                 yield at
 
-    def quantization(self, value: Any) -> Any:
+    def quantization(self, value: Any, path: Path = ()) -> Any:
+        """The same section with every entry that names an expert following it."""
         if isinstance(value, dict):
-            return dict(self._members(value))
+            return dict(self._members(value, path))
         if isinstance(value, list):
-            return list(self._items(value))
+            return list(self._items(value, path))
         return value
 
-    def _members(self, value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _members(self, value: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
         for key, inner in value.items():
             try:
-                yield self._renumbered(key), self.quantization(inner)
+                yield self._entry(key, (*path, key)), self.quantization(inner, (*path, key))
             except _Gone:
                 continue
 
-    def _items(self, value: list[Any]) -> Iterator[Any]:
-        for inner in value:
+    def _items(self, value: list[Any], path: Path) -> Iterator[Any]:
+        for number, inner in enumerate(value):
             try:
                 # A number kept as it is spelled is a str, too, and names nothing.
                 named = type(inner) is str
-                yield self._renumbered(inner) if named else self.quantization(inner)
+                yield (
+                    self._entry(inner, path) if named else self.quantization(inner, (*path, number))
+                )
             except _Gone:
                 continue
 
-    def _renumbered(self, text: str) -> str:
-        named = _NAMED_EXPERT.search(text)
+    def _entry(self, text: str, path: Path) -> str:
+        if self._anatomy.reader.is_elsewhere(plain_name(text)):
+            return text
+        named = named_expert(text, is_regex(text, path), self._anatomy.num_experts, "")
         if named is None:
             return text
-        layer = int(named[2]) + (self._anatomy.num_layers if named[1] else 0)
-        retained = self._keeps.retained.get(layer)
-        if retained is None:
-            return text
-        old_id = int(named[4])
-        if old_id not in retained:
+        new_ids = {self._new_id(layer, named.expert) for layer in self._layers(named)}
+        if len(new_ids) > 1:
+            # Every expert has such an entry, or apply would have refused it.
+            kept = max(map(len, self._keeps.retained.values()))
+            new_ids = {named.expert if named.expert < kept else None}
+        new_id = new_ids.pop() if new_ids else None
+        if new_id is None:
             raise _Gone
-        return text[: named.start(4)] + str(retained.index(old_id)) + text[named.end(4) :]
+        return text[: named.begin] + str(new_id) + text[named.end :]
 
+    def _new_id(self, layer: int, old_id: int) -> int | None:
+        retained = self._keeps.retained[layer]
+        return retained.index(old_id) if old_id in retained else None
 
-def _last_word(dotted: str) -> str:
-    return [word for word in dotted.split(".") if word != "*"][-1]
+    def _layers(self, named: NamedExpert) -> list[int]:
+        """The layers that an entry may mean, of those that have experts."""
+        retained = self._keeps.retained
+        if named.layer is None:
+            return list(retained)
+        first_mtp = self._anatomy.num_layers
+        own = bool(self._anatomy.family.tensors.mtp)
+        firsts = (
+            [first_mtp] if named.mtp else [0] if named.mtp is False or not own else [0, first_mtp]
+        )
+        wanted = str(named.layer)
+        return [
+            layer
+            for layer in retained
+            for first in firsts
+            if str(layer - first) == wanted
+            or (named.open_layer and str(layer - first).startswith(wanted))
+        ]
 
 
 def _compare(where: str, path: str, expected: Any, found: Any, findings: Findings) -> None:

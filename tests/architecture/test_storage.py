@@ -244,7 +244,7 @@ def test_a_companion_of_another_size_is_named(
 ) -> None:
     config, tensors, weight, _ = SCHEMES[scheme]
     found = read({**tensors, name: (tensors[name][0], shape)}, config)
-    assert found.problems == {name: problem}
+    assert found.problems[name] == problem
     assert list(found.shapes) == [weight]
 
 

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from tests.cli.standins import VERIFIED, FakeOperations, Run
+from shardsurgeon.cli.main import main
+from shardsurgeon.reports import ArchitectureReport
+from tests.cli.standins import ROOT, VERIFIED, FakeOperations, Run
 
 VERIFY = ("verify", "/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct")
 ALL = replace(VERIFIED, sampled=None, tensors_compared=74_210, bytes_compared=237_600_000_000)
+FITS = ArchitectureReport(
+    engine="transformers 5.23.0",
+    model_class="DeepseekV3ForCausalLM",
+    parameters=1_204,
+    tensors=74_210,
+    mtp_layers=(61,),
+    unchecked=("model.layers.*.eh_proj.weight", "rotary.inv_freq (61 tensors)"),
+    differences=(),
+)
 BROKEN = replace(ALL, differences=("a.weight: differs at byte 7", "b.weight: is missing"))
 
 
 def test_the_words_reach_the_operation(run: Run, fake: FakeOperations) -> None:
     run(*VERIFY, "--sample", "3")
     assert fake.calls == [
-        (("/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct"), {"sample": 3, "progress": None})
+        (
+            ("/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct"),
+            {"sample": 3, "architecture": False, "progress": None},
+        )
     ]
 
 
@@ -67,8 +82,57 @@ def test_a_sample_of_nothing_is_refused(run: Run, fake: FakeOperations, sample: 
     assert fake.calls == []
 
 
+def test_an_architecture_that_fits_is_said_in_words(run: Run, fake: FakeOperations) -> None:
+    fake.verify = replace(ALL, architecture=FITS)
+    ended = run(*VERIFY, "--architecture")
+    assert fake.calls[0][1]["architecture"] is True
+    assert ended.status == 0
+    assert ended.stdout.endswith(
+        "  architecture  74,210 tensors, 1,204 parameters and buffers of\n"
+        "                DeepseekV3ForCausalLM, transformers 5.23.0\n"
+        "  MTP layers    61: experts and routers, by the shapes of a main layer\n"
+        "  not checked   model.layers.*.eh_proj.weight, rotary.inv_freq (61 tensors)\n"
+    )
+
+
+def test_an_architecture_that_does_not_fit_is_status_1(run: Run, fake: FakeOperations) -> None:
+    bias = "gate.bias: shape [384], and the config makes it [135]"
+    fake.verify = replace(ALL, architecture=replace(FITS, differences=(bias,)))
+    ended = run(*VERIFY, "--architecture")
+    assert ended.status == 1
+    assert ended.stdout.startswith("/models/Kimi-K2.5-REAP-65pct: does not hold\n")
+    assert ended.stdout.endswith(f"\n\n  {bias}\n")
+    expected = "0 differences from /models/Kimi-K2.5, 1 difference from DeepseekV3ForCausalLM"
+    assert expected in ended.stderr
+
+
+def test_the_architecture_is_part_of_the_json(run: Run, fake: FakeOperations) -> None:
+    assert json.loads(run(*VERIFY, "--json").stdout)["architecture"] is None
+    fake.verify = replace(ALL, architecture=FITS)
+    found = json.loads(run(*VERIFY, "--architecture", "--json").stdout)["architecture"]
+    assert found == json.loads(json.dumps(asdict(FITS)))
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_a_missing_package_is_one_line_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    folder = str(ROOT / "fixtures" / "qwen3_moe")
+    assert main(["verify", folder, folder, "--architecture"]) == 2
+    assert capsys.readouterr().err == (
+        f"shardsurgeon: error: --architecture: needs torch and transformers; {package} is not "
+        "installed; pip install 'shardsurgeon[architecture]'\n"
+    )
+
+
 def test_the_bar_is_in_bytes(run: Run, fake: FakeOperations) -> None:
-    def work(*folders: str, sample: int | None, progress: Callable[[int, int], None]) -> object:
+    def work(
+        *folders: str,
+        sample: int | None,
+        architecture: bool,
+        progress: Callable[[int, int], None],
+    ) -> object:
         progress(0, 10**9)
         progress(10**9, 10**9)
         return ALL

@@ -156,26 +156,8 @@ def test_entries_of_gptq_and_autoround_are_regular_expressions_without_a_mark() 
     assert not is_regex("model.layers.1", ("quantization_config", "ignore"))
 
 
-WORDS = ["model.", "layers", "mtp", "experts", ".", r"\.", "[.]", "re:", "5", "12", "0", "*", "mlp"]
-WORDS += [
-    "|",
-    "(",
-    ")",
-    "[",
-    "]",
-    "[0-9]",
-    r"\d",
-    "+",
-    "?",
-    "{1,",
-    "}",
-    "^",
-    "$",
-    "\\",
-    "_",
-    "²",
-    "٣",
-]
+WORDS = ["model.", "layers", "mtp", "experts", ".", r"\.", "[.]", "re:", "5", "12", "0", "*"]
+WORDS += ["|", "(", ")", "[", "]", "[0-9]", r"\d", "+", "?", "{1,", "}", "^", "$", "\\", "_", "²"]
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=12).map("".join), st.booleans())

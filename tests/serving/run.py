@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     engine = environment(options.venv)
     # The table is the output; transformers would draw a bar for every checkpoint.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    log: Any = logging
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     _print_row(HEADER)
     _print_row(["---"] * len(HEADER))
     results = []
