@@ -13,8 +13,9 @@ from shardsurgeon.keeplists import KeepList
 def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepList) -> Path:
     """`<model name>-REAP-65pct`, or `-REAP-134e` where no ratio was given.
 
-    Where layers keep different numbers it is their mean, and `-nonuniform` follows. In the current folder; where that is the model itself, beside the model, because nothing is
-    ever written into a source. Raises OutputError where that would be inside a Hub cache.
+    Where layers keep different numbers it is their mean, and `-nonuniform` follows. In the current
+    folder; where that is the model itself, beside the model, because nothing is ever written into
+    a source. Raises OutputError where that would be inside a Hub cache.
     """
     counts = [len(layer.retained) for layer in keep.layers.values()]
     what = (
