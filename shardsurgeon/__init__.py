@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from shardsurgeon.api import apply, plan, verify
     from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
     from shardsurgeon.operations import Pruning, inspect
-    from shardsurgeon.reports import ApplyReport, InspectReport, PlanReport, VerifyReport
+    from shardsurgeon.reports import (
+        ApplyReport,
+        ArchitectureReport,
+        InspectReport,
+        PlanReport,
+        VerifyReport,
+    )
     from shardsurgeon.scores import Scores, read_scores
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ApplyReport",
+    "ArchitectureReport",
     "Checkpoint",
     "InputError",
     "InspectReport",
@@ -43,6 +50,7 @@ __all__ = [
 # Looked up when first used: `import shardsurgeon` and `shardsurgeon --help` stay cheap.
 _HOMES = {
     "ApplyReport": "reports",
+    "ArchitectureReport": "reports",
     "Checkpoint": "checkpoint",
     "InspectReport": "reports",
     "PlanReport": "reports",

@@ -13,9 +13,9 @@ from shardsurgeon.keeplists import KeepList
 def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepList) -> Path:
     """`<model name>-REAP-65pct`, or `-REAP-134e` where no ratio was given.
 
-    Where layers keep different numbers it is their mean, and `-nonuniform` follows. In the
-    current folder; where that is the model itself, beside the model, because nothing is
-    ever written into a source. Raises OutputError where that would be inside a Hub cache.
+    Where layers keep different numbers it is their mean, and `-nonuniform` follows. In the current
+    folder; where that is the model itself, beside the model, because nothing is ever written into
+    a source. Raises OutputError where that would be inside a Hub cache.
     """
     counts = [len(layer.retained) for layer in keep.layers.values()]
     what = (
@@ -42,9 +42,7 @@ def require_apart(checkpoint: Checkpoint, out: Path) -> None:
     if home is None:
         return
     target = out.absolute().parent.resolve() / out.name
-    if target == home:
-        raise OutputError(out, "is the source itself", "choose another -o")
-    if target.is_relative_to(home):
+    if target == home or target.is_relative_to(home):
         raise OutputError(out, f"is inside the source {home}", "choose another -o")
     if home.is_relative_to(target):
         raise OutputError(out, f"contains the source {home}", "choose another -o")

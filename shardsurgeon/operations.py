@@ -28,7 +28,7 @@ from shardsurgeon.keeplists import write_plan
 from shardsurgeon.likely import guess_family
 from shardsurgeon.lineage import compose, step_of
 from shardsurgeon.mixedprecision import mixed_precision_notes
-from shardsurgeon.modelconfig import nonuniform_notes, quantization_name
+from shardsurgeon.modelconfig import nonuniform_notes, quantization_name, says_per_layer
 from shardsurgeon.mtplayers import mtp_counts
 from shardsurgeon.naming import default_out, require_apart
 from shardsurgeon.parameters import count_parameters
@@ -458,6 +458,7 @@ def _plan_report(pruning: Pruning) -> PlanReport:
         space_needed=_space_needed(pruning),
         out=str(pruning.out),
         allocate=request.allocate,
+        stock_engines=decision.keep.is_uniform or says_per_layer(config, anatomy) != "",
         notes=(
             *checkpoint.notes,
             *decision.notes,

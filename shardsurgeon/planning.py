@@ -135,7 +135,8 @@ class _Surgeon:
             name = role.renamed(record.name, new_id)
             return OutputTensor(name, record.dtype, record.shape, (whole,))
         if isinstance(role, Surplus):
-            removed = self._anatomy.num_experts - len(self._retained[role.layer])
+            before = self._anatomy.reader.experts_of(role.layer)
+            removed = before - len(self._retained[role.layer])
             name = role.renamed(record.name, role.expert - removed)
             return OutputTensor(name, record.dtype, record.shape, (whole,))
         if isinstance(role, Tabled):

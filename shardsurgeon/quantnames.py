@@ -77,9 +77,7 @@ def named_expert(text: str, regex: bool, num_experts: int, where: str) -> NamedE
         return None
     found = list(_EXPERT.finditer(text))
     if not found:
-        if _selects(text, num_experts) or (
-            not regex and num_experts > 10 and _QUESTION.search(text)
-        ):
+        if _selects(text, regex, num_experts):
             raise _several(text, where)
         return None
     match = found[0]
@@ -119,8 +117,10 @@ def _several(text: str, where: str) -> ConfigError:
     return ConfigError(where, problem, _SEVERAL)
 
 
-def _selects(text: str, num_experts: int) -> bool:
+def _selects(text: str, regex: bool, num_experts: int) -> bool:
     """Whether a pattern without a plain expert number means some experts and not others."""
+    if not regex and num_experts > 10 and _QUESTION.search(text):
+        return True
     digits = _DIGITS.search(text)
     if digits and digits["times"] not in ("+", "*"):
         most = int(digits["most"] or 9) if digits["times"] else 1

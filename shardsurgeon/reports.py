@@ -66,8 +66,8 @@ class PlanReport:
 
     ratio: as asked for, None where the selection was no ratio. num_experts_before, _after: of the
     largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
-    `global`. parameters: None where the
-    storage format hides them.
+    `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
+    where the storage format hides them.
     """
 
     model: str
@@ -89,6 +89,7 @@ class PlanReport:
     out: str
     notes: tuple[str, ...]
     allocate: str = "uniform"
+    stock_engines: bool = True
 
 
 @dataclass(frozen=True, slots=True)

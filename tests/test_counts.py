@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.counts import (
+    Allocation,
     Rounding,
     RoutingFacts,
     SelectionRequest,
     check_kept,
+    check_routing,
+    fewest_kept,
     kept_count,
     largest_kept,
     removed_count,
@@ -43,6 +46,7 @@ KIMI = RoutingFacts(384, 8)
         ({"plan_file": "p.json", "metric": "reap"}, "leave out --metric"),
         ({"plan_file": "p.json", "preserve_super_experts": True}, "--preserve-super-experts"),
         ({"plan_file": "p.json", "multiple_of": 4}, "leave out --multiple-of"),
+        ({"plan_file": "p.json", "allocate": Allocation.GLOBAL}, "leave out --allocate"),
     ],
 )
 def test_a_request_that_cannot_be_meant_is_refused(words: dict[str, Any], says: str) -> None:
@@ -151,6 +155,28 @@ def test_a_count_from_a_keep_list_is_refused_in_the_name_of_its_file() -> None:
 def test_routing_facts_that_contradict_each_other_are_refused(numbers: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError):
         RoutingFacts(*numbers)
+
+
+@pytest.mark.parametrize(
+    ("facts", "fewest"),
+    [
+        (KIMI, 8),
+        (DEEPSEEK, 16),  # two of a token's four groups would do; each is scored by its best two
+        (RoutingFacts(64, 6, n_group=8, topk_group=2), 24),  # three in each of two groups
+    ],
+)
+def test_the_fewest_experts_are_those_below_which_a_router_is_refused(
+    facts: RoutingFacts, fewest: int
+) -> None:
+    assert fewest_kept(facts) == fewest
+    check_routing(fewest, facts, "here")
+    with pytest.raises(UsageError):
+        check_routing(fewest - facts.n_group, facts, "here")
+
+
+def test_facts_of_a_smaller_layer_choose_no_more_than_it_has() -> None:
+    assert DEEPSEEK.of_layer(64) == RoutingFacts(64, 8, 8, 4, 2)
+    assert KIMI.of_layer(6) == RoutingFacts(6, 6)
 
 
 def test_the_largest_count_within_a_target_size_is_kept() -> None:

@@ -119,6 +119,10 @@ class TestShapes:
         lists = {1: (0,), 2: (1, 2, 3)}
         assert kept(read(tmp_path, {"kept": by_layer(lists)})) == lists
 
+    def test_a_layer_may_drop_no_expert_where_others_do(self, tmp_path: Path) -> None:
+        file = read(tmp_path, {"dropped": {"1": [3], "2": []}})
+        assert kept(file) == {1: (0, 1, 2), 2: (0, 1, 2, 3)}
+
 
 class TestMtpLayers:
     def test_names_are_numbered_behind_the_models_layers(self, tmp_path: Path) -> None:
@@ -216,6 +220,17 @@ class TestOurOwnFiles:
         file = read_keeplist(path)
         assert not file.original_ids
         assert resolve(file, [1, 2], 4) == self.KEEP
+
+    def test_a_plan_says_where_a_layer_had_fewer_experts(self, tmp_path: Path) -> None:
+        keep = KeepList(4, {1: LayerKeep((0, 2), (1, 3)), 2: LayerKeep((0, 1), ())})
+        plan = json.loads(write_plan(keep, selection={}, source={}))
+        assert "num_experts_before" not in plan["layers"]["1"]
+        assert plan["layers"]["2"]["num_experts_before"] == 2
+        assert resolve(read(tmp_path, plan), [1, 2], 4, per_layer={2: 2}) == keep
+        with pytest.raises(KeepListError, match="layer 2 is for 2 experts, the model has 4 there"):
+            resolve(read(tmp_path, plan), [1, 2], 4)
+        plan["layers"]["2"]["num_experts_before"] = 5
+        assert "num_experts_before is 5, others have 4" in refused(tmp_path, plan).problem
 
     def test_what_json_has_no_number_for_is_written_as_null(self) -> None:
         odd = KeepList(3, {1: LayerKeep((0, 1), (2,), (0,), (math.inf, 1.0, math.nan))})

@@ -114,7 +114,7 @@ def unequal(**changes: Any) -> bytes:
     source = {"name": "tiny", "revision": None, "config_sha256": None}
     rest = {"ratio": 0.3, "rounding": None, "metric": None, "selection": "plan", "source": source}
     step = {"num_experts_before": 6, "num_experts_after": 4, **rest}
-    layers = {
+    layers: dict[str, dict[str, Any]] = {
         "1": {"retained": [0, 2, 5], "pruned": [1, 3, 4]},
         "2": {"num_experts_before": 4, "retained": [0, 1, 2, 3], "pruned": []},
     }
@@ -148,7 +148,7 @@ def test_layers_with_different_numbers_of_experts_make_a_file_of_format_2() -> N
             {"first": {"retained": [0, 1, 2, 3, 4], "pruned": [5]}},
             "layers.1: 5 retained and 1 pruned experts, expected at most 4 and 2",
         ),
-        ({"num_experts_after": 5}, "no layer had 6 experts or none has 5 now"),
+        ({"num_experts_after": 5}, "steps: 6 to 4 do not lead from 6 to 5 experts"),
         ({"num_experts_before": 10**12}, "3 retained and 3 pruned experts, expected at most 4"),
     ],
 )

@@ -53,11 +53,8 @@ def test_384_to_192_to_72_equals_the_direct_prune_for_the_same_scores() -> None:
     half = select(scores, 192, KIMI_K25)
     first = compose(None, half, step(half, SelectionRequest(ratio=0.5)))
     read_back = parse_provenance(first.to_bytes(), "metadata")
-    rest = select(
-        restrict(scores, read_back, dict.fromkeys(scores, 192), "scores.pt"),
-        72,
-        RoutingFacts(192, 8),
-    )
+    left = restrict(scores, read_back, dict.fromkeys(scores, 192), "scores.pt")
+    rest = select(left, 72, RoutingFacts(192, 8))
     chained = compose(read_back, rest, step(rest, SelectionRequest(keep=72)))
 
     whole = select(scores, 72, KIMI_K25)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 from shardsurgeon.anatomy import Anatomy, read_anatomy
@@ -42,7 +42,7 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
     original = blueprint = _blueprint(before, anatomy.family)
     findings, trial = Findings(), _Trial()
     try:
-        after = _opened(pruned)
+        after = replace(_opened(pruned), family=anatomy.family)
         try:
             # Names and counts, of tensors too that transformers does not read.
             read_anatomy(after)

@@ -127,7 +127,7 @@ def _lines(report: ApplyReport) -> Iterator[str]:
     yield from fact("written", f"{report.out}: {_written(report)}")
     yield from _checked(report.verification)
     yield from note_lines(report.plan.notes)
-    yield from _next(report.out, report.verification)
+    yield from _next(report)
 
 
 def _written(report: ApplyReport) -> str:
@@ -149,11 +149,13 @@ def _checked(check: VerifyReport | None) -> list[str]:
     return fact("checked", f"{structure}, {compared} ({format_size(check.bytes_compared)})")
 
 
-def _next(out: str, check: VerifyReport | None) -> Iterator[str]:
+def _next(report: ApplyReport) -> Iterator[str]:
     """Commands to copy, each on a line of its own however long it gets."""
+    out, check = str(report.out), report.verification
     source = "SOURCE" if check is None else as_typed(check.source)
     yield ""
     yield "Compare every byte:"
     yield f"  shardsurgeon verify {source} {as_typed(out)}"
-    yield "Serve:"
-    yield f"  vllm serve {as_typed(out)}"
+    if report.plan.stock_engines:
+        yield "Serve:"
+        yield f"  vllm serve {as_typed(out)}"

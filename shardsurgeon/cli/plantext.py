@@ -84,7 +84,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
         "lowest\nkept": any(layer.min_retained_saliency is not None for layer in layers),
         "highest\npruned": any(layer.max_pruned_saliency is not None for layer in layers),
         "saliency\ndropped": any(layer.saliency_dropped is not None for layer in layers),
-        "were it\nuniform": any(layer.saliency_dropped_uniform is not None for layer in layers),
+        "dropped,\nif equal": any(layer.saliency_dropped_uniform is not None for layer in layers),
         "chosen\nby": any(layer.policy != "scores" for layer in layers),
     }
     headings = ["layer", "kept", "pruned", *(heading for heading in told if told[heading])]
@@ -102,7 +102,7 @@ def _layer_row(layer: LayerReport) -> dict[str, str]:
         "lowest\nkept": saliency(layer.min_retained_saliency),
         "highest\npruned": saliency(layer.max_pruned_saliency),
         "saliency\ndropped": percent(layer.saliency_dropped),
-        "were it\nuniform": percent(layer.saliency_dropped_uniform),
+        "dropped,\nif equal": percent(layer.saliency_dropped_uniform),
         "chosen\nby": layer.policy,
     }
 
@@ -112,7 +112,7 @@ def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:
     if (dropped := _dropped(report)) is not None:
         yield "saliency", _dropped_words(report, dropped)
     if (uniform := _dropped_if_uniform(report)) is not None:
-        yield "were it uniform", _dropped_words(report, uniform)
+        yield "if equal", _dropped_words(report, uniform)
     if report.mtp_dropped:
         yield "MTP", "the next-token-prediction layers are dropped"
     yield "tensor data", _size_change(report)

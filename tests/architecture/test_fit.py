@@ -21,6 +21,7 @@ from safetensors import safe_open
 from shardsurgeon import api
 from shardsurgeon.architecture import check_architecture
 from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.cli.main import main
 from shardsurgeon.errors import UsageError
 from shardsurgeon.reports import ArchitectureReport
 from tests.families.specimens import FIXTURES, Specimen, builders
@@ -277,3 +278,38 @@ def test_a_folder_that_cannot_be_read_is_found(pairs: Pairs, tmp_path: Path) -> 
     report = check_architecture(pairs("qwen3_moe").source, tmp_path)
     (found,) = report.differences
     assert "config.json: no such file" in found
+
+
+def test_layers_that_keep_different_numbers_are_no_model_of_transformers(pairs: Pairs) -> None:
+    """What the config says per layer is for engines that read it: transformers does not."""
+    pair = pairs("qwen3_moe")
+    pruned = pair.pruned().configured(("num_routed_experts_per_layer",), [8, 7, 8])
+    for part in ("gate", "up", "down"):
+        pruned = pruned.without(f"model.layers.1.mlp.experts.7.{part}_proj.weight")
+    pruned = pruned.having("model.layers.1.mlp.gate.weight", "BF16", 7, 64)
+    report = pair.check(pruned)
+    name = "model.layers.1.mlp.gate.weight"
+    assert f"{name}: shape [7, 64], and the config makes it [8, 64]" in report.differences
+    assert all(line.startswith("model.layers.1.mlp.") for line in report.differences)
+
+
+def test_the_command_checks_it_after_the_bytes(
+    pairs: Pairs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = pairs("kimi_k25")
+    assert main(["verify", str(pair.source), str(pair.folder), "--architecture"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "holds\n" in printed.out
+    assert "Kimi_K25ForConditionalGeneration" in printed.out
+
+
+def test_the_command_refuses_what_it_cannot_check_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(written("bailing_moe", tmp_path))
+    assert main(["verify", source, source, "--architecture"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("shardsurgeon: error: --architecture: transformers 5.")
+    assert printed.err.count("\n") == 1

@@ -107,6 +107,11 @@ def test_commands_to_copy_are_quoted(run: Run, fake: FakeOperations) -> None:
     assert "  vllm serve '/my models/small'\n" in run(*APPLY).stdout
 
 
+def test_nobody_is_told_to_serve_what_stock_engines_misread(run: Run, fake: FakeOperations) -> None:
+    fake.apply = replace(APPLIED, plan=replace(APPLIED.plan, stock_engines=False))
+    assert "vllm serve" not in run(*APPLY).stdout
+
+
 def test_a_dry_run_shows_the_plan_in_full_and_says_that_nothing_was_written(
     run: Run, fake: FakeOperations
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.counts import MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
 from tests.cli.standins import PLANNED, FakeOperations, Run, layer
 
 
@@ -39,6 +39,14 @@ def asked(fake: FakeOperations, run: Run, *words: str) -> SelectionRequest:
             SelectionRequest(keep=72, preserve_super_experts=True),
         ),
         (("--keep", "72", "--mtp", "drop"), SelectionRequest(keep=72, mtp=MtpPolicy.DROP)),
+        (
+            ("--ratio", "0.5", "--allocate", "global"),
+            SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL),
+        ),
+        (
+            ("--plan", "keep.json", "--allow-nonuniform"),
+            SelectionRequest(plan_file="keep.json", allow_nonuniform=True),
+        ),
     ],
 )
 def test_the_words_become_one_frozen_request(
@@ -67,6 +75,7 @@ def test_model_and_scores_are_handed_on(run: Run, fake: FakeOperations) -> None:
         (("--target-size", "big"), "--target-size: 'big' is not a size"),
         (("--keep", "8", "--rounding", "ceil"), "--rounding"),
         (("--plan", "keep.json", "--metric", "reap"), "--metric"),
+        (("--plan", "keep.json", "--allocate", "global"), "leave out --allocate"),
         (("--ratio", "0.5,0.65", "-o", "plan.json"), "2 ratios"),
     ],
 )
@@ -142,6 +151,30 @@ def test_a_keep_list_without_saliency_has_no_saliency_columns(
     assert "parameters" not in text
     assert "  chosen by     --plan\n" in text
     assert "      1   135     249    plan\n" in text
+
+
+def test_a_global_allocation_is_shown_beside_the_uniform_one(
+    run: Run, fake: FakeOperations
+) -> None:
+    layers = (
+        layer(1, kept=96, pruned=288, saliency_dropped=0.25, saliency_dropped_uniform=0.125),
+        layer(2, kept=174, pruned=210, saliency_dropped=0.125, saliency_dropped_uniform=0.375),
+    )
+    fake.plan = replace(PLANNED, layers=layers, num_experts_after=174, allocate="global")
+    lines = run("plan", "scores.pt", "--ratio", "0.65", "--allocate", "global").stdout.split("\n")
+    assert lines[0] == "Kimi-K2.5: keep 96 to 174 of 384 experts in each of 2 MoE layers"
+    assert lines[2:7] == [
+        "                       lowest  highest  saliency  dropped,",
+        "  layer  kept  pruned    kept   pruned   dropped  if equal",
+        "  -----  ----  ------  ------  -------  --------  --------",
+        "      1    96     288     0.5     0.25     25.0%     12.5%",
+        "      2   174     210     0.5     0.25     12.5%     37.5%",
+    ]
+    assert lines[8:11] == [
+        "  chosen by     --ratio 0.65, rounding floor, metric reap, --allocate global",
+        "  saliency      18.8% dropped on average, 25.0% at worst (layer 1)",
+        "  if equal      25.0% dropped on average, 37.5% at worst (layer 2)",
+    ]
 
 
 def test_several_ratios_are_compared_a_line_each(run: Run, fake: FakeOperations) -> None:

@@ -279,17 +279,19 @@ def test_ernie_vl_is_refused_with_the_reason(tmp_path: Path) -> None:
         read_anatomy(open_checkpoint(folder))
 
 
-def test_a_puzzle_model_with_blocks_of_different_size_is_refused(tmp_path: Path) -> None:
+def test_a_puzzle_model_whose_blocks_say_other_counts_than_its_tensors_is_refused(
+    tmp_path: Path,
+) -> None:
     blocks = [{"block_type": "mamba"}, {"block_type": "moe", "n_routed_experts": 8}]
     blocks += [{"block_type": "attention"}, {"block_type": "moe", "n_routed_experts": 6}]
     folder = changed("nemotron_h_puzzle", tmp_path, {"block_configs": blocks})
-    with pytest.raises(ConfigError, match=r"says 8 and 6 experts \(block_configs\.\*\.n_routed"):
+    with pytest.raises(FamilyError, match=r"has 8 experts in dimension 0, expected 6"):
         read_anatomy(open_checkpoint(folder))
 
 
-def test_a_puzzle_model_whose_mtp_layer_is_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_a_puzzle_model_whose_mtp_layer_has_not_its_own_count_is_refused(tmp_path: Path) -> None:
     folder = changed("nemotron_h_puzzle", tmp_path, {"mtp_n_routed_experts": 16})
-    with pytest.raises(ConfigError, match=r"says 8 and 16 experts \(mtp_n_routed_experts\)"):
+    with pytest.raises(FamilyError, match=r"mtp\.layers\.1\..* has 8 experts .*, expected 16"):
         read_anatomy(open_checkpoint(folder))
 
 

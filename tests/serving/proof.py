@@ -64,7 +64,7 @@ class Result:
 
 
 def prove(case: Case, python: Path, work: Path) -> Result:
-    """Prune and serve the family below the folder `work`; its server's log stays there."""
+    """Prune and serve the family in the folder `work`/<family>, which is made anew."""
     pruned = pruned_checkpoint(case.family, work)
     asked = prompts()
     wanted = [
@@ -75,18 +75,18 @@ def prove(case: Case, python: Path, work: Path) -> Result:
             (pruned.source, None),
         )
     ]
-    answers = served_answers(case, python, pruned.folder, work / f"{case.family}.log")
+    answers = served_answers(case, python, pruned.folder, pruned.folder.with_name("server.log"))
     distances = [distance(answers, one, case.share) for one in wanted]
     return Result(case, _experts(pruned.folder), *distances)
 
 
 def pruned_checkpoint(family: str, work: Path) -> Pruned:
-    """The family's checkpoint of serving size and its pruned copy, both new below `work`."""
-    command = [sys.executable, "-m", "builders.serving", family, "--out", str(work.absolute())]
+    """The family's checkpoint of serving size and its pruned copy, in `work`/<family>."""
+    folder = (work / family).absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "builders.serving", family, "--out", str(folder)]
     subprocess.run(command, cwd=FIXTURES, check=True)
-    out = work / f"{family}-pruned"
-    shutil.rmtree(out, ignore_errors=True)
-    return prune(work / family, out, RATIO)
+    return prune(folder / family, folder / "pruned", RATIO)
 
 
 def prompts() -> list[list[int]]:
@@ -102,7 +102,7 @@ def served_answers(case: Case, python: Path, folder: Path, log: Path) -> list[An
     """What vLLM says about the checkpoint in `folder`."""
     arguments = ["--dtype", case.dtype, *case.arguments]
     import_path = STAND_INS if case.stand_ins else None
-    with serving(python, folder.absolute(), arguments, import_path, log.absolute()) as server:
+    with serving(python, folder, arguments, import_path, log) as server:
         return [server.answer(prompt, NEW_TOKENS) for prompt in prompts()]
 
 

@@ -54,7 +54,7 @@ def test_vllm_serves_experts_in_the_wrong_order_and_the_comparison_sees_it(
     folder = pruned_checkpoint(case.family, tmp_path).folder
     right = reference.answers(folder, prompts(), NEW_TOKENS)
     swap_two_experts(folder)
-    wrong = served_answers(case, engine, folder, tmp_path / "swapped.log")
+    wrong = served_answers(case, engine, folder, tmp_path / "server.log")
     assert distance(wrong, right, case.share).at_share > 100 * case.tolerance
 
 
