@@ -79,7 +79,14 @@ class FamilyError(InputError):
 class UndeclaredFamilyError(FamilyError):
     """No declaration fits the model; skeleton: the TOML of one, as far as it can be told."""
 
-    def __init__(self, where: str, problem: str, remedy: str, *, skeleton: str) -> None:
+    def __init__(
+        self,
+        where: str | PathLike[str],
+        problem: str,
+        remedy: str = "",
+        *,
+        skeleton: str = "",
+    ) -> None:
         """Carry the skeleton along for whoever prints the error."""
         super().__init__(where, problem, remedy)
         self.skeleton = skeleton

@@ -126,7 +126,7 @@ def test_a_dense_model_of_a_known_family_is_refused() -> None:
 def test_an_unknown_model_type_is_told_what_is_supported_and_how_to_add_a_family() -> None:
     with pytest.raises(InputError) as caught:
         anatomy(content=tiny.config(model_type="kimi_k52", architectures=[]))
-    for words in ("kimi_k25", "did you mean", "one TOML file", "CONTRIBUTING.md"):
+    for words in ("kimi_k25", "did you mean", "--family FILE", "CONTRIBUTING.md"):
         assert words in str(caught.value)
 
 

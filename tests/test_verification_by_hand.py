@@ -400,19 +400,21 @@ def test_a_sample_is_the_same_for_the_same_seed(made: tuple[Path, Path], tmp_pat
 def test_rows_that_are_no_whole_bytes_cannot_have_been_cut(tmp_path: Path) -> None:
     kind, everyone, _ = LAYOUTS["stacked"]
     source, out = _both(tmp_path, kind, everyone, {1: HALF[1], 2: HALF[2], 0: HALF[3]}, 1)
-    extra = "model.language_model.layers.0.mlp.experts.down_proj_packed"
-    # numpy has no F4, so the tensor is added to the files by hand.
+    prefixes = ["model.language_model.layers.0", "model.language_model.layers.1", "mtp.layers.0"]
+    names = [f"{prefix}.mlp.experts.down_proj_packed" for prefix in prefixes]
+    # numpy has no F4, so the tensors are added to the files by hand.
     for folder, count, data in ((source, 8, bytes(12)), (out, 4, bytes(6))):
         shard = folder / "model.safetensors"
         raw = shard.read_bytes()
         begin = 8 + int.from_bytes(raw[:8], "little")
         header, end = json.loads(raw[8:begin]), len(raw) - begin
-        offsets = [end, end + len(data)]
-        header[extra] = {"dtype": "F4", "shape": [count, 3], "data_offsets": offsets}
+        for number, name in enumerate(names):
+            offsets = [end + number * len(data), end + (number + 1) * len(data)]
+            header[name] = {"dtype": "F4", "shape": [count, 3], "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        shard.write_bytes(len(text).to_bytes(8, "little") + text + raw[begin:] + data)
-    assert f"{extra}: was cut, though its rows are no whole bytes" in differences(source, out)
+        shard.write_bytes(len(text).to_bytes(8, "little") + text + raw[begin:] + data * 3)
+    assert f"{names[0]}: was cut, though its rows are no whole bytes" in differences(source, out)
 
 
 def test_save_file_is_the_layout_that_is_promised(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class ExpectedCounts:
         if name in self._every and value == self._anatomy.shared_count:
             return self._most(mtp=not self._anatomy.own_mtp_count)
         if name in self._of_mtp and not self._mtp_dropped:
-            return max(n for layer, n in self._left.items() if layer >= self._anatomy.num_layers)
+            first_mtp = self._anatomy.num_layers
+            return max((n for layer, n in self._left.items() if layer >= first_mtp), default=value)
         return None
 
     def elements(self, path: Path, items: list[Any]) -> list[Any]:
@@ -69,12 +70,14 @@ class ExpectedCounts:
         if PER_LAYER_KEY in section or self._anatomy.shared_count not in counts:
             return {}
         mtp = 0 if self._mtp_dropped else self._anatomy.num_mtp_layers
-        length = max(self._anatomy.num_layers + mtp, max(self._left) + 1)
+        length = max(self._anatomy.num_layers + mtp, max(self._left, default=0) + 1)
         return {PER_LAYER_KEY: [self._left.get(layer, 0) for layer in range(length)]}
 
     def _most(self, *, mtp: bool) -> int:
         first_mtp = self._anatomy.num_layers
-        return max(n for layer, n in self._left.items() if mtp or layer < first_mtp)
+        counts = [n for layer, n in self._left.items() if mtp or layer < first_mtp]
+        # Without a single keep-list, which is a finding of its own, nothing is known.
+        return max(counts, default=self._anatomy.shared_count)
 
 
 def _last_name(dotted: str) -> str:

@@ -27,6 +27,7 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
         "dry_run": False,
         "restart": False,
         "progress": None,
+        "family": None,
     }
 
 
@@ -43,6 +44,7 @@ def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> N
         "dry_run": True,
         "restart": True,
         "progress": None,
+        "family": None,
     }
 
 

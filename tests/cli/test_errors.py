@@ -161,7 +161,7 @@ def test_the_handlers_of_the_caller_come_back(run: Run) -> None:
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored(run: Run, fake: FakeOperations) -> None:
-    def stop(model: str | None) -> InspectReport:
+    def stop(model: str | None, **_: object) -> InspectReport:
         signal.raise_signal(signal.SIGINT)
         return INSPECTED
 
@@ -177,7 +177,7 @@ def in_a_shell(code: str, **options: object) -> subprocess.CompletedProcess[str]
     """Run a program that has the command line and its stand-ins at hand."""
     prelude = (
         "import sys; from shardsurgeon import operations; from tests.cli.standins import *;"
-        "operations.inspect = lambda model: INSPECTED; from shardsurgeon.cli.main import main;"
+        "operations.inspect = lambda model, **_: INSPECTED; from shardsurgeon.cli.main import main;"
     )
     return in_python(prelude + code, **options)
 
@@ -203,7 +203,7 @@ def test_a_name_that_the_console_cannot_spell_is_escaped() -> None:
     code = (
         "import dataclasses;"
         "report = dataclasses.replace(INSPECTED, name='K\\udcff\\u2192');"
-        "operations.inspect = lambda model: report;"
+        "operations.inspect = lambda model, **_: report;"
         "sys.stdout.reconfigure(encoding='cp1252'); sys.exit(main(['inspect']))"
     )
     done = in_a_shell(code, capture_output=True)

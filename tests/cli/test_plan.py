@@ -178,7 +178,7 @@ def test_a_global_allocation_is_shown_beside_the_uniform_one(
 
 
 def test_several_ratios_are_compared_a_line_each(run: Run, fake: FakeOperations) -> None:
-    fake.plan = lambda model, scores, request: replace(PLANNED, ratio=request.ratio)
+    fake.plan = lambda model, scores, request, **_: replace(PLANNED, ratio=request.ratio)
     assert run("plan", "scores.pt", "--ratio", "0.5,0.65").stdout == (
         "Kimi-K2.5: 2 ratios compared\n"
         "\n"
@@ -209,7 +209,7 @@ def test_json_of_one_plan_is_the_report(run: Run) -> None:
 
 
 def test_json_of_several_plans_is_a_list_of_them(run: Run, fake: FakeOperations) -> None:
-    fake.plan = lambda model, scores, request: replace(PLANNED, ratio=request.ratio)
+    fake.plan = lambda model, scores, request, **_: replace(PLANNED, ratio=request.ratio)
     document = json.loads(run("plan", "scores.pt", "--ratio", "0.5,0.65,0.75", "--json").stdout)
     assert list(document) == ["plans"]
     assert [plan["ratio"] for plan in document["plans"]] == [0.5, 0.65, 0.75]

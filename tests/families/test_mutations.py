@@ -226,7 +226,7 @@ def count_paths(name: str) -> list[tuple[str | int, ...]]:
     for at in keys.at:
         section = config_section(specimen(name).config, at)
         prefix = tuple(filter(None, at.split(".")))
-        for dotted in keys.num_experts:
+        for dotted in (*keys.num_experts, *filter(None, [keys.per_layer])):
             for path, _ in config_values(section, tuple(dotted.split("."))):
                 paths.append((*prefix, *path))
     return paths
