@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = prove(CASES[family], engine.python, work)
             _print_row(_cells(result))
             results.append(result)
-    if options.json:
-        _record(options.json, results, engine.versions)
+            if options.json:
+                _record(options.json, result, engine.versions)
     return 0 if all(result.passed for result in results) else 1
 
 
@@ -111,18 +111,17 @@ def _print_row(cells: Iterable[str]) -> None:
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def _record(file: Path, results: Sequence[Result], engine: dict[str, str]) -> None:
-    """Write the results; families of an earlier run that were not run again stay."""
+def _record(file: Path, result: Result, engine: dict[str, str]) -> None:
+    """Write the result beside those of other families."""
     served: dict[str, Any] = {}
     if file.exists():
         served = json.loads(file.read_text(encoding="utf-8"))["served"]
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    for result in results:
-        served[result.case.family] = asdict(result) | {
-            "passed": result.passed,
-            "engine": engine,
-            "reference": versions,
-        }
+    served[result.case.family] = asdict(result) | {
+        "settings": result.case.settings,
+        "passed": result.passed,
+        "engine": engine,
+        "reference": {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
     everything = {"served": dict(sorted(served.items())), "not_served": NOT_SERVED}
     text = json.dumps(everything, indent=2, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
