@@ -42,7 +42,9 @@ def require_apart(checkpoint: Checkpoint, out: Path) -> None:
     if home is None:
         return
     target = out.absolute().parent.resolve() / out.name
-    if target == home or target.is_relative_to(home):
+    if target == home:
+        raise OutputError(out, "is the source itself", "choose another -o")
+    if target.is_relative_to(home):
         raise OutputError(out, f"is inside the source {home}", "choose another -o")
     if home.is_relative_to(target):
         raise OutputError(out, f"contains the source {home}", "choose another -o")
