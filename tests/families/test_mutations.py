@@ -226,7 +226,8 @@ def count_paths(name: str) -> list[tuple[str | int, ...]]:
     for at in keys.at:
         section = config_section(specimen(name).config, at)
         prefix = tuple(filter(None, at.split(".")))
-        for dotted in (*keys.num_experts, *filter(None, [keys.per_layer])):
+        own = (keys.per_layer, keys.per_mtp_layer, *keys.mtp_num_experts)
+        for dotted in filter(None, (*keys.num_experts, *own)):
             for path, _ in config_values(section, tuple(dotted.split("."))):
                 paths.append((*prefix, *path))
     return paths
