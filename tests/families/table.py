@@ -139,9 +139,9 @@ def main() -> None:
         if fixture in known:
             proofs[family_of(fixture)].add(proof)
     if given.serving:
-        for entry in json.loads(given.serving.read_text()):
-            if entry["passed"]:
-                proofs[entry["family"]].add("vLLM")
+        for family, result in json.loads(given.serving.read_text())["served"].items():
+            if result["passed"]:
+                proofs[family].add("vLLM")
     made = table(proofs)
     if given.write:
         readme = ROOT / "README.md"
