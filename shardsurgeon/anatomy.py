@@ -106,14 +106,12 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     numbers = _Numbers.read(family, config, where)
     reader = NameReader(family, numbers.num_layers, numbers.num_experts, numbers.extra_rows)
     census = _Census(checkpoint.location, numbers.num_experts)
-    for shard in checkpoint.shards:
-        for record in shard.header.tensors:
-            census.see(reader, record)
+    records = (record for shard in checkpoint.shards for record in shard.header.tensors)
+    others = [record for record in records if not census.see(reader, record)]
     census.check()
     reader.settle(census.moe_layers)
-    for shard in checkpoint.shards:
-        for record in shard.header.tensors:
-            census.weigh(reader, record)
+    for record in others:
+        census.weigh(reader, record)
     return Anatomy(
         family=family,
         layers=census.layers(reader),
@@ -197,10 +195,11 @@ def _whole(value: object) -> list[int]:
 
 
 class _Census:
-    """Counts what is there, in two passes over the headers.
+    """Counts what is there, in two passes.
 
-    The first pass finds the layers that have experts and which of an expert's tensors exist;
-    the second, with those known, weighs every tensor and refuses what no rule claims.
+    The first pass finds the layers that have experts and which of an expert's tensors exist,
+    and weighs these; the second, with those layers known, weighs the few other tensors and
+    refuses what no rule claims.
     """
 
     def __init__(self, location: str, num_experts: int) -> None:
@@ -219,8 +218,8 @@ class _Census:
         """Layers with experts or a router, ascending."""
         return tuple(sorted({*self._experts, *self._stacked, *self._routers}))
 
-    def see(self, reader: NameReader, record: TensorRecord) -> None:
-        """First pass: who is there."""
+    def see(self, reader: NameReader, record: TensorRecord) -> bool:
+        """First pass: who is there. True for a tensor of one expert: it needs no second look."""
         role = reader.role(record)
         if isinstance(role, ExpertTensor):
             # The same for every expert of the layer; told apart by one bit each.
@@ -228,17 +227,19 @@ class _Census:
             bit = 1 << self._parts.setdefault(part, len(self._parts))
             layer = self._experts.setdefault(role.layer, {})
             layer[role.expert] = layer.get(role.expert, 0) | bit
-        elif isinstance(role, Sliced) and not role.is_router:
+            if role.expert < self._num_experts:  # any other is refused by `check`
+                self._row(role.layer)[role.expert] += record.nbytes
+            return True
+        if isinstance(role, Sliced) and not role.is_router:
             self._stacked.add(role.layer)
         elif isinstance(role, Sliced) and reader.is_router_weight(record):
             self._routers[role.layer] = record.name
+        return False
 
     def weigh(self, reader: NameReader, record: TensorRecord) -> None:
-        """Second pass: how much each expert weighs."""
+        """Second pass: what the others weigh."""
         role = reader.role(record)
-        if isinstance(role, ExpertTensor):
-            self._row(role.layer)[role.expert] += record.nbytes
-        elif isinstance(role, Sliced):
+        if isinstance(role, Sliced):
             row = self._row(role.layer)
             each = record.nbytes // record.shape[role.axis]
             row[:] = [nbytes + each for nbytes in row]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import Checkpoint
 from shardsurgeon.formats.safetensors import TensorRecord
@@ -16,21 +18,26 @@ class Sizing:
     """
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, *, drop_mtp: bool) -> None:
+        self._checkpoint = checkpoint
         self._anatomy = anatomy
         self._drop_mtp = drop_mtp
-        self._per_expert = 0
-        for shard in checkpoint.shards:
-            for record in shard.header.tensors:
-                if isinstance(anatomy.role(record), ExpertTensor):
-                    self._per_expert += _entry_nbytes(record)
-        headers = sum(shard.header.data_begin for shard in checkpoint.shards)
-        self._others = headers - self._per_expert
 
     def nbytes(self, kept: int) -> int:
         """Bytes of all weight files with `kept` experts in every MoE layer."""
         data = self._anatomy.total_nbytes(kept, drop_mtp=self._drop_mtp)
-        share = -(-self._per_expert * kept // self._anatomy.num_experts)
-        return data + self._others + share
+        headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
+        gone = self._per_expert * (self._anatomy.num_experts - kept) // self._anatomy.num_experts
+        return data + headers - gone
+
+    @cached_property
+    def _per_expert(self) -> int:
+        """Bytes of all header entries of experts' tensors. Few requests ask for a size."""
+        return sum(
+            _entry_nbytes(record)
+            for shard in self._checkpoint.shards
+            for record in shard.header.tensors
+            if isinstance(self._anatomy.role(record), ExpertTensor)
+        )
 
 
 def _entry_nbytes(record: TensorRecord) -> int:

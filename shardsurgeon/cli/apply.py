@@ -105,10 +105,15 @@ def apply_command(
             restart=restart,
             progress=bar.on_progress if bar else None,
         )
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_lines(report))
+    try:
+        if as_json:
+            print_json(asdict(report))
+        else:
+            print_lines(_lines(report))
+    except BaseException as stop:
+        if report.out is not None:
+            stop.add_note(operations.complete(report.out))
+        raise
 
 
 def _lines(report: ApplyReport) -> Iterator[str]:

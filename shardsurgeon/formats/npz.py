@@ -100,7 +100,7 @@ class _Member:
         if descr[1:] not in _DTYPES or descr[0] not in "<>|=":
             shown = f"type {ascii(descr)[:40]}" if found else "records"
             raise self._fault(f"holds {shown}", "save plain numbers, such as float32")
-        shape = tuple(int(size) for size in sizes[1].split(",") if size.strip())
+        shape = tuple(int(size) for size in re.findall("[0-9]+", sizes[1]))
         # Zeros apart, so that no empty array has sizes that numpy cannot address.
         if len(shape) > 32 or math.prod(size for size in shape if size) > 2**40:
             raise self._fault(f"has the shape {list(shape)[:8]}")

@@ -8,15 +8,19 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 
 from shardsurgeon.checkpoint import Checkpoint
 from shardsurgeon.errors import SourceReadError
 from shardsurgeon.sources.base import Source
+from shardsurgeon.verification.blocks import Blocks, opened
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Count, Pair, Table
 
 # What is read of each side at a time; memory is twice this per worker.
 BLOCK_NBYTES = 1 << 20
+# What a worker takes at a time, however small the tensors.
+BATCH_NBYTES = 64 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -55,16 +59,32 @@ def compare_bytes(
     comparer = _Comparer(source.source, pruned.source, sampling, on_progress)
     comparer.total = sum(min(p.nbytes, sampling.nbytes or p.nbytes) for p in chosen)
     with ThreadPoolExecutor(max(workers, 1), "verify") as pool:
-        for pair, problem in zip(chosen, pool.map(comparer.problem, chosen), strict=True):
-            if problem is not None:
-                findings.add(f"{pair.file} {pair.name}", problem)
+        for problems in pool.map(comparer.problems, list(_batches(chosen))):
+            for where, problem in problems:
+                findings.add(where, problem)
     return Compared(len(chosen), comparer.done)
+
+
+def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Neighbours that lie in the same two files, about BATCH_NBYTES together."""
+    for _, group in groupby(pairs, key=lambda pair: (pair.file, pair.source_file)):
+        batch: list[Pair] = []
+        room = BATCH_NBYTES
+        for pair in group:
+            batch.append(pair)
+            room -= pair.nbytes
+            if room <= 0:
+                yield batch
+                batch, room = [], BATCH_NBYTES
+        if batch:
+            yield batch
 
 
 def _picked(file: str, pairs: list[Pair], sampling: Sampling) -> Iterable[Pair]:
     if sampling.tensors is None or sampling.tensors >= len(pairs):
         return pairs
-    return random.Random(f"{sampling.seed} {file}").sample(pairs, sampling.tensors)
+    sample = random.Random(f"{sampling.seed} {file}").sample(pairs, sampling.tensors)
+    return sorted(sample, key=lambda pair: pair.begin)
 
 
 class _Comparer:
@@ -81,30 +101,35 @@ class _Comparer:
         self.done = 0
         self.total = 0
 
-    def problem(self, pair: Pair) -> str | None:
-        """What is wrong with a tensor's bytes, or None."""
-        if isinstance(pair.cut, Count) and (problem := self._count_problem(pair, pair.cut)):
+    def problems(self, batch: list[Pair]) -> list[tuple[str, str]]:
+        """(tensor, what is wrong with its bytes) of pairs that lie in the same two files."""
+        last = batch[-1]
+        source_end, end = last.source_begin + last.nbytes, last.begin + last.nbytes
+        found = []
+        with (
+            opened(self._source, last.source_file, max(source_end - 1, 0)) as old,
+            opened(self._pruned, last.file, max(end - 1, 0)) as new,
+        ):
+            for pair in batch:
+                problem = self._problem(pair, old, new)
+                if problem is not None:
+                    found.append((f"{pair.file} {pair.name}", problem))
+        return found
+
+    def _problem(self, pair: Pair, old: Blocks, new: Blocks) -> str | None:
+        if isinstance(pair.cut, Count) and (problem := _count_problem(pair, pair.cut, new)):
             return problem
         if isinstance(pair.cut, Table):
-            return self._table_problem(pair, pair.cut)
-        for old, new, nbytes in self._blocks(pair):
-            begin = pair.source_begin + old
-            expected = self._source.read(pair.source_file, begin, begin + nbytes)
-            found = self._found(pair, new, nbytes)
+            return self._table_problem(pair, pair.cut, old, new)
+        for old_begin, new_begin, nbytes in self._blocks(pair):
+            expected = old.read(pair.source_begin + old_begin, nbytes)
+            found = _found(pair, new, new_begin, nbytes)
             self._advance(nbytes)
             if expected != found:
                 at = next(n for n, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
                 where = f"{pair.source_file} {pair.source_name}"
-                return f"differs from {where}, first at byte {new + at:,} of {pair.nbytes:,}"
+                return f"differs from {where}, first at byte {new_begin + at:,} of {pair.nbytes:,}"
         return None
-
-    def _found(self, pair: Pair, offset: int, nbytes: int) -> bytes:
-        begin = pair.begin + offset
-        try:
-            return self._pruned.read(pair.file, begin, begin + nbytes)
-        except SourceReadError as error:
-            # The file was whole when it was opened: someone is writing to it.
-            raise SourceReadError(pair.file, error.problem, "let no one write to it") from error
 
     def _blocks(self, pair: Pair) -> Iterator[tuple[int, int, int]]:
         blocks = (
@@ -120,31 +145,24 @@ class _Comparer:
         count = min(max(int(limit / mean), 1), len(listed))
         return iter(random.Random(f"{self._sampling.seed} {pair.name}").sample(listed, count))
 
-    def _count_problem(self, pair: Pair, cut: Count) -> str | None:
-        said = int.from_bytes(self._found(pair, 0, cut.width), "little")
-        return None if said == cut.kept else f"says {said} experts, {cut.kept} were kept"
-
-    def _table_problem(self, pair: Pair, cut: Table) -> str | None:
+    def _table_problem(self, pair: Pair, cut: Table, old: Blocks, new: Blocks) -> str | None:
         """Retained ids have their new numbers, the others any; no row names an expert twice."""
         new_ids = {old_id: new_id for new_id, old_id in enumerate(cut.retained)}
         row_nbytes = cut.width * cut.row_length
         step = max(BLOCK_NBYTES // row_nbytes, 1) * row_nbytes
         for begin in range(0, pair.nbytes, step):
             nbytes = min(step, pair.nbytes - begin)
-            place = pair.source_begin + begin
-            before = _integers(
-                self._source.read(pair.source_file, place, place + nbytes), cut.width
-            )
-            after = _integers(self._found(pair, begin, nbytes), cut.width)
+            before = _integers(old.read(pair.source_begin + begin, nbytes), cut.width)
+            after = _integers(_found(pair, new, begin, nbytes), cut.width)
             self._advance(nbytes)
             for row in range(0, len(before), cut.row_length):
-                old, new = (ids[row : row + cut.row_length] for ids in (before, after))
-                wrong = any(new_ids.get(o, n) != n for o, n in zip(old, new, strict=True))
-                if wrong or not all(0 <= n < len(cut.retained) for n in new):
+                olds, news = (ids[row : row + cut.row_length] for ids in (before, after))
+                wrong = any(new_ids.get(o, n) != n for o, n in zip(olds, news, strict=True))
+                if wrong or not all(0 <= n < len(cut.retained) for n in news):
                     number = (begin // cut.width + row) // cut.row_length
-                    return f"row {number:,} is {new}, made of {old}"
-                if len(set(old)) == len(old) != len(set(new)):
-                    return f"row {(begin // cut.width + row) // cut.row_length:,} repeats: {new}"
+                    return f"row {number:,} is {news}, made of {olds}"
+                if len(set(olds)) == len(olds) != len(set(news)):
+                    return f"row {(begin // cut.width + row) // cut.row_length:,} repeats: {news}"
         return None
 
     def _advance(self, nbytes: int) -> None:
@@ -154,6 +172,22 @@ class _Comparer:
                 self._on_progress(min(self.done, self.total), self.total)
 
 
-def _integers(raw: bytes, width: int) -> list[int]:
+def _count_problem(pair: Pair, cut: Count, new: Blocks) -> str | None:
+    said = int.from_bytes(_found(pair, new, 0, cut.width), "little")
+    return None if said == cut.kept else f"says {said} experts, {cut.kept} were kept"
+
+
+def _found(pair: Pair, new: Blocks, offset: int, nbytes: int) -> bytes | bytearray:
+    """What the output holds at an offset of a tensor."""
+    try:
+        return new.read(pair.begin + offset, nbytes)
+    except SourceReadError as error:
+        # A file that was whole when it was opened and is not now: someone is writing to it.
+        failed = isinstance(error.__cause__, OSError)
+        remedy = error.remedy if failed else "let no one write to it"
+        raise SourceReadError(pair.file, error.problem, remedy) from error
+
+
+def _integers(raw: bytes | bytearray, width: int) -> list[int]:
     """Little-endian signed integers."""
     return [value for (value,) in struct.iter_unpack({4: "<i", 8: "<q"}[width], raw)]
