@@ -6,9 +6,10 @@ batches touch disjoint ranges, so any number of movers may work at once, in any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
+from itertools import groupby
 from pathlib import Path
 
 from shardsurgeon.durable import Copier, reading, write_all, writing
@@ -94,15 +95,18 @@ class Mover:
         self._advance = advance
         self._copier = Copier(system, advance)
 
-    def move(self, batch: Iterable[Move], target: Path) -> None:
-        """Write a batch into the existing file `target`.
+    def move(self, batch: Sequence[Move], target: Path) -> None:
+        """Write a batch into the existing file `target`, and let memory go of it.
 
         Raises SourceReadError or OutputWriteError, with the name of the file at fault.
         """
         with writing(target):
             file = FileIO(target, "r+")
         with file:
-            self._move(batch, file)
+            for name, moves in groupby(batch, key=_source_file):
+                self._move(name, list(moves), file)
+            # From the file's begin on: what earlier batches left has reached the disk by now.
+            self._system.let_go(file, 0, max(move.at + move.piece.nbytes for move in batch))
 
     def copy_file(self, path: Path, nbytes: int, target: Path) -> None:
         """Copy the first `nbytes` of a local file that is in no source into `target`."""
@@ -111,26 +115,36 @@ class Mover:
         with file, _opened(path) as origin:
             self._copier.copy(origin, 0, file, 0, nbytes)
 
-    def _move(self, batch: Iterable[Move], target: FileIO) -> None:
-        opened: FileIO | None = None
-        try:
-            for move in batch:
-                piece = move.piece
-                if isinstance(piece, Literal):
-                    self._put(piece.data, target, move.at)
-                    continue
-                path = self._source.local_path(piece.file)
-                if path is None:
-                    self._fetch(piece, target, move.at)
-                    continue
-                if opened is None or opened.name != str(path):
-                    if opened is not None:
-                        opened.close()
-                    opened = _opened(path)
-                self._copier.copy(opened, piece.begin, target, move.at, piece.nbytes)
-        finally:
-            if opened is not None:
-                opened.close()
+    def _move(self, name: str | None, moves: list[Move], target: FileIO) -> None:
+        """Moves from one source file, ascending; without a name they bring their own bytes."""
+        path = None if name is None else self._source.local_path(name)
+        if path is not None:
+            self._copy(path, moves, target)
+            return
+        for move in moves:
+            if isinstance(move.piece, Literal):
+                self._put(move.piece.data, target, move.at)
+            else:
+                self._fetch(move.piece, target, move.at)
+
+    def _copy(self, path: Path, moves: list[Move], target: FileIO) -> None:
+        """Copy from a local file, which leaves the system's memory as it was found.
+
+        A model larger than the memory must not push everything else out of it; what others
+        have in use stays.
+        """
+        first, last = moves[0].piece, moves[-1].piece
+        assert isinstance(first, Segment) and isinstance(last, Segment)
+        end = last.begin + last.nbytes
+        with _opened(path) as origin:
+            # The last byte: the first ones may be there because they were read ahead.
+            found = self._system.in_memory(origin, max(end - 1, 0))
+            for move in moves:
+                assert isinstance(move.piece, Segment)
+                begin, nbytes = move.piece.begin, move.piece.nbytes
+                self._copier.copy(origin, begin, target, move.at, nbytes)
+            if not found:
+                self._system.let_go(origin, first.begin, end)
 
     def _fetch(self, piece: Segment, target: FileIO, at: int) -> None:
         for done in range(0, piece.nbytes, READ_NBYTES):
@@ -141,6 +155,10 @@ class Mover:
     def _put(self, data: bytes, target: FileIO, at: int) -> None:
         write_all(target, data, at, str(target.name), self._system)
         self._advance(len(data))
+
+
+def _source_file(move: Move) -> str | None:
+    return move.piece.file if isinstance(move.piece, Segment) else None
 
 
 def _opened(path: Path) -> FileIO:

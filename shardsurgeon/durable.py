@@ -178,9 +178,10 @@ def reserve_file(path: Path, nbytes: int, system: System) -> None:
 
 
 def sync_path(path: Path, system: System) -> None:
-    """Return when the content of a file that others wrote is on the disk."""
+    """Return when the content of a file that others wrote is on the disk, not in memory."""
     with writing(path), FileIO(path, "r+") as file:
         system.sync_file(file)
+        system.let_go(file, 0, os.fstat(file.fileno()).st_size)
 
 
 def free_space(path: Path, system: System) -> int:

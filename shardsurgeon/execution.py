@@ -26,7 +26,13 @@ from typing import NamedTuple
 
 from shardsurgeon.copying import BATCH_NBYTES, Move, Mover, batches, shard_moves
 from shardsurgeon.durable import reading, reserve_file, sync_path, writing
-from shardsurgeon.errors import OutputError, OutputWriteError, SourceChangedError, UsageError
+from shardsurgeon.errors import (
+    OutputError,
+    OutputWriteError,
+    ShardSurgeonError,
+    SourceChangedError,
+    UsageError,
+)
 from shardsurgeon.journal import Journal, Run, read_journal
 from shardsurgeon.progress import Listener, Meter, Progress, Stopped
 from shardsurgeon.sources.base import Source, SourceFile
@@ -111,7 +117,12 @@ def execute(
             work.write_small_files(sizes)
         _require_unchanged(source, plan.source_files)
         if before_delivery is not None:
-            before_delivery(place.files)
+            try:
+                before_delivery(place.files)
+            except ShardSurgeonError:
+                # Compared with a source that is another by now, a sound result does not hold.
+                _require_unchanged(source, plan.source_files)
+                raise
         place.deliver(set(sizes))
     seconds = time.monotonic() - begun
     return ExecutionReport(total - done, done, len(plan.shards), len(finished), seconds)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -70,7 +72,10 @@ def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> 
     where = str(path)
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(_MAX_NBYTES + 1)
+            # Of a file no more than there is: Python sets aside whatever is asked for.
+            status = os.fstat(file.fileno())
+            nbytes = status.st_size if stat.S_ISREG(status.st_mode) else _MAX_NBYTES
+            raw = file.read(min(nbytes, _MAX_NBYTES) + 1)
     except OSError as error:
         raise KeepListError(where, f"cannot be read ({error.strerror or error})") from error
     if len(raw) > _MAX_NBYTES:

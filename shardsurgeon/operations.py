@@ -241,15 +241,21 @@ def carry_out(
         checks.append(report)
         require_verified(report)
 
-    done = execute(
-        pruning.surgery,
-        pruning.checkpoint.source,
-        pruning.out,
-        workers=workers,
-        restart=restart,
-        on_progress=progress,
-        before_delivery=check if verify else None,
-    )
+    try:
+        done = execute(
+            pruning.surgery,
+            pruning.checkpoint.source,
+            pruning.out,
+            workers=workers,
+            restart=restart,
+            on_progress=progress,
+            before_delivery=check if verify else None,
+        )
+    except BaseException as stop:
+        # A signal in the last moment: the result is there, and there is nothing to resume.
+        if os.path.lexists(pruning.out):
+            stop.add_note(complete(str(pruning.out)))
+        raise
     surgery = pruning.surgery
     small = len(surgery.documents) + len(surgery.side_files) + len(surgery.extra_files)
     return ApplyReport(
@@ -275,6 +281,11 @@ def _require_allowed(pruning: Pruning) -> None:
         )
         remedy = "give it for an engine that reads a count per layer"
         raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
+
+
+def complete(out: str) -> str:
+    """What an interrupted command says where its result is already there."""
+    return f"{out} is complete"
 
 
 def verify(

@@ -275,4 +275,5 @@ def _any(templates: Iterable[str]) -> re.Pattern[str]:
 
 
 def _layer_number(match: re.Match[str]) -> int:
-    return int(next(value for value in match.groups() if value is not None))
+    # Of several prefixes one matched, and a prefix has one placeholder.
+    return int(match[match.lastindex or 0])

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from io import FileIO
@@ -33,7 +34,10 @@ class System:
     write_at(file, data, offset): how many bytes were taken.
     kernel_copy(source, source_offset, target, target_offset, nbytes): how many bytes the kernel
     moved without us; 0 where it declines or the source ends.
-    reserve(file, nbytes): make the file that long and, where the system can, claim its blocks.
+    reserve(file, nbytes): make the file that long and, where that is of use, claim its blocks.
+    in_memory(file, offset): whether reading that byte needs no disk; True where it cannot be told.
+    let_go(file, begin, end): these bytes need not stay in memory. Those that are not on the disk
+    yet begin their way there.
     sync_file(file), sync_folder(path): return when content, or names, are on the disk.
     rename(old, new): replace file `new`, or move a folder to a name that is free.
     lock(file): hold the file until it is closed or the process dies; False where another does.
@@ -44,6 +48,8 @@ class System:
     write_at: Callable[[FileIO, memoryview, int], int]
     kernel_copy: Callable[[FileIO, int, FileIO, int, int], int]
     reserve: Callable[[FileIO, int], None]
+    in_memory: Callable[[FileIO, int], bool]
+    let_go: Callable[[FileIO, int, int], None]
     sync_file: Callable[[FileIO], None]
     sync_folder: Callable[[Path], None]
     rename: Callable[[Path, Path], None]
@@ -58,6 +64,8 @@ def portable() -> System:
         write_at=_seek_and_write,
         kernel_copy=_decline,
         reserve=_extend,
+        in_memory=_in_memory_for_all_we_know,
+        let_go=_let_stay,
         sync_file=_sync_file,
         sync_folder=_sync_nothing,
         rename=_rename_patiently,
@@ -70,7 +78,7 @@ def native() -> System:
     """The best call this machine has for each; the portable twin for what it lacks."""
     system = portable()
     if sys.platform == "linux":
-        system = replace(system, reserve=_fallocate)
+        system = replace(system, reserve=_reserve, in_memory=_in_memory, let_go=_let_go)
         if hasattr(os, "copy_file_range"):
             system = replace(system, kernel_copy=_copy_file_range)
     if os.name == "posix":
@@ -116,14 +124,19 @@ def _extend(file: FileIO, nbytes: int) -> None:
     file.truncate(nbytes)
 
 
-def _fallocate(file: FileIO, nbytes: int) -> None:
+# What `statfs` calls the file systems that write every block to a new place: btrfs, ZFS, bcachefs,
+# F2FS. Blocks claimed there are of no use, and btrfs does not compress what is written to them.
+_COPY_ON_WRITE = frozenset({0x9123683E, 0x2FC12FC1, 0xCA451A4E, 0xF2F52010})
+
+
+def _reserve(file: FileIO, nbytes: int) -> None:
     """Claim the blocks now, so that a full disk is found before hours of copying.
 
     The system call itself, not `os.posix_fallocate`: where a file system cannot reserve, the C
     library imitates that one by writing into every block, which takes hours over a network.
     """
     _extend(file, nbytes)
-    while nbytes:
+    while nbytes and _file_system(file) not in _COPY_ON_WRITE:
         if _libc_fallocate()(file.fileno(), 0, 0, nbytes) == 0:
             return
         code = ctypes.get_errno()
@@ -149,6 +162,38 @@ def _libc_fallocate() -> Callable[[int, int, int, int], int]:
 def _no_fallocate(descriptor: int, mode: int, begin: int, nbytes: int) -> int:
     ctypes.set_errno(errno.ENOSYS)
     return -1
+
+
+def _file_system(file: FileIO) -> int:
+    """The number by which `statfs` knows the file system; 0 where it does not say."""
+    answer = (ctypes.c_long * 32)()  # larger than any machine's; the number comes first
+    failed = ctypes.CDLL(None).fstatfs(file.fileno(), answer)
+    return 0 if failed else answer[0] & 0xFFFFFFFF
+
+
+def _in_memory_for_all_we_know(file: FileIO, offset: int) -> bool:
+    return True
+
+
+def _let_stay(file: FileIO, begin: int, end: int) -> None:
+    """What is written stays in memory until the system needs the room."""
+
+
+def _in_memory(file: FileIO, offset: int) -> bool:
+    if sys.platform != "linux":
+        return True
+    try:
+        os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+    except OSError:  # it would have to wait, or cannot say
+        return False
+    return True
+
+
+def _let_go(file: FileIO, begin: int, end: int) -> None:
+    if sys.platform == "linux" and begin < end:
+        # Advice: where it is not taken, nothing is lost.
+        with suppress(OSError):
+            os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_file(file: FileIO) -> None:

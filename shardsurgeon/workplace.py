@@ -115,7 +115,7 @@ class Workplace:
 
     def deliver(self, names: set[str]) -> None:
         """Make the finished files OUT. Raises OutputError or OutputWriteError unless they are
-        exactly `names`.
+        exactly `names`. Whatever is raised, there is no OUT.
         """
         present = set(_files_below(self.files))
         for name in sorted(present - names):
@@ -123,7 +123,14 @@ class Workplace:
         for name in sorted(names - present):
             raise OutputWriteError(self.files / name, "disappeared", "run the same command again")
         self.require_free_name()
-        publish(self.files, self.out, self.system)
+        try:
+            publish(self.files, self.out, self.system)
+        except BaseException:
+            # The name may be there and not last: take it back, so that a rerun delivers again.
+            with suppress(OSError):
+                if not os.path.lexists(self.files):
+                    self.system.rename(self.out, self.files)
+            raise
 
     def tidy(self) -> None:
         """Remove what has no worth for a later run; all of it where nothing is finished."""

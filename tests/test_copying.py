@@ -1,10 +1,17 @@
 """Shards as moves: joined, in source order, cut into batches that cover every byte once."""
 
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.copying import Move, batches, shard_moves
+from shardsurgeon.copying import Move, Mover, batches, shard_moves
+from shardsurgeon.sources.local import LocalSource
 from shardsurgeon.surgeryplan import Literal, OutputShard, OutputTensor, Segment
+from shardsurgeon.system import native
 
 
 def shard(*pieces: Segment | Literal) -> OutputShard:
@@ -100,3 +107,34 @@ def test_batches_write_every_byte_of_a_shard_exactly_once(
                 assert written[offset] is None
                 written[offset] = byte
     assert written == list(expected)
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_copy_leaves_the_memory_as_it_was_found(tmp_path: Path, was_there: bool) -> None:
+    asked: list[tuple[str, int]] = []
+    gone: list[tuple[str, int, int]] = []
+
+    def in_memory(file: FileIO, offset: int) -> bool:
+        asked.append((Path(str(file.name)).name, offset))
+        return was_there
+
+    def let_go(file: FileIO, begin: int, end: int) -> None:
+        gone.append((Path(str(file.name)).name, begin, end))
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a").write_bytes(bytes(range(100)))
+    (tmp_path / "model" / "b").write_bytes(bytes(range(100, 200)))
+    (tmp_path / "out").write_bytes(b"")
+    moves = [
+        Move(Literal(b"HH"), 0),
+        Move(Segment("a", 10, 5), 2),
+        Move(Segment("a", 40, 3), 7),
+        Move(Segment("b", 0, 2), 10),
+    ]
+    system = replace(native(), in_memory=in_memory, let_go=let_go)
+    Mover(LocalSource(tmp_path / "model"), system, lambda n: None).move(moves, tmp_path / "out")
+    assert asked == [("a", 42), ("b", 1)]
+    assert gone == ([] if was_there else [("a", 10, 43), ("b", 0, 2)]) + [("out", 0, 12)]
+    assert (tmp_path / "out").read_bytes() == b"HH" + bytes(
+        [10, 11, 12, 13, 14, 40, 41, 42, 100, 101]
+    )

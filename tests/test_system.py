@@ -59,6 +59,48 @@ def test_a_file_system_that_cannot_reserve_still_gets_the_length(
     assert (tmp_path / "file").stat().st_size == 10
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
+def test_no_blocks_are_claimed_where_each_is_written_to_a_new_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise AssertionError("btrfs was asked for blocks")
+
+    monkeypatch.setattr(system_module, "_file_system", lambda file: 0x9123683E)
+    monkeypatch.setattr(system_module, "_libc_fallocate", refused)
+    with FileIO(tmp_path / "file", "w") as file:
+        native().reserve(file, 10)
+    assert (tmp_path / "file").stat().st_size == 10
+
+
+@BOTH
+def test_what_memory_lets_go_of_is_still_there(tmp_path: Path, system: System) -> None:
+    with FileIO(tmp_path / "file", "w+") as file:
+        file.write(bytes(range(200)) * 100)
+        system.let_go(file, 0, 20_000)
+        system.sync_file(file)
+        system.let_go(file, 0, 20_000)
+        system.let_go(file, 5, 5)
+        assert system.in_memory(file, 30_000) in (True, False)
+    assert (tmp_path / "file").read_bytes() == bytes(range(200)) * 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
+def test_what_was_let_go_has_to_be_read_again(tmp_path: Path) -> None:
+    with FileIO(tmp_path / "file", "w+") as file:
+        file.write(bytes(20_000))
+        if not native().in_memory(file, 19_999):
+            pytest.skip("this file system cannot tell")
+        native().sync_file(file)
+        native().let_go(file, 0, 20_000)
+        if system_module._file_system(file) == 0x01021994:
+            pytest.skip("tmpfs is memory")
+        assert not native().in_memory(file, 19_999)
+        file.seek(0)
+        file.read()
+        assert native().in_memory(file, 19_999)
+
+
 @pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="no copy_file_range here")
 def test_the_kernel_copy_moves_a_range_and_declines_what_it_cannot_do(tmp_path: Path) -> None:
     (tmp_path / "from").write_bytes(b"0123456789")

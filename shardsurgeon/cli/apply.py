@@ -109,10 +109,15 @@ def apply_command(
             progress=bar.on_progress if bar else None,
             family=family,
         )
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_lines(report))
+    try:
+        if as_json:
+            print_json(asdict(report))
+        else:
+            print_lines(_lines(report))
+    except BaseException as stop:
+        if report.out is not None:
+            stop.add_note(operations.complete(report.out))
+        raise
 
 
 def _lines(report: ApplyReport) -> Iterator[str]:

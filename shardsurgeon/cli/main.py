@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comes before it.
     """
     let_any_text_through()
+    # A plan is made of half a million small values and no cycle: looking through all of them
+    # again and again takes a quarter of the time.
+    gc.set_threshold(100_000)
     try:
         with _signals_as_stopped():
             status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
@@ -123,8 +127,11 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def _stop(stopped: Stopped) -> int:
-    resumes = stopped.command == apply_command.name
-    _say("stopped; the same command resumes" if resumes else "stopped")
+    # A note says that the command had just done its work.
+    notes = getattr(stopped, "__notes__", [])
+    if stopped.command == apply_command.name:
+        notes = notes or ["the same command resumes"]
+    _say("; ".join(["stopped", *notes[:1]]))
     return stopped.exit_status
 
 

@@ -24,6 +24,9 @@ class _Mark(Enum):
     KEEP = "keep"
 
 
+# Knowing every place takes a hundred times the text.
+MAX_NBYTES = 16 * 2**20
+
 DELETE: Final = _Mark.DELETE  # as a change: the member or element goes, with its comma
 KEEP: Final = _Mark.KEEP  # as Rename's value: the value stays as it is
 
@@ -60,8 +63,15 @@ class Document:
         """Read a JSON file's bytes (UTF-8, with or without a byte order mark).
 
         Raises `error`, naming `where`, line and column, for what is not JSON, and for
-        repeated keys, lone surrogates and nesting too deep to be meant.
+        repeated keys, lone surrogates and nesting too deep to be meant; also for more than
+        MAX_NBYTES.
         """
+        if len(raw) > MAX_NBYTES:
+            raise error(
+                where,
+                f"has {len(raw):,} bytes, at most {MAX_NBYTES:,} are read",
+                "no model is described by so much: fetch it again",
+            )
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as cause:

@@ -26,7 +26,7 @@ class Node:
     """A value and its place: text[begin:end], after its key text[key_begin:key_end].
 
     A list element and the root have an empty key that ends where they begin. children holds
-    a container's values by key or position.
+    a container's values by key or position; what is no container shares an empty one.
     """
 
     __slots__ = ("begin", "children", "end", "key_begin", "key_end", "value")
@@ -36,8 +36,10 @@ class Node:
         self.end = begin
         self.key_begin, self.key_end = key or (begin, begin)
         self.value = value
-        self.children: dict[str | int, Node] = {}
+        self.children: dict[str | int, Node] = {} if isinstance(value, dict | list) else _CHILDLESS
 
+
+_CHILDLESS: dict[str | int, Node] = {}
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"')

@@ -12,43 +12,21 @@ from __future__ import annotations
 import pickletools
 import struct
 from collections.abc import Callable, Iterable
-from typing import NoReturn, Protocol, TypeAlias
+from typing import NoReturn, TypeAlias
 
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.formats.nesting import check_nesting
+from shardsurgeon.formats.pickle_meaning import Meaning
+from shardsurgeon.formats.pickle_memory import FREE_NBYTES, GROWTH, ITEM_NBYTES, OPERATION_NBYTES
 
-MAX_NBYTES = 64 * 2**20
-MAX_OPERATIONS = 4_000_000
+MAX_NBYTES = 16 * 2**20
+MAX_OPERATIONS = 1_000_000
 _MAX_INTEGER_NBYTES = 9  # the integers of 64 bits, signed and unsigned
 
 _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
 _DAMAGED = "the file is damaged: fetch it again"
 
 Scalar: TypeAlias = str | bytes | int | float | complex | None
-
-
-class Meaning(Protocol):
-    """What the words in a pickle stand for. Every method raises ScoreError for what it refuses."""
-
-    def named(self, module: str, name: str) -> object:
-        """What the global `module.name` becomes."""
-        ...
-
-    def called(self, function: object, arguments: tuple[object, ...]) -> object:
-        """What calling `function`, a result of `named`, on `arguments` becomes."""
-        ...
-
-    def given_state(self, target: object, state: object) -> object:
-        """What `target` becomes when the pickle sets its state."""
-        ...
-
-    def persistent(self, key: object) -> object:
-        """What the persistent id `key` stands for."""
-        ...
-
-    def leaf(self, value: object) -> None:
-        """Refuse a value made by the methods above that may not be part of the result."""
-        ...
 
 
 def interpret(raw: bytes, meaning: Meaning, where: str) -> object:
@@ -83,6 +61,7 @@ class _Machine:
         self._marks: list[int] = []
         self._memo: dict[int, object] = {}
         self._opcode = 0
+        self._nbytes_left = GROWTH * len(raw) + FREE_NBYTES
 
     def run(self) -> object:
         """Read to STOP and return what is on the stack."""
@@ -93,6 +72,7 @@ class _Machine:
             operation = _OPERATIONS.get(self._opcode)
             if operation is None:
                 self._refuse_opcode()
+            self._charge(OPERATION_NBYTES[self._opcode])
             operation(self)
         else:
             self._refuse(
@@ -102,6 +82,16 @@ class _Machine:
         if len(self._stack) != 1 or self._marks:
             self._refuse(f"its pickle ends with {len(self._stack)} values on the stack")
         return self._stack[0]
+
+    def _charge(self, nbytes: int) -> None:
+        """Take from the memory that the values may have."""
+        self._nbytes_left -= nbytes
+        if self._nbytes_left < 0:
+            self._refuse(
+                f"its pickle has {len(self._raw):,} bytes and its values would take more than "
+                f"{GROWTH} times as much memory",
+                "save the scores as tensors, not as lists of numbers",
+            )
 
     # Reading the stream
 
@@ -189,6 +179,7 @@ class _Machine:
         target = self._pop()
         if not isinstance(target, dict) or len(values) % 2:
             self._refuse("its pickle sets items of something that is no dict")
+        self._charge(ITEM_NBYTES * len(values) // 2)
         for key, value in zip(self._keys(values[::2]), values[1::2], strict=True):
             target[key] = value
         self._push(target)
@@ -198,8 +189,14 @@ class _Machine:
         target = self._pop()
         if not isinstance(target, set):
             self._refuse("its pickle adds to something that is no set")
+        self._charge(ITEM_NBYTES * len(values))
         target.update(self._keys(values))
         self._push(target)
+
+    def _frozen_set(self) -> None:
+        values = self._pop_to_mark()
+        self._charge(ITEM_NBYTES * len(values))
+        self._push(frozenset(self._keys(values)))
 
     def _keys(self, values: Iterable[object]) -> list[Scalar]:
         """The values as keys. Hashing nested tuples could take forever, so they are none."""
@@ -253,6 +250,9 @@ class _Machine:
         arguments, function = self._pop(), self._pop()
         if not isinstance(arguments, tuple):
             self._refuse("its pickle calls with something that is no tuple of arguments")
+        for argument in arguments:  # calls copy them, and one that is stored can be copied often
+            if isinstance(argument, str | bytes | list | tuple | dict | set | frozenset):
+                self._charge(ITEM_NBYTES * len(argument))
         self._push(self._meaning.called(function, arguments))
 
     def _build(self) -> None:
@@ -332,7 +332,7 @@ _BY_NAME: dict[str, _Operation] = {
     "SETITEMS": lambda m: m._set_items(m._pop_to_mark()),
     "EMPTY_SET": lambda m: m._push(set()),
     "ADDITEMS": _Machine._add_items,
-    "FROZENSET": lambda m: m._push(frozenset(m._keys(m._pop_to_mark()))),
+    "FROZENSET": _Machine._frozen_set,
     "BINPUT": lambda m: m._put(int(m._number("<B"))),
     "LONG_BINPUT": lambda m: m._put(int(m._number("<I"))),
     "MEMOIZE": lambda m: m._put(len(m._memo)),

@@ -321,7 +321,11 @@ class _HeaderReader:
 
 def _all_counts(values: list[object]) -> bool:
     """Whether all are whole numbers a reader can hold. True and 1.0 equal 1 but are refused."""
-    return all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values)
+    # Half as slow as `all`, and a model has half a million.
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+            return False
+    return True
 
 
 def _key_problem(entry: dict[str, object]) -> str:

@@ -31,6 +31,7 @@ _DAMAGED = "the file is damaged: fetch it again"
 _NUMPY_DTYPES = {"f8": "F64", "f4": "F32", "f2": "F16", "b1": "BOOL"} | {
     f"{kind}{nbytes}": f"{kind.upper()}{8 * nbytes}" for kind in "iu" for nbytes in (1, 2, 4, 8)
 }
+_MAX_COUNTS = 100  # more than any tensor has dimensions
 _TENSOR_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
 
 
@@ -56,7 +57,7 @@ class _NumpyDtype:
 
 
 class TorchMeaning:
-    """What the words of one file's pickle mean. Implements pickles.Meaning."""
+    """What the words of one file's pickle mean. Implements pickle_meaning.Meaning."""
 
     def __init__(self, archive: ZipReader, root: str) -> None:
         """root: the folder inside the archive whose `data/` holds the storages."""
@@ -261,7 +262,10 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:
-    return isinstance(value, tuple) and all(_is_count(item) for item in value)
+    """Whether it could be a shape; a long tuple is not looked through, call after call."""
+    if not isinstance(value, tuple) or len(value) > _MAX_COUNTS:
+        return False
+    return all(_is_count(item) for item in value)
 
 
 _Call: TypeAlias = Callable[[TorchMeaning, tuple[object, ...]], object]

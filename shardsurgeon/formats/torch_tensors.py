@@ -61,6 +61,7 @@ TORCH_DTYPES = {
 """torch's dtypes → ours. Packed types, which are no numbers to numpy, keep torch's name."""
 
 _MAX_DIMENSIONS = 32
+_MAX_KEPT_NBYTES = 64 * 2**20
 _MAX_ELEMENTS = 2**40  # beyond any file; keeps shapes within what numpy can address
 _DAMAGED = "the file is damaged: fetch it again"
 
@@ -123,12 +124,12 @@ class View:
 
 
 class TensorReader:
-    """Reads views from an archive, keeping the storage read last: neighbours often share it."""
+    """Reads views from an archive, keeping the storages it has read: tensors often share them."""
 
     def __init__(self, archive: ZipReader) -> None:
         """archive: the opened file, whose members the views name."""
         self._archive = archive
-        self._last: tuple[str, bytes] = ("", b"")
+        self._kept: dict[str, bytes] = {}
         # Expanded and overlapping views are legal, and could ask for any amount of memory.
         self._elements_left = 4 * archive.file_nbytes + 2**20
 
@@ -164,13 +165,20 @@ class TensorReader:
         """The tensor's elements, row-major."""
         if not view.elements:
             return b""
-        if self._last[0] != view.storage.member:
-            self._last = (view.storage.member, self._archive.read(view.storage.member))
         whole = np.frombuffer(
-            self._last[1],
+            self._storage(view.storage.member),
             dtype=f"V{view.item_nbytes}",
             count=view.storage.nbytes // view.item_nbytes,
         )
         strides = [stride * view.item_nbytes for stride in view.strides]
         placed = np.lib.stride_tricks.as_strided(whole[view.offset :], view.shape, strides)
         return placed.tobytes()
+
+    def _storage(self, member: str) -> bytes:
+        """A member's content; what was kept makes room once it is too much."""
+        if member not in self._kept:
+            content = self._archive.read(member)
+            if len(content) + sum(map(len, self._kept.values())) > _MAX_KEPT_NBYTES:
+                self._kept.clear()
+            self._kept[member] = content
+        return self._kept[member]

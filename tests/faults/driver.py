@@ -1,0 +1,139 @@
+"""The command line with a fault in its system calls: `python driver.py SPEC WORD...`.
+
+SPEC is JSON, the fields of `Fault`. Everything else is the real program: real process, real
+signals, real files. The fault comes at the `nth` of the named calls, counted over all threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from shardsurgeon import system as systems
+from shardsurgeon.cli.main import main
+
+SIGNALS = {"kill": "SIGKILL", "terminate": "SIGTERM", "interrupt": "SIGINT", "pause": "SIGSTOP"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, and when.
+
+    calls: the calls of `System` that are counted; nth: which of them it is, from 1, 0 for none;
+    what: a key of SIGNALS; `error` (this call and all later ones fail with `code`); `short`
+    (this call and all later ones move at most 7 bytes); `end` (reads find the end of the file);
+    `replace`, `truncate`, `grow` or `remove` (done to `victim`); `no files` (the process may
+    open no more files). portable: without the kernel's copy; ample: free space is not asked.
+    counted: a file that receives how many calls there were.
+    """
+
+    what: str = ""
+    calls: list[str] = field(default_factory=list)
+    nth: int = 0
+    code: int = 0
+    victim: str = ""
+    portable: bool = False
+    ample: bool = False
+    counted: str = ""
+
+
+class FaultySystem:
+    """Wraps every call of a System."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.count = 0
+        self._counting = threading.Lock()
+
+    def wrapped(self, real: systems.System) -> systems.System:
+        calls = {one.name: self._call(one.name, getattr(real, one.name)) for one in fields(real)}
+        if self.fault.ample:
+            calls["free_space"] = lambda folder: 1 << 60
+        return systems.System(**calls)
+
+    def _call(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        if name not in self.fault.calls:
+            return real
+
+        def call(*arguments: Any) -> Any:
+            with self._counting:
+                self.count += 1
+                count = self.count
+            if count == self.fault.nth:
+                self._happen()
+            if self.fault.nth and count >= self.fault.nth:
+                return self._spoiled(name, real, arguments)
+            return real(*arguments)
+
+        return call
+
+    def _happen(self) -> None:
+        what, victim = self.fault.what, Path(self.fault.victim)
+        if what in SIGNALS:
+            os.kill(os.getpid(), getattr(signal, SIGNALS[what]))
+        elif what == "no files":
+            _open_no_more_files()
+        elif what == "replace":
+            spoiled = victim.with_name("replacement")
+            spoiled.write_bytes(victim.read_bytes()[::-1])
+            os.replace(spoiled, victim)
+        elif what == "truncate":
+            os.truncate(victim, victim.stat().st_size // 2)
+        elif what == "grow":
+            with victim.open("ab") as file:
+                file.write(b"more")
+        elif what == "remove":
+            victim.unlink()
+
+    def _spoiled(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        what = self.fault.what
+        if what == "error":
+            if name == "kernel_copy":  # the real one takes any error for declining
+                return 0
+            raise OSError(self.fault.code, os.strerror(self.fault.code))
+        if what == "end" and name in ("read_at", "kernel_copy"):
+            return 0
+        if what == "short" and name in ("read_at", "write_at"):
+            file, data, at = arguments
+            return real(file, data[: max(7, len(data) // 3)], at)
+        if what == "short" and name == "kernel_copy":
+            *places, nbytes = arguments
+            return real(*places, max(7, nbytes // 3))
+        return real(*arguments)
+
+
+def _open_no_more_files() -> None:
+    import resource
+
+    probe = FileIO("/dev/null")
+    highest = probe.fileno()
+    probe.close()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+
+
+def run(spec: str, words: list[str]) -> int:
+    """The command's exit status."""
+    fault = Fault(**json.loads(spec))
+    real = systems.portable() if fault.portable else systems.native()
+    faulty = FaultySystem(fault)
+    system = faulty.wrapped(real)
+    systems.native = lambda: system
+    # A shell that runs this harness in the background has SIGINT ignored, and children inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = main(words)
+    if fault.counted:
+        Path(fault.counted).write_text(str(faulty.count))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], sys.argv[2:]))

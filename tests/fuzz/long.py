@@ -1,0 +1,212 @@
+"""The readers under a coverage-guided fuzzer; prints the fuzz table of the README.
+
+    pip install atheris
+    python tests/fuzz/long.py --executions 1000000
+    python tests/fuzz/long.py --executions 20000 --only torch
+
+Inputs that break a promise are kept in `--findings`, named by their target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+MAX_NBYTES = 8192
+MAX_MEMORY_MB = 4096
+# Where the targets lead. Lines beyond their reach (files that vanish, 100 MB inputs) count too.
+FUZZED = [
+    "formats/safetensors.py", "formats/strict_json.py", "formats/index.py",
+    "formats/documents.py", "formats/json_spans.py", "formats/pickles.py", "formats/nesting.py",
+    "formats/torch_pickle.py", "formats/torch_names.py", "formats/torch_tensors.py",
+    "formats/zipfiles.py", "formats/npz.py", "formats/numbers.py", "keepfiles.py",
+    "keeplists.py", "scores.py", "scoretables.py", "provenance.py", "journal.py",
+]  # fmt: skip
+# What in these modules writes, or runs when they are imported.
+NOT_READING = re.compile(
+    r"_Editor|_removals|_check_collisions|build_header|tensor_nbytes|layout_key|write_plan|_fields"
+    r"|_finite|_json$|Journal|require_same|_difference|_line|_run_as_json|_eight_bit_floats"
+    r"|_powers_of_two|_string.|_number.|_bytes.|_constant"
+)
+
+
+@dataclass
+class Result:
+    """What fuzzing one target came to; edges: branches of the bytecode that inputs took."""
+
+    name: str
+    executions: int = 0
+    edges: int = 0
+    corpus: int = 0
+    seconds: float = 0.0
+    findings: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """A row of markdown."""
+        figures = f"{self.executions:,} | {self.edges:,} | {self.corpus:,} | {self.seconds:.0f}"
+        return f"| {self.name} | {figures} | {len(self.findings)} |"
+
+
+def fuzz_here(name: str, arguments: list[str]) -> None:
+    """Fuzz one target in this process, which ends with it."""
+    import atheris  # type: ignore[import-untyped]
+
+    with atheris.instrument_imports(include=["shardsurgeon"]):
+        from tests.fuzz.guard import Guard
+        from tests.fuzz.targets import TARGETS
+
+    target = next(one for one in TARGETS if one.name == name)
+    guard = Guard(target.run, Path(tempfile.mkdtemp(dir=arguments.pop())))
+    atheris.Setup([name, *arguments], guard)
+    atheris.Fuzz()
+
+
+def fuzz(name: str, executions: int, work: Path, findings: Path, seed: int) -> Result:
+    """Fuzz a target in processes of its own, a new one after each finding."""
+    corpus = prepare(name, work)
+    result = Result(name)
+    begun = time.monotonic()
+    while result.executions < executions and len(result.findings) < 5:
+        options = [
+            f"-runs={executions - result.executions}",
+            f"-max_len={max(MAX_NBYTES, *(path.stat().st_size for path in corpus.iterdir()))}",
+            f"-dict={work / name}.dict",
+            f"-artifact_prefix={findings / name}-",
+            f"-seed={seed + len(result.findings)}",
+            f"-rss_limit_mb={MAX_MEMORY_MB}",
+            "-timeout=30",
+            "-print_final_stats=1",
+            str(corpus),
+        ]
+        done = subprocess.run(
+            [sys.executable, __file__, "--here", name, *options, str(work)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        executed = re.findall(r"number_of_executed_units: (\d+)", done.stderr)
+        result.executions += int(executed[-1]) if executed else 0
+        result.edges = max([result.edges, *map(int, re.findall(r"cov: (\d+)", done.stderr))])
+        kept = re.findall(r"Test unit written to (\S+)", done.stderr)
+        if kept:
+            result.findings.append(f"{kept[-1]}: {problem(done.stdout + done.stderr)}")
+        elif done.returncode or not executed:
+            raise SystemExit(done.stderr[-4000:])
+    result.corpus = len(list(corpus.iterdir()))
+    result.seconds = time.monotonic() - begun
+    return result
+
+
+def prepare(name: str, work: Path) -> Path:
+    """Write a target's seeds and words; the folder of the seeds."""
+    from tests.fuzz.targets import TARGETS
+
+    target = next(one for one in TARGETS if one.name == name)
+    corpus = work / name
+    corpus.mkdir(exist_ok=True)
+    for number, seed in enumerate(target.seeds()):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    words = ("".join(f"\\x{byte:02x}" for byte in word) for word in target.words)
+    Path(f"{corpus}.dict").write_text("".join(f'"{word}"\n' for word in words))
+    return corpus
+
+
+def problem(said: str) -> str:
+    """The exception that ended a process, as its last lines tell it."""
+    lines = [line for line in said.splitlines() if re.match(r"\w+(Error|Exception)\b", line)]
+    return lines[-1] if lines else "timeout or memory"
+
+
+def lines_reached(work: Path) -> tuple[int, int]:
+    """Lines of the fuzzed modules that the corpora reach, and how many there are."""
+    from tests.fuzz.targets import TARGETS
+
+    wanted = {str(ROOT / "shardsurgeon" / file) for file in FUZZED}
+    reached: set[tuple[str, int]] = set()
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        file = frame.f_code.co_filename
+        if file not in wanted:
+            return None
+        reached.add((file, frame.f_lineno))
+        return trace
+
+    scratch = Path(tempfile.mkdtemp(dir=work))
+    sys.settrace(trace)  # type: ignore[arg-type]
+    try:
+        for target in TARGETS:
+            for path in (work / target.name).glob("*"):
+                target.run(path.read_bytes(), scratch)
+    finally:
+        sys.settrace(None)
+    there = set().union(*(lines_of(Path(file)) for file in wanted))
+    return len(reached & there), len(there)
+
+
+def lines_of(path: Path) -> set[tuple[str, int]]:
+    """The lines of a file's reading functions; those of modules and classes run anyway."""
+    found: set[tuple[str, int]] = set()
+    waiting = [compile(path.read_text(encoding="utf-8"), str(path), "exec")]
+    while waiting:
+        code = waiting.pop()
+        if code.co_flags & 0x2 and not NOT_READING.match(code.co_qualname):  # a function
+            lines = {line for _, _, line in code.co_lines() if line}
+            found |= {(str(path), line) for line in lines - {code.co_firstlineno}}
+        waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return found
+
+
+def main() -> int:
+    from tests.fuzz.targets import TARGETS
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--executions", type=int, default=1_000_000, help="over all targets")
+    parser.add_argument("--only", default="", help="targets whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--findings", type=Path, default=Path("findings"))
+    parser.add_argument("--corpus", type=Path, help="keep what was found to be worth a try here")
+    options = parser.parse_args()
+    names = [one.name for one in TARGETS if options.only in one.name]
+    options.findings.mkdir(exist_ok=True, parents=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.corpus or Path(folder)
+        work.mkdir(exist_ok=True, parents=True)
+        share = -(-options.executions // len(names))
+        print("| target | executions | edges | corpus | seconds | findings |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+        results = []
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for result in pool.map(
+                lambda name: fuzz(name, share, work, options.findings, options.seed), names
+            ):
+                results.append(result)
+                print(result.line(), flush=True)
+        findings = [finding for result in results for finding in result.findings]
+        print(f"\n{sum(result.executions for result in results):,} executions")
+        if not findings and len(names) == len(TARGETS):
+            reached, there = lines_reached(work)
+            print(f"{reached:,} of {there:,} lines ({reached / there:.0%}) of the readers reached")
+    for finding in findings:
+        print(finding)
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--here"]:
+        fuzz_here(sys.argv[2], sys.argv[3:])
+    sys.exit(main())

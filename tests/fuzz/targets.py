@@ -1,0 +1,323 @@
+"""What is fuzzed: each target takes bytes and raises only where a promise is broken.
+
+A target feeds the bytes to a reader as a file or as part of one. Our own errors are the right
+answer to bad input; anything else that comes out is a finding. What is accepted is looked at:
+with the safetensors library and numpy where they read the same format, else by writing it
+again and reading that.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from shardsurgeon.errors import (
+    CheckpointError,
+    ConfigError,
+    HeaderError,
+    IndexFileError,
+    KeepListError,
+    OutputError,
+    ScoreError,
+)
+from shardsurgeon.formats.documents import Document
+from shardsurgeon.formats.index import build_index, parse_index
+from shardsurgeon.formats.npz import read_npz
+from shardsurgeon.formats.numbers import Array, StoredArray
+from shardsurgeon.formats.safetensors import Header, header_length, parse_header
+from shardsurgeon.formats.torch_names import _CALLS
+from shardsurgeon.formats.torch_pickle import read_torch_file
+from shardsurgeon.journal import read_journal
+from shardsurgeon.keepfiles import Meaning
+from shardsurgeon.keeplists import read_keeplist, resolve
+from shardsurgeon.provenance import is_foreign, parse_provenance
+from shardsurgeon.scores import check_values, read_scores
+from tests.fuzz import seeds
+
+# The library reads these and we do not: files on which readers disagree.
+DELIBERATE = re.compile(
+    r"twice|unknown key|begins with|not an object|unknown dtype \{|below 2\^63|overflows"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """run: the target; seeds: files of the fixtures and of this folder it starts from."""
+
+    name: str
+    run: Callable[[bytes, Path], None]
+    seeds: Callable[[], list[bytes]]
+    words: tuple[bytes, ...] = ()
+
+
+# Headers, against the safetensors library
+
+
+def header(data: bytes, scratch: Path) -> None:
+    """The first two bytes say how much data follows the header, the rest is the header."""
+    file_begin, text = data[:2].ljust(2, b"\0"), data[2:]
+    payload = bytes(int.from_bytes(file_begin, "little"))
+    _header_file(struct.pack("<Q", len(text)) + text + payload)
+
+
+def header_file(data: bytes, scratch: Path) -> None:
+    """A whole file, prefix and all."""
+    _header_file(data)
+
+
+def _header_file(file: bytes) -> None:
+    library = _library_reads(file)
+    try:
+        length = header_length(file[:8], len(file), "a.safetensors")
+        ours = parse_header(file[8 : 8 + length], len(file), "a.safetensors")
+    except HeaderError as error:
+        if library is not None and not DELIBERATE.search(str(error)):
+            raise AssertionError(f"the library reads what we refuse: {error}") from error
+        return
+    assert library is not None, "accepted what the library refuses"
+    assert library == _as_library(ours, file), "read otherwise than the library"
+
+
+def _library_reads(file: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    try:
+        tensors = safetensors.deserialize(file)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError:
+        return None
+    return {
+        name: (tensor["dtype"], tuple(tensor["shape"]), bytes(tensor["data"]))
+        for name, tensor in tensors
+    }
+
+
+def _as_library(ours: Header, file: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    begin = ours.data_begin
+    return {
+        tensor.name: (tensor.dtype, tensor.shape, file[begin + tensor.begin : begin + tensor.end])
+        for tensor in ours.tensors
+    }
+
+
+# JSON
+
+
+def index(data: bytes, scratch: Path) -> None:
+    try:
+        found = parse_index(data, "index.json")
+    except IndexFileError:
+        return
+    again = parse_index(build_index(found.weight_map, found.metadata), "index.json")
+    # By its text: NaN is not equal to itself.
+    assert again.weight_map == found.weight_map
+    assert json.dumps(again.metadata, sort_keys=True) == json.dumps(found.metadata, sort_keys=True)
+
+
+def document(data: bytes, scratch: Path) -> None:
+    try:
+        found = Document.parse(data, "config.json")
+    except ConfigError:
+        return
+    assert found.edit({}) == data
+    plain = json.loads(data.decode("utf-8-sig"))
+    assert json.dumps(found.value) == json.dumps(plain), "read otherwise than json"
+    if isinstance(found.value, dict) and found.value:
+        key = next(iter(found.value))
+        edited = Document.parse(found.edit({(key,): [1, "x"]}), "config.json")
+        assert isinstance(edited.value, dict) and edited.value[key] == [1, "x"]
+
+
+def provenance(data: bytes, scratch: Path) -> None:
+    is_foreign(data)
+    try:
+        found = parse_provenance(data, "metadata.json")
+    except CheckpointError:
+        return
+    again = found.to_bytes()
+    assert parse_provenance(again, "metadata.json").to_bytes() == again
+
+
+def journal(data: bytes, scratch: Path) -> None:
+    path = _written(scratch, "journal", data)
+    try:
+        record = read_journal(path)
+    except OutputError:
+        return
+    assert record is not None and 0 < record.nbytes <= len(data)
+
+
+def keep_list(data: bytes, scratch: Path) -> None:
+    path = _written(scratch, "keep.json", data)
+    meanings: list[Meaning | None] = [None, "kept", "dropped"]
+    for meaning in meanings:
+        try:
+            found = read_keeplist(path, meaning)
+            resolved = resolve(found, sorted(k for k in found.layers if isinstance(k, int)), 16)
+        except KeepListError:
+            continue
+        for keep in resolved.layers.values():
+            assert sorted(keep.retained + keep.pruned) == list(range(16))
+
+
+# Scores
+
+
+def scores_json(data: bytes, scratch: Path) -> None:
+    _scores(_written(scratch, "scores.json", data))
+
+
+def scores_safetensors(data: bytes, scratch: Path) -> None:
+    _scores(_written(scratch, "scores.safetensors", data))
+
+
+def scores_unnamed(data: bytes, scratch: Path) -> None:
+    """A file whose name says nothing is recognised by its first bytes."""
+    _scores(_written(scratch, "scores", data))
+
+
+def _scores(path: Path) -> None:
+    try:
+        found = read_scores(path)
+        if found.rows:
+            found = found.assign_rows(list(range(len(next(iter(found.rows.values()))))))
+        _, layers = found.select()
+        counts = found.frequencies()
+        for layer, values in layers.items():
+            assert values.dtype == np.float64 and values.ndim == 1
+            check_values(layer, values, counts.get(layer), "scores")
+    except ScoreError:
+        pass
+
+
+# torch.save's files
+
+
+def torch_file(data: bytes, scratch: Path) -> None:
+    """A whole `.pt`."""
+    _torch(_written(scratch, "scores.pt", data))
+
+
+def torch_pickle(data: bytes, scratch: Path) -> None:
+    """The pickle in a `.pt` whose container is sound, with three storages beside it."""
+    members = {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}
+    members |= {f"data/{name}": bytes(range(64)) for name in "012"}
+    _torch(_written(scratch, "scores.pt", zipped({f"a/{k}": v for k, v in members.items()})))
+
+
+def _torch(path: Path) -> None:
+    try:
+        load_all(read_torch_file(path, "scores.pt"))
+    except ScoreError:
+        return
+    _scores(path)
+
+
+def load_all(value: object) -> None:
+    """Read every tensor in a value, each container once however often it is shared."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, StoredArray):
+            one.load()
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+
+
+# numpy's
+
+
+def npz_file(data: bytes, scratch: Path) -> None:
+    """A whole `.npz`."""
+    _npz(_written(scratch, "scores.npz", data), data)
+
+
+def npz_member(data: bytes, scratch: Path) -> None:
+    """An array in an `.npz` whose container is sound."""
+    raw = zipped({"3.npy": data})
+    _npz(_written(scratch, "scores.npz", raw), raw)
+
+
+def _npz(path: Path, raw: bytes) -> None:
+    try:
+        arrays = read_npz(path, "scores.npz")
+        ours = {name: array.load() for name, array in arrays.items()}
+    except ScoreError:
+        return
+    for name, array in ours.items():
+        theirs = _numpy_reads(raw, name)
+        if theirs is not None:
+            assert theirs.shape == array.shape, "another shape than numpy's"
+            np.testing.assert_array_equal(array, theirs)
+    _scores(path)
+
+
+def _numpy_reads(raw: bytes, name: str) -> Array | None:
+    """numpy's reading; None where it is stricter than we are."""
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+            found = file[name]
+    except Exception:
+        return None
+    return found if isinstance(found, np.ndarray) else None
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    """A sound zip archive."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return out.getvalue()
+
+
+def _written(scratch: Path, name: str, data: bytes) -> Path:
+    path = scratch / name
+    path.write_bytes(data)
+    return path
+
+
+_JSON_WORDS = (b'{"', b'":', b"null", b"true", b"NaN", b"-0", b"1e999", b"\\ud800", b'":{"', b"[[")
+_HEADER_WORDS = (b'"dtype":', b'"shape":[', b'"data_offsets":[', b'"F4"', b"__metadata__")
+_KEEP_WORDS = (b'"kept"', b'"dropped"', b'"mtp"', b'"layers"', b'"retained"', b'"perLayer"')
+_PICKLE_WORDS = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"X\x07\0\0\0storage",
+    b"ccollections\nOrderedDict\n", b"\x93", b"tR", b"tQ", b"h\x00", b"q\x00",
+)  # fmt: skip
+# Every name that means something in a pickle.
+_NAMES = tuple(b"c%b\n%b\n" % tuple(map(str.encode, name.rsplit(".", 1))) for name in _CALLS)
+_NPY_WORDS = (b"'descr': '<f8'", b"'fortran_order': True", b"'shape': (", b"PK\x01\x02")
+
+TARGETS = [
+    Target("header", header, seeds.headers, (*_JSON_WORDS, *_HEADER_WORDS)),
+    Target("header-file", header_file, seeds.header_files, (*_JSON_WORDS, *_HEADER_WORDS)),
+    Target("index", index, seeds.indexes, (*_JSON_WORDS, b'"weight_map":', b".safetensors")),
+    Target("document", document, seeds.documents, _JSON_WORDS),
+    Target("provenance", provenance, seeds.provenances, (*_JSON_WORDS, b'"groups"', b'"steps"')),
+    Target("journal", journal, seeds.journals, _JSON_WORDS),
+    Target("keep-list", keep_list, seeds.keep_lists, (*_JSON_WORDS, *_KEEP_WORDS)),
+    Target("scores-json", scores_json, seeds.scores_jsons, (*_JSON_WORDS, b'"scores"', b'"reap"')),
+    Target("scores-safetensors", scores_safetensors, seeds.scores_safetensors, _HEADER_WORDS),
+    Target(
+        "scores-unnamed",
+        scores_unnamed,
+        lambda: [*seeds.scores_jsons(), *seeds.scores_safetensors(), *seeds.npz_files()],
+        (b"PK\x05\x06", b"\x80\x02"),
+    ),
+    Target("torch-file", torch_file, seeds.torch_files, (*_PICKLE_WORDS, b"PK\x03\x04")),
+    Target("torch-pickle", torch_pickle, seeds.torch_pickles, (*_PICKLE_WORDS, *_NAMES)),
+    Target("npz-file", npz_file, seeds.npz_files, _NPY_WORDS),
+    Target("npz-member", npz_member, seeds.npz_members, _NPY_WORDS),
+]
