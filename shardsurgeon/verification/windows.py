@@ -14,7 +14,7 @@ from types import TracebackType
 from shardsurgeon.checkpoint import Checkpoint
 from shardsurgeon.durable import read_into, reading
 from shardsurgeon.errors import SourceReadError
-from shardsurgeon.system import native
+from shardsurgeon.system import default_system
 
 # What is read of each side at a time; memory is twice this per worker.
 BLOCK_NBYTES = 1 << 20
@@ -104,6 +104,8 @@ def _trusting() -> Iterator[None]:
     try:
         yield
     except SourceReadError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # the disk's own fault, which says so
         raise SourceReadError(error.where, error.problem, "let no one write to it") from error
 
 
@@ -115,7 +117,7 @@ class _Window:
         self.view = memoryview(self.buffer)
         self._source = checkpoint.source
         self._sizes = {file.name: file.nbytes for file in checkpoint.files}
-        self._system = native()
+        self._system = default_system()
         self._handle: FileIO | None = None
         self._file: str | None = None
         self._begin = self._end = 0
