@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Case:
     @property
     def settings(self) -> str:
         """What is not stock, as the results table says it."""
-        words = [f"`{' '.join(self.arguments)}`"] if self.arguments else []
+        words = [f"`{shlex.join(self.arguments)}`"] if self.arguments else []
         if self.stand_ins:
             words.append("stand-in for torchvision")
         return ", ".join(words) or "stock"
