@@ -23,22 +23,21 @@ from shardsurgeon.durable import write_file
 from shardsurgeon.errors import OutputError, UsageError, VerificationError
 from shardsurgeon.execution import execute
 from shardsurgeon.families.schema import is_declared, read_family
-from shardsurgeon.finishing import documents, is_other_weight_format, side_files
+from shardsurgeon.finishing import documents, side_files
 from shardsurgeon.keeplists import write_plan
 from shardsurgeon.likely import guess_family
 from shardsurgeon.lineage import compose, step_of
-from shardsurgeon.mixedprecision import mixed_precision_notes
-from shardsurgeon.modelconfig import nonuniform_notes, quantization_name, says_per_layer
+from shardsurgeon.modelconfig import quantization_name
 from shardsurgeon.mtplayers import mtp_counts
 from shardsurgeon.naming import default_out, require_apart
 from shardsurgeon.parameters import count_parameters
 from shardsurgeon.planning import plan_shards
+from shardsurgeon.planreport import plan_report
 from shardsurgeon.progress import Listener
 from shardsurgeon.provenance import SourceIdentity, Step
 from shardsurgeon.reports import (
     ApplyReport,
     InspectReport,
-    LayerReport,
     PlanReport,
     RouterScoresReport,
     ScoreLayerReport,
@@ -47,10 +46,9 @@ from shardsurgeon.reports import (
 from shardsurgeon.routerscores import RouterNorm, router_scores
 from shardsurgeon.scorefiles import check_score_file_name, score_file
 from shardsurgeon.scores import Scores, read_scores
-from shardsurgeon.selection import summarize
 from shardsurgeon.sizing import Sizing
 from shardsurgeon.sources.base import SourceFile
-from shardsurgeon.surgeryplan import Literal, OutputShard, OutputTensor, SurgeryPlan
+from shardsurgeon.surgeryplan import OutputShard, SurgeryPlan
 from shardsurgeon.verification import verify_checkpoint
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
@@ -126,7 +124,14 @@ class Pruning:
     @cached_property
     def report(self) -> PlanReport:
         """What it would do, for people."""
-        return _plan_report(self)
+        return plan_report(
+            self.checkpoint,
+            self.anatomy,
+            self.request,
+            self.decision,
+            self.surgery,
+            str(self.out),
+        )
 
     def write_plan(self, path: str | os.PathLike[str]) -> None:
         """Save the keep-lists as a plan.json that `--plan` reads."""
@@ -442,96 +447,3 @@ def _source_fingerprint(checkpoint: Checkpoint) -> str:
     files = [(file.name, file.nbytes, file.stamp) for file in checkpoint.files]
     headers = [shard.header_sha256 for shard in checkpoint.shards]
     return hashlib.sha256(json.dumps([files, headers]).encode()).hexdigest()
-
-
-def _plan_report(pruning: Pruning) -> PlanReport:
-    checkpoint, anatomy = pruning.checkpoint, pruning.anatomy
-    request, decision, surgery = pruning.request, pruning.decision, pruning.surgery
-    config = checkpoint.settings
-    records = [record for shard in checkpoint.shards for record in shard.header.tensors]
-    tensors = [tensor for shard in surgery.shards for tensor in shard.tensors]
-    return PlanReport(
-        model=checkpoint.source.name,
-        selection=request.selection,
-        ratio=request.ratio,
-        rounding=request.effective_rounding,
-        metric=decision.metric,
-        num_experts_before=anatomy.num_experts,
-        num_experts_after=decision.kept,
-        layers=_layer_reports(pruning),
-        mtp_dropped=decision.drop_mtp and anatomy.mtp_nbytes > 0,
-        total_size_before=checkpoint.total_size,
-        total_size_after=sum(tensor.nbytes for tensor in tensors),
-        total_parameters_before=count_parameters(records, config),
-        total_parameters_after=count_parameters(tensors, config),
-        shards_before=len(checkpoint.shards),
-        shards_after=len(surgery.shards),
-        space_needed=_space_needed(pruning),
-        out=str(pruning.out),
-        allocate=request.allocate,
-        stock_engines=decision.keep.is_uniform or says_per_layer(config, anatomy) != "",
-        notes=(
-            *checkpoint.notes,
-            *decision.notes,
-            *_grouped(anatomy),
-            *nonuniform_notes(config, anatomy, decision.keep),
-            *mixed_precision_notes(checkpoint, anatomy, decision.keep),
-            *_rewritten(tensors),
-            *_left_out(pruning),
-        ),
-    )
-
-
-def _layer_reports(pruning: Pruning) -> tuple[LayerReport, ...]:
-    decision = pruning.decision
-    compared = summarize(decision.uniform) if decision.uniform is not None else ()
-    uniform = {layer.layer: layer.dropped_share for layer in compared}
-    return tuple(
-        LayerReport(
-            layer=layer.layer,
-            is_mtp=layer.layer >= pruning.anatomy.num_layers,
-            kept=layer.kept,
-            pruned=layer.pruned,
-            preserved=layer.preserved,
-            never_routed=len(decision.never_routed.get(layer.layer, ())),
-            min_retained_saliency=layer.min_retained,
-            max_pruned_saliency=layer.max_pruned,
-            saliency_dropped=layer.dropped_share,
-            policy=decision.policies.get(layer.layer, "scores"),
-            saliency_dropped_uniform=uniform.get(layer.layer),
-        )
-        for layer in summarize(decision.keep)
-    )
-
-
-def _space_needed(pruning: Pruning) -> int:
-    """Bytes that the finished folder takes."""
-    surgery = pruning.surgery
-    sizes = {file.name: file.nbytes for file in pruning.checkpoint.files}
-    return (
-        sum(shard.nbytes for shard in surgery.shards)
-        + sum(len(content) for _, content in surgery.documents)
-        + sum(sizes[name] for name in surgery.side_files)
-        + sum(Path(path).stat().st_size for _, path in surgery.extra_files)
-    )
-
-
-def _grouped(anatomy: Anatomy) -> list[str]:
-    if anatomy.n_group == 1:
-        return []
-    return [
-        f"every one of the router's {anatomy.n_group} groups keeps its own best experts, so the "
-        "lowest kept may be below the highest pruned of another group"
-    ]
-
-
-def _rewritten(tensors: Sequence[OutputTensor]) -> list[str]:
-    """Names the tensors that are no copy of the source's bytes."""
-    names = [t.name for t in tensors if any(isinstance(piece, Literal) for piece in t.pieces)]
-    what = "hold expert counts or ids and get new values"
-    return [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
-
-
-def _left_out(pruning: Pruning) -> list[str]:
-    names = [f.name for f in pruning.checkpoint.files if is_other_weight_format(f.name)]
-    return [f"{name} holds weights in another format and is left out" for name in names]

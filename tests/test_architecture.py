@@ -20,7 +20,7 @@ LINES = [
     ["cli*"],
     ["api"],
     ["operations"],
-    ["architecture*"],
+    ["architecture*", "planreport"],
     ["execution", "verification*", "finishing", "naming", "mixedprecision"],
     ["copying", "workplace", "decision", "planning", "modelconfig", "sizing"],
     ["mtplayers"],
