@@ -7,41 +7,50 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import measure
 
-HERE = Path(__file__).parent
 LAYERS = (8, 16, 31, 61)
 SIZES = ("2GB", "4GB", "6GB", "8GB")
 
-Point = tuple[float, float]  # (thousands of tensors or GB, seconds)
+
+@dataclass(frozen=True)
+class Point:
+    """A size, in thousands of tensors or in GB, and the figures of that size."""
+
+    size: float
+    figures: measure.Sample
 
 
 def draw(work: Path, picture: Path, runs: int) -> None:
     """Measure, print both tables and save the picture."""
-    planned = [plan_point(work, layers, runs) for layers in LAYERS]
+    planned = plan_points(work, runs)
     print("\n" + _table("thousand tensors", "plan", planned))
     applied = [apply_point(work, size, runs) for size in SIZES]
     print("\n" + _table("GB kept", "apply", applied))
     _save(picture, planned, applied)
 
 
-def plan_point(work: Path, layers: int, runs: int) -> Point:
-    """The time of `plan` on Kimi-K2.5 with so many of its layers; headers only."""
-    model = _skeleton(work, "--layers", str(layers))
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    samples = [measure.run(_command("plan", model)) for _ in range(runs)]
-    shutil.rmtree(model)
-    return len(index["weight_map"]) / 1000, measure.median(samples).wall
+def plan_points(work: Path, runs: int) -> list[Point]:
+    """`plan` on Kimi-K2.5 with so many of its layers; the shards are headers only."""
+    models = [measure.make_model(work / f"layers-{n}", "--layers", str(n)) for n in LAYERS]
+    rounds = [[measure.run(_command("plan", model)) for model in models] for _ in range(runs)]
+    points = []
+    for model, samples in zip(models, zip(*rounds, strict=True), strict=True):
+        index = json.loads((model / "model.safetensors.index.json").read_text())
+        points.append(Point(len(index["weight_map"]) / 1000, measure.median(samples)))
+        shutil.rmtree(model)
+    return points
 
 
 def apply_point(work: Path, size: str, runs: int) -> Point:
-    """The time of `apply` on a model of that size, read from memory."""
-    model, out = _skeleton(work, "--size", size, "--shards", "4", "--fill"), work / "out"
+    """`apply` on a model of that size, read from memory."""
+    model = measure.make_model(work / "model", "--size", size, "--shards", "4", "--fill")
+    out = work / "out"
     samples, kept = [], 0
     for _ in range(runs):
         measure.remove(out)
@@ -50,13 +59,7 @@ def apply_point(work: Path, size: str, runs: int) -> Point:
         kept = sum(path.stat().st_size for path in measure.files(out))
     measure.remove(out)
     shutil.rmtree(model)
-    return kept / 1e9, measure.median(samples).wall
-
-
-def _skeleton(work: Path, *options: str) -> Path:
-    model = work / "model"
-    subprocess.run([sys.executable, str(HERE / "skeleton.py"), str(model), *options], check=True)
-    return model
+    return Point(kept / 1e9, measure.median(samples))
 
 
 def _command(name: str, model: Path) -> list[str]:
@@ -65,8 +68,16 @@ def _command(name: str, model: Path) -> list[str]:
 
 
 def _table(unit: str, command: str, points: Sequence[Point]) -> str:
-    rows = [[f"{x:,.1f}", f"{seconds:.2f}", f"{1000 * seconds / x:.1f}"] for x, seconds in points]
-    return measure.table([unit, f"{command} s", f"ms per {unit.rstrip('s')}"], rows)
+    rows = [
+        [
+            f"{point.size:,.1f}",
+            f"{point.figures.wall:.2f}",
+            f"{point.figures.cpu:.2f}",
+            f"{point.figures.rss / 1e6:,.0f}",
+        ]
+        for point in points
+    ]
+    return measure.table([unit, f"{command}, wall s", "CPU s", "peak MB"], rows)
 
 
 def _save(picture: Path, planned: Sequence[Point], applied: Sequence[Point]) -> None:
@@ -79,9 +90,10 @@ def _save(picture: Path, planned: Sequence[Point], applied: Sequence[Point]) -> 
         (panels[1], applied, "GB kept", "apply"),
     ):
         slope, start = _line(points)
-        end = 1.05 * max(x for x, _ in points)
+        end = 1.05 * max(point.size for point in points)
         panel.plot([0, end], [start, start + slope * end], color="0.7", linewidth=1)
-        panel.plot(*zip(*points, strict=True), "o", color="black")
+        walls = [point.figures.wall for point in points]
+        panel.plot([point.size for point in points], walls, "o", color="black")
         panel.set(title=title, xlabel=unit, ylabel="seconds", xlim=(0, end))
         panel.set_ylim(bottom=0)
     figure.savefig(picture, dpi=120)
@@ -89,8 +101,9 @@ def _save(picture: Path, planned: Sequence[Point], applied: Sequence[Point]) -> 
 
 def _line(points: Sequence[Point]) -> tuple[float, float]:
     """(slope, value at zero) of the line with the least squares."""
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    pairs = [(point.size, point.figures.wall) for point in points]
+    mean_x = sum(x for x, _ in pairs) / len(pairs)
+    mean_y = sum(y for _, y in pairs) / len(pairs)
+    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread
     return slope, mean_y - slope * mean_x

@@ -57,6 +57,13 @@ def run(command: Sequence[str], flushed: Path | None = None) -> Sample:
     return Sample(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
 
 
+def make_model(folder: Path, *options: str) -> Path:
+    """Write a model as `skeleton.py` does, in a process of its own, which may grow."""
+    words = [sys.executable, str(Path(__file__).with_name("skeleton.py")), str(folder), *options]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
 def sync(folder: Path) -> None:
     """Return when the files below a folder are on the disk."""
     for path in files(folder):

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import measure
 
-HERE = Path(__file__).parent
 SHARDS = 64
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -172,9 +171,8 @@ def main() -> None:
     limit = given.memory * 1_000_000
     with tempfile.TemporaryDirectory(dir=given.work) as name:
         folder = Path(name)
-        model = folder / "model"
-        words = [str(model), "--layers", str(given.layers), "--shards", str(SHARDS), "--stamp"]
-        subprocess.run([sys.executable, str(HERE / "skeleton.py"), *words], check=True)
+        words = ["--layers", str(given.layers), "--shards", str(SHARDS), "--stamp"]
+        model = measure.make_model(folder / "model", *words)
         with (
             measure.disk("btrfs", 300 << 30, folder, "compress=zstd:1") as mounted,
             memory_group(limit) as group,

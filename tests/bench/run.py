@@ -145,18 +145,11 @@ def _rows(
     return measure.table(headings, rows)
 
 
-def make_model(given: argparse.Namespace, folder: Path) -> Path:
-    """Write the model with a process of its own, which may grow."""
-    model = folder / "model"
-    words = [str(model), "--layout", given.layout, "--size", f"{given.size / 1e9}GB", "--fill"]
-    words += ["--shards", str(given.shards)]
-    subprocess.run([sys.executable, str(HERE / "skeleton.py"), *words], check=True)
-    return model
-
-
 def benchmark(given: argparse.Namespace, folder: Path, kind: str = "") -> None:
     """All tables of one file system."""
-    model = make_model(given, folder)
+    size, shards = f"{given.size / 1e9}GB", str(given.shards)
+    words = ["--layout", given.layout, "--size", size, "--shards", shards, "--fill"]
+    model = measure.make_model(folder / "model", *words)
     cache = "cold" if given.cold else "warm"
     where = f"{given.layout}, {given.size / 1e9:g} GB, {cache} cache, {given.runs} runs"
     print(f"\n### {where}, load {os.getloadavg()[0]:.1f}\n", flush=True)
