@@ -18,7 +18,6 @@ from shardsurgeon.families.schema import Family, family_for
 from shardsurgeon.formats.safetensors import TensorRecord
 from shardsurgeon.roles import (
     Carried,
-    Counted,
     ExpertTensor,
     NameReader,
     Role,
@@ -56,7 +55,7 @@ class Anatomy:
     layers: ascending by index, MTP layers last. mtp_nbytes: bytes that go when the MTP layers
     go. num_layers: decoder layers without MTP. num_experts: of the largest layers.
     shared_count: the one count that the config says of every layer; own_mtp_count: whether it
-    says another of the MTP layers.
+    says another of the MTP layers. uneven: layers whose experts differ in dtype or shape.
     """
 
     family: Family
@@ -71,6 +70,7 @@ class Anatomy:
     mtp_nbytes: int
     shared_count: int
     own_mtp_count: bool
+    uneven: frozenset[int]
     reader: NameReader = field(repr=False)
 
     @property
@@ -141,9 +141,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
             census.see(record)
     census.check()
     reader.settle(census.moe_layers)
-    for shard in checkpoint.shards:
-        for record in shard.header.tensors:
-            census.weigh(record)
+    census.weigh_others()
     census.compare()
     layers = census.layers()
     own_mtp = numbers.own_mtp_count
@@ -165,26 +163,32 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
         reader=reader,
         shared_count=most,
         own_mtp_count=own_mtp,
+        uneven=frozenset(census.uneven),
     )
 
 
 class _Census:
-    """Counts what is there, in two passes over the headers.
+    """Counts what is there: all tensors once, and the few that are no expert's own once more.
 
-    The first pass finds the layers that have experts and which of an expert's tensors exist;
-    the second, with those known, weighs every tensor and refuses what no rule claims.
+    The first look finds the layers that have experts, weighs these, and sees which of an
+    expert's tensors exist; the second, with the layers known, weighs everything else and
+    refuses what no rule claims.
     """
 
     def __init__(self, location: str, reader: NameReader) -> None:
         self._location = location
         self._reader = reader
         self._parts: dict[tuple[str, str], int] = {}
+        self._stored: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+        self.uneven: set[int] = set()
         self._blocks: dict[int, Block] = {}
         self._experts: dict[int, dict[int, int]] = {}
+        self._own_nbytes: dict[int, dict[int, int]] = {}
+        self._others: list[TensorRecord] = []
         self._full: dict[int, int] = {}
         self._stacked: set[int] = set()
         self._routers: dict[int, str] = {}
-        self._nbytes: dict[int, list[int]] = {}
+        self._rows: dict[int, int] = {}
         self.carried = 0
         self.mtp = 0
 
@@ -194,18 +198,26 @@ class _Census:
         return tuple(sorted({*self._experts, *self._stacked, *self._routers}))
 
     def see(self, record: TensorRecord) -> None:
-        """First pass: who is there."""
+        """Note who is there."""
         role = self._reader.role(record)
         if isinstance(role, ExpertTensor):
+            own = self._own_nbytes.setdefault(role.layer, {})
+            own[role.expert] = own.get(role.expert, 0) + record.nbytes
             # The same for every expert of the layer; told apart by one bit each.
             part = record.name[: role.begin], record.name[role.end :]
             bit = 1 << self._parts.setdefault(part, len(self._parts))
+            stored = record.dtype, record.shape
+            if self._stored.setdefault(part, stored) != stored:
+                self.uneven.add(role.layer)
             layer = self._experts.setdefault(role.layer, {})
             layer[role.expert] = layer.get(role.expert, 0) | bit
             if self._full.get(role.layer, 0) & bit:
                 return
             self._full[role.layer] = self._full.get(role.layer, 0) | bit
-        elif isinstance(role, Sliced) and not role.is_router:
+            self._note(record, role)
+            return
+        self._others.append(record)
+        if isinstance(role, Sliced) and not role.is_router:
             self._stacked.add(role.layer)
         elif isinstance(role, Sliced) and self._reader.is_router_weight(record):
             self._routers[role.layer] = record.name
@@ -228,20 +240,18 @@ class _Census:
         elif isinstance(role, Sliced) or self._reader.in_block(record.name, start):
             block.weights[record.name[start:]] = record.dtype
 
-    def weigh(self, record: TensorRecord) -> None:
-        """Second pass: how much each expert weighs."""
-        role = self._reader.role(record)
-        if isinstance(role, ExpertTensor):
-            self._row(role.layer)[role.expert] += record.nbytes
-        elif isinstance(role, Sliced):
-            row = self._row(role.layer)
-            each = record.nbytes // record.shape[role.axis]
-            row[:] = [nbytes + each for nbytes in row]
-            self._carry(each * role.tail, self._reader.is_mtp(role.layer))
-        elif isinstance(role, Counted | Tabled | Surplus):
-            self._carry(record.nbytes, self._reader.is_mtp(role.layer))
-        elif isinstance(role, Carried):
-            self._carry(record.nbytes, role.mtp)
+    def weigh_others(self) -> None:
+        """Weigh what is no expert's own, and share the rows of stacked tensors out."""
+        for record in self._others:
+            role = self._reader.role(record)
+            if isinstance(role, Sliced):
+                each = record.nbytes // record.shape[role.axis]
+                self._rows[role.layer] = self._rows.get(role.layer, 0) + each
+                self._carry(each * role.tail, self._reader.is_mtp(role.layer))
+            elif isinstance(role, Carried):
+                self._carry(record.nbytes, role.mtp)
+            elif not isinstance(role, ExpertTensor):
+                self._carry(record.nbytes, self._reader.is_mtp(role.layer))
 
     def check(self) -> None:
         """Every MoE layer has a router and experts 0..E-1 with the same tensors each."""
@@ -305,14 +315,16 @@ class _Census:
                 index=layer,
                 is_mtp=self._reader.is_mtp(layer),
                 stacked=layer not in self._experts,
-                expert_nbytes=tuple(self._nbytes[layer]),
+                expert_nbytes=self._expert_nbytes(layer),
                 router=self._routers[layer],
             )
             for layer in self.moe_layers
         )
 
-    def _row(self, layer: int) -> list[int]:
-        return self._nbytes.setdefault(layer, [0] * self._reader.experts_of(layer))
+    def _expert_nbytes(self, layer: int) -> tuple[int, ...]:
+        """Each expert's own tensors, and its rows of the tensors of all."""
+        own, rows = self._own_nbytes.get(layer, {}), self._rows.get(layer, 0)
+        return tuple(own.get(expert, 0) + rows for expert in range(self._reader.experts_of(layer)))
 
     def _carry(self, nbytes: int, mtp: bool) -> None:
         if mtp:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -194,20 +195,38 @@ def _require_unchanged(source: Source, planned: Iterable[SourceFile]) -> None:
 
 
 class _ShardInHand:
-    """A shard that workers are filling."""
+    """A shard that workers are filling. todo: batches that nobody has begun."""
 
     def __init__(self, shard: OutputShard) -> None:
         self.shard = shard
-        self.batches = batches(shard_moves(shard), BATCH_NBYTES)
-        self.unwritten = len(self.batches)
+        self.todo = deque(batches(shard_moves(shard), BATCH_NBYTES))
+        self.unwritten = len(self.todo)
 
 
-def _todo(shards: Iterable[OutputShard]) -> Iterator[tuple[_ShardInHand, tuple[Move, ...]]]:
-    """Batch after batch; only the shards in hand are taken apart."""
-    for shard in shards:
-        hand = _ShardInHand(shard)
-        for batch in hand.batches:
-            yield hand, batch
+class _Queue:
+    """Batches for the workers: each has a shard to itself as long as there are enough.
+
+    File systems let one thread at a time write to a file. Towards the end, those without a
+    shard of their own help the others. Only the shards in hand are taken apart.
+    """
+
+    def __init__(self, shards: Iterable[OutputShard]) -> None:
+        self._waiting = iter(shards)
+        self._in_hand: list[_ShardInHand] = []
+
+    def take(self, hand: _ShardInHand | None) -> tuple[_ShardInHand, tuple[Move, ...]] | None:
+        """The next batch for a worker whose last shard was `hand`; None where all is begun."""
+        if hand is None or not hand.todo:
+            hand = self._another()
+        return None if hand is None else (hand, hand.todo.popleft())
+
+    def _another(self) -> _ShardInHand | None:
+        self._in_hand = [hand for hand in self._in_hand if hand.todo]
+        shard = next(self._waiting, None)
+        if shard is None:
+            return max(self._in_hand, key=lambda hand: len(hand.todo), default=None)
+        self._in_hand.append(_ShardInHand(shard))
+        return self._in_hand[-1]
 
 
 class _Work:
@@ -236,10 +255,10 @@ class _Work:
         """Write the shards. Raises the first error that any worker met."""
         for shard in shards:
             reserve_file(self._place.begin_file(shard.file), shard.nbytes, self._system)
-        todo = _todo(shards)
+        queue = _Queue(shards)
         with ThreadPoolExecutor(workers, "shardsurgeon") as pool:
             try:
-                crew = [pool.submit(self._work, todo) for _ in range(workers)]
+                crew = [pool.submit(self._work, queue) for _ in range(workers)]
                 # Woken now and then, because on Windows Ctrl-C does not end a wait.
                 while wait(crew, timeout=0.2).not_done:
                     pass
@@ -249,15 +268,17 @@ class _Work:
         if self._errors:
             raise self._errors[0]
 
-    def _work(self, todo: Iterator[tuple[_ShardInHand, tuple[Move, ...]]]) -> None:
+    def _work(self, queue: _Queue) -> None:
         """Take batches until there are none; whoever writes a shard's last one finishes it."""
         try:
             mover = Mover(self._source, self._system, self._meter.advance)
+            hand = None
             while True:
                 with self._counting:
-                    hand, batch = next(todo, (None, ()))
-                if hand is None:
+                    taken = queue.take(hand)
+                if taken is None:
                     return
+                hand, batch = taken
                 mover.move(batch, self._place.begin_file(hand.shard.file))
                 with self._counting:
                     hand.unwritten -= 1

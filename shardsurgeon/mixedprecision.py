@@ -31,9 +31,13 @@ def mixed_precision_notes(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepLi
 def _kinds(
     checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList
 ) -> dict[int, dict[_Kind, set[int]]]:
-    """Layer → how its survivors' tensors are stored → the survivors stored so."""
+    """Uneven layer → how its survivors' tensors are stored → the survivors stored so."""
     found: dict[int, dict[_Kind, set[int]]] = {}
-    survivors = {layer: set(kept.retained) for layer, kept in keep.layers.items()}
+    survivors = {
+        layer: set(keep.layers[layer].retained) for layer in anatomy.uneven & {*keep.layers}
+    }
+    if not survivors:
+        return found
     for shard in checkpoint.shards:
         for record in shard.header.tensors:
             role = anatomy.role(record)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import Checkpoint, Shard
+from shardsurgeon.errors import FamilyError
 from shardsurgeon.formats.safetensors import DTYPE_BITS, TensorRecord, build_header, layout_key
 from shardsurgeon.keeplists import KeepList
 from shardsurgeon.roles import Carried, Counted, ExpertTensor, Role, Sliced, Surplus, Tabled
@@ -168,7 +169,8 @@ def _slice(
     inner_bits = math.prod(record.shape[role.axis + 1 :]) * DTYPE_BITS[record.dtype]
     row_nbytes, ragged = divmod(inner_bits, 8)
     if ragged:
-        raise ValueError(f"{record.name}: a row of {inner_bits} bits is no whole number of bytes")
+        problem = f"an expert's row takes {inner_bits:,} bits, which are no whole bytes"
+        raise FamilyError(record.name, problem, "its experts cannot be taken apart")
     runs = list(_runs((*retained, *range(rows - role.tail, rows))))
     pieces = tuple(
         Segment(

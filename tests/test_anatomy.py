@@ -58,6 +58,31 @@ def test_each_tensor_has_its_role(name: str, role: object) -> None:
     assert anatomy().role(TensorRecord(name, "F32", (8, 6), 0, 192)) == role
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.experts.07.up_proj.weight",
+        "model.layers.2.mlp.experts..up_proj.weight",
+        "model.layers.2.mlp.experts.\u0667.up_proj.weight",
+    ],
+)
+def test_a_name_that_is_almost_an_experts_is_refused_also_right_behind_one(name: str) -> None:
+    found = anatomy()
+    shape = "F32", (4, 6), 0, 96
+    assert found.role(TensorRecord("model.layers.2.mlp.experts.6.up_proj.weight", *shape))
+    with pytest.raises(FamilyError, match="no rule"):
+        found.role(TensorRecord(name, *shape))
+
+
+def test_the_order_in_which_tensors_are_asked_for_does_not_change_their_roles() -> None:
+    names = [name for name in tiny.tensors() if "experts." in name]
+    shape = "F32", (8, 6), 0, 192
+    alone = {name: anatomy().role(TensorRecord(name, *shape)) for name in names}
+    together = anatomy()
+    for order in (names, names[::-1], sorted(names, key=lambda name: name[::-1])):
+        assert {name: together.role(TensorRecord(name, *shape)) for name in order} == alone
+
+
 def test_an_expert_of_two_digits_is_renamed_in_its_own_place_only() -> None:
     name = "model.layers.12.mlp.experts.12.up_proj.weight_12"
     role = ExpertTensor(12, 12, 28, 30)

@@ -102,9 +102,13 @@ def test_what_was_let_go_has_to_be_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="no copy_file_range here")
-def test_the_kernel_copy_moves_a_range_and_declines_what_it_cannot_do(tmp_path: Path) -> None:
+def test_a_file_server_is_asked_to_copy_and_declines_what_it_cannot_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "from").write_bytes(b"0123456789")
     with FileIO(tmp_path / "from") as source, FileIO(tmp_path / "to", "w+") as target:
+        assert native().kernel_copy(source, 2, target, 1, 3) == 0  # a disk of this machine
+        monkeypatch.setattr(system_module, "_file_system", lambda file: 0x6969)
         assert native().kernel_copy(source, 2, target, 1, 3) == 3
         assert native().kernel_copy(source, 10, target, 1, 3) == 0
         assert native().kernel_copy(target, 0, source, 0, 3) == 0  # source is open for reading

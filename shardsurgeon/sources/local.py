@@ -106,6 +106,8 @@ class LocalSource:
         try:
             status = path.stat()
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                return None
             if not path.is_symlink():
                 raise SourceReadError(path, f"cannot be read ({error.strerror})") from error
             raise CheckpointError(

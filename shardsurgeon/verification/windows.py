@@ -121,6 +121,7 @@ class _Window:
         self._handle: FileIO | None = None
         self._file: str | None = None
         self._begin = self._end = 0
+        self._was_in_memory = True
 
     def hold(self, file: str, begin: int, nbytes: int) -> int:
         """Have the bytes [begin, begin + nbytes) of a file in the buffer; where in it they begin.
@@ -144,6 +145,7 @@ class _Window:
     def close(self) -> None:
         """Let go of the file."""
         if self._handle is not None:
+            self._forget(self._handle, self._end)
             self._handle.close()
 
     def _turn_to(self, file: str) -> None:
@@ -155,11 +157,23 @@ class _Window:
                 self._handle = FileIO(path)
 
     def _fill(self, file: str, begin: int, nbytes: int) -> None:
-        self._begin = self._end = begin
         part = self.view[:nbytes]
         if self._handle is None:
+            self._begin = self._end = begin
             part[:] = self._source.read(file, begin, begin + nbytes)
         else:
+            self._forget(self._handle, begin)
+            self._begin = self._end = begin
+            self._was_in_memory = self._system.in_memory(self._handle, begin + nbytes - 1)
             where = f"{self._source.location}/{file}"
             read_into(self._handle, part, begin, where, self._system)
         self._end = begin + nbytes
+
+    def _forget(self, handle: FileIO, until: int) -> None:
+        """Leave the system's memory as it was found: what is behind us need not stay there.
+
+        until: what lies from there on is read next, and once.
+        """
+        if not self._was_in_memory:
+            end = min(self._end, until) if until > self._begin else self._end
+            self._system.let_go(handle, self._begin, end)

@@ -3,8 +3,9 @@
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,21 @@ def test_what_is_no_file_is_not_listed(model: Path, monkeypatch: pytest.MonkeyPa
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
         assert names(LocalSource(model)) == ["config.json", "sub/a.txt"]
+
+
+def test_a_file_that_vanishes_while_it_is_listed_is_not_listed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = LocalSource(model)
+    before = source.list()
+    walk = os.walk
+
+    def with_a_ghost(*words: Any, **more: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for folder, folders, files in walk(*words, **more):
+            yield folder, folders, [*files, "download.tmp"]
+
+    monkeypatch.setattr(os, "walk", with_a_ghost)
+    assert source.list() == before
 
 
 def test_linked_files_are_files_and_linked_folders_are_left_alone(
