@@ -8,9 +8,10 @@ the MTP layers.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from shardsurgeon.anatomy import Anatomy
 from shardsurgeon.checkpoint import Checkpoint, Shard
@@ -58,21 +59,57 @@ class Table:
 class Pair:
     """An output tensor and the source tensor it must be made of.
 
-    source_begin and begin: absolute file offsets of the two tensors; nbytes: of the output;
-    source_place: (shard number, position in the shard), for the order of the source; cut: None
-    where the bytes are the same from first to last.
+    shard, record: the output's; source_shard, source_record: the source's; source_place: the
+    latter's number among all tensors of the source; cut: None where the bytes are the same from
+    first to last. Small, because there are as many as tensors.
     """
 
-    name: str
-    dtype: str
-    file: str
-    begin: int
-    nbytes: int
-    source_name: str
-    source_file: str
-    source_begin: int
-    source_place: tuple[int, int]
+    shard: Shard
+    record: TensorRecord
+    source_shard: Shard
+    source_record: TensorRecord
+    source_place: int
     cut: Rows | Count | Table | None
+
+    @property
+    def name(self) -> str:
+        """The output tensor's name."""
+        return self.record.name
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of both."""
+        return self.record.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output tensor."""
+        return self.record.nbytes
+
+    @property
+    def file(self) -> str:
+        """The output tensor's file."""
+        return self.shard.file
+
+    @property
+    def begin(self) -> int:
+        """Where in its file the output tensor begins."""
+        return self.shard.header.data_begin + self.record.begin
+
+    @property
+    def source_name(self) -> str:
+        """The source tensor's name."""
+        return self.source_record.name
+
+    @property
+    def source_file(self) -> str:
+        """The source tensor's file."""
+        return self.source_shard.file
+
+    @property
+    def source_begin(self) -> int:
+        """Where in its file the source tensor begins."""
+        return self.source_shard.header.data_begin + self.source_record.begin
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
         """(source offset, output offset, bytes), relative to the tensors, that must be equal."""
@@ -127,12 +164,10 @@ class _Matcher:
         self._anatomy = anatomy
         self._keeps = keeps
         self._findings = findings
-        self._places = {
-            record.name: (number, position)
-            for number, shard in enumerate(source.shards)
-            for position, record in enumerate(shard.header.tensors)
-        }
-        self._used: set[tuple[int, int]] = set()
+        # A place is a tensor's number among all of the source.
+        self._starts = [0, *accumulate(len(shard.header.tensors) for shard in source.shards)]
+        self._places = {record.name: place for place, record in enumerate(_records(source))}
+        self._used = bytearray(self._starts[-1])
         self.mtp_seen = False
 
     def match(self, shard: Shard, record: TensorRecord) -> Pair | None:
@@ -154,10 +189,10 @@ class _Matcher:
                 problem = f"is a surplus tensor: expert {role.expert} of {kept} kept"
                 self._findings.add(where, problem)
                 return None
-        self._used.add(place)
+        self._used[place] = True
         return self._pair(shard, record, place, role)
 
-    def _old_place(self, name: str, role: ExpertTensor | Surplus) -> tuple[int, int] | None:
+    def _old_place(self, name: str, role: ExpertTensor | Surplus) -> int | None:
         """Where the source has what the output calls `name`; None where there is no such expert.
 
         Behind the retained experts stand the identity experts, where the source has tensors of
@@ -175,15 +210,14 @@ class _Matcher:
     def account(self) -> bool:
         """Find what is missing; whether the MTP layers were dropped."""
         mtp_missing = False
-        for number, shard in enumerate(self._source.shards):
-            for position, record in enumerate(shard.header.tensors):
-                if (number, position) in self._used:
-                    continue
-                role = self._anatomy.role(record)
-                if self._is_mtp(role) and not self.mtp_seen:
-                    mtp_missing = True
-                elif (name := self._output_name(record.name, role)) is not None:
-                    self._findings.add(name, "is missing from the pruned model")
+        for used, record in zip(self._used, _records(self._source), strict=True):
+            if used:
+                continue
+            role = self._anatomy.role(record)
+            if self._is_mtp(role) and not self.mtp_seen:
+                mtp_missing = True
+            elif (name := self._output_name(record.name, role)) is not None:
+                self._findings.add(name, "is missing from the pruned model")
         return mtp_missing
 
     def _output_name(self, name: str, role: Role) -> str | None:
@@ -201,12 +235,9 @@ class _Matcher:
             return role.renamed(name, role.expert - removed)
         return role.renamed(name, retained.index(role.expert)) if role.expert in retained else None
 
-    def _pair(
-        self, shard: Shard, record: TensorRecord, place: tuple[int, int], role: Role
-    ) -> Pair | None:
+    def _pair(self, shard: Shard, record: TensorRecord, place: int, role: Role) -> Pair | None:
         where = f"{shard.file} {record.name}"
         old = self._record(place)
-        home = self._source.shards[place[0]]
         shape = old.shape
         cut: Rows | Count | Table | None = None
         if isinstance(role, Sliced):
@@ -225,27 +256,23 @@ class _Matcher:
                 f"is {record.dtype} {list(record.shape)}, expected {old.dtype} {list(shape)}",
             )
             return None
-        return Pair(
-            name=record.name,
-            dtype=record.dtype,
-            file=shard.file,
-            begin=shard.header.data_begin + record.begin,
-            nbytes=record.nbytes,
-            source_name=old.name,
-            source_file=home.file,
-            source_begin=home.header.data_begin + old.begin,
-            source_place=place,
-            cut=cut,
-        )
+        return Pair(shard, record, self._home(place), old, place, cut)
 
-    def _record(self, place: tuple[int, int]) -> TensorRecord:
-        number, position = place
-        return self._source.shards[number].header.tensors[position]
+    def _home(self, place: int) -> Shard:
+        return self._source.shards[bisect_right(self._starts, place) - 1]
+
+    def _record(self, place: int) -> TensorRecord:
+        number = bisect_right(self._starts, place) - 1
+        return self._source.shards[number].header.tensors[place - self._starts[number]]
 
     def _is_mtp(self, role: Role) -> bool:
         if isinstance(role, Carried):
             return role.mtp
         return role.layer >= self._anatomy.num_layers
+
+
+def _records(checkpoint: Checkpoint) -> Iterator[TensorRecord]:
+    return (record for shard in checkpoint.shards for record in shard.header.tensors)
 
 
 def _rows(

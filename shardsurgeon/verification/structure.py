@@ -66,8 +66,8 @@ def _check_metadata(
     source: Checkpoint, shard: Shard, pairs: list[Pair], findings: Findings
 ) -> None:
     """`__metadata__` says what it said in the source shards that the tensors come from."""
-    numbers = sorted({pair.source_place[0] for pair in pairs})
-    origins = [source.shards[number].header.metadata or {} for number in numbers]
+    files = {pair.source_file for pair in pairs}
+    origins = [shard.header.metadata or {} for shard in source.shards if shard.file in files]
     found = shard.header.metadata or {}
     for key in sorted(set(found).union(*origins)):
         said = dict.fromkeys(origin[key] for origin in origins if key in origin)
