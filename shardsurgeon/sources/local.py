@@ -9,9 +9,10 @@ import os
 import stat
 from io import FileIO
 from pathlib import Path
+from typing import NoReturn
 
 from shardsurgeon.durable import read_exact, reading
-from shardsurgeon.errors import CheckpointError, SourceReadError
+from shardsurgeon.errors import CheckpointError
 from shardsurgeon.sources.base import SourceFile
 
 # What tools leave beside a model and is no part of it.
@@ -106,15 +107,15 @@ class LocalSource:
         try:
             status = path.stat()
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            if path.is_symlink():
+                raise CheckpointError(
+                    path,
+                    "is a link to a missing file",
+                    "the download is incomplete, fetch it again",
+                ) from error
+            if isinstance(error, FileNotFoundError):
                 return None
-            if not path.is_symlink():
-                raise SourceReadError(path, f"cannot be read ({error.strerror})") from error
-            raise CheckpointError(
-                path,
-                "is a link to a missing file",
-                "the download is incomplete, fetch it again",
-            ) from error
+            _raise(error)
         if not stat.S_ISREG(status.st_mode):
             return None
         name = path.relative_to(self._folder).as_posix()
@@ -130,5 +131,7 @@ def _identity(folder: Path) -> tuple[str, str | None]:
     return folder.name or "model", None
 
 
-def _raise(error: OSError) -> None:
-    raise SourceReadError(error.filename, f"cannot be listed ({error.strerror})") from error
+def _raise(error: OSError) -> NoReturn:
+    with reading(error.filename):
+        raise error
+    raise AssertionError("unreachable")
