@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 
 if TYPE_CHECKING:
-    from shardsurgeon.api import apply, plan, verify
+    from shardsurgeon.api import apply, plan, push, verify
     from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
     from shardsurgeon.operations import Pruning, inspect
     from shardsurgeon.reports import (
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ArchitectureReport,
         InspectReport,
         PlanReport,
+        PushReport,
         VerifyReport,
     )
     from shardsurgeon.scores import Scores, read_scores
@@ -35,6 +36,7 @@ __all__ = [
     "InspectReport",
     "PlanReport",
     "Pruning",
+    "PushReport",
     "Scores",
     "ShardSurgeonError",
     "VerifyReport",
@@ -43,6 +45,7 @@ __all__ = [
     "inspect",
     "open_checkpoint",
     "plan",
+    "push",
     "read_scores",
     "verify",
 ]
@@ -55,12 +58,14 @@ _HOMES = {
     "InspectReport": "reports",
     "PlanReport": "reports",
     "Pruning": "operations",
+    "PushReport": "reports",
     "Scores": "scores",
     "VerifyReport": "reports",
     "apply": "api",
     "inspect": "operations",
     "open_checkpoint": "checkpoint",
     "plan": "api",
+    "push": "api",
     "read_scores": "scores",
     "verify": "api",
 }

@@ -14,7 +14,7 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.naming import require_apart
 from shardsurgeon.operations import Pruning
 from shardsurgeon.progress import Listener
-from shardsurgeon.reports import ApplyReport, VerifyReport
+from shardsurgeon.reports import ApplyReport, PushReport, VerifyReport
 from shardsurgeon.scores import Scores
 from shardsurgeon.units import parse_size
 
@@ -71,18 +71,69 @@ def apply(
     verify: bool = True,
     restart: bool = False,
     on_progress: Listener | None = None,
+    push_to_hub: str | None = None,
+    stream_push: str | None = None,
+    disk_budget: int | str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    card: AnyPath | bool = True,
 ) -> ApplyReport:
     """Carry a plan out, into the folder `out` or the one that the plan names.
 
-    workers: threads, 0 for a number that suits the machine. Raises OutputError where the place
-    is taken or belongs to another run, WorkError and its children where the work fails.
+    workers: threads, 0 for a number that suits the machine. push_to_hub: a repository to push
+    the result to; stream_push: one to send every shard to when it is finished, so that nothing
+    stays here, with at most disk_budget (bytes or `"20GB"`) of them on the disk; the others as
+    for `push`. Raises OutputError where the place is taken or belongs to another run, WorkError
+    and its children where the work fails.
     """
     if out is not None:
         plan = replace(plan, out=Path(out))
         require_apart(plan.checkpoint, plan.out)
-    return operations.carry_out(
-        plan, workers=workers, verify=verify, restart=restart, progress=on_progress
+    repo_id = stream_push if stream_push is not None else push_to_hub
+    if repo_id is None:
+        return operations.carry_out(
+            plan, workers=workers, verify=verify, restart=restart, progress=on_progress
+        )
+    from shardsurgeon import publishing
+
+    return publishing.carry_out(
+        plan,
+        publishing.Destination(repo_id, private, revision, create_pr, *_card(card)),
+        stream=stream_push is not None,
+        disk_budget=_nbytes(disk_budget, "disk_budget"),
+        workers=workers,
+        verify=verify,
+        restart=restart,
+        progress=on_progress,
     )
+
+
+def push(
+    pruned: AnyPath,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    card: AnyPath | bool = True,
+) -> PushReport:
+    """Push a folder that `apply` wrote to `org/name` on the Hub, in one commit.
+
+    private: of a repository that is made; revision: the branch, made where it is missing;
+    create_pr: open a pull request instead; card: a README.md to use, False for none but the
+    source's own. A rerun uploads nothing twice. Raises CheckpointError where the folder is no
+    complete prune, UsageError where the Hub refuses, PublishError where the upload fails.
+    """
+    from shardsurgeon import publishing
+
+    place = publishing.Destination(repo_id, private, revision, create_pr, *_card(card))
+    return publishing.push(pruned, place)
+
+
+def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
+    """(the user's own card, whether there is to be one)."""
+    return (None, card) if isinstance(card, bool) else (card, True)
 
 
 def verify(

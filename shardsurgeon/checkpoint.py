@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_EXCEPTION,
+    CancelledError,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -20,12 +28,15 @@ from shardsurgeon.formats.index import INDEX_NAME, Index, parse_index
 from shardsurgeon.formats.safetensors import Header, header_length, parse_header
 from shardsurgeon.provenance import PROVENANCE_NAME, Provenance, is_foreign, parse_provenance
 from shardsurgeon.sources.base import Source, SourceFile
-from shardsurgeon.sources.local import LocalSource
+from shardsurgeon.sources.places import open_source
 
 CONFIG_NAME = "config.json"
 _SINGLE = "model.safetensors"
 _DIGITS = re.compile(r"(\d+)")
 _NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+_OTHER_FORMATS = {".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack"}
+# Over a network each header is two answers waited for; a model has up to a few hundred.
+_HEADERS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +101,15 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
-    """Open a checkpoint by its folder, by one of its safetensors files, or from a Source.
+    """Open a checkpoint by whatever `open_source` understands, or from a Source.
 
-    Raises CheckpointError and its children where a file is missing, broken or contradicts
-    another one. Reads headers and JSON only.
+    Raises what that raises, and CheckpointError and its children where a file is missing, broken
+    or contradicts another one. Reads headers and JSON only.
     """
-    source = LocalSource(model) if isinstance(model, str | PathLike) else model
+    source = open_source(model)
     files = {file.name: file for file in source.list()}
     if CONFIG_NAME not in files:
-        raise ConfigError(
-            f"{source.location}/{CONFIG_NAME}", "no such file", "give the folder of a model"
-        )
+        raise _no_model(source, files)
     config = Document.parse(_read_whole(source, files[CONFIG_NAME]), _at(source, CONFIG_NAME))
     if not isinstance(config.value, dict):
         raise ConfigError(_at(source, CONFIG_NAME), "holds no JSON object")
@@ -108,7 +117,7 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
     if INDEX_NAME in files:
         index = parse_index(_read_whole(source, files[INDEX_NAME]), _at(source, INDEX_NAME))
     names = _shard_names(source, files, index)
-    shards = tuple(_open_shard(source, files[name]) for name in names)
+    shards = _open_shards(source, [files[name] for name in names])
     unlisted = _check_tensors(source, shards, index)
     provenance, foreign = None, False
     if PROVENANCE_NAME in files:
@@ -116,7 +125,8 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
         foreign = is_foreign(raw)
         provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
     unindexed = tuple(sorted(set(_root_safetensors(files)) - set(names)))
-    notes = [f"{name} is not in the index and is left out" for name in unindexed]
+    notes = list(getattr(source, "notes", ()))
+    notes += [f"{name} is not in the index and is left out" for name in unindexed]
     if foreign:
         notes.append(
             f"{PROVENANCE_NAME} was written by another tool: expert ids are counted from this "
@@ -128,6 +138,20 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
     return Checkpoint(
         source, tuple(files.values()), shards, config, metadata, provenance, unindexed, tuple(notes)
     )
+
+
+def _no_model(source: Source, files: Mapping[str, SourceFile]) -> CheckpointError:
+    """The error for a place without config.json: it may hold a model in another format."""
+    if source.is_remote and not _root_safetensors(files):
+        suffixes = {"." + name.rpartition(".")[2] for name in files} & _OTHER_FORMATS
+        but = f", only {', '.join(sorted(suffixes))}" if suffixes else ""
+        return CheckpointError(
+            source.location,
+            f"holds no .safetensors file{but}",
+            "name a model that is published as safetensors",
+        )
+    where = f"{source.location}/{CONFIG_NAME}"
+    return ConfigError(where, "no such file", "give the folder of a model")
 
 
 def _at(source: Source, name: str) -> str:
@@ -191,8 +215,54 @@ def _shards_without_index(source: Source, names: list[str]) -> list[str]:
     )
 
 
-def _open_shard(source: Source, file: SourceFile) -> Shard:
-    where = _at(source, file.name)
+def _open_shards(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...]:
+    """The shards of some files, in their order; over a network, many headers at once."""
+    if not source.is_remote:
+        return tuple(_open_shard(source, file) for file in files)
+    reader = _Reader(source)
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
+        opened = [pool.submit(_open_shard, reader, file) for file in files]
+        try:
+            # Woken now and then, because on Windows Ctrl-C does not end a wait.
+            while not _all_done(opened):
+                pass
+            return tuple(shard.result() for shard in opened)
+        except BaseException:
+            # The pool waits for those at work: have them end soon.
+            reader.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _all_done(opened: list[Future[Shard]]) -> bool:
+    """Whether all headers are there, after a moment. Raises what went wrong with any of them."""
+    done, pending = wait(opened, timeout=0.2, return_when=FIRST_EXCEPTION)
+    for shard in opened:
+        if shard in done:
+            shard.result()
+    return not pending
+
+
+class _Reader:
+    """Reads from a remote source until it is stopped."""
+
+    def __init__(self, source: Source) -> None:
+        self.location = source.location
+        self.stopped = threading.Event()
+        self._source = source
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises CancelledError once it is stopped."""
+        data = bytearray()
+        for piece in self._source.stream(name, begin, end):
+            if self.stopped.is_set():
+                raise CancelledError
+            data += piece
+        return bytes(data)
+
+
+def _open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
+    where = f"{source.location}/{file.name}"
     if file.nbytes < 8:
         raise HeaderError(
             where, f"has {file.nbytes} bytes, too few for a safetensors header", "fetch it again"

@@ -15,7 +15,9 @@
     └── WorkError    (1)  the work was right but could not be done
         ├── SourceChangedError  a shard is no longer what it was when it was planned
         ├── SourceReadError     a shard could not be read
+        ├── NetworkError        the network gave up
         ├── OutputWriteError    the output could not be written
+        ├── PublishError        the result could not be published
         └── VerificationError   the result does not hold
 
 Each prints as one line: where, what is wrong in numbers, what to do.
@@ -118,8 +120,16 @@ class SourceReadError(WorkError):
     """A shard could not be read."""
 
 
+class NetworkError(WorkError):
+    """The network gave up: too many tries brought not one byte more."""
+
+
 class OutputWriteError(WorkError):
     """The output could not be written."""
+
+
+class PublishError(WorkError):
+    """The result could not be published."""
 
 
 class VerificationError(WorkError):

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from shardsurgeon import __version__
 from shardsurgeon.allocation import uniform_counts
 from shardsurgeon.anatomy import Anatomy, read_anatomy
 from shardsurgeon.architecture import check_architecture
+from shardsurgeon.assembly import assemble
 from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
 from shardsurgeon.counts import MtpPolicy, SelectionRequest
 from shardsurgeon.decision import Decision, decide, expert_id_tables, main_facts, routing_facts
 from shardsurgeon.durable import write_file
-from shardsurgeon.errors import OutputError, UsageError, VerificationError
+from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution import execute
 from shardsurgeon.families.schema import is_declared, read_family
-from shardsurgeon.finishing import documents, side_files
 from shardsurgeon.keeplists import write_plan
 from shardsurgeon.likely import guess_family
-from shardsurgeon.lineage import compose, step_of
 from shardsurgeon.modelconfig import quantization_name
 from shardsurgeon.mtplayers import mtp_counts
 from shardsurgeon.naming import default_out, require_apart
+from shardsurgeon.origins import address_of
+from shardsurgeon.outlets import Outlet
 from shardsurgeon.parameters import count_parameters
 from shardsurgeon.planning import plan_shards
 from shardsurgeon.planreport import plan_report
 from shardsurgeon.progress import Listener
-from shardsurgeon.provenance import SourceIdentity, Step
+from shardsurgeon.proving import SelfCheck
 from shardsurgeon.reports import (
     ApplyReport,
     InspectReport,
@@ -47,20 +45,19 @@ from shardsurgeon.routerscores import RouterNorm, router_scores
 from shardsurgeon.scorefiles import check_score_file_name, score_file
 from shardsurgeon.scores import Scores, read_scores
 from shardsurgeon.sizing import Sizing
-from shardsurgeon.sources.base import SourceFile
-from shardsurgeon.surgeryplan import OutputShard, SurgeryPlan
+from shardsurgeon.sources.places import open_source
+from shardsurgeon.surgeryplan import SurgeryPlan
 from shardsurgeon.verification import verify_checkpoint
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
-# What apply compares by itself: every tensor's place and shape, and of every shard a few
-# tensors' bytes. `verify` compares them all.
-SAMPLED_TENSORS = 8
-SAMPLED_NBYTES = 1 << 20
+
+# Makes the outlet of a run, given the check that each of its shards has to pass.
+OutletMaker = Callable[[Callable[[str, Path], None]], Outlet]
 
 
 def inspect(model: str | None = None, *, family: str | None = None) -> InspectReport:
     """What a model is made of. Reads headers and JSON only; family: as for `plan`."""
-    checkpoint = _open(model, family)
+    checkpoint = open_model(model, family)
     anatomy = read_anatomy(checkpoint)
     config = checkpoint.settings
     records = (record for shard in checkpoint.shards for record in shard.header.tensors)
@@ -111,7 +108,8 @@ def _alike(anatomy: Anatomy) -> bool:
 class Pruning:
     """A prune that is decided and planned, and not yet done.
 
-    decision: which experts stay; surgery: the bytes to move; out: the folder they go to.
+    decision: which experts stay; surgery: the bytes to move; out: the folder they go to;
+    max_shard_nbytes, declared: what it was planned with (declared: the words of --family).
     """
 
     checkpoint: Checkpoint
@@ -120,6 +118,8 @@ class Pruning:
     decision: Decision
     surgery: SurgeryPlan
     out: Path
+    max_shard_nbytes: int | None = None
+    declared: str | None = None
 
     @cached_property
     def report(self) -> PlanReport:
@@ -163,7 +163,7 @@ def plan(
     cutting; family: a file with the model's declaration, or `auto` to read a model without
     one, where that leaves no doubt. Raises InputError and its children for whatever does not fit.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else _open(model, family)
+    checkpoint = model if isinstance(model, Checkpoint) else open_model(model, family)
     anatomy = read_anatomy(checkpoint)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
     given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
@@ -179,8 +179,10 @@ def plan(
     )
     folder = Path(out) if out is not None else default_out(checkpoint, request, decision.keep)
     require_apart(checkpoint, folder)
-    surgery = _surgery(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
-    return Pruning(checkpoint, anatomy, request, decision, surgery, folder)
+    surgery = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
+    return Pruning(
+        checkpoint, anatomy, request, decision, surgery, folder, max_shard_nbytes, family
+    )
 
 
 def apply(
@@ -198,11 +200,9 @@ def apply(
     family: str | None = None,
 ) -> ApplyReport:
     """`plan` and `carry_out` in one."""
-    pruning = plan(
-        model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family
-    )
     return carry_out(
-        pruning,
+        # Not kept here: what is planned takes room that the check at the end needs.
+        plan(model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family),
         workers=workers,
         verify=verify,
         dry_run=dry_run,
@@ -219,65 +219,70 @@ def carry_out(
     dry_run: bool = False,
     restart: bool = False,
     progress: Listener | None = None,
+    outlet: OutletMaker | None = None,
+    disk_budget: int | None = None,
 ) -> ApplyReport:
     """Move the bytes of a plan, check the result, and only then give it its name.
 
     workers: threads, 0 for a number that suits the machine; verify: compare the structure of
     everything and the bytes of a sample; dry_run: say what would happen and write nothing.
+    outlet: where the result goes instead of a folder; disk_budget: bytes of shards that may be
+    here at a time on their way there.
 
     Raises UsageError where layers keep different numbers and nobody allowed that, OutputError
     where the place is taken, WorkError and its children where the work fails or the check does
     not hold. What was finished is kept for a rerun.
     """
-    _require_allowed(pruning)
-    if os.path.lexists(pruning.out):
-        raise OutputError(pruning.out, "exists", "choose another -o or remove it")
+    require_ready(pruning)
     if dry_run:
         return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
-    checks: list[VerifyReport] = []
-
-    def check(folder: Path) -> None:
-        report = verify_checkpoint(
-            pruning.checkpoint,
-            folder,
-            sample=SAMPLED_TENSORS,
-            sample_nbytes=SAMPLED_NBYTES,
-        )
-        checks.append(report)
-        require_verified(report)
-
+    report, checkpoint, out = pruning.report, pruning.checkpoint, pruning.out
+    surgery = pruning.surgery
+    small = len(surgery.documents) + len(surgery.side_files) + len(surgery.extra_files)
+    files = len(surgery.shards) + small
+    check = SelfCheck(checkpoint, surgery, out, by_shard=outlet is not None)
+    taken = outlet(check.shard if verify else _unchecked) if outlet else None
+    # Half a trillion parameters take 40 MB to plan: whoever keeps no plan has them for the check.
+    handed = [surgery]
+    del pruning, surgery
     try:
         done = execute(
-            pruning.surgery,
-            pruning.checkpoint.source,
-            pruning.out,
+            handed.pop(),
+            checkpoint.source,
+            out,
             workers=workers,
             restart=restart,
             on_progress=progress,
-            before_delivery=check if verify else None,
+            before_delivery=(check.rest if taken else check.whole) if verify else None,
+            outlet=taken,
+            disk_budget=disk_budget,
         )
     except BaseException as stop:
         # A signal in the last moment: the result is there, and there is nothing to resume.
-        if os.path.lexists(pruning.out):
-            stop.add_note(complete(str(pruning.out)))
+        if os.path.lexists(out):
+            stop.add_note(complete(str(out)))
         raise
-    surgery = pruning.surgery
-    small = len(surgery.documents) + len(surgery.side_files) + len(surgery.extra_files)
     return ApplyReport(
-        plan=pruning.report,
+        plan=report,
         dry_run=False,
-        out=str(pruning.out),
-        files=len(surgery.shards) + small,
+        out=None if taken else str(out),
+        files=files,
         bytes_copied=done.bytes_copied,
         bytes_resumed=done.bytes_resumed,
         seconds=done.seconds,
-        # The folder was checked under its working name, just before it got its own.
-        verification=replace(checks[0], pruned=str(pruning.out)) if checks else None,
+        verification=check.report,
+        bytes_downloaded=done.bytes_downloaded,
+        source=address_of(checkpoint.source),
     )
 
 
-def _require_allowed(pruning: Pruning) -> None:
-    """Raise UsageError where layers keep different numbers and the request does not allow it."""
+def _unchecked(name: str, path: Path) -> None:
+    """What --no-verify checks of a shard."""
+
+
+def require_ready(pruning: Pruning) -> None:
+    """Raise UsageError where layers keep different numbers and the request does not allow it,
+    OutputError where there is an OUT already."""
     keep = pruning.decision.keep
     if not keep.is_uniform and not pruning.request.allow_nonuniform:
         counts = [len(layer.retained) for layer in keep.layers.values()]
@@ -286,6 +291,8 @@ def _require_allowed(pruning: Pruning) -> None:
         )
         remedy = "give it for an engine that reads a count per layer"
         raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
+    if os.path.lexists(pruning.out):
+        raise OutputError(pruning.out, "exists", "choose another -o or remove it")
 
 
 def complete(out: str) -> str:
@@ -302,15 +309,20 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
     family: str | None = None,
 ) -> VerifyReport:
-    """Prove a pruned folder against its source.
+    """Prove a pruned model, a folder or a repository, against its source.
 
     sample: tensors per shard whose bytes are compared, None for all; architecture: check as
     well that transformers' model of the pruned config takes exactly these tensors. Raises
     UsageError, before any weight is read, where that cannot be checked.
     """
-    before = _open(source, family)
-    fits = check_architecture(before, pruned) if architecture else None
-    report = verify_checkpoint(before, pruned, sample=sample, on_progress=progress)
+    before = open_model(source, family)
+    if isinstance(pruned, str) and not os.path.lexists(pruned):
+        there = open_source(pruned)
+        fits = check_architecture(before, open_checkpoint(there)) if architecture else None
+        report = verify_checkpoint(before, there, sample=sample, on_progress=progress)
+    else:
+        fits = check_architecture(before, pruned) if architecture else None
+        report = verify_checkpoint(before, pruned, sample=sample, on_progress=progress)
     return replace(report, architecture=fits)
 
 
@@ -339,18 +351,8 @@ def scores_from_router(
     return RouterScoresReport(name, norm, metric, anatomy.num_experts, tuple(layers), str(out))
 
 
-def require_verified(report: VerifyReport) -> None:
-    """Raise VerificationError with the first difference unless the verification holds."""
-    if not report.holds:
-        more = len(report.differences) - 1
-        also = f" (and {more} more)" if more else ""
-        raise VerificationError(
-            report.pruned, f"does not hold: {report.differences[0]}{also}", "report this as a bug"
-        )
-
-
-def _open(model: str | os.PathLike[str] | None, family: str | None) -> Checkpoint:
-    """A checkpoint, with the family that was asked for."""
+def open_model(model: str | os.PathLike[str] | None, family: str | None) -> Checkpoint:
+    """A checkpoint, None for the current folder's, with the family that was asked for."""
     checkpoint = open_checkpoint(_model(model))
     if family is None:
         return checkpoint
@@ -386,64 +388,3 @@ def _selection_words(pruning: Pruning) -> dict[str, object]:
         "allocate": request.allocate,
         "mtp": request.mtp,
     }
-
-
-def _surgery(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    request: SelectionRequest,
-    decision: Decision,
-    shards: tuple[OutputShard, ...],
-    given: Sequence[Path],
-    max_shard_nbytes: int | None,
-) -> SurgeryPlan:
-    identity = SourceIdentity(
-        checkpoint.source.name, checkpoint.source.revision, checkpoint.config_sha256
-    )
-    step = step_of(request, decision.keep, decision.metric, identity)
-    provenance = compose(
-        checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
-    )
-    copied, extra = side_files(checkpoint, given)
-    papers = documents(checkpoint, anatomy, decision, shards, provenance)
-    return SurgeryPlan(
-        shards=shards,
-        documents=papers,
-        side_files=copied,
-        extra_files=extra,
-        source_files=_source_files(checkpoint, shards, copied),
-        request_fingerprint=_request_fingerprint(decision, max_shard_nbytes, step, extra),
-        source_fingerprint=_source_fingerprint(checkpoint),
-    )
-
-
-def _source_files(
-    checkpoint: Checkpoint, shards: tuple[OutputShard, ...], copied: tuple[str, ...]
-) -> tuple[SourceFile, ...]:
-    """Every source file whose bytes end up in the result."""
-    read = {shard.file for shard in checkpoint.shards} | set(copied) | {CONFIG_NAME}
-    return tuple(file for file in checkpoint.files if file.name in read)
-
-
-def _request_fingerprint(
-    decision: Decision, max_shard_nbytes: int | None, step: Step, extra: Sequence[tuple[str, str]]
-) -> str:
-    """What was asked for, apart from the source's state: a run may only go on with the same."""
-    asked = {
-        "version": __version__,
-        # The source is a matter of the other fingerprint.
-        "step": {**asdict(step), "source": None},
-        "retained": {n: layer.retained for n, layer in decision.keep.layers.items()},
-        "drop_mtp": decision.drop_mtp,
-        "max_shard_nbytes": max_shard_nbytes,
-        "extra": [
-            (name, hashlib.sha256(Path(path).read_bytes()).hexdigest()) for name, path in extra
-        ],
-    }
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def _source_fingerprint(checkpoint: Checkpoint) -> str:
-    files = [(file.name, file.nbytes, file.stamp) for file in checkpoint.files]
-    headers = [shard.header_sha256 for shard in checkpoint.shards]
-    return hashlib.sha256(json.dumps([files, headers]).encode()).hexdigest()

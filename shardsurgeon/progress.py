@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is. Sizes in bytes; `resumed` of `done` were there before it began."""
+    """How far a run is. Sizes in bytes; `resumed` of `done` were there before it began.
+
+    shards_sent: finished shards that were taken away, where somebody takes them away.
+    """
 
     done: int
     total: int
     resumed: int
     shards_done: int
     shards_total: int
+    shards_sent: int = 0
 
 
 Listener = Callable[[Progress], None]
@@ -26,37 +30,53 @@ class Stopped(Exception):
 
 
 class Meter:
-    """Counts for all workers of a run."""
+    """Counts for all workers of a run, and holds the first error that any of them met."""
 
     def __init__(self, start: Progress, listener: Listener | None) -> None:
         """Begin at `start`, and say so."""
         self._lock = threading.Lock()
         self._stopped = False
-        self._start = start
-        self._done = start.done
-        self._shards_done = start.shards_done
+        self._now = start
+        self._downloaded = 0
         self._listener = listener
+        self.error: BaseException | None = None
         self.advance(0)
 
-    def stop(self) -> None:
-        """Make every later `advance` raise Stopped."""
-        self._stopped = True
+    @property
+    def downloaded(self) -> int:
+        """Bytes that came over the network."""
+        return self._downloaded
 
-    def advance(self, nbytes: int, shards: int = 0) -> None:
-        """Count bytes written and shards finished. Raises Stopped, and what the listener raises."""
+    def stop(self, error: BaseException | None = None) -> None:
+        """Make every later `advance` raise Stopped; the first error given is kept."""
+        with self._lock:
+            self.error = error if self.error is None else self.error
+            self._stopped = True
+
+    def check(self) -> None:
+        """Raise Stopped where the run is to end."""
         if self._stopped:
             raise Stopped
+
+    def advance(self, nbytes: int, *, shards: int = 0, sent: int = 0) -> None:
+        """Count bytes written, and shards finished or sent.
+
+        Raises Stopped, and what the listener raises.
+        """
+        self.check()
         with self._lock:
-            self._done += nbytes
-            self._shards_done += shards
+            now = self._now
+            self._now = replace(
+                now,
+                done=now.done + nbytes,
+                shards_done=now.shards_done + shards,
+                shards_sent=now.shards_sent + sent,
+            )
             if self._listener is not None:
-                start = self._start
-                self._listener(
-                    Progress(
-                        self._done,
-                        start.total,
-                        start.resumed,
-                        self._shards_done,
-                        start.shards_total,
-                    )
-                )
+                self._listener(self._now)
+
+    def receive(self, nbytes: int) -> None:
+        """Count bytes that came over the network, wanted or not. Raises Stopped."""
+        self.check()
+        with self._lock:
+            self._downloaded += nbytes

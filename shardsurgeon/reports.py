@@ -142,10 +142,34 @@ class VerifyReport:
 
 
 @dataclass(frozen=True, slots=True)
-class ApplyReport:
-    """What apply did. out: the finished folder, None after a dry run.
+class PushReport:
+    """What a push did. Sizes in bytes.
 
-    bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one.
+    url: where to look at it, the pull request where one was opened; revision: the branch, None
+    where that is a pull request; commit: its hash; files, nbytes: of the model there; removed:
+    names of an earlier model's weights that the commit took out; notes: what the Hub said.
+    """
+
+    repo_id: str
+    url: str
+    revision: str | None
+    commit: str
+    pull_request: str | None
+    created: bool
+    files: int
+    nbytes: int
+    removed: tuple[str, ...]
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyReport:
+    """What apply did. out: the finished folder, None after a dry run or where none stayed here.
+
+    bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
+    bytes_downloaded: what came over the network; push: where it was pushed to, if it was;
+    source: the model that was pruned, as it can be named again.
     """
 
     plan: PlanReport
@@ -156,6 +180,9 @@ class ApplyReport:
     bytes_resumed: int
     seconds: float
     verification: VerifyReport | None
+    bytes_downloaded: int = 0
+    push: PushReport | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

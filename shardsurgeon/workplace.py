@@ -1,11 +1,12 @@
 """OUT.partial: the folder an output grows in, held by one run at a time.
 
-Used by `execution` alone. Its layout:
+Used by the rooms of `execution` alone. Its layout:
 
     OUT.partial/
         shardsurgeon.lock       locked while a run works here
         shardsurgeon.journal    whose work it is, what is finished
-        writing/                files that are not whole yet; worthless once the run has ended
+        writing/                files that are not whole yet; once the run has ended, worthless
+                                but for those of which the journal says what is there
         files/                  whole files; the last step renames this folder to OUT
 
 So OUT never holds anything that is not the output's, and at every moment either the journal or
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -41,7 +42,7 @@ class Workplace:
         self.writing = self.folder / "writing"
         self.journal = self.folder / _JOURNAL
         self.system = system
-        self._begun = False
+        self._journal: Journal | None = None
 
     def require_free_name(self) -> None:
         """Raise OutputError where OUT exists already."""
@@ -80,12 +81,11 @@ class Workplace:
             record = read_journal(self.journal)
             if record:
                 require_same(record.run, run, self.folder)
-        _remove_tree(self.writing)
-        journal = Journal(self.journal, run, record, self.system)
-        self._begun = True
+        _remove_tree(self.writing, record.done.parts if record else ())
+        self._journal = Journal(self.journal, run, record, self.system)
         make_folder(self.files, self.system)
         make_folder(self.writing, self.system)
-        return journal
+        return self._journal
 
     def has(self, name: str, nbytes: int, begins: bytes) -> bool:
         """Whether the file is finished: of that size, and with those first bytes."""
@@ -95,6 +95,12 @@ class Workplace:
                 return False
             with FileIO(path) as file:
                 return file.read(len(begins)) == begins
+
+    def has_part(self, name: str, nbytes: int) -> bool:
+        """Whether the file is being written, and as long as it will be."""
+        path = self.writing / name
+        with writing(path):
+            return path.is_file() and path.stat().st_size == nbytes
 
     def space(self, restart: bool = False) -> int:
         """Free bytes, with those that leftovers of an earlier run hold and will give back."""
@@ -112,6 +118,12 @@ class Workplace:
         path = self.files / name
         make_folder(path.parent, self.system)
         publish(self.writing / name, path, self.system)
+
+    def drop_file(self, name: str) -> None:
+        """Remove a finished file that is needed here no more."""
+        path = self.files / name
+        with writing(path):
+            path.unlink(missing_ok=True)
 
     def deliver(self, names: set[str]) -> None:
         """Make the finished files OUT. Raises OutputError or OutputWriteError unless they are
@@ -132,13 +144,26 @@ class Workplace:
                     self.system.rename(self.out, self.files)
             raise
 
+    def discard(self) -> None:
+        """Remove everything: what was made here is elsewhere. The journal goes last, so that a
+        kill on the way leaves a place that is known for ours.
+        """
+        self._journal = None
+        _remove_tree(self.writing)
+        _remove_tree(self.files)
+        with writing(self.journal):
+            self.journal.unlink(missing_ok=True)
+
     def tidy(self) -> None:
-        """Remove what has no worth for a later run; all of it where nothing is finished."""
-        if self._begun:
-            _remove_tree(self.writing)
-            if not any(_files_below(self.files)):
-                _remove_tree(self.files)
-                self.journal.unlink(missing_ok=True)
+        """Remove what has no worth for a later run; all of it where nothing is done."""
+        if self._journal is None:
+            return
+        done = self._journal.done
+        parts = [name for name, part in done.parts.items() if part.ranges]
+        _remove_tree(self.writing, parts)
+        if not parts and not done.sent and not any(_files_below(self.files)):
+            _remove_tree(self.files)
+            self.journal.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -226,6 +251,11 @@ def _held(folder: Path) -> int:
     return total
 
 
-def _remove_tree(folder: Path) -> None:
+def _remove_tree(folder: Path, kept: Collection[str] = ()) -> None:
+    """Remove a folder and all that is in it; where files below it are kept, all others."""
     with writing(folder), suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if kept:
+            for name in set(_files_below(folder)) - set(kept):
+                (folder / name).unlink()
+        else:
+            shutil.rmtree(folder)

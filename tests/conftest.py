@@ -8,6 +8,9 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# The local Hub, `hub` and `online`, and the S3 server, `s3`: for tests in every folder.
+pytest_plugins = ["tests.hub.fixture", "tests.stores.fixture"]
+
 # A slow machine is no counterexample.
 settings.register_profile("shardsurgeon", deadline=None)
 settings.load_profile("shardsurgeon")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_job import SIDE, A, B, Job, content, make_job
 
-from shardsurgeon import copying, durable, execution
+from shardsurgeon import durable, filling
 from shardsurgeon.errors import (
     OutputError,
     OutputWriteError,
@@ -42,9 +42,8 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make tiny shards take as many batches, reads and buffers as big ones."""
-    monkeypatch.setattr(execution, "BATCH_NBYTES", 5_000)
-    monkeypatch.setattr(copying, "READ_NBYTES", 3_000)
+    """Make tiny shards take as many batches and buffers as big ones."""
+    monkeypatch.setattr(filling, "BATCH_NBYTES", 5_000)
     monkeypatch.setattr(durable, "BUFFER_NBYTES", 2_000)
 
 

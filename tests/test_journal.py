@@ -1,23 +1,25 @@
 """The journal: what it remembers, what it refuses, and what a torn line costs."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 from shardsurgeon.errors import OutputError
-from shardsurgeon.journal import Journal, Run, read_journal, require_same
+from shardsurgeon.journal import Done, Journal, Part, Run, read_journal, require_same
 from shardsurgeon.sources.base import SourceFile
 from shardsurgeon.system import native
 
 FILES = (SourceFile("a.safetensors", 10, "t1"), SourceFile("b.safetensors", 20, "t2"))
-RUN = Run("1" * 64, "2" * 64, FILES)
+RUN = Run("1" * 64, "2" * 64, FILES, "hf://org/name@abc")
 
 
 def begun(path: Path) -> Path:
     with Journal(path, RUN, None, native()) as journal:
-        journal.add("one.safetensors", 100)
-        journal.add("sub/zwei ü.safetensors", 200)
+        journal.finish("one.safetensors", 100)
+        journal.finish("sub/zwei ü.safetensors", 200)
     return path
 
 
@@ -25,11 +27,66 @@ def test_what_was_added_is_read_back(tmp_path: Path) -> None:
     record = read_journal(begun(tmp_path / "journal"))
     assert record is not None
     assert record.run == RUN
-    assert record.finished == {"one.safetensors": 100, "sub/zwei ü.safetensors": 200}
+    assert record.done.finished == {"one.safetensors": 100, "sub/zwei ü.safetensors": 200}
 
 
 def test_no_journal_is_no_record(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "journal") is None
+
+
+def test_a_file_is_begun_filled_finished_and_sent(tmp_path: Path) -> None:
+    seen = []
+    with Journal(tmp_path / "journal", RUN, None, native()) as journal:
+        journal.begin("a", "layout")
+        journal.fill("a", [(0, 5), (90, 100)])
+        journal.begin("b", "layout")
+        journal.fill("a", [(5, 7)])
+        seen.append(deepcopy(journal.done))
+        journal.finish("a", 100)
+        journal.finish("b", 50)
+        seen.append(deepcopy(journal.done))
+        journal.send("a", "there", "receipt of a")
+        seen.append(deepcopy(journal.done))
+    part = Part("layout", [(0, 5), (90, 100), (5, 7)])
+    assert seen == [
+        Done(parts={"a": part, "b": Part("layout", [])}),
+        Done(finished={"a": 100, "b": 50}),
+        Done(finished={"b": 50}, sent={"a": "receipt of a"}, address="there"),
+    ]
+    record = read_journal(tmp_path / "journal")
+    assert record is not None
+    assert record.done == seen[-1]
+
+
+@pytest.mark.parametrize("before", ["fill", "finish", "send"])
+def test_a_file_that_is_begun_again_has_nothing_of_the_old_one(tmp_path: Path, before: str) -> None:
+    with Journal(tmp_path / "journal", RUN, None, native()) as journal:
+        journal.begin("a", "old")
+        steps = {
+            "fill": lambda: journal.fill("a", [(0, 5)]),
+            "finish": lambda: journal.finish("a", 5),
+            "send": lambda: journal.send("a", "there", ""),
+        }
+        steps[before]()
+        journal.begin("a", "new")
+        assert journal.done.parts == {"a": Part("new", [])}
+        assert not journal.done.finished and not journal.done.sent
+
+
+def test_many_threads_may_write_lines(tmp_path: Path) -> None:
+    def work(name: str) -> None:
+        journal.begin(name, "")
+        for at in range(20):
+            journal.fill(name, [(at, at + 1)])
+
+    with (
+        Journal(tmp_path / "journal", RUN, None, native()) as journal,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        list(pool.map(work, "abcd"))
+    record = read_journal(tmp_path / "journal")
+    assert record is not None
+    assert record.done.parts == dict.fromkeys("abcd", Part("", [(n, n + 1) for n in range(20)]))
 
 
 @pytest.mark.parametrize(
@@ -41,9 +98,9 @@ def test_a_torn_last_line_is_forgotten_and_written_over(tmp_path: Path, torn: by
     path.write_bytes(whole + torn)
     record = read_journal(path)
     assert record is not None
-    assert set(record.finished) == {"one.safetensors", "sub/zwei ü.safetensors"}
+    assert set(record.done.finished) == {"one.safetensors", "sub/zwei ü.safetensors"}
     with Journal(path, RUN, record, native()) as journal:
-        journal.add("three", 3)
+        journal.finish("three", 3)
     assert path.read_bytes() == whole + b'{"finished": "three", "nbytes": 3}\n'
 
 
@@ -51,19 +108,21 @@ def test_a_new_journal_forgets_the_old_one(tmp_path: Path) -> None:
     path = begun(tmp_path / "journal")
     other = Run("3" * 64, "4" * 64, ())
     with Journal(path, other, None, native()) as journal:
-        assert journal.finished == {}
+        assert journal.done == Done()
     record = read_journal(path)
     assert record is not None
-    assert (record.run, record.finished) == (other, {})
+    assert (record.run, record.done) == (other, Done())
 
 
 HEAD = {
     "format": "shardsurgeon journal",
-    "version": 1,
+    "version": 2,
     "request": "1",
     "source": "2",
+    "origin": "",
     "source_files": [["a", 1, "t"]],
 }
+BEGUN = b'\n{"begun": "a", "layout": ""}\n'
 
 
 @pytest.mark.parametrize(
@@ -76,10 +135,16 @@ HEAD = {
         b"[]\n",
         json.dumps({**HEAD, "format": "other"}).encode() + b"\n",
         json.dumps({**HEAD, "request": 1}).encode() + b"\n",
+        json.dumps({**HEAD, "origin": None}).encode() + b"\n",
         json.dumps({**HEAD, "source_files": [["a", "1", "t"]]}).encode() + b"\n",
         json.dumps(HEAD).encode() + b'\nnot json\n{"finished": "x", "nbytes": 1}\n',
         json.dumps(HEAD).encode() + b'\n{"finished": "x"}\n',
         json.dumps(HEAD).encode() + b'\n{"finished": 1, "nbytes": 1}\n',
+        json.dumps(HEAD).encode() + b'\n{"filled": "not begun", "ranges": []}\n',
+        json.dumps(HEAD).encode() + BEGUN + b'{"filled": "a", "ranges": [[0, 1], [2]]}\n',
+        json.dumps(HEAD).encode() + BEGUN + b'{"filled": "a", "ranges": [[5, 5]]}\n',
+        json.dumps(HEAD).encode() + BEGUN + b'{"filled": "a", "ranges": [["0", 1]]}\n',
+        json.dumps(HEAD).encode() + b'\n{"sent": "a", "receipt": "r"}\n',
     ],
 )
 def test_a_garbled_journal_is_refused_with_the_way_out(tmp_path: Path, content: bytes) -> None:
@@ -89,8 +154,8 @@ def test_a_garbled_journal_is_refused_with_the_way_out(tmp_path: Path, content: 
 
 
 def test_another_version_is_refused_by_number(tmp_path: Path) -> None:
-    (tmp_path / "journal").write_text(json.dumps({**HEAD, "version": 2}) + "\n")
-    with pytest.raises(OutputError, match=r"journal version 2, this one writes 1.*--restart"):
+    (tmp_path / "journal").write_text(json.dumps({**HEAD, "version": 1}) + "\n")
+    with pytest.raises(OutputError, match=r"journal version 1, this one writes 2.*--restart"):
         read_journal(tmp_path / "journal")
 
 
@@ -120,5 +185,12 @@ def test_a_changed_source_is_told_by_its_first_changed_file(
     tmp_path: Path, files: tuple[SourceFile, ...], said: str
 ) -> None:
     with pytest.raises(OutputError) as caught:
-        require_same(RUN, Run("1" * 64, "8" * 64, files), tmp_path)
+        require_same(RUN, Run("1" * 64, "8" * 64, files, RUN.origin), tmp_path)
     assert f"the source changed since the interrupted run: {said}; --restart" in str(caught.value)
+
+
+def test_a_commit_that_was_pruned_is_named_where_another_is_there_now(tmp_path: Path) -> None:
+    now = Run("1" * 64, "8" * 64, (A,), "hf://org/name@def")
+    said = r"gone; --model hf://org/name@abc goes on with it, --restart starts over$"
+    with pytest.raises(OutputError, match=said):
+        require_same(RUN, now, tmp_path)

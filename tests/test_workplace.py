@@ -33,7 +33,7 @@ def interrupted(out: Path) -> Path:
         place.open_journal(RUN, restart=False) as journal,
     ):
         finish(place, "sub/one", b"1111")
-        journal.add("sub/one", 4)
+        journal.finish("sub/one", 4)
         place.begin_file("two").write_bytes(b"half")
         raise ZeroDivisionError
     return place.folder
@@ -72,10 +72,10 @@ def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_and_a_restart_starts_over(tmp_path: Path) -> None:
     interrupted(tmp_path / "OUT")
     with hold(tmp_path / "OUT", native()) as place, place.open_journal(RUN, False) as journal:
-        assert journal.finished == {"sub/one": 4}
+        assert journal.done.finished == {"sub/one": 4}
         assert place.has("sub/one", 4, b"11")
     with hold(tmp_path / "OUT", native()) as place, place.open_journal(RUN, True) as journal:
-        assert journal.finished == {}
+        assert journal.done.finished == {}
         assert not place.has("sub/one", 4, b"11")
 
 
@@ -101,7 +101,7 @@ def test_the_place_of_another_command_is_refused_untouched(tmp_path: Path) -> No
         place.open_journal(other, restart=False)
     assert tree(folder) == before
     with hold(tmp_path / "OUT", native()) as place, place.open_journal(other, True) as journal:
-        assert journal.finished == {}
+        assert journal.done.finished == {}
 
 
 def test_an_existing_out_is_refused_even_where_it_is_a_dangling_link(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -18,12 +19,19 @@ from shardsurgeon.cli.options import (
     selection_options,
     shard_size,
 )
-from shardsurgeon.cli.output import byte_bar, print_json, print_lines
+from shardsurgeon.cli.output import byte_bar, print_json, print_lines, shows_progress
 from shardsurgeon.cli.plantext import note_lines, outcome_lines, plan_lines, title
+from shardsurgeon.cli.push import push_lines, served
+from shardsurgeon.cli.pushoptions import destination, push_options
 from shardsurgeon.cli.tables import as_typed, counted, fact
 from shardsurgeon.counts import SelectionRequest
+from shardsurgeon.errors import UsageError
 from shardsurgeon.reports import ApplyReport, VerifyReport
-from shardsurgeon.units import format_size
+from shardsurgeon.units import format_size, parse_size
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_size(text, parameter.opts[0])
 
 
 @click.command("apply")
@@ -62,6 +70,19 @@ from shardsurgeon.units import format_size
 )
 @click.option("--dry-run", is_flag=True, help="Say what would happen and write nothing.")
 @click.option("--restart", is_flag=True, help="Start over instead of resuming in OUT.partial.")
+@click.option("--push-to-hub", metavar="REPO_ID", help="Push the result, with a model card.")
+@click.option(
+    "--stream-push",
+    metavar="REPO_ID",
+    help="Push every shard when it is finished and keep none: OUT never appears.",
+)
+@click.option(
+    "--disk-budget",
+    metavar="SIZE",
+    callback=_size,
+    help="Disk for shards on their way, such as 20GB.  [default: four of the largest]",
+)
+@push_options
 @progress_option
 @json_option
 def apply_command(
@@ -75,6 +96,10 @@ def apply_command(
     verify: bool,
     dry_run: bool,
     restart: bool,
+    push_to_hub: str | None,
+    stream_push: str | None,
+    disk_budget: int | None,
+    pushed: dict[str, Any],
     progress: bool | None,
     as_json: bool,
 ) -> None:
@@ -91,24 +116,32 @@ def apply_command(
       shardsurgeon apply scores.pt --keep 72 --model /models/Kimi-K2.5
       shardsurgeon apply scores.pt --target-size 122GB -o /models/small
       shardsurgeon apply --plan plan.json --max-shard-size 5GB
+      shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
     from shardsurgeon import operations
 
     request = only_one(requests)
+    repo_id = _repository(push_to_hub, stream_push, disk_budget)
+    place = destination(repo_id, pushed)
     with byte_bar(progress) as bar:
-        report = operations.apply(
-            model,
-            scores,
-            request,
-            out=out,
-            max_shard_nbytes=max_shard_nbytes,
-            workers=workers,
-            verify=verify,
-            dry_run=dry_run,
-            restart=restart,
-            progress=bar.on_progress if bar else None,
-            family=family,
-        )
+        how: dict[str, Any] = {
+            "out": out,
+            "max_shard_nbytes": max_shard_nbytes,
+            "workers": workers,
+            "verify": verify,
+            "dry_run": dry_run,
+            "restart": restart,
+            "progress": bar.on_progress if bar else None,
+            "family": family,
+        }
+        if place is None:
+            report = operations.apply(model, scores, request, **how)
+        else:
+            from shardsurgeon import publishing
+
+            how |= {"stream": stream_push is not None, "disk_budget": disk_budget}
+            how |= {"bars": shows_progress(progress)}
+            report = publishing.apply(model, scores, request, place, **how)
     try:
         if as_json:
             print_json(asdict(report))
@@ -120,8 +153,19 @@ def apply_command(
         raise
 
 
+def _repository(push_to_hub: str | None, stream_push: str | None, budget: int | None) -> str | None:
+    """The repository that the words name, if they do."""
+    if budget is not None and stream_push is None:
+        problem = "is for shards that leave the disk"
+        raise UsageError("--disk-budget", problem, "say where to with --stream-push REPO_ID")
+    if push_to_hub and stream_push and push_to_hub != stream_push:
+        problem = f"says {stream_push}, --push-to-hub says {push_to_hub}"
+        raise UsageError("--stream-push", problem, "one repository is enough")
+    return stream_push if stream_push is not None else push_to_hub
+
+
 def _lines(report: ApplyReport) -> Iterator[str]:
-    if report.dry_run or report.out is None:
+    if report.dry_run:
         yield from plan_lines(report.plan)
         yield ""
         yield "Dry run: nothing was written."
@@ -129,8 +173,14 @@ def _lines(report: ApplyReport) -> Iterator[str]:
     yield title(report.plan)
     yield ""
     yield from outcome_lines(report.plan)
-    yield from fact("written", f"{report.out}: {_written(report)}")
+    if report.out is not None:
+        yield from fact("written", f"{report.out}: {_written(report)}")
+    else:
+        yield from fact("streamed", _written(report))
+    if report.bytes_downloaded:
+        yield from fact("downloaded", format_size(report.bytes_downloaded))
     yield from _checked(report.verification)
+    yield from push_lines(report.push) if report.push else ()
     yield from note_lines(report.plan.notes)
     yield from _next(report)
 
@@ -156,11 +206,13 @@ def _checked(check: VerifyReport | None) -> list[str]:
 
 def _next(report: ApplyReport) -> Iterator[str]:
     """Commands to copy, each on a line of its own however long it gets."""
-    out, check = str(report.out), report.verification
-    source = "SOURCE" if check is None else as_typed(check.source)
+    out, check = report.out, report.verification
+    source = report.source or (check.source if check else "")
     yield ""
-    yield "Compare every byte:"
-    yield f"  shardsurgeon verify {source} {as_typed(out)}"
-    if report.plan.stock_engines:
+    if out is not None:
+        yield "Compare every byte:"
+        yield f"  shardsurgeon verify {as_typed(source) if source else 'SOURCE'} {as_typed(out)}"
+    place = served(report.push) if report.push else out and f"vllm serve {as_typed(out)}"
+    if report.plan.stock_engines and place:
         yield "Serve:"
-        yield f"  vllm serve {as_typed(out)}"
+        yield f"  {place}"

@@ -19,6 +19,7 @@ from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.output import let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
+from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.verify import verify_command
 from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError
@@ -53,7 +54,14 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
-    commands=[inspect_command, plan_command, apply_command, verify_command, scores_commands],
+    commands=[
+        inspect_command,
+        plan_command,
+        apply_command,
+        verify_command,
+        push_command,
+        scores_commands,
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     invoke_without_command=True,
     subcommand_metavar="COMMAND ...",
@@ -129,7 +137,7 @@ def describe(error: Exception) -> tuple[str, int]:
 def _stop(stopped: Stopped) -> int:
     # A note says that the command had just done its work.
     notes = getattr(stopped, "__notes__", [])
-    if stopped.command == apply_command.name:
+    if stopped.command in (apply_command.name, push_command.name):
         notes = notes or ["the same command resumes"]
     _say("; ".join(["stopped", *notes[:1]]))
     return stopped.exit_status

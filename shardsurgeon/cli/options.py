@@ -51,7 +51,8 @@ def model_option(command: Command) -> Command:
     return click.option(
         "--model",
         metavar="MODEL",
-        help="Folder of the checkpoint.  [default: the current folder]",
+        help="The checkpoint: a folder, org/name[@revision] on the Hugging Face Hub, or a URL"
+        " (s3://, gs://, https://).  [default: the current folder]",
     )(command)
 
 

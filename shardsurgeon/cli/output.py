@@ -67,6 +67,7 @@ class ByteBar:
         self.on_bytes(progress.done, progress.total, progress.resumed)
         if self._bar is not None:
             shards = f"{progress.shards_done}/{progress.shards_total} shards"
+            shards += f", {progress.shards_sent} sent" if progress.shards_sent else ""
             self._bar.set_description_str(shards, refresh=False)
 
     def on_bytes(self, done: int, total: int, resumed: int = 0) -> None:
@@ -90,14 +91,15 @@ class ByteBar:
             self._bar.close()
 
 
+def shows_progress(asked: bool | None) -> bool:
+    """Whether to show bars. asked: what the user wants; None: where stderr is a terminal."""
+    return sys.stderr.isatty() if asked is None else asked
+
+
 @contextmanager
 def byte_bar(asked: bool | None) -> Iterator[ByteBar | None]:
-    """A bar for the time of a `with`; None where nobody would see it.
-
-    asked: whether the user wants one; None: where stderr is a terminal.
-    """
-    shown = sys.stderr.isatty() if asked is None else asked
-    if not shown:
+    """A bar for the time of a `with`; None where nobody would see it. asked: as above."""
+    if not shows_progress(asked):
         yield None
         return
     bar = ByteBar()

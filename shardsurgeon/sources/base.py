@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+# What tools leave beside a model and is no part of it.
+SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
+# What a stream hands over at most at a time.
+PIECE_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +29,11 @@ class SourceFile:
 
 
 class Source(Protocol):
-    """A read-only tree of files. Implementations never write and never follow `..`."""
+    """A read-only tree of files, for several threads at once.
+
+    Implementations never write and never follow `..`. One that has something to say to the user
+    about what it found has a property `notes`, a tuple of lines, as well.
+    """
 
     @property
     def name(self) -> str:
@@ -40,17 +50,44 @@ class Source(Protocol):
         """The commit it is pinned to, where the place knows commits."""
         ...
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether every read travels a network: read exactly what is needed, several at once."""
+        ...
+
     def list(self) -> tuple[SourceFile, ...]:
         """Every file, sorted by name. Raises CheckpointError where the place does not exist."""
         ...
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file.
+        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
+        ...
 
-        Raises SourceReadError where the file is missing or shorter than `end`.
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The bytes [begin, end) of a file, piece by piece as they arrive, 1 MiB at most.
+
+        A remote place is asked for all of them at once; what is cut goes on where it stopped.
+        While it waits for another try it yields empty pieces, so that who asked can end it.
+
+        Raises SourceReadError where the file is missing or shorter than `end`,
+        SourceChangedError where its size or stamp is no longer the listed one, and NetworkError
+        where trying again did not help.
         """
         ...
 
     def local_path(self, name: str) -> Path | None:
         """The file's path on this machine, where it has one: lets the kernel move its bytes."""
         ...
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name is none inside its place, on the system that this runs on."""
+    path = Path(name)
+    return bool(
+        path.is_absolute() or path.drive or ".." in path.parts or "\0" in name or not path.parts
+    )
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file lies in a folder that tools leave beside a model."""
+    return not SKIPPED_FOLDERS.isdisjoint(name.split("/")[:-1])

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import NoReturn
 
 from shardsurgeon.durable import read_exact, reading
 from shardsurgeon.errors import CheckpointError
-from shardsurgeon.sources.base import SourceFile
-
-# What tools leave beside a model and is no part of it.
-SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
+from shardsurgeon.sources.base import PIECE_NBYTES, SKIPPED_FOLDERS, SourceFile, leads_out
 
 
 class LocalSource:
@@ -57,6 +55,11 @@ class LocalSource:
         """The commit of a cache snapshot, else None."""
         return self._revision
 
+    @property
+    def is_remote(self) -> bool:
+        """False."""
+        return False
+
     def list(self) -> tuple[SourceFile, ...]:
         """Every file below the folder, sorted by name.
 
@@ -77,16 +80,19 @@ class LocalSource:
         with reading(path), FileIO(path) as file:
             return read_exact(file, begin, end, path)
 
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The same bytes, piece by piece."""
+        return pieces_of(self.local_path(name), begin, end)
+
     def local_path(self, name: str) -> Path:
         """The file's path. Raises CheckpointError where the name leads out of the folder."""
-        parts = Path(name)
-        if parts.is_absolute() or parts.drive or ".." in parts.parts or "\0" in name:
+        if leads_out(name):
             raise CheckpointError(
                 self._location,
                 f"file name {name!r} leads out of the folder",
                 "fetch it again",
             )
-        return self._folder / parts
+        return self._folder / name
 
     def _require_folder(self) -> None:
         if not self._folder.exists():
@@ -121,6 +127,15 @@ class LocalSource:
         name = path.relative_to(self._folder).as_posix()
         # Reading and hard-linking leave both parts alone; writing and replacing do not.
         return SourceFile(name, status.st_size, f"{status.st_mtime_ns}:{status.st_ino}")
+
+
+def pieces_of(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes [begin, end) of a file on this machine. Raises SourceReadError."""
+    with reading(path):
+        file = FileIO(path)
+    with file:
+        for at in range(begin, end, PIECE_NBYTES):
+            yield read_exact(file, at, min(at + PIECE_NBYTES, end), path)
 
 
 def _identity(folder: Path) -> tuple[str, str | None]:

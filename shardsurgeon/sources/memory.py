@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from shardsurgeon.errors import SourceReadError
-from shardsurgeon.sources.base import SourceFile
+from shardsurgeon.sources.base import PIECE_NBYTES, SourceFile
 
 
 class MemorySource:
     """Files given as bytes. The mapping is not copied, so a test may change it under a run."""
 
-    def __init__(self, files: Mapping[str, bytes], name: str = "memory") -> None:
-        """files: name (with forward slashes) → content."""
+    def __init__(
+        self, files: Mapping[str, bytes], name: str = "memory", *, remote: bool = False
+    ) -> None:
+        """files: name (with forward slashes) → content; remote: stands for a far place."""
         self._files = files
         self._name = name
+        self._remote = remote
 
     @property
     def name(self) -> str:
@@ -32,6 +35,11 @@ class MemorySource:
     def revision(self) -> str | None:
         """None: memory knows no commits."""
         return None
+
+    @property
+    def is_remote(self) -> bool:
+        """What it was told to be."""
+        return self._remote
 
     def list(self) -> tuple[SourceFile, ...]:
         """Every file, sorted by name; the stamp is a digest of the content."""
@@ -49,6 +57,11 @@ class MemorySource:
         if end > len(data):
             raise SourceReadError(where, f"ends at byte {len(data):,}, byte {end:,} was expected")
         return data[begin:end]
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The same bytes, piece by piece."""
+        for at in range(begin, end, PIECE_NBYTES):
+            yield self.read(name, at, min(at + PIECE_NBYTES, end))
 
     def local_path(self, name: str) -> Path | None:
         """None: nothing here lies on a disk."""

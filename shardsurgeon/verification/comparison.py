@@ -137,10 +137,11 @@ class _Run:
         limit = self._sampling.nbytes
         if limit is None or pair.nbytes <= limit:
             return pair.stretches()
+        size = max(min(BLOCK_NBYTES, limit), 1)
         blocks = [
-            (old + done, new + done, min(BLOCK_NBYTES, nbytes - done))
+            (old + done, new + done, min(size, nbytes - done))
             for old, new, nbytes in pair.stretches()
-            for done in range(0, nbytes, BLOCK_NBYTES)
+            for done in range(0, nbytes, size)
         ]
         mean = sum(nbytes for *_, nbytes in blocks) / len(blocks)
         count = min(max(int(limit / mean), 1), len(blocks))

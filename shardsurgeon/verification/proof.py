@@ -1,4 +1,4 @@
-"""One verification from beginning to end: both folders in, a report out."""
+"""One verification from beginning to end: both models in, a report out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from shardsurgeon.anatomy import read_anatomy
 from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import CheckpointError, InputError
 from shardsurgeon.reports import VerifyReport
+from shardsurgeon.sources.base import Source
 from shardsurgeon.verification.comparison import Compared, Progress, Sampling, compare_bytes
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import check_layers, read_keeps
@@ -24,7 +25,7 @@ _MOST_WORKERS = 4
 
 def verify_checkpoint(
     source: Checkpoint | str | PathLike[str],
-    pruned: str | PathLike[str],
+    pruned: str | PathLike[str] | Source,
     *,
     sample: int | None = None,
     sample_nbytes: int | None = None,
@@ -32,17 +33,18 @@ def verify_checkpoint(
     workers: int = 0,
     on_progress: Progress | None = None,
 ) -> VerifyReport:
-    """Compare a pruned folder with the model it was made of.
+    """Compare a pruned model, a folder or wherever it lies, with the model it was made of.
 
     sample: compare the bytes of so many tensors per shard, chosen by `seed`, and of each at most
     `sample_nbytes`; None compares all. Names, shapes, headers, index, config, side files and
     metadata are compared whole in any case. workers: threads that read, 0 for as many as suit
     the machine.
 
-    What is wrong with the pruned folder is in the report. Raises CheckpointError and FamilyError
-    for a source that cannot be read as a model, and where `pruned` is no folder.
+    What is wrong with the pruned model is in the report. Raises CheckpointError and FamilyError
+    for a source that cannot be read as a model, and where the path `pruned` is no folder.
     """
-    if not Path(pruned).is_dir():
+    place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
+    if isinstance(pruned, str | PathLike) and not Path(pruned).is_dir():
         raise CheckpointError(pruned, "is no folder", "give the folder that apply wrote")
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     anatomy = read_anatomy(before)
@@ -53,7 +55,7 @@ def verify_checkpoint(
         tensors = after.num_tensors
         keeps = read_keeps(before, anatomy, after, findings)
     except InputError as error:
-        # The folder is what is on trial: what cannot be read is a finding, not bad input.
+        # The result is what is on trial: what cannot be read is a finding, not bad input.
         findings.add(error.where, error.problem)
         keeps = None
     if keeps is not None:
@@ -71,7 +73,7 @@ def verify_checkpoint(
         )
     return VerifyReport(
         source=before.location,
-        pruned=fspath(pruned),
+        pruned=place,
         sampled=sample,
         tensors=tensors,
         tensors_compared=compared.tensors,

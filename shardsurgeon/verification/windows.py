@@ -57,6 +57,7 @@ class SideBySide:
 
         Raises SourceReadError, naming the file, where either side cannot be read.
         """
+        self._source.expect(source_file, source_begin, nbytes)
         done = 0
         while done < nbytes:
             size = min(BLOCK_NBYTES, nbytes - done)
@@ -109,6 +110,24 @@ def _trusting() -> Iterator[None]:
         raise SourceReadError(error.where, error.problem, "let no one write to it") from error
 
 
+class _Arriving:
+    """A stream, taken from in parts of any size. at: the byte of the file that comes next."""
+
+    def __init__(self, pieces: Iterator[bytes], begin: int) -> None:
+        self.at = begin
+        self._pieces = pieces
+        self._rest = b""
+
+    def take(self, nbytes: int) -> bytes:
+        """The next `nbytes`. Raises what the stream raises."""
+        data = bytearray(self._rest)
+        while len(data) < nbytes:
+            data += next(self._pieces)
+        self._rest = bytes(data[nbytes:])
+        self.at += nbytes
+        return bytes(data[:nbytes])
+
+
 class _Window:
     """A stretch of one file, held in a buffer that is used again and again."""
 
@@ -116,12 +135,23 @@ class _Window:
         self.buffer = bytearray(BLOCK_NBYTES)
         self.view = memoryview(self.buffer)
         self._source = checkpoint.source
+        # Over a network what is not needed is not read.
+        self._ahead = 0 if checkpoint.source.is_remote else _AHEAD_NBYTES
         self._sizes = {file.name: file.nbytes for file in checkpoint.files}
         self._system = default_system()
         self._handle: FileIO | None = None
         self._file: str | None = None
         self._begin = self._end = 0
         self._was_in_memory = True
+        self._arriving: _Arriving | None = None
+
+    def expect(self, file: str, begin: int, nbytes: int) -> None:
+        """Have it on the way that is held next, block after block: over a network, in one go."""
+        if file != self._file:
+            self._turn_to(file)
+        self._arriving = None
+        if self._source.is_remote and self._handle is None and nbytes > BLOCK_NBYTES:
+            self._arriving = _Arriving(self._source.stream(file, begin, begin + nbytes), begin)
 
     def hold(self, file: str, begin: int, nbytes: int) -> int:
         """Have the bytes [begin, begin + nbytes) of a file in the buffer; where in it they begin.
@@ -131,12 +161,13 @@ class _Window:
         if file != self._file:
             self._turn_to(file)
         if begin < self._begin or begin + nbytes > self._end:
-            ahead = min(_AHEAD_NBYTES, self._sizes[file] - begin)
+            ahead = min(self._ahead, self._sizes[file] - begin)
             self._fill(file, begin, max(nbytes, ahead))
         return begin - self._begin
 
     def pieces(self, file: str, begin: int, nbytes: int) -> Iterator[bytes]:
         """The bytes [begin, begin + nbytes) of a file, block after block."""
+        self.expect(file, begin, nbytes)
         for done in range(0, nbytes, BLOCK_NBYTES):
             size = min(BLOCK_NBYTES, nbytes - done)
             at = self.hold(file, begin + done, size)
@@ -151,6 +182,7 @@ class _Window:
     def _turn_to(self, file: str) -> None:
         self.close()
         self._file, self._handle, self._begin, self._end = file, None, 0, 0
+        self._arriving = None
         path = self._source.local_path(file)
         if path is not None:
             with reading(path):
@@ -160,7 +192,10 @@ class _Window:
         part = self.view[:nbytes]
         if self._handle is None:
             self._begin = self._end = begin
-            part[:] = self._source.read(file, begin, begin + nbytes)
+            if self._arriving is not None and self._arriving.at == begin:
+                part[:] = self._arriving.take(nbytes)
+            else:
+                part[:] = self._source.read(file, begin, begin + nbytes)
         else:
             self._forget(self._handle, begin)
             self._begin = self._end = begin

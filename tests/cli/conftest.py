@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardsurgeon import operations
+from shardsurgeon import operations, publishing
 from shardsurgeon.cli.main import main
 from tests.cli.standins import Ended, FakeOperations, Run
 
@@ -14,6 +14,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     operations_ = FakeOperations()
     for name in ("inspect", "plan", "apply", "verify", "scores_from_router"):
         monkeypatch.setattr(operations, name, operations_.answer(name))
+    monkeypatch.setattr(publishing, "push", operations_.answer("push"))
+    monkeypatch.setattr(publishing, "apply", operations_.answer("apply_and_push"))
     return operations_
 
 

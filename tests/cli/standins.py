@@ -15,6 +15,7 @@ from shardsurgeon.reports import (
     InspectReport,
     LayerReport,
     PlanReport,
+    PushReport,
     RouterScoresReport,
     ScoreLayerReport,
     VerifyReport,
@@ -92,6 +93,22 @@ APPLIED = ApplyReport(
     verification=VERIFIED,
 )
 
+PUSHED = PushReport(
+    repo_id="me/Kimi-K2.5-REAP-65pct",
+    url="https://huggingface.co/me/Kimi-K2.5-REAP-65pct",
+    revision="main",
+    commit="0123456789abcdef0123456789abcdef01234567",
+    pull_request=None,
+    created=True,
+    files=74,
+    nbytes=200_000_500_000,
+    removed=(),
+    seconds=2000.0,
+    notes=(),
+)
+
+APPLIED_AND_PUSHED = replace(APPLIED, push=PUSHED)
+
 SCORED = RouterScoresReport(
     model="GLM-4.5",
     norm="l2",
@@ -114,6 +131,8 @@ class FakeOperations:
     apply: Any = APPLIED
     verify: Any = VERIFIED
     scores_from_router: Any = SCORED
+    push: Any = PUSHED
+    apply_and_push: Any = APPLIED_AND_PUSHED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def answer(self, name: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from shardsurgeon.cli.main import cli
 from tests.cli.standins import Run, in_python
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "plan", "apply", "verify", "scores"]
+COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores"]
 WORDS = [*((name,) for name in COMMANDS), ("scores", "from-router")]
 
 

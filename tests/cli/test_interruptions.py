@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon import operations
+from shardsurgeon import proving
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import VerificationError
 from tests.cli.standins import ROOT
@@ -36,7 +36,7 @@ def interrupt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise VerificationError("out", "stopped by the test")
 
     with monkeypatch.context() as patched:
-        patched.setattr(operations, "verify_checkpoint", stop)
+        patched.setattr(proving, "verify_checkpoint", stop)
         assert main(words(model)) == 1
     assert not (model.parent / "out").exists()
     assert (model.parent / "out.partial").is_dir()

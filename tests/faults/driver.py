@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from shardsurgeon import filling
 from shardsurgeon import system as systems
 from shardsurgeon.cli.main import main
 
@@ -32,7 +34,9 @@ class Fault:
     (this call and all later ones move at most 7 bytes); `end` (reads find the end of the file);
     `replace`, `truncate`, `grow` or `remove` (done to `victim`); `no files` (the process may
     open no more files). portable: without the kernel's copy; ample: free space is not asked.
-    counted: a file that receives how many calls there were.
+    counted: a file that receives how many calls there were. batch: how many bytes a worker asks
+    of a network at a time, so that small checkpoints take as many requests as big ones; hasty:
+    without pauses between the tries at a request.
     """
 
     what: str = ""
@@ -43,6 +47,8 @@ class Fault:
     portable: bool = False
     ample: bool = False
     counted: str = ""
+    batch: int = 0
+    hasty: bool = False
 
 
 class FaultySystem:
@@ -120,6 +126,16 @@ def _open_no_more_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
 
 
+def _make_hasty() -> None:
+    from shardsurgeon.sources import retrying
+
+    def at_once(seconds: float) -> Iterator[bytes]:
+        yield b""
+
+    retrying._waiting = at_once
+    retrying.time = SimpleNamespace(sleep=lambda seconds: None)  # type: ignore[assignment]
+
+
 def run(spec: str, words: list[str]) -> int:
     """The command's exit status."""
     fault = Fault(**json.loads(spec))
@@ -127,6 +143,10 @@ def run(spec: str, words: list[str]) -> int:
     faulty = FaultySystem(fault)
     system = faulty.wrapped(real)
     systems.native = lambda: system
+    if fault.batch:
+        filling.REMOTE_BATCH_NBYTES = fault.batch
+    if fault.hasty:
+        _make_hasty()
     # A shell that runs this harness in the background has SIGINT ignored, and children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = main(words)

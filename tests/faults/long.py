@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.faults.catalogue import CATALOGUE, Entry, Unavailable
+from tests.faults.network import BENCHES
 from tests.faults.trial import Bench, Ended, Lost
 
 
@@ -64,6 +65,19 @@ def sight(ended: Ended, bench: Bench) -> str:
     return f"`{line}` ({ended.status})"
 
 
+def try_out(entry: Entry, bench: Bench, options: argparse.Namespace) -> Row:
+    """One row, printed as soon as it is there."""
+    tries = max(1, round(entry.share * options.kills / 200))
+    row = Row(entry)
+    row.run(bench, tries, random.Random(f"{options.seed} {entry.name}"))
+    bench.clear()
+    print(row.line(), flush=True)
+    if options.verbose:
+        for line, count in sorted(row.seen.items()):
+            print(f"    {count} × {line}", file=sys.stderr)
+    return row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--kills", type=int, default=200)
@@ -73,23 +87,16 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="every sight of every fault")
     options = parser.parse_args()
     begun = time.monotonic()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.hidden, 2 * options.hidden // 3)
-        print("| fault | tries | lost | what the user sees (status) |", flush=True)
-        print("| --- | ---: | ---: | --- |")
-        for entry in CATALOGUE:
-            if options.only.lower() not in entry.name.lower():
-                continue
-            tries = max(1, round(entry.share * options.kills / 200))
-            row = Row(entry)
-            row.run(bench, tries, random.Random(f"{options.seed} {entry.name}"))
-            bench.clear()
-            print(row.line(), flush=True)
-            rows.append(row)
-            if options.verbose:
-                for line, count in sorted(row.seen.items()):
-                    print(f"    {count} × {line}", file=sys.stderr)
+    rows: list[Row] = []
+    print("| fault | tries | lost | what the user sees (status) |", flush=True)
+    print("| --- | ---: | ---: | --- |")
+    for make_bench, catalogue in [(Bench, CATALOGUE), *BENCHES]:
+        entries = [entry for entry in catalogue if options.only.lower() in entry.name.lower()]
+        if entries:
+            with tempfile.TemporaryDirectory() as folder:
+                bench = make_bench(Path(folder), options.hidden, 2 * options.hidden // 3)
+                rows += [try_out(entry, bench, options) for entry in entries]
+                bench.close()
     lost = [row for row in rows if row.problem]
     for row in lost:
         print(f"\n{row.entry.name}: {row.problem}", file=sys.stderr)

@@ -53,16 +53,29 @@ class Bench:
         self.place = folder / "place"
         self.place.mkdir(parents=True)
         write_checkpoint(self.model, hidden, width)
+        self.environment = ENVIRONMENT
+        self.address = str(self.model)
+        self.move_in(folder)
         self.source = contents(self.model)
         ended = self.run()
         if ended.status:
             raise Lost(ended.stderr)
-        self.reference = contents(self.out)
+        self.reference = self.result()
         self.clear()
+
+    def move_in(self, folder: Path) -> None:
+        """Make ready what else is needed; a checkpoint that is not here gets its address."""
+
+    def close(self) -> None:
+        """Let go of what was made ready."""
 
     @property
     def out(self) -> Path:
         return self.place / "out"
+
+    def result(self) -> State:
+        """What the command makes."""
+        return contents(self.out)
 
     def clear(self) -> None:
         """Empty the place."""
@@ -73,7 +86,7 @@ class Bench:
         """The command, without the program."""
         scores = str(self.model / "scores.pt")
         # The bytes are random, NaN among them, so that routers have no norm to score by.
-        given = ["--model", str(self.model), "--ratio", "0.5", "--mtp", "last"]
+        given = ["--model", self.address, "--ratio", "0.5", "--mtp", "last"]
         given += ["-o", str(self.out)]
         return ["apply", scores, *given, "--workers", "2", *more]
 
@@ -82,7 +95,7 @@ class Bench:
         begin = [str(DRIVER), json.dumps(fault)] if fault else ["-m", "shardsurgeon"]
         return subprocess.Popen(
             [sys.executable, *begin, *self.words(*more)],
-            env=ENVIRONMENT,
+            env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

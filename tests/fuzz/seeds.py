@@ -105,11 +105,17 @@ def provenances() -> list[bytes]:
 
 def journals() -> list[bytes]:
     """An interrupted run's journal."""
-    head = {"format": "shardsurgeon journal", "version": 1, "request": "r", "source": "s",
-            "source_files": [["a.safetensors", 5, "1:2"]]}  # fmt: skip
+    head = {"format": "shardsurgeon journal", "version": 2, "request": "r", "source": "s",
+            "origin": "", "source_files": [["a.safetensors", 5, "1:2"]]}  # fmt: skip
     done = {"finished": "a.safetensors", "nbytes": 3}
     line, more = json.dumps(head).encode() + b"\n", json.dumps(done).encode() + b"\n"
-    return [line, line + more, line + more[:-5]]
+    steps: list[dict[str, Any]] = [
+        {"begun": "b", "layout": "0f"},
+        {"filled": "b", "ranges": [[0, 3], [7, 9]]},
+        {"sent": "a.safetensors", "to": "hf://me/pruned", "receipt": "r"},
+    ]
+    parts = b"".join(json.dumps(step).encode() + b"\n" for step in steps)
+    return [line, line + more, line + more[:-5], line + more + parts]
 
 
 def keep_lists() -> list[bytes]:

@@ -199,3 +199,21 @@ def test_memory_lies_on_no_disk_and_its_stamp_follows_the_content() -> None:
     assert source.revision is None
     files["a"] = b"2"
     assert source.list() != before
+
+
+@pytest.mark.parametrize("make", [_local, _memory])
+def test_a_stream_brings_the_bytes_of_a_read_in_small_pieces(
+    model: Path, make: Callable[[Path], Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardsurgeon.sources.local.PIECE_NBYTES", 4)
+    monkeypatch.setattr("shardsurgeon.sources.memory.PIECE_NBYTES", 4)
+    source = make(model)
+    assert list(source.stream("sub/a.txt", 1, 10)) == [b"1234", b"5678", b"9"]
+    assert list(source.stream("sub/a.txt", 3, 3)) == []
+    assert not source.is_remote
+    with pytest.raises(SourceReadError, match="ends at byte 10, byte 11 was expected"):
+        list(source.stream("sub/a.txt", 8, 11))
+
+
+def test_memory_may_stand_for_a_far_place() -> None:
+    assert MemorySource({}, remote=True).is_remote

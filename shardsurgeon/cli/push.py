@@ -1,0 +1,85 @@
+"""`shardsurgeon push`: put a pruned model on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from shardsurgeon.cli.options import family_option, json_option, progress_option
+from shardsurgeon.cli.output import print_json, print_lines, shows_progress
+from shardsurgeon.cli.pushoptions import destination, push_options
+from shardsurgeon.cli.tables import as_typed, counted, fact
+from shardsurgeon.reports import PushReport
+from shardsurgeon.units import format_size
+
+
+@click.command("push")
+@click.argument("pruned")
+@click.argument("repo_id")
+@push_options
+@family_option
+@progress_option
+@json_option
+def push_command(
+    pruned: str,
+    repo_id: str,
+    pushed: dict[str, Any],
+    family: str | None,
+    progress: bool | None,
+    as_json: bool,
+) -> None:
+    """Put a pruned model on the Hugging Face Hub.
+
+    PRUNED is a folder that apply wrote, REPO_ID is org/name. Everything goes in
+    one commit, with a model card; the folder stays as it is. The same command
+    goes on after any interruption and uploads nothing twice. Log in with
+    `hf auth login`, or set HF_TOKEN.
+
+    \b
+    Examples:
+      shardsurgeon push Kimi-K2.5-REAP-65pct me/Kimi-K2.5-REAP-65pct
+      shardsurgeon push Kimi-K2.5-REAP-65pct me/pruned --private --revision 65pct
+    """
+    from shardsurgeon import publishing
+
+    place = destination(repo_id, pushed)
+    assert place is not None
+    report = publishing.push(pruned, place, family=family, bars=shows_progress(progress))
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_lines(pruned, report))
+
+
+def _lines(pruned: str, report: PushReport) -> Iterator[str]:
+    yield f"{pruned}: pushed to {report.repo_id}"
+    yield ""
+    yield from push_lines(report)
+    if (words := served(report)) is not None:
+        yield ""
+        yield "Serve:"
+        yield f"  {words}"
+
+
+def push_lines(report: PushReport) -> Iterator[str]:
+    """What a push came to."""
+    what = f"{counted(report.files, 'file')}, {format_size(report.nbytes)}"
+    yield from fact("pushed", f"{what} in {report.seconds:.1f} s")
+    where = "pull request" if report.pull_request else "new repository" if report.created else ""
+    yield from fact("to", f"{report.url}" + (f" ({where})" if where else ""))
+    yield from fact("commit", report.commit)
+    if report.removed:
+        yield from fact("removed", f"an earlier model's {', '.join(report.removed)}")
+    for note in report.notes:
+        yield from fact("note", note)
+
+
+def served(report: PushReport) -> str | None:
+    """The command that serves a model from where it was pushed to; None for a pull request."""
+    if report.revision is None:
+        return None
+    words = f"vllm serve {as_typed(report.repo_id)}"
+    return words if report.revision == "main" else f"{words} --revision {as_typed(report.revision)}"

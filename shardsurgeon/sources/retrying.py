@@ -1,0 +1,135 @@
+"""Trying again, with patience: what every remote source does about a bad network.
+
+A request that fails for a passing reason raises `Interrupted`. Here that becomes a pause and
+another try, which asks only for what is still missing, and in the end a NetworkError. Tries are
+counted anew with every byte that arrives: a slow or shaky line gets there, a dead one does not.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from shardsurgeon.errors import NetworkError, SourceReadError
+
+Result = TypeVar("Result")
+# Given the first byte that is missing: the bytes from there on, as they arrive.
+Request = Callable[[int], AbstractContextManager[Iterator[bytes]]]
+
+# How long a pause lasts before whoever waits is heard of.
+_HEARTBEAT_SECONDS = 0.25
+_AGAIN = "check the connection, then run the same command again"
+
+
+class Interrupted(Exception):
+    """A request failed, but may succeed the next time.
+
+    said: why, without addresses or secrets; wait: for how many seconds the server asked to be
+    left alone.
+    """
+
+    def __init__(self, said: str, wait: float = 0.0) -> None:
+        super().__init__(said)
+        self.said = said
+        self.wait = wait
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How often is tried, and how long is waited in between, in seconds.
+
+    tries: failures in a row, without a byte in between, after which it is given up; first_wait
+    doubles with each of them up to longest_wait; longest_asked: a server that asks to be left
+    alone for longer is not waited for.
+    """
+
+    tries: int = 10
+    first_wait: float = 0.5
+    longest_wait: float = 30.0
+    longest_asked: float = 600.0
+
+    def brief(self) -> Patience:
+        """For the first question to a place: who mistyped it should not wait for minutes."""
+        return replace(self, tries=min(self.tries, 4))
+
+
+class _Tries:
+    """The failures of one request, counted."""
+
+    def __init__(self, where: str, patience: Patience) -> None:
+        self._where = where
+        self._patience = patience
+        self.failed = 0
+
+    def pause(self, interruption: Interrupted) -> float:
+        """For how many seconds to wait now. Raises NetworkError where it is time to give up."""
+        self.failed += 1
+        patience, said = self._patience, interruption.said
+        if interruption.wait > patience.longest_asked:
+            problem = f"the server asks to wait {interruption.wait:,.0f} seconds ({said})"
+            raise NetworkError(
+                self._where, problem, "run the same command again then"
+            ) from interruption
+        if self.failed >= patience.tries:
+            problem = f"gave up after {self.failed} tries in a row ({said})"
+            raise NetworkError(self._where, problem, _AGAIN) from interruption
+        backoff = min(patience.first_wait * 2.0 ** (self.failed - 1), patience.longest_wait)
+        # Spread out, so that those who were cut together do not come back together.
+        return max(backoff * random.uniform(0.5, 1.0), interruption.wait * random.uniform(1, 1.05))
+
+
+def attempt(call: Callable[[], Result], where: str, patience: Patience) -> Result:
+    """What `call` returns, at the first try that is not Interrupted. Raises NetworkError."""
+    tries = _Tries(where, patience)
+    while True:
+        try:
+            return call()
+        except Interrupted as interruption:
+            time.sleep(tries.pause(interruption))
+
+
+def stream_pieces(
+    request: Request, where: str, begin: int, end: int, patience: Patience
+) -> Iterator[bytes]:
+    """The bytes [begin, end), whatever happens to single requests; empty pieces while it waits.
+
+    Raises NetworkError, and SourceReadError where a request gives more than it was asked for.
+    """
+    tries = _Tries(where, patience)
+    at = begin
+    while at < end:
+        try:
+            with request(at) as pieces:
+                for piece in pieces:
+                    if not piece:
+                        continue
+                    if len(piece) > end - at:
+                        raise SourceReadError(where, f"byte {end:,} was not asked for and came")
+                    tries.failed = 0
+                    at += len(piece)
+                    yield piece
+            if at < end:
+                raise Interrupted(f"the answer ended at byte {at:,} of {end:,}")
+        except Interrupted as interruption:
+            yield from _waiting(tries.pause(interruption))
+
+
+def read_pieces(pieces: Iterator[bytes], nbytes: int) -> bytes:
+    """What a stream of `nbytes` gives, in one."""
+    data = bytearray(nbytes)
+    filled = 0
+    for piece in pieces:
+        data[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return bytes(data)
+
+
+def _waiting(seconds: float) -> Iterator[bytes]:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _HEARTBEAT_SECONDS))
+        yield b""

@@ -1,0 +1,82 @@
+"""Patience: how long is waited, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from shardsurgeon.errors import NetworkError, SourceReadError
+from shardsurgeon.sources import retrying
+from shardsurgeon.sources.retrying import Interrupted, Patience, attempt, stream_pieces
+
+DATA = bytes(range(200))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every pause, which then takes none."""
+    pauses: list[float] = []
+    monkeypatch.setattr(retrying.time, "sleep", pauses.append)
+    return pauses
+
+
+def failing(times: int, wait: float = 0.0) -> Callable[[], str]:
+    tries = iter(range(times))
+
+    def call() -> str:
+        if next(tries, None) is not None:
+            raise Interrupted("busy", wait)
+        return "done"
+
+    return call
+
+
+def test_pauses_double_up_to_the_longest_and_are_spread_out(waits: list[float]) -> None:
+    patience = Patience(tries=10, first_wait=1, longest_wait=8)
+    assert attempt(failing(7), "x", patience) == "done"
+    for wait, longest in zip(waits, [1, 2, 4, 8, 8, 8, 8], strict=True):
+        assert longest / 2 <= wait <= longest
+    assert len(set(waits)) == 7
+
+
+def test_what_the_server_asks_for_is_the_least(waits: list[float]) -> None:
+    assert attempt(failing(3, wait=5), "x", Patience(first_wait=1)) == "done"
+    assert all(5 <= wait <= 5.25 for wait in waits)
+    waits.clear()
+    assert attempt(failing(3, wait=0.01), "x", Patience(first_wait=1)) == "done"
+    assert all(wait >= 0.5 for wait in waits)
+
+
+def test_it_is_given_up_after_so_many_tries(waits: list[float]) -> None:
+    with pytest.raises(NetworkError, match=r"x: gave up after 4 tries in a row \(busy\)"):
+        attempt(failing(99), "x", Patience().brief())
+    assert len(waits) == 3
+
+
+def in_steps(*steps: int) -> Callable[[int], object]:
+    """Requests that bring so many bytes each, and are cut then."""
+    left = list(steps)
+
+    @contextmanager
+    def request(at: int) -> Iterator[Iterator[bytes]]:
+        nbytes = left.pop(0)
+        yield iter([DATA[at : at + nbytes]])
+
+    return request
+
+
+QUICK = Patience(tries=4, first_wait=0.001)
+
+
+def test_every_byte_renews_patience() -> None:
+    request = in_steps(0, 1, 0, 1, 0, 0, 198)
+    pieces = stream_pieces(request, "x", 0, 200, QUICK)  # type: ignore[arg-type]
+    assert b"".join(pieces) == DATA
+
+
+def test_a_surplus_byte_is_refused() -> None:
+    pieces = stream_pieces(in_steps(11), "x", 0, 10, QUICK)  # type: ignore[arg-type]
+    with pytest.raises(SourceReadError, match="byte 10 was not asked for and came"):
+        list(pieces)

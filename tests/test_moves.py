@@ -1,0 +1,137 @@
+"""Shards as moves: joined, in source order, cut into batches that cover every byte once."""
+
+from collections.abc import Iterable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardsurgeon.moves import Move, batches, joined, remaining, shard_moves
+from shardsurgeon.surgeryplan import Literal, OutputShard, OutputTensor, Segment
+
+
+def shard(*pieces: Segment | Literal) -> OutputShard:
+    """One tensor per piece; the header is the two bytes HH."""
+    tensors = [OutputTensor(f"t{n}", "U8", (p.nbytes,), (p,)) for n, p in enumerate(pieces)]
+    return OutputShard("out.safetensors", b"HH", tuple(tensors))
+
+
+def test_segments_that_follow_one_another_on_both_sides_are_joined() -> None:
+    pieces = [Segment("a", 10, 5), Segment("a", 15, 5), Segment("a", 20, 1), Segment("a", 30, 4)]
+    assert shard_moves(shard(*pieces)) == [
+        Move(Literal(b"HH"), 0),
+        Move(Segment("a", 10, 11), 2),
+        Move(Segment("a", 30, 4), 13),
+    ]
+
+
+def test_an_empty_tensor_between_two_does_not_keep_them_apart() -> None:
+    pieces: list[Segment | Literal]
+    pieces = [Segment("a", 10, 5), Segment("b", 0, 0), Literal(b""), Segment("a", 15, 5)]
+    assert shard_moves(shard(*pieces))[1:] == [Move(Segment("a", 10, 10), 2)]
+
+
+def test_a_literal_between_two_keeps_them_apart() -> None:
+    pieces: list[Segment | Literal]
+    pieces = [Segment("a", 10, 5), Literal(b"x"), Segment("a", 15, 5)]
+    assert shard_moves(shard(*pieces))[1:] == [
+        Move(Literal(b"x"), 7),
+        Move(Segment("a", 10, 5), 2),
+        Move(Segment("a", 15, 5), 8),
+    ]
+
+
+def test_the_same_offset_of_another_file_does_not_follow() -> None:
+    pieces = [Segment("a", 10, 5), Segment("b", 15, 5)]
+    assert shard_moves(shard(*pieces))[1:] == [
+        Move(Segment("a", 10, 5), 2),
+        Move(Segment("b", 15, 5), 7),
+    ]
+
+
+def test_ranges_are_read_in_source_order_whatever_their_place_in_the_shard() -> None:
+    pieces = [Segment("b", 0, 1), Segment("a", 90, 2), Segment("a", 10, 3)]
+    assert shard_moves(shard(*pieces))[1:] == [
+        Move(Segment("a", 10, 3), 5),
+        Move(Segment("a", 90, 2), 3),
+        Move(Segment("b", 0, 1), 2),
+    ]
+
+
+def test_long_moves_are_cut_and_short_ones_share_a_batch() -> None:
+    moves = [Move(Literal(b"HH"), 0), Move(Segment("a", 100, 25), 2), Move(Segment("a", 0, 4), 27)]
+    assert batches(moves, 10) == [
+        (Move(Literal(b"HH"), 0),),
+        (Move(Segment("a", 100, 10), 2),),
+        (Move(Segment("a", 110, 10), 12),),
+        (Move(Segment("a", 120, 5), 22), Move(Segment("a", 0, 4), 27)),
+    ]
+
+
+def test_an_empty_file_is_one_batch_that_moves_nothing() -> None:
+    assert batches([Move(Segment("a", 0, 0), 0)], 10) == [(Move(Segment("a", 0, 0), 0),)]
+    assert batches([], 10) == []
+
+
+_pieces = st.lists(
+    st.one_of(
+        st.builds(Segment, st.sampled_from("ab"), st.integers(0, 40), st.integers(0, 30)),
+        st.builds(Literal, st.binary(max_size=5)),
+    ),
+    max_size=12,
+)
+FILES = {"a": bytes(range(70)), "b": bytes(range(100, 170))}
+
+
+def content(piece: Segment | Literal) -> bytes:
+    if isinstance(piece, Literal):
+        return piece.data
+    return FILES[piece.file][piece.begin : piece.begin + piece.nbytes]
+
+
+def write(moves: Iterable[Move], written: list[int | None]) -> None:
+    for move in moves:
+        for offset, byte in enumerate(content(move.piece), start=move.at):
+            assert written[offset] is None
+            written[offset] = byte
+
+
+@given(_pieces, st.integers(1, 20))
+@settings(max_examples=200, deadline=None)
+def test_batches_write_every_byte_of_a_shard_exactly_once(
+    pieces: list[Segment | Literal], limit: int
+) -> None:
+    expected = b"HH" + b"".join(map(content, pieces))
+    written: list[int | None] = [None] * len(expected)
+    for batch in batches(shard_moves(shard(*pieces)), limit):
+        assert sum(move.piece.nbytes for move in batch) <= limit or len(batch) == 1
+        write(batch, written)
+    assert written == list(expected)
+
+
+@given(_pieces, st.data())
+@settings(max_examples=200, deadline=None)
+def test_what_remains_is_exactly_what_was_not_written(
+    pieces: list[Segment | Literal], data: st.DataObject
+) -> None:
+    expected = b"HH" + b"".join(map(content, pieces))
+    there = data.draw(st.sets(st.integers(0, len(expected) - 1)))
+    written = [byte if at in there else None for at, byte in enumerate(expected)]
+    ranges = joined((at, at + 1) for at in there)
+    write(remaining(shard_moves(shard(*pieces)), ranges), written)
+    assert written == list(expected)
+
+
+def test_what_remains_keeps_the_order_and_cuts_no_more_than_it_must() -> None:
+    moves = [Move(Literal(b"HHHH"), 0), Move(Segment("a", 50, 20), 10), Move(Segment("b", 0, 6), 4)]
+    assert remaining(moves, []) == moves
+    assert remaining(moves, [(0, 3), (8, 12), (15, 16), (29, 99)]) == [
+        Move(Literal(b"H"), 3),
+        Move(Segment("a", 52, 3), 12),
+        Move(Segment("a", 56, 13), 16),
+        Move(Segment("b", 0, 4), 4),
+    ]
+
+
+def test_ranges_are_joined_where_they_touch_or_overlap() -> None:
+    assert joined([(9, 12), (0, 3), (5, 5), (3, 4), (10, 11), (6, 9)]) == [(0, 4), (6, 12)]
+    assert joined([]) == []
