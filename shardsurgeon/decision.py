@@ -115,20 +115,14 @@ def _from_scores(
     size_of: SizeOf,
 ) -> Decision:
     scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
-    metric, table = scores.select(request.metric)
-    values = restrict(
-        _by_number(table, anatomy, scores.origin),
-        checkpoint.provenance,
-        anatomy.experts_per_layer,
-        scores.origin,
-    )
+    metric, values = model_values(checkpoint, anatomy, scores, request.metric)
     drop_mtp = request.mtp is MtpPolicy.DROP
     if drop_mtp:
         values = {layer: row for layer, row in values.items() if layer < anatomy.num_layers}
-    never_routed = _check(values, scores, checkpoint, anatomy)
+    never_routed = never_routed_experts(checkpoint, anatomy, scores, values)
     preserved: dict[int, tuple[int, ...]] = {}
     if request.preserve_super_experts:
-        preserved = _super(checkpoint, anatomy, scores)
+        preserved = model_super_experts(checkpoint, anatomy, scores)
         preserved = {layer: ids for layer, ids in preserved.items() if layer in values}
     uniform = uniform_counts(request, main_facts(anatomy), size_of)
     counts, compared = uniform, None
@@ -140,6 +134,20 @@ def _from_scores(
     keep, policies = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
     notes = (counts.note,) if counts.note else ()
     return Decision(keep, drop_mtp, metric, policies, never_routed, notes, compared)
+
+
+def model_values(
+    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores, metric: str | None
+) -> tuple[str, dict[int, NDArray[np.float64]]]:
+    """One metric of scores that name their layers, as the model has its experts now.
+
+    Gives the metric's name and layer number → float64 [experts]. Raises ScoreError where the
+    scores are not made for this model or the one that it was pruned from.
+    """
+    name, table = scores.select(metric)
+    numbered = _by_number(table, anatomy, scores.origin)
+    counts = anatomy.experts_per_layer
+    return name, restrict(numbered, checkpoint.provenance, counts, scores.origin)
 
 
 def main_facts(anatomy: Anatomy) -> dict[int, RoutingFacts]:
@@ -240,10 +248,13 @@ def _listed(layers: Sequence[int]) -> str:
     return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"
 
 
-def _check(
-    values: Values, scores: Scores, checkpoint: Checkpoint, anatomy: Anatomy
+def never_routed_experts(
+    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores, values: Values
 ) -> dict[int, tuple[int, ...]]:
-    """Refuse NaN and infinities that mean nothing; layer → never-routed experts."""
+    """Layer → experts that no calibration token reached, of the layers that have any.
+
+    values: what `model_values` gave. Raises ScoreError for NaN and infinities that mean nothing.
+    """
     counted = restrict(
         {n: row for n, row in _numbered(scores.frequencies(), anatomy).items() if n in values},
         checkpoint.provenance,
@@ -266,7 +277,11 @@ def _numbered(
     }
 
 
-def _super(checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores) -> dict[int, tuple[int, ...]]:
+def model_super_experts(
+    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores
+) -> dict[int, tuple[int, ...]]:
+    """Layer → experts with extreme activations, in the model's own ids. Raises ScoreError where
+    the file has no such metric."""
     _, table = scores.select(_SUPER_METRIC)
     main = {layer.index for layer in anatomy.main_layers}
     activations = {n: row for n, row in _numbered(table, anatomy).items() if n in main}

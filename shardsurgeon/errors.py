@@ -11,6 +11,7 @@
     │   │   └── UndeclaredFamilyError  no declaration fits, and the model does not speak for itself
     │   ├── ScoreError          a score file is unreadable or does not fit the model
     │   ├── KeepListError       a keep-list file is unreadable or does not fit the model
+    │   ├── DatasetError        a calibration dataset is missing, empty, or not to be understood
     │   └── OutputError         the output place is taken, or belongs to another run
     └── WorkError    (1)  the work was right but could not be done
         ├── SourceChangedError  a shard is no longer what it was when it was planned
@@ -100,6 +101,10 @@ class ScoreError(InputError):
 
 class KeepListError(InputError):
     """A keep-list file is unreadable or does not fit the model."""
+
+
+class DatasetError(InputError):
+    """A calibration dataset is missing, empty, or not to be understood."""
 
 
 class OutputError(InputError):

@@ -8,24 +8,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from shardsurgeon.allocation import uniform_counts
 from shardsurgeon.anatomy import Anatomy, read_anatomy
 from shardsurgeon.architecture import check_architecture
 from shardsurgeon.assembly import assemble
-from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.counts import MtpPolicy, SelectionRequest
 from shardsurgeon.decision import Decision, decide, expert_id_tables, main_facts, routing_facts
 from shardsurgeon.durable import write_file
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution import execute
-from shardsurgeon.families.schema import is_declared, read_family
 from shardsurgeon.keeplists import write_plan
-from shardsurgeon.likely import guess_family
 from shardsurgeon.modelconfig import quantization_name
 from shardsurgeon.mtplayers import mtp_counts
 from shardsurgeon.naming import default_out, require_apart
+from shardsurgeon.opening import open_model
 from shardsurgeon.origins import address_of
 from shardsurgeon.outlets import Outlet
 from shardsurgeon.parameters import count_parameters
@@ -37,12 +34,8 @@ from shardsurgeon.reports import (
     ApplyReport,
     InspectReport,
     PlanReport,
-    RouterScoresReport,
-    ScoreLayerReport,
     VerifyReport,
 )
-from shardsurgeon.routerscores import RouterNorm, router_scores
-from shardsurgeon.scorefiles import check_score_file_name, score_file
 from shardsurgeon.scores import Scores, read_scores
 from shardsurgeon.sizing import Sizing
 from shardsurgeon.sources.places import open_source
@@ -324,53 +317,6 @@ def verify(
         fits = check_architecture(before, pruned) if architecture else None
         report = verify_checkpoint(before, pruned, sample=sample, on_progress=progress)
     return replace(report, architecture=fits)
-
-
-def scores_from_router(
-    model: str | os.PathLike[str] | None, out: str | os.PathLike[str], *, norm: str = "l2"
-) -> RouterScoresReport:
-    """Write router magnitudes, of MTP layers too, as a score file; norm: `l2` or `l1`.
-
-    Raises OutputError where `out` exists, UsageError where its name ends in no form of score
-    file that can be written, and whatever opening the model and reading its routers raises.
-    """
-    check_score_file_name(out)
-    if os.path.lexists(out):
-        raise OutputError(out, "exists", "choose another -o or remove it")
-    checkpoint = open_checkpoint(_model(model))
-    anatomy = read_anatomy(checkpoint)
-    scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
-    name, metric = checkpoint.source.name, f"router_{norm}"
-    facts = {"method": "router-magnitude", "model": name, "norm": norm}
-    table = {layer: {metric: row} for layer, row in scores.items()}
-    write_file(Path(out), score_file(out, table, facts))
-    layers = []
-    for layer in anatomy.layers:
-        lowest, median, highest = np.quantile(scores[layer.index], (0, 0.5, 1)).tolist()
-        layers.append(ScoreLayerReport(layer.index, layer.is_mtp, lowest, median, highest))
-    return RouterScoresReport(name, norm, metric, anatomy.num_experts, tuple(layers), str(out))
-
-
-def open_model(model: str | os.PathLike[str] | None, family: str | None) -> Checkpoint:
-    """A checkpoint, None for the current folder's, with the family that was asked for."""
-    checkpoint = open_checkpoint(_model(model))
-    if family is None:
-        return checkpoint
-    if family != "auto":
-        return replace(checkpoint, family=read_family(family))
-    if is_declared(checkpoint.settings):
-        return checkpoint
-    guess = guess_family(checkpoint)
-    return replace(checkpoint, family=guess.family, notes=(*checkpoint.notes, *guess.notes))
-
-
-def _model(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
-    if model is not None:
-        return model
-    if not Path(CONFIG_NAME).is_file():
-        problem = f"the current folder has no {CONFIG_NAME}"
-        raise UsageError("--model", problem, "go to a model's folder or name one with --model")
-    return "."
 
 
 def _path(value: object) -> Path | None:

@@ -56,13 +56,16 @@ class _Count:
         self._beside: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._few_bits: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._plain = 0
+        # One pair for all tensors that are alike: there are 200,000 and few kinds of them.
+        kinds: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}
         for tensor in tensors:
+            kind = tensor.dtype, tensor.shape
             if tensor.name.endswith(_ALL_COMPANIONS):
-                self._beside[tensor.name] = tensor.dtype, tensor.shape
+                self._beside[tensor.name] = kinds.setdefault(kind, kind)
             elif tensor.dtype in _WIDE:
                 self._plain += math.prod(tensor.shape)
             elif tensor.dtype not in _NO_WEIGHTS:
-                self._few_bits[tensor.name] = tensor.dtype, tensor.shape
+                self._few_bits[tensor.name] = kinds.setdefault(kind, kind)
 
     def total(self) -> int | None:
         """All of them, None where one cannot be told."""

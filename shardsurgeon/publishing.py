@@ -26,6 +26,7 @@ from shardsurgeon.hub.repository import MAIN, Repository
 from shardsurgeon.hub.streaming import HubOutlet
 from shardsurgeon.hub.upload import Content, Published, files_to_publish, publish
 from shardsurgeon.lineage import check_lineage
+from shardsurgeon.opening import open_model
 from shardsurgeon.operations import Pruning
 from shardsurgeon.origins import hub_name, identity_of
 from shardsurgeon.progress import Listener
@@ -291,10 +292,10 @@ def _complete_prune(folder: Path, family: str | None) -> tuple[Checkpoint, Prove
     if not folder.is_dir():
         raise CheckpointError(folder, "is no folder", "give the folder that apply wrote")
     _require_finished(folder)
-    checkpoint = operations.open_model(folder, family)
+    checkpoint = open_model(folder, family)
     record = checkpoint.provenance
     if record is None:
-        problem = f"was not pruned by shardsurgeon: it has no {PROVENANCE_NAME} of its"
+        problem = f"was not pruned by shardsurgeon, which leaves its {PROVENANCE_NAME} there"
         raise CheckpointError(folder, problem, "`hf upload` pushes any folder")
     check_lineage(record, read_anatomy(checkpoint).experts_per_layer)
     return checkpoint, record

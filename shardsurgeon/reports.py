@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +206,154 @@ class RouterScoresReport:
     num_experts: int
     layers: tuple[ScoreLayerReport, ...]
     out: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineReport:
+    """Scores made without running the model. out: the score file, which holds one `metric`.
+
+    method: `expert-weight-norm` or `random`; seed: of random scores.
+    """
+
+    model: str
+    method: str
+    metric: str
+    num_experts: int
+    layers: tuple[ScoreLayerReport, ...]
+    out: str
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GapReport:
+    """The widest gap in a layer's order of saliency.
+
+    removed: experts below it; factor: the saliency above it over the one below, infinite (in
+    JSON null) above a zero.
+    """
+
+    removed: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShownLayerReport:
+    """One layer of a score file.
+
+    layer: its number, or as the file names it; is_mtp: None where no model says it. min, median,
+    max: over finite scores, None without any. never_routed: ids that no token reached;
+    super_experts, preserved: ids with extreme activations, and those that the file marks with
+    +inf. removable: share of the saliency (as text) → experts that can go at no more than that
+    cost; empty where shares mean nothing.
+    """
+
+    layer: int | str
+    is_mtp: bool | None
+    num_experts: int
+    min: float | None
+    median: float | None
+    max: float | None
+    never_routed: tuple[int, ...]
+    super_experts: tuple[int, ...]
+    preserved: tuple[int, ...]
+    removable: dict[str, int]
+    gap: GapReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class CutReport:
+    """The largest cut, alike in every layer, that costs a mean share of at most `limit`.
+
+    ratio: for `--ratio`; removed, kept: experts of the largest layers; mean_lost, worst_lost:
+    share of the saliency that goes, over all layers and in `worst_layer`.
+    """
+
+    limit: float
+    ratio: float
+    removed: int
+    kept: int
+    mean_lost: float
+    worst_lost: float
+    worst_layer: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoresReport:
+    """What a score file says. model: the model it was looked at with, None without one.
+
+    metric: the one shown, of `metrics`; super_experts_known: whether the file has what they are
+    told by; facts: small values beside the scores; calibration: settings of the run that made
+    it, with the number of samples in place of their list, None without accumulators.
+    """
+
+    file: str
+    model: str | None
+    metric: str
+    metrics: tuple[str, ...]
+    num_experts: int
+    layers: tuple[ShownLayerReport, ...]
+    cuts: tuple[CutReport, ...]
+    super_experts_known: bool
+    facts: dict[str, str | int | float | bool] = field(default_factory=dict)
+    calibration: dict[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenScoresReport:
+    """A score file that was converted or merged.
+
+    inputs: the files it came from; layers, metrics: what it holds; samples, tokens: of the
+    calibration in it, None without one.
+    """
+
+    inputs: tuple[str, ...]
+    out: str
+    layers: int
+    metrics: tuple[str, ...]
+    samples: int | None
+    tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapReport:
+    """What the keep-lists of two score files share at one ratio.
+
+    kept: experts in each list; share: of a list in the other; jaccard: common / in either. A mean
+    over layers has kept None where layers differ.
+    """
+
+    kept: int | None
+    share: float
+    jaccard: float
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedLayerReport:
+    """How two score files agree in one layer; a correlation is None where a file ranks nothing.
+
+    overlaps: ratio (as text) → the keep-lists.
+    """
+
+    layer: int | str
+    num_experts: int
+    spearman: float | None
+    kendall: float | None
+    overlaps: dict[str, OverlapReport]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonReport:
+    """How two score files agree in the layers that both have.
+
+    mean: over those, its `layer` is "mean"; only_a, only_b: layers of one file alone.
+    """
+
+    a: str
+    b: str
+    metric_a: str
+    metric_b: str
+    ratios: tuple[float, ...]
+    layers: tuple[ComparedLayerReport, ...]
+    mean: ComparedLayerReport
+    only_a: tuple[int | str, ...] = ()
+    only_b: tuple[int | str, ...] = ()

@@ -26,7 +26,7 @@ from shardsurgeon.formats.strict_json import read_object
 from shardsurgeon.formats.torch_pickle import read_torch_file
 from shardsurgeon.formats.zipfiles import ZipReader, read_range
 from shardsurgeon.layernames import Layer
-from shardsurgeon.scoretables import UNNAMED, Fact, Vector, read_tables
+from shardsurgeon.scoretables import NPZ_METADATA, UNNAMED, Fact, Vector, read_tables, small_facts
 
 _PREFERRED = ("reap", UNNAMED, "sal")
 _FREQUENCIES = ("expert_frequency", "cnt")
@@ -121,11 +121,20 @@ def read_scores(path: str | PathLike[str]) -> Scores:
     A file of another name is recognised by its first bytes. Raises ScoreError where it cannot
     be read, is hostile or broken, or does not hold one number per expert and layer.
     """
+    where = str(path)
+    value, notes = read_value(path)
+    tables = read_tables(value, where)
+    return Scores(where, tables.layers, tables.rows, {**small_facts(notes), **tables.facts})
+
+
+def read_value(path: str | PathLike[str]) -> tuple[object, Mapping[str, str]]:
+    """What a score file holds, arrays unread, and its metadata, before any of it is understood.
+
+    Raises ScoreError where it cannot be read, is hostile or broken.
+    """
     file, where = Path(path), str(path)
     read = _READERS.get(file.suffix.lower()) or _recognised(file, where)
-    value, notes = read(file, where)
-    tables = read_tables(value, where)
-    return Scores(where, tables.layers, tables.rows, {**notes, **tables.facts})
+    return read(file, where)
 
 
 def check_values(
@@ -164,18 +173,24 @@ def check_values(
     return tuple(np.flatnonzero(frequency == 0).tolist())
 
 
-_Reading = Callable[[Path, str], tuple[object, Mapping[str, Fact]]]
+_Reading = Callable[[Path, str], tuple[object, Mapping[str, str]]]
 
 
-def _read_torch(path: Path, where: str) -> tuple[object, Mapping[str, Fact]]:
+def _read_torch(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
     return read_torch_file(path, where), {}
 
 
-def _read_npz(path: Path, where: str) -> tuple[object, Mapping[str, Fact]]:
-    return read_npz(path, where), {}
+def _read_npz(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
+    arrays = read_npz(path, where)
+    stored = arrays.get(NPZ_METADATA)
+    if stored is None or stored.dtype != "U8" or len(stored.shape) != 1:
+        return arrays, {}
+    raw = arrays.pop(NPZ_METADATA).load().astype(np.uint8).tobytes()
+    metadata = read_object(raw, where, f"its {NPZ_METADATA}", ScoreError, "save the scores again")
+    return arrays, {key: text for key, text in metadata.items() if isinstance(text, str)}
 
 
-def _read_json(path: Path, where: str) -> tuple[object, Mapping[str, Fact]]:
+def _read_json(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
     raw = read_range(path, 0, _MAX_JSON + 1, where)
     if len(raw) > _MAX_JSON:
         problem = f"has more than {_MAX_JSON:,} bytes of JSON"
@@ -189,7 +204,7 @@ def _read_json(path: Path, where: str) -> tuple[object, Mapping[str, Fact]]:
     return read_object(raw, where, "the file", ScoreError, "save it again as JSON"), {}
 
 
-def _read_safetensors(path: Path, where: str) -> tuple[object, Mapping[str, Fact]]:
+def _read_safetensors(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
     nbytes = _file_nbytes(path, where)
     try:
         length = header_length(read_range(path, 0, PREFIX_NBYTES, where), nbytes, where)

@@ -23,6 +23,12 @@ from shardsurgeon.layernames import Layer, layer_order, parse_layer
 UNNAMED = "saliency"
 """The metric of a table that does not name any."""
 
+ACCUMULATORS = "accumulators"
+CALIBRATION = "calibration"
+"""Where a file keeps what its scores were added up from, and how. Neither is a score."""
+NPZ_METADATA = "metadata"
+"""The array of an `.npz` with the UTF-8 of a JSON object, text by name, as safetensors has it."""
+
 Vector: TypeAlias = npt.NDArray[np.float64]
 Fact: TypeAlias = str | int | float | bool
 
@@ -65,6 +71,27 @@ def read_tables(value: object, where: str) -> Tables:
     same layer.
     """
     return _Shapes(where).tables(value)
+
+
+def small_facts(notes: Mapping[str, str]) -> dict[str, Fact]:
+    """Those of a file's metadata that are facts: few, short, and text."""
+    short = {key: note for key, note in notes.items() if _fact(note) is not None}
+    return dict(list(short.items())[:_MAX_FACTS])
+
+
+def flat_metric(key: str) -> tuple[Layer, str] | None:
+    """The layer and the metric that the name of a single array means; None for no layer."""
+    name = parse_layer(key)
+    return None if name is None else (name.layer, _metric(name.rest))
+
+
+def _metric(rest: str) -> str:
+    """What is left of a module path behind its layer, without the modules."""
+    return ".".join(word for word in re.split(r"[./]", rest) if word not in _MODULES) or UNNAMED
+
+
+def _is_accumulator(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(f"{ACCUMULATORS}.")
 
 
 class _Shapes:
@@ -128,6 +155,8 @@ class _Shapes:
         grouped: dict[Layer, dict[str, object]] = {}
         keys: dict[tuple[Layer, str], object] = {}
         for key, item in value.items():
+            if _is_accumulator(key):
+                continue
             name = parse_layer(key)
             if name is None:
                 self._beside(key, item)
@@ -153,8 +182,7 @@ class _Shapes:
         if isinstance(item, Repeated):
             raise self._fault(f"layer {_short(key)} names {_short(item.key)} twice")
         if not isinstance(item, dict):
-            words = [word for word in re.split(r"[./]", rest) if word not in _MODULES]
-            return [(".".join(words) or UNNAMED, item)]
+            return [(_metric(rest), item)]
         if len(item) > _MAX_METRICS:
             raise self._fault(f"layer {_short(key)} holds {len(item):,} metrics", _SHAPES)
         for metric in item:

@@ -1,8 +1,9 @@
-"""Sizes as people write them, and back."""
+"""Sizes and counts as people write them, and sizes back."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 
 from shardsurgeon.errors import UsageError
@@ -39,3 +40,19 @@ def format_size(nbytes: int) -> str:
         if abs(value) < 999.95 or unit == "TB":
             return f"{value:.1f} {unit}"
     raise AssertionError("unreachable")
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as `1-60` or `3-5, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 shard`, `64 shards`."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import save
 
-from shardsurgeon import operations
+from shardsurgeon import operations, scoreoperations
 from shardsurgeon.anatomy import read_anatomy
 from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.counts import SelectionRequest
@@ -77,7 +77,7 @@ def test_a_score_file_from_the_router_prunes_the_model_it_came_from(
     tmp_path: Path, ending: str
 ) -> None:
     model, out = str(FIXTURES / "deepseek_v3"), tmp_path / f"scores.{ending}"
-    report = operations.scores_from_router(model, out, norm="l1")
+    report = scoreoperations.scores_from_router(model, out, norm="l1")
     assert [(layer.layer, layer.is_mtp) for layer in report.layers] == [
         (1, False),
         (2, False),
@@ -91,7 +91,7 @@ def test_a_score_file_from_the_router_prunes_the_model_it_came_from(
     assert pruning.report.metric == "router_l1"
     assert {layer.policy for layer in pruning.report.layers} == {"scores"}
     # The rule for an MTP layer without scores is the same norm, l2.
-    other = operations.scores_from_router(model, tmp_path / f"l2.{ending}")
+    other = scoreoperations.scores_from_router(model, tmp_path / f"l2.{ending}")
     by_norm = operations.plan(model, read_scores(other.out), SelectionRequest(ratio=0.5))
     by_policy = operations.plan(
         model, FIXTURES / "deepseek_v3" / "scores.pt", SelectionRequest(ratio=0.5)
@@ -116,13 +116,13 @@ def test_a_file_that_exists_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     out.write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists"):
-        operations.scores_from_router(str(FIXTURES / "qwen3_moe"), out)
+        scoreoperations.scores_from_router(str(FIXTURES / "qwen3_moe"), out)
     assert out.read_bytes() == b"mine"
 
 
 def test_an_ending_that_cannot_be_written_is_refused_before_the_model_is_opened(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UsageError, match=r"'\.pt'"):
-        operations.scores_from_router(str(tmp_path / "no such model"), tmp_path / "scores.pt")
+    with pytest.raises(UsageError, match=r"'\.bin'"):
+        scoreoperations.scores_from_router(str(tmp_path / "no such model"), tmp_path / "scores.bin")
     assert os.listdir(tmp_path) == []

@@ -52,16 +52,24 @@ def engine_name() -> str:
 class Blueprint:
     """One model on the meta device."""
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        where: str,
+        *,
+        attention: str | None = "eager",
+        dtype: str = "float32",
+    ) -> None:
         """Build the model of a config that transformers can read.
 
-        Raises UsageError where transformers cannot build it; where: the checkpoint, for that
-        message.
+        attention: its implementation, None for the one that transformers would choose; dtype:
+        of its parameters. Raises UsageError where transformers cannot build it; where: the
+        checkpoint, for that message.
         """
         self._engine = engine = _engine()
-        with _quietly(engine.transformers):
+        with quietly():
             try:
-                self._model = _build(engine, config)
+                self._model = _build(engine, config, attention, dtype)
             # Configs are checked by whatever code the model type has.
             except Exception as error:
                 raise _cannot(where, f"{type(error).__name__}: {error}") from error
@@ -70,6 +78,11 @@ class Blueprint:
         self._expected = {
             name: tuple(parameter.shape) for name, parameter in self._model.state_dict().items()
         }
+
+    @property
+    def model(self) -> Any:
+        """The model itself, on the meta device."""
+        return self._model
 
     @property
     def model_class(self) -> str:
@@ -85,11 +98,11 @@ class Blueprint:
         """Lead tensors of these names and shapes through transformers' loader."""
         engine, model = self._engine, self._model
         meta = {shape: _meta(engine.torch, shape) for shape in set(shapes.values())}
-        with _quietly(engine.transformers):
+        with quietly():
             settings = engine.LoadStateDictConfig(
                 device_map={"": "meta"},
                 dtype=engine.torch.bfloat16,
-                weight_mapping=[*engine.get_model_conversion_mapping(model), *self._layouts()],
+                weight_mapping=self.rules(),
             )
             info, _ = engine.convert_and_load_state_dict_in_model(
                 model, {name: meta[shape] for name, shape in shapes.items()}, settings
@@ -110,6 +123,10 @@ class Blueprint:
             surplus=frozenset(info.unexpected_keys),
             unread=unexpected - info.unexpected_keys,
         )
+
+    def rules(self) -> list[Any]:
+        """transformers' rules that lead a checkpoint's names to parameters, and ours behind."""
+        return [*self._engine.get_model_conversion_mapping(self._model), *self._layouts()]
 
     def _layouts(self) -> list[Any]:
         """Rules for experts stored one by one, or with `.weight`, where the model stacks them.
@@ -188,15 +205,30 @@ def _engine() -> _Engine:
         raise UsageError(OPTION, problem, _INSTALL) from error
 
 
-def _build(engine: _Engine, config: Mapping[str, Any]) -> Any:
+def _build(engine: _Engine, config: Mapping[str, Any], attention: str | None, dtype: str) -> Any:
     """The model of a config on the meta device, None where transformers has no class for it."""
     settings = engine.configs[config["model_type"]].from_dict(_without_kernels(config))
     model_class = _class_of(engine, settings)
     if model_class is None:
         return None
-    settings._attn_implementation = "eager"
-    with engine.torch.device("meta"):
-        return model_class(settings)
+    settings._attn_implementation = attention
+    _give_dtype(settings, dtype)
+    before = engine.torch.get_default_dtype()
+    engine.torch.set_default_dtype(getattr(engine.torch, dtype))
+    try:
+        with engine.torch.device("meta"):
+            return model_class(settings)
+    finally:
+        engine.torch.set_default_dtype(before)
+
+
+def _give_dtype(settings: Any, dtype: str) -> None:
+    """Say the dtype wherever the config may say another one: models in it go by their own."""
+    settings.dtype = dtype
+    for name in settings.sub_configs:
+        inner = getattr(settings, name, None)
+        if inner is not None:
+            _give_dtype(inner, dtype)
 
 
 def _class_of(engine: _Engine, settings: Any) -> Any:
@@ -225,9 +257,9 @@ def _without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quietly(transformers: Any) -> Iterator[None]:
-    """transformers without its bars and warnings: they speak of loading, and nothing is loaded."""
-    logging = transformers.utils.logging
+def quietly() -> Iterator[None]:
+    """transformers without its bars and warnings: they speak of loading a model whole."""
+    logging = _engine().transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -23,11 +23,11 @@ from shardsurgeon.cli.output import byte_bar, print_json, print_lines, shows_pro
 from shardsurgeon.cli.plantext import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
 from shardsurgeon.cli.pushoptions import destination, push_options
-from shardsurgeon.cli.tables import as_typed, counted, fact
+from shardsurgeon.cli.tables import as_typed, fact
 from shardsurgeon.counts import SelectionRequest
 from shardsurgeon.errors import UsageError
 from shardsurgeon.reports import ApplyReport, VerifyReport
-from shardsurgeon.units import format_size, parse_size
+from shardsurgeon.units import counted, format_size, parse_size
 
 
 def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:

@@ -9,9 +9,9 @@ import click
 
 from shardsurgeon.cli.options import family_option, json_option
 from shardsurgeon.cli.output import print_json, print_lines
-from shardsurgeon.cli.tables import counted, facts, number_ranges, parameters, percent, table
+from shardsurgeon.cli.tables import facts, parameters, percent, table
 from shardsurgeon.reports import InspectReport
-from shardsurgeon.units import format_size
+from shardsurgeon.units import counted, format_size, number_ranges
 
 
 @click.command("inspect")
@@ -21,13 +21,14 @@ from shardsurgeon.units import format_size
 def inspect_command(model: str | None, family: str | None, as_json: bool) -> None:
     """Show a model's layers, experts and sizes.
 
-    MODEL is the folder of a checkpoint, by default the current folder. Reads
-    headers and config only.
+    MODEL is the folder of a checkpoint, by default the current folder, or a
+    repository of the Hub such as org/name. Reads headers and config only.
 
     \b
     Examples:
       shardsurgeon inspect
       shardsurgeon inspect /models/Kimi-K2.5 --json
+      shardsurgeon inspect moonshotai/Kimi-K2.5
     """
     from shardsurgeon import operations
 

@@ -16,11 +16,12 @@ import click
 
 from shardsurgeon import __version__
 from shardsurgeon.cli.apply import apply_command
+from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.output import let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
-from shardsurgeon.cli.scores import scores_commands
+from shardsurgeon.cli.scores.group import scores_commands
 from shardsurgeon.cli.verify import verify_command
 from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError
 
@@ -61,6 +62,7 @@ class _Commands(click.Group):
         verify_command,
         push_command,
         scores_commands,
+        calibrate_command,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     invoke_without_command=True,
@@ -137,7 +139,7 @@ def describe(error: Exception) -> tuple[str, int]:
 def _stop(stopped: Stopped) -> int:
     # A note says that the command had just done its work.
     notes = getattr(stopped, "__notes__", [])
-    if stopped.command in (apply_command.name, push_command.name):
+    if stopped.command in (apply_command.name, push_command.name, calibrate_command.name):
         notes = notes or ["the same command resumes"]
     _say("; ".join(["stopped", *notes[:1]]))
     return stopped.exit_status

@@ -11,9 +11,9 @@ import click
 from shardsurgeon.cli.options import family_option, json_option, progress_option
 from shardsurgeon.cli.output import print_json, print_lines, shows_progress
 from shardsurgeon.cli.pushoptions import destination, push_options
-from shardsurgeon.cli.tables import as_typed, counted, fact
+from shardsurgeon.cli.tables import as_typed, fact
 from shardsurgeon.reports import PushReport
-from shardsurgeon.units import format_size
+from shardsurgeon.units import counted, format_size
 
 
 @click.command("push")

@@ -74,22 +74,6 @@ def saliency(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def number_ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers as `1-60` or `3-5, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
-
-
-def counted(count: int, thing: str) -> str:
-    """`1 shard`, `64 shards`."""
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
-
-
 def as_typed(path: str) -> str:
     """A path as it must be typed in this system's shell."""
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)

@@ -9,10 +9,10 @@ import click
 
 from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
 from shardsurgeon.cli.output import byte_bar, print_json, print_lines
-from shardsurgeon.cli.tables import counted, facts, number_ranges
+from shardsurgeon.cli.tables import facts
 from shardsurgeon.errors import VerificationError
 from shardsurgeon.reports import ArchitectureReport, VerifyReport
-from shardsurgeon.units import format_size
+from shardsurgeon.units import counted, format_size, number_ranges
 
 
 @click.command("verify")
@@ -45,9 +45,10 @@ def verify_command(
 ) -> None:
     """Prove a pruned model against its source.
 
-    SOURCE and PRUNED are folders. Checks headers, index, config, side files and
-    metadata, and compares every byte of every surviving tensor. Exit status 1
-    where it does not hold, with the first differences.
+    SOURCE and PRUNED are folders, or repositories of the Hub such as org/name.
+    Checks headers, index, config, side files and metadata, and compares every
+    byte of every surviving tensor. Exit status 1 where it does not hold, with
+    the first differences.
 
     \b
     Examples:

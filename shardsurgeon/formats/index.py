@@ -63,8 +63,13 @@ def parse_index(raw: bytes, where: str) -> Index:
 
 def build_index(weight_map: Mapping[str, str], metadata: Mapping[str, object]) -> bytes:
     """The index's bytes as transformers writes them: indented by 2, keys sorted, newline."""
-    content = {"metadata": dict(metadata), "weight_map": dict(weight_map)}
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    content = {"metadata": dict(metadata), "weight_map": weight_map}
+    # Piece by piece: the text of a trillion-parameter model's index need not be there twice.
+    pieces = bytearray()
+    for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(content):
+        pieces += piece.encode()
+    pieces += b"\n"
+    return bytes(pieces)
 
 
 def _member(members: dict[str, object], key: str, where: str) -> dict[str, object]:

@@ -17,9 +17,9 @@ from shardsurgeon import __version__
 from shardsurgeon.cardnames import SOURCE_CARD_NAME
 from shardsurgeon.errors import UsageError
 from shardsurgeon.hub.facts import Calibration, ModelFacts
-from shardsurgeon.hub.figures import counted, number_ranges, parameters, percent
+from shardsurgeon.hub.figures import parameters, percent
 from shardsurgeon.provenance import LayerRecord, Provenance, Step
-from shardsurgeon.units import format_size
+from shardsurgeon.units import counted, format_size, number_ranges
 
 TAGS = ("reap", "pruned", "expert-pruning", "moe", "shardsurgeon")
 # What holds for the pruned model as it did for its source.

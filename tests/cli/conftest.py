@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from shardsurgeon import operations, publishing
+from shardsurgeon import operations, publishing, scoreoperations
+from shardsurgeon.calibration import run as calibration
 from shardsurgeon.cli.main import main
-from tests.cli.standins import Ended, FakeOperations, Run
+from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, Run
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     operations_ = FakeOperations()
-    for name in ("inspect", "plan", "apply", "verify", "scores_from_router"):
+    for name in ("inspect", "plan", "apply", "verify"):
         monkeypatch.setattr(operations, name, operations_.answer(name))
+    for name in SCORE_OPERATIONS:
+        monkeypatch.setattr(scoreoperations, name, operations_.answer(name))
+    monkeypatch.setattr(calibration, "calibrate", operations_.answer("calibrate"))
     monkeypatch.setattr(publishing, "push", operations_.answer("push"))
     monkeypatch.setattr(publishing, "apply", operations_.answer("apply_and_push"))
     return operations_

@@ -10,15 +10,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shardsurgeon.calibration.run import CalibrationReport
 from shardsurgeon.reports import (
     ApplyReport,
+    BaselineReport,
+    ComparedLayerReport,
+    ComparisonReport,
+    CutReport,
+    GapReport,
     InspectReport,
     LayerReport,
+    OverlapReport,
     PlanReport,
     PushReport,
     RouterScoresReport,
     ScoreLayerReport,
+    ScoresReport,
+    ShownLayerReport,
     VerifyReport,
+    WrittenScoresReport,
 )
 
 INSPECTED = InspectReport(
@@ -121,6 +131,92 @@ SCORED = RouterScoresReport(
     out="scores.safetensors",
 )
 
+WEIGHED = BaselineReport(
+    model="GLM-4.5",
+    method="expert-weight-norm",
+    metric="weight_l2",
+    num_experts=160,
+    layers=SCORED.layers,
+    out="weights.safetensors",
+)
+
+SHOWN = ScoresReport(
+    file="scores.pt",
+    model=None,
+    metric="reap",
+    metrics=("ean_mean", "max_activations", "reap"),
+    num_experts=160,
+    layers=(
+        ShownLayerReport(
+            layer=1,
+            is_mtp=None,
+            num_experts=160,
+            min=0.0,
+            median=0.25,
+            max=8.5,
+            never_routed=(3, 77),
+            super_experts=(4,),
+            preserved=(4, 9),
+            removable={"0.01": 4, "0.05": 17, "0.1": 31, "0.25": 66},
+            gap=GapReport(23, 1.3125),
+        ),
+        ShownLayerReport(92, True, 160, None, None, None, (), (), (), {}, None),
+    ),
+    cuts=(
+        CutReport(0.01, 0.0, 0, 160, 0.0, 0.0, 1),
+        CutReport(0.25, 0.4125, 66, 94, 0.25, 0.2515, 1),
+    ),
+    super_experts_known=True,
+    facts={"total_tokens": 4096},
+    calibration={"model": "GLM-4.5", "dataset": "c4:2", "samples": 1024, "tokens": 4096},
+)
+
+WRITTEN = WrittenScoresReport(("a.pt", "b.pt"), "both.pt", 89, ("ean_mean", "reap"), 1024, 1)
+
+
+def compared(layer: int | str, spearman: float | None) -> ComparedLayerReport:
+    overlaps = {"0.25": OverlapReport(120, 0.8125, 0.684), "0.5": OverlapReport(80, 0.5, 1 / 3)}
+    return ComparedLayerReport(layer, 160, spearman, None, overlaps)
+
+
+COMPARED = ComparisonReport(
+    a="scores.pt",
+    b="router.json",
+    metric_a="reap",
+    metric_b="router_l2",
+    ratios=(0.25, 0.5),
+    layers=(compared(1, -0.00004), compared(2, 0.98765)),
+    mean=compared("mean", 0.4938),
+    only_b=(92,),
+)
+
+SCORE_OPERATIONS = {
+    "show_scores": SHOWN,
+    "compare_scores": COMPARED,
+    "convert_scores": WRITTEN,
+    "merge_scores": WRITTEN,
+    "scores_from_router": SCORED,
+    "scores_from_weights": WEIGHED,
+    "scores_random": replace(WEIGHED, method="random", metric="random", seed=42),
+}
+
+CALIBRATED = CalibrationReport(
+    model="Kimi-K2.5",
+    out="scores.pt",
+    dataset="chats.jsonl:512",
+    samples=512,
+    tokens=1_310_720,
+    total_samples=512,
+    layers=60,
+    mtp_layers=0,
+    layers_resumed=0,
+    never_routed=3,
+    dtype="bfloat16",
+    device="cuda",
+    seconds=4096.0,
+    notes=(),
+)
+
 
 @dataclass
 class FakeOperations:
@@ -130,7 +226,7 @@ class FakeOperations:
     plan: Any = PLANNED
     apply: Any = APPLIED
     verify: Any = VERIFIED
-    scores_from_router: Any = SCORED
+    calibrate: Any = CALIBRATED
     push: Any = PUSHED
     apply_and_push: Any = APPLIED_AND_PUSHED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -138,7 +234,7 @@ class FakeOperations:
     def answer(self, name: str) -> Callable[..., Any]:
         def operation(*args: Any, **options: Any) -> Any:
             self.calls.append((args, options))
-            value = getattr(self, name)
+            value = SCORE_OPERATIONS[name] if name in SCORE_OPERATIONS else getattr(self, name)
             if isinstance(value, BaseException):
                 raise value
             if callable(value):

@@ -14,9 +14,10 @@ import shardsurgeon
 from shardsurgeon.cli.main import cli
 from tests.cli.standins import Run, in_python
 
-HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores"]
-WORDS = [*((name,) for name in COMMANDS), ("scores", "from-router")]
+HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
+COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate"]
+SCORES = ["show", "compare", "convert", "merge", "from-router", "from-weights", "random"]
+WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
 
 
 def command(words: tuple[str, ...]) -> click.Command:
@@ -90,7 +91,15 @@ def imported_by(*words: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "words",
-    [("--help",), ("apply", "--help"), ("scores", "from-router", "-h"), ("--version",), ("aply",)],
+    [
+        ("--help",),
+        ("apply", "--help"),
+        ("calibrate", "--help"),
+        ("scores", "from-router", "-h"),
+        ("scores", "show", "-h"),
+        ("--version",),
+        ("aply",),
+    ],
 )
 def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
     assert imported_by(*words) & HEAVY == set()

@@ -1,26 +1,75 @@
-"""`scores from-router`: words handed on, a table for people, one document for machines."""
+"""`scores …`: words handed on, tables for people, one document for machines."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
-from shardsurgeon.cli.scores import from_router_command
+from shardsurgeon.cli.scores.baselines import from_router_command
 from shardsurgeon.routerscores import RouterNorm
-from tests.cli.standins import SCORED, FakeOperations, Run
+from tests.cli.standins import SCORE_OPERATIONS, SCORED, FakeOperations, Run
 
 WORDS = ("scores", "from-router", "-o", "scores.safetensors")
+EVERY = {
+    "show_scores": ("show", "scores.pt"),
+    "compare_scores": ("compare", "scores.pt", "router.json"),
+    "convert_scores": ("convert", "a.pt", "-o", "b.json"),
+    "merge_scores": ("merge", "a.pt", "b.pt", "-o", "both.pt"),
+    "scores_from_router": ("from-router", "-o", "scores.safetensors"),
+    "scores_from_weights": ("from-weights", "-o", "weights.safetensors"),
+    "scores_random": ("random", "-o", "random.safetensors"),
+}
 
 
-def test_the_words_are_handed_on(run: Run, fake: FakeOperations) -> None:
-    run(*WORDS)
-    run("scores", "from-router", "/models/K2", "--norm", "l1", "-o", "scores.json")
-    assert fake.calls == [
-        ((None, "scores.safetensors"), {"norm": "l2"}),
-        (("/models/K2", "scores.json"), {"norm": "l1"}),
-    ]
+@pytest.mark.parametrize(
+    ("words", "handed"),
+    [
+        (WORDS, ((None, "scores.safetensors"), {"norm": "l2"})),
+        (
+            ("scores", "from-router", "/models/K2", "--norm", "l1", "-o", "s.json"),
+            (("/models/K2", "s.json"), {"norm": "l1"}),
+        ),
+        (
+            ("scores", "from-weights", "/models/K2", "--no-progress", "-o", "s.json"),
+            (("/models/K2", "s.json"), {"on_bytes": None}),
+        ),
+        (("scores", "random", "-o", "s.npz"), ((None, "s.npz"), {"seed": 42})),
+        (
+            ("scores", "random", "/models/K2", "--seed", "7", "-o", "s.npz"),
+            (("/models/K2", "s.npz"), {"seed": 7}),
+        ),
+        (("scores", "show", "s.pt"), (("s.pt", None), {"metric": None})),
+        (
+            ("scores", "show", "s.pt", "--model", "/models/K2", "--metric", "ean_sum"),
+            (("s.pt", "/models/K2"), {"metric": "ean_sum"}),
+        ),
+        (("scores", "convert", "a.pt", "-o", "b.json"), (("a.pt", "b.json"), {"model": None})),
+        (
+            ("scores", "merge", "a.pt", "b.pt", "-o", "c.pt"),
+            ((("a.pt", "b.pt"), "c.pt"), {"same_model": False}),
+        ),
+        (
+            ("scores", "merge", "--same-model", "a.pt", "b.pt", "-o", "c.pt"),
+            ((("a.pt", "b.pt"), "c.pt"), {"same_model": True}),
+        ),
+        (
+            ("scores", "compare", "a.pt", "b.pt"),
+            (("a.pt", "b.pt"), {"ratios": (0.25, 0.5), "metrics": ()}),
+        ),
+        (
+            ("scores", "compare", "a.pt", "b.pt", "--ratio", "0.3", "--metric", "reap,ean_sum"),
+            (("a.pt", "b.pt"), {"ratios": (0.3,), "metrics": ("reap", "ean_sum")}),
+        ),
+    ],
+)
+def test_the_words_are_handed_on(
+    run: Run, fake: FakeOperations, words: tuple[str, ...], handed: object
+) -> None:
+    assert run(*words).status == 0
+    assert fake.calls == [handed]
 
 
 def test_the_norms_offered_are_those_there_are() -> None:
@@ -40,11 +89,66 @@ def test_the_report_reads_well(run: Run) -> None:
         "\n"
         "Scores saved in scores.safetensors.\n"
     )
+    assert run("scores", *EVERY["scores_from_weights"]).stdout.startswith(
+        "GLM-4.5: weight_l2 of 160 experts in 2 layers\n"
+    )
 
 
-def test_json_is_the_report(run: Run) -> None:
-    document = json.loads(run(*WORDS, "--json").stdout)
-    assert document == json.loads(json.dumps(asdict(SCORED)))
+def test_what_a_file_says_reads_well(run: Run) -> None:
+    assert run("scores", "show", "scores.pt").stdout == (
+        "scores.pt: reap of 160 experts in 2 layers\n"
+        "  metrics       ean_mean, max_activations, reap\n"
+        "  beside        total_tokens 4096\n"
+        "  calibration   1,024 samples, 4,096 tokens, model GLM-4.5, dataset c4:2\n"
+        "\n"
+        "                                   never         can go  can go    widest\n"
+        "  layer  lowest  median  highest  routed  super   at 5%  at 25%       gap\n"
+        "  -----  ------  ------  -------  ------  -----  ------  ------  --------\n"
+        "      1       0    0.25      8.5       2      2      17      66  23 x1.31\n"
+        "    92*       -       -        -       0      0       -       -         -\n"
+        "  * next-token-prediction layer\n"
+        "\n"
+        "Cuts alike in every layer, by the mean share of a layer's saliency that goes:\n"
+        "                                 lost in the\n"
+        "  at most  --ratio  kept   lost  worst layer\n"
+        "  -------  -------  ----  -----  -----------\n"
+        "     1.0%        -   160   0.0%     0.0% (1)\n"
+        "    25.0%   0.4125    94  25.0%    25.1% (1)\n"
+    )
+
+
+def test_a_comparison_reads_well(run: Run) -> None:
+    assert run("scores", "compare", "scores.pt", "router.json").stdout == (
+        "2 layers of 160 experts\n"
+        "  A             reap of scores.pt\n"
+        "  B             router_l2 of router.json\n"
+        "\n"
+        "                              share  Jaccard   share  Jaccard\n"
+        "  layer  Spearman  Kendall  at 0.25  at 0.25  at 0.5   at 0.5\n"
+        "  -----  --------  -------  -------  -------  ------  -------\n"
+        "      1     0.000        -    81.2%    68.4%   50.0%    33.3%\n"
+        "      2     0.988        -    81.2%    68.4%   50.0%    33.3%\n"
+        "   mean     0.494        -    81.2%    68.4%   50.0%    33.3%\n"
+        "  only in B     layer 92\n"
+    )
+
+
+def test_a_merge_reads_well(run: Run) -> None:
+    assert run("scores", "merge", "a.pt", "b.pt", "-o", "both.pt").stdout == (
+        "a.pt + b.pt -> both.pt\n"
+        "  layers        89\n"
+        "  metrics       ean_mean, reap\n"
+        "  calibration   1,024 samples, 1 token\n"
+    )
+
+
+@pytest.mark.parametrize("operation", EVERY)
+def test_json_is_the_report(run: Run, operation: str) -> None:
+    document = json.loads(run("scores", *EVERY[operation], "--json").stdout)
+    report: Any = SCORE_OPERATIONS[operation]
+    assert document == json.loads(json.dumps(asdict(report)))
+    assert EVERY.keys() == SCORE_OPERATIONS.keys()
+    assert SCORE_OPERATIONS["scores_from_router"] is SCORED
 
 
 @pytest.mark.parametrize(
@@ -53,6 +157,11 @@ def test_json_is_the_report(run: Run) -> None:
         (("scores", "from-router"), "'-o'"),
         ((*WORDS, "--norm", "l3"), "'l2', 'l1'"),
         (("scores", "form-router"), "'form-router'"),
+        (("scores", "show"), "'FILE'"),
+        (("scores", "compare", "a.pt"), "'B'"),
+        (("scores", "compare", "a.pt", "b.pt", "--ratio", "half"), "'half' is not a number"),
+        (("scores", "merge", "-o", "c.pt"), "'FILE FILE...'"),
+        (("scores", "random", "-o", "s.json", "--seed", "x"), "'x'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(run: Run, words: tuple[str, ...], told: str) -> None:

@@ -144,15 +144,32 @@ def _tables() -> dict[str, object]:
 
 
 def scores_jsons() -> list[bytes]:
-    """Tables by layer and by row."""
-    return [*(json.dumps(one).encode() for one in _tables().values()), b"\xef\xbb\xbf[[1,2],[3,4]]"]
+    """Tables by layer and by row, and a calibration."""
+    tables = [json.dumps(one).encode() for one in (*_tables().values(), _calibration())]
+    return [*tables, b"\xef\xbb\xbf[[1,2],[3,4]]"]
+
+
+def _calibration() -> dict[str, Any]:
+    names = ("counts", "weight_sum", "norm_sum", "weighted_norm_sum", "max_activation")
+    sums: dict[str, Any] = {"total_tokens": 9, **{name: [3, 0] for name in names}}
+    return {
+        "format": "shardsurgeon scores",
+        "version": 1,
+        "calibration": {"model": "m", "samples": [["c4", 0, 9]]},
+        "scores": {"3": {"reap": [0.5, 0]}},
+        "accumulators": {"3": sums},
+    }
 
 
 def scores_safetensors() -> list[bytes]:
     """The same as tensors."""
     arrays = {"3.reap": np.array([0.5, 1.5], "f4"), "3.expert_frequency": np.array([1, 0])}
+    made = _calibration()
+    sums = {f"accumulators.layers.3.{n}": np.array(v) for n, v in made["accumulators"]["3"].items()}
+    said = {"version": "1", "calibration": json.dumps(made["calibration"])}
     return [
         safetensors.numpy.save(arrays, {"total_tokens": "12"}),
+        safetensors.numpy.save({**arrays, **sums}, {"format": made["format"], **said}),
         safetensors.numpy.save({"scores": np.ones((2, 3), "f2")}),
         *map(_vector_of, ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "U64", "C64")),
     ]

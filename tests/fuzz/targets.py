@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from shardsurgeon.calibration.calibrationfile import find_calibration, read_calibration
 from shardsurgeon.errors import (
     CheckpointError,
     ConfigError,
@@ -40,7 +41,9 @@ from shardsurgeon.journal import read_journal
 from shardsurgeon.keepfiles import Meaning
 from shardsurgeon.keeplists import read_keeplist, resolve
 from shardsurgeon.provenance import is_foreign, parse_provenance
+from shardsurgeon.scorefiles import score_file
 from shardsurgeon.scores import check_values, read_scores
+from shardsurgeon.scoreviews import view_alone
 from tests.fuzz import seeds
 
 # The library reads these and we do not: files on which readers disagree.
@@ -192,8 +195,25 @@ def _scores(path: Path) -> None:
         for layer, values in layers.items():
             assert values.dtype == np.float64 and values.ndim == 1
             check_values(layer, values, counts.get(layer), "scores")
+        view = view_alone(found, None)
+        assert len(view.layers()) == len(layers)
+        assert all(0 <= cut.mean_lost <= cut.limit * 1.001 for cut in view.cuts())
     except ScoreError:
         pass
+    _calibration(path)
+
+
+def _calibration(path: Path) -> None:
+    try:
+        found = find_calibration(path)
+        if found is not None:
+            assert found.samples
+    except ScoreError:
+        return
+    if found is not None:
+        again = path.with_name("again.json")
+        again.write_bytes(score_file(again, found.content()))
+        assert read_calibration(again).content().accumulators.keys() == found.layers.keys()
 
 
 # torch.save's files
@@ -308,7 +328,9 @@ TARGETS = [
     Target("provenance", provenance, seeds.provenances, (*_JSON_WORDS, b'"groups"', b'"steps"')),
     Target("journal", journal, seeds.journals, _JSON_WORDS),
     Target("keep-list", keep_list, seeds.keep_lists, (*_JSON_WORDS, *_KEEP_WORDS)),
-    Target("scores-json", scores_json, seeds.scores_jsons, (*_JSON_WORDS, b'"scores"', b'"reap"')),
+    Target(
+        "scores-json", scores_json, seeds.scores_jsons, (*_JSON_WORDS, b'"scores"', b'"counts"')
+    ),
     Target("scores-safetensors", scores_safetensors, seeds.scores_safetensors, _HEADER_WORDS),
     Target(
         "scores-unnamed",

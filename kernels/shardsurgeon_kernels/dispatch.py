@@ -1,0 +1,99 @@
+"""The one place where an implementation is chosen: by the device that the tensors lie on.
+
+cuda (also ROCm) with Triton installed: the Triton kernels. cpu with a C compiler: the native
+path. Anything else: plain torch operations. `SHARDSURGEON_KERNELS`, read at each call, names one
+of reference, eager, native, triton instead.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shardsurgeon_kernels import eager, native, reference
+from shardsurgeon_kernels.weight import PackedInt4
+
+VARIABLE = "SHARDSURGEON_KERNELS"
+NAMES = ("reference", "eager", "native", "triton")
+
+
+class Implementation(Protocol):
+    """What every implementation is: a module with these names."""
+
+    NAME: str
+
+    def unpack(self, packed: Tensor, in_features: int) -> Tensor:
+        """int32 words -> int8 values."""
+
+    def dequantize(self, weight: PackedInt4, dtype: torch.dtype) -> Tensor:
+        """The weight as a matrix of `dtype`."""
+
+    def linear(self, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+        """x times the weight's transpose."""
+
+
+def unpack(packed: Tensor, in_features: int) -> Tensor:
+    """Unpack int32 [out, ceil(in / 8)] to int8 [out, in], values in -8..7.
+
+    Raises ValueError for another dtype, or a width that does not belong to `in_features`.
+    """
+    return choose(packed.device).unpack(packed, in_features)
+
+
+def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
+    """The weight as [out, in] of `dtype`: `(q - zero_point) * scale`, rounded once.
+
+    The same bits from every implementation; with `dtype` the scale's own, those of
+    compressed-tensors' decompression. Raises ValueError for a dtype that is no float.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights dequantize to a floating-point dtype, not to {dtype}")
+    return choose(weight.packed.device).dequantize(weight, dtype)
+
+
+def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+    """`x · Wᵀ + bias`: x [.., in] -> [.., out] in x's dtype, with W as `dequantize` gives it.
+
+    bias: [out] of x's dtype, or None. For inference: no gradient flows through. Raises ValueError
+    where x's last dimension is not `in`, x is no float, or x lies on another device.
+    """
+    if not x.dtype.is_floating_point or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        expected = f"a float tensor [.., {weight.shape[1]}]"
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; the weight expects {expected}")
+    if x.device != weight.packed.device:
+        raise ValueError(f"x lies on {x.device}, the weight on {weight.packed.device}")
+    with torch.no_grad():
+        return choose(x.device).linear(x, weight, bias)
+
+
+def implementation_name(device: torch.device) -> str:
+    """Which implementation tensors on this device go through, for reports."""
+    return choose(device).NAME
+
+
+def choose(device: torch.device) -> Implementation:
+    """The implementation for a device. Raises ValueError where the variable names none."""
+    asked = os.environ.get(VARIABLE, "")
+    if asked:
+        return named(asked)
+    if device.type == "cuda" and find_spec("triton") is not None:
+        return named("triton")
+    if device.type == "cpu" and native.available():
+        return native
+    return eager
+
+
+def named(name: str) -> Implementation:
+    """The implementation of that name; Triton is imported only when it is asked for."""
+    if name == "triton":
+        from shardsurgeon_kernels import gpu
+
+        return gpu
+    plain: dict[str, Implementation] = {"reference": reference, "eager": eager, "native": native}
+    if name not in plain:
+        raise ValueError(f"{VARIABLE} is {name!r}; it may be one of {', '.join(NAMES)}")
+    return plain[name]

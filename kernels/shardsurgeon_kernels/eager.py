@@ -1,0 +1,68 @@
+"""Plain torch operations, arranged for speed: for machines without a compiler, and any device.
+
+Two things make it faster than the obvious code. A byte's two nibbles become two int8 values by
+three operations on int16 words, without a strided store; and rows go through in blocks that stay
+in the cache from the packed word to the product.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from shardsurgeon_kernels import reference
+from shardsurgeon_kernels.weight import LOWEST, PackedInt4, expect_words
+
+NAME = "eager"
+# Elements of one block: with their int8, int16 and float forms they fit a core's second cache.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def unpack(packed: Tensor, in_features: int) -> Tensor:
+    """int32 [out, ceil(in / 8)] -> int8 [out, in], values in -8..7."""
+    expect_words(packed, packed.shape[0], in_features)
+    if sys.byteorder == "big":
+        return reference.unpack(packed, in_features)
+    # A tensor of one column calls itself contiguous with any stride, but has no view as bytes.
+    if not packed.is_contiguous() or packed.stride(-1) != 1:
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    octets = packed.view(torch.uint8).to(torch.int16)
+    # hhhhllll -> 0000hhhh 0000llll, which read as bytes is the low nibble and then the high one.
+    pairs = octets * 16
+    pairs |= octets
+    pairs &= 0x0F0F
+    values = pairs.view(torch.int8)
+    values += LOWEST
+    return values[:, :in_features]
+
+
+def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
+    """`(q - zero_point) * scale` as [out, in] of `dtype`, equal to the reference in every bit."""
+    rows, columns = weight.shape
+    if dtype is torch.float64 or columns % weight.columns_per_scale or not rows * columns:
+        return reference.dequantize(weight, dtype)
+    out = torch.empty(rows, columns, dtype=dtype, device=weight.packed.device)
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for begin in range(0, rows, step):
+        _dequantize_rows(weight, slice(begin, begin + step), out[begin : begin + step])
+    return out
+
+
+def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+    """`x · Wᵀ + bias`: [.., in] -> [.., out], with W dequantized to x's dtype."""
+    return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def _dequantize_rows(weight: PackedInt4, rows: slice, out: Tensor) -> None:
+    in_groups = (out.shape[0], weight.groups, weight.columns_per_scale)
+    values = unpack(weight.packed[rows], weight.shape[1]).reshape(in_groups)
+    if weight.zeros is not None:
+        values -= weight.zeros[rows].unsqueeze(-1)
+    scale = weight.scale[rows].unsqueeze(-1)
+    if scale.dtype is out.dtype:
+        # Small integers are exact in every float dtype, so this product too is rounded once.
+        out.view(in_groups).copy_(values).mul_(scale)
+    else:
+        out.view(in_groups).copy_(values.to(torch.float32).mul_(scale.to(torch.float32)))

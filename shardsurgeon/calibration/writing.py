@@ -1,0 +1,63 @@
+"""Score files onto the disk, in every format; for `.pt` by torch, which nothing else here needs.
+
+The last step of whatever makes scores: a calibration, a merge, a baseline, a conversion.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardsurgeon.durable import write_file
+from shardsurgeon.errors import OutputError, UsageError
+from shardsurgeon.scorefiles import (
+    ScoreContent,
+    as_tree,
+    check_score_file_name,
+    is_torch_file,
+    score_file,
+)
+
+
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Check, before any work, that a score file can be written there.
+
+    Raises OutputError where the name is taken, UsageError where its ending is none of a score
+    file, or one that needs torch and there is no torch.
+    """
+    check_score_file_name(out)
+    if is_torch_file(out) and find_spec("torch") is None:
+        remedy = "install shardsurgeon[torch], or give a name that ends in .safetensors"
+        raise UsageError(out, "writing this format needs torch, which is not installed", remedy)
+    if os.path.lexists(out):
+        raise OutputError(out, "exists", "choose another -o or remove it")
+
+
+def write_scores(out: str | os.PathLike[str], content: ScoreContent) -> None:
+    """Write a score file, whole or not at all; a file of that name is replaced.
+
+    The ending says the format, as `check_out` allows it. Raises OutputWriteError.
+    """
+    data = _torch_file(content) if is_torch_file(out) else score_file(out, content)
+    write_file(Path(out), data)
+
+
+def _torch_file(content: ScoreContent) -> bytes:
+    import torch
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: tensors(item) for key, item in value.items()}
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value.copy())
+        return value
+
+    buffer = io.BytesIO()
+    torch.save(tensors(as_tree(content)), buffer)
+    return buffer.getvalue()

@@ -1,0 +1,257 @@
+"""`shardsurgeon calibrate`: scores from running the model, layer by layer."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
+from shardsurgeon.cli.output import print_json, print_lines
+from shardsurgeon.cli.plantext import note_lines
+from shardsurgeon.cli.tables import as_typed, fact
+from shardsurgeon.errors import UsageError
+from shardsurgeon.units import counted, parse_size
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from shardsurgeon.calibration.run import CalibrationReport
+    from shardsurgeon.calibration.settings import Progress
+
+
+def _batch_size(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise UsageError("--batch-size", f"'{text}' is no number", "write auto or a number")
+    return int(text)
+
+
+def _budget(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_size(text, "--activation-budget")
+
+
+def _share(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise UsageError("--share", f"'{text}' is no share", "write it like 1/4, 2/4, 3/4, 4/4")
+    return int(match[1]), int(match[2])
+
+
+@click.command("calibrate")
+@click.argument("model", required=False)
+@click.option(
+    "--dataset",
+    metavar="SPEC",
+    required=True,
+    help="Where samples come from, comma-separated: name:n, name[subset]:n or name(split):n of "
+    "the Hub, a local folder, or a .jsonl, .json, .parquet or .txt file (a line a sample).",
+)
+@click.option(
+    "-o",
+    "out",
+    metavar="FILE",
+    required=True,
+    help="Score file to write: .pt, .safetensors, .npz or .json.",
+)
+@click.option(
+    "--samples",
+    metavar="N",
+    type=int,
+    callback=at_least(1),
+    help="Samples in all; datasets without :n share them.  [default: 512, or what SPEC says]",
+)
+@click.option(
+    "--max-length",
+    metavar="L",
+    type=int,
+    callback=at_least(1),
+    help="Tokens that a sample is cut to.  [default: 2048, or what the model allows]",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    default=42,
+    show_default=True,
+    callback=at_least(0),
+    help="Which records are drawn; the same seed draws the same ones.",
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    default="cpu",
+    show_default=True,
+    help="Where a layer computes: cpu, cuda or cuda:1.",
+)
+@click.option(
+    "--dtype",
+    metavar="NAME",
+    help="Arithmetic in bfloat16, float16, float32 or float64.  [default: the model's own]",
+)
+@click.option(
+    "--batch-size",
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    callback=_batch_size,
+    help="Samples that pass a layer together.",
+)
+@click.option(
+    "--activation-budget",
+    metavar="SIZE",
+    callback=_budget,
+    help="Memory for what passes from layer to layer, such as 16GB; more than that is kept in a "
+    "file in FILE.partial.  [default: half of what is free]",
+)
+@click.option(
+    "--extend",
+    metavar="FILE",
+    help="Draw other samples than this score file has, and add its sums to the new ones.",
+)
+@click.option(
+    "--share",
+    metavar="K/N",
+    callback=_share,
+    help="Take every Nth sample from the Kth on, for one of N machines; `scores merge` adds "
+    "their files up.",
+)
+@click.option(
+    "--field",
+    metavar="NAME",
+    help="The field of a record that holds the messages or the text, where it has a name that "
+    "is not known.",
+)
+@click.option(
+    "--tokenizer",
+    metavar="FOLDER",
+    help="Take the tokenizer and the chat template from here.  [default: the model's own]",
+)
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the tokenizer's code where its folder ships some.",
+)
+@family_option
+@click.option("--restart", is_flag=True, help="Start over instead of resuming in FILE.partial.")
+@progress_option
+@json_option
+def calibrate_command(
+    model: str | None,
+    out: str,
+    device: str,
+    dtype: str | None,
+    batch_size: Any,
+    seed: int,
+    family: str | None,
+    restart: bool,
+    progress: bool | None,
+    as_json: bool,
+    **words: Any,
+) -> None:
+    """Score experts by running samples through the model.
+
+    MODEL is the folder of a checkpoint, by default the current folder. One
+    layer is in memory at a time, read straight from the shards. FILE appears
+    when it is complete; until then the work is in FILE.partial, and the same
+    command goes on from the last finished layer. Needs shardsurgeon[calibrate].
+
+    \b
+    Examples:
+      shardsurgeon calibrate --dataset chats.jsonl --samples 256 -o scores.pt
+      shardsurgeon calibrate --dataset a.jsonl:384,b.parquet:128 -o scores.pt
+      shardsurgeon calibrate --dataset 'org/name(train)' --device cuda -o s.pt
+    """
+    from shardsurgeon.calibration import run
+    from shardsurgeon.calibration.settings import Settings
+
+    settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
+    request = run.CalibrationRequest(settings=settings, **words)
+    with _token_bar(progress) as bar:
+        report = run.calibrate(
+            model,
+            request,
+            out,
+            family=family,
+            restart=restart,
+            progress=bar.on_progress if bar else None,
+        )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_lines(report))
+
+
+class TokenBar:
+    """A tqdm bar in tokens times layers: tokens per second, and the time that is left."""
+
+    def __init__(self) -> None:
+        """Show nothing yet."""
+        self._bar: tqdm[Any] | None = None
+
+    def on_progress(self, progress: Progress) -> None:
+        """Hear of a run. What an earlier run did counts as done, not towards the rate."""
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=progress.tokens_total,
+                initial=progress.tokens_done,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+        layers = f"{progress.layers_done}/{progress.layers_total} done"
+        self._bar.set_description_str(f"layer {progress.layer}, {layers}", refresh=False)
+        self._bar.update(progress.tokens_done - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is and end its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextmanager
+def _token_bar(asked: bool | None) -> Iterator[TokenBar | None]:
+    """A bar for the time of a `with`; None where nobody would see it."""
+    shown = sys.stderr.isatty() if asked is None else asked
+    bar = TokenBar() if shown else None
+    try:
+        yield bar
+    finally:
+        if bar:
+            bar.close()
+
+
+def _lines(report: CalibrationReport) -> Iterator[str]:
+    yield f"{report.model}: {report.dataset}"
+    yield ""
+    tokens = f"{counted(report.samples, 'sample')}, {counted(report.tokens, 'token')}"
+    rate = report.tokens / max(report.seconds, 0.001)
+    yield from fact("samples", f"{tokens} in {report.seconds:.1f} s ({rate:,.0f} tokens/s)")
+    if report.total_samples != report.samples:
+        yield from fact("in the file", counted(report.total_samples, "sample"))
+    yield from fact("computed", f"in {report.dtype} on {report.device}")
+    layers = counted(report.layers, "MoE layer")
+    if report.mtp_layers:
+        layers += f", {report.mtp_layers} of them for next-token prediction"
+    if report.layers_resumed:
+        layers += f", {report.layers_resumed} by an earlier run"
+    yield from fact("scored", layers)
+    yield from fact("never routed", counted(report.never_routed, "expert"))
+    yield from note_lines(report.notes)
+    yield ""
+    yield f"Scores saved in {report.out}. Look at them, then prune:"
+    yield f"  shardsurgeon scores show {as_typed(report.out)}"
+    yield f"  shardsurgeon apply {as_typed(report.out)} --ratio 0.5"

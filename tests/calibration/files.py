@@ -1,0 +1,42 @@
+"""Calibrations that no engine made, for tests of their files."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shardsurgeon.calibration.accumulators import Accumulators
+from shardsurgeon.calibration.calibrationfile import Calibration
+
+EXPERTS = 6
+
+
+def sums(seed: int, tokens: int = 100, experts: int = EXPERTS) -> Accumulators:
+    """Numbers as a calibration leaves them; expert 2 is never routed to."""
+    numbers = np.random.default_rng(seed)
+    counts = numbers.integers(1, tokens, experts)
+    counts[2] = 0
+    routed = counts > 0
+    return Accumulators(
+        tokens,
+        counts.astype(np.int64),
+        *(numbers.random(experts) * counts * scale for scale in (0.5, 3.0, 1 / 3)),
+        numbers.random(experts) * routed,
+    )
+
+
+def calibration(
+    number: int, samples: list[list[object]] | None = None, **settings: object
+) -> Calibration:
+    """Layers 1, 2 and 5, two samples of its own."""
+    own = [["c4", 2 * number, 60], ["c4", 2 * number + 1, 40]]
+    known: dict[str, object] = {
+        "model": "Tiny",
+        "revision": None,
+        "config_sha256": "ab" * 32,
+        "dataset": "c4:2",
+        "seed": 42,
+        "samples": own if samples is None else samples,
+        "versions": {"torch": "2.13"},
+    }
+    layers = {layer: sums(10 * number + layer) for layer in (1, 2, 5)}
+    return Calibration(f"{number}.pt", layers, {**known, **settings})

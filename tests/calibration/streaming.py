@@ -1,0 +1,74 @@
+"""The engine run on a folder, and what it gave, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardsurgeon.calibration.accumulators import Accumulators
+from shardsurgeon.calibration.engine import calibrate_layers
+from shardsurgeon.calibration.samples import Sample
+from shardsurgeon.calibration.settings import BatchSize, Listener, Settings
+from shardsurgeon.calibration.store import ActivationStore
+from shardsurgeon.checkpoint import open_checkpoint
+
+Ids = NDArray[np.int64]
+LENGTHS = (40, 33, 40, 12, 1, 27)
+
+
+class Sink:
+    """Keeps what layers gave."""
+
+    def __init__(self, done: dict[int, Accumulators] | None = None) -> None:
+        self.layers = dict(done or {})
+        self.mtp: set[int] = set()
+
+    def finished_layer(self, index: int, is_mtp: bool, accumulators: Accumulators) -> None:
+        self.layers[index] = accumulators
+        if is_mtp:
+            self.mtp.add(index)
+
+    def done_layers(self) -> set[int]:
+        return set(self.layers)
+
+
+def token_ids(lengths: Sequence[int] = LENGTHS, vocabulary: int = 256, seed: int = 5) -> list[Ids]:
+    """Samples of these lengths."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, vocabulary, length) for length in lengths]
+
+
+def as_samples(ids: Sequence[Ids]) -> list[Sample]:
+    return [Sample(sequence, "drawn", index) for index, sequence in enumerate(ids)]
+
+
+def stream(
+    folder: Path,
+    ids: Sequence[Ids],
+    scratch: Path,
+    *,
+    batch_size: BatchSize = 2,
+    chunk_tokens: int | None = None,
+    dtype: str = "float32",
+    budget: int = 1 << 30,
+    sink: Sink | None = None,
+    listener: Listener = lambda progress: None,
+) -> dict[int, Accumulators]:
+    """Layer → accumulators, by the engine."""
+    sink = sink or Sink()
+    scratch.mkdir(exist_ok=True, parents=True)
+    settings = Settings(dtype=dtype, batch_size=batch_size)
+    with ActivationStore(scratch, [len(sequence) for sequence in ids], budget) as store:
+        calibrate_layers(
+            open_checkpoint(folder),
+            as_samples(ids),
+            settings,
+            store,
+            sink,
+            listener,
+            chunk_tokens=chunk_tokens,
+        )
+    return sink.layers

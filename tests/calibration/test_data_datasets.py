@@ -1,0 +1,156 @@
+"""Datasets opened: local files, folders, and what the datasets library says of the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from shardsurgeon.calibration.datasets import OpenDataset, open_dataset
+from shardsurgeon.calibration.specs import parse_spec
+from shardsurgeon.errors import DatasetError
+
+RECORDS = [{"text": f"text {n}", "number": n} for n in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+def opened(spec: str) -> OpenDataset:
+    (part,) = parse_spec(spec)
+    return open_dataset(part)
+
+
+def texts(dataset: OpenDataset) -> list[object]:
+    records = [dataset.records[index] for index in range(len(dataset.records))]
+    return [record["text"] if isinstance(record, dict) else record for record in records]
+
+
+def table() -> datasets.Dataset:
+    return datasets.Dataset.from_list(RECORDS)
+
+
+def in_a_folder() -> str:
+    Path("folder").mkdir()
+    table().to_parquet("folder/train.parquet")
+    return "folder"
+
+
+def with_two_splits() -> str:
+    datasets.DatasetDict({"train": table().select([0]), "tool": table()}).save_to_disk("saved")
+    return "saved(tool)"
+
+
+def saved_alone() -> str:
+    table().save_to_disk("alone")
+    return "alone"
+
+
+def jsonl() -> str:
+    text = "\n\n".join(map(json.dumps, RECORDS)) + "\r\n"
+    Path("a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return "a.jsonl"
+
+
+def parquet() -> str:
+    table().to_parquet("a.parquet")
+    return "a.parquet"
+
+
+def json_file() -> str:
+    Path("a.json").write_text(json.dumps(RECORDS))
+    return "a.json"
+
+
+def txt() -> str:
+    Path("a.txt").write_text("text 0\ntext 1\n\n   \ntext 2\r\ntext 3\ntext 4")
+    return "a.txt"
+
+
+@pytest.mark.parametrize(
+    "make", [jsonl, json_file, txt, parquet, in_a_folder, with_two_splits, saved_alone]
+)
+def test_every_kind_of_local_dataset_gives_its_records(make: Callable[[], str]) -> None:
+    assert texts(opened(make())) == [f"text {n}" for n in range(5)]
+
+
+def test_a_file_is_known_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
+    first = opened(jsonl()).source
+    assert first.startswith("a.jsonl@sha256:")
+    (tmp_path / "elsewhere").mkdir()
+    Path("a.jsonl").rename("elsewhere/a.jsonl")
+    assert opened("elsewhere/a.jsonl").source == first
+    with Path("elsewhere/a.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    assert opened("elsewhere/a.jsonl").source != first
+
+
+def test_the_split_is_named_even_where_the_spec_does_not() -> None:
+    assert opened(in_a_folder()).source == "folder(train)"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.jsonl", None, "none.jsonl: there is no such file"),
+        ("none.parquet", None, "none.parquet: there is no such file"),
+        ("a.csv", b"x", "'.csv' is not read"),
+        ("a.jsonl", b"", "a.jsonl: is empty"),
+        ("a.jsonl", b"\n \n", "a.jsonl: is empty"),
+        ("a.json", b"[]", "a.json: is empty"),
+        ("a.json", b"{}", "holds no JSON list of records"),
+        ("a.json", b"[1]", "record 0 is neither an object nor a text"),
+        ("a.json", b"nothing", "is not JSON"),
+        ("a.parquet", b"not parquet", "a.parquet: cannot be opened: "),
+    ],
+)
+def test_missing_empty_and_broken_files_are_refused(
+    name: str, content: bytes | None, says: str
+) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    with pytest.raises(DatasetError) as raised:
+        opened(name)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [(b"{", "is not JSON"), (b"[1]", "is not a JSON object"), (b"\xff", "is not UTF-8")],
+)
+def test_a_broken_line_is_named_by_its_number(line: bytes, says: str) -> None:
+    Path("a.jsonl").write_bytes(b'{"text": "x"}\n\n' + line)
+    records = opened("a.jsonl").records
+    with pytest.raises(DatasetError) as raised:
+        records[1]
+    assert str(raised.value).startswith("a.jsonl, line 3: ")
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("nobody/nothing", "nobody/nothing: cannot be opened: "),
+        ("saved(tools)", "has no split 'tools', it has train, tool"),
+        ("folder(tools)", "folder(tools): cannot be opened: "),
+        ("alone(train)", "is one saved dataset, without subsets and splits"),
+        ("a.jsonl(train)", "is a file, and files have no subset, split or revision"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_one_line(spec: str, says: str) -> None:
+    with_two_splits(), in_a_folder(), saved_alone(), jsonl()
+    with pytest.raises(DatasetError) as raised:
+        opened(spec)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_empty_folder_is_refused() -> None:
+    Path("void").mkdir()
+    with pytest.raises(DatasetError, match="void: cannot be opened"):
+        opened("void")

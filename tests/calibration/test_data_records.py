@@ -1,0 +1,106 @@
+"""Records as conversations and texts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from shardsurgeon.calibration.records import Conversation, read_record
+from shardsurgeon.errors import DatasetError
+
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+def messages(record: Any, field: str | None = None) -> list[dict[str, Any]]:
+    said = read_record(record, "here", field)
+    assert isinstance(said, Conversation)
+    return said.messages
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ASSISTANT], "text": "no", "prompt": "no"},
+        {"messages": json.dumps([USER, ASSISTANT])},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        {"conversation": [USER, ASSISTANT], "messages": None},
+        {"messages": [{**USER, "tool_calls": None, "name": None}, ASSISTANT]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ASSISTANT]},
+        {"prompt": "hi", "response": "ho"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"instruction": "hi", "output": "ho"},
+        {"instruction": "hi", "input": " ", "output": "ho"},
+        {"question": "hi", "answer": "ho", "text": "no"},
+        {"query": "hi", "answers": "ho"},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER]},
+    ],
+)
+def test_conversations_in_the_forms_that_datasets_use(record: dict[str, Any]) -> None:
+    assert messages(record) == [USER, ASSISTANT]
+
+
+def test_what_an_instruction_is_about_follows_it() -> None:
+    said = messages({"instruction": "Sum up.", "input": "A story.", "output": "Short."})
+    assert said[0] == {"role": "user", "content": "Sum up.\n\nA story."}
+
+
+def test_a_system_prompt_comes_first() -> None:
+    said = messages({"system": "Be brief.", "prompt": "hi", "response": "ho"})
+    assert said == [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]
+
+
+def test_tools_and_the_arguments_of_calls_become_objects() -> None:
+    tool = {"type": "function", "function": {"name": "add"}}
+    call = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    record = {
+        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": json.dumps([tool]),
+    }
+    said = read_record(record, "here")
+    assert isinstance(said, Conversation)
+    assert said.tools == [tool]
+    assert said.messages[1]["tool_calls"] == [{"function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ("a line", "a line"),
+        ({"text": "a", "meta": 1}, "a"),
+        ({"content": "b"}, "b"),
+        ({"prompt": "[1, 2]"}, "[1, 2]"),
+        ({"text": ""}, ""),
+    ],
+)
+def test_texts(record: Any, text: str) -> None:
+    assert read_record(record, "here") == text
+
+
+def test_a_named_field_is_the_only_one_looked_at() -> None:
+    record = {"messages": [USER], "body": "text", "dialogue": [USER, ASSISTANT]}
+    assert read_record(record, "here", "body") == "text"
+    assert messages(record, "dialogue") == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "says"),
+    [
+        ({"id": 1, "body": "x"}, None, "its fields: id, body; name one with --field"),
+        ({}, None, "its fields: none"),
+        ({"messages": "hello"}, None, "field 'messages' holds str, not a list of messages"),
+        ({"messages": [{"content": "x"}]}, None, "a message without a role"),
+        ({"messages": ["x"]}, None, "field 'messages' holds list"),
+        ({"prompt": "a", "completion": [1]}, None, "field 'completion' holds list"),
+        ({"a": "x"}, "b", "has no field 'b'; its fields: a"),
+        ({"a": 3}, "a", "field 'a' holds int"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused(
+    record: dict[str, Any], field: str | None, says: str
+) -> None:
+    with pytest.raises(DatasetError) as raised:
+        read_record(record, "a.jsonl, record 3", field)
+    assert str(raised.value).startswith("a.jsonl, record 3: ")
+    assert says in str(raised.value)
