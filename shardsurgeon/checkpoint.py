@@ -59,7 +59,7 @@ class Checkpoint:
     what an earlier prune by this tool wrote, or None; unindexed: safetensors files that the
     index does not name and that therefore are no part of the model; notes: what a user
     should know and need not mend; family: a declaration that takes the place of the shipped
-    ones.
+    ones; unlisted: tensors of the shards that the index forgot.
     """
 
     source: Source
@@ -71,6 +71,7 @@ class Checkpoint:
     unindexed: tuple[str, ...]
     notes: tuple[str, ...]
     family: Family | None = None
+    unlisted: tuple[str, ...] = ()
 
     @property
     def location(self) -> str:
@@ -133,10 +134,18 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
             "checkpoint on"
         )
     if unlisted:
-        notes.append(f"{unlisted} tensors that the index does not list are part of the model")
+        notes.append(f"{len(unlisted)} tensors that the index does not list are part of the model")
     metadata = index.metadata if index is not None else None
     return Checkpoint(
-        source, tuple(files.values()), shards, config, metadata, provenance, unindexed, tuple(notes)
+        source,
+        tuple(files.values()),
+        shards,
+        config,
+        metadata,
+        provenance,
+        unindexed,
+        tuple(notes),
+        unlisted=unlisted,
     )
 
 
@@ -273,8 +282,10 @@ def _open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
     return Shard(file.name, file.nbytes, parse_header(raw, file.nbytes, where), digest)
 
 
-def _check_tensors(source: Source, shards: tuple[Shard, ...], index: Index | None) -> int:
-    """Every tensor in one shard only, and where the index says; how many it does not list.
+def _check_tensors(
+    source: Source, shards: tuple[Shard, ...], index: Index | None
+) -> tuple[str, ...]:
+    """Every tensor in one shard only, and where the index says; those that it does not list.
 
     Loaders read whole shards, so a tensor that the index forgot is part of the model.
     """
@@ -289,13 +300,13 @@ def _check_tensors(source: Source, shards: tuple[Shard, ...], index: Index | Non
                     "remove the shard that does not belong",
                 )
     if index is None:
-        return 0
+        return ()
     where = _at(source, INDEX_NAME)
     for name, file in index.weight_map.items():
         if home.get(name) != file:
             remedy = "fetch the index and the shards again, from one revision"
             raise IndexFileError(where, f"says {file} holds {name}, but it does not", remedy)
-    return len(home) - len(index.weight_map)
+    return tuple(name for name in home if name not in index.weight_map)
 
 
 def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 from shardsurgeon.checkpoint import Checkpoint, Shard
-from shardsurgeon.formats.index import INDEX_NAME, parse_index
+from shardsurgeon.formats.index import INDEX_NAME
 from shardsurgeon.formats.safetensors import DTYPE_BITS
 from shardsurgeon.parameters import count_parameters
 from shardsurgeon.verification.findings import Findings
@@ -78,21 +78,17 @@ def _check_metadata(
 
 
 def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
-    file = next((file for file in pruned.files if file.name == INDEX_NAME), None)
-    if file is None:
+    if pruned.index_metadata is None:
         if len(pruned.shards) > 1:
             findings.add(INDEX_NAME, f"is missing beside {len(pruned.shards)} shards")
         return
-    index = parse_index(pruned.source.read(INDEX_NAME, 0, file.nbytes), INDEX_NAME)
-    for shard in pruned.shards:
-        for record in shard.header.tensors:
-            if record.name not in index.weight_map:
-                findings.add(INDEX_NAME, f"does not list {record.name} of {shard.file}")
+    for name in pruned.unlisted:
+        findings.add(INDEX_NAME, f"does not list {name}")
     said = {**(source.index_metadata or {}), "total_size": pruned.total_size}
     if (parameters := _parameters(source, pruned)) is not None:
         said["total_parameters"] = parameters
     for key, value in said.items():
-        found = index.metadata.get(key)
+        found = pruned.index_metadata.get(key)
         # Where the source is silent about parameters, the output may be.
         silent = found is None and key not in (source.index_metadata or {}) and key != "total_size"
         if (type(found), found) != (type(value), value) and not silent:
