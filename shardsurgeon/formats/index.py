@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 
 from shardsurgeon.errors import IndexFileError
 from shardsurgeon.formats.strict_json import Repeated, brief, is_text, read_object
@@ -65,11 +66,11 @@ def build_index(weight_map: Mapping[str, str], metadata: Mapping[str, object]) -
     """The index's bytes as transformers writes them: indented by 2, keys sorted, newline."""
     content = {"metadata": dict(metadata), "weight_map": weight_map}
     # Piece by piece: the text of a trillion-parameter model's index need not be there twice.
-    pieces = bytearray()
+    text = BytesIO()
     for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(content):
-        pieces += piece.encode()
-    pieces += b"\n"
-    return bytes(pieces)
+        text.write(piece.encode())
+    text.write(b"\n")
+    return text.getvalue()
 
 
 def _member(members: dict[str, object], key: str, where: str) -> dict[str, object]:
