@@ -78,7 +78,7 @@ def estimate_space(
     place = Workplace(out, system or default_system())
     record = None if restart else read_journal(place.journal)
     found = find_leftovers(plan.shards, place, record.done if record else Done())
-    return Space(_needed(_sizes(plan), found), place.space(restart))
+    return Space(_needed(output_sizes(plan), found), place.space(restart))
 
 
 def execute(
@@ -114,10 +114,10 @@ def execute(
     if workers < 0:
         raise UsageError("--workers", f"{workers} is less than 0")
     system = system or default_system()
-    sizes = _sizes(plan)
+    sizes = output_sizes(plan)
     budget = sum(sizes.values()) if disk_budget is None else disk_budget
     if outlet:
-        _require_budget(budget, sizes)
+        require_budget(budget, sizes)
     with hold(out, system) as place:
         require_unchanged(source, plan.source_files)
         with place.open_journal(_run(plan, source), restart) as journal:
@@ -154,7 +154,7 @@ def execute(
     )
 
 
-def _sizes(plan: SurgeryPlan) -> dict[str, int]:
+def output_sizes(plan: SurgeryPlan) -> dict[str, int]:
     """Every output file and its size. Raises OutputError for a name that must not be written."""
     source_sizes = {file.name: file.nbytes for file in plan.source_files}
     files = [(shard.file, shard.nbytes) for shard in plan.shards]
@@ -193,7 +193,8 @@ def _run(plan: SurgeryPlan, source: Source) -> Run:
     return Run(plan.request_fingerprint, plan.source_fingerprint, plan.source_files, origin)
 
 
-def _require_budget(budget: int, sizes: dict[str, int]) -> None:
+def require_budget(budget: int, sizes: dict[str, int]) -> None:
+    """Raise UsageError where a disk budget is less than the largest file; sizes: by name."""
     name = max(sizes, key=sizes.__getitem__)
     if sizes[name] > budget:
         raise UsageError(

@@ -18,6 +18,7 @@ from shardsurgeon.anatomy import read_anatomy
 from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.counts import SelectionRequest
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
+from shardsurgeon.execution import output_sizes, require_budget
 from shardsurgeon.hub.card import Placement, model_card, require_metadata
 from shardsurgeon.hub.facts import model_facts
 from shardsurgeon.hub.quiet import quietly
@@ -158,12 +159,14 @@ def carry_out(
 
     stream: upload every shard as soon as it is finished and keep none, so that there is no OUT;
     disk_budget: bytes of shards that may be on the disk meanwhile, None for a few of the largest.
-    The token, the repository and the right to write there are seen to before any byte is moved.
+    The budget comes first; then the token, the repository and the right to write there are seen
+    to, all before any byte is moved.
     """
     operations.require_ready(pruning)
     if dry_run:
         return operations.carry_out(pruning, verify=verify, dry_run=True)
     begun = time.monotonic()
+    budget = _budget(pruning, disk_budget) if stream else None
     with quietly(bars and not stream) as said:
         shipment = _Shipment(pruning, destination)
         report = operations.carry_out(
@@ -173,7 +176,7 @@ def carry_out(
             restart=restart,
             progress=progress,
             outlet=shipment.outlet if stream else None,
-            disk_budget=(disk_budget or _few_shards(pruning)) if stream else None,
+            disk_budget=budget,
         )
         if not stream:
             begun = time.monotonic()
@@ -181,15 +184,12 @@ def carry_out(
     return replace(report, push=_report(shipment.repository, shipment.published, begun, said))
 
 
-def _few_shards(pruning: Pruning) -> int:
-    surgery = pruning.surgery
-    planned = {file.name: file.nbytes for file in surgery.source_files}
-    # Other files pass by the budget, but not if one alone is larger.
-    sizes = [shard.nbytes for shard in surgery.shards]
-    sizes += [planned[name] for name in surgery.side_files]
-    sizes += [len(content) for _, content in surgery.documents]
-    sizes += [Path(path).stat().st_size for _, path in surgery.extra_files]
-    return _FEW_SHARDS * max(sizes)
+def _budget(pruning: Pruning, given: int | None) -> int:
+    """Bytes of shards that may be on the disk. Raises UsageError where one alone takes more."""
+    sizes = output_sizes(pruning.surgery)
+    budget = given or _FEW_SHARDS * max(sizes.values())
+    require_budget(budget, sizes)
+    return budget
 
 
 class _Shipment:

@@ -1,6 +1,6 @@
 """OUT.partial: the folder an output grows in, held by one run at a time.
 
-Used by the rooms of `execution` alone. Its layout:
+Used by the rooms of `execution` and, for score files, by `calibration`. Its layout:
 
     OUT.partial/
         shardsurgeon.lock       locked while a run works here

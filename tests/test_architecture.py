@@ -146,6 +146,8 @@ def test_heavy_and_foreign_libraries_stay_in_their_rooms(module: str) -> None:
     assert not found & ENGINES or module.startswith(ENGINE_ROOMS)
     if not module.startswith("cli"):
         assert not found & {"click", "tqdm"}
+    if not module.startswith(("sources.", "hub.")):
+        assert not found & {"huggingface_hub", "fsspec"}
 
 
 def test_no_command_imports_an_engine_before_it_is_asked_to() -> None:

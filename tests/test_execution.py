@@ -85,6 +85,26 @@ def test_short_reads_and_writes_give_the_same_bytes(job: Job, out: Path, system:
     assert content(out) == job.expected
 
 
+def test_two_workers_begin_with_a_shard_each(
+    job: Job, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "BATCH_NBYTES", 1000)
+    both, begun, system = threading.Barrier(2, timeout=30), threading.local(), portable()
+    first: list[str] = []
+
+    def write_at(file: FileIO, data: memoryview, at: int) -> int:
+        name = Path(str(file.name)).name
+        if name.endswith(".safetensors") and not hasattr(begun, "yes"):
+            begun.yes = True
+            first.append(name)
+            both.wait()
+        return system.write_at(file, data, at)
+
+    execute(job.plan, job.source, out, workers=2, system=replace(system, write_at=write_at))
+    assert set(first) == {"model-1.safetensors", "model-2.safetensors"}
+    assert content(out) == job.expected
+
+
 @pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
 def test_scripts_stay_executable_and_the_rest_is_not(job: Job, out: Path) -> None:
     execute(job.plan, job.source, out)

@@ -13,6 +13,7 @@ from safetensors.numpy import load
 
 from shardsurgeon.anatomy import read_anatomy
 from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.errors import FamilyError
 from shardsurgeon.keeplists import KeepList, LayerKeep
 from shardsurgeon.planning import plan_shards, shard_name
 from shardsurgeon.surgeryplan import Literal, OutputShard
@@ -197,3 +198,25 @@ def test_consecutive_rows_are_one_segment() -> None:
 )
 def test_shards_are_named_as_the_hub_names_them(number: int, total: int, name: str) -> None:
     assert shard_name(number, total) == name
+
+
+def test_experts_whose_rows_are_no_whole_bytes_are_refused_by_name() -> None:
+    weights = stacked_tensors()
+    files = tiny.files(QWEN, weights, shard_of=lambda name: 1)
+    (shard,) = (name for name in files if name.endswith(".safetensors"))
+    raw = files[shard]
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    header, end = json.loads(raw[8:begin]), len(raw) - begin
+    # numpy has no F4: 8 experts of 3 numbers, 12 bits each, are added by hand.
+    names = [f"{n.rsplit('.', 1)[0]}.down_proj_packed" for n in weights if "down_proj" in n]
+    for number, name in enumerate(names):
+        offsets = [end + 12 * number, end + 12 * (number + 1)]
+        header[name] = {"dtype": "F4", "shape": [8, 3], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    data = raw[begin:] + bytes(12 * len(names))
+    files[shard] = len(text).to_bytes(8, "little") + text + data
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"] |= dict.fromkeys(names, shard)
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    with pytest.raises(FamilyError, match=r"down_proj_packed: an expert's row takes 12 bits"):
+        planned(files, keep(0, 1, 2, 5, layers=(0, 1, 2)))

@@ -25,8 +25,9 @@ from shardsurgeon.calibration.samples import Sample, samples_sha256, total_token
 from shardsurgeon.calibration.settings import Listener, Progress, Settings
 from shardsurgeon.calibration.specs import parse_spec
 from shardsurgeon.calibration.store import ActivationStore
+from shardsurgeon.calibration.tokenizerfiles import tokenizer_folder
 from shardsurgeon.calibration.tokenizing import Tokenizer
-from shardsurgeon.calibration.writing import check_out, write_scores
+from shardsurgeon.calibration.writing import check_out, check_samples, write_scores
 from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
 from shardsurgeon.durable import reading
 from shardsurgeon.errors import ScoreError, UsageError
@@ -110,6 +111,7 @@ def calibrate(
     request = _settled(request, checkpoint, anatomy)
     earlier = _earlier(request, checkpoint)
     samples = _samples(request, checkpoint, earlier)
+    check_samples(out, len(samples) + (len(earlier.samples) if earlier else 0))
     check_vocabulary(checkpoint, anatomy, samples)
     run = _run(request, checkpoint, samples)
     with partial_calibration(Path(out), run, restart=restart) as partial:
@@ -152,9 +154,7 @@ def _samples(
 ) -> list[Sample]:
     assert request.max_length is not None
     parts = parse_spec(request.dataset, request.samples)
-    folder = checkpoint.source.local_path(CONFIG_NAME)
-    place = request.tokenizer or str(folder.parent if folder else checkpoint.location)
-    tokenizer = Tokenizer(place, trust_remote_code=request.trust_remote_code)
+    tokenizer = _tokenizer(request, checkpoint)
     taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
     draw = Draw(request.settings.seed, request.max_length, request.field, taken)
     samples = draw_samples(parts, tokenizer, draw)
@@ -165,6 +165,14 @@ def _samples(
         problem = f"{k}/{n} of {len(samples):,} samples leaves some shares empty"
         raise UsageError("--share", problem, "make fewer shares")
     return samples[k - 1 :: n]
+
+
+def _tokenizer(request: CalibrationRequest, checkpoint: Checkpoint) -> Tokenizer:
+    trust = request.trust_remote_code
+    if request.tokenizer:
+        return Tokenizer(request.tokenizer, trust_remote_code=trust)
+    with tokenizer_folder(checkpoint.source) as folder:
+        return Tokenizer(folder, name=checkpoint.location, trust_remote_code=trust)
 
 
 def _run(request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]) -> Run:

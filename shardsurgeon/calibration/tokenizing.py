@@ -24,18 +24,20 @@ _TRUST = "--trust-remote-code"
 class Tokenizer:
     """A tokenizer of transformers with its chat template."""
 
-    def __init__(self, place: str | PathLike[str], *, trust_remote_code: bool = False) -> None:
-        """place: a folder, or a model of the Hub.
+    def __init__(
+        self, place: str | PathLike[str], *, name: str = "", trust_remote_code: bool = False
+    ) -> None:
+        """place: a folder, or a model of the Hub; name: what messages call it instead.
 
         Raises UsageError where there is no tokenizer, or it cannot be read.
         """
         transformers = require("transformers")
-        self.place = str(place)
+        self.place = name or str(place)
         if not trust_remote_code and _is_code(Path(place)):
             problem = f"the tokenizer of {self.place} is code that its folder ships"
             raise UsageError(_OPTION, problem, f"read it, then allow it with {_TRUST}")
         with quietly():
-            self._tokenizer = _load(transformers, self.place, trust_remote_code)
+            self._tokenizer = _load(transformers, str(place), self.place, trust_remote_code)
         # Where the config names a known model, a missing tokenizer is made up, and knows no word.
         if not self._tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise _unreadable(self.place)
@@ -68,7 +70,7 @@ class Tokenizer:
         return text
 
 
-def _load(transformers: Any, place: str, trust_remote_code: bool) -> Any:
+def _load(transformers: Any, place: str, name: str, trust_remote_code: bool) -> Any:
     load = transformers.AutoTokenizer.from_pretrained
     try:
         return load(place, trust_remote_code=trust_remote_code)
@@ -78,7 +80,7 @@ def _load(transformers: Any, place: str, trust_remote_code: bool) -> Any:
         with suppress(Exception):
             empty = transformers.PreTrainedConfig()
             return load(place, config=empty, trust_remote_code=trust_remote_code)
-        raise _unreadable(place, error) from error
+        raise _unreadable(name, error) from error
 
 
 def _is_code(folder: Path) -> bool:

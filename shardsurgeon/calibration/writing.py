@@ -24,6 +24,9 @@ from shardsurgeon.scorefiles import (
     score_file,
 )
 
+# A sample is several steps of a pickle, and whoever reads one safely bounds its steps.
+MOST_SAMPLES_IN_PT = 100_000
+
 
 def check_out(out: str | os.PathLike[str]) -> None:
     """Check, before any work, that a score file can be written there.
@@ -39,11 +42,21 @@ def check_out(out: str | os.PathLike[str]) -> None:
         raise OutputError(out, "exists", "choose another -o or remove it")
 
 
+def check_samples(out: str | os.PathLike[str], samples: int) -> None:
+    """Check that a score file of that name can list so many samples. Raises UsageError."""
+    if is_torch_file(out) and samples > MOST_SAMPLES_IN_PT:
+        problem = f"a .pt file lists at most {MOST_SAMPLES_IN_PT:,} samples, these are {samples:,}"
+        raise UsageError(out, problem, "give a name that ends in .safetensors")
+
+
 def write_scores(out: str | os.PathLike[str], content: ScoreContent) -> None:
     """Write a score file, whole or not at all; a file of that name is replaced.
 
-    The ending says the format, as `check_out` allows it. Raises OutputWriteError.
+    The ending says the format, as `check_out` allows it. Raises OutputWriteError, and
+    UsageError for more samples than the format's reader takes.
     """
+    listed = (content.calibration or {}).get("samples")
+    check_samples(out, len(listed) if isinstance(listed, list) else 0)
     data = _torch_file(content) if is_torch_file(out) else score_file(out, content)
     write_file(Path(out), data)
 

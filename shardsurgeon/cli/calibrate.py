@@ -161,10 +161,11 @@ def calibrate_command(
 ) -> None:
     """Score experts by running samples through the model.
 
-    MODEL is the folder of a checkpoint, by default the current folder. One
-    layer is in memory at a time, read straight from the shards. FILE appears
-    when it is complete; until then the work is in FILE.partial, and the same
-    command goes on from the last finished layer. Needs shardsurgeon[calibrate].
+    MODEL is the folder of a checkpoint, by default the current folder, or a
+    repository of the Hub such as org/name. One layer is in memory at a time,
+    read straight from the shards. FILE appears when it is complete; until then
+    the work is in FILE.partial, and the same command goes on from the last
+    finished layer. Needs shardsurgeon[calibrate].
 
     \b
     Examples:

@@ -14,7 +14,9 @@ from shardsurgeon.calibration import packages
 from shardsurgeon.calibration.calibrationfile import read_calibration
 from shardsurgeon.cli.main import main
 from shardsurgeon.scores import read_scores
-from tests.calibration.chats import FIXTURES, words, write_chats
+from tests.calibration.chats import FIXTURES, sums, words, write_chats
+from tests.hub.models import add_fixture
+from tests.hub.server import LocalHub
 
 MODEL = "qwen3_moe"
 
@@ -149,6 +151,33 @@ def test_what_is_there_is_not_overwritten(
     out.write_text("mine")
     assert "exists" in refused(capsys, words(MODEL, chats, out))
     assert out.read_text() == "mine"
+
+
+def test_a_model_on_the_hub_gives_the_sums_of_its_folder(
+    tmp_path: Path, chats: Path, online: LocalHub
+) -> None:
+    add_fixture(online, MODEL, "org/model")
+    here, there = tmp_path / "here.pt", tmp_path / "there.pt"
+    assert main(words(MODEL, chats, here)) == 0
+    command = words(MODEL, chats, there)
+    command[1] = "org/model"
+    assert main(command) == 0
+    found, expected = sums(there), sums(here)
+    assert found.keys() == expected.keys()
+    for layer, accumulators in expected.items():
+        for name, array in accumulators.arrays().items():
+            assert found[layer].arrays()[name].tobytes() == array.tobytes(), (layer, name)
+
+
+def test_a_model_on_the_hub_without_a_tokenizer_is_named_as_it_was_typed(
+    tmp_path: Path, model: Path, chats: Path, online: LocalHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    online.add_model("org/mute", model)
+    command = words(MODEL, chats, tmp_path / "scores.pt")
+    command[1] = "org/mute"
+    assert "hf://org/mute@" in refused(capsys, command)
 
 
 def test_a_model_without_a_tokenizer_is_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,21 @@ def test_any_reader_of_scores_takes_it_as_a_file_of_metrics(file: Path) -> None:
 def test_the_same_calibration_gives_the_same_bytes(file: Path) -> None:
     write_scores(file.with_stem("again"), calibration(3).content())
     assert file.with_stem("again").read_bytes() == file.read_bytes()
+
+
+def test_a_pt_file_takes_as_many_samples_as_its_reader(tmp_path: Path) -> None:
+    def of(samples: int) -> ScoreContent:
+        content = calibration(3).content()
+        listed = [["chats.jsonl", number, 7] for number in range(samples)]
+        return replace(content, calibration={**(content.calibration or {}), "samples": listed})
+
+    write_scores(tmp_path / "most.pt", of(100_000))
+    assert len(read_calibration(tmp_path / "most.pt").samples) == 100_000
+    with pytest.raises(UsageError, match=r"at most 100,000 samples, these are 100,001"):
+        write_scores(tmp_path / "more.pt", of(100_001))
+    assert not (tmp_path / "more.pt").exists()
+    write_scores(tmp_path / "more.json", of(100_001))
+    assert len(read_calibration(tmp_path / "more.json").samples) == 100_001
 
 
 def test_torch_reads_the_tree_of_the_contract_without_running_anything(tmp_path: Path) -> None:

@@ -260,6 +260,7 @@ def test_a_budget_below_one_shard_is_refused_with_the_number(
     line = shell.refused(*words("--stream-push", "me/small", "--disk-budget", "10kB"))
     assert "--disk-budget" in line and "--max-shard-size" in line
     assert source.uploads == {}
+    assert not [request for request in source.requests if "repos/create" in request.path]
 
 
 @pytest.mark.parametrize(
