@@ -1,4 +1,4 @@
-"""The hands that carry out a plan's moves: the kernel's where it can, a download where it must.
+"""The hands that carry out a plan's moves: a copy where the bytes are near, else a download.
 
 `filling` and `smallfiles` give batches of moves (`moves`) to a `Mover`; batches touch disjoint
 ranges, so any number of movers may work at once, in any order.

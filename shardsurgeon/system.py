@@ -4,7 +4,8 @@ The lowest room of execution: `durable` and `journal` go through a `System`, so 
 between kernel and portable ways is made once, in `native`, and tests run both and inject faults.
 
 Files are unbuffered `FileIO` objects; offsets and sizes are bytes. Every call raises plain
-`OSError`; `durable` translates.
+`OSError`; `durable` translates. At the end stands what the host says of its memory, for
+`calibration`.
 """
 
 from __future__ import annotations
