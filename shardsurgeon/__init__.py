@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 
 if TYPE_CHECKING:
-    from shardsurgeon.api import apply, plan, push, verify
-    from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
-    from shardsurgeon.operations import Pruning, inspect
-    from shardsurgeon.reports import (
+    from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+    from shardsurgeon.operations.api import apply, plan, push, verify
+    from shardsurgeon.operations.operations import Pruning, inspect
+    from shardsurgeon.operations.reports import (
         ApplyReport,
         ArchitectureReport,
         InspectReport,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         PushReport,
         VerifyReport,
     )
-    from shardsurgeon.scores import Scores, read_scores
+    from shardsurgeon.scores.scores import Scores, read_scores
 
 __version__ = "0.1.0"
 
@@ -52,22 +52,22 @@ __all__ = [
 
 # Looked up when first used: `import shardsurgeon` and `shardsurgeon --help` stay cheap.
 _HOMES = {
-    "ApplyReport": "reports",
-    "ArchitectureReport": "reports",
-    "Checkpoint": "checkpoint",
-    "InspectReport": "reports",
-    "PlanReport": "reports",
-    "Pruning": "operations",
-    "PushReport": "reports",
-    "Scores": "scores",
-    "VerifyReport": "reports",
-    "apply": "api",
-    "inspect": "operations",
-    "open_checkpoint": "checkpoint",
-    "plan": "api",
-    "push": "api",
-    "read_scores": "scores",
-    "verify": "api",
+    "ApplyReport": "operations.reports",
+    "ArchitectureReport": "operations.reports",
+    "Checkpoint": "checkpoint.checkpoint",
+    "InspectReport": "operations.reports",
+    "PlanReport": "operations.reports",
+    "Pruning": "operations.operations",
+    "PushReport": "operations.reports",
+    "Scores": "scores.scores",
+    "VerifyReport": "operations.reports",
+    "apply": "operations.api",
+    "inspect": "operations.operations",
+    "open_checkpoint": "checkpoint.checkpoint",
+    "plan": "operations.api",
+    "push": "operations.api",
+    "read_scores": "scores.scores",
+    "verify": "operations.api",
 }
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tiny_job import SIDE, A, B, Job, content
 
-from shardsurgeon.journal import read_journal
-from shardsurgeon.sources.base import SourceFile
-from shardsurgeon.sources.memory import MemorySource
+from shardsurgeon.execution.journal import read_journal
+from shardsurgeon.storage.base import SourceFile
+from shardsurgeon.storage.memory import MemorySource
 
 FILES = {"a.safetensors": A, "b.safetensors": B, **SIDE}
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shardsurgeon.allocation import allocate, shares, uniform_counts
-from shardsurgeon.counts import RoutingFacts, SelectionRequest
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.selection import select
+from shardsurgeon.pruning.allocation import allocate, shares, uniform_counts
+from shardsurgeon.pruning.counts import RoutingFacts, SelectionRequest
+from shardsurgeon.pruning.selection import select
 
 Rows = Mapping[int, NDArray[np.float64]]
 KEEP = SelectionRequest(keep=1)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from shardsurgeon.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
-from shardsurgeon.formats.safetensors import TensorRecord
-from shardsurgeon.roles import Carried, ExpertTensor, Sliced
+from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 
 def anatomy(**arguments) -> Anatomy:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.copying import Mover
-from shardsurgeon.moves import Move
-from shardsurgeon.progress import Meter, Progress
-from shardsurgeon.sources.local import LocalSource
-from shardsurgeon.surgeryplan import Literal, Segment
-from shardsurgeon.system import native
+from shardsurgeon.execution.copying import Mover
+from shardsurgeon.execution.moves import Move
+from shardsurgeon.execution.progress import Meter, Progress
+from shardsurgeon.execution.surgeryplan import Literal, Segment
+from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.system import native
 
 
 @pytest.mark.parametrize("was_there", [True, False])

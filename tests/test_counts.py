@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.counts import (
+from shardsurgeon.errors import ConfigError, KeepListError, UsageError
+from shardsurgeon.pruning.counts import (
     Allocation,
     Rounding,
     RoutingFacts,
@@ -21,7 +22,6 @@ from shardsurgeon.counts import (
     largest_kept,
     removed_count,
 )
-from shardsurgeon.errors import ConfigError, KeepListError, UsageError
 
 DEEPSEEK = RoutingFacts(256, 8, n_group=8, topk_group=4, group_score_top=2)
 KIMI = RoutingFacts(384, 8)

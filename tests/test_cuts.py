@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsurgeon.counts import RoutingFacts, removed_count
-from shardsurgeon.cuts import LIMITS, Cut, lost_shares, ratio_of, suggested_cuts, widest_gap
-from shardsurgeon.selection import select, summarize
+from shardsurgeon.pruning.counts import RoutingFacts, removed_count
+from shardsurgeon.pruning.cuts import LIMITS, Cut, lost_shares, ratio_of, suggested_cuts, widest_gap
+from shardsurgeon.pruning.selection import select, summarize
 
 NAN, INF = math.nan, math.inf
 

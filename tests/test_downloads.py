@@ -10,13 +10,13 @@ from faraway import FarSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.downloads import MOST_READ_OVER, Downloader, gaps, requests, widest_gap
 from shardsurgeon.errors import SourceReadError
-from shardsurgeon.moves import Move
-from shardsurgeon.progress import Meter, Progress, Stopped
-from shardsurgeon.sources.memory import MemorySource
-from shardsurgeon.surgeryplan import Literal, Segment
-from shardsurgeon.system import native
+from shardsurgeon.execution.downloads import MOST_READ_OVER, Downloader, gaps, requests, widest_gap
+from shardsurgeon.execution.moves import Move
+from shardsurgeon.execution.progress import Meter, Progress, Stopped
+from shardsurgeon.execution.surgeryplan import Literal, Segment
+from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.storage.system import native
 
 DATA = bytes(range(256)) * 4
 

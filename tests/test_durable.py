@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon import durable
 from shardsurgeon.errors import OutputWriteError, SourceReadError
-from shardsurgeon.system import System, native, portable
+from shardsurgeon.storage import durable
+from shardsurgeon.storage.system import System, native, portable
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
 CONTENT = bytes(range(256)) * 40

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from tiny_job import SIDE, A, B, Job, content, make_job
 
-from shardsurgeon import durable, filling
 from shardsurgeon.errors import (
     OutputError,
     OutputWriteError,
@@ -21,11 +20,13 @@ from shardsurgeon.errors import (
     UsageError,
     VerificationError,
 )
-from shardsurgeon.execution import Space, estimate_space, execute
-from shardsurgeon.progress import Progress
-from shardsurgeon.sources.memory import MemorySource
-from shardsurgeon.surgeryplan import OutputShard
-from shardsurgeon.system import System, native, portable
+from shardsurgeon.execution import filling
+from shardsurgeon.execution.execution import Space, estimate_space, execute
+from shardsurgeon.execution.progress import Progress
+from shardsurgeon.execution.surgeryplan import OutputShard
+from shardsurgeon.storage import durable
+from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.storage.system import System, native, portable
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.errors import OutputError
-from shardsurgeon.journal import Done, Journal, Part, Run, read_journal, require_same
-from shardsurgeon.sources.base import SourceFile
-from shardsurgeon.system import native
+from shardsurgeon.execution.journal import Done, Journal, Part, Run, read_journal, require_same
+from shardsurgeon.storage.base import SourceFile
+from shardsurgeon.storage.system import native
 
 FILES = (SourceFile("a.safetensors", 10, "t1"), SourceFile("b.safetensors", 20, "t2"))
 RUN = Run("1" * 64, "2" * 64, FILES, "hf://org/name@abc")

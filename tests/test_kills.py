@@ -15,9 +15,9 @@ import pytest
 from faraway import FarSource, FolderOutlet, far_job, noted, receipts
 from tiny_job import SIDE, Job, content, make_job
 
-from shardsurgeon import filling
-from shardsurgeon.execution import execute
-from shardsurgeon.system import System, native, portable
+from shardsurgeon.execution import filling
+from shardsurgeon.execution.execution import execute
+from shardsurgeon.storage.system import System, native, portable
 
 
 class Unsynced:

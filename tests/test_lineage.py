@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardsurgeon.checkpoint.provenance import Provenance, SourceIdentity, Step, parse_provenance
 from shardsurgeon.errors import CheckpointError, ScoreError
-from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.lineage import (
+from shardsurgeon.pruning.counts import RoutingFacts, SelectionRequest
+from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.lineage import (
     check_lineage,
     compose,
     restrict,
@@ -20,8 +22,7 @@ from shardsurgeon.lineage import (
     step_of,
     survivors,
 )
-from shardsurgeon.provenance import Provenance, SourceIdentity, Step, parse_provenance
-from shardsurgeon.selection import RoutingFacts, SelectionRequest, select
+from shardsurgeon.pruning.selection import select
 
 ORIGINAL = SourceIdentity("original", None, "aa" * 32)
 PRUNED = SourceIdentity("pruned", "v1", "bb" * 32)

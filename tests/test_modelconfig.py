@@ -7,11 +7,11 @@ import json
 import pytest
 import tiny
 
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.modelconfig import pruned_config, quantization_name
+from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.modelconfig import pruned_config, quantization_name
 
 # Layer 1 keeps 0, 2, 5; layer 2 keeps 1, 2, 3; the MTP layer 3 keeps 5, 6, 7.
 RETAINED = {1: (0, 2, 5), 2: (1, 2, 3), 3: (5, 6, 7)}

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.moves import Move, batches, joined, remaining, shard_moves
-from shardsurgeon.surgeryplan import Literal, OutputShard, OutputTensor, Segment
+from shardsurgeon.execution.moves import Move, batches, joined, remaining, shard_moves
+from shardsurgeon.execution.surgeryplan import Literal, OutputShard, OutputTensor, Segment
 
 
 def shard(*pieces: Segment | Literal) -> OutputShard:

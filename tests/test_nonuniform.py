@@ -12,14 +12,14 @@ import tiny
 from safetensors.numpy import load_file, save
 
 import shardsurgeon
-from shardsurgeon import operations
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
-from shardsurgeon.counts import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError, KeepListError, UsageError
-from shardsurgeon.operations import Pruning
-from shardsurgeon.sizing import Sizing
-from shardsurgeon.sources.memory import MemorySource
+from shardsurgeon.operations import operations
+from shardsurgeon.operations.operations import Pruning
+from shardsurgeon.pruning.counts import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.sizing import Sizing
+from shardsurgeon.storage.memory import MemorySource
 
 KEPT = {1: [0, 2, 5], 2: [1, 3, 4, 6, 7]}
 

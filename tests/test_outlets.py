@@ -10,12 +10,12 @@ import pytest
 from faraway import FarSource, FolderOutlet, far_job, receipts
 from tiny_job import Job, content, make_job
 
-from shardsurgeon import filling, outlets
 from shardsurgeon.errors import OutputError, OutputWriteError, PublishError, UsageError
-from shardsurgeon.execution import execute
-from shardsurgeon.outlets import Allowance
-from shardsurgeon.progress import Meter, Progress, Stopped
-from shardsurgeon.system import portable
+from shardsurgeon.execution import filling, outlets
+from shardsurgeon.execution.execution import execute
+from shardsurgeon.execution.outlets import Allowance
+from shardsurgeon.execution.progress import Meter, Progress, Stopped
+from shardsurgeon.storage.system import portable
 
 ONE, TWO, THREE = "model-1.safetensors", "model-2.safetensors", "sub/model-3.safetensors"
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.planning import plan_shards, shard_name
-from shardsurgeon.surgeryplan import Literal, OutputShard
+from shardsurgeon.execution.surgeryplan import Literal, OutputShard
+from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.planning import plan_shards, shard_name
 
 QWEN = {
     "model_type": "qwen3_5_moe",

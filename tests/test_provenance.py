@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.errors import CheckpointError
-from shardsurgeon.provenance import (
+from shardsurgeon.checkpoint.provenance import (
     LayerRecord,
     Provenance,
     SourceIdentity,
     Step,
     parse_provenance,
 )
+from shardsurgeon.errors import CheckpointError
 
 SOURCE = SourceIdentity("tiny", None, "ab" * 32)
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_job import SIDE, A, Job, content, make_job, tensor
 
-from shardsurgeon import filling
 from shardsurgeon.errors import NetworkError, OutputError, SourceChangedError
-from shardsurgeon.execution import execute
-from shardsurgeon.progress import Progress
-from shardsurgeon.surgeryplan import Literal, OutputShard, Segment
-from shardsurgeon.system import portable
+from shardsurgeon.execution import filling
+from shardsurgeon.execution.execution import execute
+from shardsurgeon.execution.progress import Progress
+from shardsurgeon.execution.surgeryplan import Literal, OutputShard, Segment
+from shardsurgeon.storage.system import portable
 
 # What tiny_job's plan wants: 30,001 + 5 bytes, then 39,000 + 9,000; the side files.
 SHARDS_WANTED = 30_006 + 48_000

@@ -11,14 +11,14 @@ import tiny
 import torch
 from safetensors.torch import save
 
-from shardsurgeon import operations, scoreoperations
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
-from shardsurgeon.counts import SelectionRequest
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import CheckpointError, FamilyError, OutputError, UsageError
-from shardsurgeon.routerscores import RouterNorm, router_scores
-from shardsurgeon.scores import read_scores
-from shardsurgeon.sources.memory import MemorySource
+from shardsurgeon.operations import operations, scoreoperations
+from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.scores.routerscores import RouterNorm, router_scores
+from shardsurgeon.scores.scores import read_scores
+from shardsurgeon.storage.memory import MemorySource
 from tests.cli.standins import in_python
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

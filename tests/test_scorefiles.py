@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load
 
 from shardsurgeon.errors import UsageError
-from shardsurgeon.scorefiles import ScoreContent, check_score_file_name, score_file
-from shardsurgeon.scores import read_scores
+from shardsurgeon.scores.scorefiles import ScoreContent, check_score_file_name, score_file
+from shardsurgeon.scores.scores import read_scores
 
 TABLE = {
     3: {"reap": np.array([0.1, 1 / 3, 5e-324]), "ean_sum": np.array([1.0, 2.0, 1e308])},

@@ -11,13 +11,13 @@ import pytest
 import safetensors.numpy
 import torch
 
-from shardsurgeon import operations, scoreoperations
-from shardsurgeon.calibration.calibrationfile import read_calibration
-from shardsurgeon.calibration.writing import write_scores
 from shardsurgeon.cli.main import main
-from shardsurgeon.counts import SelectionRequest
 from shardsurgeon.errors import OutputError, ScoreError, UsageError
-from shardsurgeon.scores import read_scores
+from shardsurgeon.layerwise.calibrationfile import read_calibration
+from shardsurgeon.operations import operations, scoreoperations
+from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.scores.scores import read_scores
+from shardsurgeon.scores.writing import write_scores
 from tests.calibration.files import calibration
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

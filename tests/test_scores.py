@@ -16,9 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shardsurgeon.checkpoint.layernames import parse_layer
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.layernames import parse_layer
-from shardsurgeon.scores import Scores, check_values, read_scores
+from shardsurgeon.scores.scores import Scores, check_values, read_scores
 
 NAN = math.nan
 ROWS = {1: [0.5, 1.5, 2.5, 0.25], 2: [4.0, 3.0, 2.0, 1.0]}

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardsurgeon.keeplists import KeepList
-from shardsurgeon.lineage import compose, restrict, step_of, survivors
-from shardsurgeon.provenance import SourceIdentity, parse_provenance
-from shardsurgeon.selection import Rounding, RoutingFacts, SelectionRequest, kept_count, select
+from shardsurgeon.checkpoint.provenance import SourceIdentity, parse_provenance
+from shardsurgeon.pruning.counts import Rounding, RoutingFacts, SelectionRequest, kept_count
+from shardsurgeon.pruning.keeplists import KeepList
+from shardsurgeon.pruning.lineage import compose, restrict, step_of, survivors
+from shardsurgeon.pruning.selection import select
 
 KIMI_LINEAR = RoutingFacts(256, 8)
 KIMI_K25 = RoutingFacts(384, 8)

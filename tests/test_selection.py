@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
-from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.selection import (
-    RoutingFacts,
+from shardsurgeon.pruning.counts import RoutingFacts
+from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_order,
     check_uniform,

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon import api
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import SourceReadError, VerificationError
-from shardsurgeon.operations import Pruning
-from shardsurgeon.proving import FAR_SHARE, SelfCheck, outline
-from shardsurgeon.sources.base import SourceFile
-from shardsurgeon.sources.local import LocalSource
-from shardsurgeon.sources.memory import MemorySource
-from shardsurgeon.verification import Sampling, ShardProof, verify_checkpoint
+from shardsurgeon.operations import api
+from shardsurgeon.operations.operations import Pruning
+from shardsurgeon.operations.proving import FAR_SHARE, SelfCheck, outline
+from shardsurgeon.storage.base import SourceFile
+from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.verification.comparison import Sampling
+from shardsurgeon.verification.proof import verify_checkpoint
+from shardsurgeon.verification.shards import ShardProof
 from tests import tiny
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon import system as system_module
-from shardsurgeon.system import System, default_system, native, portable
+from shardsurgeon.storage import system as system_module
+from shardsurgeon.storage.system import System, default_system, native, portable
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
 
@@ -184,7 +184,7 @@ def test_a_lock_excludes_others_until_its_file_is_closed(tmp_path: Path, system:
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from io import FileIO; from shardsurgeon.system import native\n"
+        "import os, sys; from io import FileIO; from shardsurgeon.storage.system import native\n"
         "file = FileIO(sys.argv[1], 'a+'); assert native().lock(file); os._exit(9)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

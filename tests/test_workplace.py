@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.errors import OutputError, OutputWriteError
-from shardsurgeon.journal import Run
-from shardsurgeon.system import native
-from shardsurgeon.workplace import Workplace, hold
+from shardsurgeon.execution.journal import Run
+from shardsurgeon.execution.workplace import Workplace, hold
+from shardsurgeon.storage.system import native
 
 RUN = Run("1" * 64, "2" * 64, ())
 
@@ -140,7 +140,8 @@ def test_a_file_or_link_in_the_way_is_not_ours_either(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize(
-    "leftovers", [(), ("shardsurgeon.lock",), ("shardsurgeon.lock", "shardsurgeon.journal.writing")]
+    "leftovers",
+    [(), ("shardsurgeon.lock",), ("shardsurgeon.lock", "shardsurgeon.journal.writing")],
 )
 def test_what_a_kill_in_the_first_moments_leaves_is_taken_over(
     tmp_path: Path, leftovers: tuple[str, ...]

@@ -4,9 +4,15 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsurgeon.sources.base import Source
-from shardsurgeon.sources.local import LocalSource
-from shardsurgeon.surgeryplan import Literal, OutputShard, OutputTensor, Segment, SurgeryPlan
+from shardsurgeon.execution.surgeryplan import (
+    Literal,
+    OutputShard,
+    OutputTensor,
+    Segment,
+    SurgeryPlan,
+)
+from shardsurgeon.storage.base import Source
+from shardsurgeon.storage.local import LocalSource
 
 A = random.Random(1).randbytes(60_000)
 B = random.Random(2).randbytes(40_000)

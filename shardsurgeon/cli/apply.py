@@ -24,9 +24,9 @@ from shardsurgeon.cli.plantext import note_lines, outcome_lines, plan_lines, tit
 from shardsurgeon.cli.push import push_lines, served
 from shardsurgeon.cli.pushoptions import destination, push_options
 from shardsurgeon.cli.tables import as_typed, fact
-from shardsurgeon.counts import SelectionRequest
 from shardsurgeon.errors import UsageError
-from shardsurgeon.reports import ApplyReport, VerifyReport
+from shardsurgeon.operations.reports import ApplyReport, VerifyReport
+from shardsurgeon.pruning.counts import SelectionRequest
 from shardsurgeon.units import counted, format_size, parse_size
 
 
@@ -118,7 +118,7 @@ def apply_command(
       shardsurgeon apply --plan plan.json --max-shard-size 5GB
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
-    from shardsurgeon import operations
+    from shardsurgeon.operations import operations
 
     request = only_one(requests)
     repo_id = _repository(push_to_hub, stream_push, disk_budget)
@@ -137,7 +137,7 @@ def apply_command(
         if place is None:
             report = operations.apply(model, scores, request, **how)
         else:
-            from shardsurgeon import publishing
+            from shardsurgeon.operations import publishing
 
             how |= {"stream": stream_push is not None, "disk_budget": disk_budget}
             how |= {"bars": shows_progress(progress)}

@@ -21,8 +21,8 @@ from shardsurgeon.units import counted, parse_size
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from shardsurgeon.calibration.run import CalibrationReport
-    from shardsurgeon.calibration.settings import Progress
+    from shardsurgeon.layerwise.run import CalibrationReport
+    from shardsurgeon.layerwise.settings import Progress
 
 
 def _batch_size(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
@@ -173,8 +173,8 @@ def calibrate_command(
       shardsurgeon calibrate --dataset a.jsonl:384,b.parquet:128 -o scores.pt
       shardsurgeon calibrate --dataset 'org/name(train)' --device cuda -o s.pt
     """
-    from shardsurgeon.calibration import run
-    from shardsurgeon.calibration.settings import Settings
+    from shardsurgeon.layerwise import run
+    from shardsurgeon.layerwise.settings import Settings
 
     settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
     request = run.CalibrationRequest(settings=settings, **words)

@@ -10,7 +10,7 @@ import click
 from shardsurgeon.cli.options import family_option, json_option
 from shardsurgeon.cli.output import print_json, print_lines
 from shardsurgeon.cli.tables import facts, parameters, percent, table
-from shardsurgeon.reports import InspectReport
+from shardsurgeon.operations.reports import InspectReport
 from shardsurgeon.units import counted, format_size, number_ranges
 
 
@@ -30,7 +30,7 @@ def inspect_command(model: str | None, family: str | None, as_json: bool) -> Non
       shardsurgeon inspect /models/Kimi-K2.5 --json
       shardsurgeon inspect moonshotai/Kimi-K2.5
     """
-    from shardsurgeon import operations
+    from shardsurgeon.operations import operations
 
     report = operations.inspect(model, family=family)
     if as_json:

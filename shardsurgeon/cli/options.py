@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from shardsurgeon.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.errors import UsageError
+from shardsurgeon.pruning.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.units import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])

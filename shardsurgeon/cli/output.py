@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from shardsurgeon.progress import Progress
+    from shardsurgeon.execution.progress import Progress
 
 
 def print_lines(lines: Iterable[str]) -> None:

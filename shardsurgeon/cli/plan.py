@@ -16,9 +16,9 @@ from shardsurgeon.cli.options import (
 )
 from shardsurgeon.cli.output import print_json, print_lines
 from shardsurgeon.cli.plantext import comparison_lines, plan_lines
-from shardsurgeon.counts import SelectionRequest
 from shardsurgeon.errors import UsageError
-from shardsurgeon.reports import PlanReport
+from shardsurgeon.operations.reports import PlanReport
+from shardsurgeon.pruning.counts import SelectionRequest
 
 
 @click.command("plan")
@@ -50,7 +50,7 @@ def plan_command(
       shardsurgeon plan scores.pt --target-size 122GB -o plan.json
       shardsurgeon plan scores.pt --ratio 0.5 --allocate global
     """
-    from shardsurgeon import operations
+    from shardsurgeon.operations import operations
 
     if plan_out is not None and len(requests) > 1:
         problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from shardsurgeon.cli.tables import (
-    change,
-    fact,
-    facts,
-    parameters,
-    percent,
-    saliency,
-    table,
-)
-from shardsurgeon.counts import Allocation, MtpPolicy
-from shardsurgeon.reports import LayerReport, PlanReport
+from shardsurgeon.cli.tables import change, fact, facts, parameters, percent, saliency, table
+from shardsurgeon.operations.reports import LayerReport, PlanReport
+from shardsurgeon.pruning.counts import Allocation, MtpPolicy
 from shardsurgeon.units import format_size
 
 

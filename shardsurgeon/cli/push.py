@@ -12,7 +12,7 @@ from shardsurgeon.cli.options import family_option, json_option, progress_option
 from shardsurgeon.cli.output import print_json, print_lines, shows_progress
 from shardsurgeon.cli.pushoptions import destination, push_options
 from shardsurgeon.cli.tables import as_typed, fact
-from shardsurgeon.reports import PushReport
+from shardsurgeon.operations.reports import PushReport
 from shardsurgeon.units import counted, format_size
 
 
@@ -43,7 +43,7 @@ def push_command(
       shardsurgeon push Kimi-K2.5-REAP-65pct me/Kimi-K2.5-REAP-65pct
       shardsurgeon push Kimi-K2.5-REAP-65pct me/pruned --private --revision 65pct
     """
-    from shardsurgeon import publishing
+    from shardsurgeon.operations import publishing
 
     place = destination(repo_id, pushed)
     assert place is not None

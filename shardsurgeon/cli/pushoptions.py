@@ -11,7 +11,7 @@ import click
 from shardsurgeon.errors import UsageError
 
 if TYPE_CHECKING:
-    from shardsurgeon.publishing import Destination
+    from shardsurgeon.operations.publishing import Destination
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -37,7 +37,7 @@ def destination(repo_id: str | None, pushed: dict[str, Any]) -> Destination | No
     Raises UsageError for words of a push without one, and for those that contradict each other.
     """
     if repo_id is not None:
-        from shardsurgeon.publishing import Destination
+        from shardsurgeon.operations.publishing import Destination
 
         return Destination(repo_id, **pushed)
     for word, (flag, silent) in _SILENT.items():

@@ -11,7 +11,7 @@ from shardsurgeon.cli.options import at_least, family_option, json_option, progr
 from shardsurgeon.cli.output import byte_bar, print_json, print_lines
 from shardsurgeon.cli.tables import facts
 from shardsurgeon.errors import VerificationError
-from shardsurgeon.reports import ArchitectureReport, VerifyReport
+from shardsurgeon.operations.reports import ArchitectureReport, VerifyReport
 from shardsurgeon.units import counted, format_size, number_ranges
 
 
@@ -56,7 +56,7 @@ def verify_command(
       shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct --sample 20
       shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct --architecture
     """
-    from shardsurgeon import operations
+    from shardsurgeon.operations import operations
 
     with byte_bar(progress) as bar:
         report = operations.verify(

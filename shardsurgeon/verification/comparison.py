@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from shardsurgeon.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Count, Pair, Table
 from shardsurgeon.verification.windows import BLOCK_NBYTES, SideBySide

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardsurgeon.anatomy import Anatomy
-from shardsurgeon.checkpoint import config_section, config_values
-from shardsurgeon.confignumbers import PER_LAYER_KEY, per_layer_paths
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import config_section, config_values
+from shardsurgeon.checkpoint.confignumbers import PER_LAYER_KEY, per_layer_paths
 from shardsurgeon.verification.lineage import Keeps
 
 Path = tuple[str | int, ...]

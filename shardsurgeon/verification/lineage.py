@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardsurgeon.anatomy import Anatomy
-from shardsurgeon.checkpoint import Checkpoint
-from shardsurgeon.provenance import PROVENANCE_NAME, Provenance
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance
 from shardsurgeon.verification.findings import Findings
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardsurgeon.errors import SourceReadError
-from shardsurgeon.sources.base import Source, SourceFile
+from shardsurgeon.storage.base import Source, SourceFile
 
 
 @dataclass(frozen=True, slots=True)

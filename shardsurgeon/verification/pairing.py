@@ -13,10 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
-from shardsurgeon.anatomy import Anatomy
-from shardsurgeon.checkpoint import Checkpoint, Shard
-from shardsurgeon.formats.safetensors import DTYPE_BITS, TensorRecord
-from shardsurgeon.roles import Carried, Counted, ExpertTensor, Role, Sliced, Surplus, Tabled
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.roles import (
+    Carried,
+    Counted,
+    ExpertTensor,
+    Role,
+    Sliced,
+    Surplus,
+    Tabled,
+)
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, TensorRecord
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import Keeps
 

@@ -6,11 +6,11 @@ import os
 from os import PathLike, fspath
 from pathlib import Path
 
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import CheckpointError, InputError
-from shardsurgeon.reports import VerifyReport
-from shardsurgeon.sources.base import Source
+from shardsurgeon.operations.reports import VerifyReport
+from shardsurgeon.storage.base import Source
 from shardsurgeon.verification.comparison import Compared, Progress, Sampling, compare_bytes
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import check_layers, read_keeps

@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from shardsurgeon.checkpoint import Checkpoint
-from shardsurgeon.provenance import PROVENANCE_NAME, LayerRecord
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, LayerRecord
 from shardsurgeon.verification.findings import Findings
 
 _LEAST = "min_retained_saliency"

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardsurgeon.anatomy import Anatomy
-from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
-from shardsurgeon.quantnames import NamedExpert, is_regex, named_expert, plain_name
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
+from shardsurgeon.checkpoint.quantnames import NamedExpert, is_regex, named_expert, plain_name
 from shardsurgeon.verification.expertcounts import ExpectedCounts, Path
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import Keeps

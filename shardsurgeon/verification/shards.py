@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
-from shardsurgeon.durable import reading
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.storage.durable import reading
 from shardsurgeon.verification.comparison import Compared, Sampling, compare_bytes
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.lineage import read_keeps

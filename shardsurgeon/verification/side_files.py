@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import re
 
-from shardsurgeon.cardnames import set_aside
-from shardsurgeon.checkpoint import CONFIG_NAME, Checkpoint
-from shardsurgeon.formats.index import INDEX_NAME
-from shardsurgeon.provenance import PROVENANCE_NAME
-from shardsurgeon.sources.base import SourceFile
+from shardsurgeon.checkpoint.cardnames import set_aside
+from shardsurgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
+from shardsurgeon.storage.base import SourceFile
+from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.settings import QUANTIZATION_FILES
 from shardsurgeon.verification.windows import BLOCK_NBYTES, SideBySide

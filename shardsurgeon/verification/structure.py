@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from shardsurgeon.checkpoint import Checkpoint, Shard
-from shardsurgeon.formats.index import INDEX_NAME
-from shardsurgeon.formats.safetensors import DTYPE_BITS
-from shardsurgeon.parameters import count_parameters
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.parameters import count_parameters
+from shardsurgeon.storage.formats.index import INDEX_NAME
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pair
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from io import FileIO
 from types import TracebackType
 
-from shardsurgeon.checkpoint import Checkpoint
-from shardsurgeon.durable import read_into, reading
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import SourceReadError
-from shardsurgeon.system import default_system
+from shardsurgeon.storage.durable import read_into, reading
+from shardsurgeon.storage.system import default_system
 
 # What is read of each side at a time; memory is twice this per worker.
 BLOCK_NBYTES = 1 << 20

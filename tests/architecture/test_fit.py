@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from shardsurgeon import api
-from shardsurgeon.architecture import check_architecture
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import UsageError
-from shardsurgeon.reports import ArchitectureReport
+from shardsurgeon.operations import api
+from shardsurgeon.operations.reports import ArchitectureReport
+from shardsurgeon.verification.check import check_architecture
 from tests.families.specimens import FIXTURES, Specimen, builders
 from tests.oracle.byte_oracle import read_config
 

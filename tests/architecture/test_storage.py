@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.architecture.storage import Weights, read_weights
-from shardsurgeon.formats.safetensors import TensorRecord
+from shardsurgeon.checkpoint.storage import Weights, read_weights
+from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group"}
 W = "up_proj.weight"

@@ -133,11 +133,11 @@ def calibrate(folder: Path, tokens: int) -> None:
     """Run the engine over samples of random tokens."""
     import numpy as np
 
-    from shardsurgeon.calibration.engine import calibrate_layers
-    from shardsurgeon.calibration.samples import Sample
-    from shardsurgeon.calibration.settings import Settings
-    from shardsurgeon.calibration.store import ActivationStore
-    from shardsurgeon.checkpoint import open_checkpoint
+    from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+    from shardsurgeon.layerwise.engine import calibrate_layers
+    from shardsurgeon.layerwise.samples import Sample
+    from shardsurgeon.layerwise.settings import Settings
+    from shardsurgeon.layerwise.store import ActivationStore
 
     generator = np.random.default_rng(0)
     samples = [

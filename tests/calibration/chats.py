@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shardsurgeon.calibration.accumulators import Accumulators
-from shardsurgeon.calibration.calibrationfile import read_calibration
+from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.calibrationfile import read_calibration
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 WORDS = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardsurgeon.calibration.accumulators import Accumulators
-from shardsurgeon.calibration.calibrationfile import Calibration
+from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.calibrationfile import Calibration
 
 EXPERTS = 6
 

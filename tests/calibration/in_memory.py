@@ -31,7 +31,7 @@ from transformers import (
     Qwen3OmniMoeThinkerForConditionalGeneration,
 )
 
-from shardsurgeon.calibration.accumulators import Accumulators
+from shardsurgeon.layerwise.accumulators import Accumulators
 from tests.families.test_odd_blocks import readable
 from tests.oracle import logits_oracle
 from tests.oracle.byte_oracle import read_config, read_tensors

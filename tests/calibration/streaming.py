@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsurgeon.calibration.accumulators import Accumulators
-from shardsurgeon.calibration.engine import calibrate_layers
-from shardsurgeon.calibration.samples import Sample
-from shardsurgeon.calibration.settings import BatchSize, Listener, Settings
-from shardsurgeon.calibration.store import ActivationStore
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.engine import calibrate_layers
+from shardsurgeon.layerwise.samples import Sample
+from shardsurgeon.layerwise.settings import BatchSize, Listener, Settings
+from shardsurgeon.layerwise.store import ActivationStore
 
 Ids = NDArray[np.int64]
 LENGTHS = (40, 33, 40, 12, 1, 27)

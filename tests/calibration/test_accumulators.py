@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.calibration.accumulators import Accumulators
 from shardsurgeon.errors import ScoreError
+from shardsurgeon.layerwise.accumulators import Accumulators
 
 EXPERTS = 4
 METRICS = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shardsurgeon.calibration import packages
-from shardsurgeon.calibration.calibrationfile import read_calibration
 from shardsurgeon.cli.main import main
-from shardsurgeon.scores import read_scores
+from shardsurgeon.layerwise import packages
+from shardsurgeon.layerwise.calibrationfile import read_calibration
+from shardsurgeon.scores.scores import read_scores
 from tests.calibration.chats import FIXTURES, sums, words, write_chats
 from tests.hub.models import add_fixture
 from tests.hub.server import LocalHub
@@ -219,7 +219,7 @@ def test_a_layer_that_does_not_fit_is_said_before_anything_is_read(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from shardsurgeon.calibration import engine
+    from shardsurgeon.layerwise import engine
 
     monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
     line = refused(capsys, words(MODEL, chats, tmp_path / "scores.pt"))

@@ -12,11 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from shardsurgeon.calibration.calibrationfile import find_calibration, read_calibration
-from shardsurgeon.calibration.writing import check_out, write_scores
 from shardsurgeon.errors import OutputError, ScoreError, UsageError
-from shardsurgeon.scorefiles import ScoreContent
-from shardsurgeon.scores import read_scores
+from shardsurgeon.layerwise.calibrationfile import find_calibration, read_calibration
+from shardsurgeon.scores.scorefiles import ScoreContent
+from shardsurgeon.scores.scores import read_scores
+from shardsurgeon.scores.writing import check_out, write_scores
 from tests.calibration.files import calibration
 from tests.cli.standins import in_python
 

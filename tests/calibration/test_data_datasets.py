@@ -9,9 +9,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from shardsurgeon.calibration.datasets import OpenDataset, open_dataset
-from shardsurgeon.calibration.specs import parse_spec
 from shardsurgeon.errors import DatasetError
+from shardsurgeon.layerwise.datasets import OpenDataset, open_dataset
+from shardsurgeon.layerwise.specs import parse_spec
 
 RECORDS = [{"text": f"text {n}", "number": n} for n in range(5)]
 

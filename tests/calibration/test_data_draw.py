@@ -12,12 +12,12 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from shardsurgeon.calibration.drawing import Draw, draw_samples
-from shardsurgeon.calibration.records import Conversation
-from shardsurgeon.calibration.samples import Sample, samples_sha256, total_tokens
-from shardsurgeon.calibration.specs import parse_spec
-from shardsurgeon.calibration.tokenizing import Tokenizer
 from shardsurgeon.errors import DatasetError, UsageError
+from shardsurgeon.layerwise.drawing import Draw, draw_samples
+from shardsurgeon.layerwise.records import Conversation
+from shardsurgeon.layerwise.samples import Sample, samples_sha256, total_tokens
+from shardsurgeon.layerwise.specs import parse_spec
+from shardsurgeon.layerwise.tokenizing import Tokenizer
 
 MODEL = Path(__file__).parents[2] / "fixtures" / "qwen3_moe"
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsurgeon.calibration.specs import DatasetPart, parse_spec
 from shardsurgeon.errors import UsageError
+from shardsurgeon.layerwise.specs import DatasetPart, parse_spec
 
 
 def counts(text: str, samples: int | None = None) -> list[int | None]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardsurgeon.calibration.store import ActivationStore
 from shardsurgeon.errors import OutputWriteError
-from shardsurgeon.system import System, native
+from shardsurgeon.layerwise.store import ActivationStore
+from shardsurgeon.storage.system import System, native
 
 LENGTHS = [3, 1, 5]
 MUCH, LITTLE = 10**6, 0

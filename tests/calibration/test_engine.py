@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from shardsurgeon.calibration import engine as engine_room
-from shardsurgeon.calibration.accumulators import Accumulators
-from shardsurgeon.calibration.engine import calibrate_layers
-from shardsurgeon.calibration.memory import Footprint, portions
-from shardsurgeon.calibration.settings import Progress, Settings
-from shardsurgeon.calibration.store import ActivationStore
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError, UsageError, WorkError
-from shardsurgeon.sources.local import LocalSource
+from shardsurgeon.layerwise import engine as engine_room
+from shardsurgeon.layerwise import model as model_room
+from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.engine import calibrate_layers
+from shardsurgeon.layerwise.memory import Footprint, portions
+from shardsurgeon.layerwise.settings import Progress, Settings
+from shardsurgeon.layerwise.store import ActivationStore
+from shardsurgeon.storage.local import LocalSource
 from tests.calibration.streaming import Sink, as_samples, stream, token_ids
 from tests.families.specimens import fixture, written
 
@@ -112,13 +113,13 @@ def test_only_experts_that_tokens_went_to_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[str] = set()
-    read = engine_room.Model.__init__.__globals__["TensorReader"].read
+    read = model_room.Model.__init__.__globals__["TensorReader"].read
 
     def noted(self: Any, name: str, row: int | None = None) -> torch.Tensor:
         asked.add(name)
         return read(self, name, row)
 
-    reader = engine_room.Model.__init__.__globals__["TensorReader"]
+    reader = model_room.Model.__init__.__globals__["TensorReader"]
     monkeypatch.setattr(reader, "read", noted)
     layers = stream(folder, token_ids((2,)), tmp_path / "store")
     for layer, sums in layers.items():
@@ -131,7 +132,7 @@ def test_only_experts_that_tokens_went_to_are_read(
 def test_an_expert_is_read_once_for_all_batches_of_a_chunk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = engine_room.Model.__init__.__globals__["TensorReader"]
+    reader = model_room.Model.__init__.__globals__["TensorReader"]
     asked: list[str] = []
     read = reader.read
 
@@ -183,7 +184,7 @@ def test_a_layer_that_does_not_fit_is_refused_before_a_weight_is_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_room, "free_memory", lambda device: 100_000)
-    monkeypatch.setattr(engine_room.Model, "prepare", None)
+    monkeypatch.setattr(model_room.Model, "prepare", None)
     with pytest.raises(UsageError, match=r"one layer takes [\d.]+ .B, .*100.0 kB are free"):
         stream(folder, token_ids(), tmp_path / "store")
 

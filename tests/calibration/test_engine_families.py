@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import InputError
 from tests.calibration import in_memory
 from tests.calibration.streaming import stream, token_ids

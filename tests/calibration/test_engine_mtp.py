@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from tests.calibration import in_memory
 from tests.calibration.streaming import Sink, stream, token_ids
 from tests.families.specimens import fixture, written

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from shardsurgeon.calibration.decoding import Decoder
-from shardsurgeon.calibration.reading import TensorReader
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
+from shardsurgeon.layerwise.decoding import Decoder
+from shardsurgeon.layerwise.reading import TensorReader
 from tests.calibration import in_memory
 from tests.calibration.streaming import stream, token_ids
 from tests.families.specimens import builders, fixture, written

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from shardsurgeon.calibration.accumulators import Accumulators
-from shardsurgeon.calibration.calibrationfile import Calibration
-from shardsurgeon.calibration.merging import merge
 from shardsurgeon.errors import ScoreError, UsageError
+from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.calibrationfile import Calibration
+from shardsurgeon.layerwise.merging import merge
 from tests.calibration.files import calibration, sums
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.calibration.accumulators import Accumulators
-from shardsurgeon.calibration.calibrationfile import read_calibration
-from shardsurgeon.calibration.merging import merge
-from shardsurgeon.calibration.store import ActivationStore
 from shardsurgeon.cli.main import main
+from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.calibrationfile import read_calibration
+from shardsurgeon.layerwise.merging import merge
+from shardsurgeon.layerwise.store import ActivationStore
 from tests.calibration.chats import FIXTURES, assert_same, sums, words, write_chats
 from tests.cli.standins import in_python
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from shardsurgeon import operations, publishing, scoreoperations
-from shardsurgeon.calibration import run as calibration
 from shardsurgeon.cli.main import main
+from shardsurgeon.layerwise import run as calibration
+from shardsurgeon.operations import operations, publishing, scoreoperations
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, Run
 
 

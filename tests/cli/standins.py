@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shardsurgeon.calibration.run import CalibrationReport
-from shardsurgeon.reports import (
+from shardsurgeon.layerwise.run import CalibrationReport
+from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
     ComparedLayerReport,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
-from shardsurgeon.calibration.run import CalibrationRequest
-from shardsurgeon.calibration.settings import Progress, Settings
+from shardsurgeon.layerwise.run import CalibrationRequest
+from shardsurgeon.layerwise.settings import Progress, Settings
 from tests.cli.standins import CALIBRATED, FakeOperations, Run
 
 LEAST = ("calibrate", "--dataset", "chats.jsonl", "-o", "scores.pt")

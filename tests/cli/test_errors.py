@@ -12,7 +12,7 @@ import pytest
 
 from shardsurgeon import errors
 from shardsurgeon.errors import HeaderError, OutputWriteError, ShardSurgeonError
-from shardsurgeon.reports import InspectReport
+from shardsurgeon.operations.reports import InspectReport
 from tests.cli.standins import INSPECTED, FakeOperations, Run, in_python
 
 APPLY = ("apply", "scores.pt", "--ratio", "0.65")
@@ -176,7 +176,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(run: Run, fake: FakeOper
 def in_a_shell(code: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a program that has the command line and its stand-ins at hand."""
     prelude = (
-        "import sys; from shardsurgeon import operations; from tests.cli.standins import *;"
+        "import sys; from shardsurgeon.operations import operations; from tests.cli.standins import *;"
         "operations.inspect = lambda model, **_: INSPECTED; from shardsurgeon.cli.main import main;"
     )
     return in_python(prelude + code, **options)

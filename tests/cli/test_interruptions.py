@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon import proving
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import VerificationError
+from shardsurgeon.operations import proving
 from tests.cli.standins import ROOT
 
 

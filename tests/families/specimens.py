@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from shardsurgeon.checkpoint import Checkpoint, Shard
-from shardsurgeon.formats.documents import Document
-from shardsurgeon.formats.safetensors import Header, TensorRecord
-from shardsurgeon.sources.memory import MemorySource
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.storage.formats.documents import Document
+from shardsurgeon.storage.formats.safetensors import Header, TensorRecord
+from shardsurgeon.storage.memory import MemorySource
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 DTYPES = {

@@ -21,10 +21,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardsurgeon.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import all_families, family_for
-from shardsurgeon.modelconfig import quantization_name
+from shardsurgeon.pruning.modelconfig import quantization_name
 from tests.families.specimens import builders, specimen
 
 ROOT = Path(__file__).parents[2]

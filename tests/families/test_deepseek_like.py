@@ -29,8 +29,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from shardsurgeon import api
 from shardsurgeon.errors import UsageError
+from shardsurgeon.operations import api
 from tests.families.masked_model import Kept, load, logits
 from tests.families.pruned_pair import (
     Layout,

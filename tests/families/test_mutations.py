@@ -16,13 +16,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint import config_section, config_values
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import config_section, config_values
+from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus, Tabled
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
-from shardsurgeon.formats.safetensors import TensorRecord
-from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.modelconfig import pruned_config
-from shardsurgeon.roles import Carried, ExpertTensor, Sliced, Surplus, Tabled
+from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.modelconfig import pruned_config
+from shardsurgeon.storage.formats.safetensors import TensorRecord
 from tests.families.specimens import Specimen, builders, specimen
 
 NAMES = sorted(builders())

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from shardsurgeon import verify
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError, FamilyError
+from shardsurgeon.operations.api import verify
 from tests.families.masked_router import logits
 from tests.families.pruned_pair import (
     Layout,

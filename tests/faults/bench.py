@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardsurgeon.journal import read_journal
+from shardsurgeon.execution.journal import read_journal
 from tests.faults.trial import ENVIRONMENT, Bench, Ended, State
 from tests.hub.server import LocalHub
 

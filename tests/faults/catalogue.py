@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from shardsurgeon.system import System
+from shardsurgeon.storage.system import System
 from tests.faults.trial import Bench, Ended, Lost
 
 EVERY_CALL = [field.name for field in fields(System)]

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from shardsurgeon import filling
-from shardsurgeon import system as systems
 from shardsurgeon.cli.main import main
+from shardsurgeon.execution import filling
+from shardsurgeon.storage import system as systems
 
 SIGNALS = {"kill": "SIGKILL", "terminate": "SIGTERM", "interrupt": "SIGINT", "pause": "SIGSTOP"}
 
@@ -127,7 +127,7 @@ def _open_no_more_files() -> None:
 
 
 def _make_hasty() -> None:
-    from shardsurgeon.sources import retrying
+    from shardsurgeon.storage import retrying
 
     def at_once(seconds: float) -> Iterator[bytes]:
         yield b""

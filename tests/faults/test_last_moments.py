@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from tiny_job import Job, content, make_job
 
-from shardsurgeon import operations
-from shardsurgeon import system as systems
 from shardsurgeon.cli import apply
 from shardsurgeon.cli.main import Stopped, main
 from shardsurgeon.errors import OutputWriteError, SourceChangedError, VerificationError
-from shardsurgeon.execution import execute
-from shardsurgeon.system import portable
+from shardsurgeon.execution.execution import execute
+from shardsurgeon.operations import operations
+from shardsurgeon.storage import system as systems
+from shardsurgeon.storage.system import portable
 from tests.faults.checkpoint import FIXTURE
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import IndexFileError
-from shardsurgeon.formats.index import INDEX_NAME, Index, build_index, parse_index
+from shardsurgeon.storage.formats.index import INDEX_NAME, Index, build_index, parse_index
 
 
 def refusal(text: str | bytes) -> str:

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.formats import zipfiles
-from shardsurgeon.formats.npz import read_npz
-from shardsurgeon.formats.numbers import StoredArray
+from shardsurgeon.storage.formats import zipfiles
+from shardsurgeon.storage.formats.npz import read_npz
+from shardsurgeon.storage.formats.numbers import StoredArray
 
 Save = Callable[..., None]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from shardsurgeon.errors import HeaderError
-from shardsurgeon.formats.safetensors import (
+from shardsurgeon.storage.formats.safetensors import (
     DTYPE_BITS,
     MAX_HEADER,
     Header,
@@ -407,7 +407,7 @@ def test_building_what_no_file_can_hold_is_a_defect_of_the_caller(
 
 
 def test_a_header_that_readers_refuse_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardsurgeon.formats.safetensors.MAX_HEADER", 64)
+    monkeypatch.setattr("shardsurgeon.storage.formats.safetensors.MAX_HEADER", 64)
     with pytest.raises(HeaderError, match="--max-shard-size"):
         build_header([("a" * 64, "U8", (1,), 1)], None)
 

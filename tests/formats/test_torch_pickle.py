@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.formats.numbers import StoredArray
-from shardsurgeon.formats.torch_pickle import read_torch_file
+from shardsurgeon.storage.formats.numbers import StoredArray
+from shardsurgeon.storage.formats.torch_pickle import read_torch_file
 
 NUMBER_DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

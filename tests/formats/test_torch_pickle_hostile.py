@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.formats import pickles
-from shardsurgeon.formats.numbers import StoredArray
-from shardsurgeon.formats.torch_pickle import read_torch_file
+from shardsurgeon.storage.formats import pickles
+from shardsurgeon.storage.formats.numbers import StoredArray
+from shardsurgeon.storage.formats.torch_pickle import read_torch_file
 
 PROTOCOLS = [1, 2, 3, 4, 5]
 

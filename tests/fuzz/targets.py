@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from shardsurgeon.calibration.calibrationfile import find_calibration, read_calibration
+from shardsurgeon.checkpoint.provenance import is_foreign, parse_provenance
 from shardsurgeon.errors import (
     CheckpointError,
     ConfigError,
@@ -30,20 +30,20 @@ from shardsurgeon.errors import (
     OutputError,
     ScoreError,
 )
-from shardsurgeon.formats.documents import Document
-from shardsurgeon.formats.index import build_index, parse_index
-from shardsurgeon.formats.npz import read_npz
-from shardsurgeon.formats.numbers import Array, StoredArray
-from shardsurgeon.formats.safetensors import Header, header_length, parse_header
-from shardsurgeon.formats.torch_names import _CALLS
-from shardsurgeon.formats.torch_pickle import read_torch_file
-from shardsurgeon.journal import read_journal
-from shardsurgeon.keepfiles import Meaning
-from shardsurgeon.keeplists import read_keeplist, resolve
-from shardsurgeon.provenance import is_foreign, parse_provenance
-from shardsurgeon.scorefiles import score_file
-from shardsurgeon.scores import check_values, read_scores
-from shardsurgeon.scoreviews import view_alone
+from shardsurgeon.execution.journal import read_journal
+from shardsurgeon.layerwise.calibrationfile import find_calibration, read_calibration
+from shardsurgeon.pruning.keepfiles import Meaning
+from shardsurgeon.pruning.keeplists import read_keeplist, resolve
+from shardsurgeon.pruning.scoreviews import view_alone
+from shardsurgeon.scores.scorefiles import score_file
+from shardsurgeon.scores.scores import check_values, read_scores
+from shardsurgeon.storage.formats.documents import Document
+from shardsurgeon.storage.formats.index import build_index, parse_index
+from shardsurgeon.storage.formats.npz import read_npz
+from shardsurgeon.storage.formats.numbers import Array, StoredArray
+from shardsurgeon.storage.formats.safetensors import Header, header_length, parse_header
+from shardsurgeon.storage.formats.torch_names import _CALLS
+from shardsurgeon.storage.formats.torch_pickle import read_torch_file
 from tests.fuzz import seeds
 
 # The library reads these and we do not: files on which readers disagree.

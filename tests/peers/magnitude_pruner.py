@@ -16,8 +16,8 @@ from compressed_tensors.entrypoints.convert.converters.magnitude_expert_pruner i
 )
 
 import shardsurgeon
-from shardsurgeon import scoreoperations
-from shardsurgeon.anatomy import read_anatomy
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.operations import scoreoperations
 from tests.oracle.byte_oracle import read_config, read_tensors, same_bits
 
 # Router name → ascending ids of the experts that stay.

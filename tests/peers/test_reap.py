@@ -21,12 +21,12 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint import Checkpoint
-from shardsurgeon.counts import SelectionRequest
-from shardsurgeon.decision import Decision, decide
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import UsageError
-from shardsurgeon.scores import read_scores
+from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.pruning.decision import Decision, decide
+from shardsurgeon.scores.scores import read_scores
 from tests.families.specimens import Specimen
 
 pytestmark = pytest.mark.oracle

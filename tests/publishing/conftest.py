@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon import api
+from shardsurgeon.operations import api
 from tests.hub.models import fixture_folder
 from tests.hub.server import LocalHub
 from tests.publishing.workbench import Shell, scores_of

@@ -17,13 +17,13 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
-from shardsurgeon import api
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import UsageError
-from shardsurgeon.hub.card import Placement, model_card, require_metadata
-from shardsurgeon.hub.facts import ModelFacts, metadata_of, model_facts
-from shardsurgeon.hub.recipe import recipe_by_record
+from shardsurgeon.operations import api
+from shardsurgeon.operations.card import Placement, model_card, require_metadata
+from shardsurgeon.operations.facts import ModelFacts, metadata_of, model_facts
+from shardsurgeon.operations.recipe import recipe_by_record
 from tests.hub.models import ROOT, fixture_folder
 from tests.publishing.workbench import scores_of
 

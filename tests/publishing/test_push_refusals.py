@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon import api
-from shardsurgeon.journal import FORMAT
+from shardsurgeon import errors
+from shardsurgeon.execution.journal import FORMAT
+from shardsurgeon.operations import api
 from tests.hub.models import fixture_folder
 from tests.publishing.workbench import Shell, scores_of
 
@@ -221,5 +222,5 @@ def test_bad_input_is_told_before_the_hub_is_asked(shell: Shell, tmp_path: Path)
 
 
 def test_python_refuses_alike(online: object, pruned: Path) -> None:
-    with pytest.raises(api.UsageError, match="is no repository id"):
+    with pytest.raises(errors.UsageError, match="is no repository id"):
         api.push(pruned, "a/b/c")

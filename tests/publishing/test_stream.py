@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
-from shardsurgeon import api, publishing
-from shardsurgeon.copying import Mover
 from shardsurgeon.errors import OutputError, UsageError, VerificationError
+from shardsurgeon.execution.copying import Mover
+from shardsurgeon.operations import api, publishing
 from tests.hub.models import fixture_folder, write_checkpoint
 from tests.hub.server import LocalHub
 from tests.publishing.workbench import Shell, digests, downloaded, same_model, scores_of

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 
-from shardsurgeon.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.formats.documents import Document
-from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.modelconfig import pruned_config, pruned_quantization_file
-from shardsurgeon.quantlists import QuantizationLists
+from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.modelconfig import pruned_config, pruned_quantization_file
+from shardsurgeon.pruning.quantlists import QuantizationLists
+from shardsurgeon.storage.formats.documents import Document
 
 EXPERTS = 14
 # Layer 0 is dense; layer 3 is the MTP layer.

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from shardsurgeon.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint import Checkpoint, open_checkpoint
-from shardsurgeon.counts import SelectionRequest
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.keeplists import KeepList, LayerKeep
-from shardsurgeon.mixedprecision import mixed_precision_notes
-from shardsurgeon.operations import plan
-from shardsurgeon.planning import plan_shards
+from shardsurgeon.operations.operations import plan
+from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.mixedprecision import mixed_precision_notes
+from shardsurgeon.pruning.planning import plan_shards
 
 EXPERTS = range(tiny.EXPERTS)
 

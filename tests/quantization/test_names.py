@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from shardsurgeon.checkpoint.quantnames import NamedExpert, highest_expert, is_regex, named_expert
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.quantnames import NamedExpert, highest_expert, is_regex, named_expert
 
 EXPERTS = 128
 

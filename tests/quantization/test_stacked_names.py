@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny
 
-from shardsurgeon.anatomy import read_anatomy
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.roles import Carried, Counted, Role, Sliced
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.roles import Carried, Counted, Role, Sliced
 
 PREFIX = "model.layers.0.mlp."
 

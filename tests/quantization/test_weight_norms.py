@@ -13,12 +13,12 @@ from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ign
     pack_to_int32,
 )
 
-from shardsurgeon import storedweights
-from shardsurgeon.anatomy import read_anatomy
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.opening import open_model
 from shardsurgeon.errors import CheckpointError, FamilyError
-from shardsurgeon.opening import open_model
-from shardsurgeon.storedweights import StoredTensor, sum_of_squares
-from shardsurgeon.weightnorms import weight_norms
+from shardsurgeon.scores import storedweights
+from shardsurgeon.scores.storedweights import StoredTensor, sum_of_squares
+from shardsurgeon.scores.weightnorms import weight_norms
 from tests.families.pruned_pair import builders
 from tests.families.specimens import DTYPES, fixture, written
 from tests.oracle.byte_oracle import read_tensors

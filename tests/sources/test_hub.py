@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, close_session, constants, hf_hub_download
 
-from shardsurgeon.api import plan
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import OutputError, SourceChangedError, SourceReadError
-from shardsurgeon.sources.hub import HubSource
+from shardsurgeon.operations.api import plan
+from shardsurgeon.storage.hub.hub import HubSource
 from tests.hub.models import fixture_folder
 from tests.hub.server import LocalHub
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from huggingface_hub import constants
 
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import CheckpointError, InputError, UsageError
 from tests.hub.models import fixture_folder

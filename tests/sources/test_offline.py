@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import CheckpointError
-from shardsurgeon.sources.local import LocalSource
-from shardsurgeon.sources.places import open_source
+from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.places import open_source
 from tests.hub.models import fixture_folder
 from tests.hub.server import LocalHub
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, HeaderError, NetworkError
-from shardsurgeon.sources.memory import MemorySource
+from shardsurgeon.storage.memory import MemorySource
 from shardsurgeon.verification.windows import BLOCK_NBYTES, SideBySide
 
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))

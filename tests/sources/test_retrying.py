@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from shardsurgeon.errors import NetworkError, SourceReadError
-from shardsurgeon.sources import retrying
-from shardsurgeon.sources.retrying import Interrupted, Patience, attempt, stream_pieces
+from shardsurgeon.storage import retrying
+from shardsurgeon.storage.retrying import Interrupted, Patience, attempt, stream_pieces
 
 DATA = bytes(range(200))
 

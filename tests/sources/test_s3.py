@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, NetworkError, SourceReadError
-from shardsurgeon.sources.retrying import Patience
-from shardsurgeon.sources.stores import StoreSource
+from shardsurgeon.storage.retrying import Patience
+from shardsurgeon.storage.stores import StoreSource
 from tests.hub.models import fixture_folder
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from shardsurgeon.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, NetworkError, SourceReadError
-from shardsurgeon.sources.retrying import Patience
-from shardsurgeon.sources.stores import StoreSource
+from shardsurgeon.storage.retrying import Patience
+from shardsurgeon.storage.stores import StoreSource
 from tests.hub.models import fixture_folder
 
 SHARD = "model-00002-of-00004.safetensors"

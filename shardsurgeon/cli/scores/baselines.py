@@ -11,7 +11,7 @@ from shardsurgeon.cli.options import json_option, progress_option
 from shardsurgeon.cli.output import byte_bar, print_json, print_lines
 from shardsurgeon.cli.scores.options import model_argument, out_option
 from shardsurgeon.cli.tables import saliency, table
-from shardsurgeon.reports import BaselineReport, RouterScoresReport, ScoreLayerReport
+from shardsurgeon.operations.reports import BaselineReport, RouterScoresReport, ScoreLayerReport
 from shardsurgeon.units import counted
 
 
@@ -39,7 +39,7 @@ def from_router_command(model: str | None, out: str, norm: str, as_json: bool) -
       shardsurgeon scores from-router -o scores.safetensors
       shardsurgeon scores from-router /models/Kimi-K2.5 --norm l1 -o scores.json
     """
-    from shardsurgeon import scoreoperations
+    from shardsurgeon.operations import scoreoperations
 
     _show(scoreoperations.scores_from_router(model, out, norm=norm), "router", as_json)
 
@@ -61,7 +61,7 @@ def from_weights_command(model: str | None, out: str, progress: bool | None, as_
       shardsurgeon scores from-weights -o weights.safetensors
       shardsurgeon scores from-weights /models/Kimi-K2.5 -o weights.json
     """
-    from shardsurgeon import scoreoperations
+    from shardsurgeon.operations import scoreoperations
 
     with byte_bar(progress) as bar:
         on_bytes = bar.on_bytes if bar is not None else None
@@ -92,7 +92,7 @@ def random_command(model: str | None, out: str, seed: int, as_json: bool) -> Non
       shardsurgeon scores random -o random.safetensors
       shardsurgeon scores random /models/Kimi-K2.5 --seed 7 -o random7.json
     """
-    from shardsurgeon import scoreoperations
+    from shardsurgeon.operations import scoreoperations
 
     _show(scoreoperations.scores_random(model, out, seed=seed), "layer", as_json)
 

@@ -11,7 +11,7 @@ from shardsurgeon.cli.options import json_option
 from shardsurgeon.cli.output import print_json, print_lines
 from shardsurgeon.cli.tables import fact, percent, table
 from shardsurgeon.errors import UsageError
-from shardsurgeon.reports import ComparedLayerReport, ComparisonReport
+from shardsurgeon.operations.reports import ComparedLayerReport, ComparisonReport
 from shardsurgeon.units import counted
 
 
@@ -56,7 +56,7 @@ def compare_command(
       shardsurgeon scores compare scores.pt router.safetensors
       shardsurgeon scores compare a.pt b.pt --ratio 0.65 --metric reap,ean_mean
     """
-    from shardsurgeon import scoreoperations
+    from shardsurgeon.operations import scoreoperations
 
     metrics = () if metric is None else tuple(metric.split(","))
     report = scoreoperations.compare_scores(a, b, ratios=ratios, metrics=metrics)

@@ -11,7 +11,7 @@ from shardsurgeon.cli.options import json_option
 from shardsurgeon.cli.output import print_json, print_lines
 from shardsurgeon.cli.scores.options import out_option
 from shardsurgeon.cli.tables import fact
-from shardsurgeon.reports import WrittenScoresReport
+from shardsurgeon.operations.reports import WrittenScoresReport
 from shardsurgeon.units import counted
 
 
@@ -36,7 +36,7 @@ def convert_command(source: str, out: str, model: str | None, as_json: bool) -> 
       shardsurgeon scores convert scores.pt -o scores.safetensors
       shardsurgeon scores convert rows.npz --model /models/K2.5 -o scores.json
     """
-    from shardsurgeon import scoreoperations
+    from shardsurgeon.operations import scoreoperations
 
     _show(scoreoperations.convert_scores(source, out, model=model), as_json)
 
@@ -62,7 +62,7 @@ def merge_command(files: tuple[str, ...], out: str, same_model: bool, as_json: b
       shardsurgeon scores merge code.pt chat.pt -o scores.pt
       shardsurgeon scores merge a.pt b.pt c.pt -o scores.safetensors
     """
-    from shardsurgeon import scoreoperations
+    from shardsurgeon.operations import scoreoperations
 
     _show(scoreoperations.merge_scores(files, out, same_model=same_model), as_json)
 

@@ -10,7 +10,7 @@ import click
 from shardsurgeon.cli.options import json_option
 from shardsurgeon.cli.output import print_json, print_lines
 from shardsurgeon.cli.tables import fact, percent, saliency, table
-from shardsurgeon.reports import GapReport, ScoresReport, ShownLayerReport
+from shardsurgeon.operations.reports import GapReport, ScoresReport, ShownLayerReport
 from shardsurgeon.units import counted
 
 # Of the shares that the report has, those that fit a table.
@@ -43,7 +43,7 @@ def show_command(file: str, model: str | None, metric: str | None, as_json: bool
       shardsurgeon scores show scores.pt
       shardsurgeon scores show scores.pt --model /models/K2.5 --metric ean_mean
     """
-    from shardsurgeon import scoreoperations
+    from shardsurgeon.operations import scoreoperations
 
     report = scoreoperations.show_scores(file, model, metric=metric)
     if as_json:

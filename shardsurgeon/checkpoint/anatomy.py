@@ -1,0 +1,333 @@
+"""Which tensor is what: a checkpoint read with the eyes of its family.
+
+Takes a Checkpoint, gives an Anatomy: the MoE layers with their experts' sizes, the routing
+facts, and `role`, which says of any tensor what removing experts does to it. Everything in an
+MoE block is claimed by a rule of the family or refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shardsurgeon.checkpoint.blocks import Block, check_alike
+from shardsurgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
+from shardsurgeon.checkpoint.confignumbers import read_numbers
+from shardsurgeon.checkpoint.roles import (
+    Carried,
+    ExpertTensor,
+    NameReader,
+    Role,
+    Sliced,
+    Surplus,
+    Tabled,
+)
+from shardsurgeon.errors import ConfigError, FamilyError
+from shardsurgeon.families.schema import Family, family_for
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+
+@dataclass(frozen=True, slots=True)
+class MoELayer:
+    """One layer with experts.
+
+    index: its number; MTP layer j is num_hidden_layers + j, however its tensors are named.
+    expert_nbytes: bytes of each expert's own tensors and slices, by expert id.
+    router: name of the router weight.
+    """
+
+    index: int
+    is_mtp: bool
+    stacked: bool
+    expert_nbytes: tuple[int, ...]
+    router: str
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts it has."""
+        return len(self.expert_nbytes)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A checkpoint's layers, experts and routing.
+
+    layers: ascending by index, MTP layers last. mtp_nbytes: bytes that go when the MTP layers
+    go. num_layers: decoder layers without MTP. num_experts: of the largest layers.
+    shared_count: the one count that the config says of every layer; own_mtp_count: whether it
+    says another of the MTP layers. uneven: layers whose experts differ in dtype or shape.
+    """
+
+    family: Family
+    layers: tuple[MoELayer, ...]
+    num_layers: int
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    num_mtp_layers: int
+    carried_nbytes: int
+    mtp_nbytes: int
+    shared_count: int
+    own_mtp_count: bool
+    uneven: frozenset[int]
+    reader: NameReader = field(repr=False)
+
+    @property
+    def main_layers(self) -> tuple[MoELayer, ...]:
+        """The MoE layers of the main model."""
+        return tuple(layer for layer in self.layers if not layer.is_mtp)
+
+    @property
+    def mtp_layers(self) -> tuple[MoELayer, ...]:
+        """The MoE layers that predict tokens further ahead."""
+        return tuple(layer for layer in self.layers if layer.is_mtp)
+
+    @property
+    def experts_per_layer(self) -> dict[int, int]:
+        """MoE layer → its experts."""
+        return {layer.index: layer.num_experts for layer in self.layers}
+
+    def shares_count(self, layer: MoELayer) -> bool:
+        """Whether engines build a layer with the count that the config says of all layers."""
+        own = layer.is_mtp and self.own_mtp_count
+        return not own and layer.num_experts == self.shared_count
+
+    @property
+    def layout(self) -> str:
+        """`stacked` or `per-expert`, as most layers are."""
+        stacked = sum(layer.stacked for layer in self.layers)
+        return "stacked" if 2 * stacked > len(self.layers) else "per-expert"
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one expert of one layer: the largest there is."""
+        return max(max(layer.expert_nbytes) for layer in self.layers)
+
+    def role(self, record: TensorRecord) -> Role:
+        """What removing experts does to a tensor. Raises FamilyError where no rule claims it."""
+        return self.reader.role(record)
+
+    def total_nbytes(self, kept: int | Mapping[int, int], *, drop_mtp: bool = False) -> int:
+        """Bytes of tensor data with `kept` experts a layer, or kept[layer] of each, at most.
+
+        Exact where a layer's experts are of one size; else it counts the largest ones.
+        """
+        nbytes = self.carried_nbytes + (0 if drop_mtp else self.mtp_nbytes)
+        for layer in self.layers:
+            if not (drop_mtp and layer.is_mtp):
+                count = kept if isinstance(kept, int) else kept[layer.index]
+                nbytes += sum(sorted(layer.expert_nbytes, reverse=True)[:count])
+        return nbytes
+
+
+def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
+    """Read a checkpoint's layers and experts.
+
+    Raises FamilyError where the family is unknown, the model is dense, an expert or a tensor
+    is missing, or a tensor in an MoE block is claimed by no rule; ConfigError where
+    config.json lacks a count or contradicts the tensors.
+    """
+    where = f"{checkpoint.location}/{CONFIG_NAME}"
+    config = checkpoint.settings
+    family = checkpoint.family or family_for(config, where)
+    if family.refusal:
+        raise FamilyError(where, f"{config.get('model_type')}: {family.refusal}")
+    numbers = read_numbers(family, config, where)
+    reader = NameReader(family, numbers.num_layers, numbers.experts, numbers.extra_rows)
+    census = _Census(checkpoint.location, reader)
+    for shard in checkpoint.shards:
+        for record in shard.header.tensors:
+            census.see(record)
+    census.check()
+    reader.settle(census.moe_layers)
+    census.weigh_others()
+    census.compare()
+    layers = census.layers()
+    own_mtp = numbers.own_mtp_count
+    most = max(layer.num_experts for layer in layers if not (layer.is_mtp and own_mtp))
+    if most != numbers.experts.every:
+        problem = f"says {numbers.experts.every} experts, the largest layers have {most}"
+        raise ConfigError(where, problem, "make the spellings agree")
+    return Anatomy(
+        family=family,
+        layers=layers,
+        num_layers=numbers.num_layers,
+        num_experts=max(layer.num_experts for layer in layers),
+        top_k=numbers.top_k,
+        n_group=numbers.n_group,
+        topk_group=numbers.topk_group,
+        num_mtp_layers=numbers.mtp_layers,
+        carried_nbytes=census.carried,
+        mtp_nbytes=census.mtp,
+        reader=reader,
+        shared_count=most,
+        own_mtp_count=own_mtp,
+        uneven=frozenset(census.uneven),
+    )
+
+
+class _Census:
+    """Counts what is there: all tensors once, and the few that are no expert's own once more.
+
+    The first look finds the layers that have experts, weighs these, and sees which of an
+    expert's tensors exist; the second, with the layers known, weighs everything else and
+    refuses what no rule claims.
+    """
+
+    def __init__(self, location: str, reader: NameReader) -> None:
+        self._location = location
+        self._reader = reader
+        self._parts: dict[tuple[str, str], int] = {}
+        self._stored: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+        self.uneven: set[int] = set()
+        self._blocks: dict[int, Block] = {}
+        self._experts: dict[int, dict[int, int]] = {}
+        self._own_nbytes: dict[int, dict[int, int]] = {}
+        self._others: list[TensorRecord] = []
+        self._full: dict[int, int] = {}
+        self._stacked: set[int] = set()
+        self._routers: dict[int, str] = {}
+        self._rows: dict[int, int] = {}
+        self.carried = 0
+        self.mtp = 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with experts or a router, ascending."""
+        return tuple(sorted({*self._experts, *self._stacked, *self._routers}))
+
+    def see(self, record: TensorRecord) -> None:
+        """Note who is there."""
+        role = self._reader.role(record)
+        if isinstance(role, ExpertTensor):
+            own = self._own_nbytes.setdefault(role.layer, {})
+            own[role.expert] = own.get(role.expert, 0) + record.nbytes
+            # The same for every expert of the layer; told apart by one bit each.
+            part = record.name[: role.begin], record.name[role.end :]
+            bit = 1 << self._parts.setdefault(part, len(self._parts))
+            stored = record.dtype, record.shape
+            if self._stored.setdefault(part, stored) != stored:
+                self.uneven.add(role.layer)
+            layer = self._experts.setdefault(role.layer, {})
+            layer[role.expert] = layer.get(role.expert, 0) | bit
+            if self._full.get(role.layer, 0) & bit:
+                return
+            self._full[role.layer] = self._full.get(role.layer, 0) | bit
+            self._note(record, role)
+            return
+        self._others.append(record)
+        if isinstance(role, Sliced) and not role.is_router:
+            self._stacked.add(role.layer)
+        elif isinstance(role, Sliced) and self._reader.is_router_weight(record):
+            self._routers[role.layer] = record.name
+        self._note(record, role)
+
+    def _note(self, record: TensorRecord, role: Role) -> None:
+        """Keep what a layer's block has, to compare it with the others'."""
+        place = self._reader.place(record.name)
+        if place is None:
+            return
+        layer, start = place
+        block = self._blocks.get(layer)
+        if block is None:
+            block = self._blocks[layer] = Block(record.name[:start])
+        if isinstance(role, ExpertTensor | Surplus):
+            name = f"{record.name[start : role.begin]}{{}}{record.name[role.end :]}"
+            block.weights[name] = record.dtype
+        elif isinstance(role, Tabled) or (isinstance(role, Sliced) and role.is_router):
+            block.routers.add(record.name[start:])
+        elif isinstance(role, Sliced) or self._reader.in_block(record.name, start):
+            block.weights[record.name[start:]] = record.dtype
+
+    def weigh_others(self) -> None:
+        """Weigh what is no expert's own, and share the rows of stacked tensors out."""
+        for record in self._others:
+            role = self._reader.role(record)
+            if isinstance(role, Sliced):
+                each = record.nbytes // record.shape[role.axis]
+                self._rows[role.layer] = self._rows.get(role.layer, 0) + each
+                self._carry(each * role.tail, self._reader.is_mtp(role.layer))
+            elif isinstance(role, Carried):
+                self._carry(record.nbytes, role.mtp)
+            elif not isinstance(role, ExpertTensor):
+                self._carry(record.nbytes, self._reader.is_mtp(role.layer))
+
+    def check(self) -> None:
+        """Every MoE layer has a router and experts 0..E-1 with the same tensors each."""
+        if not self._experts and not self._stacked:
+            raise FamilyError(
+                self._location, "has no expert tensors: a dense model has none to prune"
+            )
+        for layer in self.moe_layers:
+            if layer not in self._routers:
+                name = self._blocks[layer].prefix + self._router_name()
+                problem = f"layer {layer} has experts and no router weight such as {name}"
+                raise FamilyError(self._location, problem, "fetch the checkpoint again")
+            if layer in self._experts:
+                self._check_experts(layer)
+            elif layer not in self._stacked:
+                raise FamilyError(self._location, f"layer {layer} has a router and no experts")
+
+    def compare(self) -> None:
+        """Every MoE layer has the tensors that the others have."""
+        blocks = {layer: self._blocks[layer] for layer in self.moe_layers}
+        reader = self._reader
+        check_alike(blocks, lambda layer: not reader.is_mtp(layer), reader.varies, self._location)
+
+    def _router_name(self) -> str:
+        """What a router is called behind its layer's prefix: as in another layer, if there is."""
+        for layer, name in self._routers.items():
+            return name.removeprefix(self._blocks[layer].prefix)
+        return self._reader.router_name
+
+    def _check_experts(self, layer: int) -> None:
+        masks = self._experts[layer]
+        experts = self._reader.experts_of(layer)
+        missing = sorted(set(range(experts)) - set(masks))
+        surplus = sorted(set(masks) - set(range(experts)))
+        if missing or surplus:
+            what = f"lacks expert {missing[0]}" if missing else f"has an expert {surplus[0]}"
+            there = next(iter(masks.values()))
+            head, tail = next(part for part, bit in self._parts.items() if there >> bit & 1)
+            name = f"{head}{(missing or surplus)[0]}{tail}"
+            raise FamilyError(
+                self._location,
+                f"layer {layer} {what} ({name}): the config says {experts} experts, "
+                f"the shards hold {len(masks)}",
+                "experts must be 0..E-1 without gaps; fetch the checkpoint again",
+            )
+        full = self._full[layer]
+        for expert, mask in sorted(masks.items()):
+            if mask != full:
+                lacks = full & ~mask
+                head, tail = next(part for part, bit in self._parts.items() if lacks >> bit & 1)
+                raise FamilyError(
+                    self._location,
+                    f"tensor {head}{expert}{tail} is missing",
+                    "every expert needs the same tensors; fetch the checkpoint again",
+                )
+
+    def layers(self) -> tuple[MoELayer, ...]:
+        """The layers found, weighed."""
+        return tuple(
+            MoELayer(
+                index=layer,
+                is_mtp=self._reader.is_mtp(layer),
+                stacked=layer not in self._experts,
+                expert_nbytes=self._expert_nbytes(layer),
+                router=self._routers[layer],
+            )
+            for layer in self.moe_layers
+        )
+
+    def _expert_nbytes(self, layer: int) -> tuple[int, ...]:
+        """Each expert's own tensors, and its rows of the tensors of all."""
+        own, rows = self._own_nbytes.get(layer, {}), self._rows.get(layer, 0)
+        return tuple(own.get(expert, 0) + rows for expert in range(self._reader.experts_of(layer)))
+
+    def _carry(self, nbytes: int, mtp: bool) -> None:
+        if mtp:
+            self.mtp += nbytes
+        else:
+            self.carried += nbytes

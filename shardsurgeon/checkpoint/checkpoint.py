@@ -1,0 +1,336 @@
+"""A checkpoint opened: every header, the index, the config, the names of the rest. No weights.
+
+Reads a source through its headers and hands one frozen value to `anatomy`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+from shardsurgeon.checkpoint.provenance import (
+    PROVENANCE_NAME,
+    Provenance,
+    is_foreign,
+    parse_provenance,
+)
+from shardsurgeon.errors import CheckpointError, ConfigError, HeaderError, IndexFileError
+from shardsurgeon.families.schema import Family
+from shardsurgeon.storage.base import Source, SourceFile
+from shardsurgeon.storage.formats.documents import Document
+from shardsurgeon.storage.formats.index import INDEX_NAME, Index, parse_index
+from shardsurgeon.storage.formats.safetensors import Header, header_length, parse_header
+from shardsurgeon.storage.places import open_source
+
+CONFIG_NAME = "config.json"
+_SINGLE = "model.safetensors"
+_DIGITS = re.compile(r"(\d+)")
+_NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+_OTHER_FORMATS = {".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack"}
+# Over a network each header is two answers waited for; a model has up to a few hundred.
+_HEADERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its name in the source, its size in bytes, its parsed header."""
+
+    file: str
+    nbytes: int
+    header: Header
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything of a checkpoint but its weights.
+
+    files: every file of the source; shards: the weight files, in order of their names;
+    config: config.json; index_metadata: the index's `metadata`, or None for a checkpoint
+    without an index (its weight map is checked against the shards and let go); provenance:
+    what an earlier prune by this tool wrote, or None; unindexed: safetensors files that the
+    index does not name and that therefore are no part of the model; notes: what a user
+    should know and need not mend; family: a declaration that takes the place of the shipped
+    ones; unlisted: tensors of the shards that the index forgot.
+    """
+
+    source: Source
+    files: tuple[SourceFile, ...]
+    shards: tuple[Shard, ...]
+    config: Document
+    index_metadata: Mapping[str, Any] | None
+    provenance: Provenance | None
+    unindexed: tuple[str, ...]
+    notes: tuple[str, ...]
+    family: Family | None = None
+    unlisted: tuple[str, ...] = ()
+
+    @property
+    def location(self) -> str:
+        """Where it lies, for messages."""
+        return self.source.location
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """The fingerprint of config.json's bytes."""
+        return hashlib.sha256(self.config.edit({})).hexdigest()
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What config.json says."""
+        value = self.config.value
+        assert isinstance(value, dict)
+        return value
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors the shards hold."""
+        return sum(len(shard.header.tensors) for shard in self.shards)
+
+    @cached_property
+    def total_size(self) -> int:
+        """Bytes of tensor data, as an index's `total_size` counts them."""
+        return sum(record.nbytes for shard in self.shards for record in shard.header.tensors)
+
+
+def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
+    """Open a checkpoint by whatever `open_source` understands, or from a Source.
+
+    Raises what that raises, and CheckpointError and its children where a file is missing, broken
+    or contradicts another one. Reads headers and JSON only.
+    """
+    source = open_source(model)
+    files = {file.name: file for file in source.list()}
+    if CONFIG_NAME not in files:
+        raise _no_model(source, files)
+    config = Document.parse(_read_whole(source, files[CONFIG_NAME]), _at(source, CONFIG_NAME))
+    if not isinstance(config.value, dict):
+        raise ConfigError(_at(source, CONFIG_NAME), "holds no JSON object")
+    index = None
+    if INDEX_NAME in files:
+        index = parse_index(_read_whole(source, files[INDEX_NAME]), _at(source, INDEX_NAME))
+    names = _shard_names(source, files, index)
+    shards = _open_shards(source, [files[name] for name in names])
+    unlisted = _check_tensors(source, shards, index)
+    provenance, foreign = None, False
+    if PROVENANCE_NAME in files:
+        raw = _read_whole(source, files[PROVENANCE_NAME])
+        foreign = is_foreign(raw)
+        provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
+    unindexed = tuple(sorted(set(_root_safetensors(files)) - set(names)))
+    notes = list(getattr(source, "notes", ()))
+    notes += [f"{name} is not in the index and is left out" for name in unindexed]
+    if foreign:
+        notes.append(
+            f"{PROVENANCE_NAME} was written by another tool: expert ids are counted from this "
+            "checkpoint on"
+        )
+    if unlisted:
+        notes.append(f"{len(unlisted)} tensors that the index does not list are part of the model")
+    metadata = index.metadata if index is not None else None
+    return Checkpoint(
+        source,
+        tuple(files.values()),
+        shards,
+        config,
+        metadata,
+        provenance,
+        unindexed,
+        tuple(notes),
+        unlisted=unlisted,
+    )
+
+
+def _no_model(source: Source, files: Mapping[str, SourceFile]) -> CheckpointError:
+    """The error for a place without config.json: it may hold a model in another format."""
+    if source.is_remote and not _root_safetensors(files):
+        suffixes = {"." + name.rpartition(".")[2] for name in files} & _OTHER_FORMATS
+        but = f", only {', '.join(sorted(suffixes))}" if suffixes else ""
+        return CheckpointError(
+            source.location,
+            f"holds no .safetensors file{but}",
+            "name a model that is published as safetensors",
+        )
+    where = f"{source.location}/{CONFIG_NAME}"
+    return ConfigError(where, "no such file", "give the folder of a model")
+
+
+def _at(source: Source, name: str) -> str:
+    return f"{source.location}/{name}"
+
+
+def _read_whole(source: Source, file: SourceFile) -> bytes:
+    return source.read(file.name, 0, file.nbytes)
+
+
+def _root_safetensors(files: Iterable[str]) -> list[str]:
+    """The safetensors files at the top; Mistral's own `consolidated` ones are another format."""
+    return sorted(
+        name
+        for name in files
+        if "/" not in name and name.endswith(".safetensors") and not name.startswith("consolidated")
+    )
+
+
+def _shard_names(source: Source, files: Mapping[str, SourceFile], index: Index | None) -> list[str]:
+    if index is not None:
+        names = sorted(set(index.weight_map.values()), key=_natural)
+        for name in names:
+            if name not in files:
+                raise IndexFileError(
+                    _at(source, INDEX_NAME),
+                    f"names the shard {name}, which is not there",
+                    "fetch the missing shard",
+                )
+        if not names:
+            raise IndexFileError(_at(source, INDEX_NAME), "weight_map is empty")
+        return names
+    if _SINGLE in files:
+        return [_SINGLE]
+    return _shards_without_index(source, _root_safetensors(files))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts `model-2-of-12` before `model-10-of-12`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in _DIGITS.split(name)]
+
+
+def _shards_without_index(source: Source, names: list[str]) -> list[str]:
+    """One file, or a complete numbered set, can do without an index; anything else cannot."""
+    if not names:
+        raise CheckpointError(source.location, "holds no .safetensors file")
+    if len(names) == 1:
+        return names
+    numbered = [_NUMBERED.fullmatch(name) for name in names]
+    sets = {(match["stem"], int(match["total"])) for match in numbered if match}
+    if all(numbered) and len(sets) == 1:
+        ((_, total),) = sets
+        if {int(match["number"]) for match in numbered if match} == set(range(1, total + 1)):
+            return sorted(names, key=_natural)
+        problem = f"has {len(names)} of the {total} shards and no {INDEX_NAME}"
+        raise CheckpointError(source.location, problem, "fetch the missing files")
+    raise CheckpointError(
+        source.location,
+        f"has {len(names)} .safetensors files and no {INDEX_NAME} to say which of them belong",
+        "fetch the index",
+    )
+
+
+def _open_shards(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...]:
+    """The shards of some files, in their order; over a network, many headers at once."""
+    if not source.is_remote:
+        return tuple(_open_shard(source, file) for file in files)
+    reader = _Reader(source)
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
+        opened = [pool.submit(_open_shard, reader, file) for file in files]
+        try:
+            # Woken now and then, because on Windows Ctrl-C does not end a wait.
+            while not _all_done(opened):
+                pass
+            return tuple(shard.result() for shard in opened)
+        except BaseException:
+            # The pool waits for those at work: have them end soon.
+            reader.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _all_done(opened: list[Future[Shard]]) -> bool:
+    """Whether all headers are there, after a moment. Raises what went wrong with any of them."""
+    done, pending = wait(opened, timeout=0.2, return_when=FIRST_EXCEPTION)
+    for shard in opened:
+        if shard in done:
+            shard.result()
+    return not pending
+
+
+class _Reader:
+    """Reads from a remote source until it is stopped."""
+
+    def __init__(self, source: Source) -> None:
+        self.location = source.location
+        self.stopped = threading.Event()
+        self._source = source
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises CancelledError once it is stopped."""
+        data = bytearray()
+        for piece in self._source.stream(name, begin, end):
+            if self.stopped.is_set():
+                raise CancelledError
+            data += piece
+        return bytes(data)
+
+
+def _open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
+    where = f"{source.location}/{file.name}"
+    if file.nbytes < 8:
+        raise HeaderError(
+            where, f"has {file.nbytes} bytes, too few for a safetensors header", "fetch it again"
+        )
+    length = header_length(source.read(file.name, 0, 8), file.nbytes, where)
+    raw = source.read(file.name, 8, 8 + length)
+    digest = hashlib.sha256(raw).hexdigest()
+    return Shard(file.name, file.nbytes, parse_header(raw, file.nbytes, where), digest)
+
+
+def _check_tensors(
+    source: Source, shards: tuple[Shard, ...], index: Index | None
+) -> tuple[str, ...]:
+    """Every tensor in one shard only, and where the index says; those that it does not list.
+
+    Loaders read whole shards, so a tensor that the index forgot is part of the model.
+    """
+    home: dict[str, str] = {}
+    for shard in shards:
+        for record in shard.header.tensors:
+            other = home.setdefault(record.name, shard.file)
+            if other != shard.file:
+                raise CheckpointError(
+                    _at(source, shard.file),
+                    f"holds tensor {record.name}, which {other} holds too",
+                    "remove the shard that does not belong",
+                )
+    if index is None:
+        return ()
+    where = _at(source, INDEX_NAME)
+    for name, file in index.weight_map.items():
+        if home.get(name) != file:
+            remedy = "fetch the index and the shards again, from one revision"
+            raise IndexFileError(where, f"says {file} holds {name}, but it does not", remedy)
+    return tuple(name for name in home if name not in index.weight_map)
+
+
+def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
+    """The object at a dotted path of a config (`text_config`; "" is the top), or None."""
+    node: Any = config
+    for key in filter(None, dotted.split(".")):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else None
+
+
+def config_values(
+    node: object, keys: tuple[str, ...]
+) -> Iterator[tuple[tuple[str | int, ...], object]]:
+    """(path, value) of every value at a path of keys, of which `*` stands for all there are.
+
+    A list at the end of the path gives each of its elements: some configs say it per layer.
+    """
+    if not keys and not isinstance(node, list):
+        yield (), node
+        return
+    inner: Iterable[tuple[str | int, object]] = ()
+    if isinstance(node, list) and (not keys or keys[0] == "*"):
+        inner = enumerate(node)
+    elif isinstance(node, Mapping) and keys:
+        inner = node.items() if keys[0] == "*" else [(k, node[k]) for k in keys[:1] if k in node]
+    for key, value in inner:
+        for path, number in config_values(value, keys[1:]):
+            yield (key, *path), number

@@ -1,0 +1,319 @@
+"""What a tensor's name means: a family's rules, compiled for one checkpoint's numbers.
+
+`anatomy` asks this room about every tensor; the planner and the verifier ask again, so that
+no table of 200,000 answers has to be kept.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shardsurgeon.errors import FamilyError
+from shardsurgeon.families.schema import Family, Rule, pattern
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Not per expert: passes through whole. mtp: goes when the MTP layers go."""
+
+    mtp: bool = False
+
+
+class ExpertTensor(NamedTuple):
+    """A tensor of one expert. begin, end: where its number stands in the name."""
+
+    layer: int
+    expert: int
+    begin: int
+    end: int
+
+    def renamed(self, name: str, expert: int) -> str:
+        """The tensor's name when its expert has another number."""
+        return f"{name[: self.begin]}{expert}{name[self.end :]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """A tensor with an expert axis. tail: rows behind the experts' own, kept as they are."""
+
+    layer: int
+    axis: int
+    tail: int
+    is_router: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """An integer tensor whose first element is the number of experts."""
+
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tabled:
+    """An integer table whose values are expert ids."""
+
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Surplus:
+    """A tensor of an identity expert, which computes nothing.
+
+    transformers re-saves such tensors and reads no checkpoint of its own without them, so they
+    stay, numbered on behind the experts that are left. begin, end: as in ExpertTensor.
+    """
+
+    layer: int
+    expert: int
+    begin: int
+    end: int
+
+    def renamed(self, name: str, expert: int) -> str:
+        """The tensor's name when its expert has another number."""
+        return f"{name[: self.begin]}{expert}{name[self.end :]}"
+
+
+_INTEGERS = ("I32", "I64")
+
+Role = Carried | ExpertTensor | Sliced | Counted | Tabled | Surplus
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """How many experts a config says its layers have.
+
+    every: of layers of which it says nothing else; per_layer: layer → its own count; mtp: of the
+    MTP layers that have none there.
+    """
+
+    every: int
+    per_layer: Mapping[int, int]
+    mtp: int
+
+
+class _Neighbours(NamedTuple):
+    """What the tensors of one layer's experts begin with, and how those seen go on.
+
+    numbers: every expert's number as a name spells it.
+    """
+
+    head: str
+    layer: int
+    numbers: Mapping[str, int]
+    tails: set[str]
+
+
+class NameReader:
+    """A family's rules, compiled for one checkpoint's numbers."""
+
+    def __init__(self, family: Family, num_layers: int, counts: ExpertCounts, tail: int) -> None:
+        names = family.tensors
+        self._family = family
+        self._num_layers = num_layers
+        self._expert_counts = counts
+        self._tail = tail
+        self._main = _any(prefix + "." for prefix in names.layers)
+        self._mtp = _any(prefix + "." for prefix in names.mtp)
+        self._mtp_others = _any(names.mtp_others)
+        self._blocks = _any([*names.blocks, *(f"{block}.*" for block in names.blocks)])
+        self._experts = _rules(names.experts)
+        self._stacked = _rules(names.stacked)
+        self._routers = _rules(names.routers)
+        self._shared = _rules(names.shared)
+        self._counts = _rules(names.expert_counts)
+        self._ids = _rules(names.expert_ids)
+        self._beside = _any(names.beside)
+        self._elsewhere = _any(names.elsewhere)
+        self._varies = _any(names.varies)
+        self._moe_layers: frozenset[int] | None = None
+        self._neighbours = _Neighbours("no tensor begins like this", -1, {}, set())
+
+    def settle(self, moe_layers: Iterable[int]) -> None:
+        """Say which layers have experts; from then on `role` refuses what it cannot claim there."""
+        self._moe_layers = frozenset(moe_layers)
+
+    def place(self, name: str) -> tuple[int, int] | None:
+        """(layer number, length of the prefix) of a layer's tensor, else None."""
+        if match := self._main.match(name):
+            return _layer_number(match), match.end()
+        if match := self._mtp.match(name):
+            return self._num_layers + _layer_number(match), match.end()
+        return None
+
+    def experts_of(self, layer: int) -> int:
+        """How many experts a layer has where it has any."""
+        counts = self._expert_counts
+        return counts.per_layer.get(layer, counts.mtp if self.is_mtp(layer) else counts.every)
+
+    def is_mtp(self, layer: int) -> bool:
+        """Whether a layer number belongs to an MTP layer."""
+        return layer >= self._num_layers
+
+    @property
+    def router_name(self) -> str:
+        """What the family calls the router's matrix, behind a layer's prefix."""
+        return self._family.tensors.routers[0].name
+
+    def in_block(self, name: str, start: int) -> bool:
+        """Whether a layer's tensor, its prefix `start` characters long, is in the MoE block."""
+        return self._blocks.fullmatch(name, start) is not None
+
+    def varies(self, rest: str) -> bool:
+        """Whether only some MoE layers have the tensor; rest: its name behind the prefix."""
+        return self._varies.fullmatch(rest) is not None
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a name outside the layers is known to be of experts that stay as they are."""
+        return self._elsewhere.fullmatch(name) is not None
+
+    def is_router_weight(self, record: TensorRecord) -> bool:
+        """Whether the tensor is the router's matrix, one row per expert."""
+        place = self.place(record.name)
+        return place is not None and any(
+            rule.axis == 0 and len(record.shape) == 2 and regex.fullmatch(record.name, place[1])
+            for regex, rule in self._routers
+        )
+
+    def role(self, record: TensorRecord) -> Role:
+        """What removing experts does to a tensor. Raises FamilyError where no rule claims it."""
+        name = record.name
+        if known := self._like_the_last(name):
+            return known
+        place = self.place(name)
+        if place is None:
+            return self._outside(name)
+        layer, start = place
+        for regex, _ in self._experts:
+            if match := regex.fullmatch(name, start):
+                expert = int(match["expert"])
+                if 0 <= expert - self.experts_of(layer) < self._tail:
+                    return Surplus(layer, expert, *match.span("expert"))
+                role = ExpertTensor(layer, expert, *match.span("expert"))
+                self._remember(name, role)
+                return role
+        for regex, _ in self._counts:
+            if regex.fullmatch(name, start) and record.shape != () and math.prod(record.shape) > 2:
+                return Counted(layer)
+        for regex, _ in self._ids:
+            if regex.fullmatch(name, start):
+                return Tabled(layer)
+        for regex, rule in self._stacked:
+            if regex.fullmatch(name, start):
+                return self._stacked_role(record, layer, rule)
+        for regex, rule in self._routers:
+            if regex.fullmatch(name, start):
+                return self._sliced(record, layer, rule, is_router=True)
+        return self._unclaimed(record, layer, start)
+
+    def _remember(self, name: str, role: ExpertTensor) -> None:
+        """Keep what comes before and behind an expert's number: its neighbours have the same."""
+        head = name[: role.begin]
+        if head != self._neighbours.head:
+            numbers = {str(expert): expert for expert in range(self.experts_of(role.layer))}
+            self._neighbours = _Neighbours(head, role.layer, numbers, set())
+        self._neighbours.tails.add(name[role.end :])
+
+    def _like_the_last(self, name: str) -> ExpertTensor | None:
+        """The role of a tensor that differs from one seen by the expert's number alone.
+
+        There are 200,000 of them in a trillion-parameter model, and no rule need be tried.
+        """
+        head, layer, numbers, tails = self._neighbours
+        if not name.startswith(head):
+            return None
+        begin = len(head)
+        end = name.find(".", begin)
+        expert = numbers.get(name[begin:end])
+        if expert is None or name[end:] not in tails:
+            return None
+        return ExpertTensor(layer, expert, begin, end)
+
+    def _stacked_role(self, record: TensorRecord, layer: int, rule: Rule) -> Role:
+        """A tensor of all experts: rows for each of them, or one thing said for all."""
+        one_row = len(record.shape) == 1 and record.dtype in _INTEGERS
+        if one_row and record.name.endswith("_shape"):
+            # The packed weight's shape: [E, out, in], or [out, in] that all experts have.
+            return Counted(layer) if record.shape[0] > 2 else Carried(self.is_mtp(layer))
+        for_all = record.shape[:1] == (1,) and "scale" in record.name[record.name.rfind(".") :]
+        if math.prod(record.shape) == 1 or for_all:
+            # A scale that every expert has.
+            return Carried(self.is_mtp(layer))
+        return self._sliced(record, layer, rule)
+
+    def _sliced(
+        self, record: TensorRecord, layer: int, rule: Rule, *, is_router: bool = False
+    ) -> Sliced:
+        tail = self._tail if is_router else 0
+        rows = record.shape[rule.axis] if rule.axis < len(record.shape) else None
+        expected = self.experts_of(layer) + tail
+        if rows != expected:
+            raise FamilyError(
+                record.name,
+                f"shape {list(record.shape)} has {rows} experts in dimension {rule.axis}, "
+                f"expected {expected}",
+                "the config and the tensors are not of one model",
+            )
+        return Sliced(layer, rule.axis, tail, is_router)
+
+    def _outside(self, name: str) -> Role:
+        if self._mtp_others.fullmatch(name):
+            return Carried(mtp=True)
+        if ".experts." in name and not self.is_elsewhere(name):
+            raise FamilyError(
+                name,
+                f"an expert tensor that no rule of family {self._family.name} claims",
+                "see 'Adding a family' in CONTRIBUTING.md",
+            )
+        return Carried()
+
+    def _unclaimed(self, record: TensorRecord, layer: int, start: int) -> Role:
+        """A layer's tensor without an expert axis, if that can be told; else refuse it."""
+        carried = Carried(self.is_mtp(layer))
+        if self._moe_layers is not None and layer not in self._moe_layers:
+            return carried
+        name = record.name
+        if any(regex.fullmatch(name, start) for regex, _ in self._shared):
+            return carried
+        experts = self.experts_of(layer)
+        rows = {experts, experts + self._tail}
+        axes = [axis for axis, size in enumerate(record.shape) if size in rows]
+        in_block = self._blocks.fullmatch(name, start)
+        if not in_block and (not axes or self._beside.fullmatch(name, start)):
+            return carried
+        if self._moe_layers is None:
+            return carried
+        what = f"has {experts} in dimension {axes[0]}" if axes else "is in an MoE block"
+        shape, family = list(record.shape), self._family.name
+        raise FamilyError(
+            name,
+            f"shape {shape} {what} and no rule of family {family} claims it",
+            "see 'Adding a family' in CONTRIBUTING.md",
+        )
+
+
+_Rules = tuple[tuple[re.Pattern[str], Rule], ...]
+
+
+def _rules(rules: Iterable[Rule]) -> _Rules:
+    return tuple((re.compile(pattern(rule.name)), rule) for rule in rules)
+
+
+def _any(templates: Iterable[str]) -> re.Pattern[str]:
+    """One pattern for several templates; the placeholder of each gets a group of its own."""
+    parts = [
+        re.sub(r"\?P<(\w+)>", rf"?P<\g<1>_{number}>", pattern(template))
+        for number, template in enumerate(templates)
+    ]
+    # No template at all must match nothing, not everything.
+    return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
+
+
+def _layer_number(match: re.Match[str]) -> int:
+    # Of several prefixes one matched, and a prefix has one placeholder.
+    return int(match[match.lastindex or 0])

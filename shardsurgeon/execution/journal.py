@@ -1,0 +1,273 @@
+"""What an interrupted run had done, so that the same command goes on from there.
+
+`workplace` keeps it in OUT.partial. One JSON value a line: first whose run it is, then what was
+done, each line written when what it says is on the disk (or, for what was sent, in safe hands):
+
+    {"finished": name, "nbytes": n}             the output file is whole and has its name
+    {"begun": name, "layout": digest}           a download of it begins, nothing of it is there
+    {"filled": name, "ranges": [[0, 9], ...]}   these bytes of it have arrived
+    {"sent": name, "to": place, "receipt": text}    it is there, and may be gone here
+
+A kill while a line is written leaves a torn last line, which counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Self
+
+from shardsurgeon.errors import OutputError
+from shardsurgeon.storage.base import SourceFile
+from shardsurgeon.storage.durable import write_all, write_file, writing
+from shardsurgeon.storage.system import System
+
+FORMAT = "shardsurgeon journal"
+VERSION = 2
+_START_OVER = "--restart starts over"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Whose work it is.
+
+    request, source: the plan's two fingerprints. source_files: what the second one was taken
+    from, so that a changed file can be named. origin: the very source, where it can be found
+    again by a name (`hf://org/name@` and a commit), else "".
+    """
+
+    request: str
+    source: str
+    source_files: tuple[SourceFile, ...]
+    origin: str = ""
+
+
+@dataclass(slots=True)
+class Part:
+    """An output file of which some bytes are there.
+
+    layout: digest of the header that says where each of its tensors lies. ranges: (first, one
+    past the last) byte of every stretch that is on the disk, in the order they came.
+    """
+
+    layout: str
+    ranges: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class Done:
+    """What the lines of a journal add up to; an output file is in one of the three at most.
+
+    finished: name → size. parts: name → what is there of it. sent: name → receipt; address:
+    where those were sent.
+    """
+
+    finished: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    sent: dict[str, str] = field(default_factory=dict)
+    address: str = ""
+
+    def follow(self, line: object) -> bool:
+        """Take in one more line's value; False where a journal has no such line."""
+        match line:
+            case {"finished": str(name), "nbytes": int(nbytes)}:
+                self._forget(name)
+                self.finished[name] = nbytes
+            case {"begun": str(name), "layout": str(layout)}:
+                self._forget(name)
+                self.parts[name] = Part(layout, [])
+            case {"filled": str(name), "ranges": list(ranges)} if name in self.parts:
+                pairs = [pair for pair in map(_pair, ranges) if pair]
+                self.parts[name].ranges += pairs
+                return len(pairs) == len(ranges)
+            case {"sent": str(name), "to": str(address), "receipt": str(receipt)}:
+                self._forget(name)
+                self.sent[name], self.address = receipt, address
+            case _:
+                return False
+        return True
+
+    def _forget(self, name: str) -> None:
+        for one in (self.finished, self.parts, self.sent):
+            one.pop(name, None)
+
+
+def _pair(value: object) -> tuple[int, int] | None:
+    match value:
+        case [int(begin), int(end)] if 0 <= begin < end:
+            return begin, end
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A journal as it was found. nbytes: how much of the file holds whole lines."""
+
+    run: Run
+    done: Done
+    nbytes: int
+
+
+class Journal:
+    """An open journal, for any number of threads; the end of its `with` block closes it."""
+
+    def __init__(self, path: Path, run: Run, record: Record | None, system: System) -> None:
+        """Go on after `record`, or begin anew where that is None. Raises OutputWriteError."""
+        self._path = path
+        self._system = system
+        self._writing = threading.Lock()
+        if record is None:
+            head = _line({"format": FORMAT, "version": VERSION, **_run_as_json(run)})
+            write_file(path, head, system)
+            self._end = len(head)
+        else:
+            self._end = record.nbytes
+        self.done = record.done if record else Done()
+        with writing(path):
+            self._file = FileIO(path, "r+")
+            self._file.truncate(self._end)
+
+    # Each returns when its line is on the disk, or raises OutputWriteError.
+
+    def finish(self, name: str, nbytes: int) -> None:
+        """Record that the output file is on the disk under its name."""
+        self._add({"finished": name, "nbytes": nbytes})
+
+    def begin(self, name: str, layout: str) -> None:
+        """Record that whatever there is of the output file is worth nothing."""
+        self._add({"begun": name, "layout": layout})
+
+    def fill(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Record that these bytes of a file that was begun are on the disk."""
+        self._add({"filled": name, "ranges": ranges})
+
+    def send(self, name: str, address: str, receipt: str) -> None:
+        """Record that the output file was taken away, where to, and what was given for it."""
+        self._add({"sent": name, "to": address, "receipt": receipt})
+
+    def _add(self, value: dict[str, object]) -> None:
+        line = _line(value)
+        with self._writing:
+            write_all(self._file, line, self._end, self._path, self._system)
+            with writing(self._path):
+                self._system.sync_file(self._file)
+            self._end += len(line)
+            understood = self.done.follow(json.loads(line))
+        assert understood, line
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> Record | None:
+    """The journal at `path`, None where there is none.
+
+    Raises OutputError where it is not one that this version wrote.
+    """
+    if not path.is_file():
+        return None
+    with writing(path):
+        data = path.read_bytes()
+    *lines, torn = data.split(b"\n")
+    values: list[object] = []
+    for number, line in enumerate(lines, start=1):
+        with suppress(ValueError):
+            values.append(json.loads(line))
+        if len(values) != number:
+            raise _garbled(path, number)
+    if not values:
+        raise _garbled(path, 1)
+    run = _run_from_json(values[0], path)
+    done = Done()
+    for number, value in enumerate(values[1:], start=2):
+        if not done.follow(value):
+            raise _garbled(path, number)
+    return Record(run, done, len(data) - len(torn))
+
+
+def require_same(found: Run, wanted: Run, where: Path) -> None:
+    """Raise OutputError, saying what differs, unless the work in `where` is the wanted run's."""
+    if found.request != wanted.request:
+        raise OutputError(
+            where,
+            "belongs to an interrupted run of a different command "
+            f"(request {found.request[:12]}, this one is {wanted.request[:12]})",
+            f"repeat that command, choose another -o, or {_START_OVER}",
+        )
+    if found.source != wanted.source:
+        can_go_on = found.origin not in ("", wanted.origin)
+        raise OutputError(
+            where,
+            f"the source changed since the interrupted run: {_difference(found, wanted)}",
+            (f"--model {found.origin} goes on with it, " if can_go_on else "") + _START_OVER,
+        )
+
+
+def _difference(found: Run, wanted: Run) -> str:
+    before = {file.name: file for file in found.source_files}
+    after = {file.name: file for file in wanted.source_files}
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old is None:
+            return f"{name} is new"
+        if new is None:
+            return f"{name} is gone"
+        if old.nbytes != new.nbytes:
+            return f"{name} had {old.nbytes:,} bytes, it has {new.nbytes:,}"
+        if old.stamp != new.stamp:
+            return f"{name} was written to"
+    return "its headers differ"
+
+
+def _line(value: dict[str, object]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _run_as_json(run: Run) -> dict[str, object]:
+    files = [[file.name, file.nbytes, file.stamp] for file in run.source_files]
+    return {
+        "request": run.request,
+        "source": run.source,
+        "origin": run.origin,
+        "source_files": files,
+    }
+
+
+def _run_from_json(value: object, path: Path) -> Run:
+    match value:
+        case {"format": "shardsurgeon journal", "version": version} if version != VERSION:
+            raise OutputError(
+                path,
+                f"was written by another version of shardsurgeon (journal version {version}, "
+                f"this one writes {VERSION})",
+                f"finish with that version, or {_START_OVER}",
+            )
+        case {
+            "format": "shardsurgeon journal",
+            "request": str(request),
+            "source": str(source),
+            "origin": str(origin),
+            "source_files": list(files),
+        }:
+            described = tuple(_source_file(file, path) for file in files)
+            return Run(request, source, described, origin)
+    raise _garbled(path, 1)
+
+
+def _source_file(value: object, path: Path) -> SourceFile:
+    match value:
+        case [str(name), int(nbytes), str(stamp)]:
+            return SourceFile(name, nbytes, stamp)
+    raise _garbled(path, 1)
+
+
+def _garbled(path: Path, line: int) -> OutputError:
+    return OutputError(path, f"is not a journal that shardsurgeon wrote (line {line})", _START_OVER)

@@ -1,0 +1,240 @@
+"""Stored forms as the weights they stand for: plain, FP8, INT8, packed integers, FP4, FP6.
+
+Between `reading` and `loading`. A form is told by its names and dtypes, as the check of an
+architecture tells it; activations are not quantized, so that a layer computes with the weights
+as they are and with inputs at full width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardsurgeon.checkpoint.grain import Grain, Shape, packed_words
+from shardsurgeon.errors import FamilyError
+from shardsurgeon.layerwise import packing
+from shardsurgeon.layerwise.packing import PackedInteger
+from shardsurgeon.layerwise.reading import DTYPES, TensorReader
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8")
+
+
+class Decoder:
+    """Reads weights by the names that an engine has for them."""
+
+    def __init__(self, reader: TensorReader, config: Mapping[str, Any]) -> None:
+        """config: config.json, whose quantization sections say how finely scales lie."""
+        self._reader = reader
+        self._grain = Grain.of(config)
+        self._gptq_v2 = _says_gptq_v2(config)
+
+    def weight(self, name: str, shape: Shape, expert: int | None = None) -> Tensor:
+        """A weight in float32, or as it is stored where that is a wider or a plain type.
+
+        shape: the weight's, [..., out, in]; expert: only that row of the first axis, kept as
+        [1, ...]. Raises FamilyError where the form is not known.
+        """
+        found = self.stored(name, shape, expert)
+        return found.dequantize(torch.float32) if isinstance(found, PackedInteger) else found
+
+    def stored(self, name: str, shape: Shape, expert: int | None = None) -> Tensor | PackedInteger:
+        """As `weight`, but integers of four bits that are packed in rows stay so."""
+        rows = _Rows(self._reader, shape[0] if expert is not None else 0, expert)
+        logical = (1, *shape[1:]) if expert is not None else shape
+        return _Form(rows, name, logical, self._grain, self._gptq_v2).read()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A reader that gives one expert's rows of everything that has an axis of experts."""
+
+    reader: TensorReader
+    experts: int
+    expert: int | None
+
+    def record(self, name: str) -> TensorRecord | None:
+        return self.reader.record(name)
+
+    def read(self, name: str) -> Tensor:
+        record = self.reader.record(name)
+        assert record is not None
+        by_expert = self.expert is not None and record.shape[:1] == (self.experts,)
+        return self.reader.read(name, self.expert if by_expert else None)
+
+
+@dataclass
+class _Form:
+    """One weight, and how it is stored."""
+
+    rows: _Rows
+    name: str
+    shape: Shape
+    grain: Grain
+    gptq_v2: bool
+    stems: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Companions of `down_proj.weight` stand beside it; those of the stacked `down_proj`
+        # under either spelling.
+        module = self.name.endswith(".weight")
+        self.stems = [self.name] if module else [self.name, f"{self.name}_weight"]
+
+    def read(self) -> Tensor | PackedInteger:
+        record = self.rows.record(self.name)
+        if record is not None:
+            return self._plain(record)
+        if self.name.endswith(".weight"):
+            words = self.name.removesuffix("weight")
+            if self.rows.record(f"{words}qweight"):
+                return self._words(words)
+        if self.rows.record(f"{self.name}_blocks"):
+            return self._blocks()
+        packed = self.rows.record(f"{self.name}_packed")
+        if packed is None:
+            raise self._unknown("there is no tensor of this name")
+        return self._packed_integers() if packed.dtype == "I32" else self._packed_floats()
+
+    def _plain(self, record: TensorRecord) -> Tensor:
+        scale = self._scale()
+        if scale is None or record.dtype in _FLOATS or record.dtype not in _EIGHT_BITS:
+            if record.dtype in _EIGHT_BITS and len(record.shape) > 1:
+                raise self._unknown(f"is stored as {record.dtype} without a scale")
+            if record.dtype not in DTYPES:
+                raise self._unknown(f"is stored as {record.dtype}")
+            return self.rows.read(self.name)
+        stored = self.rows.read(self.name)
+        if stored.shape[-1] * 2 == self.shape[-1]:
+            second = self._constant("scale_2", 1.0)
+            return self._scaled(packing.fp4(stored), scale) * second
+        if self.rows.record(f"{self.name}_zero_point"):
+            values = stored.float() - self._spread(self.rows.read(f"{self.name}_zero_point"))
+            return self._scaled(values, scale)
+        return self._scaled(stored.float(), scale)
+
+    def _packed_integers(self) -> PackedInteger:
+        scale = self._require("_scale")
+        packed = self.rows.read(f"{self.name}_packed")
+        bits, group = self._packing(packed.shape[-1], scale.shape[-1] if scale.dim() else 1)
+        zeros, order = f"{self.name}_zero_point", f"{self.name}_g_idx"
+        return PackedInteger(
+            packed=packed,
+            scale=scale,
+            zero_point=self.rows.read(zeros) if self.rows.record(zeros) else None,
+            order=self.rows.read(order).long() if self.rows.record(order) else None,
+            bits=bits,
+            group_size=group or None,
+            shape=self.shape,
+        )
+
+    def _packing(self, words: int, groups: int) -> tuple[int, int]:
+        """(bits, group size) of a row that takes so many words and scales; 0: one group."""
+        width = self.shape[-1]
+        for bits, group in self.grain.packings:
+            scales = -(-width // group) if group else 1
+            if packed_words(width, bits) == words and scales == groups:
+                return bits, group
+        raise self._unknown(f"{words} words and {groups} scales are no row of {width} weights")
+
+    def _packed_floats(self) -> Tensor:
+        packed = self.rows.read(f"{self.name}_packed")
+        scale = self._require("_scale")
+        if packed.shape[-1] * 4 == self.shape[-1] * 3:
+            return self._scaled(packing.fp6(packed), scale)
+        values = self._scaled(packing.fp4(packed), scale)
+        return values / self._constant("global_scale", 1.0)
+
+    def _words(self, stem: str) -> Tensor:
+        """AWQ's words along the outputs, GPTQ's along the inputs."""
+        qweight, scales = self.rows.read(f"{stem}qweight"), self.rows.read(f"{stem}scales")
+        qzeros = self.rows.read(f"{stem}qzeros") if self.rows.record(f"{stem}qzeros") else None
+        order = self.rows.read(f"{stem}g_idx").long() if self.rows.record(f"{stem}g_idx") else None
+        outputs, inputs = self.shape
+        if qweight.shape == (inputs, outputs // 8):
+            return packing.awq(qweight, qzeros, scales)
+        bits = 32 * qweight.shape[0] // inputs
+        if bits not in (2, 4, 8) or qweight.shape[1] != outputs:
+            raise self._unknown(f"qweight {list(qweight.shape)} is no AWQ or GPTQ of 2, 4, 8 bits")
+        return packing.gptq(qweight, qzeros, scales, order, bits, plus_one=not self.gptq_v2)
+
+    def _blocks(self) -> Tensor:
+        """MXFP4 in blocks of 32, `[E, rows, blocks, 16]`: engines hold it columns by rows."""
+        blocks = self.rows.read(f"{self.name}_blocks")
+        exponents = self.rows.read(f"{self.name}_scales")
+        values = packing.fp4(blocks) * packing.powers(exponents)[..., None]
+        return values.flatten(-2).transpose(-1, -2).contiguous()
+
+    def _scale(self) -> Tensor | None:
+        names = [f"{stem}{end}" for stem in self.stems for end in ("_scale", "_scale_inv")]
+        if self.name.endswith(".weight"):
+            names.append(f"{self.name.removesuffix('weight')}scale")
+        for name in names:
+            if self.rows.record(name):
+                return self.rows.read(name)
+        return None
+
+    def _require(self, end: str) -> Tensor:
+        if not self.rows.record(self.name + end):
+            raise self._unknown(f"is packed and has no {end.removeprefix('_')}")
+        return self.rows.read(self.name + end)
+
+    def _constant(self, end: str, absent: float) -> Tensor | float:
+        """One number, or one per expert of those that are read."""
+        for stem in self.stems:
+            if self.rows.record(f"{stem}_{end}"):
+                value = self.rows.read(f"{stem}_{end}").float()
+                return value.reshape(-1, *[1] * (len(self.shape) - 1))
+        return absent
+
+    def _scaled(self, values: Tensor, scale: Tensor) -> Tensor:
+        if scale.dtype == torch.uint8:
+            scale = packing.powers(scale)
+        return values * self._spread(scale.float())
+
+    def _spread(self, scale: Tensor) -> Tensor:
+        """A scale with one value per element, or that broadcasts to them."""
+        *lead, rows, columns = self.shape
+        if scale.numel() == 1:
+            return scale.float().reshape(1)
+        for tall, wide in self._tiles(rows, columns):
+            grid = (-(-rows // tall), -(-columns // wide))
+            if math.prod(scale.shape) == math.prod(lead) * math.prod(grid) and _spells(
+                tuple(scale.shape), tuple(lead), grid
+            ):
+                spread = scale.float().reshape(*lead, *grid)
+                spread = spread.repeat_interleave(tall, -2).repeat_interleave(wide, -1)
+                return spread[..., :rows, :columns]
+        raise self._unknown(f"a scale {list(scale.shape)} fits no weight {list(self.shape)}")
+
+    def _tiles(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Sizes of the tiles that may share a scale, in elements."""
+        tiles = [(tall or rows, wide or columns) for tall, wide in self.grain.tiles]
+        # Stacked weights may be input by output: a scale per output is one per column there.
+        return [*tiles, (rows, 1)] if len(self.shape) > 2 else tiles
+
+    def _unknown(self, problem: str) -> FamilyError:
+        return FamilyError(self.name, problem, "calibrate the checkpoint it was quantized from")
+
+
+def _spells(shape: Shape, lead: Shape, grid: tuple[int, int]) -> bool:
+    """Whether a shape is a grid's, axes of size 1 left out or not."""
+    rows, columns = grid
+    spellings = {(*lead, rows, columns)}
+    if columns == 1:
+        spellings.add((*lead, rows))
+    if rows == 1:
+        spellings.add((*lead, columns))
+    return shape in spellings
+
+
+def _says_gptq_v2(config: Mapping[str, Any]) -> bool:
+    """Whether zero points are stored as they are: GPTQ's first format stores them less 1."""
+    section = config.get("quantization_config") or {}
+    form = str(section.get("checkpoint_format") or section.get("packing_format") or "")
+    return form.endswith("v2")

@@ -1,0 +1,269 @@
+"""A layer's parameters from the checkpoint's tensors, and one expert's at a time.
+
+Between `decoding` and `textmodel`. What is not an expert goes through transformers' own loader;
+an expert's tensors go through the same conversion rules, as if it were the only one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    SkipParameters,
+    WeightConverter,
+    convert_and_load_state_dict_in_model,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.blueprint import quietly
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.grain import Shape
+from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced, Surplus
+from shardsurgeon.checkpoint.storage import read_weights
+from shardsurgeon.errors import FamilyError
+from shardsurgeon.layerwise.decoding import Decoder
+from shardsurgeon.layerwise.naming import ParameterNames, Target
+from shardsurgeon.layerwise.packedweight import PackedWeight
+from shardsurgeon.layerwise.packing import PackedInteger
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+OUTSIDE = -1
+"""Stands for the layer of tensors that are in none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """One weight of an expert. stacked: it is a row of a tensor of all experts."""
+
+    before: str
+    after: str
+    shape: Shape
+    stacked: bool
+
+    def name(self, expert: int) -> str:
+        """The weight's name for an expert."""
+        return self.before if self.stacked else f"{self.before}{expert}{self.after}"
+
+
+@dataclass
+class LayerWeights:
+    """The weights of one layer. records: of its tensors, as they are stored.
+
+    dense: name → shape of what is not an expert; parts: of its experts.
+    """
+
+    records: list[TensorRecord] = field(default_factory=list)
+    dense: dict[str, Shape] = field(default_factory=dict)
+    parts: list[ExpertPart] = field(default_factory=list)
+
+
+def sort_weights(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[int, list[TensorRecord]]:
+    """Layer → its tensors; those of no layer under OUTSIDE."""
+    layers: dict[int, list[TensorRecord]] = defaultdict(list)
+    for shard in checkpoint.shards:
+        for record in shard.header.tensors:
+            place = anatomy.reader.place(record.name)
+            layers[place[0] if place else OUTSIDE].append(record)
+    return layers
+
+
+def layer_weights(
+    records: list[TensorRecord], anatomy: Anatomy, config: Mapping[str, Any]
+) -> LayerWeights:
+    """What a layer's tensors stand for. Raises FamilyError where that cannot be told."""
+    weights = read_weights(records, config)
+    for name, problem in weights.problems.items():
+        raise FamilyError(name, problem, "calibrate the checkpoint it was quantized from")
+    layer = LayerWeights(records=records)
+    for name, shape in weights.shapes.items():
+        role = anatomy.reader.role(TensorRecord(name, "", shape, 0, 0))
+        if isinstance(role, ExpertTensor):
+            if role.expert == 0:
+                part = ExpertPart(name[: role.begin], name[role.end :], shape, stacked=False)
+                layer.parts.append(part)
+        elif isinstance(role, Sliced) and not role.is_router:
+            layer.parts.append(ExpertPart(name, "", shape, stacked=True))
+        elif not isinstance(role, Surplus):
+            layer.dense[name] = shape
+    return layer
+
+
+class _OnDemand:
+    """A weight that is read when transformers' loader takes all of it, in a thread of its own."""
+
+    def __init__(self, decoder: Decoder, name: str, shape: Shape) -> None:
+        self._decoder, self._name, self._shape = decoder, name, shape
+
+    def __getitem__(self, key: object) -> Tensor:
+        return self._decoder.weight(self._name, self._shape)
+
+
+class Loader:
+    """Fills parameters of one model that stands on the meta device."""
+
+    def __init__(
+        self,
+        model: Any,
+        names: ParameterNames,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self._model = model
+        self._names = names
+        self._decoder = decoder
+        self._dtype = dtype
+        self._device = device
+
+    def named(self, names: ParameterNames) -> Loader:
+        """The same, with another way from names to parameters."""
+        return Loader(self._model, names, self._decoder, self._dtype, self._device)
+
+    def fill(self, weights: Mapping[str, Shape]) -> set[str]:
+        """Read weights into their parameters; the names of the parameters that were filled.
+
+        Raises FamilyError where a weight does not fit.
+        """
+        wanted = {
+            self._names.for_loader(name): _OnDemand(self._decoder, name, shape)
+            for name, shape in weights.items()
+        }
+        before = set(self._model.state_dict())
+        settings = LoadStateDictConfig(
+            device_map={"": self._device},
+            dtype=self._dtype,
+            dtype_plan=self._model._get_dtype_plan(self._dtype),
+            weight_mapping=self._names.rules,
+        )
+        with quietly():
+            info, _ = convert_and_load_state_dict_in_model(self._model, wanted, settings)
+        filled: set[str] = before - info.missing_keys
+        self._model._adjust_missing_and_unexpected_keys(info)
+        _require_fit(info)
+        return filled
+
+    def recipe(self, parts: Iterable[ExpertPart]) -> ExpertRecipe:
+        """How an expert's parameters come about from its parts."""
+        return ExpertRecipe(self._model, self._names, self._decoder, self._dtype, parts)
+
+
+class ExpertRecipe:
+    """Puts the parameters of one expert together, those of the model's class with one expert."""
+
+    def __init__(
+        self,
+        model: Any,
+        names: ParameterNames,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        parts: Iterable[ExpertPart],
+    ) -> None:
+        self._model = model
+        self._decoder = decoder
+        self._dtype = dtype
+        self._parameters: dict[str, list[tuple[ExpertPart, Target]]] = defaultdict(list)
+        for part in sorted(parts, key=lambda part: part.name(0)):
+            target = names.target(part.name(0))
+            if target is None:
+                raise FamilyError(
+                    part.name(0), f"{type(model).__name__} has no place for it", _REMEDY
+                )
+            self._parameters[target.parameter].append((part, target))
+        for entries in self._parameters.values():
+            entries.sort(key=_place_in_converter)
+
+    @property
+    def parameters(self) -> set[str]:
+        """Full names of the parameters it makes."""
+        return set(self._parameters)
+
+    def names(self, expert: int) -> Iterable[str]:
+        """The weights that it reads for an expert."""
+        for entries in self._parameters.values():
+            for part, _ in entries:
+                yield part.name(expert)
+
+    def make(self, expert: int) -> dict[str, Tensor | PackedWeight]:
+        """Parameter → its value for one expert, [1, ...]; packed where it can stay so."""
+        made: dict[str, Tensor | PackedWeight] = {}
+        for parameter, entries in self._parameters.items():
+            made |= self._convert(parameter, entries, expert)
+        return made
+
+    def _convert(
+        self, parameter: str, entries: list[tuple[ExpertPart, Target]], expert: int
+    ) -> Mapping[str, Tensor | PackedWeight]:
+        converter = entries[0][1].converter
+        stored = [self._read(part, expert) for part, _ in entries]
+        packed = [value for value in stored if isinstance(value, PackedInteger)]
+        if len(packed) == len(stored) and _may_stay_packed(packed, converter):
+            return {parameter: PackedWeight(packed, self._dtype)}
+        values = [self._unpacked(value) for value in stored]
+        if converter is None:
+            return {parameter: values[0]}
+        info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
+        for (part, target), value in zip(entries, values, strict=True):
+            converter.add_tensor(parameter, part.name(0), target.part, value)
+        try:
+            made = converter.convert(
+                parameter, model=self._model, config=self._model.config, loading_info=info
+            )
+        except SkipParameters:
+            _require_fit(info)
+            raise
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
+
+    def _read(self, part: ExpertPart, expert: int) -> Tensor | PackedInteger:
+        row = expert if part.stacked else None
+        return self._decoder.stored(part.name(expert), part.shape, row)
+
+    def _unpacked(self, stored: Tensor | PackedInteger) -> Tensor:
+        if isinstance(stored, PackedInteger):
+            return stored.dequantize(self._dtype)
+        return stored.to(self._dtype)
+
+
+def _place_in_converter(entry: tuple[ExpertPart, Target]) -> int:
+    target = entry[1]
+    return target.converter.source_patterns.index(target.part) if target.converter else 0
+
+
+def _may_stay_packed(parts: list[PackedInteger], converter: WeightConverter | None) -> bool:
+    """Whether a parameter is nothing but its parts, as the kernels take them, one below the
+    other. `entries` are in the order of the converter's parts."""
+    if not all(part.has_kernel for part in parts):
+        return False
+    for operation in converter.operations if converter else ():
+        merges = isinstance(operation, MergeModulelist) and operation.dim == 0
+        # Behind the axis of experts: below one another.
+        below = isinstance(operation, Concatenate) and operation.dim == 1
+        if not (merges or (below and operation.num_shards_attribute is None)):
+            return False
+    return True
+
+
+_REMEDY = "its scores cannot be calibrated"
+
+
+def _require_fit(info: LoadStateDictInfo) -> None:
+    """Raise FamilyError for the first weight that transformers' loader could not place."""
+    for name, given, expected in info.mismatched_keys:
+        problem = f"shape {list(given)}, and the config makes it {list(expected)}"
+        raise FamilyError(name, problem, "the config and the tensors are not of one model")
+    for name, text in info.conversion_errors.items():
+        reason = (text.rpartition("\nError")[0] or text).strip().splitlines()[-1]
+        problem = f"cannot be put together from the checkpoint's tensors: {reason}"
+        raise FamilyError(name, problem, _REMEDY)
+    for name in sorted(info.unexpected_keys):
+        raise FamilyError(name, "transformers' model has no place for it", _REMEDY)

@@ -1,0 +1,270 @@
+"""`calibrate`: the operation. Introduces datasets, engine and score file to one another.
+
+Everything that can be refused is refused before the first layer is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from shardsurgeon import __version__
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
+from shardsurgeon.checkpoint.opening import open_model
+from shardsurgeon.errors import ScoreError, UsageError
+from shardsurgeon.execution.journal import Run
+from shardsurgeon.layerwise.calibrationfile import Calibration, read_calibration
+from shardsurgeon.layerwise.drawing import Draw, draw_samples
+from shardsurgeon.layerwise.limits import check_vocabulary, own_dtype, sample_length
+from shardsurgeon.layerwise.merging import merge
+from shardsurgeon.layerwise.packages import require_packages, versions
+from shardsurgeon.layerwise.resume import PartialCalibration, partial_calibration
+from shardsurgeon.layerwise.samples import Sample, samples_sha256, total_tokens
+from shardsurgeon.layerwise.settings import Listener, Progress, Settings
+from shardsurgeon.layerwise.specs import parse_spec
+from shardsurgeon.layerwise.store import ActivationStore
+from shardsurgeon.layerwise.tokenizerfiles import tokenizer_folder
+from shardsurgeon.layerwise.tokenizing import Tokenizer
+from shardsurgeon.scores.writing import check_out, check_samples, write_scores
+from shardsurgeon.storage.durable import reading
+
+# Where the machine does not say what it has.
+_SMALL_BUDGET = 4 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationRequest:
+    """What a calibration is asked for.
+
+    dataset: the spec; samples: of all parts together, None for what the spec says or the
+    default; max_length: tokens a sample is cut to, None for the default or less where the model
+    allows less; share: (k, n), this run takes every n-th sample from the k-th on; extend: a
+    score file whose samples are left out and whose sums are added; activation_budget: bytes of
+    memory for hidden states between layers, None for half of what is free; field: the only
+    field of a record to look at; tokenizer: a folder or a model of the Hub, None for the model's.
+    """
+
+    dataset: str
+    settings: Settings
+    samples: int | None = None
+    max_length: int | None = None
+    share: tuple[int, int] | None = None
+    extend: str | os.PathLike[str] | None = None
+    activation_budget: int | None = None
+    field: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What a calibration did.
+
+    samples, tokens: of this run; total_samples: of the file, those that it extends included;
+    layers: MoE layers in the file, of which `mtp_layers` predict tokens further ahead;
+    layers_resumed: those that an earlier run had finished; never_routed: experts that no token
+    was sent to, over all layers.
+    """
+
+    model: str
+    out: str
+    dataset: str
+    samples: int
+    tokens: int
+    total_samples: int
+    layers: int
+    mtp_layers: int
+    layers_resumed: int
+    never_routed: int
+    dtype: str
+    device: str
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def calibrate(
+    model: str | os.PathLike[str] | None,
+    request: CalibrationRequest,
+    out: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    restart: bool = False,
+    progress: Listener | None = None,
+) -> CalibrationReport:
+    """Run samples through a model, layer by layer, and write what its experts did as scores.
+
+    model: a folder, None for the current one; out: the score file; family: as for `plan`;
+    restart: do not go on from what an earlier run left. Raises InputError and its children for
+    whatever does not fit, before the work starts, WorkError and its children where it fails.
+    """
+    begin = time.monotonic()
+    check_out(out)
+    require_packages()
+    checkpoint = open_model(model, family)
+    anatomy = read_anatomy(checkpoint)
+    request = _settled(request, checkpoint, anatomy)
+    earlier = _earlier(request, checkpoint)
+    samples = _samples(request, checkpoint, earlier)
+    check_samples(out, len(samples) + (len(earlier.samples) if earlier else 0))
+    check_vocabulary(checkpoint, anatomy, samples)
+    run = _run(request, checkpoint, samples)
+    with partial_calibration(Path(out), run, restart=restart) as partial:
+        resumed = len(partial.layers.done_layers())
+        _work(request, checkpoint, samples, partial, progress)
+        found = Calibration(str(out), partial.layers.layers, _facts(request, checkpoint, samples))
+        whole = merge([earlier, found], str(out)) if earlier else found
+        write_scores(out, whole.content())
+        partial.clear()
+    return _report(request, checkpoint, anatomy, whole, samples, resumed, time.monotonic() - begin)
+
+
+def _settled(
+    request: CalibrationRequest, checkpoint: Checkpoint, anatomy: Anatomy
+) -> CalibrationRequest:
+    """The request with what it left to the model."""
+    settings = request.settings
+    return replace(
+        request,
+        max_length=sample_length(checkpoint, anatomy, request.max_length),
+        settings=replace(settings, dtype=settings.dtype or own_dtype(checkpoint, anatomy)),
+    )
+
+
+def _earlier(request: CalibrationRequest, checkpoint: Checkpoint) -> Calibration | None:
+    """The calibration to extend, if any, whose model must be this one."""
+    if request.extend is None:
+        return None
+    earlier = read_calibration(request.extend)
+    made = earlier.settings.get("config_sha256")
+    if made != checkpoint.config_sha256:
+        problem = f"was made for {earlier.settings.get('model')}, config {str(made)[:12]}; "
+        problem += f"{checkpoint.location} has config {checkpoint.config_sha256[:12]}"
+        raise ScoreError(request.extend, problem, "extend with the model that it was made for")
+    return earlier
+
+
+def _samples(
+    request: CalibrationRequest, checkpoint: Checkpoint, earlier: Calibration | None
+) -> list[Sample]:
+    assert request.max_length is not None
+    parts = parse_spec(request.dataset, request.samples)
+    tokenizer = _tokenizer(request, checkpoint)
+    taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
+    draw = Draw(request.settings.seed, request.max_length, request.field, taken)
+    samples = draw_samples(parts, tokenizer, draw)
+    if request.share is None:
+        return samples
+    k, n = request.share
+    if len(samples) < n:
+        problem = f"{k}/{n} of {len(samples):,} samples leaves some shares empty"
+        raise UsageError("--share", problem, "make fewer shares")
+    return samples[k - 1 :: n]
+
+
+def _tokenizer(request: CalibrationRequest, checkpoint: Checkpoint) -> Tokenizer:
+    trust = request.trust_remote_code
+    if request.tokenizer:
+        return Tokenizer(request.tokenizer, trust_remote_code=trust)
+    with tokenizer_folder(checkpoint.source) as folder:
+        return Tokenizer(folder, name=checkpoint.location, trust_remote_code=trust)
+
+
+def _run(request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]) -> Run:
+    """Whose work it is: what was asked for, apart from the source's state, and that state."""
+    settings = asdict(request.settings)
+    asked = {
+        "version": __version__,
+        "dataset": request.dataset,
+        "samples": samples_sha256(samples),
+        "settings": settings,
+        "max_length": request.max_length,
+        "extend": None if request.extend is None else _sha256(Path(request.extend)),
+    }
+    headers = [shard.header_sha256 for shard in checkpoint.shards]
+    shards = {shard.file for shard in checkpoint.shards} | {CONFIG_NAME}
+    files = tuple(file for file in checkpoint.files if file.name in shards)
+    source = [[(file.name, file.nbytes, file.stamp) for file in files], headers]
+    digests = [hashlib.sha256(json.dumps(what).encode()).hexdigest() for what in (asked, source)]
+    return Run(digests[0], digests[1], files)
+
+
+def _sha256(path: Path) -> str:
+    with reading(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _work(
+    request: CalibrationRequest,
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    partial: PartialCalibration,
+    progress: Listener | None,
+) -> None:
+    from shardsurgeon.layerwise.engine import calibrate_layers
+    from shardsurgeon.layerwise.memory import free_memory
+
+    def unheard(progress: Progress) -> None:
+        """Nobody asked."""
+
+    heard, budget = progress or unheard, request.activation_budget
+    if budget is None:
+        budget = (free_memory("cpu") or 2 * _SMALL_BUDGET) // 2
+    lengths = [sample.num_tokens for sample in samples]
+    with ActivationStore(partial.activations, lengths, budget) as store:
+        calibrate_layers(checkpoint, samples, request.settings, store, partial.layers, heard)
+
+
+def _facts(
+    request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]
+) -> dict[str, object]:
+    """What the score file says beside its numbers."""
+    return {
+        "model": checkpoint.source.name,
+        "revision": checkpoint.source.revision,
+        "config_sha256": checkpoint.config_sha256,
+        "dataset": request.dataset,
+        "seed": request.settings.seed,
+        "max_length": request.max_length,
+        "dtype": request.settings.dtype,
+        "versions": {"shardsurgeon": __version__, **versions()},
+        "samples": [list(sample.entry) for sample in samples],
+    }
+
+
+def _report(
+    request: CalibrationRequest,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    whole: Calibration,
+    samples: Sequence[Sample],
+    resumed: int,
+    seconds: float,
+) -> CalibrationReport:
+    mtp = {layer.index for layer in anatomy.mtp_layers}
+    notes = list(checkpoint.notes)
+    missing = sorted({layer.index for layer in anatomy.layers} - whole.layers.keys())
+    if missing:
+        listed = ", ".join(map(str, missing))
+        notes.append(f"layers without scores: {listed}; `apply` has --mtp for MTP layers")
+    return CalibrationReport(
+        model=checkpoint.source.name,
+        out=whole.origin,
+        dataset=request.dataset,
+        samples=len(samples),
+        tokens=total_tokens(samples),
+        total_samples=len(whole.samples),
+        layers=len(whole.layers),
+        mtp_layers=len(mtp & whole.layers.keys()),
+        layers_resumed=resumed,
+        never_routed=sum(int((sums.counts == 0).sum()) for sums in whole.layers.values()),
+        dtype=str(request.settings.dtype),
+        device=request.settings.device,
+        seconds=seconds,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,77 @@
+"""How a calibration runs, what it is told of on its way, and where its results go.
+
+The words that `run`, the command line and `engine` share. Light: nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from shardsurgeon.errors import UsageError
+from shardsurgeon.layerwise.accumulators import Accumulators
+
+BatchSize: TypeAlias = int | Literal["auto"]
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides how the numbers come about, samples apart.
+
+    device: `cpu`, `cuda` or `cuda:<n>`; dtype: what the arithmetic is done in, one of DTYPES,
+    None for the checkpoint's own; batch_size: samples that pass a layer together, or `auto`
+    for what fits; seed: of the draw of samples.
+    """
+
+    device: str = "cpu"
+    dtype: str | None = None
+    batch_size: BatchSize = "auto"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            problem = f"'{self.device}' is not a device"
+            raise UsageError("--device", problem, "write cpu, cuda or cuda:1")
+        if self.dtype not in (None, *DTYPES):
+            problem = f"'{self.dtype}' is none of {', '.join(DTYPES)}"
+            raise UsageError("--dtype", problem)
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise UsageError("--batch-size", f"{self.batch_size} is less than 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a calibration is.
+
+    layer: the one that computes now; layers_done, layers_total: whole ones, MTP layers too;
+    tokens_done, tokens_total: each token counts once in every layer.
+    """
+
+    layer: int
+    layers_done: int
+    layers_total: int
+    tokens_done: int
+    tokens_total: int
+
+
+Listener: TypeAlias = Callable[[Progress], None]
+
+
+class LayerSink(Protocol):
+    """Where the results of whole layers go."""
+
+    def finished_layer(self, index: int, is_mtp: bool, accumulators: Accumulators) -> None:
+        """Keep what all samples added up in a layer. Again for a layer it has: nothing changes.
+
+        index: the layer's number; MTP layer j is num_hidden_layers + j.
+        """
+        ...
+
+    def done_layers(self) -> set[int]:
+        """The layers that are kept already, by an earlier run too."""
+        ...

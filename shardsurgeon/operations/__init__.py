@@ -1,0 +1,1 @@
+"""One function for each command, with its requests and its reports."""

@@ -1,0 +1,1 @@
+"""Scores and the anatomy of a model become keep-lists, and keep-lists a plan."""

@@ -1,0 +1,105 @@
+"""model.safetensors.index.json: which shard holds which tensor. Opens no file.
+
+Whether the shards exist and hold what the index says is checked by checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+
+from shardsurgeon.errors import IndexFileError
+from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_SUFFIX = ".safetensors"
+_REMEDY = "fetch the index again"
+_MAX_DEPTH = 50  # of metadata, which json must be able to write again
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What an index says.
+
+    weight_map: tensor name → shard, a path inside the checkpoint with forward slashes.
+    metadata: total_size and whatever else the author noted; empty where there is none.
+    """
+
+    weight_map: dict[str, str]
+    metadata: dict[str, object]
+
+
+def parse_index(raw: bytes, where: str) -> Index:
+    """Turn the index's bytes into an Index.
+
+    where: the file, as messages name it. Raises IndexFileError for what is no such JSON
+    object, for names that stand twice, and for shards that are not a plain path to a
+    .safetensors file inside the checkpoint.
+    """
+    members = read_object(raw, where, "the index", IndexFileError, _REMEDY)
+    weight_map = _member(members, "weight_map", where)
+    if not weight_map:
+        raise IndexFileError(where, "weight_map is missing or empty", _REMEDY)
+    shards: dict[str, str] = {}  # one string object per shard, not one per tensor
+    checked: dict[str, str] = {}
+    for name, shard in weight_map.items():
+        if not is_text(name) or not isinstance(shard, str):
+            raise IndexFileError(
+                where, f"weight_map maps {brief(name)} to {brief(shard)}, not to a file", _REMEDY
+            )
+        if shard not in shards:
+            _check_path(shard, name, where)
+            shards[shard] = shard
+        checked[name] = shards[shard]
+    metadata = _member(members, "metadata", where)
+    if not _is_plain(metadata, _MAX_DEPTH):
+        raise IndexFileError(
+            where, f"metadata names a key twice or is nested deeper than {_MAX_DEPTH}", _REMEDY
+        )
+    return Index(checked, metadata)
+
+
+def build_index(weight_map: Mapping[str, str], metadata: Mapping[str, object]) -> bytes:
+    """The index's bytes as transformers writes them: indented by 2, keys sorted, newline."""
+    content = {"metadata": dict(metadata), "weight_map": weight_map}
+    # Piece by piece: the text of a trillion-parameter model's index need not be there twice.
+    text = BytesIO()
+    for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(content):
+        text.write(piece.encode())
+    text.write(b"\n")
+    return text.getvalue()
+
+
+def _member(members: dict[str, object], key: str, where: str) -> dict[str, object]:
+    value = members.get(key, {})
+    if isinstance(value, Repeated):
+        raise IndexFileError(where, f"{key} names {brief(value.key)} twice", _REMEDY)
+    if not isinstance(value, dict):
+        raise IndexFileError(where, f"{key} is {brief(value)}, not an object", _REMEDY)
+    return value
+
+
+def _is_plain(value: object, levels: int) -> bool:
+    if levels == 0 or isinstance(value, Repeated):
+        return False
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(_is_plain(item, levels - 1) for item in inner)
+
+
+def _check_path(shard: str, name: str, where: str) -> None:
+    """Refuse what leaves the folder on any system, or spells a path that a listing does not."""
+    parts = shard.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(mark in shard for mark in "\\:"):
+        problem = "not a plain path inside the folder"
+    elif not is_text(shard) or any(ord(character) < 32 for character in shard):
+        problem = "not a possible file name"
+    elif not shard.endswith(_SUFFIX):
+        problem = f"not a {_SUFFIX} file"
+    else:
+        return
+    raise IndexFileError(
+        where, f"tensor {brief(name)} is said to be in {brief(shard)}, {problem}", _REMEDY
+    )

@@ -1,0 +1,220 @@
+"""One model repository on the Hub, as far as pushing needs it.
+
+Knows names, sizes and digests, and nothing of what the files mean. Authentication, endpoints,
+Xet and LFS are huggingface_hub's; the token stays with it and is neither read here nor kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+
+from shardsurgeon import __version__
+from shardsurgeon.errors import UsageError
+from shardsurgeon.storage.hub.additions import (
+    Receipt,
+    receipt_of,
+    to_upload_ahead,
+    uploaded_before,
+    without_twins,
+)
+from shardsurgeon.storage.hub.answers import LOG_IN, answering, patiently
+from shardsurgeon.storage.hub.hubrefusals import require_sound_settings
+
+MAIN = "main"
+_Answer = TypeVar("_Answer")
+_TOKENS = "https://huggingface.co/settings/tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a revision: its size in bytes; its sha256 (hex) where it is a large one."""
+
+    nbytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit that was made. pull_request: the address of the one it opened, if it did."""
+
+    oid: str
+    url: str
+    pull_request: str | None
+
+
+class Repository:
+    """A model repository that is pushed to. Talks to the Hub from `prepare` on."""
+
+    def __init__(self, repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
+        """repo_id: `org/name`, or `name` for one of the user's own; revision: the branch, None
+        for main; create_pr: commit to a new pull request against it.
+
+        Raises UsageError where `repo_id` is no repository id.
+        """
+        with answering(repo_id or "REPO_ID"):
+            validate_repo_id(repo_id)
+        self.repo_id = repo_id
+        self.revision = revision or MAIN
+        self.create_pr = create_pr
+        self.is_new = False
+
+    @cached_property
+    def _api(self) -> HfApi:
+        return HfApi(library_name="shardsurgeon", library_version=__version__)
+
+    @property
+    def endpoint(self) -> str:
+        """The Hub it is on: `https://huggingface.co`, or what HF_ENDPOINT says."""
+        return self._api.endpoint
+
+    @property
+    def url(self) -> str:
+        """Where people look at it."""
+        place = f"{self.endpoint}/{self.repo_id}"
+        return place if self.revision == MAIN else f"{place}/tree/{self.revision}"
+
+    def prepare(self, private: bool) -> None:
+        """Check the token, make the repository and the branch where they are missing, and make
+        sure that they may be written to.
+
+        private: what a new repository becomes. Raises UsageError where anything of that is
+        refused, or where the repository is there, public, and was asked to be private.
+        """
+        with answering(self.repo_id):
+            self._sign_in()
+            self._create(private)
+            self._create_branch()
+            self._require_writable()
+
+    def _sign_in(self) -> None:
+        # A broken token, once sent, would be quoted in the HTTP library's complaint.
+        require_sound_settings()
+        if get_token() is None:
+            raise UsageError(self.repo_id, "there is no Hugging Face token to push with", LOG_IN)
+        user = self._patiently(self._api.whoami)
+        access = user.get("auth", {}).get("accessToken", {})
+        if access.get("role") == "read":
+            problem = "the token may only read"
+            raise UsageError(self.repo_id, problem, f"make one that may write at {_TOKENS}")
+        if "/" not in self.repo_id:
+            self.repo_id = f"{user['name']}/{self.repo_id}"
+
+    def _create(self, private: bool) -> None:
+        try:
+            there = self._patiently(lambda: self._api.model_info(self.repo_id))
+        except RepositoryNotFoundError:
+            self._patiently(
+                lambda: self._api.create_repo(self.repo_id, private=private or None, exist_ok=True)
+            )
+            self.is_new = True
+            return
+        if private and not there.private:
+            remedy = "make it private in its settings, or leave --private out"
+            raise UsageError(self.repo_id, "is there already, and public", remedy)
+
+    def _create_branch(self) -> None:
+        if self.revision == MAIN:
+            return
+        try:
+            self._patiently(lambda: self._api.model_info(self.repo_id, revision=self.revision))
+        except RevisionNotFoundError:
+            if self.create_pr:
+                raise
+            self._patiently(
+                lambda: self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            )
+
+    def _require_writable(self) -> None:
+        """Ask how a small file would be uploaded: only who may write is told."""
+        probe = CommitOperationAdd(path_in_repo="config.json", path_or_fileobj=b"{}")
+        self._preupload([probe])
+
+    def files(self, revision: str | None = None) -> dict[str, RemoteFile]:
+        """Every file of the branch, or of another revision, by name."""
+
+        def listed() -> dict[str, RemoteFile]:
+            tree = self._api.list_repo_tree(
+                self.repo_id, recursive=True, revision=revision or self.revision
+            )
+            return {
+                entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None)
+                for entry in tree
+                if isinstance(entry, RepoFile)
+            }
+
+        with answering(self.repo_id):
+            return self._patiently(listed)
+
+    def upload(self, name: str, path: Path) -> Receipt:
+        """Send a large file's bytes ahead of the commit that will name it."""
+        with answering(self.repo_id):
+            addition = to_upload_ahead(name, path)
+            self._preupload([addition])
+            return receipt_of(addition)
+
+    def commit(
+        self,
+        files: Mapping[str, Path | bytes],
+        sent: Mapping[str, Receipt],
+        removed: Sequence[str],
+        message: str,
+    ) -> Commit:
+        """Add files of this machine and files sent ahead, remove others, in one commit.
+
+        What the branch has already is neither uploaded nor committed again; where that is all,
+        the result is the commit that the branch is at.
+        """
+        with answering(self.repo_id):
+            additions = [
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+                for name, content in files.items()
+            ]
+            firsts = without_twins(additions)
+            self._preupload(firsts)
+            chosen = {id(addition) for addition in firsts}
+            self._preupload(each for each in additions if id(each) not in chosen)
+            additions += [uploaded_before(name, receipt) for name, receipt in sent.items()]
+            deletions = [CommitOperationDelete(path_in_repo=name) for name in removed]
+            info = self._commit([*additions, *deletions], message)
+        return Commit(info.oid, str(info.commit_url), info.pr_url)
+
+    def _preupload(self, additions: Iterable[Any]) -> None:
+        """Upload what is large; gitignore_content: a model's own .gitignore hides nothing here."""
+        additions = list(additions)
+        if not additions:
+            return
+        self._patiently(
+            lambda: self._api.preupload_lfs_files(
+                self.repo_id,
+                additions,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                free_memory=False,
+                gitignore_content="",
+            )
+        )
+
+    def _commit(self, operations: list[Any], message: str) -> Any:
+        # Not repeated where the connection broke: there may be a commit, and the next run will see.
+        return self._patiently(
+            lambda: self._api.create_commit(
+                self.repo_id,
+                operations,
+                commit_message=message,
+                revision=self.revision,
+                create_pr=self.create_pr,
+            ),
+            repeatable=False,
+        )
+
+    def _patiently(self, call: Callable[[], _Answer], *, repeatable: bool = True) -> _Answer:
+        return patiently(call, self.repo_id, repeatable=repeatable)

@@ -1,0 +1,203 @@
+"""A model in a folder of a web server, read by byte ranges.
+
+A web server lists nothing. What is asked for: the config, the index, every shard that it names,
+the code that the config names, and the files that models usually have beside their weights. What
+has another name cannot be found, and a note says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlunsplit
+
+from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
+from shardsurgeon.storage.addresses import parse_address, printable
+from shardsurgeon.storage.base import SourceFile, leads_out
+from shardsurgeon.storage.formats.index import INDEX_NAME
+from shardsurgeon.storage.httpranges import (
+    answer,
+    body,
+    changed,
+    drain,
+    etag_of,
+    plain_client,
+    range_header,
+    status_line,
+    total_nbytes,
+)
+from shardsurgeon.storage.retrying import Patience, attempt, read_pieces, stream_pieces
+
+_CONFIG = "config.json"
+_SINGLE = "model.safetensors"
+_NAMING_CODE = (_CONFIG, "tokenizer_config.json", "processor_config.json")
+_USUAL = (
+    *(_CONFIG, INDEX_NAME, _SINGLE, "generation_config.json", "hf_quant_config.json"),
+    *("quantize_config.json", "quant_config.json", "recipe.yaml", "params.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "tekken.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "SYSTEM_PROMPT.txt"),
+    *("calibration/reap_pruning_metadata.json",),
+)
+_QUESTIONS_AT_ONCE = 8
+_ABSENT = frozenset({401, 403, 404, 410})
+_PATIENCE = Patience()
+
+
+class WebSource:
+    """The files found below one address. Safe to use from several threads."""
+
+    def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
+        """url: the folder, or a safetensors file in it; a query is sent along with every request.
+
+        Raises UsageError for what is no address, CheckpointError where there is no model, and
+        NetworkError where nobody answers.
+        """
+        self._parts = parse_address(url)
+        if not self._parts.hostname:
+            raise UsageError(printable(url), "names no server", "write it like https://host/folder")
+        self._patience = patience
+        self._files: dict[str, SourceFile] = {}
+        self._find([_CONFIG])
+        if _CONFIG not in self._files:
+            problem = "there is no config.json, or it may not be read"
+            raise CheckpointError(self.location, problem, "give the address of a model's folder")
+        self._find([name for name in _USUAL if name != _CONFIG])
+        self._find(sorted(self._named()))
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self._parts.path.rpartition("/")[2] or str(self._parts.hostname)
+
+    @property
+    def location(self) -> str:
+        """The address, without what opens doors."""
+        return printable(urlunsplit(self._parts))
+
+    @property
+    def revision(self) -> None:
+        """None: web servers know no commits."""
+        return None
+
+    @property
+    def is_remote(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That there is no listing, and what was found without one."""
+        beside = [name for name in self._files if not name.endswith(".safetensors")]
+        return (
+            f"{self.location} cannot be listed: beside the weights {', '.join(beside)} were "
+            "found, files of unusual names are left out",
+        )
+
+    def list(self) -> tuple[SourceFile, ...]:
+        """Every file that was found, sorted by name, as it was found.
+
+        The stamp, its etag or its date, is compared with every answer there is later.
+        """
+        return tuple(self._files[name] for name in sorted(self._files))
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
+        return read_pieces(self.stream(name, begin, end), end - begin)
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The bytes [begin, end) of a file, by one request.
+
+        Raises SourceReadError, SourceChangedError or NetworkError.
+        """
+        where = f"{self.location}/{name}"
+        file = self._files.get(name)
+        if file is None:
+            raise SourceReadError(where, "there is no such file")
+        if end > file.nbytes:
+            problem = f"ends at byte {file.nbytes:,}, byte {end:,} was expected"
+            raise SourceReadError(where, problem)
+
+        def request(at: int) -> Any:
+            return self._range(file, where, at, end)
+
+        return stream_pieces(request, where, begin, end, self._patience)
+
+    def local_path(self, name: str) -> Path | None:
+        """None: nothing here lies on this machine."""
+        return None
+
+    @contextmanager
+    def _range(
+        self, file: SourceFile, where: str, begin: int, end: int
+    ) -> Iterator[Iterator[bytes]]:
+        """One try at [begin, end)."""
+        asked = range_header(begin, end)
+        with answer(plain_client(), self._address(file.name), asked, follow=True) as response:
+            if response.status_code in (200, 206) and _stamp(response) != file.stamp:
+                raise changed(where, f"was {file.stamp} when it was found, is {_stamp(response)}")
+            yield body(response, file, where, begin, end)
+
+    def _find(self, names: Iterable[str]) -> None:
+        """Ask for files, several at once, and keep those that are there."""
+        with ThreadPoolExecutor(_QUESTIONS_AT_ONCE, "find") as pool:
+            for file in pool.map(self._probe, names):
+                if file is not None:
+                    self._files[file.name] = file
+
+    def _probe(self, name: str) -> SourceFile | None:
+        """Size and stamp of a file, by its first byte; None where there is none."""
+        where = f"{self.location}/{name}"
+        return attempt(partial(self._look, name, where), where, self._patience.brief())
+
+    def _look(self, name: str, where: str) -> SourceFile | None:
+        asked = range_header(0, 1)
+        with answer(plain_client(), self._address(name), asked, follow=True) as response:
+            drain(response)
+            if response.status_code in _ABSENT:
+                return None
+            if response.status_code not in (200, 206, 416):
+                raise CheckpointError(where, f"cannot be read ({status_line(response)})")
+            nbytes = total_nbytes(response)
+            # What has no size is a page that was made for the occasion: no file.
+            return None if nbytes is None else SourceFile(name, nbytes, _stamp(response))
+
+    def _named(self) -> set[str]:
+        """The files that the index and the configs speak of."""
+        index = self._json(INDEX_NAME).get("weight_map")
+        names = set(index.values()) if isinstance(index, dict) else set()
+        for config in _NAMING_CODE:
+            code = self._json(config).get("auto_map")
+            for value in code.values() if isinstance(code, dict) else ():
+                for entry in value if isinstance(value, list) else [value]:
+                    # `module.Class`; with `--` in it, the code is in another repository.
+                    if isinstance(entry, str) and "--" not in entry:
+                        names.add(f"{entry.partition('.')[0]}.py")
+        return {name for name in names if isinstance(name, str) and not leads_out(name)}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """A JSON object among the files; an empty one where it is not there or none."""
+        file = self._files.get(name)
+        if file is None:
+            return {}
+        try:
+            value = json.loads(self.read(name, 0, file.nbytes))
+        except (ValueError, RecursionError):
+            return {}  # whoever opens the model will say what is wrong with it
+        return value if isinstance(value, dict) else {}
+
+    def _address(self, name: str) -> str:
+        return urlunsplit(self._parts._replace(path=f"{self._parts.path}/{quote(name)}"))
+
+
+def _stamp(response: Any) -> str:
+    """What changes with a file's content: its etag, its date, or at least its size."""
+    etag = etag_of(response.headers)
+    return etag or response.headers.get("Last-Modified") or f"{total_nbytes(response)} bytes"
