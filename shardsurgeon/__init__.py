@@ -10,23 +10,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from shardsurgeon._version import __version__ as __version__
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 
 if TYPE_CHECKING:
     from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
     from shardsurgeon.operations.api import apply, plan, push, verify
-    from shardsurgeon.operations.operations import Pruning, inspect
-    from shardsurgeon.operations.reports import (
-        ApplyReport,
-        ArchitectureReport,
-        InspectReport,
-        PlanReport,
-        PushReport,
-        VerifyReport,
-    )
-    from shardsurgeon.scores.scores import Scores, read_scores
-
-__version__ = "0.1.0"
+    from shardsurgeon.operations.inspect import inspect
+    from shardsurgeon.operations.prune import Pruning
+    from shardsurgeon.operations.reports import ApplyReport, InspectReport, PushReport
+    from shardsurgeon.pruning.report import PlanReport
+    from shardsurgeon.scores.files import read_scores
+    from shardsurgeon.scores.table import Scores
+    from shardsurgeon.verification.findings import ArchitectureReport, VerifyReport
 
 __all__ = [
     "ApplyReport",
@@ -53,20 +49,20 @@ __all__ = [
 # Looked up when first used: `import shardsurgeon` and `shardsurgeon --help` stay cheap.
 _HOMES = {
     "ApplyReport": "operations.reports",
-    "ArchitectureReport": "operations.reports",
+    "ArchitectureReport": "verification.findings",
     "Checkpoint": "checkpoint.checkpoint",
     "InspectReport": "operations.reports",
-    "PlanReport": "operations.reports",
-    "Pruning": "operations.operations",
+    "PlanReport": "pruning.report",
+    "Pruning": "operations.prune",
     "PushReport": "operations.reports",
-    "Scores": "scores.scores",
-    "VerifyReport": "operations.reports",
+    "Scores": "scores.table",
+    "VerifyReport": "verification.findings",
     "apply": "operations.api",
-    "inspect": "operations.operations",
+    "inspect": "operations.inspect",
     "open_checkpoint": "checkpoint.checkpoint",
     "plan": "operations.api",
     "push": "operations.api",
-    "read_scores": "scores.scores",
+    "read_scores": "scores.files",
     "verify": "operations.api",
 }
 

@@ -1,4 +1,4 @@
-"""Sizes and counts as people write them, and sizes back."""
+"""Sizes and numbers as people write and read them."""
 
 from __future__ import annotations
 
@@ -56,3 +56,16 @@ def number_ranges(numbers: Iterable[int]) -> str:
 def counted(count: int, thing: str) -> str:
     """`1 shard`, `64 shards`."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def parameters(count: int) -> str:
+    """`1.03T`, `35.1B`, `640M`: three digits that count."""
+    for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= factor - factor // 2000:
+            return f"{count / factor:.3g}{unit}"
+    return str(count)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as `65 %`, with a decimal where it has one."""
+    return f"{round(100 * share, 1):g} %"

@@ -9,8 +9,7 @@ from pathlib import Path
 from tiny_job import SIDE, A, B, Job, content
 
 from shardsurgeon.execution.journal import read_journal
-from shardsurgeon.storage.base import SourceFile
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.storage.source import MemorySource, SourceFile
 
 FILES = {"a.safetensors": A, "b.safetensors": B, **SIDE}
 

@@ -16,8 +16,8 @@ PACKAGE = Path(shardsurgeon.__file__).parent
 
 # From the command line down to the bytes: a module imports from ranks below its own, and from
 # its own package, which a star marks. Two packages in one rank do not import each other.
+# Exempt are `__init__`, which finds its names when they are asked for, and `__main__`.
 RANKS = [
-    ["__main__"],
     ["cli*"],
     ["operations*"],
     ["layerwise*"],
@@ -26,19 +26,16 @@ RANKS = [
     ["checkpoint*"],
     ["execution*", "families*"],
     ["storage*"],
-    ["units", "errors", "_version"],
+    ["units"],
+    ["errors", "_version"],
 ]
-# The package, and the module, that may import torch and transformers.
+# The package, and the modules, that may import torch and transformers; the latter inside of
+# functions (`scores.files` to write a .pt file).
 ENGINES = {"torch", "transformers"}
-ENGINE_ROOMS = ("layerwise.", "checkpoint.transformers_model")
+ENGINE_ROOMS = ("layerwise.", "checkpoint.transformers_model", "scores.files")
 # Decides and plans; what goes beside the weights is read and hashed in `output_files` alone.
 MAY_OPEN_FILES = {"pruning.output_files", "pruning.keep_list_files"}
-
-# Modules that still have to be cut in two or merged before they keep the ranks.
-UNSETTLED = (
-    *("cli.main", "storage.", "units", "verification.", "layerwise.run", "operations."),
-    *("pruning.", "checkpoint.blueprint", "scores.writing"),
-)
+CARDS = {"operations.card_data", "operations.model_card"}
 
 
 def module_name(path: Path) -> str:
@@ -104,10 +101,8 @@ def rank_of(module: str) -> int:
     raise AssertionError(f"{module} stands in none of RANKS: give it its place")
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"__init__"}))
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"__init__", "__main__"}))
 def test_imports_go_down_only(module: str) -> None:
-    if module.startswith(UNSETTLED):
-        return
     package = module.split(".")[0]
     for other in imports(module):
         inside = other.split(".")[0] == package and f"{package}*" in RANKS[rank_of(module)]
@@ -153,15 +148,16 @@ def test_what_decides_touches_no_files(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_heavy_and_foreign_libraries_stay_in_their_rooms(module: str) -> None:
-    if module.startswith(UNSETTLED):
-        return
     found = outside_imports(module)
     assert not found & ENGINES or module.startswith(ENGINE_ROOMS)
     if not module.startswith("layerwise."):
         assert not outside_imports(module, at_top=True) & ENGINES
     if not module.startswith("cli"):
         assert not found & {"click", "tqdm"}
-    if not module.startswith("storage.") and module != "operations.model_card":
+    if not module.startswith("storage.") and module not in (
+        "operations.card_data",
+        "operations.model_card",
+    ):
         assert not found & {"huggingface_hub", "fsspec"}
     if module.startswith("cli") or module == "pruning.request":
         assert "numpy" not in found
@@ -194,12 +190,12 @@ def test_the_package_reads_like_a_table_of_contents() -> None:
     ranked = {name.removesuffix("*") for rank in RANKS for name in rank if name.endswith("*")}
     assert packages == ranked and len(packages) == 10
     modules = {path.stem for path in PACKAGE.glob("*.py")}
-    assert modules == {"__init__", "__main__", "errors", "units", "figures"}
+    assert modules == {"__init__", "__main__", "_version", "errors", "units"}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_module_is_too_long_to_read_in_one_sitting(module: str) -> None:
-    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 450
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 490
 
 
 def test_the_public_face_is_sorted_and_whole() -> None:

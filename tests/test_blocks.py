@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from shardsurgeon.checkpoint.blocks import Block, check_alike
+from shardsurgeon.checkpoint.anatomy import Block, check_alike
 from shardsurgeon.errors import FamilyError
 
 PLAIN = {"experts.{}.up.weight": "BF16", "experts.{}.down.weight": "BF16", "shared.up": "BF16"}

@@ -9,7 +9,7 @@ import tiny
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, ConfigError, IndexFileError
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.storage.source import MemorySource
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.execution.copying import Mover
-from shardsurgeon.execution.moves import Move
-from shardsurgeon.execution.progress import Meter, Progress
-from shardsurgeon.execution.surgeryplan import Literal, Segment
+from shardsurgeon.execution.plan import Literal, Segment
+from shardsurgeon.execution.ranges import Move
+from shardsurgeon.execution.transfer import Mover
+from shardsurgeon.execution.workers import Meter, Progress
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.system import native
 

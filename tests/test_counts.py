@@ -11,17 +11,14 @@ from hypothesis import strategies as st
 
 from shardsurgeon.errors import ConfigError, KeepListError, UsageError
 from shardsurgeon.pruning.counts import (
-    Allocation,
-    Rounding,
     RoutingFacts,
-    SelectionRequest,
     check_kept,
     check_routing,
     fewest_kept,
     kept_count,
     largest_kept,
-    removed_count,
 )
+from shardsurgeon.pruning.request import Allocation, Rounding, SelectionRequest, removed_count
 
 DEEPSEEK = RoutingFacts(256, 8, n_group=8, topk_group=4, group_score_top=2)
 KIMI = RoutingFacts(384, 8)

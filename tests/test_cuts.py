@@ -9,8 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardsurgeon.pruning.counts import RoutingFacts, removed_count
-from shardsurgeon.pruning.cuts import LIMITS, Cut, lost_shares, ratio_of, suggested_cuts, widest_gap
+from shardsurgeon.pruning.analysis import (
+    LIMITS,
+    Cut,
+    lost_shares,
+    ratio_of,
+    suggested_cuts,
+    widest_gap,
+)
+from shardsurgeon.pruning.counts import RoutingFacts
+from shardsurgeon.pruning.request import removed_count
 from shardsurgeon.pruning.selection import select, summarize
 
 NAN, INF = math.nan, math.inf

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import SourceReadError
-from shardsurgeon.execution.downloads import MOST_READ_OVER, Downloader, gaps, requests, widest_gap
-from shardsurgeon.execution.moves import Move
-from shardsurgeon.execution.progress import Meter, Progress, Stopped
-from shardsurgeon.execution.surgeryplan import Literal, Segment
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.execution.plan import Literal, Segment
+from shardsurgeon.execution.ranges import Move
+from shardsurgeon.execution.transfer import MOST_READ_OVER, Downloader, gaps, requests, widest_gap
+from shardsurgeon.execution.workers import Meter, Progress, Stopped
+from shardsurgeon.storage.source import MemorySource
 from shardsurgeon.storage.system import native
 
 DATA = bytes(range(256)) * 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.errors import OutputWriteError, SourceReadError
-from shardsurgeon.storage import durable
+from shardsurgeon.storage import files
 from shardsurgeon.storage.system import System, native, portable
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
@@ -41,12 +41,12 @@ def three_bytes_at_a_time(system: System) -> System:
 def test_an_exact_read_goes_on_after_short_reads(file: Path) -> None:
     system = three_bytes_at_a_time(portable())
     with FileIO(file) as opened:
-        assert durable.read_exact(opened, 100, 1100, file, system) == CONTENT[100:1100]
+        assert files.read_exact(opened, 100, 1100, file, system) == CONTENT[100:1100]
 
 
 def test_a_file_that_ends_early_is_named_with_both_offsets(file: Path) -> None:
     with FileIO(file) as opened, pytest.raises(SourceReadError) as caught:
-        durable.read_exact(opened, 10_000, 10_300, file)
+        files.read_exact(opened, 10_000, 10_300, file)
     assert str(caught.value) == (
         f"{file}: ends at byte 10,240, byte 10,300 was expected; it was cut short; fetch it again"
     )
@@ -56,7 +56,7 @@ def copy(file: Path, target: Path, system: System) -> list[int]:
     steps: list[int] = []
     target.write_bytes(bytes(9_000))
     with FileIO(file) as origin, FileIO(target, "r+") as opened:
-        durable.Copier(system, steps.append).copy(origin, 1_000, opened, 500, 8_000)
+        files.Copier(system, steps.append).copy(origin, 1_000, opened, 500, 8_000)
     return steps
 
 
@@ -64,7 +64,7 @@ def copy(file: Path, target: Path, system: System) -> list[int]:
 def test_a_range_is_copied_to_its_offset_and_every_step_is_told(
     file: Path, tmp_path: Path, system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(durable, "BUFFER_NBYTES", 999)
+    monkeypatch.setattr(files, "BUFFER_NBYTES", 999)
     for variant in (system, three_bytes_at_a_time(system)):
         steps = copy(file, tmp_path / "to", variant)
         assert sum(steps) == 8_000
@@ -117,7 +117,7 @@ def test_a_written_file_holds_the_data_and_leaves_nothing_beside_it(
     tmp_path: Path, system: System
 ) -> None:
     for data in (b"first", b"", b"second"):
-        durable.write_file(tmp_path / "plan.json", data, three_bytes_at_a_time(system))
+        files.write_file(tmp_path / "plan.json", data, three_bytes_at_a_time(system))
         assert (tmp_path / "plan.json").read_bytes() == data
     assert os.listdir(tmp_path) == ["plan.json"]
 
@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, call: str) -> Non
     path.write_bytes(b"old")
     broken = replace(native(), **{call: failing(errno.EDQUOT)})  # type: ignore[arg-type]
     with pytest.raises(OutputWriteError, match=r"plan\.json: cannot be written .*quota"):
-        durable.write_file(path, b"new", broken)
+        files.write_file(path, b"new", broken)
     assert path.read_bytes() == b"old"
 
 
@@ -147,22 +147,22 @@ def test_content_is_synced_before_the_name_and_the_folder_after(tmp_path: Path) 
         real.rename(old, new)
 
     watched = replace(real, sync_file=sync_file, sync_folder=sync_folder, rename=rename)
-    durable.write_file(tmp_path / "a", b"data", watched)
+    files.write_file(tmp_path / "a", b"data", watched)
     assert calls == ["sync a.writing", "rename a.writing a", f"sync {tmp_path.name}"]
 
 
 def test_folders_are_made_with_those_above_them(tmp_path: Path) -> None:
-    durable.make_folder(tmp_path / "a" / "b", native())
-    durable.make_folder(tmp_path / "a" / "b", native())
+    files.make_folder(tmp_path / "a" / "b", native())
+    files.make_folder(tmp_path / "a" / "b", native())
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputWriteError):
-        durable.make_folder(tmp_path / "file" / "b", native())
+        files.make_folder(tmp_path / "file" / "b", native())
 
 
 def test_a_reserved_file_starts_anew(tmp_path: Path) -> None:
     (tmp_path / "shard").write_bytes(b"leftover of a longer shard")
-    durable.reserve_file(tmp_path / "shard", 4, native())
+    files.reserve_file(tmp_path / "shard", 4, native())
     assert (tmp_path / "shard").read_bytes() == bytes(4)
 
 
@@ -174,5 +174,5 @@ def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -
         return 7
 
     system = replace(native(), free_space=free_space)
-    assert durable.free_space(tmp_path / "a" / "b" / "OUT", system) == 7
+    assert files.free_space(tmp_path / "a" / "b" / "OUT", system) == 7
     assert asked == [tmp_path]

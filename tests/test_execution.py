@@ -20,12 +20,12 @@ from shardsurgeon.errors import (
     UsageError,
     VerificationError,
 )
-from shardsurgeon.execution import filling
-from shardsurgeon.execution.execution import Space, estimate_space, execute
-from shardsurgeon.execution.progress import Progress
-from shardsurgeon.execution.surgeryplan import OutputShard
-from shardsurgeon.storage import durable
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.execution import shards
+from shardsurgeon.execution.plan import OutputShard
+from shardsurgeon.execution.run import Space, estimate_space, execute
+from shardsurgeon.execution.workers import Progress
+from shardsurgeon.storage import files
+from shardsurgeon.storage.source import MemorySource
 from shardsurgeon.storage.system import System, native, portable
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
@@ -44,8 +44,8 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tiny shards take as many batches and buffers as big ones."""
-    monkeypatch.setattr(filling, "BATCH_NBYTES", 5_000)
-    monkeypatch.setattr(durable, "BUFFER_NBYTES", 2_000)
+    monkeypatch.setattr(shards, "BATCH_NBYTES", 5_000)
+    monkeypatch.setattr(files, "BUFFER_NBYTES", 2_000)
 
 
 def no_room(system: System) -> System:
@@ -89,7 +89,7 @@ def test_short_reads_and_writes_give_the_same_bytes(job: Job, out: Path, system:
 def test_two_workers_begin_with_a_shard_each(
     job: Job, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filling, "BATCH_NBYTES", 1000)
+    monkeypatch.setattr(shards, "BATCH_NBYTES", 1000)
     both, begun, system = threading.Barrier(2, timeout=30), threading.local(), portable()
     first: list[str] = []
 

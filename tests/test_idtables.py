@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.pruning.idtables import remapped
+from shardsurgeon.pruning.planner import remapped
 
 
 def table(

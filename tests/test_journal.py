@@ -9,7 +9,7 @@ import pytest
 
 from shardsurgeon.errors import OutputError
 from shardsurgeon.execution.journal import Done, Journal, Part, Run, read_journal, require_same
-from shardsurgeon.storage.base import SourceFile
+from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.storage.system import native
 
 FILES = (SourceFile("a.safetensors", 10, "t1"), SourceFile("b.safetensors", 20, "t2"))

@@ -15,8 +15,8 @@ import pytest
 from faraway import FarSource, FolderOutlet, far_job, noted, receipts
 from tiny_job import SIDE, Job, content, make_job
 
-from shardsurgeon.execution import filling
-from shardsurgeon.execution.execution import execute
+from shardsurgeon.execution import shards
+from shardsurgeon.execution.run import execute
 from shardsurgeon.storage.system import System, native, portable
 
 
@@ -97,7 +97,7 @@ OWN_BYTES = 64 + 72 + 8 + 4 + 3
 
 
 def make_far_or_near_job(folder: Path, far: bool) -> Job:
-    filling.BATCH_NBYTES, filling.REMOTE_BATCH_NBYTES = 20_000, 12_000
+    shards.BATCH_NBYTES, shards.REMOTE_BATCH_NBYTES = 20_000, 12_000
     return far_job(make_job(folder), FarSource(piece=5_000)) if far else make_job(folder)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from shardsurgeon.checkpoint.provenance import Provenance, SourceIdentity, Step, parse_provenance
 from shardsurgeon.errors import CheckpointError, ScoreError
-from shardsurgeon.pruning.counts import RoutingFacts, SelectionRequest
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.counts import RoutingFacts
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.lineage import (
     check_lineage,
     compose,
@@ -22,6 +22,7 @@ from shardsurgeon.pruning.lineage import (
     step_of,
     survivors,
 )
+from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.selection import select
 
 ORIGINAL = SourceIdentity("original", None, "aa" * 32)

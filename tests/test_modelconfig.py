@@ -10,8 +10,8 @@ import tiny
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
-from shardsurgeon.pruning.modelconfig import pruned_config, quantization_name
+from shardsurgeon.pruning.config_edits import pruned_config, quantization_name
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 
 # Layer 1 keeps 0, 2, 5; layer 2 keeps 1, 2, 3; the MTP layer 3 keeps 5, 6, 7.
 RETAINED = {1: (0, 2, 5), 2: (1, 2, 3), 3: (5, 6, 7)}

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.execution.moves import Move, batches, joined, remaining, shard_moves
-from shardsurgeon.execution.surgeryplan import Literal, OutputShard, OutputTensor, Segment
+from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment
+from shardsurgeon.execution.ranges import Move, batches, joined, remaining, shard_moves
 
 
 def shard(*pieces: Segment | Literal) -> OutputShard:

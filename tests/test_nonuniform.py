@@ -15,11 +15,11 @@ import shardsurgeon
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError, KeepListError, UsageError
-from shardsurgeon.operations import operations
-from shardsurgeon.operations.operations import Pruning
-from shardsurgeon.pruning.counts import Allocation, MtpPolicy, SelectionRequest
-from shardsurgeon.pruning.sizing import Sizing
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.operations import inspect, prune, verify
+from shardsurgeon.operations.prune import Pruning
+from shardsurgeon.pruning.planner import Sizing
+from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.storage.source import MemorySource
 
 KEPT = {1: [0, 2, 5], 2: [1, 3, 4, 6, 7]}
 
@@ -52,9 +52,7 @@ PEAKED = {
 
 
 def applied(source: Path, out: Path, request: SelectionRequest, table: Path | None = None) -> Path:
-    report = operations.apply(
-        str(source), None if table is None else str(table), request, out=str(out)
-    )
+    report = prune.apply(str(source), None if table is None else str(table), request, out=str(out))
     assert report.verification is not None and report.verification.holds
     return out
 
@@ -72,7 +70,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 def test_a_keep_list_with_other_counts_per_layer_needs_leave(tmp_path: Path) -> None:
     source, plan = model(tmp_path / "m"), keep_list(tmp_path / "keep.json", KEPT)
     with pytest.raises(KeepListError) as caught:
-        operations.plan(str(source), None, SelectionRequest(plan_file=plan))
+        prune.plan(str(source), None, SelectionRequest(plan_file=plan))
     assert "layer 1 keeps 3 experts, layer 2 5" in str(caught.value)
     assert "--allow-nonuniform" in str(caught.value)
 
@@ -122,14 +120,14 @@ def test_verification_finds_a_count_that_is_not_its_layers_own(
     config = config_of(out)
     spoil(config)
     (out / "config.json").write_text(json.dumps(config))
-    report = operations.verify(str(source), str(out))
+    report = verify.verify(str(source), str(out))
     assert any(found in difference for difference in report.differences)
 
 
 def test_the_report_says_who_will_misread_the_model(tmp_path: Path) -> None:
     source, plan = model(tmp_path / "m"), keep_list(tmp_path / "keep.json", KEPT)
     request = SelectionRequest(plan_file=plan, allow_nonuniform=True)
-    pruning = operations.plan(str(source), None, request)
+    pruning = prune.plan(str(source), None, request)
     (note,) = [note for note in pruning.report.notes if "num_routed_experts_per_layer" in note]
     assert note.startswith("layers keep 3 to 5 experts")
     assert "stock vLLM and transformers ignore it" in note
@@ -143,7 +141,7 @@ def test_mtp_layers_end_with_the_count_that_the_config_says(tmp_path: Path) -> N
     def planned(kept: dict[int, list[int]], mtp: MtpPolicy) -> Pruning:
         plan = keep_list(tmp_path / "keep.json", kept)
         request = SelectionRequest(plan_file=plan, allow_nonuniform=True, mtp=mtp)
-        return operations.plan(str(source), None, request)
+        return prune.plan(str(source), None, request)
 
     by_norm = planned(KEPT, MtpPolicy.ROUTER_NORM).decision
     assert [len(layer.retained) for layer in by_norm.keep.layers.values()] == [3, 5, 5]
@@ -160,7 +158,7 @@ def test_mtp_layers_end_with_the_count_that_the_config_says(tmp_path: Path) -> N
 def test_a_global_allocation_gives_the_budget_to_the_layers_that_need_it(tmp_path: Path) -> None:
     source, table = model(tmp_path / "m"), scores(tmp_path / "s.json", PEAKED)
     request = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL)
-    pruning = operations.plan(str(source), str(table), request)
+    pruning = prune.plan(str(source), str(table), request)
     layers = {layer.layer: layer for layer in pruning.report.layers}
     # Top-k is 2, the budget 8: every further expert of layer 1 carries less than one of layer 2.
     assert [layers[n].kept for n in (1, 2, 3)] == [2, 6, 6]
@@ -178,9 +176,9 @@ def test_what_is_allocated_is_written_with_leave_only_and_from_its_plan_alike(
 ) -> None:
     source, table = model(tmp_path / "m"), scores(tmp_path / "s.json", PEAKED)
     request = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL)
-    pruning = operations.plan(str(source), str(table), request, out=tmp_path / "no")
+    pruning = prune.plan(str(source), str(table), request, out=tmp_path / "no")
     with pytest.raises(UsageError, match=r"--allow-nonuniform: is needed: layers keep 2 to 6"):
-        operations.carry_out(pruning)
+        prune.carry_out(pruning)
     assert not (tmp_path / "no").exists()
     pruning.write_plan(tmp_path / "plan.json")
     allowed = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL, allow_nonuniform=True)
@@ -208,7 +206,7 @@ def test_the_last_choice_is_widened_for_mtp_layers_where_scores_say_by_whom(
     source = model(tmp_path / "m")
     table = scores(tmp_path / "s.json", {1: PEAKED[2], 2: PEAKED[1]})
     request = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL, mtp=MtpPolicy.LAST)
-    keep = operations.plan(str(source), str(table), request).decision.keep
+    keep = prune.plan(str(source), str(table), request).decision.keep
     assert keep.layers[2].retained == (1, 4)
     assert keep.layers[3].retained == (1, 2, 4, 5, 6, 7)
 
@@ -218,7 +216,7 @@ def test_a_target_size_is_kept_to_by_a_global_allocation(tmp_path: Path, spare: 
     source, table = model(tmp_path / "m"), scores(tmp_path / "s.json", PEAKED)
 
     def planned(**words: Any) -> Pruning:
-        return operations.plan(str(source), str(table), SelectionRequest(**words))
+        return prune.plan(str(source), str(table), SelectionRequest(**words))
 
     def weight_files(pruning: Pruning) -> int:
         return sum(shard.nbytes for shard in pruning.surgery.shards)
@@ -233,14 +231,14 @@ def test_a_target_size_is_kept_to_by_a_global_allocation(tmp_path: Path, spare: 
     # The MTP layer follows the largest layer, which takes from the budget.
     assert 4 < kept < 8
     ids = SelectionRequest(keep=4, allocate=Allocation.GLOBAL)
-    assert weight_files(operations.plan(str(source), str(table), ids)) > four
+    assert weight_files(prune.plan(str(source), str(table), ids)) > four
 
 
 def test_a_model_whose_layers_differ_is_pruned_again(tmp_path: Path) -> None:
     source, plan = model(tmp_path / "m"), keep_list(tmp_path / "keep.json", KEPT)
     request = SelectionRequest(plan_file=plan, allow_nonuniform=True, mtp=MtpPolicy.LAST)
     first = applied(source, tmp_path / "first", request)
-    report = operations.inspect(str(first))
+    report = inspect.inspect(str(first))
     assert (report.num_experts, report.num_experts_per_layer) == (5, {1: 3, 2: 5, 3: 5})
     # Scores of the original: of layer 1's 0, 2, 5 the best two, of layer 2's 1, 3, 4, 6, 7.
     table = scores(tmp_path / "s.json", PEAKED)
@@ -284,7 +282,7 @@ def test_a_list_that_contradicts_the_model_is_refused(changes: dict[str, Any], s
 def test_the_list_stands_beside_the_count_that_it_refines() -> None:
     source = Path(__file__).parents[1] / "fixtures" / "kimi_k25"
     request = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL, allow_nonuniform=True)
-    pruning = operations.plan(str(source), str(source / "scores.pt"), request)
+    pruning = prune.plan(str(source), str(source / "scores.pt"), request)
     config = json.loads(dict(pruning.surgery.documents)["config.json"])
     kept = [len(layer.retained) for layer in pruning.decision.keep.layers.values()]
     assert len(set(kept)) > 1
@@ -351,7 +349,7 @@ def test_counts_of_a_puzzle_model_are_written_where_its_engine_reads_them(tmp_pa
     table = {1: [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 2: [1.0, 2.0, 3.0, 4.0]}
     for word, kept in (({"ratio": 0.5}, (3, 2, 2)), ({"keep": 5}, (5, 4, 4))):
         request = SelectionRequest(allow_nonuniform=True, **word)
-        pruning = operations.plan(
+        pruning = prune.plan(
             open_checkpoint(puzzle()), str(scores(tmp_path / "s.json", table)), request
         )
         config = json.loads(dict(pruning.surgery.documents)["config.json"])
@@ -362,7 +360,7 @@ def test_counts_of_a_puzzle_model_are_written_where_its_engine_reads_them(tmp_pa
         assert config == expected
         assert any("block_configs.*.n_routed_experts" in note for note in pruning.report.notes)
         out = tmp_path / str(kept[0])
-        operations.carry_out(
+        prune.carry_out(
             shardsurgeon.plan(
                 open_checkpoint(puzzle()),
                 tmp_path / "s.json",

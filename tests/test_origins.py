@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import identity_of, open_checkpoint
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.memory import MemorySource
-from shardsurgeon.storage.origins import address_of, hub_name, identity_of
+from shardsurgeon.storage.open import address_of, hub_name
+from shardsurgeon.storage.source import MemorySource
 from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,10 +11,10 @@ from faraway import FarSource, FolderOutlet, far_job, receipts
 from tiny_job import Job, content, make_job
 
 from shardsurgeon.errors import OutputError, OutputWriteError, PublishError, UsageError
-from shardsurgeon.execution import filling, outlets
-from shardsurgeon.execution.execution import execute
-from shardsurgeon.execution.outlets import Allowance
-from shardsurgeon.execution.progress import Meter, Progress, Stopped
+from shardsurgeon.execution import shards, upload
+from shardsurgeon.execution.run import execute
+from shardsurgeon.execution.upload import Allowance
+from shardsurgeon.execution.workers import Meter, Progress, Stopped
 from shardsurgeon.storage.system import portable
 
 ONE, TWO, THREE = "model-1.safetensors", "model-2.safetensors", "sub/model-3.safetensors"
@@ -22,8 +22,8 @@ ONE, TWO, THREE = "model-1.safetensors", "model-2.safetensors", "sub/model-3.saf
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filling, "REMOTE_BATCH_NBYTES", 5_000)
-    monkeypatch.setattr(filling, "BATCH_NBYTES", 5_000)
+    monkeypatch.setattr(shards, "REMOTE_BATCH_NBYTES", 5_000)
+    monkeypatch.setattr(shards, "BATCH_NBYTES", 5_000)
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -200,7 +200,7 @@ def test_a_failed_copy_lets_the_shard_in_hand_be_sent(
 def test_ctrl_c_does_not_wait_for_a_shard_that_is_being_sent(
     job: Job, out: Path, outlet: FolderOutlet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outlets, "PATIENCE", 0.01)
+    monkeypatch.setattr(upload, "PATIENCE", 0.01)
     sending, let_go = threading.Event(), threading.Event()
 
     def on_send(name: str) -> None:

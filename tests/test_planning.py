@@ -14,9 +14,9 @@ from safetensors.numpy import load
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.execution.surgeryplan import Literal, OutputShard
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
-from shardsurgeon.pruning.planning import plan_shards, shard_name
+from shardsurgeon.execution.plan import Literal, OutputShard
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.planner import plan_shards, shard_name
 
 QWEN = {
     "model_type": "qwen3_5_moe",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.pruning.rankings import kendall, overlap, spearman
+from shardsurgeon.pruning.agreement import kendall, overlap, spearman
 
 NAN, INF = math.nan, math.inf
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tiny_job import SIDE, A, Job, content, make_job, tensor
 
 from shardsurgeon.errors import NetworkError, OutputError, SourceChangedError
-from shardsurgeon.execution import filling
-from shardsurgeon.execution.execution import execute
-from shardsurgeon.execution.progress import Progress
-from shardsurgeon.execution.surgeryplan import Literal, OutputShard, Segment
+from shardsurgeon.execution import shards as module
+from shardsurgeon.execution.plan import Literal, OutputShard, Segment
+from shardsurgeon.execution.run import execute
+from shardsurgeon.execution.workers import Progress
 from shardsurgeon.storage.system import portable
 
 # What tiny_job's plan wants: 30,001 + 5 bytes, then 39,000 + 9,000; the side files.
@@ -27,7 +27,7 @@ SIDE_WANTED = sum(map(len, SIDE.values()))
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filling, "REMOTE_BATCH_NBYTES", 5_000)
+    monkeypatch.setattr(module, "REMOTE_BATCH_NBYTES", 5_000)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_at_most_a_hundredth_more_than_is_wanted_travels(
     plan = replace(far_job(make_job(folder), source).plan, shards=tuple(planned))
     plan = replace(plan, documents=(), side_files=(), extra_files=())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filling, "REMOTE_BATCH_NBYTES", batch)
+        patch.setattr(module, "REMOTE_BATCH_NBYTES", batch)
         report = execute(plan, source, folder / "OUT", workers=2)
     assert content(folder / "OUT") == expected
     assert wanted <= report.bytes_downloaded == source.nbytes <= wanted * 1.01

@@ -14,11 +14,11 @@ from safetensors.torch import save
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import CheckpointError, FamilyError, OutputError, UsageError
-from shardsurgeon.operations import operations, scoreoperations
-from shardsurgeon.pruning.counts import SelectionRequest
-from shardsurgeon.scores.routerscores import RouterNorm, router_scores
-from shardsurgeon.scores.scores import read_scores
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.operations import prune, scores
+from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.scores.files import read_scores
+from shardsurgeon.scores.router_norms import RouterNorm, router_scores
+from shardsurgeon.storage.source import MemorySource
 from tests.cli.standins import in_python
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -77,23 +77,23 @@ def test_a_score_file_from_the_router_prunes_the_model_it_came_from(
     tmp_path: Path, ending: str
 ) -> None:
     model, out = str(FIXTURES / "deepseek_v3"), tmp_path / f"scores.{ending}"
-    report = scoreoperations.scores_from_router(model, out, norm="l1")
+    report = scores.scores_from_router(model, out, norm="l1")
     assert [(layer.layer, layer.is_mtp) for layer in report.layers] == [
         (1, False),
         (2, False),
         (3, True),
     ]
-    scores = read_scores(out)
-    assert scores.facts == {"method": "router-magnitude", "model": "deepseek_v3", "norm": "l1"}
-    first = scores.layers[1]["router_l1"]
+    read = read_scores(out)
+    assert read.facts == {"method": "router-magnitude", "model": "deepseek_v3", "norm": "l1"}
+    first = read.layers[1]["router_l1"]
     assert (report.layers[0].min, report.layers[0].max) == (first.min(), first.max())
-    pruning = operations.plan(model, scores, SelectionRequest(ratio=0.5))
+    pruning = prune.plan(model, read, SelectionRequest(ratio=0.5))
     assert pruning.report.metric == "router_l1"
     assert {layer.policy for layer in pruning.report.layers} == {"scores"}
     # The rule for an MTP layer without scores is the same norm, l2.
-    other = scoreoperations.scores_from_router(model, tmp_path / f"l2.{ending}")
-    by_norm = operations.plan(model, read_scores(other.out), SelectionRequest(ratio=0.5))
-    by_policy = operations.plan(
+    other = scores.scores_from_router(model, tmp_path / f"l2.{ending}")
+    by_norm = prune.plan(model, read_scores(other.out), SelectionRequest(ratio=0.5))
+    by_policy = prune.plan(
         model, FIXTURES / "deepseek_v3" / "scores.pt", SelectionRequest(ratio=0.5)
     )
     kept = [p.decision.keep.layers[3].retained for p in (by_norm, by_policy)]
@@ -116,7 +116,7 @@ def test_a_file_that_exists_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     out.write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists"):
-        scoreoperations.scores_from_router(str(FIXTURES / "qwen3_moe"), out)
+        scores.scores_from_router(str(FIXTURES / "qwen3_moe"), out)
     assert out.read_bytes() == b"mine"
 
 
@@ -124,5 +124,5 @@ def test_an_ending_that_cannot_be_written_is_refused_before_the_model_is_opened(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(UsageError, match=r"'\.bin'"):
-        scoreoperations.scores_from_router(str(tmp_path / "no such model"), tmp_path / "scores.bin")
+        scores.scores_from_router(str(tmp_path / "no such model"), tmp_path / "scores.bin")
     assert os.listdir(tmp_path) == []

@@ -10,8 +10,7 @@ import pytest
 from safetensors.numpy import load
 
 from shardsurgeon.errors import UsageError
-from shardsurgeon.scores.scorefiles import ScoreContent, check_score_file_name, score_file
-from shardsurgeon.scores.scores import read_scores
+from shardsurgeon.scores.files import ScoreContent, check_score_file_name, read_scores, score_file
 
 TABLE = {
     3: {"reap": np.array([0.1, 1 / 3, 5e-324]), "ean_sum": np.array([1.0, 2.0, 1e308])},

@@ -16,9 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.checkpoint.layernames import parse_layer
+from shardsurgeon.checkpoint.layer_names import parse_layer
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.scores.scores import Scores, check_values, read_scores
+from shardsurgeon.scores.files import read_scores
+from shardsurgeon.scores.table import Scores, check_values
 
 NAN = math.nan
 ROWS = {1: [0.5, 1.5, 2.5, 0.25], 2: [4.0, 3.0, 2.0, 1.0]}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
 from shardsurgeon.pruning.counts import RoutingFacts
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_order,

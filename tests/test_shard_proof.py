@@ -13,14 +13,13 @@ import pytest
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import SourceReadError, VerificationError
 from shardsurgeon.operations import api
-from shardsurgeon.operations.operations import Pruning
-from shardsurgeon.operations.proving import FAR_SHARE, SelfCheck, outline
-from shardsurgeon.storage.base import SourceFile
+from shardsurgeon.operations.prune import Pruning
+from shardsurgeon.operations.verify import FAR_SHARE, SelfCheck, outline
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.memory import MemorySource
-from shardsurgeon.verification.comparison import Sampling
-from shardsurgeon.verification.proof import verify_checkpoint
-from shardsurgeon.verification.shards import ShardProof
+from shardsurgeon.storage.source import MemorySource, SourceFile
+from shardsurgeon.verification.byte_comparison import Sampling
+from shardsurgeon.verification.streamed import ShardProof
+from shardsurgeon.verification.verify import verify_checkpoint
 from tests import tiny
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

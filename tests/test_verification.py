@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import CheckpointError
-from shardsurgeon.verification.proof import verify_checkpoint
+from shardsurgeon.verification.verify import verify_checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 INDEX = "model.safetensors.index.json"

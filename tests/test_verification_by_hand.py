@@ -14,8 +14,8 @@ from handmade import ALL, DEEPSEEK, INDEX, METADATA, QWEN, Layout, record, write
 from safetensors.numpy import save_file
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
-from shardsurgeon.storage.memory import MemorySource
-from shardsurgeon.verification.proof import verify_checkpoint
+from shardsurgeon.storage.source import MemorySource
+from shardsurgeon.verification.verify import verify_checkpoint
 
 # Two of each group of four, another choice in every layer.
 HALF = {1: (1, 3, 4, 6), 2: (0, 2, 5, 7), 3: (0, 1, 6, 7)}

@@ -9,7 +9,7 @@ import pytest
 
 from shardsurgeon.errors import OutputError, OutputWriteError
 from shardsurgeon.execution.journal import Run
-from shardsurgeon.execution.workplace import Workplace, hold
+from shardsurgeon.execution.workdir import Workplace, hold
 from shardsurgeon.storage.system import native
 
 RUN = Run("1" * 64, "2" * 64, ())

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.storage.source import MemorySource
 
 HIDDEN, WIDTH, EXPERTS = 6, 4, 8
 

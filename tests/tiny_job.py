@@ -4,15 +4,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsurgeon.execution.surgeryplan import (
-    Literal,
-    OutputShard,
-    OutputTensor,
-    Segment,
-    SurgeryPlan,
-)
-from shardsurgeon.storage.base import Source
+from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment, SurgeryPlan
 from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.source import Source
 
 A = random.Random(1).randbytes(60_000)
 B = random.Random(2).randbytes(40_000)

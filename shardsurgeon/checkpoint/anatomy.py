@@ -1,18 +1,20 @@
-"""Which tensor is what: a checkpoint read with the eyes of its family.
+"""Which tensor is what: a checkpoint read by the declaration of its family.
 
 Takes a Checkpoint, gives an Anatomy: the MoE layers with their experts' sizes, the routing
-facts, and `role`, which says of any tensor what removing experts does to it. Everything in an
-MoE block is claimed by a rule of the family or refused by name.
+numbers, and `role`, which says of any tensor what removing experts does to it. Everything in an
+MoE block is claimed by a rule of the family or refused by name. All layers must be made alike:
+an engine leaves a missing scale or router bias at whatever lies in memory, so a checkpoint that
+lost one is not pruned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from shardsurgeon.checkpoint.blocks import Block, check_alike
-from shardsurgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
-from shardsurgeon.checkpoint.confignumbers import read_numbers
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.config import read_numbers
 from shardsurgeon.checkpoint.roles import (
     Carried,
     ExpertTensor,
@@ -24,6 +26,7 @@ from shardsurgeon.checkpoint.roles import (
 )
 from shardsurgeon.errors import ConfigError, FamilyError
 from shardsurgeon.families.schema import Family, family_for
+from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 
@@ -331,3 +334,70 @@ class _Census:
             self.mtp += nbytes
         else:
             self.carried += nbytes
+
+
+@dataclass(slots=True)
+class Block:
+    """The tensors of one layer's MoE block, by their names behind `prefix`.
+
+    An expert's number stands as `{}`. routers: what chooses experts; weights: name → dtype of
+    everything else.
+    """
+
+    prefix: str
+    routers: set[str] = field(default_factory=set)
+    weights: dict[str, str] = field(default_factory=dict)
+
+    def name(self, rest: str) -> str:
+        """The whole name of one of its tensors; of expert 0 where it is every expert's."""
+        return self.prefix + rest.replace("{}", "0")
+
+
+def check_alike(
+    blocks: Mapping[int, Block],
+    main: Callable[[int], bool],
+    varies: Callable[[str], bool],
+    location: str,
+) -> None:
+    """Every MoE layer has what the others have.
+
+    main: whether a layer's number is one of the main model's; an MTP layer may be stored in
+    another way. varies: names of router tensors that only some layers have. Raises FamilyError
+    naming the first tensor that is missing.
+    """
+    routers = {n: frozenset((name, "") for name in block.routers) for n, block in blocks.items()}
+    weights = {n: frozenset(block.weights.items()) for n, block in blocks.items()}
+    for kinds in (routers, weights):
+        for layer, other in _pairs(kinds):
+            extra, lacks = kinds[layer] - kinds[other], kinds[other] - kinds[layer]
+            missing = sorted(name for name, _ in lacks if not varies(name))
+            if missing and not extra:
+                problem = f"is missing: layer {other} has one, layer {layer} not"
+                raise _unlike(location, f"tensor {blocks[layer].name(missing[0])} {problem}")
+    of_main = {layer: kind for layer, kind in weights.items() if main(layer)}
+    for layer, other in _pairs(of_main):
+        extra, lacks = of_main[layer] - of_main[other], of_main[other] - of_main[layer]
+        # Another quantization has other names and dtypes; the same dtypes are renamed tensors.
+        if Counter(dtype for _, dtype in extra) == Counter(dtype for _, dtype in lacks):
+            mine, theirs = blocks[layer].name(min(extra)[0]), blocks[other].name(min(lacks)[0])
+            problem = f"layer {layer} has {mine} where layer {other} has {theirs}"
+            raise _unlike(location, problem)
+
+
+_Kind = frozenset[tuple[str, str]]
+
+
+def _pairs(kinds: Mapping[int, _Kind]) -> Iterator[tuple[int, int]]:
+    """(layer, one that differs from it): of the few ways in which layers differ, each once."""
+    examples: dict[_Kind, int] = {}
+    for layer, kind in sorted(kinds.items()):
+        examples.setdefault(kind, layer)
+    for mine, layer in examples.items():
+        for theirs, other in examples.items():
+            if mine != theirs:
+                yield layer, other
+
+
+def _unlike(location: str, problem: str) -> FamilyError:
+    remedy = "MoE layers need the same tensors; fetch the checkpoint again"
+    return FamilyError(location, problem, remedy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,18 +18,18 @@ from typing import Any
 from shardsurgeon.checkpoint.provenance import (
     PROVENANCE_NAME,
     Provenance,
+    SourceIdentity,
     is_foreign,
     parse_provenance,
 )
 from shardsurgeon.errors import CheckpointError, ConfigError, HeaderError, IndexFileError
 from shardsurgeon.families.schema import Family
-from shardsurgeon.storage.base import Source, SourceFile
-from shardsurgeon.storage.formats.documents import Document
-from shardsurgeon.storage.formats.index import INDEX_NAME, Index, parse_index
+from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, Index, parse_index
+from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import Header, header_length, parse_header
-from shardsurgeon.storage.places import open_source
+from shardsurgeon.storage.open import hub_name, open_source
+from shardsurgeon.storage.source import Source, SourceFile
 
-CONFIG_NAME = "config.json"
 _SINGLE = "model.safetensors"
 _DIGITS = re.compile(r"(\d+)")
 _NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
@@ -308,29 +308,8 @@ def _check_tensors(
     return tuple(name for name in home if name not in index.weight_map)
 
 
-def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
-    """The object at a dotted path of a config (`text_config`; "" is the top), or None."""
-    node: Any = config
-    for key in filter(None, dotted.split(".")):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node if isinstance(node, Mapping) else None
-
-
-def config_values(
-    node: object, keys: tuple[str, ...]
-) -> Iterator[tuple[tuple[str | int, ...], object]]:
-    """(path, value) of every value at a path of keys, of which `*` stands for all there are.
-
-    A list at the end of the path gives each of its elements: some configs say it per layer.
-    """
-    if not keys and not isinstance(node, list):
-        yield (), node
-        return
-    inner: Iterable[tuple[str | int, object]] = ()
-    if isinstance(node, list) and (not keys or keys[0] == "*"):
-        inner = enumerate(node)
-    elif isinstance(node, Mapping) and keys:
-        inner = node.items() if keys[0] == "*" else [(k, node[k]) for k in keys[:1] if k in node]
-    for key, value in inner:
-        for path, number in config_values(value, keys[1:]):
-            yield (key, *path), number
+def identity_of(checkpoint: Checkpoint) -> SourceIdentity:
+    """Name, commit and config.json's digest of a source."""
+    source = checkpoint.source
+    name = hub_name(source) or source.name
+    return SourceIdentity(name, source.revision, checkpoint.config_sha256)

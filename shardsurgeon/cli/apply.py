@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shardsurgeon.cli.options import (
     at_least,
+    destination,
     family_option,
     json_option,
     model_option,
     only_one,
     progress_option,
+    push_options,
     scores_argument,
     selection_options,
     shard_size,
 )
-from shardsurgeon.cli.output import byte_bar, print_json, print_lines, shows_progress
-from shardsurgeon.cli.plantext import note_lines, outcome_lines, plan_lines, title
+from shardsurgeon.cli.output import (
+    as_typed,
+    byte_bar,
+    fact,
+    print_json,
+    print_lines,
+    shows_progress,
+)
+from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
-from shardsurgeon.cli.pushoptions import destination, push_options
-from shardsurgeon.cli.tables import as_typed, fact
 from shardsurgeon.errors import UsageError
-from shardsurgeon.operations.reports import ApplyReport, VerifyReport
-from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted, format_size, parse_size
+
+if TYPE_CHECKING:
+    from shardsurgeon.operations.reports import ApplyReport
+    from shardsurgeon.verification.findings import VerifyReport
 
 
 def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
@@ -118,7 +128,7 @@ def apply_command(
       shardsurgeon apply --plan plan.json --max-shard-size 5GB
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
-    from shardsurgeon.operations import operations
+    from shardsurgeon.operations import prune
 
     request = only_one(requests)
     repo_id = _repository(push_to_hub, stream_push, disk_budget)
@@ -135,13 +145,13 @@ def apply_command(
             "family": family,
         }
         if place is None:
-            report = operations.apply(model, scores, request, **how)
+            report = prune.apply(model, scores, request, **how)
         else:
-            from shardsurgeon.operations import publishing
+            from shardsurgeon.operations import push
 
             how |= {"stream": stream_push is not None, "disk_budget": disk_budget}
             how |= {"bars": shows_progress(progress)}
-            report = publishing.apply(model, scores, request, place, **how)
+            report = push.apply(model, scores, request, place, **how)
     try:
         if as_json:
             print_json(asdict(report))
@@ -149,7 +159,7 @@ def apply_command(
             print_lines(_lines(report))
     except BaseException as stop:
         if report.out is not None:
-            stop.add_note(operations.complete(report.out))
+            stop.add_note(prune.complete(report.out))
         raise
 
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
-from shardsurgeon.cli.output import print_json, print_lines
-from shardsurgeon.cli.plantext import note_lines
-from shardsurgeon.cli.tables import as_typed, fact
+from shardsurgeon.cli.output import as_typed, fact, print_json, print_lines
+from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.errors import UsageError
 from shardsurgeon.units import counted, parse_size
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from shardsurgeon.cli.options import family_option, json_option
-from shardsurgeon.cli.output import print_json, print_lines
-from shardsurgeon.cli.tables import facts, parameters, percent, table
-from shardsurgeon.operations.reports import InspectReport
+from shardsurgeon.cli.output import facts, parameters, percent, print_json, print_lines, table
 from shardsurgeon.units import counted, format_size, number_ranges
+
+if TYPE_CHECKING:
+    from shardsurgeon.operations.reports import InspectReport
 
 
 @click.command("inspect")
@@ -30,9 +32,9 @@ def inspect_command(model: str | None, family: str | None, as_json: bool) -> Non
       shardsurgeon inspect /models/Kimi-K2.5 --json
       shardsurgeon inspect moonshotai/Kimi-K2.5
     """
-    from shardsurgeon.operations import operations
+    from shardsurgeon.operations import inspect
 
-    report = operations.inspect(model, family=family)
+    report = inspect.inspect(model, family=family)
     if as_json:
         print_json(asdict(report))
     else:

@@ -14,14 +14,14 @@ from typing import Any
 
 import click
 
-from shardsurgeon import __version__
+from shardsurgeon._version import __version__
 from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.output import let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
-from shardsurgeon.cli.scores.group import scores_commands
+from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.verify import verify_command
 from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError
 

@@ -1,23 +1,28 @@
-"""The flags that commands share, and how their words become frozen requests."""
+"""The options that commands share, and how they become frozen requests."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from shardsurgeon.errors import UsageError
-from shardsurgeon.pruning.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.units import parse_size
+
+if TYPE_CHECKING:
+    from shardsurgeon.operations.push import Destination
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_WORDS = (
+_SELECTION_WORDS = (
     *("keep", "target_size", "plan_file", "rounding", "multiple_of"),
     *("metric", "preserve_super_experts", "mtp", "allocate", "allow_nonuniform"),
 )
+
+_PUSH_WORDS = ("private", "revision", "create_pr", "card", "with_card")
 
 
 def selection_options(command: Command) -> Command:
@@ -29,7 +34,7 @@ def selection_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_requests(*args: Any, ratio: tuple[float | None, ...], **given: Any) -> Any:
-        words = {word: given.pop(word) for word in _WORDS}
+        words = {word: given.pop(word) for word in _SELECTION_WORDS}
         requests = tuple(SelectionRequest(ratio=value, **words) for value in ratio)
         return command(*args, requests=requests, **given)
 
@@ -209,3 +214,71 @@ _SELECTION = (
         "misread such a model, except where its config has counts per block.",
     ),
 )
+
+
+def push_options(command: Command) -> Command:
+    """Add what says how to push: the command gets it as `pushed`, name → value."""
+
+    @functools.wraps(command)
+    def with_words(*args: Any, **given: Any) -> Any:
+        pushed = {word: given.pop(word) for word in _PUSH_WORDS}
+        return command(*args, pushed=pushed, **given)
+
+    for option in reversed(_OPTIONS):
+        with_words = option(with_words)
+    return with_words  # type: ignore[return-value]
+
+
+def destination(repo_id: str | None, pushed: dict[str, Any]) -> Destination | None:
+    """Where to push to; None where no repository was named.
+
+    Raises UsageError for words of a push without one, and for those that contradict each other.
+    """
+    if repo_id is not None:
+        from shardsurgeon.operations.push import Destination
+
+        return Destination(repo_id, **pushed)
+    for word, (flag, silent) in _SILENT.items():
+        if pushed[word] != silent:
+            problem = "is about a push, and nothing is pushed"
+            raise UsageError(flag, problem, "name a repository with --push-to-hub")
+    return None
+
+
+# What each word is called, and what it holds where the user did not say it.
+_SILENT: dict[str, tuple[str, object]] = {
+    "private": ("--private", False),
+    "revision": ("--revision", None),
+    "create_pr": ("--create-pr", False),
+    "card": ("--card", None),
+    "with_card": ("--no-card", True),
+}
+_OPTIONS = [
+    click.option("--private", is_flag=True, help="Make the repository private, if it is made."),
+    click.option(
+        "--revision",
+        metavar="REV",
+        help="Branch to push to; made where it is missing.  [default: main]",
+    ),
+    click.option("--create-pr", is_flag=True, help="Open a pull request with it."),
+    click.option("--card", metavar="FILE", help="Use this README.md instead of making one."),
+    click.option(
+        "--no-card", "with_card", flag_value=False, default=True, help="Make no README.md."
+    ),
+]
+
+
+def out_option(command: Command) -> Command:
+    """Add the required `-o FILE`, received as `out`."""
+    return click.option(
+        "-o",
+        "out",
+        metavar="FILE",
+        required=True,
+        help="Score file to write: .safetensors, .npz, .json, or with torch .pt.",
+    )(command)
+
+
+def model_argument(command: Command) -> Command:
+    """Add the optional positional MODEL."""
+    return click.argument("model", required=False)(command)

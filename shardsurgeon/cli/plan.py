@@ -1,9 +1,10 @@
-"""`shardsurgeon plan`: what a prune would do, in a form a person can decide from."""
+"""`shardsurgeon plan`, and a plan in words: its layers, its totals, several plans side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,11 +15,23 @@ from shardsurgeon.cli.options import (
     scores_argument,
     selection_options,
 )
-from shardsurgeon.cli.output import print_json, print_lines
-from shardsurgeon.cli.plantext import comparison_lines, plan_lines
+from shardsurgeon.cli.output import (
+    change,
+    fact,
+    facts,
+    parameters,
+    percent,
+    print_json,
+    print_lines,
+    saliency,
+    table,
+)
 from shardsurgeon.errors import UsageError
-from shardsurgeon.operations.reports import PlanReport
-from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.units import format_size
+
+if TYPE_CHECKING:
+    from shardsurgeon.pruning.report import LayerReport, PlanReport
 
 
 @click.command("plan")
@@ -50,12 +63,12 @@ def plan_command(
       shardsurgeon plan scores.pt --target-size 122GB -o plan.json
       shardsurgeon plan scores.pt --ratio 0.5 --allocate global
     """
-    from shardsurgeon.operations import operations
+    from shardsurgeon.operations import prune
 
     if plan_out is not None and len(requests) > 1:
         problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
         raise UsageError("-o", problem, "give a single --ratio")
-    prunings = [operations.plan(model, scores, request, family=family) for request in requests]
+    prunings = [prune.plan(model, scores, request, family=family) for request in requests]
     if plan_out is not None:
         prunings[0].write_plan(plan_out)
     _show([pruning.report for pruning in prunings], plan_out, as_json)
@@ -77,3 +90,200 @@ def _with_file(lines: Iterator[str], plan_out: str | None) -> Iterator[str]:
     if plan_out is not None:
         yield ""
         yield f"Keep-lists saved in {plan_out}."
+
+
+def plan_lines(report: PlanReport) -> Iterator[str]:
+    """A plan in full: every layer, then the totals."""
+    yield title(report)
+    yield ""
+    yield from _layer_table(report.layers)
+    if any(layer.is_mtp for layer in report.layers):
+        yield "  * next-token-prediction layer"
+    yield ""
+    yield from total_lines(report)
+
+
+def title(report: PlanReport) -> str:
+    """`Kimi-K2.5: keep 135 of 384 experts in each of 60 MoE layers`, or `96 to 212 of 384`."""
+    kept = f"keep {_kept(report)} of {_before(report)} experts"
+    return f"{report.model}: {kept} in each of {len(report.layers)} MoE layers"
+
+
+def total_lines(report: PlanReport) -> Iterator[str]:
+    """What a plan comes to, what it needs, and its notes."""
+    yield from outcome_lines(report)
+    yield from fact("free space", f"{format_size(report.space_needed)} needed")
+    yield from fact("output", report.out)
+    yield from note_lines(report.notes)
+
+
+def outcome_lines(report: PlanReport) -> Iterator[str]:
+    """What a plan comes to: saliency dropped, and sizes before and after."""
+    yield from facts(_outcome(report))
+
+
+def note_lines(notes: Iterable[str]) -> Iterator[str]:
+    """Each note once."""
+    for note in dict.fromkeys(notes):
+        yield from fact("note", note)
+
+
+def comparison_lines(reports: Sequence[PlanReport]) -> Iterator[str]:
+    """Several plans of one model, a line each."""
+    yield f"{reports[0].model}: {len(reports)} ratios compared"
+    yield ""
+    yield from fact("now", _now(reports[0]))
+    yield ""
+    yield from table(_COMPARED, (_compared(report) for report in reports))
+    yield ""
+    yield "  saliency dropped: share of a layer's saliency that goes with its experts"
+    yield "  narrowest cut: how far the highest pruned saliency stays below the lowest kept"
+    notes = list(note_lines(note for report in reports for note in report.notes))
+    yield from ["", *notes] if notes else []
+
+
+def _now(report: PlanReport) -> str:
+    words = [f"{_before(report)} experts in each of {len(report.layers)} MoE layers"]
+    words.append(f"{format_size(report.total_size_before)} of tensor data")
+    if report.total_parameters_before is not None:
+        words.append(f"{parameters(report.total_parameters_before)} parameters")
+    return ", ".join(words)
+
+
+def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
+    """Columns that have nothing to say are left out."""
+    told = {
+        "never\nrouted": any(layer.never_routed for layer in layers),
+        "pre-\nserved": any(layer.preserved for layer in layers),
+        "lowest\nkept": any(layer.min_retained_saliency is not None for layer in layers),
+        "highest\npruned": any(layer.max_pruned_saliency is not None for layer in layers),
+        "saliency\ndropped": any(layer.saliency_dropped is not None for layer in layers),
+        "dropped,\nif equal": any(layer.saliency_dropped_uniform is not None for layer in layers),
+        "chosen\nby": any(layer.policy != "scores" for layer in layers),
+    }
+    headings = ["layer", "kept", "pruned", *(heading for heading in told if told[heading])]
+    rows = [_layer_row(layer) for layer in layers]
+    return table(headings, [[row[heading] for heading in headings] for row in rows])
+
+
+def _layer_row(layer: LayerReport) -> dict[str, str]:
+    return {
+        "layer": f"{layer.layer}{'*' if layer.is_mtp else ''}",
+        "kept": str(layer.kept),
+        "pruned": str(layer.pruned),
+        "never\nrouted": str(layer.never_routed),
+        "pre-\nserved": str(layer.preserved),
+        "lowest\nkept": saliency(layer.min_retained_saliency),
+        "highest\npruned": saliency(layer.max_pruned_saliency),
+        "saliency\ndropped": percent(layer.saliency_dropped),
+        "dropped,\nif equal": percent(layer.saliency_dropped_uniform),
+        "chosen\nby": layer.policy,
+    }
+
+
+def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:
+    yield "chosen by", _chosen_by(report)
+    if (dropped := _dropped(report)) is not None:
+        yield "saliency", _dropped_words(report, dropped)
+    if (uniform := _dropped_if_uniform(report)) is not None:
+        yield "if equal", _dropped_words(report, uniform)
+    if report.mtp_dropped:
+        yield "MTP", "the next-token-prediction layers are dropped"
+    yield "tensor data", _size_change(report)
+    if report.total_parameters_before is not None and report.total_parameters_after is not None:
+        counts = report.total_parameters_before, report.total_parameters_after
+        yield "parameters", change(*counts, [parameters(count) for count in counts])
+    yield "shards", f"{report.shards_before:,} -> {report.shards_after:,}"
+
+
+def _chosen_by(report: PlanReport) -> str:
+    words = [f"--{report.selection}"]
+    if report.ratio is not None:
+        words[0] += f" {report.ratio:g}"
+    if report.rounding is not None:
+        words.append(f"rounding {report.rounding}")
+    if report.metric is not None:
+        words.append(f"metric {report.metric}")
+    if report.allocate != Allocation.UNIFORM:
+        words.append(f"--allocate {report.allocate}")
+    return ", ".join(words)
+
+
+def _size_change(report: PlanReport) -> str:
+    sizes = report.total_size_before, report.total_size_after
+    return change(*sizes, [format_size(nbytes) for nbytes in sizes])
+
+
+_COMPARED = (
+    *("ratio", "kept", "tensor\ndata", "share\nleft", "parameters"),
+    *("saliency\ndropped\non average", "\n\nat worst", "\nnarrowest\ncut"),
+)
+
+
+def _compared(report: PlanReport) -> tuple[str, ...]:
+    mean, worst, _ = _dropped(report) or (None, None, None)
+    return (
+        f"{report.ratio:g}",
+        _kept(report, "-"),
+        format_size(report.total_size_after),
+        percent(report.total_size_after / report.total_size_before),
+        parameters(report.total_parameters_after),
+        percent(mean),
+        percent(worst),
+        percent(_narrowest_cut(report.layers)),
+    )
+
+
+def _kept(report: PlanReport, to: str = " to ") -> str:
+    """`135`, or `96 to 212` where layers keep different numbers."""
+    return _extremes([layer.kept for layer in report.layers], to)
+
+
+def _before(report: PlanReport) -> str:
+    return _extremes([layer.kept + layer.pruned for layer in report.layers], " to ")
+
+
+def _extremes(counts: Sequence[int], to: str) -> str:
+    ends = (min(counts), max(counts))
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}{to}{ends[1]}"
+
+
+_Dropped = tuple[float, float, int]
+"""Mean and largest share of saliency dropped, and the layer of the largest."""
+
+
+def _dropped(report: PlanReport) -> _Dropped | None:
+    return _summed((layer.saliency_dropped, layer.layer) for layer in _scored(report.layers))
+
+
+def _dropped_if_uniform(report: PlanReport) -> _Dropped | None:
+    return _summed((layer.saliency_dropped_uniform, layer.layer) for layer in report.layers)
+
+
+def _summed(every: Iterable[tuple[float | None, int]]) -> _Dropped | None:
+    shares = [(share, layer) for share, layer in every if share is not None]
+    if not shares:
+        return None
+    worst, layer = max(shares)
+    return sum(share for share, _ in shares) / len(shares), worst, layer
+
+
+def _dropped_words(report: PlanReport, dropped: _Dropped) -> str:
+    mean, worst, layer = dropped
+    worst_of = f", {percent(worst)} at worst (layer {layer})" if len(report.layers) > 1 else ""
+    return f"{percent(mean)} dropped on average{worst_of}"
+
+
+def _narrowest_cut(layers: Sequence[LayerReport]) -> float | None:
+    """The smallest gap at any layer's cut, as a share of its lowest kept saliency."""
+    gaps = [
+        1 - layer.max_pruned_saliency / layer.min_retained_saliency
+        for layer in _scored(layers)
+        if layer.max_pruned_saliency is not None and layer.min_retained_saliency
+    ]
+    return min(gaps, default=None)
+
+
+def _scored(layers: Sequence[LayerReport]) -> list[LayerReport]:
+    """Without the layers whose router norms stand in for a saliency they do not have."""
+    return [layer for layer in layers if layer.policy != MtpPolicy.ROUTER_NORM]

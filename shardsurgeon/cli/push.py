@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardsurgeon.cli.options import family_option, json_option, progress_option
-from shardsurgeon.cli.output import print_json, print_lines, shows_progress
-from shardsurgeon.cli.pushoptions import destination, push_options
-from shardsurgeon.cli.tables import as_typed, fact
-from shardsurgeon.operations.reports import PushReport
+from shardsurgeon.cli.options import (
+    destination,
+    family_option,
+    json_option,
+    progress_option,
+    push_options,
+)
+from shardsurgeon.cli.output import as_typed, fact, print_json, print_lines, shows_progress
 from shardsurgeon.units import counted, format_size
+
+if TYPE_CHECKING:
+    from shardsurgeon.operations.reports import PushReport
 
 
 @click.command("push")
@@ -43,11 +49,11 @@ def push_command(
       shardsurgeon push Kimi-K2.5-REAP-65pct me/Kimi-K2.5-REAP-65pct
       shardsurgeon push Kimi-K2.5-REAP-65pct me/pruned --private --revision 65pct
     """
-    from shardsurgeon.operations import publishing
+    from shardsurgeon.operations import push
 
     place = destination(repo_id, pushed)
     assert place is not None
-    report = publishing.push(pruned, place, family=family, bars=shows_progress(progress))
+    report = push.push(pruned, place, family=family, bars=shows_progress(progress))
     if as_json:
         print_json(asdict(report))
     else:

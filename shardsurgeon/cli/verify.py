@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
-from shardsurgeon.cli.output import byte_bar, print_json, print_lines
-from shardsurgeon.cli.tables import facts
+from shardsurgeon.cli.output import byte_bar, facts, print_json, print_lines
 from shardsurgeon.errors import VerificationError
-from shardsurgeon.operations.reports import ArchitectureReport, VerifyReport
 from shardsurgeon.units import counted, format_size, number_ranges
+
+if TYPE_CHECKING:
+    from shardsurgeon.verification.findings import ArchitectureReport, VerifyReport
 
 
 @click.command("verify")
@@ -56,10 +58,10 @@ def verify_command(
       shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct --sample 20
       shardsurgeon verify /models/Kimi-K2.5 Kimi-K2.5-REAP-65pct --architecture
     """
-    from shardsurgeon.operations import operations
+    from shardsurgeon.operations import verify
 
     with byte_bar(progress) as bar:
-        report = operations.verify(
+        report = verify.verify(
             source,
             pruned,
             sample=sample,

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Self
 
 from shardsurgeon.errors import OutputError
-from shardsurgeon.storage.base import SourceFile
-from shardsurgeon.storage.durable import write_all, write_file, writing
+from shardsurgeon.storage.files import write_all, write_file, writing
+from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.storage.system import System
 
 FORMAT = "shardsurgeon journal"

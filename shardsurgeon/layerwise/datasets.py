@@ -1,39 +1,120 @@
-"""Datasets opened: one part of a spec → its records, and the name that says which they are.
+"""Datasets: the words of `--dataset`, and the records that they name.
 
-Local .jsonl, .json and .txt files are read as they are. Parquet files, folders and datasets of
-the Hub go through the `datasets` library, which downloads, caches and maps them.
+    name            a dataset of the Hub, a local folder, or a .jsonl, .json, .parquet or .txt file
+    name[subset]    one of its subsets
+    name(split)     one of its splits
+    name@revision   as it was at a commit or tag of the Hub
+    name:n          n samples of it; parts without a number share what is left of --samples
+
+Parts are separated by commas. Local .jsonl, .json and .txt files are read here, one record at a
+time, and identified by their content, which is the same on every machine. Parquet files, folders
+and datasets of the Hub go through the `datasets` library.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import textwrap
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
-from shardsurgeon.errors import DatasetError
-from shardsurgeon.layerwise.localfiles import (
-    Record,
-    Records,
-    content_name,
-    json_lines,
-    json_list,
-    text_lines,
+from shardsurgeon.errors import DatasetError, UsageError
+from shardsurgeon.layerwise.settings import require
+from shardsurgeon.storage.files import BUFFER_NBYTES, read_exact, reading
+
+OPTION = "--dataset"
+DEFAULT_SAMPLES = 512
+
+_COUNT = re.compile(r"(?P<name>.+?):(?P<count>[0-9]+)")
+_NAME = re.compile(
+    r"(?P<name>[^\[\]()@]+)(?:@(?P<revision>[^\[\]()@]+))?"
+    r"(?:\[(?P<subset>[^\[\]]+)\])?(?:\((?P<split>[^()]+)\))?"
 )
-from shardsurgeon.layerwise.packages import require
-from shardsurgeon.layerwise.specs import DatasetPart
+_GRAMMAR = "write it like name:256, name[subset]:256, name(split):256 or file.jsonl:256"
+# Commas inside of brackets belong to a name.
+_PARTS = re.compile(r"(?:[^,\[(]|\[[^\]]*\]?|\([^)]*\)?)+|(?<=,)(?=,|\Z)|\A(?=,|\Z)")
 
-_READERS: dict[str, Callable[[Path], Records]] = {
-    ".jsonl": json_lines,
-    ".json": json_list,
-    ".txt": text_lines,
-}
 _PARQUET = ".parquet"
 # Either of them makes a folder one that `save_to_disk` wrote.
 _SAVED = ("state.json", "dataset_dict.json")
 _DEFAULT_SPLIT = "train"
+
+Record: TypeAlias = dict[str, Any] | str
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPart:
+    """One dataset of a spec; count: samples to draw from it, None where the spec does not say."""
+
+    name: str
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    count: int | None = None
+
+    @property
+    def words(self) -> str:
+        """How the spec names it, its number left out."""
+        words = self.name
+        words += f"@{self.revision}" if self.revision else ""
+        words += f"[{self.subset}]" if self.subset else ""
+        return words + (f"({self.split})" if self.split else "")
+
+
+def parse_spec(text: str, samples: int | None = None) -> tuple[DatasetPart, ...]:
+    """The parts of a spec, each with its count.
+
+    samples: of all parts together; None: what the spec says, or DEFAULT_SAMPLES where a part
+    does not say. Raises UsageError for words that are no spec, a dataset named twice, and
+    numbers that do not go together.
+    """
+    parts = [_part(piece.strip()) for piece in _PARTS.findall(text)]
+    names = [part.words for part in parts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(OPTION, f"names {name} {names.count(name)} times", "add them up")
+    return _share_out(parts, samples)
+
+
+def _part(piece: str) -> DatasetPart:
+    counted = _COUNT.fullmatch(piece)
+    name, count = (counted["name"], int(counted["count"])) if counted else (piece, None)
+    if count == 0:
+        raise UsageError(OPTION, f"'{piece}' asks for no sample", _GRAMMAR)
+    # What exists is a file or a folder, whatever signs its name has.
+    if name and Path(name).exists():
+        return DatasetPart(name, count=count)
+    match = _NAME.fullmatch(name)
+    if not match:
+        raise UsageError(OPTION, f"'{piece}' is not a dataset", _GRAMMAR)
+    return DatasetPart(**match.groupdict(), count=count)
+
+
+def _share_out(parts: Sequence[DatasetPart], samples: int | None) -> tuple[DatasetPart, ...]:
+    said = sum(part.count or 0 for part in parts)
+    silent = sum(part.count is None for part in parts)
+    if not silent:
+        if samples not in (None, said):
+            problem = f"the parts ask for {said:,} samples together, --samples for {samples:,}"
+            raise UsageError(OPTION, problem, "leave one of them out")
+        return tuple(parts)
+    left = (DEFAULT_SAMPLES if samples is None else samples) - said
+    if left < silent:
+        problem = f"of --samples {said + left:,} the parts with a number take {said:,}, {left:,}"
+        problem += f" are left for {silent}"
+        raise UsageError(OPTION, problem, "ask for more samples")
+    share, more = divmod(left, silent)
+    counts = iter([share + (number < more) for number in range(silent)])
+    return tuple(
+        replace(part, count=next(counts)) if part.count is None else part for part in parts
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,3 +238,97 @@ def _quietly(library: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             library.enable_progress_bars()
+
+
+"""The fields of a record, or a line of text."""
+
+
+class Records(Protocol):
+    """The records of a dataset, by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class Lines:
+    """Lines of a file that are not blank. Holds 24 bytes a line."""
+
+    def __init__(self, path: Path, parse: Callable[[str, str], Record]) -> None:
+        """parse: a line and where it stands, for messages → a record."""
+        self._path = path
+        self._parse = parse
+        self._begins, self._ends, self._numbers = array("Q"), array("Q"), array("Q")
+        at = 0
+        with reading(path), path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._begins.append(at)
+                    self._ends.append(at + len(line))
+                    self._numbers.append(number)
+                at += len(line)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> Record:
+        where = f"{self._path}, line {self._numbers[index]:,}"
+        with reading(self._path), FileIO(self._path) as file:
+            raw = read_exact(file, self._begins[index], self._ends[index], self._path)
+        try:
+            text = raw.decode("utf-8-sig" if self._begins[index] == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DatasetError(where, f"is not UTF-8 ({error.reason})", "convert it") from error
+        return self._parse(text.rstrip("\r\n"), where)
+
+
+def json_lines(path: Path) -> Records:
+    """A file with a JSON object a line."""
+    return Lines(path, _json_object)
+
+
+def text_lines(path: Path) -> Records:
+    """A file of text; each line that is not blank is a record."""
+    return Lines(path, lambda line, where: line)
+
+
+def json_list(path: Path) -> Sequence[Record]:
+    """A file that holds one JSON list of objects. Raises DatasetError for anything else."""
+    with reading(path):
+        raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(path, f"is not JSON ({error})", "is it .jsonl?") from error
+    if not isinstance(content, list):
+        raise DatasetError(path, "holds no JSON list of records", "is it .jsonl?")
+    for number, record in enumerate(content):
+        if not isinstance(record, dict | str):
+            raise DatasetError(path, f"record {number:,} is neither an object nor a text")
+    return content
+
+
+def content_name(path: Path) -> str:
+    """A file's name with the beginning of its SHA-256: `chats.jsonl@sha256:1f0c9ad2b4e6`."""
+    digest = hashlib.sha256()
+    with reading(path), path.open("rb") as file:
+        while block := file.read(BUFFER_NBYTES):
+            digest.update(block)
+    return f"{path.name}@sha256:{digest.hexdigest()[:12]}"
+
+
+def _json_object(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(where, f"is not JSON ({error})", "one JSON object a line") from error
+    if not isinstance(record, dict | str):
+        raise DatasetError(where, "is not a JSON object", "one JSON object a line")
+    return record
+
+
+_READERS: dict[str, Callable[[Path], Records]] = {
+    ".jsonl": json_lines,
+    ".json": json_list,
+    ".txt": text_lines,
+}

@@ -1,29 +1,216 @@
-"""Stored forms as the weights they stand for: plain, FP8, INT8, packed integers, FP4, FP6.
+"""Stored weights as numbers: plain, FP8, INT8, packed integers, FP4, FP6.
 
-Between `reading` and `loading`. A form is told by its names and dtypes, as the check of an
-architecture tells it; activations are not quantized, so that a layer computes with the weights
-as they are and with inputs at full width.
+A storage form is recognised by its names and dtypes, as in `checkpoint.quantization`. Activations
+are not quantized: a layer computes with its weights as they are and with inputs at full width. A
+packed INT4 weight can stay packed while transformers' own code multiplies with it, by the kernels
+of this project.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from shardsurgeon.checkpoint.grain import Grain, Shape, packed_words
+from shardsurgeon.checkpoint.quantization import Grain, Shape, packed_words
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.layerwise import packing
-from shardsurgeon.layerwise.packing import PackedInteger
-from shardsurgeon.layerwise.reading import DTYPES, TensorReader
+from shardsurgeon.layerwise.tensors import DTYPES, TensorReader
 from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+if TYPE_CHECKING:
+    from shardsurgeon_kernels import PackedInt4
+
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Where AutoAWQ puts the eight values of a word, from its lowest bits.
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInteger:
+    """A weight in compressed-tensors' pack-quantized layout.
+
+    packed: int32 [..., out, words]; scale: [..., out, groups]; zero_point: as the format stores
+    it, packed along the outputs, or None; order: int64 [in], the group of each input, or None
+    where groups are runs of group_size inputs (None: the whole row); shape: the weight's,
+    [..., out, in].
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    order: Tensor | None
+    bits: int
+    group_size: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the kernels know the layout: four bits, groups in runs, one matrix."""
+        return self.bits == 4 and self.order is None and math.prod(self.shape[:-2]) == 1
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight."""
+        if self.has_kernel:
+            from shardsurgeon_kernels import dequantize
+
+            return dequantize(self.for_kernels(), dtype).reshape(self.shape)
+        *_, rows, columns = self.shape
+        values = _unpacked(self.packed, self.bits, columns).float()
+        order = self.order
+        if order is None:
+            order = torch.arange(columns, device=values.device) // (self.group_size or columns)
+        if self.zero_point is not None:
+            zeros = self.zero_point
+            if zeros.dtype == torch.int32 and zeros.shape != self.scale.shape:
+                across = zeros.transpose(-1, -2)
+                zeros = _unpacked(across, self.bits, rows).transpose(-1, -2)
+            values = values - zeros.float()[..., order]
+        return (values * self.scale.float()[..., order]).to(dtype)
+
+    def for_kernels(self) -> PackedInt4:
+        """The same as the kernels take it."""
+        from shardsurgeon_kernels import PackedInt4
+
+        out, inputs = self.shape[-2:]
+        zeros = self.zero_point
+        return PackedInt4(
+            packed=self.packed.flatten(0, -2),
+            scale=self.scale.reshape(out, -1),
+            zero_point=zeros.flatten(0, -2) if zeros is not None else None,
+            shape=(out, inputs),
+            group_size=self.group_size,
+        )
+
+
+def _unpacked(words: Tensor, bits: int, width: int) -> Tensor:
+    """Signed integers [..., width] of words along the last axis, the lowest bits first."""
+    shifts = torch.arange(0, 32, bits, device=words.device)
+    values = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    return values.flatten(-2)[..., :width] - (1 << (bits - 1))
+
+
+def fp4(stored: Tensor) -> Tensor:
+    """FP4 (E2M1) pairs in bytes [..., n], the first value in the low half: [..., 2n]."""
+    table = torch.tensor([*_FP4, *(-value for value in _FP4)], device=stored.device)
+    # Through the bytes of it: int8 and float8 containers hold the same pairs.
+    codes = stored.view(torch.uint8)
+    pairs = torch.stack([codes & 15, codes >> 4], dim=-1)
+    return table[pairs.flatten(-2).int()]
+
+
+def fp6(packed: Tensor) -> Tensor:
+    """FP6 (E2M3), four values in three bytes: [..., 3n] → [..., 4n]."""
+    parts = packed.unflatten(-1, (-1, 3)).int()
+    word = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16
+    codes = torch.stack([word >> shift & 63 for shift in (0, 6, 12, 18)], dim=-1).flatten(-2)
+    return _fp6_values().to(packed.device)[codes]
+
+
+@cache
+def _fp6_values() -> Tensor:
+    below = [step / 8 for step in range(8)]
+    normal = [(1 + step / 8) * 2**power for power in range(3) for step in range(8)]
+    positive = [*below, *normal]
+    return torch.tensor([*positive, *(-value for value in positive)])
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """E8M0 scales held as bytes: powers of two, 127 being the zeroth."""
+    return torch.exp2(exponents.float() - 127)
+
+
+def awq(qweight: Tensor, qzeros: Tensor | None, scales: Tensor) -> Tensor:
+    """AutoAWQ: words [in, out / 8], zero points [groups, out / 8], scales [groups, out]."""
+    inputs, groups = qweight.shape[0], scales.shape[0]
+    values = _awq_integers(qweight)
+    order = torch.arange(inputs, device=values.device) // -(-inputs // groups)
+    zeros = _awq_integers(qzeros) if qzeros is not None else torch.full_like(values[:groups], 8)
+    return ((values - zeros[order]) * scales.float()[order]).t().contiguous()
+
+
+def _awq_integers(words: Tensor) -> Tensor:
+    values = (words[..., None] >> torch.arange(0, 32, 4, device=words.device)) & 15
+    return values[..., list(_AWQ_PLACES)].flatten(-2).float()
+
+
+def gptq(
+    qweight: Tensor,
+    qzeros: Tensor | None,
+    scales: Tensor,
+    order: Tensor | None,
+    bits: int,
+    *,
+    plus_one: bool,
+) -> Tensor:
+    """GPTQ: words [in · bits / 32, out], zero points [groups, out · bits / 32], scales
+    [groups, out]. plus_one: zero points are stored less 1."""
+    shifts = torch.arange(0, 32, bits, device=qweight.device)
+    top = (1 << bits) - 1
+    values = ((qweight[:, None, :] >> shifts[:, None]) & top).flatten(0, 1).float()
+    if order is None:
+        inputs, groups = values.shape[0], scales.shape[0]
+        order = torch.arange(inputs, device=values.device) // -(-inputs // groups)
+    if qzeros is None:
+        zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.float32)
+    else:
+        stored = ((qzeros[:, :, None] >> shifts) & top).flatten(1)
+        zeros = ((stored + int(plus_one)) & top).float()
+    return ((values - zeros[order]) * scales.float()[order]).t().contiguous()
+
+
+class PackedWeight:
+    """Packed matrices `[out, in]`, one below the other, in the place of a parameter [1, out, in].
+
+    Stands for `linear`'s weight [out, in] as well, whatever it is indexed with.
+    """
+
+    def __init__(self, parts: Sequence[PackedInteger], dtype: torch.dtype) -> None:
+        self._parts = [part.for_kernels() for part in parts]
+        self._whole = list(parts)
+        self.dtype = dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the parameter: one expert."""
+        return 1, sum(part.shape[0] for part in self._parts), self._parts[0].shape[1]
+
+    def __getitem__(self, expert: object) -> PackedWeight:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        arguments: tuple[Any, ...] = (),
+        named: dict[str, Any] | None = None,
+    ) -> Any:
+        named = named or {}
+        weight = arguments[1] if len(arguments) > 1 else None
+        if function is functional.linear and isinstance(weight, cls) and not named:
+            return weight.times(*arguments[:1], *arguments[2:])
+        unpacked = [item.unpacked() if isinstance(item, cls) else item for item in arguments]
+        return function(*unpacked, **named)
+
+    def times(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        """inputs [N, in] times the weight's transpose: [N, out]."""
+        from shardsurgeon_kernels import linear
+
+        made = torch.cat([linear(inputs, part) for part in self._parts], dim=-1)
+        return made if bias is None else made + bias
+
+    def unpacked(self) -> Tensor:
+        """The weight, [out, in]."""
+        return torch.cat([part.dequantize(self.dtype).flatten(0, -2) for part in self._whole])
 
 
 class Decoder:
@@ -112,7 +299,7 @@ class _Form:
         stored = self.rows.read(self.name)
         if stored.shape[-1] * 2 == self.shape[-1]:
             second = self._constant("scale_2", 1.0)
-            return self._scaled(packing.fp4(stored), scale) * second
+            return self._scaled(fp4(stored), scale) * second
         if self.rows.record(f"{self.name}_zero_point"):
             values = stored.float() - self._spread(self.rows.read(f"{self.name}_zero_point"))
             return self._scaled(values, scale)
@@ -146,8 +333,8 @@ class _Form:
         packed = self.rows.read(f"{self.name}_packed")
         scale = self._require("_scale")
         if packed.shape[-1] * 4 == self.shape[-1] * 3:
-            return self._scaled(packing.fp6(packed), scale)
-        values = self._scaled(packing.fp4(packed), scale)
+            return self._scaled(fp6(packed), scale)
+        values = self._scaled(fp4(packed), scale)
         return values / self._constant("global_scale", 1.0)
 
     def _words(self, stem: str) -> Tensor:
@@ -157,17 +344,17 @@ class _Form:
         order = self.rows.read(f"{stem}g_idx").long() if self.rows.record(f"{stem}g_idx") else None
         outputs, inputs = self.shape
         if qweight.shape == (inputs, outputs // 8):
-            return packing.awq(qweight, qzeros, scales)
+            return awq(qweight, qzeros, scales)
         bits = 32 * qweight.shape[0] // inputs
         if bits not in (2, 4, 8) or qweight.shape[1] != outputs:
             raise self._unknown(f"qweight {list(qweight.shape)} is no AWQ or GPTQ of 2, 4, 8 bits")
-        return packing.gptq(qweight, qzeros, scales, order, bits, plus_one=not self.gptq_v2)
+        return gptq(qweight, qzeros, scales, order, bits, plus_one=not self.gptq_v2)
 
     def _blocks(self) -> Tensor:
         """MXFP4 in blocks of 32, `[E, rows, blocks, 16]`: engines hold it columns by rows."""
         blocks = self.rows.read(f"{self.name}_blocks")
         exponents = self.rows.read(f"{self.name}_scales")
-        values = packing.fp4(blocks) * packing.powers(exponents)[..., None]
+        values = fp4(blocks) * powers(exponents)[..., None]
         return values.flatten(-2).transpose(-1, -2).contiguous()
 
     def _scale(self) -> Tensor | None:
@@ -194,7 +381,7 @@ class _Form:
 
     def _scaled(self, values: Tensor, scale: Tensor) -> Tensor:
         if scale.dtype == torch.uint8:
-            scale = packing.powers(scale)
+            scale = powers(scale)
         return values * self._spread(scale.float())
 
     def _spread(self, scale: Tensor) -> Tensor:

@@ -13,18 +13,17 @@ from dataclasses import replace
 import torch
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint.blueprint import quietly
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.transformers_model import quietly
 from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.experts import ExpertsAtWork, Recorder
+from shardsurgeon.layerwise.forward import Batch
 from shardsurgeon.layerwise.memory import MOST_BATCHES, Portions, free_memory, portions
-from shardsurgeon.layerwise.model import Model
-from shardsurgeon.layerwise.mtp import MtpLayer
-from shardsurgeon.layerwise.passing import Batch
-from shardsurgeon.layerwise.readahead import ReadAhead
+from shardsurgeon.layerwise.model import Model, MtpLayer
+from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.samples import Sample
 from shardsurgeon.layerwise.settings import LayerSink, Listener, Progress, Settings
-from shardsurgeon.layerwise.store import ActivationStore
+from shardsurgeon.layerwise.tensors import ReadAhead
 
 Chunk = list[list[int]]
 """Batches whose tokens each expert is read for once; a batch is the positions of its samples."""

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from shardsurgeon.errors import WorkError
 from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.decoding import PackedWeight
 from shardsurgeon.layerwise.memory import MOST_ROWS
-from shardsurgeon.layerwise.packedweight import PackedWeight
-from shardsurgeon.layerwise.textmodel import ExpertModule
+from shardsurgeon.layerwise.text_model import ExpertModule
 
 Parameters: TypeAlias = Mapping[str, Tensor | PackedWeight]
 

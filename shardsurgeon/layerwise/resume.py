@@ -1,34 +1,323 @@
-"""OUT.partial of a calibration: what is finished, so that the same command goes on from there.
-
-`run` opens it; `engine` hands the results of whole layers to it and keeps its activations in it.
-
-    OUT.partial/                the folder of `workplace`, with its lock and its journal
-        files/layer-00003.json  what all samples added up in layer 3; whole once it is there
-        files/activations.*     hidden states between two layers, of `store`
-
-The journal holds the fingerprint of the command: another command, or another state of the model,
-is refused.
-"""
+"""What a calibration keeps on disk: hidden states over the memory budget, and finished layers."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from shardsurgeon.errors import OutputError, ScoreError
+from shardsurgeon.errors import OutputError, OutputWriteError, ScoreError
 from shardsurgeon.execution.journal import Run
-from shardsurgeon.execution.workplace import Workplace, hold
+from shardsurgeon.execution.workdir import Workplace, hold
 from shardsurgeon.layerwise.accumulators import Accumulators
-from shardsurgeon.storage.durable import write_file, writing
+from shardsurgeon.storage.files import (
+    free_space,
+    read_into,
+    reserve_file,
+    write_all,
+    write_file,
+    writing,
+)
 from shardsurgeon.storage.system import System, default_system
+from shardsurgeon.units import format_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STATE = "activations.json"
+_PORTIONS = "portions.json"
 
 _LAYER = re.compile(r"layer-(\d{5,})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a generation lies: its number, dtype, the shape of one token's state, bytes of it."""
+
+    generation: int
+    dtype: str
+    row_shape: tuple[int, ...]
+    row_nbytes: int
+
+
+class _InMemory:
+    """A generation as one tensor a sample."""
+
+    def __init__(self, layout: _Layout) -> None:
+        self.layout = layout
+        self.states: dict[int, Tensor] = {}
+
+    def read(self, sample: int) -> Tensor:
+        return self.states[sample]
+
+    def write(self, sample: int, states: Tensor) -> None:
+        import torch
+
+        # A copy, for a view of a batch would hold all of the batch.
+        self.states[sample] = states.detach().to(
+            "cpu", copy=True, memory_format=torch.contiguous_format
+        )
+
+    def close(self) -> None:
+        self.states.clear()
+
+
+class _InFile:
+    """A generation as one file, sample after sample."""
+
+    def __init__(
+        self, layout: _Layout, begins: Sequence[int], path: Path, system: System, new: bool
+    ) -> None:
+        self.layout = layout
+        self._begins = begins
+        self._path = path
+        self._system = system
+        if new:
+            _reserve(path, begins[-1] * layout.row_nbytes, system)
+        with writing(path):
+            self._file = FileIO(path, "r+")
+
+    def read(self, sample: int) -> Tensor:
+        import torch
+
+        begin, end = self._begins[sample], self._begins[sample + 1]
+        layout = self.layout
+        buffer = bytearray((end - begin) * layout.row_nbytes)
+        at = begin * layout.row_nbytes
+        read_into(self._file, memoryview(buffer), at, self._path, self._system)
+        flat = torch.frombuffer(buffer, dtype=getattr(torch, layout.dtype))
+        return flat.reshape(end - begin, *layout.row_shape)
+
+    def write(self, sample: int, states: Tensor) -> None:
+        at = self._begins[sample] * self.layout.row_nbytes
+        write_all(self._file, _bytes(states), at, self._path, self._system)
+
+    def sync(self) -> None:
+        with writing(self._path):
+            self._system.sync_file(self._file)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ActivationStore:
+    """What the samples are between two layers. For one thread at a time; a context manager.
+
+    generation: None while nothing is there; g once the input of decoder layer g is there for
+    every sample, be it from this run or from one before it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        lengths: Sequence[int],
+        budget_nbytes: int,
+        system: System | None = None,
+    ) -> None:
+        """Take up what an earlier run left in the folder, which must exist.
+
+        lengths: tokens of each sample; budget_nbytes: two generations larger than that are kept
+        in files. Raises OutputWriteError and SourceReadError where the files cannot be used.
+        """
+        self._folder = folder
+        self._begins = _sums(lengths)
+        self._budget = budget_nbytes
+        self._system = system or default_system()
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="activations")
+        self._saving: Future[None] | None = None
+        self._written: set[int] = set()
+        self._next: _InMemory | _InFile | None = None
+        self._current = self._resume()
+
+    @property
+    def generation(self) -> int | None:
+        """Which decoder layer's input is there."""
+        return self._current.layout.generation if self._current else None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the states that are there are in memory."""
+        return isinstance(self._current, _InMemory)
+
+    def read(self, sample: int) -> Tensor:
+        """A sample's states of this generation, on the CPU: [tokens, ...]. Not to be changed."""
+        assert self._current is not None
+        return self._current.read(sample)
+
+    def write(self, sample: int, states: Tensor) -> None:
+        """Keep a sample's states for the next generation: [tokens, ...], on any device.
+
+        All samples of a generation have one dtype and, behind the tokens, one shape. Raises
+        OutputWriteError, also where the disk lacks the room for all samples.
+        """
+        if self._next is None:
+            self._next = self._begin(states)
+        layout = self._next.layout
+        tokens = self._begins[sample + 1] - self._begins[sample]
+        assert (tokens, *layout.row_shape) == tuple(states.shape)
+        assert _dtype_name(states) == layout.dtype
+        self._next.write(sample, states)
+        self._written.add(sample)
+
+    def advance(self) -> None:
+        """Go on to the next generation, which is whole now; the one before it is let go.
+
+        Raises OutputWriteError where this or an earlier generation could not be kept.
+        """
+        assert self._next is not None
+        assert len(self._written) == len(self._begins) - 1
+        self._wait()
+        if isinstance(self._next, _InFile):
+            self._next.sync()
+            self._record(self._next.layout)
+        else:
+            self._saving = self._saver.submit(self._save, self._next)
+        if self._current is not None:
+            self._current.close()
+        self._current, self._next = self._next, None
+        self._written.clear()
+
+    def portions(self, batch_size: int, chunk: int) -> tuple[int, int]:
+        """How samples pass a layer: as an earlier run had them pass, else as given, which is kept.
+
+        A machine that has another amount of memory free than before would cut them differently,
+        and float sums be rounded differently. Raises OutputWriteError.
+        """
+        path = self._folder / _PORTIONS
+        with suppress(OSError, ValueError):
+            match json.loads(path.read_bytes()):
+                case [int(before), int(size)] if before > 0 and size > 0:
+                    return before, size
+        write_file(path, json.dumps([batch_size, chunk]).encode(), self._system)
+        return batch_size, chunk
+
+    def close(self) -> None:
+        """Wait until what is whole is on the disk. Raises OutputWriteError where it cannot be."""
+        try:
+            self._wait()
+        finally:
+            self._saver.shutdown()
+            for states in (self._current, self._next):
+                if states is not None:
+                    states.close()
+            self._current = self._next = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # The failure on its way up is the one that counts.
+            with suppress(OutputWriteError):
+                self.close()
+
+    def _begin(self, states: Tensor) -> _InMemory | _InFile:
+        row = states[:1]
+        layout = _Layout(
+            generation=0 if self.generation is None else self.generation + 1,
+            dtype=_dtype_name(states),
+            row_shape=tuple(row.shape[1:]),
+            row_nbytes=row.numel() * row.element_size(),
+        )
+        if self._fits(layout):
+            return _InMemory(layout)
+        return _InFile(layout, self._begins, self._path(layout), self._system, new=True)
+
+    def _fits(self, layout: _Layout) -> bool:
+        return 2 * self._begins[-1] * layout.row_nbytes <= self._budget
+
+    def _path(self, layout: _Layout) -> Path:
+        return self._folder / f"activations.{layout.generation % 2}"
+
+    def _save(self, states: _InMemory) -> None:
+        layout = states.layout
+        path = self._path(layout)
+        _reserve(path, self._begins[-1] * layout.row_nbytes, self._system)
+        with writing(path):
+            file = FileIO(path, "r+")
+        with file:
+            for sample, begin in enumerate(self._begins[:-1]):
+                data = _bytes(states.states[sample])
+                write_all(file, data, begin * layout.row_nbytes, path, self._system)
+            with writing(path):
+                self._system.sync_file(file)
+        self._record(layout)
+
+    def _wait(self) -> None:
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def _record(self, layout: _Layout) -> None:
+        content = {**asdict(layout), "tokens": self._begins[-1]}
+        write_file(self._folder / _STATE, json.dumps(content).encode(), self._system)
+
+    def _resume(self) -> _InMemory | _InFile | None:
+        """The generation that was recorded last; None where none is there whole."""
+        try:
+            content = json.loads((self._folder / _STATE).read_bytes())
+            tokens = content.pop("tokens")
+            layout = _Layout(**{**content, "row_shape": tuple(content["row_shape"])})
+            nbytes = self._path(layout).stat().st_size
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        if tokens != self._begins[-1] or nbytes != tokens * layout.row_nbytes:
+            return None
+        states = _InFile(layout, self._begins, self._path(layout), self._system, new=False)
+        if not self._fits(layout):
+            return states
+        loaded = _InMemory(layout)
+        try:
+            for sample in range(len(self._begins) - 1):
+                loaded.states[sample] = states.read(sample)
+        finally:
+            states.close()
+        return loaded
+
+
+def _reserve(path: Path, nbytes: int, system: System) -> None:
+    """Make the file that long, or say how much room is missing. Raises OutputWriteError."""
+    held = path.stat().st_size if path.exists() else 0
+    free = free_space(path.parent, system) + held
+    if free < nbytes:
+        raise OutputWriteError(
+            path,
+            f"activations between two layers take {format_size(nbytes)}, {format_size(free)} "
+            "are free there",
+            "free some space there or give fewer samples",
+        )
+    reserve_file(path, nbytes, system)
+
+
+def _bytes(states: Tensor) -> memoryview:
+    """The bytes of a tensor in order, whatever its dtype: numpy has no bfloat16."""
+    import torch
+
+    flat = states.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def _dtype_name(states: Tensor) -> str:
+    return str(states.dtype).removeprefix("torch.")
+
+
+def _sums(lengths: Sequence[int]) -> list[int]:
+    """Where each sample begins, in tokens, and at the end where the last one ends."""
+    begins = [0]
+    for length in lengths:
+        begins.append(begins[-1] + length)
+    return begins
 
 
 class FinishedLayers:

@@ -1,7 +1,4 @@
-"""`calibrate`: the operation. Introduces datasets, engine and score file to one another.
-
-Everything that can be refused is refused before the first layer is read.
-"""
+"""`calibrate` from its request to its report: samples, limits, layers, score file."""
 
 from __future__ import annotations
 
@@ -9,33 +6,49 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from shardsurgeon import __version__
+from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint.checkpoint import CONFIG_NAME, Checkpoint
-from shardsurgeon.checkpoint.opening import open_model
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.config import config_section
+from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.execution.journal import Run
-from shardsurgeon.layerwise.calibrationfile import Calibration, read_calibration
-from shardsurgeon.layerwise.drawing import Draw, draw_samples
-from shardsurgeon.layerwise.limits import check_vocabulary, own_dtype, sample_length
-from shardsurgeon.layerwise.merging import merge
-from shardsurgeon.layerwise.packages import require_packages, versions
-from shardsurgeon.layerwise.resume import PartialCalibration, partial_calibration
-from shardsurgeon.layerwise.samples import Sample, samples_sha256, total_tokens
-from shardsurgeon.layerwise.settings import Listener, Progress, Settings
-from shardsurgeon.layerwise.specs import parse_spec
-from shardsurgeon.layerwise.store import ActivationStore
-from shardsurgeon.layerwise.tokenizerfiles import tokenizer_folder
-from shardsurgeon.layerwise.tokenizing import Tokenizer
-from shardsurgeon.scores.writing import check_out, check_samples, write_scores
-from shardsurgeon.storage.durable import reading
+from shardsurgeon.layerwise.calibration_file import Calibration, merge, read_calibration
+from shardsurgeon.layerwise.datasets import parse_spec
+from shardsurgeon.layerwise.resume import ActivationStore, PartialCalibration, partial_calibration
+from shardsurgeon.layerwise.samples import (
+    Draw,
+    Sample,
+    Tokenizer,
+    draw_samples,
+    samples_sha256,
+    tokenizer_folder,
+    total_tokens,
+)
+from shardsurgeon.layerwise.settings import (
+    DTYPES,
+    Listener,
+    Progress,
+    Settings,
+    require_packages,
+    versions,
+)
+from shardsurgeon.scores.files import check_out, check_samples, write_scores
+from shardsurgeon.storage.files import reading
+from shardsurgeon.storage.formats.index import CONFIG_NAME
 
 # Where the machine does not say what it has.
 _SMALL_BUDGET = 4 * 10**9
+
+DEFAULT_MAX_LENGTH = 2048
+
+_POSITIONS = ("max_position_embeddings", "model_max_length", "max_sequence_length", "seq_length")
+_DTYPE = ("dtype", "torch_dtype")
+_FALLBACK_DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,3 +281,45 @@ def _report(
         seconds=seconds,
         notes=tuple(notes),
     )
+
+
+def sample_length(checkpoint: Checkpoint, anatomy: Anatomy, asked: int | None) -> int:
+    """Tokens that a sample is cut to. Raises UsageError where the model allows fewer."""
+    allowed = next(_numbers(checkpoint, anatomy, _POSITIONS), None)
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, allowed or DEFAULT_MAX_LENGTH)
+    if allowed is not None and asked > allowed:
+        problem = f"samples of {asked:,} tokens are longer than the {allowed:,} that "
+        problem += f"{checkpoint.source.name} allows"
+        raise UsageError("--max-length", problem, f"give {allowed} or less")
+    return asked
+
+
+def check_vocabulary(checkpoint: Checkpoint, anatomy: Anatomy, samples: Sequence[Sample]) -> None:
+    """Raise UsageError where a sample has a token that the model does not know."""
+    size = next(_numbers(checkpoint, anatomy, ("vocab_size",)), None)
+    for sample in samples:
+        highest = int(sample.ids.max())
+        if size is not None and highest >= size:
+            problem = f"gives token {highest:,} in {sample.source}, record {sample.index:,}, and "
+            problem += f"the model has {size:,}"
+            raise UsageError("--tokenizer", problem, "give the tokenizer of this model")
+
+
+def own_dtype(checkpoint: Checkpoint, anatomy: Anatomy) -> str:
+    """The dtype that the config says the model is of; bfloat16 where it says none of ours."""
+    said = (value for value in _values(checkpoint, anatomy, _DTYPE) if value in DTYPES)
+    return str(next(said, _FALLBACK_DTYPE))
+
+
+def _numbers(checkpoint: Checkpoint, anatomy: Anatomy, keys: Sequence[str]) -> Iterator[int]:
+    for value in _values(checkpoint, anatomy, keys):
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            yield value
+
+
+def _values(checkpoint: Checkpoint, anatomy: Anatomy, keys: Sequence[str]) -> Iterator[object]:
+    """Values of the keys, in the sections of the language model first, then at the top."""
+    for at in (*anatomy.family.config.at, ""):
+        section = config_section(checkpoint.settings, at) or {}
+        yield from (section[key] for key in keys if key in section)

@@ -1,20 +1,61 @@
-"""Samples: what is pushed through the model, and how it is written down.
-
-`drawing` makes them from datasets; `engine` takes them; the score file keeps the list, so that a
-calibration can be repeated, extended, or merged with one that shares no sample with it.
-"""
+"""Samples: records drawn by a seed, turned into text by the chat template, and tokenized."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardsurgeon.checkpoint.transformers_model import quietly
+from shardsurgeon.errors import DatasetError, UsageError
+from shardsurgeon.layerwise.datasets import DatasetPart, OpenDataset, Record, open_dataset
+from shardsurgeon.layerwise.settings import require
+from shardsurgeon.storage.files import writing
+from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
+from shardsurgeon.storage.source import Source
+
 SampleEntry: TypeAlias = tuple[str, int, int]
+
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("query", "answers"),
+    ("problem", "solution"),
+    ("input", "output"),
+)
+_TEXTS = ("text", "content", "code", "raw_content", "prompt")
+# Of two answers the better one: messages, or both sides in one text.
+_PREFERENCES = ("chosen",)
+# Behind an instruction, what it is about.
+_ABOUT = ("input", "context")
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_FIELD = "--field"
+
+Message = dict[str, Any]
+
+_OPTION = "--tokenizer"
+_TRUST = "--trust-remote-code"
+
+# Vocabularies, merges, templates and the code of some tokenizers; sizes from sentencepiece
+# models down. Weights have other endings.
+_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
+
 """Source, record index, tokens: how a score file lists a sample."""
 
 
@@ -53,3 +94,310 @@ def samples_sha256(samples: Iterable[Sample]) -> str:
         digest.update(f"{sample.source}\n{sample.index}\n{sample.num_tokens}\n".encode())
         digest.update(sample.ids.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How samples are made of records.
+
+    seed: decides the order; max_length: tokens that a sample is cut to; field: the only field
+    to look at, None for those that are known; taken: (source, record index) of samples that
+    another calibration has already.
+    """
+
+    seed: int
+    max_length: int
+    field: str | None = None
+    taken: Collection[tuple[str, int]] = ()
+
+
+def draw_samples(parts: Sequence[DatasetPart], tokenizer: Tokenizer, draw: Draw) -> list[Sample]:
+    """The samples of all parts, in order of the parts.
+
+    Records without a single token are passed over. Raises DatasetError for a dataset that is
+    missing, empty, not to be understood, or has fewer records than are asked of it.
+    """
+    samples: list[Sample] = []
+    for part in parts:
+        samples += _draw_part(open_dataset(part), tokenizer, draw)
+    return samples
+
+
+def _draw_part(dataset: OpenDataset, tokenizer: Tokenizer, draw: Draw) -> list[Sample]:
+    count = dataset.part.count
+    assert count is not None
+    samples: list[Sample] = []
+    for sample in _in_order(dataset, tokenizer, draw):
+        samples.append(sample)
+        if len(samples) == count:
+            return samples
+    raise _too_few(dataset, len(samples), draw)
+
+
+def _in_order(dataset: OpenDataset, tokenizer: Tokenizer, draw: Draw) -> Iterator[Sample]:
+    for index in _order(len(dataset.records), draw.seed, dataset.source).tolist():
+        if (dataset.source, index) in draw.taken:
+            continue
+        where = f"{dataset.part.words}, record {index:,}"
+        said = read_record(dataset.records[index], where, draw.field)
+        ids = tokenizer.encode(said, where)[: draw.max_length]
+        if len(ids):
+            yield Sample(ids, dataset.source, index)
+
+
+def _order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
+    """Every record once. Made of raw bits, which numpy promises to be the same for ever."""
+    digest = np.frombuffer(hashlib.sha256(source.encode()).digest(), "<u4")
+    bits = np.random.PCG64([seed, *digest.tolist()])
+    return np.argsort(bits.random_raw(num_records), kind="stable").astype(np.int64)
+
+
+def _too_few(dataset: OpenDataset, found: int, draw: Draw) -> DatasetError:
+    part, records = dataset.part, len(dataset.records)
+    taken = sum(source == dataset.source for source, _ in draw.taken)
+    problem = f"has {records:,} records, of which {found:,} can be drawn"
+    if taken:
+        problem += f" ({taken:,} are in the calibration that is extended)"
+    problem += f"; {part.count:,} samples were asked for"
+    if not found:
+        return DatasetError(part.words, problem, "give another dataset")
+    return DatasetError(part.words, problem, f"ask for {found:,} (--samples, or name:{found})")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as chat templates take them, and the tools that they may call, if any."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+
+
+def read_record(record: Record, where: str, field: str | None = None) -> Conversation | str:
+    """The conversation or the text of a record.
+
+    where: the record, for messages; field: the only field to look at. Raises DatasetError where
+    none of the known fields is there, or one holds what it should not.
+    """
+    if isinstance(record, str):
+        return record
+    if field is not None:
+        return _one_field(record, field, where)
+    for name in _CONVERSATIONS:
+        if record.get(name):
+            return Conversation(_messages(record[name], name, where), _tools(record))
+    for first, second in _PAIRS:
+        if record.get(first) and isinstance(record.get(second), str | list):
+            return Conversation(_pair(record, first, second, where), _tools(record))
+    for name in (*_PREFERENCES, *_TEXTS):
+        if _are_messages(_unpacked(record.get(name))):
+            return Conversation(_messages(record[name], name, where), _tools(record))
+        if isinstance(record.get(name), str):
+            return str(record[name])
+    fields = ", ".join(map(str, record)) or "none"
+    problem = f"has no field that is known to hold a conversation or a text; its fields: {fields}"
+    raise DatasetError(where, problem, f"name one with {_FIELD}")
+
+
+def _one_field(record: dict[str, Any], field: str, where: str) -> Conversation | str:
+    if field not in record:
+        fields = ", ".join(map(str, record)) or "none"
+        raise DatasetError(where, f"has no field '{field}'; its fields: {fields}", _FIELD)
+    value = record[field]
+    if _are_messages(_unpacked(value)):
+        return Conversation(_messages(value, field, where), _tools(record))
+    if isinstance(value, str):
+        return value
+    kind = type(value).__name__
+    raise DatasetError(where, f"field '{field}' holds {kind}, no text and no messages")
+
+
+def _pair(record: dict[str, Any], first: str, second: str, where: str) -> list[Message]:
+    """What is asked and what is answered; either may be messages already."""
+    asked = _messages_or_text(record[first], "user", first, where)
+    answered = _messages_or_text(record[second], "assistant", second, where)
+    about = next(
+        (record[name] for name in _ABOUT if name not in (first, second) and name in record), ""
+    )
+    if isinstance(about, str) and about.strip() and len(asked) == 1:
+        asked = [{**asked[0], "content": f"{asked[0]['content']}\n\n{about}"}]
+    system = record.get("system") or record.get("system_prompt")
+    opening = [{"role": "system", "content": system}] if isinstance(system, str) else []
+    return [*opening, *asked, *answered]
+
+
+def _messages_or_text(value: Any, role: str, name: str, where: str) -> list[Message]:
+    if _are_messages(_unpacked(value)):
+        return _messages(value, name, where)
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    kind = type(value).__name__
+    raise DatasetError(where, f"field '{name}' holds {kind}, no text and no messages")
+
+
+def _messages(value: Any, name: str, where: str) -> list[Message]:
+    """Messages in the form of templates, from either of the two forms that datasets use."""
+    listed = _unpacked(value)
+    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+        kind = type(listed).__name__
+        raise DatasetError(where, f"field '{name}' holds {kind}, not a list of messages")
+    return [_message(item, name, where) for item in listed]
+
+
+def _message(item: dict[str, Any], name: str, where: str) -> Message:
+    role = item.get("role") or item.get("from")
+    if not isinstance(role, str):
+        raise DatasetError(where, f"field '{name}' holds a message without a role")
+    # Tables give every message every field; those that a message lacks are None.
+    kept = {key: part for key, part in item.items() if part is not None}
+    content = kept.pop("content", kept.pop("value", ""))
+    kept.pop("from", None)
+    message: Message = {**kept, "role": _ROLES.get(role, role), "content": _plain(content)}
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        message["tool_calls"] = [_tool_call(call) for call in calls]
+    return message
+
+
+def _plain(content: Any) -> Any:
+    """A content of nothing but parts of text as one text: few templates take parts."""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "\n".join(part["text"] for part in content)
+    return content
+
+
+def _tool_call(call: Any) -> Any:
+    """A call whose arguments are an object, as templates write them out."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _tools(record: dict[str, Any]) -> list[Any] | None:
+    tools = _unpacked(record.get("tools"))
+    return tools if isinstance(tools, list) and tools else None
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+    )
+
+
+def _unpacked(value: Any) -> Any:
+    """A list that a dataset stores as the text of its JSON; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            unpacked = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if isinstance(unpacked, list) and all(isinstance(item, dict) for item in unpacked):
+            return unpacked
+    return value
+
+
+class Tokenizer:
+    """A tokenizer of transformers with its chat template."""
+
+    def __init__(
+        self, place: str | PathLike[str], *, name: str = "", trust_remote_code: bool = False
+    ) -> None:
+        """place: a folder, or a model of the Hub; name: what messages call it instead.
+
+        Raises UsageError where there is no tokenizer, or it cannot be read.
+        """
+        transformers = require("transformers")
+        self.place = name or str(place)
+        if not trust_remote_code and _is_code(Path(place)):
+            problem = f"the tokenizer of {self.place} is code that its folder ships"
+            raise UsageError(_OPTION, problem, f"read it, then allow it with {_TRUST}")
+        with quietly():
+            self._tokenizer = _load(transformers, str(place), self.place, trust_remote_code)
+        # Where the config names a known model, a missing tokenizer is made up, and knows no word.
+        if not self._tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise _unreadable(self.place)
+
+    def encode(self, said: Conversation | str, where: str) -> NDArray[np.int64]:
+        """The ids of a conversation, by the chat template, or of a text, as the model reads it.
+
+        where: the record, for messages. Raises DatasetError where the template refuses the
+        conversation, UsageError where there is no template.
+        """
+        is_chat = isinstance(said, Conversation)
+        text = self._render(said, where) if isinstance(said, Conversation) else said
+        # A template writes the special tokens itself.
+        encoded = self._tokenizer(text, add_special_tokens=not is_chat, verbose=False)
+        return np.asarray(encoded["input_ids"], np.int64)
+
+    def _render(self, conversation: Conversation, where: str) -> str:
+        if not self._tokenizer.chat_template:
+            problem = f"{self.place} has no chat template, and {where} is a conversation"
+            raise UsageError(_OPTION, problem, "name a tokenizer with one, or give texts")
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                conversation.messages, tools=conversation.tools, tokenize=False
+            )
+        # A template is a program, and raises what it likes.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            problem = f"does not go through the chat template ({reason})"
+            raise DatasetError(where, problem, "leave the record out or mend it") from error
+        return text
+
+
+def _load(transformers: Any, place: str, name: str, trust_remote_code: bool) -> Any:
+    load = transformers.AutoTokenizer.from_pretrained
+    try:
+        return load(place, trust_remote_code=trust_remote_code)
+    # Tokenizers, and the configs beside them, are read by whatever code their classes have.
+    except Exception as error:
+        # A config that transformers cannot read is no fault of the tokenizer: try without.
+        with suppress(Exception):
+            empty = transformers.PreTrainedConfig()
+            return load(place, config=empty, trust_remote_code=trust_remote_code)
+        raise _unreadable(name, error) from error
+
+
+def _is_code(folder: Path) -> bool:
+    """Whether a folder's tokenizer is a class of its own, without a form that needs none."""
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_bytes())
+        own = "AutoTokenizer" in said.get("auto_map", {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+    return own and not (folder / "tokenizer.json").exists()
+
+
+def _unreadable(place: str, error: Exception | None = None) -> UsageError:
+    problem = f"{place} has no tokenizer that transformers can read"
+    if error is not None:
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+        problem += f" ({said})"
+    return UsageError(_OPTION, problem, f"name a folder that has one with {_OPTION}")
+
+
+@contextmanager
+def tokenizer_folder(source: Source) -> Iterator[Path]:
+    """The model's own folder or, where it is far, copies of its small files for a while.
+
+    Raises what reading the source raises, and OutputWriteError where there is no room for them.
+    """
+    config = source.local_path(CONFIG_NAME)
+    if config is not None:
+        yield config.parent
+        return
+    with TemporaryDirectory() as name:
+        for file in source.list():
+            if "/" not in file.name and file.name.endswith(_ENDINGS) and file.name != INDEX_NAME:
+                copy = Path(name, file.name)
+                with writing(copy):
+                    copy.write_bytes(source.read(file.name, 0, file.nbytes))
+        yield Path(name)

@@ -1,14 +1,12 @@
-"""How a calibration runs, what it is told of on its way, and where its results go.
-
-The words that `run`, the command line and `engine` share. Light: nothing here needs torch.
-"""
+"""What decides the result of a calibration, and the packages that it needs."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.accumulators import Accumulators
@@ -17,6 +15,9 @@ BatchSize: TypeAlias = int | Literal["auto"]
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+INSTALL = "pip install 'shardsurgeon[calibrate]'"
+_NEEDED = ("torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +76,25 @@ class LayerSink(Protocol):
     def done_layers(self) -> set[int]:
         """The layers that are kept already, by an earlier run too."""
         ...
+
+
+def require(name: str) -> Any:
+    """Import a package. Raises UsageError, saying what to install, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = error.name or name
+        raise UsageError(
+            "calibrate", f"needs {missing}, which is not installed", INSTALL
+        ) from error
+
+
+def require_packages() -> None:
+    """Raise UsageError where a package that every calibration needs is missing."""
+    for name in _NEEDED:
+        require(name)
+
+
+def versions() -> dict[str, str]:
+    """Package → version, of those that the numbers of a calibration depend on."""
+    return {name: str(require(name).__version__) for name in _NEEDED}

@@ -1,4 +1,4 @@
-"""The commands for notebooks and pipelines: the same rooms, called with plain arguments."""
+"""The commands for notebooks and pipelines, called with plain arguments."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TypeVar
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import UsageError
-from shardsurgeon.execution.progress import Listener
-from shardsurgeon.operations import operations
-from shardsurgeon.operations.naming import require_apart
-from shardsurgeon.operations.operations import Pruning
-from shardsurgeon.operations.reports import ApplyReport, PushReport, VerifyReport
-from shardsurgeon.pruning.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
-from shardsurgeon.scores.scores import Scores
+from shardsurgeon.execution.workers import Listener
+from shardsurgeon.operations import prune
+from shardsurgeon.operations import verify as verification
+from shardsurgeon.operations.prune import Pruning, require_apart
+from shardsurgeon.operations.reports import ApplyReport, PushReport
+from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.scores.table import Scores
 from shardsurgeon.units import parse_size
+from shardsurgeon.verification.findings import VerifyReport
 
 AnyPath = str | PathLike[str]
 _Choice = TypeVar("_Choice", Rounding, MtpPolicy, Allocation)
@@ -60,7 +61,7 @@ def plan(
         allow_nonuniform=allow_nonuniform,
     )
     limit = _nbytes(max_shard_size, "max_shard_size")
-    return operations.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit)
+    return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit)
 
 
 def apply(
@@ -92,10 +93,10 @@ def apply(
         require_apart(plan.checkpoint, plan.out)
     repo_id = stream_push if stream_push is not None else push_to_hub
     if repo_id is None:
-        return operations.carry_out(
+        return prune.carry_out(
             plan, workers=workers, verify=verify, restart=restart, progress=on_progress
         )
-    from shardsurgeon.operations import publishing
+    from shardsurgeon.operations import push as publishing
 
     return publishing.carry_out(
         plan,
@@ -125,7 +126,7 @@ def push(
     source's own. A rerun uploads nothing twice. Raises CheckpointError where the folder is no
     complete prune, UsageError where the Hub refuses, PublishError where the upload fails.
     """
-    from shardsurgeon.operations import publishing
+    from shardsurgeon.operations import push as publishing
 
     place = publishing.Destination(repo_id, private, revision, create_pr, *_card(card))
     return publishing.push(pruned, place)
@@ -144,7 +145,7 @@ def verify(
     architecture: check as well that transformers' model of the pruned config takes exactly
     these tensors.
     """
-    return operations.verify(source, pruned, sample=sample, architecture=architecture)
+    return verification.verify(source, pruned, sample=sample, architecture=architecture)
 
 
 def _nbytes(size: int | str | None, option: str) -> int | None:

@@ -1,8 +1,12 @@
-"""What the commands have to say, as plain frozen values. `--json` prints exactly these."""
+"""What the commands report, as plain frozen values. `--json` prints exactly these."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from shardsurgeon.pruning.analysis import Cut, ShownLayerReport
+from shardsurgeon.pruning.report import PlanReport
+from shardsurgeon.verification.findings import VerifyReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,110 +39,6 @@ class InspectReport:
     sizes_at: dict[str, int]
     notes: tuple[str, ...]
     num_experts_per_layer: dict[int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One MoE layer of a plan.
-
-    min_retained_saliency, max_pruned_saliency: at the cut, preserved experts left out; None
-    where there is no saliency. saliency_dropped: share of the layer's saliency that goes, 0 to
-    1; saliency_dropped_uniform: the same had every layer kept as many, None without --allocate
-    global. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
-    """
-
-    layer: int
-    is_mtp: bool
-    kept: int
-    pruned: int
-    preserved: int
-    never_routed: int
-    min_retained_saliency: float | None
-    max_pruned_saliency: float | None
-    saliency_dropped: float | None
-    policy: str
-    saliency_dropped_uniform: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PlanReport:
-    """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
-
-    ratio: as asked for, None where the selection was no ratio. num_experts_before, _after: of the
-    largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
-    `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
-    where the storage format hides them.
-    """
-
-    model: str
-    selection: str
-    ratio: float | None
-    rounding: str | None
-    metric: str | None
-    num_experts_before: int
-    num_experts_after: int
-    layers: tuple[LayerReport, ...]
-    mtp_dropped: bool
-    total_size_before: int
-    total_size_after: int
-    total_parameters_before: int | None
-    total_parameters_after: int | None
-    shards_before: int
-    shards_after: int
-    space_needed: int
-    out: str
-    notes: tuple[str, ...]
-    allocate: str = "uniform"
-    stock_engines: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ArchitectureReport:
-    """How a pruned checkpoint fits the model that an engine builds from its config.
-
-    engine: name and version; model_class: what it built; parameters: how many parameters and
-    buffers that expects; tensors: how many the checkpoint holds; mtp_layers: MTP layers whose
-    experts were compared with a main layer's, because the engine does not read them;
-    unchecked: tensors that the engine does not read, layer and expert numbers as `*`;
-    differences: the first ones, one clear line each.
-    """
-
-    engine: str
-    model_class: str
-    parameters: int
-    tensors: int
-    mtp_layers: tuple[int, ...]
-    unchecked: tuple[str, ...]
-    differences: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What a verification compared. differences: the first ones, one clear line each.
-
-    sampled: tensors per shard whose bytes were compared, None for all of them.
-    architecture: None where it was not asked for.
-    """
-
-    source: str
-    pruned: str
-    sampled: int | None
-    tensors: int
-    tensors_compared: int
-    bytes_compared: int
-    differences: tuple[str, ...]
-    architecture: ArchitectureReport | None = None
-
-    @property
-    def all_differences(self) -> tuple[str, ...]:
-        """Those from the source, then those from what the engine builds."""
-        built = self.architecture.differences if self.architecture is not None else ()
-        return self.differences + built
-
-    @property
-    def holds(self) -> bool:
-        """Whether no difference was found."""
-        return not self.all_differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,59 +125,6 @@ class BaselineReport:
 
 
 @dataclass(frozen=True, slots=True)
-class GapReport:
-    """The widest gap in a layer's order of saliency.
-
-    removed: experts below it; factor: the saliency above it over the one below, infinite (in
-    JSON null) above a zero.
-    """
-
-    removed: int
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class ShownLayerReport:
-    """One layer of a score file.
-
-    layer: its number, or as the file names it; is_mtp: None where no model says it. min, median,
-    max: over finite scores, None without any. never_routed: ids that no token reached;
-    super_experts, preserved: ids with extreme activations, and those that the file marks with
-    +inf. removable: share of the saliency (as text) → experts that can go at no more than that
-    cost; empty where shares mean nothing.
-    """
-
-    layer: int | str
-    is_mtp: bool | None
-    num_experts: int
-    min: float | None
-    median: float | None
-    max: float | None
-    never_routed: tuple[int, ...]
-    super_experts: tuple[int, ...]
-    preserved: tuple[int, ...]
-    removable: dict[str, int]
-    gap: GapReport | None
-
-
-@dataclass(frozen=True, slots=True)
-class CutReport:
-    """The largest cut, alike in every layer, that costs a mean share of at most `limit`.
-
-    ratio: for `--ratio`; removed, kept: experts of the largest layers; mean_lost, worst_lost:
-    share of the saliency that goes, over all layers and in `worst_layer`.
-    """
-
-    limit: float
-    ratio: float
-    removed: int
-    kept: int
-    mean_lost: float
-    worst_lost: float
-    worst_layer: int | str
-
-
-@dataclass(frozen=True, slots=True)
 class ScoresReport:
     """What a score file says. model: the model it was looked at with, None without one.
 
@@ -292,7 +139,7 @@ class ScoresReport:
     metrics: tuple[str, ...]
     num_experts: int
     layers: tuple[ShownLayerReport, ...]
-    cuts: tuple[CutReport, ...]
+    cuts: tuple[Cut, ...]
     super_experts_known: bool
     facts: dict[str, str | int | float | bool] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
@@ -312,48 +159,3 @@ class WrittenScoresReport:
     metrics: tuple[str, ...]
     samples: int | None
     tokens: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class OverlapReport:
-    """What the keep-lists of two score files share at one ratio.
-
-    kept: experts in each list; share: of a list in the other; jaccard: common / in either. A mean
-    over layers has kept None where layers differ.
-    """
-
-    kept: int | None
-    share: float
-    jaccard: float
-
-
-@dataclass(frozen=True, slots=True)
-class ComparedLayerReport:
-    """How two score files agree in one layer; a correlation is None where a file ranks nothing.
-
-    overlaps: ratio (as text) → the keep-lists.
-    """
-
-    layer: int | str
-    num_experts: int
-    spearman: float | None
-    kendall: float | None
-    overlaps: dict[str, OverlapReport]
-
-
-@dataclass(frozen=True, slots=True)
-class ComparisonReport:
-    """How two score files agree in the layers that both have.
-
-    mean: over those, its `layer` is "mean"; only_a, only_b: layers of one file alone.
-    """
-
-    a: str
-    b: str
-    metric_a: str
-    metric_b: str
-    ratios: tuple[float, ...]
-    layers: tuple[ComparedLayerReport, ...]
-    mean: ComparedLayerReport
-    only_a: tuple[int | str, ...] = ()
-    only_b: tuple[int | str, ...] = ()

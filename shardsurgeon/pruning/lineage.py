@@ -20,8 +20,8 @@ from shardsurgeon.checkpoint.provenance import (
     Step,
 )
 from shardsurgeon.errors import CheckpointError, ScoreError
-from shardsurgeon.pruning.counts import SelectionRequest
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.request import SelectionRequest
 
 if TYPE_CHECKING:
     import numpy as np

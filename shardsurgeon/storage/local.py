@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardsurgeon.errors import CheckpointError
-from shardsurgeon.storage.base import PIECE_NBYTES, SKIPPED_FOLDERS, SourceFile, leads_out
-from shardsurgeon.storage.durable import read_exact, reading
+from shardsurgeon.storage.files import read_exact, reading
+from shardsurgeon.storage.source import PIECE_NBYTES, SKIPPED_FOLDERS, SourceFile, leads_out
 
 
 class LocalSource:

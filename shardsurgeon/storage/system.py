@@ -1,11 +1,8 @@
 """Calls that only some operating systems have, each beside a twin that works anywhere.
 
-The lowest room of execution: `durable` and `journal` go through a `System`, so that the choice
-between kernel and portable ways is made once, in `native`, and tests run both and inject faults.
-
-Files are unbuffered `FileIO` objects; offsets and sizes are bytes. Every call raises plain
-`OSError`; `durable` translates. At the end stands what the host says of its memory, for
-`calibration`.
+The choice between kernel and portable ways is made once, in `native`; tests run both and inject
+faults. Files are unbuffered `FileIO` objects; offsets and sizes are bytes. Every call raises plain
+`OSError`, which `files` translates.
 """
 
 from __future__ import annotations
@@ -276,63 +273,3 @@ else:
 
 def _free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
-
-
-def free_host_memory() -> int | None:
-    """Bytes of memory that this process may still take; None where that cannot be told."""
-    limits = [limit for limit in (_available_memory(), _group_memory()) if limit is not None]
-    return min(limits) if limits else None
-
-
-def _available_memory() -> int | None:
-    """What the system can give without taking it from somebody."""
-    if sys.platform == "win32":
-        return _windows_memory()
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        facts = dict(line.split(":", 1) for line in lines)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _group_memory() -> int | None:
-    """What is left of the limit of the process's control group, where it has one."""
-    folder = Path("/sys/fs/cgroup")
-    for most, used, files in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            limit = int((folder / most).read_text())
-            taken = int((folder / used).read_text())
-            stat = (folder / most).parent / "memory.stat"
-            facts = dict(line.split() for line in stat.read_text().splitlines())
-            # Cached files count as taken, and are given up when asked for.
-            return max(0, limit - taken + int(facts.get(files, 0)))
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def _windows_memory() -> int | None:
-    class Status(ctypes.Structure):
-        _fields_ = (
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *(
-                (name, ctypes.c_ulonglong)
-                for name in ("total", "available", "a", "b", "c", "d", "e")
-            ),
-        )
-
-    status = Status()
-    status.length = ctypes.sizeof(Status)
-    kernel: Any = getattr(ctypes, "windll").kernel32  # noqa: B009 (unknown off Windows)
-    if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
-        return None
-    return int(status.available)

@@ -17,21 +17,22 @@ from typing import Any
 from urllib.parse import quote, urlunsplit
 
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
-from shardsurgeon.storage.addresses import parse_address, printable
-from shardsurgeon.storage.base import SourceFile, leads_out
 from shardsurgeon.storage.formats.index import INDEX_NAME
-from shardsurgeon.storage.httpranges import (
+from shardsurgeon.storage.http import (
     answer,
     body,
     changed,
     drain,
     etag_of,
+    parse_address,
     plain_client,
+    printable,
     range_header,
     status_line,
     total_nbytes,
 )
-from shardsurgeon.storage.retrying import Patience, attempt, read_pieces, stream_pieces
+from shardsurgeon.storage.retry import Patience, attempt, read_pieces, stream_pieces
+from shardsurgeon.storage.source import SourceFile, leads_out
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"

@@ -1,6 +1,8 @@
-"""Where the checks put what they find: the first differences in full, the others counted."""
+"""What a verification found, collected while it runs, and the report that it ends in."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 KEPT = 20
 
@@ -26,3 +28,52 @@ class Findings:
         if not left:
             return tuple(self._lines)
         return (*self._lines, f"and {left:,} more difference{'s' if left > 1 else ''}")
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureReport:
+    """How a pruned checkpoint fits the model that an engine builds from its config.
+
+    engine: name and version; model_class: what it built; parameters: how many parameters and
+    buffers that expects; tensors: how many the checkpoint holds; mtp_layers: MTP layers whose
+    experts were compared with a main layer's, because the engine does not read them;
+    unchecked: tensors that the engine does not read, layer and expert numbers as `*`;
+    differences: the first ones, one clear line each.
+    """
+
+    engine: str
+    model_class: str
+    parameters: int
+    tensors: int
+    mtp_layers: tuple[int, ...]
+    unchecked: tuple[str, ...]
+    differences: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification compared. differences: the first ones, one clear line each.
+
+    sampled: tensors per shard whose bytes were compared, None for all of them.
+    architecture: None where it was not asked for.
+    """
+
+    source: str
+    pruned: str
+    sampled: int | None
+    tensors: int
+    tensors_compared: int
+    bytes_compared: int
+    differences: tuple[str, ...]
+    architecture: ArchitectureReport | None = None
+
+    @property
+    def all_differences(self) -> tuple[str, ...]:
+        """Those from the source, then those from what the engine builds."""
+        built = self.architecture.differences if self.architecture is not None else ()
+        return self.differences + built
+
+    @property
+    def holds(self) -> bool:
+        """Whether no difference was found."""
+        return not self.all_differences

@@ -26,7 +26,7 @@ from shardsurgeon.checkpoint.roles import (
 )
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, TensorRecord
 from shardsurgeon.verification.findings import Findings
-from shardsurgeon.verification.lineage import Keeps
+from shardsurgeon.verification.record import Keeps
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations import api
-from shardsurgeon.operations.reports import ArchitectureReport
-from shardsurgeon.verification.check import check_architecture
+from shardsurgeon.verification.architecture import check_architecture
+from shardsurgeon.verification.findings import ArchitectureReport
 from tests.families.specimens import FIXTURES, Specimen, builders
 from tests.oracle.byte_oracle import read_config
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.checkpoint.published import as_transformers_reads, name_in_transformers
+from shardsurgeon.checkpoint.transformers_model import as_transformers_reads, name_in_transformers
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import TransformersView, parse_family
 

@@ -135,9 +135,9 @@ def calibrate(folder: Path, tokens: int) -> None:
 
     from shardsurgeon.checkpoint.checkpoint import open_checkpoint
     from shardsurgeon.layerwise.engine import calibrate_layers
+    from shardsurgeon.layerwise.resume import ActivationStore
     from shardsurgeon.layerwise.samples import Sample
     from shardsurgeon.layerwise.settings import Settings
-    from shardsurgeon.layerwise.store import ActivationStore
 
     generator = np.random.default_rng(0)
     samples = [

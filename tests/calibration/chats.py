@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from shardsurgeon.layerwise.accumulators import Accumulators
-from shardsurgeon.layerwise.calibrationfile import read_calibration
+from shardsurgeon.layerwise.calibration_file import read_calibration
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 WORDS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shardsurgeon.layerwise.accumulators import Accumulators
-from shardsurgeon.layerwise.calibrationfile import Calibration
+from shardsurgeon.layerwise.calibration_file import Calibration
 
 EXPERTS = 6
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.engine import calibrate_layers
+from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.samples import Sample
 from shardsurgeon.layerwise.settings import BatchSize, Listener, Settings
-from shardsurgeon.layerwise.store import ActivationStore
 
 Ids = NDArray[np.int64]
 LENGTHS = (40, 33, 40, 12, 1, 27)

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardsurgeon.cli.main import main
-from shardsurgeon.layerwise import packages
-from shardsurgeon.layerwise.calibrationfile import read_calibration
-from shardsurgeon.scores.scores import read_scores
+from shardsurgeon.layerwise import settings
+from shardsurgeon.layerwise.calibration_file import read_calibration
+from shardsurgeon.scores.files import read_scores
 from tests.calibration.chats import FIXTURES, sums, words, write_chats
 from tests.hub.models import add_fixture
 from tests.hub.server import LocalHub
@@ -234,14 +234,14 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
     missing: str,
 ) -> None:
-    found = packages.importlib.import_module
+    found = settings.importlib.import_module
 
     def without(name: str) -> object:
         if name == missing:
             raise ModuleNotFoundError(name=missing)
         return found(name)
 
-    monkeypatch.setattr(packages.importlib, "import_module", without)
+    monkeypatch.setattr(settings.importlib, "import_module", without)
     dataset = chats if missing != "datasets" else Path("org/name")
     line = refused(capsys, words(MODEL, dataset, tmp_path / "scores.pt"))
     assert f"needs {missing}, which is not installed" in line

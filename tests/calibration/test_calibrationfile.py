@@ -13,10 +13,8 @@ import safetensors.torch
 import torch
 
 from shardsurgeon.errors import OutputError, ScoreError, UsageError
-from shardsurgeon.layerwise.calibrationfile import find_calibration, read_calibration
-from shardsurgeon.scores.scorefiles import ScoreContent
-from shardsurgeon.scores.scores import read_scores
-from shardsurgeon.scores.writing import check_out, write_scores
+from shardsurgeon.layerwise.calibration_file import find_calibration, read_calibration
+from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
 from tests.calibration.files import calibration
 from tests.cli.standins import in_python
 

@@ -10,8 +10,7 @@ import datasets
 import pytest
 
 from shardsurgeon.errors import DatasetError
-from shardsurgeon.layerwise.datasets import OpenDataset, open_dataset
-from shardsurgeon.layerwise.specs import parse_spec
+from shardsurgeon.layerwise.datasets import OpenDataset, open_dataset, parse_spec
 
 RECORDS = [{"text": f"text {n}", "number": n} for n in range(5)]
 

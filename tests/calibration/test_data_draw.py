@@ -13,11 +13,16 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from shardsurgeon.errors import DatasetError, UsageError
-from shardsurgeon.layerwise.drawing import Draw, draw_samples
-from shardsurgeon.layerwise.records import Conversation
-from shardsurgeon.layerwise.samples import Sample, samples_sha256, total_tokens
-from shardsurgeon.layerwise.specs import parse_spec
-from shardsurgeon.layerwise.tokenizing import Tokenizer
+from shardsurgeon.layerwise.datasets import parse_spec
+from shardsurgeon.layerwise.samples import (
+    Conversation,
+    Draw,
+    Sample,
+    Tokenizer,
+    draw_samples,
+    samples_sha256,
+    total_tokens,
+)
 
 MODEL = Path(__file__).parents[2] / "fixtures" / "qwen3_moe"
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import UsageError
-from shardsurgeon.layerwise.specs import DatasetPart, parse_spec
+from shardsurgeon.layerwise.datasets import DatasetPart, parse_spec
 
 
 def counts(text: str, samples: int | None = None) -> list[int | None]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shardsurgeon.errors import OutputWriteError
-from shardsurgeon.layerwise.store import ActivationStore
+from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.storage.system import System, native
 
 LENGTHS = [3, 1, 5]

@@ -18,8 +18,8 @@ from shardsurgeon.layerwise import model as model_room
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.engine import calibrate_layers
 from shardsurgeon.layerwise.memory import Footprint, portions
+from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.settings import Progress, Settings
-from shardsurgeon.layerwise.store import ActivationStore
 from shardsurgeon.storage.local import LocalSource
 from tests.calibration.streaming import Sink, as_samples, stream, token_ids
 from tests.families.specimens import fixture, written

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.layerwise.lockstep import run_in_lockstep
+from shardsurgeon.layerwise.forward import run_in_lockstep
 
 Meet = Callable[[Any], Any]
 

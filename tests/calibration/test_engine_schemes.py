@@ -14,7 +14,7 @@ import torch
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.layerwise.decoding import Decoder
-from shardsurgeon.layerwise.reading import TensorReader
+from shardsurgeon.layerwise.tensors import TensorReader
 from tests.calibration import in_memory
 from tests.calibration.streaming import stream, token_ids
 from tests.families.specimens import builders, fixture, written

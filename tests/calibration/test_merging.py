@@ -9,8 +9,7 @@ import pytest
 
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.layerwise.accumulators import Accumulators
-from shardsurgeon.layerwise.calibrationfile import Calibration
-from shardsurgeon.layerwise.merging import merge
+from shardsurgeon.layerwise.calibration_file import Calibration, merge
 from tests.calibration.files import calibration, sums
 
 

@@ -13,9 +13,8 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise.accumulators import Accumulators
-from shardsurgeon.layerwise.calibrationfile import read_calibration
-from shardsurgeon.layerwise.merging import merge
-from shardsurgeon.layerwise.store import ActivationStore
+from shardsurgeon.layerwise.calibration_file import merge, read_calibration
+from shardsurgeon.layerwise.resume import ActivationStore
 from tests.calibration.chats import FIXTURES, assert_same, sums, words, write_chats
 from tests.cli.standins import in_python
 
@@ -24,8 +23,7 @@ MODEL = "qwen3_moe"
 # Runs a command and dies, as by `kill -9`, at the n-th call of a method.
 KILLED = """
 import os, signal, sys
-from shardsurgeon.calibration.resume import FinishedLayers
-from shardsurgeon.calibration.store import ActivationStore
+from shardsurgeon.layerwise.resume import ActivationStore, FinishedLayers
 from shardsurgeon.cli.main import main
 
 name, call, after = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "after"

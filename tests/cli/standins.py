@@ -14,22 +14,17 @@ from shardsurgeon.layerwise.run import CalibrationReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
-    ComparedLayerReport,
-    ComparisonReport,
-    CutReport,
-    GapReport,
     InspectReport,
-    LayerReport,
-    OverlapReport,
-    PlanReport,
     PushReport,
     RouterScoresReport,
     ScoreLayerReport,
     ScoresReport,
-    ShownLayerReport,
-    VerifyReport,
     WrittenScoresReport,
 )
+from shardsurgeon.pruning.agreement import ComparedLayerReport, ComparisonReport, OverlapReport
+from shardsurgeon.pruning.analysis import Cut, Gap, ShownLayerReport
+from shardsurgeon.pruning.report import LayerReport, PlanReport
+from shardsurgeon.verification.findings import VerifyReport
 
 INSPECTED = InspectReport(
     name="Kimi-K2.5",
@@ -158,13 +153,13 @@ SHOWN = ScoresReport(
             super_experts=(4,),
             preserved=(4, 9),
             removable={"0.01": 4, "0.05": 17, "0.1": 31, "0.25": 66},
-            gap=GapReport(23, 1.3125),
+            gap=Gap(23, 1.3125),
         ),
         ShownLayerReport(92, True, 160, None, None, None, (), (), (), {}, None),
     ),
     cuts=(
-        CutReport(0.01, 0.0, 0, 160, 0.0, 0.0, 1),
-        CutReport(0.25, 0.4125, 66, 94, 0.25, 0.2515, 1),
+        Cut(0.01, 0.0, 0, 160, 0.0, 0.0, 1),
+        Cut(0.25, 0.4125, 66, 94, 0.25, 0.2515, 1),
     ),
     super_experts_known=True,
     facts={"total_tokens": 4096},

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from shardsurgeon.execution.progress import Listener, Progress
+from shardsurgeon.execution.workers import Listener, Progress
 from shardsurgeon.operations.reports import ApplyReport
-from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.pruning.request import SelectionRequest
 from tests.cli.standins import APPLIED, PLANNED, VERIFIED, FakeOperations, Run
 
 APPLY = ("apply", "scores.pt", "--ratio", "0.65")

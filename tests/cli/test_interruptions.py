@@ -15,7 +15,7 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import VerificationError
-from shardsurgeon.operations import proving
+from shardsurgeon.operations import verify
 from tests.cli.standins import ROOT
 
 
@@ -36,7 +36,7 @@ def interrupt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise VerificationError("out", "stopped by the test")
 
     with monkeypatch.context() as patched:
-        patched.setattr(proving, "verify_checkpoint", stop)
+        patched.setattr(verify, "verify_checkpoint", stop)
         assert main(words(model)) == 1
     assert not (model.parent / "out").exists()
     assert (model.parent / "out.partial").is_dir()

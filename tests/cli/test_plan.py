@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.pruning.counts import Allocation, MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
 from tests.cli.standins import PLANNED, FakeOperations, Run, layer
 
 

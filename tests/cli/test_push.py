@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from shardsurgeon.operations.publishing import Destination
-from shardsurgeon.pruning.counts import SelectionRequest
+from shardsurgeon.operations.push import Destination
+from shardsurgeon.pruning.request import SelectionRequest
 from tests.cli.standins import APPLIED, PUSHED, FakeOperations, Run
 
 APPLY = ("apply", "scores.pt", "--ratio", "0.65")

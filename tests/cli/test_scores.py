@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.cli.scores.baselines import from_router_command
-from shardsurgeon.scores.routerscores import RouterNorm
+from shardsurgeon.cli.scores import from_router_command
+from shardsurgeon.scores.router_norms import RouterNorm
 from tests.cli.standins import SCORE_OPERATIONS, SCORED, FakeOperations, Run
 
 WORDS = ("scores", "from-router", "-o", "scores.safetensors")

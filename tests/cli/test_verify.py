@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from shardsurgeon.cli.main import main
-from shardsurgeon.operations.reports import ArchitectureReport
+from shardsurgeon.verification.findings import ArchitectureReport
 from tests.cli.standins import ROOT, VERIFIED, FakeOperations, Run
 
 VERIFY = ("verify", "/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct")

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
-from shardsurgeon.storage.formats.documents import Document
+from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import Header, TensorRecord
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.storage.source import MemorySource
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 DTYPES = {

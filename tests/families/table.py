@@ -24,7 +24,7 @@ from pathlib import Path
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import all_families, family_for
-from shardsurgeon.pruning.modelconfig import quantization_name
+from shardsurgeon.pruning.config_edits import quantization_name
 from tests.families.specimens import builders, specimen
 
 ROOT = Path(__file__).parents[2]

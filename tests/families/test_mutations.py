@@ -17,11 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint.checkpoint import config_section, config_values
+from shardsurgeon.checkpoint.config import config_section, config_values
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus, Tabled
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
-from shardsurgeon.pruning.modelconfig import pruned_config
+from shardsurgeon.pruning.config_edits import pruned_config
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from tests.families.specimens import Specimen, builders, specimen
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shardsurgeon.cli.main import main
-from shardsurgeon.execution import filling
+from shardsurgeon.execution import shards
 from shardsurgeon.storage import system as systems
 
 SIGNALS = {"kill": "SIGKILL", "terminate": "SIGTERM", "interrupt": "SIGINT", "pause": "SIGSTOP"}
@@ -127,13 +127,13 @@ def _open_no_more_files() -> None:
 
 
 def _make_hasty() -> None:
-    from shardsurgeon.storage import retrying
+    from shardsurgeon.storage import retry
 
     def at_once(seconds: float) -> Iterator[bytes]:
         yield b""
 
-    retrying._waiting = at_once
-    retrying.time = SimpleNamespace(sleep=lambda seconds: None)  # type: ignore[assignment]
+    retry._waiting = at_once
+    retry.time = SimpleNamespace(sleep=lambda seconds: None)  # type: ignore[assignment]
 
 
 def run(spec: str, words: list[str]) -> int:
@@ -144,7 +144,7 @@ def run(spec: str, words: list[str]) -> int:
     system = faulty.wrapped(real)
     systems.native = lambda: system
     if fault.batch:
-        filling.REMOTE_BATCH_NBYTES = fault.batch
+        shards.REMOTE_BATCH_NBYTES = fault.batch
     if fault.hasty:
         _make_hasty()
     # A shell that runs this harness in the background has SIGINT ignored, and children inherit it.

@@ -16,8 +16,8 @@ from tiny_job import Job, content, make_job
 from shardsurgeon.cli import apply
 from shardsurgeon.cli.main import Stopped, main
 from shardsurgeon.errors import OutputWriteError, SourceChangedError, VerificationError
-from shardsurgeon.execution.execution import execute
-from shardsurgeon.operations import operations
+from shardsurgeon.execution.run import execute
+from shardsurgeon.operations import prune
 from shardsurgeon.storage import system as systems
 from shardsurgeon.storage.system import portable
 from tests.faults.checkpoint import FIXTURE
@@ -81,7 +81,7 @@ def then_stopped(real: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-@pytest.mark.parametrize(("place", "name"), [(operations, "execute"), (apply, "print_lines")])
+@pytest.mark.parametrize(("place", "name"), [(prune, "execute"), (apply, "print_lines")])
 def test_a_signal_after_the_last_step_is_told_that_out_is_complete(
     place: object,
     name: str,

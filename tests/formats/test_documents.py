@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ConfigError, IndexFileError
-from shardsurgeon.storage.formats.documents import DELETE, Document, Insert, Path, Rename
+from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Path, Rename
 
 CONFIG = """{
   "architectures": ["DeepseekV3ForCausalLM"],

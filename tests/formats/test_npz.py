@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.storage.formats import zipfiles
+from shardsurgeon.storage.formats import zip_reader
+from shardsurgeon.storage.formats.dtypes import StoredArray
 from shardsurgeon.storage.formats.npz import read_npz
-from shardsurgeon.storage.formats.numbers import StoredArray
 
 Save = Callable[..., None]
 
@@ -139,7 +139,7 @@ class TestContainer:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = saved(tmp_path, np.savez_compressed, a=np.zeros(1000))
-        monkeypatch.setattr(zipfiles, "MAX_INFLATED", 8000)
+        monkeypatch.setattr(zip_reader, "MAX_INFLATED", 8000)
         with pytest.raises(ScoreError, match=r"claims 8,128 bytes, more than 8,000"):
             read(path)
 
@@ -147,7 +147,7 @@ class TestContainer:
     def test_an_absurd_directory_is_refused_before_it_is_read(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
     ) -> None:
-        monkeypatch.setattr(zipfiles, limit, 1)
+        monkeypatch.setattr(zip_reader, limit, 1)
         with pytest.raises(ScoreError, match="a zip directory of 2 members"):
             read(saved(tmp_path, a=np.ones(1), b=np.ones(1)))
 

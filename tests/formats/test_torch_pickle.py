@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.storage.formats.numbers import StoredArray
-from shardsurgeon.storage.formats.torch_pickle import read_torch_file
+from shardsurgeon.storage.formats.dtypes import StoredArray
+from shardsurgeon.storage.formats.torch_file import read_torch_file
 
 NUMBER_DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.storage.formats import pickles
-from shardsurgeon.storage.formats.numbers import StoredArray
-from shardsurgeon.storage.formats.torch_pickle import read_torch_file
+from shardsurgeon.storage.formats import pickle_reader
+from shardsurgeon.storage.formats.dtypes import StoredArray
+from shardsurgeon.storage.formats.torch_file import read_torch_file
 
 PROTOCOLS = [1, 2, 3, 4, 5]
 
@@ -182,7 +182,7 @@ class TestHostileFiles:
         assert "nests more than 100" in hostile(tmp_path, shared).problem
 
     def test_too_many_operations(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pickles, "MAX_OPERATIONS", 1000)
+        monkeypatch.setattr(pickle_reader, "MAX_OPERATIONS", 1000)
         error = hostile(tmp_path, b"](" + b"N" * 1000 + b"e.")
         assert error.problem == "its pickle has more than 1,000 operations"
         assert "save the scores as tensors" in error.remedy
@@ -395,7 +395,7 @@ def test_damaged_pickles_raise_only_score_errors(
         load_all(read(path))
 
 
-OPCODES = st.sampled_from([bytes([code]) for code in pickles._OPERATIONS])
+OPCODES = st.sampled_from([bytes([code]) for code in pickle_reader._OPERATIONS])
 
 
 @settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -31,19 +31,18 @@ from shardsurgeon.errors import (
     ScoreError,
 )
 from shardsurgeon.execution.journal import read_journal
-from shardsurgeon.layerwise.calibrationfile import find_calibration, read_calibration
-from shardsurgeon.pruning.keepfiles import Meaning
-from shardsurgeon.pruning.keeplists import read_keeplist, resolve
-from shardsurgeon.pruning.scoreviews import view_alone
-from shardsurgeon.scores.scorefiles import score_file
-from shardsurgeon.scores.scores import check_values, read_scores
-from shardsurgeon.storage.formats.documents import Document
+from shardsurgeon.layerwise.calibration_file import find_calibration, read_calibration
+from shardsurgeon.pruning.analysis import view_alone
+from shardsurgeon.pruning.keep_list_files import Meaning
+from shardsurgeon.pruning.keep_lists import read_keeplist, resolve
+from shardsurgeon.scores.files import read_scores, score_file
+from shardsurgeon.scores.table import check_values
+from shardsurgeon.storage.formats.dtypes import Array, StoredArray
 from shardsurgeon.storage.formats.index import build_index, parse_index
+from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.npz import read_npz
-from shardsurgeon.storage.formats.numbers import Array, StoredArray
 from shardsurgeon.storage.formats.safetensors import Header, header_length, parse_header
-from shardsurgeon.storage.formats.torch_names import _CALLS
-from shardsurgeon.storage.formats.torch_pickle import read_torch_file
+from shardsurgeon.storage.formats.torch_file import _CALLS, read_torch_file
 from tests.fuzz import seeds
 
 # The library reads these and we do not: files on which readers disagree.

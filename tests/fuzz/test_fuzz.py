@@ -10,10 +10,10 @@ import pytest
 import safetensors
 
 from shardsurgeon.errors import ConfigError, HeaderError, ScoreError
-from shardsurgeon.pruning.keeplists import read_keeplist
-from shardsurgeon.storage.formats.documents import Document
+from shardsurgeon.pruning.keep_lists import read_keeplist
+from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import header_length, parse_header
-from shardsurgeon.storage.formats.torch_pickle import read_torch_file
+from shardsurgeon.storage.formats.torch_file import read_torch_file
 from tests.fuzz.guard import Guard
 from tests.fuzz.targets import TARGETS, Target, load_all, zipped
 

@@ -17,7 +17,7 @@ from compressed_tensors.entrypoints.convert.converters.magnitude_expert_pruner i
 
 import shardsurgeon
 from shardsurgeon.checkpoint.anatomy import read_anatomy
-from shardsurgeon.operations import scoreoperations
+from shardsurgeon.operations import scores
 from tests.oracle.byte_oracle import read_config, read_tensors, same_bits
 
 # Router name → ascending ids of the experts that stay.
@@ -83,7 +83,7 @@ def ours(source: Path, retained: Retained) -> Path:
 def scored(source: Path) -> dict[int, list[int]]:
     """Layer → the half that we retain by `scores from-router --norm l1`."""
     file = source.with_name("scores.safetensors")
-    scoreoperations.scores_from_router(source, file, norm="l1")
+    scores.scores_from_router(source, file, norm="l1")
     keep = shardsurgeon.plan(source, file, ratio=0.5).decision.keep
     return {layer: list(kept.retained) for layer, kept in keep.layers.items()}
 

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import UsageError
-from shardsurgeon.pruning.counts import SelectionRequest
-from shardsurgeon.pruning.decision import Decision, decide
-from shardsurgeon.scores.scores import read_scores
+from shardsurgeon.pruning.decide import Decision, decide
+from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.scores.files import read_scores
 from tests.families.specimens import Specimen
 
 pytestmark = pytest.mark.oracle

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.storage.hub.abreast import abreast
+from shardsurgeon.storage.hub.upload import abreast
 from tests.hub.models import ROOT
 
 FILES = {f"{number}": Path(f"/{number}") for number in range(9)}
@@ -50,7 +50,7 @@ def test_the_program_does_not_wait_for_what_cannot_be_ended() -> None:
     code = (
         "import time, _thread, threading\n"
         "from pathlib import Path\n"
-        "from shardsurgeon.storage.hub.abreast import abreast\n"
+        "from shardsurgeon.storage.hub.upload import abreast\n"
         "threading.Timer(0.3, _thread.interrupt_main).start()\n"
         "abreast(lambda name, path: time.sleep(60), {'a': Path('a')})\n"
     )

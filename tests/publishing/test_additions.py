@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from shardsurgeon.errors import OutputError
-from shardsurgeon.storage.hub.additions import (
+from shardsurgeon.storage.hub.repository import (
     Receipt,
     receipt_of,
     to_upload_ahead,

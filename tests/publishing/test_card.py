@@ -21,9 +21,13 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations import api
-from shardsurgeon.operations.card import Placement, model_card, require_metadata
-from shardsurgeon.operations.facts import ModelFacts, metadata_of, model_facts
-from shardsurgeon.operations.recipe import recipe_by_record
+from shardsurgeon.operations.card_data import ModelFacts, metadata_of, model_facts
+from shardsurgeon.operations.model_card import (
+    Placement,
+    model_card,
+    recipe_by_record,
+    require_metadata,
+)
 from tests.hub.models import ROOT, fixture_folder
 from tests.publishing.workbench import scores_of
 

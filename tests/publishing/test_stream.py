@@ -16,8 +16,8 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from shardsurgeon.errors import OutputError, UsageError, VerificationError
-from shardsurgeon.execution.copying import Mover
-from shardsurgeon.operations import api, publishing
+from shardsurgeon.execution.transfer import Mover
+from shardsurgeon.operations import api, push
 from tests.hub.models import fixture_folder, write_checkpoint
 from tests.hub.server import LocalHub
 from tests.publishing.workbench import Shell, digests, downloaded, same_model, scores_of
@@ -366,7 +366,7 @@ def test_an_output_that_exists_is_refused_before_the_hub_is_asked(
 ) -> None:
     plan = api.plan(fixture_folder(FAMILY), scores_of(FAMILY), ratio=0.65, out=pruned)
     with pytest.raises(OutputError, match="exists"):
-        publishing.carry_out(plan, publishing.Destination("me/small"), stream=True)
+        push.carry_out(plan, push.Destination("me/small"), stream=True)
     assert shell.hub.requests == []
 
 

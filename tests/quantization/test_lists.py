@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
-from shardsurgeon.pruning.modelconfig import pruned_config, pruned_quantization_file
-from shardsurgeon.pruning.quantlists import QuantizationLists
-from shardsurgeon.storage.formats.documents import Document
+from shardsurgeon.pruning.config_edits import (
+    QuantizationLists,
+    pruned_config,
+    pruned_quantization_file,
+)
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.storage.formats.json_edit import Document
 
 EXPERTS = 14
 # Layer 0 is dense; layer 3 is the MTP layer.

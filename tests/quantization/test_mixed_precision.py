@@ -12,11 +12,11 @@ import tiny
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.operations.operations import plan
-from shardsurgeon.pruning.counts import SelectionRequest
-from shardsurgeon.pruning.keeplists import KeepList, LayerKeep
-from shardsurgeon.pruning.mixedprecision import mixed_precision_notes
-from shardsurgeon.pruning.planning import plan_shards
+from shardsurgeon.operations.prune import plan
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.planner import plan_shards
+from shardsurgeon.pruning.report import mixed_precision_notes
+from shardsurgeon.pruning.request import SelectionRequest
 
 EXPERTS = range(tiny.EXPERTS)
 

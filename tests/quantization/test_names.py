@@ -6,7 +6,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardsurgeon.checkpoint.quantnames import NamedExpert, highest_expert, is_regex, named_expert
+from shardsurgeon.checkpoint.quantization_names import (
+    NamedExpert,
+    highest_expert,
+    is_regex,
+    named_expert,
+)
 from shardsurgeon.errors import ConfigError
 
 EXPERTS = 128

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardsurgeon.checkpoint.parameters import count_parameters
+from shardsurgeon.checkpoint.quantization import count_parameters
 from tests.families.pruned_pair import builders
 
 BUILDERS = builders("schemes")

@@ -14,11 +14,10 @@ from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ign
 )
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
-from shardsurgeon.checkpoint.opening import open_model
+from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import CheckpointError, FamilyError
-from shardsurgeon.scores import storedweights
-from shardsurgeon.scores.storedweights import StoredTensor, sum_of_squares
-from shardsurgeon.scores.weightnorms import weight_norms
+from shardsurgeon.scores import weight_norms as module
+from shardsurgeon.scores.weight_norms import StoredTensor, sum_of_squares, weight_norms
 from tests.families.pruned_pair import builders
 from tests.families.specimens import DTYPES, fixture, written
 from tests.oracle.byte_oracle import read_tensors
@@ -154,7 +153,7 @@ def test_packed_codes_of_every_shape(
     columns: int,
     group: int,
 ) -> None:
-    monkeypatch.setattr(storedweights, "PIECE_NBYTES", piece)
+    monkeypatch.setattr(module, "PIECE_NBYTES", piece)
     values = codes(bits, rows, columns, 1)
     groups = columns // group
     scale = torch.rand(rows, groups, generator=torch.Generator().manual_seed(2)) + 0.5
@@ -195,7 +194,7 @@ def test_scales_of_every_grid(
     block: tuple[int, int] | None,
     covered: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(storedweights, "PIECE_NBYTES", piece)
+    monkeypatch.setattr(module, "PIECE_NBYTES", piece)
     numbers = torch.Generator().manual_seed(4)
     weight = torch.randn(shape, generator=numbers).to(torch.float8_e4m3fn)
     scale = torch.rand(grid, generator=numbers) + 0.5

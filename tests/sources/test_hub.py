@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, close_session, constants, hf_hub_download
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import OutputError, SourceChangedError, SourceReadError
 from shardsurgeon.operations.api import plan
-from shardsurgeon.storage.hub.hub import HubSource
+from shardsurgeon.storage.hub.source import HubSource
 from tests.hub.models import fixture_folder
 from tests.hub.server import LocalHub
 

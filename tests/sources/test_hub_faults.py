@@ -14,8 +14,8 @@ from huggingface_hub import constants
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import NetworkError, SourceReadError
-from shardsurgeon.storage.hub.hub import HubSource
-from shardsurgeon.storage.retrying import Patience
+from shardsurgeon.storage.hub.source import HubSource
+from shardsurgeon.storage.retry import Patience
 from tests.hub.models import fixture_folder
 from tests.hub.server import LocalHub
 
@@ -170,7 +170,7 @@ def test_a_small_file_may_come_whole(tiny: LocalHub, source: HubSource) -> None:
 def test_a_big_file_that_comes_whole_is_refused_unread(
     tiny: LocalHub, source: HubSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardsurgeon.storage.httpranges._WHOLE_NBYTES", 1000)
+    monkeypatch.setattr("shardsurgeon.storage.http._WHOLE_NBYTES", 1000)
     tiny.fault(STORAGE, ignore_range=True)
     with pytest.raises(SourceReadError, match=r"sends whole files only; download the model"):
         source.read(SHARD, 0, 8)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from shardsurgeon.errors import CheckpointError, SourceReadError
-from shardsurgeon.storage.base import Source
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.memory import MemorySource
+from shardsurgeon.storage.source import MemorySource, Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -205,8 +204,8 @@ def test_memory_lies_on_no_disk_and_its_stamp_follows_the_content() -> None:
 def test_a_stream_brings_the_bytes_of_a_read_in_small_pieces(
     model: Path, make: Callable[[Path], Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardsurgeon.storage.base.PIECE_NBYTES", 4)
-    monkeypatch.setattr("shardsurgeon.storage.base.PIECE_NBYTES", 4)
+    monkeypatch.setattr("shardsurgeon.storage.local.PIECE_NBYTES", 4)
+    monkeypatch.setattr("shardsurgeon.storage.source.PIECE_NBYTES", 4)
     source = make(model)
     assert list(source.stream("sub/a.txt", 1, 10)) == [b"1234", b"5678", b"9"]
     assert list(source.stream("sub/a.txt", 3, 3)) == []

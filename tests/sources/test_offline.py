@@ -12,7 +12,7 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import CheckpointError
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.places import open_source
+from shardsurgeon.storage.open import open_source
 from tests.hub.models import fixture_folder
 from tests.hub.server import LocalHub
 

@@ -11,11 +11,11 @@ import pytest
 
 import shardsurgeon
 from shardsurgeon.errors import CheckpointError, UsageError
-from shardsurgeon.storage.hub.hub import HubSource
+from shardsurgeon.storage.hub.source import HubSource
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.memory import MemorySource
-from shardsurgeon.storage.places import open_source
-from shardsurgeon.storage.stores import StoreSource
+from shardsurgeon.storage.object_store import StoreSource
+from shardsurgeon.storage.open import open_source
+from shardsurgeon.storage.source import MemorySource
 from shardsurgeon.storage.web import WebSource
 from tests.hub.server import LocalHub
 
@@ -108,7 +108,7 @@ def test_a_store_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPat
 def test_a_local_folder_is_opened_without_a_network_library(here: Path) -> None:
     code = (
         "import sys, shardsurgeon.checkpoint.checkpoint\n"
-        "from shardsurgeon.storage.places import open_source\n"
+        "from shardsurgeon.storage.open import open_source\n"
         "open_source(sys.argv[1]).list()\n"
         "heavy = {'huggingface_hub', 'fsspec', 'httpx', 'httpx2', 'numpy'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"

@@ -11,8 +11,8 @@ import tiny
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, HeaderError, NetworkError
-from shardsurgeon.storage.memory import MemorySource
-from shardsurgeon.verification.windows import BLOCK_NBYTES, SideBySide
+from shardsurgeon.storage.source import MemorySource
+from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, SideBySide
 
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from shardsurgeon.errors import NetworkError, SourceReadError
-from shardsurgeon.storage import retrying
-from shardsurgeon.storage.retrying import Interrupted, Patience, attempt, stream_pieces
+from shardsurgeon.storage import retry
+from shardsurgeon.storage.retry import Interrupted, Patience, attempt, stream_pieces
 
 DATA = bytes(range(200))
 
@@ -18,7 +18,7 @@ DATA = bytes(range(200))
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds of every pause, which then takes none."""
     pauses: list[float] = []
-    monkeypatch.setattr(retrying.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
     return pauses
 
 

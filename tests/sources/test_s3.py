@@ -8,8 +8,8 @@ import pytest
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, NetworkError, SourceReadError
-from shardsurgeon.storage.retrying import Patience
-from shardsurgeon.storage.stores import StoreSource
+from shardsurgeon.storage.object_store import StoreSource
+from shardsurgeon.storage.retry import Patience
 from tests.hub.models import fixture_folder
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from shardsurgeon.errors import (
     SourceReadError,
     UsageError,
 )
-from shardsurgeon.storage.retrying import Patience
+from shardsurgeon.storage.retry import Patience
 from shardsurgeon.storage.web import WebSource
 from tests.hub.models import fixture_folder
 from tests.hub.server import LocalHub
@@ -151,7 +151,7 @@ def test_a_bad_network_is_survived_byte_for_byte(hub: LocalHub, address: str) ->
 def test_a_server_without_ranges_is_refused_for_big_files(
     hub: LocalHub, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardsurgeon.storage.httpranges._WHOLE_NBYTES", 100_000)
+    monkeypatch.setattr("shardsurgeon.storage.http._WHOLE_NBYTES", 100_000)
     source = WebSource(address)
     hub.fault(r"GET /cdn/", ignore_range=True, times=None)
     with pytest.raises(SourceReadError, match="sends whole files only; download the model"):

@@ -1,6 +1,6 @@
-"""model.safetensors.index.json: which shard holds which tensor. Opens no file.
+"""A checkpoint opened: every header, the index, the config, the names of the rest. No weights.
 
-Whether the shards exist and hold what the index says is checked by checkpoint.py.
+Reads a source through its headers and hands one frozen value to `anatomy`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from io import BytesIO
 
 from shardsurgeon.errors import IndexFileError
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
+
+CONFIG_NAME = "config.json"
 
 INDEX_NAME = "model.safetensors.index.json"
 

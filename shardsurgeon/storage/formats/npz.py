@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.storage.formats.numbers import Array, StoredArray, decode
-from shardsurgeon.storage.formats.zipfiles import ZipReader
+from shardsurgeon.storage.formats.dtypes import Array, StoredArray, decode
+from shardsurgeon.storage.formats.zip_reader import ZipReader
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 10_000  # numpy's own limit

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.storage.formats.numbers import ITEM_NBYTES, Array, StoredArray, decode
-from shardsurgeon.storage.formats.zipfiles import ZipReader
+from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray, decode
+from shardsurgeon.storage.formats.zip_reader import ZipReader
 
 STORAGE_DTYPES = {
     "DoubleStorage": "F64",

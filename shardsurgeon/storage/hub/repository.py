@@ -1,11 +1,17 @@
-"""One model repository on the Hub, as far as pushing needs it.
+"""One model repository on the Hub: prepare it, upload to it, commit.
 
-Knows names, sizes and digests, and nothing of what the files mean. Authentication, endpoints,
-Xet and LFS are huggingface_hub's; the token stays with it and is neither read here nor kept.
+Knows names, sizes and digests, and nothing of what the files mean. Authentication, endpoints, Xet
+and LFS belong to huggingface_hub; the token stays with it and is neither read here nor kept. A
+commit names large files by size and sha256 alone; which of them have been uploaded is kept in
+attributes of CommitOperationAdd that are not public, and a test holds each of them to its
+meaning.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,21 +23,22 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from shardsurgeon import __version__
-from shardsurgeon.errors import UsageError
-from shardsurgeon.storage.hub.additions import (
-    Receipt,
-    receipt_of,
-    to_upload_ahead,
-    uploaded_before,
-    without_twins,
+from shardsurgeon._version import __version__
+from shardsurgeon.errors import OutputError, UsageError
+from shardsurgeon.storage.hub.errors import (
+    LOG_IN_TO_PUSH,
+    answering,
+    patiently,
+    require_sound_settings,
 )
-from shardsurgeon.storage.hub.answers import LOG_IN, answering, patiently
-from shardsurgeon.storage.hub.hubrefusals import require_sound_settings
 
 MAIN = "main"
 _Answer = TypeVar("_Answer")
 _TOKENS = "https://huggingface.co/settings/tokens"
+
+# Larger files are not looked at twice.
+_TWIN_NBYTES = 1 << 26
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,9 @@ class Repository:
         # A broken token, once sent, would be quoted in the HTTP library's complaint.
         require_sound_settings()
         if get_token() is None:
-            raise UsageError(self.repo_id, "there is no Hugging Face token to push with", LOG_IN)
+            raise UsageError(
+                self.repo_id, "there is no Hugging Face token to push with", LOG_IN_TO_PUSH
+            )
         user = self._patiently(self._api.whoami)
         access = user.get("auth", {}).get("accessToken", {})
         if access.get("role") == "read":
@@ -218,3 +227,72 @@ class Repository:
 
     def _patiently(self, call: Callable[[], _Answer], *, repeatable: bool = True) -> _Answer:
         return patiently(call, self.repo_id, repeatable=repeatable)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What names an uploaded file in a commit: its sha256 (hex) and its size in bytes."""
+
+    sha256: str
+    nbytes: int
+
+    def to_text(self) -> str:
+        """The receipt as a line of a journal."""
+        return json.dumps({"sha256": self.sha256, "nbytes": self.nbytes})
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Receipt:
+        """Read `to_text` back. Raises OutputError, naming `where`, for anything else."""
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        match value:
+            case {"sha256": str(sha256), "nbytes": int(nbytes)} if _SHA256.fullmatch(sha256):
+                return cls(sha256, nbytes)
+        problem = "its receipt in the journal is of no upload"
+        raise OutputError(where, problem, "--restart starts over")
+
+
+def without_twins(additions: Sequence[CommitOperationAdd]) -> list[CommitOperationAdd]:
+    """The additions but for those whose bytes another one of them has.
+
+    In one request they would be uploaded twice; asked for later, the Hub has them. Looks at
+    files that can be hashed in no time, and that weights are not.
+    """
+    found: dict[object, CommitOperationAdd] = {}
+    sizes = Counter(addition.upload_info.size for addition in additions)
+    for addition in additions:
+        nbytes = addition.upload_info.size
+        alike = sizes[nbytes] > 1 and nbytes <= _TWIN_NBYTES
+        found.setdefault(addition.upload_info.sha256 if alike else id(addition), addition)
+    return list(found.values())
+
+
+def to_upload_ahead(name: str, path: Path) -> CommitOperationAdd:
+    """A file that is uploaded as a large one whatever the server would choose for its size.
+
+    A small file would otherwise travel inside the commit, when it is no longer on the disk.
+    """
+    addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+    addition._upload_mode = "lfs"
+    addition._should_ignore = False
+    return addition
+
+
+def receipt_of(addition: CommitOperationAdd) -> Receipt:
+    """The receipt of a file that has just been uploaded."""
+    if not addition._is_uploaded:
+        raise RuntimeError(f"{addition.path_in_repo} was not uploaded")
+    return Receipt(addition.upload_info.sha256.hex(), addition.upload_info.size)
+
+
+def uploaded_before(name: str, receipt: Receipt) -> CommitOperationAdd:
+    """A file whose bytes the Hub has, for a commit to name; it need be on no disk any more."""
+    addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
+    addition.upload_info.size = receipt.nbytes
+    addition.upload_info.sha256 = bytes.fromhex(receipt.sha256)
+    addition._upload_mode = "lfs"
+    addition._should_ignore = False
+    addition._is_uploaded = True
+    return addition

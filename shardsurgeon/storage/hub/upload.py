@@ -1,26 +1,42 @@
-"""A pruned model's files, as one commit of a repository.
+"""A pruned model's files as one commit of a repository, uploaded together or one by one.
 
-Between `publishing`, which makes the card and checks the model, and `repository`, which talks to
-the Hub. Works for a whole folder and for one whose shards have gone ahead.
+Works for a whole folder and for one whose shards have been sent ahead. Uploads run on threads
+that the program does not wait for when it stops; the next run finds what they had sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging as levels
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from shardsurgeon.checkpoint.cardnames import CARD_NAME, set_aside
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    logging,
+    tqdm,
+)
+
 from shardsurgeon.errors import PublishError
-from shardsurgeon.storage.durable import reading
+from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.formats.index import INDEX_NAME
-from shardsurgeon.storage.hub.abreast import abreast
-from shardsurgeon.storage.hub.additions import Receipt
-from shardsurgeon.storage.hub.repository import Commit, RemoteFile, Repository
-from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.hub.repository import Commit, Receipt, RemoteFile, Repository
 
 Content = Path | bytes
 _WEIGHTS = ".safetensors"
+
+_Result = TypeVar("_Result")
+
+# More connections do not fill a link better; Xet has several of its own for each file.
+UPLOADS_AT_ONCE = 4
+# How often, in seconds, who waits looks up: on Windows Ctrl-C does not end a wait.
+_LOOK_UP = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +48,6 @@ class Published:
     files: int
     nbytes: int
     removed: tuple[str, ...]
-
-
-def files_to_publish(folder: Path, card: bytes | None) -> dict[str, Content]:
-    """Every file of a folder by its name in the repository.
-
-    card: what README.md is to say; the folder's own then goes by README.source.md, and an
-    earlier one of that name by README.source-2.md. None: every file keeps its name.
-    """
-    source = LocalSource(folder)
-    files: dict[str, Content] = {file.name: folder / file.name for file in source.list()}
-    if card is None:
-        return files
-    moving, name = files.get(CARD_NAME), set_aside(CARD_NAME)
-    files[CARD_NAME] = card
-    while moving is not None and name is not None:
-        files[name], moving = moving, files.get(name)
-        name = set_aside(name)
-    return files
 
 
 def publish(
@@ -124,3 +122,101 @@ def _require_published(
         else:
             continue
         raise PublishError(repository.repo_id, problem, "run the same command again")
+
+
+class HubOutlet:
+    """An Outlet of `execution` that leads to a repository."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        check_shard: Callable[[str, Path], None],
+        rest: Callable[[Path], Mapping[str, Content]],
+    ) -> None:
+        """repository: prepared; check_shard: raises where a shard, by its name and its path, is
+        not what it should be; rest: given the folder of the files that stayed, says what of them
+        to publish under which names.
+        """
+        self._repository = repository
+        self._check_shard = check_shard
+        self._rest = rest
+        self.published: Published | None = None
+
+    @property
+    def address(self) -> str:
+        """The repository: receipts are for its storage alone."""
+        return f"{self._repository.endpoint}/{self._repository.repo_id}"
+
+    def send(self, name: str, path: Path) -> str:
+        """Check a shard and upload it; the receipt names its bytes in the commit to come."""
+        self._check_shard(name, path)
+        return self._repository.upload(name, path).to_text()
+
+    def deliver(self, folder: Path, receipts: Mapping[str, str]) -> None:
+        """Commit everything at once; made again, the commit is found and not repeated."""
+        files = self._rest(folder)
+        sent = {name: Receipt.from_text(text, name) for name, text in receipts.items()}
+        self.published = publish(self._repository, files, sent)
+
+
+def abreast(
+    send: Callable[[str, Path], _Result], files: Mapping[str, Path], at_once: int = UPLOADS_AT_ONCE
+) -> dict[str, _Result]:
+    """What `send` gives for every file, by name. Raises the first error that it meets."""
+    waiting = iter(files.items())
+    taking, done = threading.Lock(), dict[str, _Result]()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not errors:
+                with taking:
+                    name, path = next(waiting, (None, None))
+                if name is None or path is None:
+                    return
+                done[name] = send(name, path)
+        except BaseException as error:  # raised again below
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, name="shardsurgeon-upload", daemon=True)
+        for _ in range(min(at_once, len(files)))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) and not errors:
+            for thread in threads:
+                thread.join(_LOOK_UP)
+    except BaseException as stop:
+        errors.append(stop)  # no further file is begun
+        raise
+    if errors:
+        raise errors[0]
+    return {name: done[name] for name in files}
+
+
+@contextmanager
+def quietly(bars: bool) -> Iterator[list[str]]:
+    """For the time of a `with`, let huggingface_hub show its upload bars or nothing.
+
+    What it warns of meanwhile is in the list, a line each. Holds for the whole process.
+    """
+    # Made once and for all: uploads on several threads would make and delete it in turns.
+    bar: Any = tqdm
+    bar.get_lock()
+    level = logging.get_verbosity()
+    said: list[str] = []
+    with ExitStack() as stack:
+        warned = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always", UserWarning)
+        logging.set_verbosity(levels.CRITICAL)
+        stack.callback(logging.set_verbosity, level)
+        if not (bars or are_progress_bars_disabled()):
+            stack.callback(enable_progress_bars)
+            disable_progress_bars()
+        try:
+            yield said
+        finally:
+            texts = (" ".join(str(found.message).split()) for found in warned)
+            said += [text for text in dict.fromkeys(texts) if "progress bars" not in text]

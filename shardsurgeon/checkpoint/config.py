@@ -1,0 +1,162 @@
+"""The values that a model's config.json holds, every spelling of its family considered. Pure.
+
+`anatomy` compares what the config says with the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardsurgeon.checkpoint.roles import ExpertCounts
+from shardsurgeon.errors import ConfigError
+from shardsurgeon.families.schema import ConfigKeys, Family
+
+# A list over all layers, MTP layers included and 0 for dense ones, which pruned models carry whose
+# layers keep different numbers. No engine's release reads it.
+PER_LAYER_KEY = "num_routed_experts_per_layer"
+
+
+def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
+    """The object at a dotted path of a config (`text_config`; "" is the top), or None."""
+    node: Any = config
+    for key in filter(None, dotted.split(".")):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else None
+
+
+def config_values(
+    node: object, keys: tuple[str, ...]
+) -> Iterator[tuple[tuple[str | int, ...], object]]:
+    """(path, value) of every value at a path of keys, of which `*` stands for all there are.
+
+    A list at the end of the path gives each of its elements: some configs say it per layer.
+    """
+    if not keys and not isinstance(node, list):
+        yield (), node
+        return
+    inner: Iterable[tuple[str | int, object]] = ()
+    if isinstance(node, list) and (not keys or keys[0] == "*"):
+        inner = enumerate(node)
+    elif isinstance(node, Mapping) and keys:
+        inner = node.items() if keys[0] == "*" else [(k, node[k]) for k in keys[:1] if k in node]
+    for key, value in inner:
+        for path, number in config_values(value, keys[1:]):
+            yield (key, *path), number
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Layers without MTP, experts, and routing, as `Anatomy` has them.
+
+    mtp_layers: MTP layers; own_mtp_count: whether the config says of them how many experts they
+    have; extra_rows: router rows behind the experts' own.
+    """
+
+    num_layers: int
+    experts: ExpertCounts
+    own_mtp_count: bool
+    top_k: int
+    n_group: int
+    topk_group: int
+    mtp_layers: int
+    extra_rows: int
+
+
+def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbers:
+    """What a config says. Raises ConfigError, naming `where`, for what is missing or no number,
+    and for spellings that disagree."""
+    keys = family.config
+    sections = [s for s in (config_section(config, at) for at in keys.at) if s is not None]
+    spellings = (*keys.num_experts, *filter(None, (keys.per_layer,)), PER_LAYER_KEY)
+    section = next((s for s in sections if any(_said(s, key) for key in spellings)), None)
+    if section is None:
+        raise ConfigError(
+            where,
+            f"has no expert count ({' or '.join(keys.num_experts)})",
+            "a dense model has no experts to prune",
+        )
+
+    def number(names: tuple[str, ...], default: int | None) -> int:
+        return _number(section, names, default, where)
+
+    num_layers = number(keys.num_layers, None)
+    n_group = max(number(keys.n_group, 1), 1)
+    own = (*keys.mtp_num_experts, *filter(None, (keys.per_mtp_layer,)))
+    return Numbers(
+        num_layers=num_layers,
+        experts=_experts(section, keys, num_layers, where),
+        own_mtp_count=any(_said(section, name) for name in own),
+        top_k=number(keys.top_k, None),
+        n_group=n_group,
+        topk_group=max(number(keys.topk_group, n_group), 1),
+        mtp_layers=number(keys.mtp_layers, 0),
+        extra_rows=number((keys.extra_rows,), 0) if keys.extra_rows else 0,
+    )
+
+
+def per_layer_paths(keys: ConfigKeys, num_layers: int) -> list[tuple[tuple[str, ...], int]]:
+    """(path, number of the layer that is 0 there) of every place that says experts per layer."""
+    places = ((f"{PER_LAYER_KEY}.*", 0), (keys.per_layer, 0), (keys.per_mtp_layer, num_layers))
+    return [(tuple(dotted.split(".")), first) for dotted, first in places if dotted]
+
+
+def _experts(
+    section: Mapping[str, Any], keys: ConfigKeys, num_layers: int, where: str
+) -> ExpertCounts:
+    per_layer = _per_layer(section, keys, num_layers, where)
+    largest = max((n for layer, n in per_layer.items() if layer < num_layers), default=None)
+    every = _number(section, keys.num_experts, largest, where)
+    for name in keys.num_experts:
+        other = next((n for n in _said(section, name) if n != every), None)
+        if other is not None:
+            problem = f"says {every} and {other!r} experts ({name})"
+            remedy = "make the spellings agree"
+            raise ConfigError(where, problem, remedy)
+    return ExpertCounts(every, per_layer, _number(section, keys.mtp_num_experts, every, where))
+
+
+def _per_layer(
+    section: Mapping[str, Any], keys: ConfigKeys, num_layers: int, where: str
+) -> dict[int, int]:
+    """Layer → experts, of the layers for which the config says it."""
+    if not isinstance(section.get(PER_LAYER_KEY, []), list):
+        raise ConfigError(where, f"{PER_LAYER_KEY} is no list", "say a number for every layer")
+    found: dict[int, int] = {}
+    for template, first in per_layer_paths(keys, num_layers):
+        for path, value in config_values(section, template):
+            position = path[template.index("*")]
+            if value is None:
+                continue
+            if type(value) is not int or value < 0 or not isinstance(position, int):
+                dotted = ".".join(map(str, path))
+                raise ConfigError(where, f"{dotted} is {value!r}, expected a list of whole numbers")
+            layer = first + position
+            if found.setdefault(layer, value) != value:
+                problem = f"says {found[layer]} and {value} experts for layer {layer}"
+                raise ConfigError(where, problem, "make the spellings agree")
+    return found
+
+
+def _number(
+    section: Mapping[str, Any], names: tuple[str, ...], default: int | None, where: str
+) -> int:
+    for name in names:
+        numbers = _said(section, name)
+        if not numbers:
+            continue
+        for number in numbers:
+            if type(number) is not int or number < 0:
+                raise ConfigError(where, f"{name} is {number!r}, expected a whole number")
+        largest: int = max(numbers)
+        return largest
+    if default is None:
+        raise ConfigError(where, f"has no {' or '.join(names)}")
+    return default
+
+
+def _said(section: Mapping[str, Any], name: str) -> list[Any]:
+    """What a config says at a dotted path: one value, or one per layer; null says nothing."""
+    values = config_values(section, tuple(name.split(".")))
+    return [value for _, value in values if value is not None]

@@ -1,0 +1,425 @@
+"""`shardsurgeon scores`: look at score files, compare, convert and merge them, make baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from shardsurgeon.cli.options import json_option, model_argument, out_option, progress_option
+from shardsurgeon.cli.output import (
+    byte_bar,
+    fact,
+    percent,
+    print_json,
+    print_lines,
+    saliency,
+    table,
+)
+from shardsurgeon.errors import UsageError
+from shardsurgeon.units import counted
+
+if TYPE_CHECKING:
+    from shardsurgeon.operations.reports import (
+        BaselineReport,
+        RouterScoresReport,
+        ScoreLayerReport,
+        ScoresReport,
+        WrittenScoresReport,
+    )
+    from shardsurgeon.pruning.agreement import ComparedLayerReport, ComparisonReport
+    from shardsurgeon.pruning.analysis import Gap, ShownLayerReport
+
+# Of the shares that the report has, those that fit a table.
+_SHARES = ("0.05", "0.25")
+
+
+@click.command("show")
+@click.argument("file", metavar="FILE")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Folder of a checkpoint that the scores must fit; cuts then suit its router.",
+)
+@click.option(
+    "--metric",
+    metavar="NAME",
+    help="Which metric to show where the file holds several.  [default: reap]",
+)
+@json_option
+def show_command(file: str, model: str | None, metric: str | None, as_json: bool) -> None:
+    """Show what a score file says of each layer.
+
+    The range of the scores, experts that no token reached, experts with extreme
+    activations, how many can go at a share of the layer's saliency, the widest
+    gap between neighbours in the order of saliency; and the largest cuts, alike
+    in every layer, at several costs.
+
+    \b
+    Examples:
+      shardsurgeon scores show scores.pt
+      shardsurgeon scores show scores.pt --model /models/K2.5 --metric ean_mean
+    """
+    from shardsurgeon.operations import scores
+
+    report = scores.show_scores(file, model, metric=metric)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_shown_lines(report))
+
+
+def _shown_lines(report: ScoresReport) -> Iterator[str]:
+    of_model = f" for {report.model}" if report.model is not None else ""
+    layers = counted(len(report.layers), "layer")
+    yield f"{report.file}: {report.metric} of {report.num_experts} experts in {layers}{of_model}"
+    yield from fact("metrics", ", ".join(report.metrics))
+    if report.facts:
+        yield from fact("beside", ", ".join(f"{k} {v}" for k, v in report.facts.items()))
+    if report.calibration is not None:
+        yield from fact("calibration", _calibration(report.calibration))
+    yield ""
+    yield from table(_shown_headings(), (_shown_row(report, layer) for layer in report.layers))
+    if any(layer.is_mtp for layer in report.layers):
+        yield "  * next-token-prediction layer"
+    yield ""
+    yield from _cuts(report)
+
+
+def _calibration(settings: dict[str, object]) -> str:
+    sizes = {key: settings[key] for key in ("samples", "tokens")}
+    words = [f"{size:,} {key}" for key, size in sizes.items()]
+    known = ("model", "dataset", "seed", "max_length", "dtype")
+    words += [f"{key} {settings[key]}" for key in known if settings.get(key) is not None]
+    parts = settings.get("parts")
+    words += [f"merged from {len(parts)} calibrations"] if isinstance(parts, list) else []
+    return ", ".join(words)
+
+
+def _shown_headings() -> tuple[str, ...]:
+    shares = (f"can go\nat {float(share):.0%}" for share in _SHARES)
+    return "layer", "lowest", "median", "highest", "never\nrouted", "super", *shares, "widest\ngap"
+
+
+def _shown_row(report: ScoresReport, layer: ShownLayerReport) -> tuple[str, ...]:
+    extreme = {*layer.super_experts, *layer.preserved}
+    known = report.super_experts_known or extreme
+    return (
+        f"{layer.layer}{'*' if layer.is_mtp else ''}",
+        *(saliency(value) for value in (layer.min, layer.median, layer.max)),
+        str(len(layer.never_routed)),
+        str(len(extreme)) if known else "-",
+        *(str(layer.removable.get(share, "-")) for share in _SHARES),
+        _gap(layer.gap),
+    )
+
+
+def _gap(gap: Gap | None) -> str:
+    return "-" if gap is None else f"{gap.removed} x{gap.factor:.3g}"
+
+
+def _cuts(report: ScoresReport) -> Iterator[str]:
+    if not report.cuts:
+        yield "No cut is suggested: a score is below 0, or all are 0."
+        return
+    yield "Cuts alike in every layer, by the mean share of a layer's saliency that goes:"
+    headings = ("at most", "--ratio", "kept", "lost", "lost in the\nworst layer")
+    rows = (
+        (
+            percent(cut.limit),
+            str(cut.ratio) if cut.removed else "-",
+            str(cut.kept),
+            percent(cut.mean_lost),
+            f"{percent(cut.worst_lost)} ({cut.worst_layer})",
+        )
+        for cut in report.cuts
+    )
+    yield from table(headings, rows)
+
+
+def _ratios(context: click.Context, parameter: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        problem = f"'{text}' is not a number"
+        raise UsageError("--ratio", problem, "write it like 0.25,0.5") from None
+
+
+@click.command("compare")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option(
+    "--ratio",
+    "ratios",
+    metavar="R[,R...]",
+    default="0.25,0.5",
+    show_default=True,
+    callback=_ratios,
+    help="Compare what is kept when this fraction of the experts is removed.",
+)
+@click.option(
+    "--metric",
+    metavar="NAME[,NAME]",
+    help="The metric of both files, or of each.  [default: reap]",
+)
+@json_option
+def compare_command(
+    a: str, b: str, ratios: tuple[float, ...], metric: str | None, as_json: bool
+) -> None:
+    """Compare two score files of one model.
+
+    Per layer: the rank correlations of Spearman and Kendall (tau-b), and at each
+    ratio the share of one keep-list that is in the other and their Jaccard
+    index. Without groups and super experts; a keep-list by chance shares as much
+    as it keeps.
+
+    \b
+    Examples:
+      shardsurgeon scores compare scores.pt router.safetensors
+      shardsurgeon scores compare a.pt b.pt --ratio 0.65 --metric reap,ean_mean
+    """
+    from shardsurgeon.operations import scores
+
+    metrics = () if metric is None else tuple(metric.split(","))
+    report = scores.compare_scores(a, b, ratios=ratios, metrics=metrics)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_comparison_lines(report))
+
+
+def _comparison_lines(report: ComparisonReport) -> Iterator[str]:
+    yield f"{counted(len(report.layers), 'layer')} of {report.mean.num_experts} experts"
+    yield from fact("A", f"{report.metric_a} of {report.a}")
+    yield from fact("B", f"{report.metric_b} of {report.b}")
+    yield ""
+    overlaps = [f"{head}\nat {ratio:g}" for ratio in report.ratios for head in ("share", "Jaccard")]
+    rows = [*report.layers, report.mean]
+    yield from table(("layer", "Spearman", "Kendall", *overlaps), map(_comparison_row, rows))
+    for name, layers in (("A", report.only_a), ("B", report.only_b)):
+        if layers:
+            yield from fact(f"only in {name}", f"layer {', '.join(map(str, layers))}")
+
+
+def _comparison_row(layer: ComparedLayerReport) -> tuple[str, ...]:
+    cells = [_correlation(layer.spearman), _correlation(layer.kendall)]
+    for both in layer.overlaps.values():
+        cells += [percent(both.share), percent(both.jaccard)]
+    return str(layer.layer), *cells
+
+
+def _correlation(value: float | None) -> str:
+    return "-" if value is None else f"{value:z.3f}"
+
+
+@click.command("convert")
+@click.argument("source", metavar="IN")
+@out_option
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="Folder of the checkpoint, to name the layers of a file that only has rows.",
+)
+@json_option
+def convert_command(source: str, out: str, model: str | None, as_json: bool) -> None:
+    """Write a score file in another format.
+
+    Every metric with one number per expert is kept to the last bit, and so are
+    the accumulators of a calibration. Torch is needed to write .pt, not to read
+    it.
+
+    \b
+    Examples:
+      shardsurgeon scores convert scores.pt -o scores.safetensors
+      shardsurgeon scores convert rows.npz --model /models/K2.5 -o scores.json
+    """
+    from shardsurgeon.operations import scores
+
+    _show_written(scores.convert_scores(source, out, model=model), as_json)
+
+
+@click.command("merge")
+@click.argument("files", metavar="FILE FILE...", nargs=-1, required=True)
+@out_option
+@click.option(
+    "--same-model",
+    is_flag=True,
+    help="Take models of one config under two names for the same.",
+)
+@json_option
+def merge_command(files: tuple[str, ...], out: str, same_model: bool, as_json: bool) -> None:
+    """Add up calibrations of one model over different samples.
+
+    Adds the accumulators that `calibrate` keeps beside the scores, so that the
+    result is what one calibration over all the samples would have given. Files
+    of different models, or with a sample in common, are refused.
+
+    \b
+    Examples:
+      shardsurgeon scores merge code.pt chat.pt -o scores.pt
+      shardsurgeon scores merge a.pt b.pt c.pt -o scores.safetensors
+    """
+    from shardsurgeon.operations import scores
+
+    _show_written(scores.merge_scores(files, out, same_model=same_model), as_json)
+
+
+def _show_written(report: WrittenScoresReport, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_written_lines(report))
+
+
+def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
+    yield f"{' + '.join(report.inputs)} -> {report.out}"
+    yield from fact("layers", str(report.layers))
+    yield from fact("metrics", ", ".join(report.metrics))
+    if report.samples is not None and report.tokens is not None:
+        words = f"{counted(report.samples, 'sample')}, {counted(report.tokens, 'token')}"
+        yield from fact("calibration", words)
+
+
+@click.command("from-router")
+@model_argument
+@out_option
+@click.option(
+    "--norm",
+    type=click.Choice(["l2", "l1"]),
+    default="l2",
+    show_default=True,
+    help="Length of a router row (l2), or the sum of its magnitudes, as compressed-tensors' "
+    "MagnitudeExpertPruner ranks experts (l1).",
+)
+@json_option
+def from_router_command(model: str | None, out: str, norm: str, as_json: bool) -> None:
+    """Score experts by the size of their router rows.
+
+    MODEL is the folder of a checkpoint, by default the current folder. Needs no
+    calibration and reads only the routers; a baseline, not a replacement for
+    measured saliency.
+
+    \b
+    Examples:
+      shardsurgeon scores from-router -o scores.safetensors
+      shardsurgeon scores from-router /models/Kimi-K2.5 --norm l1 -o scores.json
+    """
+    from shardsurgeon.operations import scores
+
+    _show_baseline(scores.scores_from_router(model, out, norm=norm), "router", as_json)
+
+
+@click.command("from-weights")
+@model_argument
+@out_option
+@progress_option
+@json_option
+def from_weights_command(model: str | None, out: str, progress: bool | None, as_json: bool) -> None:
+    """Score experts by the norm of their weights.
+
+    MODEL is the folder of a checkpoint, by default the current folder. Reads all
+    experts once, a piece at a time: floats, FP8, INT8, and compressed-tensors'
+    packed INT4 and INT8. A baseline, not a replacement for measured saliency.
+
+    \b
+    Examples:
+      shardsurgeon scores from-weights -o weights.safetensors
+      shardsurgeon scores from-weights /models/Kimi-K2.5 -o weights.json
+    """
+    from shardsurgeon.operations import scores
+
+    with byte_bar(progress) as bar:
+        on_bytes = bar.on_bytes if bar is not None else None
+        report = scores.scores_from_weights(model, out, on_bytes=on_bytes)
+    _show_baseline(report, "layer", as_json)
+
+
+@click.command("random")
+@model_argument
+@out_option
+@click.option(
+    "--seed",
+    metavar="N",
+    type=int,
+    default=42,
+    show_default=True,
+    help="The same seed gives the same scores, on every machine.",
+)
+@json_option
+def random_command(model: str | None, out: str, seed: int, as_json: bool) -> None:
+    """Score experts at random.
+
+    MODEL is the folder of a checkpoint, by default the current folder. What a
+    method of scoring must beat.
+
+    \b
+    Examples:
+      shardsurgeon scores random -o random.safetensors
+      shardsurgeon scores random /models/Kimi-K2.5 --seed 7 -o random7.json
+    """
+    from shardsurgeon.operations import scores
+
+    _show_baseline(scores.scores_random(model, out, seed=seed), "layer", as_json)
+
+
+def _show_baseline(report: RouterScoresReport | BaselineReport, thing: str, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_lines(_baseline_lines(report, thing))
+
+
+def _baseline_lines(report: RouterScoresReport | BaselineReport, thing: str) -> Iterator[str]:
+    scored = counted(len(report.layers), thing)
+    yield f"{report.model}: {report.metric} of {report.num_experts} experts in {scored}"
+    yield ""
+    yield from table(("layer", "lowest", "median", "highest"), _baseline_rows(report.layers))
+    if any(layer.is_mtp for layer in report.layers):
+        yield "  * next-token-prediction layer"
+    yield ""
+    yield f"Scores saved in {report.out}."
+
+
+def _baseline_rows(layers: Sequence[ScoreLayerReport]) -> Iterator[tuple[str, ...]]:
+    for layer in layers:
+        number = f"{layer.layer}{'*' if layer.is_mtp else ''}"
+        yield number, saliency(layer.min), saliency(layer.median), saliency(layer.max)
+
+
+class _InOrder(click.Group):
+    """The commands in the order in which they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    "scores",
+    cls=_InOrder,
+    commands=[
+        show_command,
+        compare_command,
+        convert_command,
+        merge_command,
+        from_router_command,
+        from_weights_command,
+        random_command,
+    ],
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND ...",
+)
+@click.pass_context
+def scores_commands(context: click.Context) -> None:
+    """Look at files of expert scores, and make some.
+
+    \b
+    Examples:
+      shardsurgeon scores show scores.pt
+      shardsurgeon scores compare scores.pt other.safetensors
+      shardsurgeon scores merge monday.pt tuesday.pt -o both.pt
+      shardsurgeon scores from-router /models/Kimi-K2.5 -o router.safetensors
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())

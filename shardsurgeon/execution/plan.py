@@ -1,0 +1,89 @@
+"""The plan: for every output shard its tensors and the byte ranges to fetch. Plain frozen values.
+
+A plan knows nothing about experts. Whoever executes it moves bytes and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardsurgeon.storage.source import SourceFile
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`nbytes` bytes of source file `file`, from absolute file offset `begin`."""
+
+    file: str
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes the plan itself brings: tensors whose values are expert counts or ids."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it brings."""
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of an output shard.
+
+    name, dtype (as in safetensors headers) and shape are the output's; pieces, joined in
+    order, are its bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Segment | Literal, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One output file: its header bytes (length prefix included) and then its tensors, in order."""
+
+    file: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole file in bytes."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class SurgeryPlan:
+    """Everything the executor needs.
+
+    shards: the weight files to write.
+    documents: small files whose whole content the plan brings (config.json, the index,
+    metadata), name → bytes, in writing order.
+    side_files: source files copied byte for byte, by name.
+    extra_files: (output name, absolute path) of files from outside the source, such as the
+    score file.
+    source_files: size and stamp of every source file the plan reads, as they were when it
+    was planned.
+    request_fingerprint: sha256 hex of what was asked for (all but the source's state).
+    source_fingerprint: sha256 hex of names, sizes, stamps and headers of the source.
+    """
+
+    shards: tuple[OutputShard, ...]
+    documents: tuple[tuple[str, bytes], ...]
+    side_files: tuple[str, ...]
+    extra_files: tuple[tuple[str, str], ...]
+    source_files: tuple[SourceFile, ...]
+    request_fingerprint: str
+    source_fingerprint: str

@@ -1,0 +1,343 @@
+"""Carry out a plan: its source becomes a folder on disk, or goes to a destination.
+
+It obeys the plan, decides nothing, and knows no experts. The order of a run:
+
+ 1. OUT must not exist; OUT.partial is locked and must be empty or belong to this very run.
+ 2. The source must be what it was when it was planned, and the disk must have room.
+ 3. Every unfinished shard is reserved, written by the workers, synced, renamed, journalled.
+ 4. Copied files, score files and generated files follow, those generated in the plan's order.
+ 5. The caller may check the finished files; then their folder is renamed to OUT.
+
+With a destination a shard is reserved only when the disk budget has room for it, and is sent and
+removed when it is finished; at the end the destination publishes everything, and there is no OUT.
+
+After any interruption the same call continues: with the first shard that is not finished, or,
+where bytes travel a network, in the middle of it. The bytes are the same whatever the
+interruptions, the number of workers and the system calls.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from shardsurgeon.errors import OutputError, OutputWriteError, ShardSurgeonError, UsageError
+from shardsurgeon.execution.journal import Done, Run, read_journal
+from shardsurgeon.execution.plan import Literal, OutputShard, Segment, SurgeryPlan
+from shardsurgeon.execution.ranges import Move, batches
+from shardsurgeon.execution.shards import BATCH_NBYTES, Filling, Leftovers, find_leftovers
+from shardsurgeon.execution.transfer import Mover
+from shardsurgeon.execution.upload import Allowance, Outlet, Sender, require_receipts
+from shardsurgeon.execution.workdir import Job, Workplace, hold
+from shardsurgeon.execution.workers import Listener, Meter, Progress, run_tasks
+from shardsurgeon.storage.files import reading, reserve_file, sync_path, writing
+from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
+from shardsurgeon.storage.system import System, default_system
+from shardsurgeon.units import format_size
+
+# A few copies in flight keep a disk busy; beyond that they only take turns.
+MOST_WORKERS_BY_DEFAULT = 4
+# A single connection seldom fills a link; more than these, and servers ask for patience.
+REMOTE_WORKERS_BY_DEFAULT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionReport:
+    """What a finished run did. Sizes in bytes; `shards` counts the resumed ones too.
+
+    bytes_downloaded: what came over the network for it, side files and bytes read over included.
+    """
+
+    bytes_copied: int
+    bytes_resumed: int
+    shards: int
+    shards_resumed: int
+    seconds: float
+    bytes_downloaded: int = 0
+
+
+class Space(NamedTuple):
+    """Bytes that a run still has to write, and bytes that are free for it."""
+
+    needed: int
+    free: int
+
+
+def estimate_space(
+    plan: SurgeryPlan, out: Path, *, restart: bool = False, system: System | None = None
+) -> Space:
+    """What `execute` would need and find, were all of it to stay; nothing is written."""
+    place = Workplace(out, system or default_system())
+    record = None if restart else read_journal(place.journal)
+    found = find_leftovers(plan.shards, place, record.done if record else Done())
+    return Space(_needed(output_sizes(plan), found), place.space(restart))
+
+
+def execute(
+    plan: SurgeryPlan,
+    source: Source,
+    out: Path,
+    *,
+    workers: int = 0,
+    restart: bool = False,
+    on_progress: Listener | None = None,
+    before_delivery: Callable[[Path], None] | None = None,
+    outlet: Outlet | None = None,
+    disk_budget: int | None = None,
+    system: System | None = None,
+) -> ExecutionReport:
+    """Write what the plan says to the folder `out`, which appears only when it is complete.
+
+    workers: threads that copy; 0 means as many as there are processors, at most four, and
+    eight where the source is remote.
+    restart: throw away what an interrupted run left instead of going on from there.
+    on_progress: called often, by one thread at a time; what it raises stops the run.
+    before_delivery: called with the folder of the finished files, less the shards that were
+    sent; what it raises keeps them from becoming `out` or from being published.
+    outlet: takes every finished shard away, and publishes the rest; `out` only names the place
+    to work in. disk_budget: how many bytes of shards may be on the disk at a time; None for
+    any number.
+
+    Raises UsageError (the budget is too small), OutputError (the place is taken, or another
+    run's), SourceChangedError, SourceReadError, NetworkError, OutputWriteError, and what the
+    outlet raises; whatever is raised, what is done is kept.
+    """
+    begun = time.monotonic()
+    if workers < 0:
+        raise UsageError("--workers", f"{workers} is less than 0")
+    system = system or default_system()
+    sizes = output_sizes(plan)
+    budget = sum(sizes.values()) if disk_budget is None else disk_budget
+    if outlet:
+        require_budget(budget, sizes)
+    with hold(out, system) as place:
+        require_unchanged(source, plan.source_files)
+        with place.open_journal(_run(plan, source), restart) as journal:
+            require_receipts(outlet, journal.done, place)
+            found = find_leftovers(plan.shards, place, journal.done)
+            needed = _needed(sizes, found)
+            if outlet:
+                needed = min(needed, budget - sum(found.whole.values()))
+            _require_space(Space(needed, place.space()), place)
+            job = Job(plan, source, place, journal, Meter(_start(plan, sizes, found), on_progress))
+            workers = workers or _workers_for(source)
+            if outlet:
+                _send_shards(job, found, outlet, budget, workers)
+            else:
+                _write_shards(job, found, workers)
+            write_small_files(job, sizes, workers)
+            receipts = dict(journal.done.sent)
+        shards, source_files, downloaded = len(plan.shards), plan.source_files, job.meter.downloaded
+        # The check needs the room that the plan takes, where the caller has let go of it too.
+        del plan, job
+        _have_checked(place.files, before_delivery, source, source_files)
+        if outlet:
+            outlet.deliver(place.files, receipts)
+            place.discard()
+        else:
+            place.deliver(set(sizes))
+    return ExecutionReport(
+        bytes_copied=sum(sizes.values()) - found.nbytes,
+        bytes_resumed=found.nbytes,
+        shards=shards,
+        shards_resumed=found.shards,
+        seconds=time.monotonic() - begun,
+        bytes_downloaded=downloaded,
+    )
+
+
+def output_sizes(plan: SurgeryPlan) -> dict[str, int]:
+    """Every output file and its size. Raises OutputError for a name that must not be written."""
+    source_sizes = {file.name: file.nbytes for file in plan.source_files}
+    files = [(shard.file, shard.nbytes) for shard in plan.shards]
+    files += [(name, source_sizes[name]) for name in plan.side_files]
+    files += [(name, _size_on_disk(path)) for name, path in plan.extra_files]
+    files += [(name, len(data)) for name, data in plan.documents]
+    sizes: dict[str, int] = {}
+    for name, nbytes in files:
+        path = Path(name)
+        if path.is_absolute() or path.drive or ".." in path.parts or not path.parts:
+            raise OutputError(name, "is a file name that leads out of the output folder")
+        if name in sizes:
+            raise OutputError(name, "is the name of two output files")
+        sizes[name] = nbytes
+    return sizes
+
+
+def _size_on_disk(path: str) -> int:
+    with reading(path):
+        return os.stat(path).st_size
+
+
+def _require_space(space: Space, place: Workplace) -> None:
+    if space.needed > space.free:
+        raise OutputWriteError(
+            place.out,
+            f"the disk is full: {format_size(space.needed)} ({space.needed:,} bytes) are needed, "
+            f"{format_size(space.free)} ({space.free:,} bytes) are free",
+            "free some space or choose another -o",
+        )
+
+
+def _run(plan: SurgeryPlan, source: Source) -> Run:
+    pinned = source.is_remote and source.revision is not None
+    origin = f"{source.location.partition('@')[0]}@{source.revision}" if pinned else ""
+    return Run(plan.request_fingerprint, plan.source_fingerprint, plan.source_files, origin)
+
+
+def require_budget(budget: int, sizes: dict[str, int]) -> None:
+    """Raise UsageError where a disk budget is less than the largest file; sizes: by name."""
+    name = max(sizes, key=sizes.__getitem__)
+    if sizes[name] > budget:
+        raise UsageError(
+            "--disk-budget",
+            f"{format_size(budget)} ({budget:,} bytes) is less than {name} alone takes, "
+            f"{format_size(sizes[name])} ({sizes[name]:,} bytes)",
+            "give a larger budget or a smaller --max-shard-size",
+        )
+
+
+def _needed(sizes: dict[str, int], found: Leftovers) -> int:
+    """Bytes still to be written; those of shards in part among them, as their disk is ours."""
+    return sum(sizes.values()) - sum(found.whole.values()) - sum(found.sent.values())
+
+
+def _start(plan: SurgeryPlan, sizes: dict[str, int], found: Leftovers) -> Progress:
+    total = sum(sizes.values())
+    return Progress(
+        found.nbytes, total, found.nbytes, found.shards, len(plan.shards), len(found.sent)
+    )
+
+
+def _workers_for(source: Source) -> int:
+    if source.is_remote:
+        return REMOTE_WORKERS_BY_DEFAULT
+    return min(MOST_WORKERS_BY_DEFAULT, os.cpu_count() or 1)
+
+
+def _write_shards(job: Job, found: Leftovers, workers: int) -> None:
+    """Write the shards that are to stay. Raises the first error that any worker met."""
+    filling = Filling(job, found.parts, lambda shard: None)
+    todo = _unfinished(job.plan, found)
+    for shard in todo:
+        filling.begin(shard)
+    # Where bytes travel, shards come one after the other: a kill should leave few in part.
+    at_once = 1 if job.source.is_remote else workers
+    _fill(job, filling, todo, todo, workers, at_once)
+
+
+def _send_shards(job: Job, found: Leftovers, outlet: Outlet, budget: int, workers: int) -> None:
+    """Write the shards, few at a time, and have each taken away."""
+    for name in found.sent:
+        job.place.drop_file(name)  # a kill may come between the receipt and this
+    todo = _unfinished(job.plan, found)
+    # Those that hold disk already come first: others may wait for it.
+    todo.sort(key=lambda shard: shard.file not in found.parts)
+    held = sum(found.whole.values()) + sum(s.nbytes for s in todo if s.file in found.parts)
+    room = Allowance(budget, held, job.meter)
+    with Sender(outlet, job, room) as sender:
+        for name, nbytes in found.whole.items():
+            sender.put(name, nbytes)
+        filling = Filling(job, found.parts, lambda shard: sender.put(shard.file, shard.nbytes))
+
+        def begun() -> Iterator[OutputShard]:
+            for shard in todo:
+                if shard.file not in found.parts:
+                    room.take(shard.nbytes)
+                filling.begin(shard)
+                yield shard
+
+        _fill(job, filling, begun(), todo, workers, at_once=1)
+
+
+def _unfinished(plan: SurgeryPlan, found: Leftovers) -> list[OutputShard]:
+    return [s for s in plan.shards if s.file not in found.whole and s.file not in found.sent]
+
+
+def _fill(
+    job: Job,
+    filling: Filling,
+    begun: Iterable[OutputShard],
+    todo: Iterable[OutputShard],
+    workers: int,
+    at_once: int,
+) -> None:
+    gap = filling.widest_gap(todo)
+    run_tasks(
+        filling.tasks(begun, at_once),
+        lambda: Mover(job.source, job.place.system, job.meter, gap),
+        workers,
+        job.meter,
+    )
+
+
+def _have_checked(
+    folder: Path,
+    check: Callable[[Path], None] | None,
+    source: Source,
+    planned: tuple[SourceFile, ...],
+) -> None:
+    require_unchanged(source, planned)
+    if check is None:
+        return
+    try:
+        check(folder)
+    except ShardSurgeonError:
+        # Compared with a source that is another by now, a sound result does not hold.
+        require_unchanged(source, planned)
+        raise
+
+
+def write_small_files(job: Job, sizes: dict[str, int], workers: int) -> None:
+    """Copy side files and extra files, then write the documents in the plan's order.
+
+    sizes: of every output file, in bytes. Raises the first error met.
+    """
+
+    def new_mover() -> Mover:
+        return Mover(job.source, job.place.system, job.meter)
+
+    tasks = (partial(_carry_over, job, name, sizes[name]) for name in job.plan.side_files)
+    run_tasks(tasks, new_mover, workers, job.meter)
+    mover = new_mover()
+    for name, origin in job.plan.extra_files:
+        with _new_file(job, name, sizes[name]) as path:
+            mover.copy_file(Path(origin), sizes[name], path)
+    for name, data in job.plan.documents:
+        with _new_file(job, name, 0) as path:
+            mover.move([Move(Literal(data), 0)], path)
+
+
+def _carry_over(job: Job, name: str, nbytes: int, mover: Mover) -> None:
+    """Copy a side file, byte for byte."""
+    with _new_file(job, name, nbytes) as path:
+        for batch in batches([Move(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
+            mover.move(batch, path)
+        _carry_executable_bits(job.source.local_path(name), path)
+
+
+@contextmanager
+def _new_file(job: Job, name: str, nbytes: int) -> Iterator[Path]:
+    """A file to be filled inside the `with` block, and finished at its end."""
+    path = job.place.begin_file(name)
+    reserve_file(path, nbytes, job.place.system)
+    yield path
+    sync_path(path, job.place.system)
+    job.place.finish_file(name)
+
+
+def _carry_executable_bits(origin: Path | None, copy: Path) -> None:
+    """A script that could be run can still be run; all else follows the user's umask."""
+    if origin is None:
+        return
+    with reading(origin):
+        bits = origin.stat().st_mode & 0o111
+    if bits:
+        with writing(copy):
+            copy.chmod(copy.stat().st_mode | bits)

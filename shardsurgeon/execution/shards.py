@@ -1,0 +1,200 @@
+"""Shards written by workers, and what an earlier run left of them.
+
+Shards that are copied on this machine start over after an interruption. Those that are
+downloaded are journalled batch by batch, each once its bytes are on the disk, and continue from
+there. The journal says what was done; what is on the disk must agree with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from shardsurgeon.execution.journal import Done
+from shardsurgeon.execution.plan import OutputShard, Segment
+from shardsurgeon.execution.ranges import Move, Range, batches, joined, remaining, shard_moves
+from shardsurgeon.execution.transfer import Mover, gaps, widest_gap
+from shardsurgeon.execution.workdir import Job, Workplace
+from shardsurgeon.storage.files import reserve_file, sync_path
+from shardsurgeon.storage.source import require_unchanged
+
+# What a worker takes at a time: big enough that opening files costs nothing, small enough that
+# several workers share one big tensor.
+BATCH_NBYTES = 64 << 20
+# The same where bytes travel: what each worker may have to fetch again after a kill.
+REMOTE_BATCH_NBYTES = 32 << 20
+
+Task = Callable[[Mover], None]
+
+
+class _ShardInHand:
+    """A shard that workers are filling."""
+
+    def __init__(self, shard: OutputShard, todo: list[tuple[Move, ...]]) -> None:
+        self.shard = shard
+        # A shard of which all bytes are there still has to be finished.
+        self.batches = todo or [()]
+        self.unwritten = len(self.batches)
+
+
+class Filling:
+    """One run's shards in its place."""
+
+    def __init__(
+        self,
+        job: Job,
+        parts: Mapping[str, Sequence[Range]],
+        on_finished: Callable[[OutputShard], None],
+    ) -> None:
+        """parts: what of the shards' files is there. on_finished: called once for each shard."""
+        self._job = job
+        self._parts = parts
+        self._on_finished = on_finished
+        self._planned = {file.name: file for file in job.plan.source_files}
+        self._counting = threading.Lock()
+
+    def begin(self, shard: OutputShard) -> None:
+        """Make the shard's file, unless a part of it is there. Raises OutputWriteError."""
+        if shard.file in self._parts:
+            return
+        if self._job.source.is_remote:
+            # First: the new file is empty, whatever the journal says of an older one.
+            self._job.journal.begin(shard.file, layout(shard))
+        path = self._job.place.begin_file(shard.file)
+        reserve_file(path, shard.nbytes, self._job.place.system)
+
+    def tasks(self, shards: Iterable[OutputShard], at_once: int) -> Iterator[Task]:
+        """What is to be done for shards that are begun; only those in hand are taken apart.
+
+        at_once: how many shards are in hand while there are as many. Their batches take turns,
+        because file systems let one thread at a time write to a file.
+        """
+        waiting = iter(shards)
+        in_hand: deque[Iterator[Task]] = deque()
+        while True:
+            while len(in_hand) < at_once and (shard := next(waiting, None)) is not None:
+                in_hand.append(self._tasks_of(shard))
+            if not in_hand:
+                return
+            task = next(in_hand[0], None)
+            if task is None:
+                in_hand.popleft()
+            else:
+                in_hand.rotate(-1)
+                yield task
+
+    def _tasks_of(self, shard: OutputShard) -> Iterator[Task]:
+        hand = _ShardInHand(shard, batches(self._moves(shard), self._batch_nbytes))
+        return (partial(self._fill, hand, batch) for batch in hand.batches)
+
+    def widest_gap(self, shards: Iterable[OutputShard]) -> int:
+        """How many unwanted bytes between two wanted ranges these shards' downloads read over."""
+        if not self._job.source.is_remote:
+            return 0
+        found: Counter[int] = Counter()
+        wanted = 0
+        for shard in shards:
+            moves = [move for move in self._moves(shard) if self._travels(move)]
+            wanted += sum(move.piece.nbytes for move in moves)
+            found.update(gaps(moves))
+        return widest_gap(found, wanted)
+
+    def _travels(self, move: Move) -> bool:
+        piece = move.piece
+        return isinstance(piece, Segment) and self._job.source.local_path(piece.file) is None
+
+    @property
+    def _batch_nbytes(self) -> int:
+        return REMOTE_BATCH_NBYTES if self._job.source.is_remote else BATCH_NBYTES
+
+    def _moves(self, shard: OutputShard) -> list[Move]:
+        return remaining(shard_moves(shard), self._parts.get(shard.file, ()))
+
+    def _fill(self, hand: _ShardInHand, batch: Sequence[Move], mover: Mover) -> None:
+        """Write a batch; whoever writes a shard's last one finishes it."""
+        if batch:
+            self._write(hand.shard, batch, mover)
+        with self._counting:
+            hand.unwritten -= 1
+            last = hand.unwritten == 0
+        if last:
+            self._finish(hand.shard)
+
+    def _write(self, shard: OutputShard, batch: Sequence[Move], mover: Mover) -> None:
+        path = self._job.place.begin_file(shard.file)
+        mover.move(batch, path)
+        if self._job.source.is_remote:
+            sync_path(path, self._job.place.system)
+            self._job.journal.fill(shard.file, joined((move.at, move.end) for move in batch))
+
+    def _finish(self, shard: OutputShard) -> None:
+        job = self._job
+        if not job.source.is_remote:  # there a stream notices by itself that its file is another
+            require_unchanged(job.source, [self._planned[name] for name in sorted(_used(shard))])
+        sync_path(job.place.begin_file(shard.file), job.place.system)
+        job.place.finish_file(shard.file)
+        job.journal.finish(shard.file, shard.nbytes)
+        job.meter.advance(0, shards=1)
+        self._on_finished(shard)
+
+
+def _used(shard: OutputShard) -> set[str]:
+    """The source files that a shard takes bytes from."""
+    pieces = (piece for tensor in shard.tensors for piece in tensor.pieces)
+    return {piece.file for piece in pieces if isinstance(piece, Segment)}
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """By the shards' file names.
+
+    whole: finished, size in bytes. sent: taken away, size in bytes. parts: the ranges that a
+    download has brought, ascending, apart from one another.
+    """
+
+    whole: dict[str, int]
+    sent: dict[str, int]
+    parts: dict[str, list[Range]]
+
+    @property
+    def shards(self) -> int:
+        """How many shards need no work but, perhaps, to be sent."""
+        return len(self.whole) + len(self.sent)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are done."""
+        parts = (end - begin for ranges in self.parts.values() for begin, end in ranges)
+        return sum(self.whole.values()) + sum(self.sent.values()) + sum(parts)
+
+
+def find_leftovers(shards: Sequence[OutputShard], place: Workplace, done: Done) -> Leftovers:
+    """What of these shards is done."""
+    found = Leftovers({}, {}, {})
+    for shard in shards:
+        name, nbytes = shard.file, shard.nbytes
+        written = _written(shard, done)
+        if name in done.sent:
+            found.sent[name] = nbytes
+        # A kill may come between a file's name and the journal's line about it.
+        elif (name in done.finished or written == [(0, nbytes)]) and place.has(
+            name, nbytes, shard.header
+        ):
+            found.whole[name] = nbytes
+        elif written and place.has_part(name, nbytes):
+            found.parts[name] = written
+    return found
+
+
+def layout(shard: OutputShard) -> str:
+    """Digest of the header: two shards of one run that share it have their tensors in one place."""
+    return hashlib.sha256(shard.header).hexdigest()[:16]
+
+
+def _written(shard: OutputShard, done: Done) -> list[Range]:
+    part = done.parts.get(shard.file)
+    return joined(part.ranges) if part and part.layout == layout(shard) else []

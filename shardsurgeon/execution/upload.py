@@ -1,0 +1,164 @@
+"""Shards that do not stay on this disk: sent one by one while others are still being written.
+
+The executor is given a destination where the result belongs elsewhere (a repository, a bucket)
+and the disk may be smaller than the result. A budget limits the bytes of shards on the disk, and
+a thread of its own sends them and journals the receipts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Protocol, Self
+
+from shardsurgeon.errors import OutputError
+from shardsurgeon.execution.journal import Done
+from shardsurgeon.execution.workdir import Job, Workplace
+from shardsurgeon.execution.workers import Meter, Stopped
+
+# How long, in seconds, somebody who wants to leave waits for a shard that is being sent.
+PATIENCE = 2.0
+# How often, in seconds, waiting threads look up.
+_LOOK_UP = 0.2
+
+
+class Outlet(Protocol):
+    """Where finished shards go."""
+
+    @property
+    def address(self) -> str:
+        """Where that is, as messages print it; a rerun's receipts hold for the same one only."""
+        ...
+
+    def send(self, name: str, path: Path) -> str:
+        """Take a finished shard away, or raise.
+
+        Returns a receipt, a short text that the journal keeps; the file is removed afterwards.
+        Called by one thread at a time, with the shards in the order they are finished. The same
+        shard may come again where no receipt was given or the run was killed before it was noted.
+        """
+        ...
+
+    def deliver(self, folder: Path, receipts: Mapping[str, str]) -> None:
+        """Publish everything at once: `folder` holds every other file, receipts every shard.
+
+        May be called again by a rerun where it raised, or where the run was killed meanwhile.
+        """
+        ...
+
+
+def require_receipts(outlet: Outlet | None, done: Done, place: Workplace) -> None:
+    """Raise OutputError where shards were sent to another outlet than this run's."""
+    if done.sent and (outlet is None or outlet.address != done.address):
+        raise OutputError(
+            place.folder,
+            "belongs to an interrupted run that sent "
+            f"{len(done.sent)} of its shards to {done.address}",
+            "repeat that command, choose another -o, or --restart starts over",
+        )
+
+
+class Allowance:
+    """Bytes of disk for shards that are begun and not sent."""
+
+    def __init__(self, nbytes: int, taken: int, meter: Meter) -> None:
+        """nbytes: all there are; taken: by what an earlier run left."""
+        self._nbytes = nbytes
+        self._taken = taken
+        self._meter = meter
+        self._changed = threading.Condition()
+
+    def take(self, nbytes: int) -> None:
+        """Return when so many bytes are free, and take them. Raises Stopped."""
+        with self._changed:
+            while self._taken + nbytes > self._nbytes:
+                self._meter.check()
+                self._changed.wait(_LOOK_UP)
+            self._taken += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Let others have them."""
+        with self._changed:
+            self._taken -= nbytes
+            self._changed.notify_all()
+
+
+class Sender:
+    """A thread that sends shards; the `with` block ends when all are sent.
+
+    Where the block is left by an error, the shard being sent is still sent and the others are
+    not. Where it is left by Ctrl-C or the like, that shard has a moment to arrive; then it is
+    given up, and what its sending comes to is not heard.
+    """
+
+    def __init__(self, outlet: Outlet, job: Job, room: Allowance) -> None:
+        """room: hears of every shard that needs its disk no more."""
+        self._outlet = outlet
+        self._job = job
+        self._room = room
+        self._waiting: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
+        self._noting = threading.Lock()
+        self._given_up = False
+        # A daemon, for nothing can end a call that waits for the network.
+        self._thread = threading.Thread(target=self._work, name="shardsurgeon-send", daemon=True)
+
+    def put(self, name: str, nbytes: int) -> None:
+        """Have the finished shard of that name and size sent, after those that were put before."""
+        self._waiting.put((name, nbytes))
+
+    def _work(self) -> None:
+        try:
+            while (shard := self._waiting.get()) is not None:
+                self._job.meter.check()
+                self._send(*shard)
+        except Stopped:
+            pass
+        except BaseException as error:  # raised again by __exit__, or by whoever meets it first
+            self._job.meter.stop(error)
+
+    def _send(self, name: str, nbytes: int) -> None:
+        receipt = self._outlet.send(name, self._job.place.files / name)
+        with self._noting:
+            if self._given_up:
+                raise Stopped
+            self._job.journal.send(name, self._outlet.address, receipt)
+            self._job.place.drop_file(name)
+        self._room.give_back(nbytes)
+        self._job.meter.advance(0, sent=1)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._job.meter.stop()
+        self._waiting.put(None)
+        try:
+            wants_to_leave = error is not None and not isinstance(error, Exception)
+            self._wait(PATIENCE if wants_to_leave else None)
+        except BaseException:
+            self._job.meter.stop()
+            raise
+        finally:
+            with self._noting:
+                self._given_up = True
+        if error is None and self._job.meter.error is not None:
+            raise self._job.meter.error
+
+    def _wait(self, patience: float | None) -> None:
+        """Wait for the thread's end, for so many seconds at most."""
+        if patience is not None:
+            self._thread.join(patience)
+            return
+        # Woken now and then, because on Windows Ctrl-C does not end a wait.
+        while self._thread.is_alive():
+            self._thread.join(_LOOK_UP)

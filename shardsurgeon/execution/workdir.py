@@ -1,0 +1,276 @@
+"""OUT.partial: the folder an output grows in, held by one run at a time.
+
+Used by the executor and, for score files, by calibration. Its layout:
+
+    OUT.partial/
+        shardsurgeon.lock       locked while a run works here
+        shardsurgeon.journal    which run it belongs to, what is finished
+        writing/                files that are not whole yet; once the run has ended, worthless
+                                unless the journal says what is in them
+        files/                  whole files; the last step renames this folder to OUT
+
+So OUT never holds anything that is not part of the output, and at every moment either the journal
+or an all but empty folder says which run the place belongs to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from shardsurgeon.errors import OutputError, OutputWriteError
+from shardsurgeon.execution.journal import Journal, Record, Run, read_journal, require_same
+from shardsurgeon.execution.plan import SurgeryPlan
+from shardsurgeon.execution.workers import Meter
+from shardsurgeon.storage.files import free_space, make_folder, publish, writing
+from shardsurgeon.storage.source import Source
+from shardsurgeon.storage.system import System
+
+_LOCK = "shardsurgeon.lock"
+_JOURNAL = "shardsurgeon.journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A plan to carry out: from where, to which place, who notes and who counts what is done."""
+
+    plan: SurgeryPlan
+    source: Source
+    place: Workplace
+    journal: Journal
+    meter: Meter
+
+
+class Workplace:
+    """The paths below OUT.partial, and what may be done with them while it is held."""
+
+    def __init__(self, out: Path, system: System) -> None:
+        """Name the paths; nothing is touched."""
+        self.out = out
+        self.folder = Path(f"{out}.partial")
+        self.files = self.folder / "files"
+        self.writing = self.folder / "writing"
+        self.journal = self.folder / _JOURNAL
+        self.system = system
+        self._journal: Journal | None = None
+
+    def require_free_name(self) -> None:
+        """Raise OutputError where OUT exists already."""
+        if os.path.lexists(self.out):
+            raise OutputError(self.out, "exists", "choose another -o or remove it")
+
+    def require_ours(self) -> None:
+        """Raise OutputError where OUT.partial holds what no run of ours put there."""
+        with writing(self.folder):
+            try:
+                present = set(os.listdir(self.folder))
+            except FileNotFoundError:
+                if not self.folder.is_symlink():
+                    return
+                present = {"a link to nowhere"}
+            except NotADirectoryError:
+                present = {"a file of that name"}
+        # A kill in a run's first moments leaves the lock, and at most half a journal.
+        if _JOURNAL not in present and present - {_LOCK, _JOURNAL + ".writing"}:
+            raise OutputError(
+                self.folder,
+                "is in the way and was not made by shardsurgeon",
+                "choose another -o or move it away",
+            )
+
+    def open_journal(self, run: Run, restart: bool) -> Journal:
+        """Make the place ready for `run` and say what of it is finished.
+
+        restart: throw away what an earlier run left, whosever it was. Raises OutputError where
+        the place belongs to another run, or the journal cannot be understood.
+        """
+        record: Record | None = None
+        if restart:
+            _remove_tree(self.files)
+        else:
+            record = read_journal(self.journal)
+            if record:
+                require_same(record.run, run, self.folder)
+        _remove_tree(self.writing, record.done.parts if record else ())
+        self._journal = Journal(self.journal, run, record, self.system)
+        make_folder(self.files, self.system)
+        make_folder(self.writing, self.system)
+        return self._journal
+
+    def has(self, name: str, nbytes: int, begins: bytes) -> bool:
+        """Whether the file is finished: of that size, and with those first bytes."""
+        path = self.files / name
+        with writing(path):
+            if not path.is_file() or path.stat().st_size != nbytes:
+                return False
+            with FileIO(path) as file:
+                return file.read(len(begins)) == begins
+
+    def has_part(self, name: str, nbytes: int) -> bool:
+        """Whether the file is being written, and as long as it will be."""
+        path = self.writing / name
+        with writing(path):
+            return path.is_file() and path.stat().st_size == nbytes
+
+    def space(self, restart: bool = False) -> int:
+        """Free bytes, with those that leftovers of an earlier run hold and will give back."""
+        free = free_space(self.folder, self.system) + _held(self.writing)
+        return free + _held(self.files) if restart else free
+
+    def begin_file(self, name: str) -> Path:
+        """Where to write a file until it is whole; its folder is made."""
+        path = self.writing / name
+        make_folder(path.parent, self.system)
+        return path
+
+    def finish_file(self, name: str) -> None:
+        """Give a file that is whole and synced its name among the finished."""
+        path = self.files / name
+        make_folder(path.parent, self.system)
+        publish(self.writing / name, path, self.system)
+
+    def drop_file(self, name: str) -> None:
+        """Remove a finished file that is needed here no more."""
+        path = self.files / name
+        with writing(path):
+            path.unlink(missing_ok=True)
+
+    def deliver(self, names: set[str]) -> None:
+        """Make the finished files OUT. Raises OutputError or OutputWriteError unless they are
+        exactly `names`. Whatever is raised, there is no OUT.
+        """
+        present = set(_files_below(self.files))
+        for name in sorted(present - names):
+            raise OutputError(self.files / name, "is not of this run", "move it away, run again")
+        for name in sorted(names - present):
+            raise OutputWriteError(self.files / name, "disappeared", "run the same command again")
+        self.require_free_name()
+        try:
+            publish(self.files, self.out, self.system)
+        except BaseException:
+            # The name may be there and not last: take it back, so that a rerun delivers again.
+            with suppress(OSError):
+                if not os.path.lexists(self.files):
+                    self.system.rename(self.out, self.files)
+            raise
+
+    def discard(self) -> None:
+        """Remove everything: what was made here is elsewhere. The journal goes last, so that a
+        kill on the way leaves a place that is known for ours.
+        """
+        self._journal = None
+        _remove_tree(self.writing)
+        _remove_tree(self.files)
+        with writing(self.journal):
+            self.journal.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove what has no worth for a later run; all of it where nothing is done."""
+        if self._journal is None:
+            return
+        done = self._journal.done
+        parts = [name for name, part in done.parts.items() if part.ranges]
+        _remove_tree(self.writing, parts)
+        if not parts and not done.sent and not any(_files_below(self.files)):
+            _remove_tree(self.files)
+            self.journal.unlink(missing_ok=True)
+
+
+@contextmanager
+def hold(out: Path, system: System) -> Iterator[Workplace]:
+    """OUT.partial for one run. Raises OutputError where another run holds it or OUT exists."""
+    place = Workplace(out, system)
+    place.require_free_name()
+    place.require_ours()
+    lock = _take_lock(place, system)
+    try:
+        place.require_free_name()  # the run that held the lock before may just have finished
+        place.require_ours()
+        yield place
+    finally:
+        # The run's own result or error is what counts; leftovers do no harm.
+        with suppress(OSError, OutputWriteError):
+            place.tidy()
+        _release_lock(place, lock)
+
+
+def _take_lock(place: Workplace, system: System) -> FileIO:
+    path = place.folder / _LOCK
+    make_folder(place.folder.parent, system)
+    while True:
+        with writing(path):
+            with suppress(FileExistsError):
+                place.folder.mkdir()
+            try:
+                lock = FileIO(path, "a+")
+            except FileNotFoundError:  # another run ended here and took the folder with it
+                continue
+            try:
+                held = system.lock(lock)
+                if held and _is_file(path, lock):
+                    return lock
+            except BaseException:
+                lock.close()
+                raise
+            lock.close()
+        if not held:
+            raise OutputError(
+                place.folder,
+                "is in use: another run writes there now",
+                "wait for it, or choose another -o",
+            )
+
+
+def _is_file(path: Path, lock: FileIO) -> bool:
+    """Whether the name still leads to the open file: its last holder may have removed it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _release_lock(place: Workplace, lock: FileIO) -> None:
+    """Let the lock go and, where nothing else is left, the folder with it."""
+    with suppress(OSError):
+        if os.listdir(place.folder) == [_LOCK]:
+            # Removed while held, so that nobody locks a file that is about to go; Windows
+            # keeps open files and is content with the other order.
+            try:
+                (place.folder / _LOCK).unlink()
+            except PermissionError:
+                lock.close()
+                (place.folder / _LOCK).unlink()
+            place.folder.rmdir()
+    lock.close()
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    for below, _, names in os.walk(folder):
+        for name in names:
+            yield Path(below, name).relative_to(folder).as_posix()
+
+
+def _held(folder: Path) -> int:
+    """Bytes of disk that the files below a folder take."""
+    total = 0
+    for name in _files_below(folder):
+        with suppress(FileNotFoundError):
+            status = (folder / name).stat()
+            # Windows does not tell the blocks; there files that were made long take them all.
+            total += getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
+    return total
+
+
+def _remove_tree(folder: Path, kept: Collection[str] = ()) -> None:
+    """Remove a folder and all that is in it; where files below it are kept, all others."""
+    with writing(folder), suppress(FileNotFoundError):
+        if kept:
+            for name in set(_files_below(folder)) - set(kept):
+                (folder / name).unlink()
+        else:
+            shutil.rmtree(folder)

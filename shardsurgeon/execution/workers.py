@@ -1,0 +1,126 @@
+"""Threads that share a run's tasks, its progress, and the order to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+Tool = TypeVar("Tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is. Sizes in bytes; `resumed` of `done` were there before it began.
+
+    shards_sent: finished shards that were taken away, where somebody takes them away.
+    """
+
+    done: int
+    total: int
+    resumed: int
+    shards_done: int
+    shards_total: int
+    shards_sent: int = 0
+
+
+Listener = Callable[[Progress], None]
+
+
+class Stopped(Exception):
+    """Another worker has failed, or the user has had enough. Never leaves `execution`."""
+
+
+class Meter:
+    """Counts for all workers of a run, and holds the first error that any of them met."""
+
+    def __init__(self, start: Progress, listener: Listener | None) -> None:
+        """Begin at `start`, and say so."""
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._now = start
+        self._downloaded = 0
+        self._listener = listener
+        self.error: BaseException | None = None
+        self.advance(0)
+
+    @property
+    def downloaded(self) -> int:
+        """Bytes that came over the network."""
+        return self._downloaded
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Make every later `advance` raise Stopped; the first error given is kept."""
+        with self._lock:
+            self.error = error if self.error is None else self.error
+            self._stopped = True
+
+    def check(self) -> None:
+        """Raise Stopped where the run is to end."""
+        if self._stopped:
+            raise Stopped
+
+    def advance(self, nbytes: int, *, shards: int = 0, sent: int = 0) -> None:
+        """Count bytes written, and shards finished or sent.
+
+        Raises Stopped, and what the listener raises.
+        """
+        self.check()
+        with self._lock:
+            now = self._now
+            self._now = replace(
+                now,
+                done=now.done + nbytes,
+                shards_done=now.shards_done + shards,
+                shards_sent=now.shards_sent + sent,
+            )
+            if self._listener is not None:
+                self._listener(self._now)
+
+    def receive(self, nbytes: int) -> None:
+        """Count bytes that came over the network, wanted or not. Raises Stopped."""
+        self.check()
+        with self._lock:
+            self._downloaded += nbytes
+
+
+def run_tasks(
+    tasks: Iterator[Callable[[Tool], None]],
+    make_tool: Callable[[], Tool],
+    workers: int,
+    meter: Meter,
+) -> None:
+    """Do the tasks, in about the order they come, and return when all are done.
+
+    make_tool: makes what a worker keeps for all its tasks. Only one worker at a time waits for
+    the next task. Raises the first error that any worker met, or that stopped the meter.
+    """
+    taking = threading.Lock()
+
+    def work() -> None:
+        try:
+            tool = make_tool()
+            while True:
+                with taking:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                task(tool)
+        except Stopped:
+            pass
+        except BaseException as error:  # raised again below
+            meter.stop(error)
+
+    with ThreadPoolExecutor(workers, "shardsurgeon") as pool:
+        try:
+            crew = [pool.submit(work) for _ in range(workers)]
+            # Woken now and then, because on Windows Ctrl-C does not end a wait.
+            while wait(crew, timeout=0.2).not_done:
+                pass
+        except BaseException:
+            meter.stop()
+            raise
+    if meter.error is not None:
+        raise meter.error

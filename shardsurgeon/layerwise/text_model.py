@@ -1,0 +1,247 @@
+"""transformers' text model on the meta device, of which a few layers at a time are real.
+
+Between `loading`, which reads weights, and `passing`, which runs samples. The model is built
+whole, without weights. Every decoder layer's `forward` is replaced: a layer that is not at work
+hands on what it was given, so that masks, positions and whatever else a model prepares for its
+layers come from its own code. Every module of experts is replaced by one with a single expert.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.transformers_model import Blueprint
+from shardsurgeon.errors import FamilyError
+from shardsurgeon.layerwise.decoding import PackedWeight
+from shardsurgeon.layerwise.loading import ParameterNames
+
+# What classes call the number of their experts, and of those that only copy their input.
+_COUNTS = ("num_experts", "num_routed_experts", "num_local_experts")
+_COPIES, _ALL = "zero_expert_num", "total_experts"
+
+Visit = Callable[..., Any]
+"""(layer, the layer's own forward, hidden states, whatever else it is given) → what it gives."""
+Route = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, inputs [N, H], expert ids [N, K], gate weights [N, K]) → outputs [N, H]."""
+
+
+@dataclass(frozen=True)
+class ExpertModule:
+    """The experts of one layer, shrunk to one.
+
+    path: its name in the model; module: it; empty: its parameters without values.
+    copies: how many experts behind the routed ones give back what they are given, None where
+    the class knows no such experts; weighs_inputs: whether the model multiplies an expert's
+    input by its gate weight, and not its output.
+    """
+
+    path: str
+    module: nn.Module
+    empty: Mapping[str, nn.Parameter]
+    copies: int | None
+    weighs_inputs: bool
+
+    def compute(self, inputs: Tensor) -> Tensor:
+        """The expert's outputs [N, H] for inputs [N, H], by its class's own code."""
+        forward = type(self.module).forward
+        if self.weighs_inputs:
+            return forward(self.module, inputs)
+        # Classes that know copies want two choices at least: the copy's weight is 0.
+        width = 1 if self.copies is None else 2
+        index = torch.arange(width, device=inputs.device).expand(len(inputs), width)
+        weights = (index == 0).to(inputs.dtype)
+        return forward(self.module, inputs, index, weights)
+
+    def put(self, parameters: Mapping[str, Tensor | PackedWeight]) -> None:
+        """Give it an expert's parameters, by their full names. Raises FamilyError where they do
+        not have its shapes."""
+        own = self.module._parameters
+        for name, value in parameters.items():
+            leaf = name.rpartition(".")[2]
+            before = self.empty[leaf]
+            if tuple(value.shape) != tuple(before.shape):
+                problem = f"an expert has shape {list(value.shape[1:])}, the config makes it "
+                raise FamilyError(name, f"{problem}{list(before.shape[1:])}")
+            packed = isinstance(value, PackedWeight)
+            own[leaf] = value if packed else nn.Parameter(value, requires_grad=False)
+
+    def clear(self) -> None:
+        """Let the expert's weights go."""
+        self.module._parameters.update(self.empty)
+
+
+class TextModel:
+    """The part of a model that reads text, and its decoder layers."""
+
+    def __init__(self, blueprint: Blueprint, names: ParameterNames, anatomy: Anatomy) -> None:
+        """Find the text model and take its layers and experts over.
+
+        Raises FamilyError where its experts are not built in a way that is known.
+        """
+        self.model: Any = blueprint.model
+        self.model.eval()
+        self.prefix = _prefix(names, anatomy)
+        self.text: Any = self.model.get_submodule(self.prefix.rstrip("."))
+        self.layers: Any = self.text.layers
+        self._shapes = blueprint.expected
+        self.experts = {
+            layer.index: self._shrink(layer.index, layer.num_experts)
+            for layer in anatomy.layers
+            if layer.index < len(self.layers)
+        }
+        self.embeddings = {
+            name: module
+            for name, module in self._outside()
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in self._shapes
+        }
+
+    def take_over(self, visit: Visit, route: Route) -> None:
+        """Let every layer's calls go through `visit`, and those of experts through `route`."""
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(visit, index, layer.forward)
+        for index, experts in self.experts.items():
+            if experts.weighs_inputs:
+                block = self.model.get_submodule(experts.path.rpartition(".")[0])
+                block.forward = partial(_weighing_block, block, partial(route, index))
+            else:
+                experts.module.forward = partial(route, index)
+
+    def layer_prefix(self, layer: int) -> str:
+        """How the names of a layer's parameters begin."""
+        return f"{self.prefix}layers.{layer}."
+
+    def resident(self) -> set[str]:
+        """Parameters and buffers of the text model that are in no layer and no embedding."""
+        embeddings = {f"{name}.weight" for name in self.embeddings}
+        return {
+            name
+            for name in self._shapes
+            if name.startswith(self.prefix)
+            and not name.startswith(f"{self.prefix}layers.")
+            and name not in embeddings
+        }
+
+    def parameters_of(self, layer: int) -> set[str]:
+        """Parameters and buffers that a checkpoint gives a layer, its experts' left out."""
+        prefix = self.layer_prefix(layer)
+        experts = f"{self.experts[layer].path}." if layer in self.experts else "\0"
+        return {
+            name
+            for name in self._shapes
+            if name.startswith(prefix) and not name.startswith(experts)
+        }
+
+    @property
+    def may_pad(self) -> bool:
+        """Whether padding at the end of a sample changes nothing before it.
+
+        A choice of some keys among all does not look at those behind, but breaks ties among the
+        rest by how many there are.
+        """
+        names = (name for layer in self.layers for name, _ in layer.named_modules())
+        return not any(name.rpartition(".")[2] == "indexer" for name in names)
+
+    def groups(self) -> list[range]:
+        """Runs of layers that pass more than hidden states to one another, in their order.
+
+        An attention that borrows the choice of keys, or the keys, of a layer before it cannot
+        run without that layer; experts are read one by one all the same.
+        """
+        total = len(self.layers)
+        shares = [i for i in range(total) if self._attention(i, "store_full_length_kv")]
+        starts = []
+        for index in range(total):
+            later = range(index, total)
+            inside = bool(shares) and shares[0] < index and any(map(self.borrows, later))
+            if index == 0 or not (inside or self._attention(index, "skip_topk")):
+                starts.append(index)
+        return [range(begin, end) for begin, end in zip(starts, [*starts[1:], total], strict=True)]
+
+    def borrows(self, layer: int) -> bool:
+        """Whether a layer's attention uses what one before it chose or stored."""
+        facts = ("skip_topk", "is_kv_shared_layer")
+        return any(self._attention(layer, fact) for fact in facts)
+
+    def _attention(self, layer: int, fact: str) -> bool:
+        attention = getattr(self.layers[layer], "self_attn", None)
+        return bool(getattr(attention, fact, False))
+
+    def _outside(self) -> Iterator[tuple[str, nn.Module]]:
+        """The text model's modules that are in no layer, by full name."""
+        for name, module in self.text.named_modules():
+            if not name.startswith("layers."):
+                yield (self.prefix + name).rstrip("."), module
+
+    def _shrink(self, layer: int, experts: int) -> ExpertModule:
+        """Replace a layer's experts by one expert of their class."""
+        path, module = self._find_experts(layer)
+        one = copy.copy(module)
+        one._parameters = {}
+        one._modules = dict(module._modules)
+        copies = getattr(module, _COPIES, None)
+        for name, value in module.named_parameters(recurse=False):
+            if value.shape[:1] not in ((experts,), (experts + (copies or 0),)):
+                raise _unknown_block(f"{path}.{name}", f"has shape {list(value.shape)}")
+            first = torch.empty(1, *value.shape[1:], dtype=value.dtype, device="meta")
+            one._parameters[name] = nn.Parameter(first, requires_grad=False)
+        for name in _COUNTS:
+            if hasattr(one, name):
+                setattr(one, name, 1)
+        if copies is not None:
+            setattr(one, _COPIES, 1)
+            setattr(one, _ALL, 2)
+        if hasattr(one, "config"):
+            one.config._experts_implementation = "eager"
+        parent, _, leaf = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, one)
+        inputs = list(inspect.signature(type(one).forward).parameters)
+        return ExpertModule(
+            path, one, dict(one._parameters), copies, weighs_inputs=len(inputs) == 2
+        )
+
+    def _find_experts(self, layer: int) -> tuple[str, nn.Module]:
+        found = [
+            (self.layer_prefix(layer) + name, module)
+            for name, module in self.layers[layer].named_modules()
+            if name.rpartition(".")[2] == "experts" and not isinstance(module, nn.ModuleList)
+        ]
+        if len(found) != 1:
+            where = self.layer_prefix(layer).rstrip(".")
+            raise _unknown_block(where, f"has {len(found)} modules of stacked experts")
+        return found[0]
+
+
+def _prefix(names: ParameterNames, anatomy: Anatomy) -> str:
+    """What the names of the text model's parameters begin with: `model.` or `model.text.`."""
+    router = anatomy.main_layers[0].router
+    target = names.target(router)
+    match = re.match(r"(.*?)layers\.\d+\.", target.parameter) if target else None
+    if match is None:
+        raise _unknown_block(router, "transformers' model has no place for it")
+    return match[1]
+
+
+def _weighing_block(block: Any, route: Callable[..., Tensor], hidden_states: Tensor) -> Any:
+    """An MoE block whose experts take inputs that are multiplied by their gate weights.
+
+    The block's own router decides; scores of experts that were not chosen are 0.
+    """
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    scores, logits = block.router(flat)
+    index = torch.topk(logits, block.top_k, dim=1).indices
+    routed = route(flat, index, scores.gather(1, index))
+    return block.shared_expert(flat) + routed, logits
+
+
+def _unknown_block(where: str, problem: str) -> FamilyError:
+    return FamilyError(where, problem, "experts built like this cannot be calibrated")

@@ -1,0 +1,187 @@
+"""What a model card says, gathered from a pruned checkpoint and its records."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.config import config_section
+from shardsurgeon.checkpoint.files import CARD_NAME
+from shardsurgeon.checkpoint.provenance import Provenance
+from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
+from shardsurgeon.errors import InputError
+from shardsurgeon.pruning.config_edits import says_per_layer
+from shardsurgeon.scores.files import read_scores
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+_CALIBRATION = "calibration/"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How large a model is: bytes of tensor data; parameters, None where packing hides them."""
+
+    nbytes: int
+    parameters: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A score file that the model carries: its name there, and what it says beside the scores."""
+
+    file: str
+    facts: Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How libraries load the model.
+
+    auto_class: of transformers, which `processor` reads the inputs for; remote_code: whether the
+    model's code comes with it; stock_engines: whether stock vLLM reads its expert counts.
+    """
+
+    auto_class: str
+    processor: str
+    remote_code: bool
+    stock_engines: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The pruned model, as far as its card speaks of it.
+
+    before: the first, unpruned model without MTP layers that are gone. quantization: as the
+    config names it, None for none. mtp_removed: whether the config counts 0 MTP layers.
+    source_card: what the source's own card says in its metadata, None where it had no card.
+    """
+
+    provenance: Provenance
+    before: Extent
+    after: Extent
+    layers: int
+    mtp_layers: tuple[int, ...]
+    mtp_removed: bool
+    loading: Loading
+    calibrations: tuple[Calibration, ...]
+    source_card: Mapping[str, Any] | None
+
+
+def model_facts(
+    pruned: Checkpoint, anatomy: Anatomy, provenance: Provenance, folder: Path
+) -> ModelFacts:
+    """Gather the facts. folder: where the pruned model's small files lie."""
+    config = pruned.settings
+    records = [record for shard in pruned.shards for record in shard.header.tensors]
+    return ModelFacts(
+        provenance=provenance,
+        before=_extent(_with_everyone(anatomy, provenance, records), config),
+        after=_extent(records, config),
+        layers=len(provenance.layers),
+        mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
+        mtp_removed=_counts_no_mtp(anatomy, config),
+        loading=_loading(anatomy, provenance, config),
+        calibrations=tuple(_calibrations(pruned, folder)),
+        source_card=_source_card(folder / CARD_NAME),
+    )
+
+
+def _extent(records: list[TensorRecord], config: Mapping[str, Any]) -> Extent:
+    return Extent(sum(record.nbytes for record in records), count_parameters(records, config))
+
+
+def _with_everyone(
+    anatomy: Anatomy, provenance: Provenance, records: list[TensorRecord]
+) -> list[TensorRecord]:
+    """The tensors as they were with all the experts of the first model.
+
+    Experts of a layer are alike, so that one that is left tells what the others took. Only
+    names, shapes and sizes are right; begin and end lie anywhere.
+    """
+    whole = []
+    for record in records:
+        role = anatomy.role(record)
+        gone = 0
+        if isinstance(role, ExpertTensor | Sliced) and role.layer in provenance.layers:
+            gone = len(provenance.layers[role.layer].pruned)
+        if isinstance(role, Sliced):
+            whole.append(_longer(record, role.axis, gone))
+            continue
+        whole.append(record)
+        if isinstance(role, ExpertTensor) and role.expert == 0:
+            left = len(provenance.layers[role.layer].retained) if gone else 0
+            names = (role.renamed(record.name, left + more) for more in range(gone))
+            whole += [replace(record, name=name) for name in names]
+    return whole
+
+
+def _longer(record: TensorRecord, axis: int, more: int) -> TensorRecord:
+    rows = record.shape[axis]
+    shape = (*record.shape[:axis], rows + more, *record.shape[axis + 1 :])
+    return replace(record, shape=shape, end=record.begin + record.nbytes // rows * (rows + more))
+
+
+def _counts_no_mtp(anatomy: Anatomy, config: Mapping[str, Any]) -> bool:
+    """Whether the config has a count of MTP layers, and it is 0."""
+    keys = anatomy.family.config
+    sections = (config_section(config, at) or _NOTHING for at in keys.at)
+    return any(section.get(name) == 0 for section in sections for name in keys.mtp_layers)
+
+
+def _loading(anatomy: Anatomy, provenance: Provenance, config: Mapping[str, Any]) -> Loading:
+    own = config.get("auto_map")
+    own = own if isinstance(own, Mapping) else _NOTHING
+    architecture = next(iter(config.get("architectures") or ()), "")
+    sees = architecture.endswith("ForConditionalGeneration")
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    offered = [name for name in own if name.startswith("AutoModel")]
+    if offered and auto not in offered:
+        # Those for a task know more than the plain one.
+        auto = max(offered, key=len)
+    return Loading(
+        auto_class=auto,
+        processor="AutoProcessor" if sees else "AutoTokenizer",
+        remote_code=bool(own),
+        stock_engines=provenance.is_uniform or says_per_layer(config, anatomy) != "",
+    )
+
+
+def _calibrations(pruned: Checkpoint, folder: Path) -> Iterator[Calibration]:
+    """The score files in calibration/; keep-lists and records of other tools are none."""
+    for file in pruned.files:
+        if file.name.startswith(_CALIBRATION):
+            try:
+                scores = read_scores(folder / file.name)
+            except InputError:
+                continue
+            yield Calibration(file.name, scores.facts)
+
+
+def _source_card(path: Path) -> Mapping[str, Any] | None:
+    """The metadata of a card; empty where it has none that can be read."""
+    if not path.is_file():
+        return None
+    return metadata_of(path.read_text(encoding="utf-8-sig", errors="replace"))
+
+
+def metadata_of(text: str) -> Mapping[str, Any]:
+    """What a card says between its first two lines of dashes; empty where that is no metadata."""
+    if not text.lstrip().startswith("---"):
+        return _NOTHING
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            data: Any = ModelCard(text, ignore_metadata_errors=True).data
+            found = data.to_dict()
+    except Exception:  # YAML of strangers fails in many ways, and nothing hangs on it
+        return _NOTHING
+    return {key: value for key, value in found.items() if isinstance(key, str)}

@@ -1,0 +1,65 @@
+"""`inspect`: what a model is made of, from headers and JSON only."""
+
+from __future__ import annotations
+
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.errors import UsageError
+from shardsurgeon.operations.reports import InspectReport
+from shardsurgeon.pruning.config_edits import quantization_name
+from shardsurgeon.pruning.counts import uniform_counts
+from shardsurgeon.pruning.decide import main_facts, routing_facts
+from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.selection import mtp_counts
+
+RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
+
+
+def inspect(model: str | None = None, *, family: str | None = None) -> InspectReport:
+    """What a model is made of. Reads headers and JSON only; family: as for `plan`."""
+    checkpoint = open_model(model, family)
+    anatomy = read_anatomy(checkpoint)
+    config = checkpoint.settings
+    records = (record for shard in checkpoint.shards for record in shard.header.tensors)
+    return InspectReport(
+        name=checkpoint.source.name,
+        model_type=config.get("model_type"),
+        architectures=tuple(config.get("architectures") or ()),
+        family=anatomy.family.name,
+        num_hidden_layers=anatomy.num_layers,
+        moe_layers=tuple(layer.index for layer in anatomy.main_layers),
+        mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
+        num_experts=anatomy.num_experts,
+        top_k=anatomy.top_k,
+        n_group=anatomy.n_group,
+        topk_group=anatomy.topk_group,
+        expert_layout=anatomy.layout,
+        quantization=quantization_name(config),
+        shards=len(checkpoint.shards),
+        tensors=checkpoint.num_tensors,
+        total_size=checkpoint.total_size,
+        total_parameters=count_parameters(records, config),
+        expert_size=anatomy.expert_nbytes,
+        sizes_at=_sizes_at(anatomy),
+        notes=checkpoint.notes,
+        num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,
+    )
+
+
+def _sizes_at(anatomy: Anatomy) -> dict[str, int]:
+    """Ratio → bytes, for the ratios that this model's routing allows."""
+    sizes = {}
+    for ratio in RATIOS_SHOWN:
+        try:
+            kept = uniform_counts(SelectionRequest(ratio=ratio), main_facts(anatomy)).kept
+        except UsageError:
+            continue
+        mtp = mtp_counts(anatomy, routing_facts(anatomy), kept)
+        sizes[str(ratio)] = anatomy.total_nbytes({**kept, **mtp})
+    return sizes
+
+
+def _alike(anatomy: Anatomy) -> bool:
+    """Whether all MoE layers have the same number of experts."""
+    return len(set(anatomy.experts_per_layer.values())) == 1

@@ -1,0 +1,297 @@
+"""`plan` and `apply`: scores and a model become a plan, and the plan a pruned model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.errors import OutputError, UsageError
+from shardsurgeon.execution.plan import SurgeryPlan
+from shardsurgeon.execution.run import execute
+from shardsurgeon.execution.upload import Outlet
+from shardsurgeon.execution.workers import Listener
+from shardsurgeon.operations.reports import ApplyReport
+from shardsurgeon.operations.verify import SelfCheck
+from shardsurgeon.pruning.decide import Decision, decide
+from shardsurgeon.pruning.keep_lists import KeepList, write_plan
+from shardsurgeon.pruning.output_files import assemble
+from shardsurgeon.pruning.planner import Sizing, expert_id_tables, plan_shards
+from shardsurgeon.pruning.report import PlanReport, plan_report
+from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
+from shardsurgeon.scores.files import read_scores
+from shardsurgeon.scores.table import Scores
+from shardsurgeon.storage.files import write_file
+from shardsurgeon.storage.open import address_of
+
+# Makes the outlet of a run, given the check that each of its shards has to pass.
+OutletMaker = Callable[[Callable[[str, Path], None]], Outlet]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A prune that is decided and planned, and not yet done.
+
+    decision: which experts stay; surgery: the bytes to move; out: the folder they go to;
+    max_shard_nbytes, declared: what it was planned with (declared: the words of --family).
+    """
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    request: SelectionRequest
+    decision: Decision
+    surgery: SurgeryPlan
+    out: Path
+    max_shard_nbytes: int | None = None
+    declared: str | None = None
+
+    @cached_property
+    def report(self) -> PlanReport:
+        """What it would do, for people."""
+        return plan_report(
+            self.checkpoint,
+            self.anatomy,
+            self.request,
+            self.decision,
+            self.surgery,
+            str(self.out),
+        )
+
+    def write_plan(self, path: str | os.PathLike[str]) -> None:
+        """Save the keep-lists as a plan.json that `--plan` reads."""
+        data = write_plan(
+            self.decision.keep,
+            selection=_selection_words(self),
+            source={
+                "name": self.checkpoint.source.name,
+                "config_sha256": self.checkpoint.config_sha256,
+            },
+        )
+        write_file(Path(path), data)
+
+
+def plan(
+    model: str | os.PathLike[str] | Checkpoint | None,
+    scores: str | os.PathLike[str] | Scores | None,
+    request: SelectionRequest,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    max_shard_nbytes: int | None = None,
+    family: str | None = None,
+) -> Pruning:
+    """Decide which experts stay and plan every byte of the result. Writes nothing.
+
+    model: a folder, an opened checkpoint, or None for the current folder; scores: a score
+    file, a table that `read_scores` gave, or None with a keep-list file; out: where the
+    result is to go (None: named after the model); max_shard_nbytes: None keeps the source's
+    cutting; family: a file with the model's declaration, or `auto` to read a model without
+    one, where that leaves no doubt. Raises InputError and its children for whatever does not fit.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_model(model, family)
+    anatomy = read_anatomy(checkpoint)
+    table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
+    given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
+    sizing = Sizing(checkpoint, anatomy, drop_mtp=request.mtp is MtpPolicy.DROP)
+    decision = decide(checkpoint, anatomy, table, request, sizing.nbytes)
+    shards = plan_shards(
+        checkpoint,
+        anatomy,
+        decision.keep,
+        tables=expert_id_tables(checkpoint, anatomy, decision.keep),
+        drop_mtp=decision.drop_mtp,
+        max_shard_nbytes=max_shard_nbytes,
+    )
+    folder = Path(out) if out is not None else default_out(checkpoint, request, decision.keep)
+    require_apart(checkpoint, folder)
+    surgery = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
+    return Pruning(
+        checkpoint, anatomy, request, decision, surgery, folder, max_shard_nbytes, family
+    )
+
+
+def apply(
+    model: str | None,
+    scores: str | None,
+    request: SelectionRequest,
+    *,
+    out: str | None = None,
+    max_shard_nbytes: int | None = None,
+    workers: int = 0,
+    verify: bool = True,
+    dry_run: bool = False,
+    restart: bool = False,
+    progress: Listener | None = None,
+    family: str | None = None,
+) -> ApplyReport:
+    """`plan` and `carry_out` in one."""
+    return carry_out(
+        # Not kept here: what is planned takes room that the check at the end needs.
+        plan(model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family),
+        workers=workers,
+        verify=verify,
+        dry_run=dry_run,
+        restart=restart,
+        progress=progress,
+    )
+
+
+def carry_out(
+    pruning: Pruning,
+    *,
+    workers: int = 0,
+    verify: bool = True,
+    dry_run: bool = False,
+    restart: bool = False,
+    progress: Listener | None = None,
+    outlet: OutletMaker | None = None,
+    disk_budget: int | None = None,
+) -> ApplyReport:
+    """Move the bytes of a plan, check the result, and only then give it its name.
+
+    workers: threads, 0 for a number that suits the machine; verify: compare the structure of
+    everything and the bytes of a sample; dry_run: say what would happen and write nothing.
+    outlet: where the result goes instead of a folder; disk_budget: bytes of shards that may be
+    here at a time on their way there.
+
+    Raises UsageError where layers keep different numbers and nobody allowed that, OutputError
+    where the place is taken, WorkError and its children where the work fails or the check does
+    not hold. What was finished is kept for a rerun.
+    """
+    require_ready(pruning)
+    if dry_run:
+        return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
+    report, checkpoint, out = pruning.report, pruning.checkpoint, pruning.out
+    surgery = pruning.surgery
+    small = len(surgery.documents) + len(surgery.side_files) + len(surgery.extra_files)
+    files = len(surgery.shards) + small
+    check = SelfCheck(checkpoint, surgery, out, by_shard=outlet is not None)
+    taken = outlet(check.shard if verify else _unchecked) if outlet else None
+    # Half a trillion parameters take 40 MB to plan: whoever keeps no plan has them for the check.
+    handed = [surgery]
+    del pruning, surgery
+    try:
+        done = execute(
+            handed.pop(),
+            checkpoint.source,
+            out,
+            workers=workers,
+            restart=restart,
+            on_progress=progress,
+            before_delivery=(check.rest if taken else check.whole) if verify else None,
+            outlet=taken,
+            disk_budget=disk_budget,
+        )
+    except BaseException as stop:
+        # A signal in the last moment: the result is there, and there is nothing to resume.
+        if os.path.lexists(out):
+            stop.add_note(complete(str(out)))
+        raise
+    return ApplyReport(
+        plan=report,
+        dry_run=False,
+        out=None if taken else str(out),
+        files=files,
+        bytes_copied=done.bytes_copied,
+        bytes_resumed=done.bytes_resumed,
+        seconds=done.seconds,
+        verification=check.report,
+        bytes_downloaded=done.bytes_downloaded,
+        source=address_of(checkpoint.source),
+    )
+
+
+def _unchecked(name: str, path: Path) -> None:
+    """What --no-verify checks of a shard."""
+
+
+def require_ready(pruning: Pruning) -> None:
+    """Raise UsageError where layers keep different numbers and the request does not allow it,
+    OutputError where there is an OUT already."""
+    keep = pruning.decision.keep
+    if not keep.is_uniform and not pruning.request.allow_nonuniform:
+        counts = [len(layer.retained) for layer in keep.layers.values()]
+        problem = (
+            f"is needed: layers keep {min(counts)} to {max(counts)} experts, and stock engines"
+        )
+        remedy = "give it for an engine that reads a count per layer"
+        raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
+    if os.path.lexists(pruning.out):
+        raise OutputError(pruning.out, "exists", "choose another -o or remove it")
+
+
+def complete(out: str) -> str:
+    """What an interrupted command says where its result is already there."""
+    return f"{out} is complete"
+
+
+def _path(value: object) -> Path | None:
+    return Path(value).absolute() if isinstance(value, str | os.PathLike) else None
+
+
+def _selection_words(pruning: Pruning) -> dict[str, object]:
+    request, decision = pruning.request, pruning.decision
+    return {
+        "selection": request.selection,
+        "ratio": request.ratio,
+        "rounding": request.effective_rounding,
+        "metric": decision.metric,
+        "kept": decision.kept,
+        "allocate": request.allocate,
+        "mtp": request.mtp,
+    }
+
+
+def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepList) -> Path:
+    """`<model name>-REAP-65pct`, or `-REAP-134e` where no ratio was given.
+
+    Where layers keep different numbers it is their mean, and `-nonuniform` follows. In the current
+    folder; where that is the model itself, beside the model, because nothing is ever written into
+    a source. Raises OutputError where that would be inside a Hub cache.
+    """
+    counts = [len(layer.retained) for layer in keep.layers.values()]
+    what = (
+        f"{round(sum(counts) / len(counts))}e"
+        if request.ratio is None
+        else f"{_percent(request.ratio)}pct"
+    )
+    what += "" if keep.is_uniform else "-nonuniform"
+    name = f"{checkpoint.source.name}-REAP-{what}"
+    folder = Path.cwd()
+    home = _home(checkpoint)
+    if home is not None and folder.is_relative_to(home):
+        folder = home.parent
+        if checkpoint.source.revision is not None:
+            raise OutputError(
+                folder / name, "would be inside the Hub's cache", "say where to write with -o"
+            )
+    return folder / name
+
+
+def require_apart(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise OutputError where the output would lie inside the source, or the other way."""
+    home = _home(checkpoint)
+    if home is None:
+        return
+    target = out.absolute().parent.resolve() / out.name
+    if target == home:
+        raise OutputError(out, "is the source itself", "choose another -o")
+    if target.is_relative_to(home):
+        raise OutputError(out, f"is inside the source {home}", "choose another -o")
+    if home.is_relative_to(target):
+        raise OutputError(out, f"contains the source {home}", "choose another -o")
+
+
+def _home(checkpoint: Checkpoint) -> Path | None:
+    """The source's folder on this machine, if it has one."""
+    path = checkpoint.source.local_path("config.json")
+    # Not resolved as a file: in a Hub cache config.json is a link to somewhere else.
+    return None if path is None else path.absolute().parent.resolve()
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio * 100:.6g}"

@@ -1,0 +1,255 @@
+"""The `scores` commands: look at score files, compare, convert and merge them, make baselines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.layer_names import Layer
+from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.errors import UsageError
+from shardsurgeon.layerwise.accumulators import TOTAL_TOKENS
+from shardsurgeon.layerwise.calibration_file import (
+    Calibration,
+    find_calibration,
+    merge,
+    read_calibration,
+)
+from shardsurgeon.operations.reports import (
+    BaselineReport,
+    RouterScoresReport,
+    ScoreLayerReport,
+    ScoresReport,
+    WrittenScoresReport,
+)
+from shardsurgeon.pruning.agreement import ComparisonReport, compare
+from shardsurgeon.pruning.analysis import SUPER_METRIC, View, view_alone
+from shardsurgeon.pruning.decide import (
+    model_super_experts,
+    model_values,
+    never_routed_experts,
+    routing_facts,
+)
+from shardsurgeon.pruning.lineage import check_lineage
+from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
+from shardsurgeon.scores.router_norms import RouterNorm, random_scores, router_scores
+from shardsurgeon.scores.table import Scores
+from shardsurgeon.scores.weight_norms import weight_norms
+
+_Item = TypeVar("_Item")
+Path = str | os.PathLike[str]
+Scored = Mapping[int, NDArray[np.float64]]
+
+
+def show_scores(
+    file: Path, model: Path | None = None, *, metric: str | None = None
+) -> ScoresReport:
+    """What a score file says of each layer, and where the layers could be cut.
+
+    model: a folder that the scores must fit, None to look at the file alone; metric: None for
+    the one that `plan` would take. Raises ScoreError for scores that are broken or do not fit.
+    """
+    scores = read_scores(file)
+    calibration = find_calibration(file)
+    name, view = None, None
+    if model is not None:
+        checkpoint = open_model(model)
+        name = checkpoint.source.name
+        view = _view_of_model(checkpoint, scores, metric)
+    view = view or view_alone(scores, metric)
+    layers = view.layers()
+    return ScoresReport(
+        file=str(file),
+        model=name,
+        metric=view.metric,
+        metrics=scores.metrics or tuple(sorted(scores.rows)),
+        num_experts=max(layer.num_experts for layer in layers),
+        layers=layers,
+        cuts=view.cuts(),
+        super_experts_known=view.super_experts is not None,
+        facts=dict(scores.facts),
+        calibration=None if calibration is None else _told(calibration),
+    )
+
+
+def convert_scores(source: Path, out: Path, *, model: Path | None = None) -> WrittenScoresReport:
+    """Write a score file in another format: all metrics, and the accumulators where it has them.
+
+    model: names the layers of a file that has only rows. Raises UsageError and OutputError where
+    `out` cannot be written so, ScoreError for a file that cannot be read.
+    """
+    check_out(out)
+    scores = read_scores(source)
+    if model is not None:
+        anatomy = read_anatomy(open_model(model))
+        scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
+    calibration = find_calibration(source)
+    write_scores(out, _content(scores, calibration))
+    return _written((source,), out, scores, calibration)
+
+
+def merge_scores(
+    files: Sequence[Path], out: Path, *, same_model: bool = False
+) -> WrittenScoresReport:
+    """Add the accumulators of several calibrations of one model and write their score file.
+
+    same_model: models of one config under two names are one. Raises UsageError and OutputError
+    where `out` cannot be written, ScoreError for files without accumulators, of different models,
+    or with a sample in common.
+    """
+    check_out(out)
+    merged = merge([read_calibration(file) for file in files], str(out), any_name=same_model)
+    write_scores(out, merged.content())
+    return _written(files, out, read_scores(out), merged)
+
+
+def compare_scores(
+    a: Path, b: Path, *, ratios: Sequence[float], metrics: Sequence[str] = ()
+) -> ComparisonReport:
+    """How far two score files rank the experts of each layer alike.
+
+    ratios: fractions removed at which the keep-lists are compared; metrics: one for both files or
+    one for each, none for what `plan` would take. Raises ScoreError where the files have no layer
+    in common or different numbers of experts in one.
+    """
+    for ratio in ratios:
+        if not 0 < ratio < 1:
+            raise UsageError("--ratio", f"{ratio} is not between 0 and 1")
+    if len(metrics) > 2:
+        raise UsageError("--metric", f"{len(metrics)} metrics for two files", "give one or two")
+    wanted = (metrics[0], metrics[-1]) if metrics else (None, None)
+    return compare(read_scores(a), read_scores(b), ratios, wanted)
+
+
+def scores_from_router(model: Path | None, out: Path, *, norm: str = "l2") -> RouterScoresReport:
+    """Write router magnitudes, of MTP layers too, as a score file; norm: `l2` or `l1`.
+
+    Raises OutputError where `out` exists, UsageError where its name ends in no form of score
+    file that can be written, and whatever opening the model and reading its routers raises.
+    """
+    check_out(out)
+    checkpoint = open_model(model)
+    anatomy = read_anatomy(checkpoint)
+    scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
+    name, metric = checkpoint.source.name, f"router_{norm}"
+    _write(out, scores, metric, {"method": "router-magnitude", "model": name, "norm": norm})
+    layers = _layers(anatomy, scores)
+    return RouterScoresReport(name, norm, metric, anatomy.num_experts, layers, str(out))
+
+
+def scores_from_weights(
+    model: Path | None, out: Path, *, on_bytes: Callable[[int, int], None] | None = None
+) -> BaselineReport:
+    """Write the norm of each expert's weights, of MTP layers too, as a score file.
+
+    on_bytes: hears how many bytes of how many are read. Raises what `scores_from_router` raises,
+    and FamilyError for weights stored in a form whose norm is not worked out here.
+    """
+    check_out(out)
+    checkpoint = open_model(model)
+    anatomy = read_anatomy(checkpoint)
+    scores = weight_norms(checkpoint, anatomy, on_bytes)
+    name, method, metric = checkpoint.source.name, "expert-weight-norm", "weight_l2"
+    _write(out, scores, metric, {"method": method, "model": name})
+    layers = _layers(anatomy, scores)
+    return BaselineReport(name, method, metric, anatomy.num_experts, layers, str(out))
+
+
+def scores_random(model: Path | None, out: Path, *, seed: int) -> BaselineReport:
+    """Write a random number from 0 to 1 for each expert, of MTP layers too, as a score file.
+
+    seed: 0 or more; the same seed gives the same numbers on every machine, and a layer's do not
+    depend on the other layers. Raises what `scores_from_router` raises.
+    """
+    if seed < 0:
+        raise UsageError("--seed", f"{seed} is less than 0")
+    check_out(out)
+    checkpoint = open_model(model)
+    anatomy = read_anatomy(checkpoint)
+    scores = {
+        layer.index: random_scores(seed, layer.index, layer.num_experts) for layer in anatomy.layers
+    }
+    name, method, metric = checkpoint.source.name, "random", "random"
+    _write(out, scores, metric, {"method": method, "model": name, "seed": str(seed)})
+    layers = _layers(anatomy, scores)
+    return BaselineReport(name, method, metric, anatomy.num_experts, layers, str(out), seed)
+
+
+def _write(out: Path, scores: Scored, metric: str, facts: Mapping[str, str]) -> None:
+    table = _keyed({layer: {metric: row} for layer, row in scores.items()})
+    write_scores(out, ScoreContent(layers=table, facts=facts))
+
+
+def _layers(anatomy: Anatomy, scores: Scored) -> tuple[ScoreLayerReport, ...]:
+    layers = []
+    for layer in anatomy.layers:
+        lowest, median, highest = np.quantile(scores[layer.index], (0, 0.5, 1)).tolist()
+        layers.append(ScoreLayerReport(layer.index, layer.is_mtp, lowest, median, highest))
+    return tuple(layers)
+
+
+def _view_of_model(checkpoint: Checkpoint, scores: Scores, metric: str | None) -> View:
+    """The scores as the model has its experts now."""
+    anatomy = read_anatomy(checkpoint)
+    check_lineage(checkpoint.provenance, anatomy.experts_per_layer)
+    scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
+    name, values = model_values(checkpoint, anatomy, scores, metric)
+    extreme = None
+    if all(SUPER_METRIC in metrics for metrics in scores.layers.values()):
+        extreme = model_super_experts(checkpoint, anatomy, scores)
+    return View(
+        metric=name,
+        values=_keyed(values),
+        never_routed=_keyed(never_routed_experts(checkpoint, anatomy, scores, values)),
+        super_experts=None if extreme is None else _keyed(extreme),
+        mtp=frozenset(layer.index for layer in anatomy.mtp_layers),
+        facts=routing_facts(anatomy),
+    )
+
+
+def _keyed(table: Mapping[int, _Item]) -> dict[Layer, _Item]:
+    """The table with room for layers that have names."""
+    keyed: dict[Layer, _Item] = {}
+    for layer, item in table.items():
+        keyed[layer] = item
+    return keyed
+
+
+def _told(calibration: Calibration) -> dict[str, object]:
+    """The settings, with numbers in place of the list of samples."""
+    settings = {key: item for key, item in calibration.settings.items() if key != "samples"}
+    samples = calibration.samples
+    return {**settings, "samples": len(samples), "tokens": sum(sample[2] for sample in samples)}
+
+
+def _content(scores: Scores, calibration: Calibration | None) -> ScoreContent:
+    """Everything that both know of one file."""
+    if calibration is None:
+        return ScoreContent(layers=scores.layers, rows=scores.rows, facts=scores.facts)
+    added = calibration.content()
+    layers = {**added.layers}
+    for layer, metrics in scores.layers.items():
+        layers[layer] = {**layers.get(layer, {}), **metrics}
+    own = ("format", "version", TOTAL_TOKENS)
+    facts = {key: fact for key, fact in scores.facts.items() if key not in own}
+    return ScoreContent(layers, {}, facts, added.accumulators, added.calibration)
+
+
+def _written(
+    files: Sequence[Path], out: Path, scores: Scores, calibration: Calibration | None
+) -> WrittenScoresReport:
+    samples = None if calibration is None else calibration.samples
+    return WrittenScoresReport(
+        inputs=tuple(map(str, files)),
+        out=str(out),
+        layers=len(scores.layers) or len(next(iter(scores.rows.values()))),
+        metrics=scores.metrics or tuple(sorted(scores.rows)),
+        samples=None if samples is None else len(samples),
+        tokens=None if samples is None else sum(sample[2] for sample in samples),
+    )

@@ -1,0 +1,146 @@
+"""`verify`, and what `apply` checks of its own result before it gives it its name.
+
+The result is checked as a whole folder, or shard by shard where shards do not stay on the disk.
+`apply` checks the structure of everything and a few tensors' bytes of every shard; `verify`
+compares them all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.errors import VerificationError
+from shardsurgeon.execution.plan import SurgeryPlan
+from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.open import open_source
+from shardsurgeon.storage.source import MemorySource, Source
+from shardsurgeon.verification.architecture import check_architecture
+from shardsurgeon.verification.byte_comparison import Sampling
+from shardsurgeon.verification.findings import VerifyReport
+from shardsurgeon.verification.streamed import Heading, Outline, ShardProof
+from shardsurgeon.verification.verify import verify_checkpoint
+
+SAMPLED_TENSORS = 8
+SAMPLED_NBYTES = 1 << 20
+# Of what a far source has to send for the result, so much may be sent once more for the proof.
+FAR_SHARE = 0.0025
+# And so much at least of a tensor, which costs a request in any case.
+_LEAST_NBYTES = 512
+
+
+def verify(
+    source: str | os.PathLike[str],
+    pruned: str | os.PathLike[str],
+    *,
+    sample: int | None = None,
+    architecture: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    family: str | None = None,
+) -> VerifyReport:
+    """Prove a pruned model, a folder or a repository, against its source.
+
+    sample: tensors per shard whose bytes are compared, None for all; architecture: check as
+    well that transformers' model of the pruned config takes exactly these tensors. Raises
+    UsageError, before any weight is read, where that cannot be checked.
+    """
+    before = open_model(source, family)
+    if isinstance(pruned, str) and not os.path.lexists(pruned):
+        there = open_source(pruned)
+        fits = check_architecture(before, open_checkpoint(there)) if architecture else None
+        report = verify_checkpoint(before, there, sample=sample, on_progress=progress)
+    else:
+        fits = check_architecture(before, pruned) if architecture else None
+        report = verify_checkpoint(before, pruned, sample=sample, on_progress=progress)
+    return replace(report, architecture=fits)
+
+
+class SelfCheck:
+    """The proof of one run's result; `report` says what was compared."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, surgery: SurgeryPlan, out: Path, *, by_shard: bool
+    ) -> None:
+        """checkpoint: the source; surgery: what is made of it; out: what reports call it;
+        by_shard: whether the shards will be gone when the rest is there, so that each is checked
+        alone; else the plan is not held on to."""
+        self._checkpoint = checkpoint
+        self._sampling = _sampling(checkpoint, surgery)
+        self._planned = surgery if by_shard else None
+        self._out = out
+        self.report: VerifyReport | None = None
+
+    def whole(self, folder: Path) -> None:
+        """Check a folder that holds everything. Raises VerificationError."""
+        sampling = self._sampling
+        self._take(
+            verify_checkpoint(
+                self._checkpoint, folder, sample=sampling.tensors, sample_nbytes=sampling.nbytes
+            )
+        )
+
+    def shard(self, name: str, path: Path) -> None:
+        """Check one shard. Raises VerificationError."""
+        if found := self._shards.differences(name, path):
+            raise _does_not_hold(str(path), found)
+
+    def rest(self, folder: Path) -> None:
+        """Check what the shards, of which each was checked, are together with the other files.
+
+        folder: holds those. Raises VerificationError.
+        """
+        report = verify_checkpoint(
+            self._checkpoint, outline(self._surgery, LocalSource(folder), self._out), sample=0
+        )
+        seen = self._shards.compared
+        self._take(
+            replace(
+                report,
+                sampled=SAMPLED_TENSORS,
+                tensors_compared=seen.tensors,
+                bytes_compared=seen.nbytes,
+            )
+        )
+
+    def _take(self, report: VerifyReport) -> None:
+        # The result is checked under a working name, just before it gets its own.
+        self.report = replace(report, pruned=str(self._out))
+        if not report.holds:
+            raise _does_not_hold(report.pruned, report.differences)
+
+    @property
+    def _surgery(self) -> SurgeryPlan:
+        assert self._planned is not None, "a check of a whole folder knows no plan"
+        return self._planned
+
+    @cached_property
+    def _shards(self) -> ShardProof:
+        documents = MemorySource(dict(self._surgery.documents))
+        planned = outline(self._surgery, documents, self._out)
+        return ShardProof(self._checkpoint, planned, self._sampling)
+
+
+def _sampling(checkpoint: Checkpoint, surgery: SurgeryPlan) -> Sampling:
+    if not checkpoint.source.is_remote:
+        return Sampling(SAMPLED_TENSORS, SAMPLED_NBYTES)
+    share = int(FAR_SHARE * sum(shard.nbytes for shard in surgery.shards))
+    each = share // (len(surgery.shards) * SAMPLED_TENSORS)
+    return Sampling(SAMPLED_TENSORS, max(min(each, SAMPLED_NBYTES), _LEAST_NBYTES))
+
+
+def outline(surgery: SurgeryPlan, rest: Source, out: Path) -> Outline:
+    """The result as its headers and its other files tell it; rest: has those files."""
+    headings = {shard.file: Heading(shard.header, shard.nbytes) for shard in surgery.shards}
+    return Outline(headings, rest, str(out))
+
+
+def _does_not_hold(where: str, differences: tuple[str, ...]) -> VerificationError:
+    more = len(differences) - 1
+    also = f" (and {more} more)" if more else ""
+    problem = f"does not hold: {differences[0]}{also}"
+    return VerificationError(where, problem, "report this as a bug")

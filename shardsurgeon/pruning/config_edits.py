@@ -1,0 +1,416 @@
+"""What pruning changes in config.json and the quantization files. Pure.
+
+Expert counts in every spelling that is present, MTP counts, and quantization lists that name an
+expert by its number: those follow the expert to its new number, or go with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.config import (
+    PER_LAYER_KEY,
+    config_section,
+    config_values,
+    per_layer_paths,
+)
+from shardsurgeon.checkpoint.quantization_names import (
+    NamedExpert,
+    highest_expert,
+    is_regex,
+    named_expert,
+    plain_name,
+)
+from shardsurgeon.errors import ConfigError
+from shardsurgeon.families.schema import all_families
+from shardsurgeon.pruning.keep_lists import KeepList
+from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Rename
+
+Path = tuple[str | int, ...]
+
+# Side files that repeat the quantization lists of config.json.
+QUANTIZATION_FILES = (
+    "hf_quant_config.json",  # ModelOpt
+    "quantize_config.json",  # GPTQ
+    "quant_config.json",  # AWQ
+    "quantization_config.json",  # AutoRound
+)
+
+_COUNT_KEY = re.compile(r"expert|routed")
+_NOT_A_COUNT = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
+
+
+def pruned_config(
+    checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList, *, drop_mtp: bool
+) -> bytes:
+    """config.json for the experts that a keep-list leaves.
+
+    Raises ConfigError where a value that looks like the expert count is known to no rule, or a
+    quantization list names experts in a way that cannot be renumbered.
+    """
+    settings, where = checkpoint.settings, f"{checkpoint.location}/{CONFIG_NAME}"
+    changes: dict[Path, object] = dict(_counts(settings, anatomy, keep, drop_mtp))
+    _refuse_forgotten_counts(settings, anatomy, changes, where)
+    lists = QuantizationLists(anatomy, keep, where)
+    sections = _sections(settings, anatomy)
+    for path in sections:
+        changes.update(lists.changes(_at(settings, path), path))
+    edited = checkpoint.config.edit(changes)
+    after = Document.parse(edited, where).value
+    for path in sections:
+        lists.refuse_leftovers(_at(after, path))
+    return edited
+
+
+def pruned_quantization_file(
+    document: Document, anatomy: Anatomy, keep: KeepList, where: str
+) -> bytes:
+    """A side file such as hf_quant_config.json with its expert entries renumbered.
+
+    Raises ConfigError as `pruned_config` does.
+    """
+    lists = QuantizationLists(anatomy, keep, where)
+    edited = document.edit(lists.changes(document.value))
+    lists.refuse_leftovers(Document.parse(edited, where).value)
+    return edited
+
+
+def partial_lists(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> list[str]:
+    """Notes on quantization lists that name some experts of a layer and not the others.
+
+    Engines take what a list says of one expert for all of its layer (vLLM: of expert 0, or of
+    any), and renumbering can make another expert that one. Raises what `pruned_config` raises.
+    """
+    settings, where = checkpoint.settings, f"{checkpoint.location}/{CONFIG_NAME}"
+    lists = QuantizationLists(anatomy, keep, where)
+    layers: dict[str, list[int]] = {}
+    for path in _sections(settings, anatomy):
+        for inner, layer in lists.partly_named(_at(settings, path), path):
+            layers.setdefault(".".join(map(str, inner)), []).append(layer)
+    return [
+        f"{dotted} names some experts of layer {', '.join(map(str, sorted(set(found))))} and not "
+        "others: engines may take that for all experts of the layer"
+        for dotted, found in layers.items()
+    ]
+
+
+def quantization_name(config: Mapping[str, Any]) -> str | None:
+    """The quantization in a few words: `compressed-tensors pack-quantized`, `fp8`, or None."""
+    for path in _quantization_paths(config):
+        section = _at(config, path)
+        words = [section.get("quant_method"), section.get("format") or section.get("quant_algo")]
+        return " ".join(str(word) for word in words if word) or "unnamed"
+    return None
+
+
+def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
+    """Where the family's own part of a config says experts per layer; "" where it does not."""
+    keys = anatomy.family.config
+    path = tuple(keys.per_layer.split("."))
+    sections = (config_section(config, at) for at in keys.at)
+    if keys.per_layer and any(list(config_values(section, path)) for section in sections):
+        return keys.per_layer
+    return ""
+
+
+def nonuniform_notes(config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList) -> list[str]:
+    """What a user must know of a model whose layers keep different numbers of experts."""
+    if keep.is_uniform:
+        return []
+    counts = sorted({len(layer.retained) for layer in keep.layers.values()})
+    kept = f"layers keep {counts[0]} to {counts[-1]} experts"
+    native = says_per_layer(config, anatomy)
+    if native:
+        return [f"{kept}; {native} says how many each, and stock vLLM reads it"]
+    others = [f for f in all_families() if f.config.per_layer]
+    paths = ", ".join(f"{f.name} ({f.config.per_layer.split('.')[0]})" for f in others)
+    return [
+        f"{kept}: {PER_LAYER_KEY} in config.json says how many each, but stock vLLM and "
+        "transformers ignore it, build every layer with the largest count and would misread "
+        "this checkpoint; serve it with an engine that reads the list. The one family whose "
+        f"counts per layer stock vLLM reads is {paths}"
+    ]
+
+
+def _counts(
+    config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList, drop_mtp: bool
+) -> Iterator[tuple[Path, object]]:
+    keys = anatomy.family.config
+    kept = {layer: len(each.retained) for layer, each in keep.layers.items()}
+    add = not keep.is_uniform and not says_per_layer(config, anatomy)
+    for at in keys.at:
+        section = config_section(config, at)
+        if section is None:
+            continue
+        prefix: Path = tuple(filter(None, at.split(".")))
+        changes = dict(_shared_counts(section, anatomy, kept))
+        if add and changes and PER_LAYER_KEY not in section:
+            mtp = 0 if drop_mtp else anatomy.num_mtp_layers
+            length = max(anatomy.num_layers + mtp, max(kept) + 1)
+            changes[(PER_LAYER_KEY,)] = Insert([kept.get(layer, 0) for layer in range(length)])
+        changes.update(_own_counts(section, anatomy, kept, drop_mtp))
+        changes.update({(name,): 0 for name in keys.mtp_layers if drop_mtp and section.get(name)})
+        yield from (((*prefix, *path), change) for path, change in changes.items())
+
+
+def _shared_counts(
+    section: Mapping[str, Any], anatomy: Anatomy, kept: Mapping[int, int]
+) -> Iterator[tuple[Path, object]]:
+    """Every spelling of the one count: it becomes that of the largest layers that share it."""
+    keys = anatomy.family.config
+    own_mtp = anatomy.own_mtp_count
+    most = max(n for layer, n in kept.items() if layer < anatomy.num_layers or not own_mtp)
+    for dotted in (*keys.num_experts, *keys.also):
+        for path, value in config_values(section, tuple(dotted.split("."))):
+            if value == anatomy.shared_count:
+                yield path, most
+
+
+def _own_counts(
+    section: Mapping[str, Any], anatomy: Anatomy, kept: Mapping[int, int], drop_mtp: bool
+) -> Iterator[tuple[Path, object]]:
+    """Counts of single layers, and of the MTP layers alone."""
+    of_mtp = [count for layer, count in kept.items() if layer >= anatomy.num_layers]
+    for dotted in anatomy.family.config.mtp_num_experts:
+        for path, value in config_values(section, tuple(dotted.split("."))):
+            yield path, max(of_mtp) if of_mtp else value
+    for template, first in per_layer_paths(anatomy.family.config, anatomy.num_layers):
+        for path, value in config_values(section, template):
+            layer = first + int(path[template.index("*")])
+            if drop_mtp and layer >= anatomy.num_layers and template[0] == PER_LAYER_KEY:
+                yield path, DELETE
+            else:
+                # That of a dense layer stays, and nobody takes it for a count forgotten.
+                yield path, kept.get(layer, value)
+
+
+def _refuse_forgotten_counts(
+    config: Mapping[str, Any],
+    anatomy: Anatomy,
+    changes: Mapping[Path, object],
+    where: str,
+) -> None:
+    """A count that stays behind would make a model that loads wrong or not at all."""
+    num_experts = anatomy.shared_count
+    for path, value in _leaves(config, ()):
+        if _is_below(path, anatomy):
+            continue
+        names = [part for part in path if isinstance(part, str)]
+        if type(value) is not int or value != num_experts:
+            continue
+        if path in changes or not names or "quantization_config" in names:
+            continue
+        if _COUNT_KEY.search(names[-1]) and not _NOT_A_COUNT.search(names[-1]):
+            dotted = ".".join(map(str, path))
+            raise ConfigError(
+                where,
+                f"{dotted} is {num_experts}, the expert count, and no rule rewrites it",
+                "see 'Adding a family' in CONTRIBUTING.md",
+            )
+
+
+def _quantization_paths(config: Mapping[str, Any]) -> list[Path]:
+    """Where a config keeps its quantization: at the top, or in the text model's part."""
+    return [
+        path
+        for path, value in _objects(config, ())
+        if path and path[-1] in ("quantization_config", "compression_config") and value
+    ]
+
+
+def _sections(config: Mapping[str, Any], anatomy: Anatomy) -> list[Path]:
+    """The quantization of the model itself, not of another one in the same config."""
+    return [path for path in _quantization_paths(config) if not _is_below(path, anatomy)]
+
+
+def _is_below(path: Path, anatomy: Anatomy) -> bool:
+    """Whether a path of the config speaks of other experts, a talker's say."""
+    others = (tuple(dotted.split(".")) for dotted in anatomy.family.config.elsewhere)
+    return any(path[: len(other)] == other for other in others)
+
+
+def _objects(node: object, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    if isinstance(node, Mapping):
+        yield path, node
+        for key, value in node.items():
+            yield from _objects(value, (*path, key))
+
+
+def _leaves(node: object, path: Path) -> Iterator[tuple[Path, object]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*path, key))
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from _leaves(value, (*path, position))
+    else:
+        yield path, node
+
+
+def _at(node: Any, path: Path) -> Any:
+    for part in path:
+        node = node[part]
+    return node
+
+
+class QuantizationLists:
+    """The lists of one file and what keep-lists make of them. where: the file, for messages."""
+
+    def __init__(self, anatomy: Anatomy, keep: KeepList, where: str) -> None:
+        self._num_experts = anatomy.num_experts
+        self._num_layers = anatomy.num_layers
+        self._own_mtp_numbers = bool(anatomy.family.tensors.mtp)
+        self._reader = anatomy.reader
+        self._where = where
+        # Old id → new id; a main layer without a keep-list keeps all, a dropped MTP layer none.
+        self._new_ids = {
+            layer.index: {expert: expert for expert in range(anatomy.num_experts)}
+            for layer in anatomy.main_layers
+        }
+        self._new_ids |= {
+            layer: {old: new for new, old in enumerate(kept.retained)}
+            for layer, kept in keep.layers.items()
+        }
+        self._kept = max(map(len, self._new_ids.values()))
+
+    def changes(self, node: object, path: Path = ()) -> dict[Path, object]:
+        """What renumbers or removes every entry below `node` (at `path` of its document).
+
+        Raises ConfigError where an entry names experts in a way that cannot be renumbered.
+        """
+        changes: dict[Path, object] = {}
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                renamed = self._renamed(key, (*path, key), node)
+                if renamed is None:
+                    changes[(*path, key)] = DELETE
+                    continue
+                if renamed != key:
+                    changes[(*path, key)] = Rename(renamed)
+                changes.update(self._value(value, (*path, key)))
+        elif isinstance(node, list):
+            entries = dict.fromkeys(entry for entry in node if isinstance(entry, str))
+            for position, value in enumerate(node):
+                if isinstance(value, str):
+                    renamed = self._renamed(value, path, entries)
+                    if renamed != value:
+                        changes[(*path, position)] = DELETE if renamed is None else renamed
+                else:
+                    changes.update(self.changes(value, (*path, position)))
+        return changes
+
+    def refuse_leftovers(self, node: object) -> None:
+        """Raise ConfigError where an edited section names an expert beyond those that are left."""
+        for path, text in _texts(node, ()):
+            highest = highest_expert(text)
+            if highest < 0 or self._is_elsewhere(text):
+                continue
+            named = self._named(text, path)
+            layers = self._layers(named) if named else list(self._new_ids)
+            left = max((len(self._new_ids[layer]) for layer in layers), default=0)
+            if highest >= left:
+                raise ConfigError(
+                    self._where,
+                    f"quantization entry {text!r} still names expert {highest} of {left}",
+                    "write the entry as the others are, or remove it",
+                )
+
+    def partly_named(self, node: object, path: Path) -> Iterator[tuple[Path, int]]:
+        """(path of a list, layer) where the list names some survivors of a layer and not others.
+
+        node: a section as it is before the prune. Names of one projection belong together.
+        """
+        found: dict[tuple[Path, int, str], set[int]] = {}
+        for place, text in _texts(node, path):
+            named = None if self._is_elsewhere(text) else self._named(text, place)
+            if named is None:
+                continue
+            for layer in self._layers(named):
+                new_id = self._new_ids[layer].get(named.expert)
+                if new_id is not None:
+                    found.setdefault((place[:-1], layer, text[named.end :]), set()).add(new_id)
+        for (place, layer, _), experts in found.items():
+            if len(experts) < len(self._new_ids[layer]):
+                yield place, layer
+
+    def _value(self, value: object, path: Path) -> dict[Path, object]:
+        if not isinstance(value, str):
+            return self.changes(value, path)
+        renamed = self._renamed(value, path, {value: None})
+        if renamed is None:
+            raise ConfigError(
+                self._where,
+                f"{'.'.join(map(str, path))} is {value!r}, an expert that goes",
+                "make it a list, or name another module",
+            )
+        return {} if renamed == value else {path: renamed}
+
+    def _renamed(self, text: str, path: Path, siblings: Mapping[str, Any]) -> str | None:
+        """An entry with its expert renumbered; None where the expert is gone.
+
+        siblings: the entries beside it and itself, with their values where they have any.
+        """
+        if self._is_elsewhere(text):
+            return text
+        named = self._named(text, path)
+        if named is None:
+            return text
+        answers = {self._new_ids[layer].get(named.expert) for layer in self._layers(named)}
+        if not answers:
+            # Of a layer that has no experts, or has none any more.
+            return None
+        if len(answers) > 1:
+            if not self._names_all(text, named, siblings):
+                raise ConfigError(
+                    self._where,
+                    f"quantization entry {text!r} names expert {named.expert} of no single layer",
+                    "the experts of each layer get numbers of their own; write one entry per layer",
+                )
+            return text if named.expert < self._kept else None
+        (new_id,) = answers
+        return None if new_id is None else named.renumbered(text, new_id)
+
+    def _named(self, text: str, path: Path) -> NamedExpert | None:
+        return named_expert(text, is_regex(text, path), self._num_experts, self._where)
+
+    def _names_all(self, text: str, named: NamedExpert, siblings: Mapping[str, Any]) -> bool:
+        """Whether every expert has an entry of its own that says the same: then numbers that
+        mean other experts in every layer still mean all of them."""
+        entries = [named.renumbered(text, expert) for expert in range(self._num_experts)]
+        return all(e in siblings and siblings[e] == siblings[text] for e in entries)
+
+    def _layers(self, named: NamedExpert) -> list[int]:
+        """The layers that have experts and may be meant."""
+        if named.layer is None:
+            return list(self._new_ids)
+        begin = str(named.layer)
+        numbers = [named.layer]
+        if named.open_layer:
+            most = max(self._new_ids)
+            numbers = [n for n in range(most + 1) if str(n).startswith(begin)]
+        firsts = {True: [self._num_layers], False: [0], None: [0]}[named.mtp]
+        if named.mtp is None and self._own_mtp_numbers:
+            firsts = [0, self._num_layers]
+        return [first + n for first in firsts for n in numbers if first + n in self._new_ids]
+
+    def _is_elsewhere(self, text: str) -> bool:
+        """Whether the entry is of other experts than the model's own, a talker's say."""
+        return self._reader.is_elsewhere(plain_name(text))
+
+
+def _texts(node: object, path: Path) -> Iterator[tuple[Path, str]]:
+    """Every key and every string below a node, with the path of it."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield (*path, key), key
+            yield from _texts(value, (*path, key))
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from _texts(value, (*path, position))
+    elif isinstance(node, str):
+        yield path, node

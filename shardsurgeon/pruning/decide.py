@@ -1,0 +1,285 @@
+"""From a model and its scores (or a keep-list file) to the keep-lists of every layer.
+
+Joins `scores`, `keeplists`, `lineage`, `allocation`, `selection` and `mtplayers`. Of the model's
+weights it reads tables that hold expert ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.errors import ScoreError, UsageError
+from shardsurgeon.pruning.counts import Counts, LayerCounts, RoutingFacts, allocate, uniform_counts
+from shardsurgeon.pruning.keep_lists import KeepList, read_keeplist, resolve
+from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
+from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.selection import (
+    check_keep_list,
+    check_mtp_counts,
+    check_order,
+    check_uniform,
+    mtp_counts,
+    select,
+    super_experts,
+    with_mtp,
+)
+from shardsurgeon.scores.table import Scores, check_values
+
+Values = Mapping[int, NDArray[np.float64]]
+SizeOf = Callable[[int | Counts], int]
+"""What every layer keeps, or each of them → bytes of the checkpoint."""
+
+_SUPER_METRIC = "max_activations"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which experts stay, and why.
+
+    keep: in ids of the checkpoint at hand; metric: the one that decided, None with a keep-list
+    file; policies: layer → what decided where it was not the scores; never_routed: layer →
+    experts that no calibration token reached; uniform: what as many experts in every layer would
+    have been, to compare a global allocation with, where there is one and that is possible.
+    """
+
+    keep: KeepList
+    drop_mtp: bool
+    metric: str | None
+    policies: Mapping[int, str]
+    never_routed: Mapping[int, tuple[int, ...]]
+    notes: tuple[str, ...]
+    uniform: KeepList | None = None
+
+    @property
+    def kept(self) -> int:
+        """Experts per MoE layer afterwards, of the largest layers."""
+        return self.keep.kept
+
+
+def routing_facts(anatomy: Anatomy) -> RoutingFacts:
+    """What the selection must know of a model's routers, in its largest layers."""
+    return RoutingFacts(
+        num_experts=anatomy.num_experts,
+        top_k=anatomy.top_k,
+        n_group=anatomy.n_group,
+        topk_group=anatomy.topk_group,
+        group_score_top=anatomy.family.group_score_top,
+    )
+
+
+def decide(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    scores: Scores | None,
+    request: SelectionRequest,
+    size_of: SizeOf,
+) -> Decision:
+    """The keep-lists that a request means for a checkpoint.
+
+    size_of: for a target size. Raises UsageError, ScoreError
+    or KeepListError where request, scores and model do not fit, VerificationError where a
+    pruned expert would beat a retained one.
+    """
+    check_lineage(checkpoint.provenance, anatomy.experts_per_layer)
+    facts = routing_facts(anatomy)
+    if request.plan_file is not None:
+        decision = _from_file(checkpoint, anatomy, request, facts)
+    elif scores is None:
+        raise ScoreError(
+            "SCORES", "no score file was given", "give one, or a keep-list with --plan"
+        )
+    else:
+        decision = _from_scores(checkpoint, anatomy, scores, request, facts, size_of)
+    check_order(decision.keep, facts)
+    return decision
+
+
+def _from_scores(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    scores: Scores,
+    request: SelectionRequest,
+    facts: RoutingFacts,
+    size_of: SizeOf,
+) -> Decision:
+    scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
+    metric, values = model_values(checkpoint, anatomy, scores, request.metric)
+    drop_mtp = request.mtp is MtpPolicy.DROP
+    if drop_mtp:
+        values = {layer: row for layer, row in values.items() if layer < anatomy.num_layers}
+    never_routed = never_routed_experts(checkpoint, anatomy, scores, values)
+    preserved: dict[int, tuple[int, ...]] = {}
+    if request.preserve_super_experts:
+        preserved = model_super_experts(checkpoint, anatomy, scores)
+        preserved = {layer: ids for layer, ids in preserved.items() if layer in values}
+    uniform = uniform_counts(request, main_facts(anatomy), size_of)
+    counts, compared = uniform, None
+    if request.allocate is Allocation.GLOBAL:
+        counts = _shared_out(anatomy, values, preserved, facts, uniform, request, size_of)
+        compared = _if_uniform(values, preserved, uniform, facts)
+    every = {**counts.kept, **mtp_counts(anatomy, facts, counts.kept)}
+    keep = select(values, every, facts, preserved)
+    keep, policies = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
+    notes = (counts.note,) if counts.note else ()
+    return Decision(keep, drop_mtp, metric, policies, never_routed, notes, compared)
+
+
+def model_values(
+    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores, metric: str | None
+) -> tuple[str, dict[int, NDArray[np.float64]]]:
+    """One metric of scores that name their layers, as the model has its experts now.
+
+    Gives the metric's name and layer number → float64 [experts]. Raises ScoreError where the
+    scores are not made for this model or the one that it was pruned from.
+    """
+    name, table = scores.select(metric)
+    numbered = _by_number(table, anatomy, scores.origin)
+    counts = anatomy.experts_per_layer
+    return name, restrict(numbered, checkpoint.provenance, counts, scores.origin)
+
+
+def main_facts(anatomy: Anatomy) -> dict[int, RoutingFacts]:
+    """Main layer → what the selection must know of its own router."""
+    facts = routing_facts(anatomy)
+    return {layer.index: facts.of_layer(layer.num_experts) for layer in anatomy.main_layers}
+
+
+def _shared_out(
+    anatomy: Anatomy,
+    values: Values,
+    preserved: Mapping[int, tuple[int, ...]],
+    facts: RoutingFacts,
+    uniform: LayerCounts,
+    request: SelectionRequest,
+    size_of: SizeOf,
+) -> LayerCounts:
+    """As many experts as `uniform` in all, or as fit the target size, given to the layers that
+    need them most."""
+    allocation = allocate(values, preserved, main_facts(anatomy), request)
+    budget = sum(uniform.kept.values())
+    if request.target_size is None:
+        kept = allocation.counts(budget)
+    else:
+        mtp = request.mtp is not MtpPolicy.DROP
+
+        def size(counts: Counts) -> int:
+            return size_of({**counts, **(mtp_counts(anatomy, facts, counts) if mtp else {})})
+
+        kept = allocation.largest_fitting(size, request.target_size, budget)
+    total = f"{sum(kept.values()):,} experts kept in {len(kept)} layers together"
+    return LayerCounts(kept, f"{uniform.note}; {total}" if uniform.note else total)
+
+
+def _if_uniform(
+    values: Values,
+    preserved: Mapping[int, tuple[int, ...]],
+    uniform: LayerCounts,
+    facts: RoutingFacts,
+) -> KeepList | None:
+    """The choice that `uniform` would have made; None where it would keep too few experts for
+    those preserved."""
+    try:
+        return select({n: values[n] for n in uniform.kept}, uniform.kept, facts, preserved)
+    except UsageError:
+        return None
+
+
+def _from_file(
+    checkpoint: Checkpoint, anatomy: Anatomy, request: SelectionRequest, facts: RoutingFacts
+) -> Decision:
+    if request.plan_file is None:
+        raise TypeError("there is no keep-list file")
+    drop_mtp = request.mtp is MtpPolicy.DROP
+    listed = read_keeplist(request.plan_file)
+    keep = resolve(
+        listed,
+        [layer.index for layer in anatomy.main_layers],
+        anatomy.num_experts,
+        [layer.index for layer in anatomy.mtp_layers],
+        num_layers=anatomy.num_layers,
+        per_layer=anatomy.experts_per_layer,
+    )
+    if drop_mtp:
+        layers = {n: kept for n, kept in keep.layers.items() if n < anatomy.num_layers}
+        keep = KeepList(keep.num_experts, layers)
+    check_keep_list(keep, facts, listed.origin)
+    if not request.allow_nonuniform:
+        check_uniform(keep, listed.origin)
+    policies = dict.fromkeys(keep.layers, "plan")
+    keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
+    check_mtp_counts(keep, anatomy, listed.origin)
+    return Decision(keep, drop_mtp, None, {**policies, **others}, {}, ())
+
+
+def _by_number(
+    table: Mapping[int | str, NDArray[np.float64]], anatomy: Anatomy, origin: str
+) -> dict[int, NDArray[np.float64]]:
+    """The table by layer number; every main MoE layer must be there, and no other layer."""
+    values: dict[int, NDArray[np.float64]] = {}
+    for key, row in table.items():
+        number = key if isinstance(key, int) else anatomy.num_layers + int(key.split(".")[1])
+        if number in values:
+            raise ScoreError(origin, f"has two tables for layer {number} ({key})")
+        values[number] = row
+    known = {layer.index for layer in anatomy.layers}
+    if missing := sorted({layer.index for layer in anatomy.main_layers} - set(values)):
+        problem = f"has no scores for MoE layer {_listed(missing)}"
+        raise ScoreError(origin, problem, "use scores made for this model")
+    if extra := sorted(set(values) - known):
+        problem = f"has scores for layer {_listed(extra)}, which has no experts in the model"
+        raise ScoreError(origin, problem, "use scores made for this model")
+    return dict(sorted(values.items()))
+
+
+def _listed(layers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, layers[:5]))
+    return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"
+
+
+def never_routed_experts(
+    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores, values: Values
+) -> dict[int, tuple[int, ...]]:
+    """Layer → experts that no calibration token reached, of the layers that have any.
+
+    values: what `model_values` gave. Raises ScoreError for NaN and infinities that mean nothing.
+    """
+    counted = restrict(
+        {n: row for n, row in _numbered(scores.frequencies(), anatomy).items() if n in values},
+        checkpoint.provenance,
+        anatomy.experts_per_layer,
+        scores.origin,
+    )
+    found = {
+        layer: check_values(layer, row, counted.get(layer), scores.origin)
+        for layer, row in values.items()
+    }
+    return {layer: ids for layer, ids in found.items() if ids}
+
+
+def _numbered(
+    table: Mapping[int | str, NDArray[np.float64]], anatomy: Anatomy
+) -> dict[int, NDArray[np.float64]]:
+    return {
+        key if isinstance(key, int) else anatomy.num_layers + int(key.split(".")[1]): row
+        for key, row in table.items()
+    }
+
+
+def model_super_experts(
+    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores
+) -> dict[int, tuple[int, ...]]:
+    """Layer → experts with extreme activations, in the model's own ids. Raises ScoreError where
+    the file has no such metric."""
+    _, table = scores.select(_SUPER_METRIC)
+    main = {layer.index for layer in anatomy.main_layers}
+    activations = {n: row for n, row in _numbered(table, anatomy).items() if n in main}
+    # Checked as scores are: every row is for the model as it is, or for the original.
+    restrict(activations, checkpoint.provenance, anatomy.experts_per_layer, scores.origin)
+    lengths = {layer: len(row) for layer, row in activations.items()}
+    return restrict_ids(super_experts(activations), checkpoint.provenance, lengths)

@@ -1,0 +1,238 @@
+"""Keep-lists: which experts of every layer stay. Read from files, and our own plan.json written.
+
+A keep-list is what selection decides and planning obeys; a file can bring one made elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+
+from shardsurgeon.checkpoint.layer_names import Layer
+from shardsurgeon.errors import KeepListError
+from shardsurgeon.pruning.keep_list_files import (
+    PLAN_FORMAT,
+    PLAN_KIND,
+    Ids,
+    KeepListFile,
+    Meaning,
+    recognise,
+)
+from shardsurgeon.storage.formats.strict_json import read_object
+
+_MAX_NBYTES = 64 * 2**20
+_SAME_EVERYWHERE: Mapping[int, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKeep:
+    """Which experts of one layer stay and go; ids of the checkpoint at hand, ascending.
+
+    preserved: those of the retained that stay whatever their saliency; saliency: one value per
+    expert, None for an expert without one.
+    """
+
+    retained: tuple[int, ...]
+    pruned: tuple[int, ...]
+    preserved: tuple[int, ...] = ()
+    saliency: tuple[float | None, ...] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer before."""
+        return len(self.retained) + len(self.pruned)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepList:
+    """layer → its keep-list; num_experts: experts per layer before, of the largest layers."""
+
+    num_experts: int
+    layers: dict[int, LayerKeep]
+
+    @property
+    def kept(self) -> int:
+        """Experts that the largest layers keep."""
+        return max(len(keep.retained) for keep in self.layers.values())
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer keeps the same number."""
+        return len({len(keep.retained) for keep in self.layers.values()}) == 1
+
+
+def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> KeepListFile:
+    """Read a keep-list file: JSON of any accepted shape.
+
+    meaning: what bare lists of ids under layer numbers are, which otherwise are refused.
+    Raises KeepListError naming the file, the layer and the id at fault.
+    """
+    where = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            # Of a file no more than there is: Python sets aside whatever is asked for.
+            status = os.fstat(file.fileno())
+            nbytes = status.st_size if stat.S_ISREG(status.st_mode) else _MAX_NBYTES
+            raw = file.read(min(nbytes, _MAX_NBYTES) + 1)
+    except OSError as error:
+        raise KeepListError(where, f"cannot be read ({error.strerror or error})") from error
+    if len(raw) > _MAX_NBYTES:
+        raise KeepListError(where, f"has more than {_MAX_NBYTES:,} bytes: no keep-list is so large")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    value = read_object(raw, where, "the keep-list", KeepListError, "save it again as JSON")
+    return recognise(value, where, meaning)
+
+
+def resolve(
+    file: KeepListFile,
+    layers: Sequence[int],
+    num_experts: int,
+    mtp_layers: Sequence[int] = (),
+    *,
+    num_layers: int | None = None,
+    per_layer: Mapping[int, int] = _SAME_EVERYWHERE,
+) -> KeepList:
+    """The keep-list that a file means for a model.
+
+    layers: the model's MoE layers, all of which the file must list; mtp_layers: its MTP layers
+    with experts, which the file may leave out; num_layers: the number of the first MTP layer
+    (None: the first of mtp_layers); per_layer: the experts of layers that have fewer than
+    num_experts. How many experts stay may differ between layers: that is for the caller to
+    judge. Raises KeepListError for missing and surplus layers, ids beyond
+    the experts, and layers without survivors.
+    """
+    if file.num_experts not in (None, num_experts):
+        raise KeepListError(
+            file.origin,
+            f"is for {file.num_experts} experts per layer, the model has {num_experts}",
+            "use a keep-list made for this model",
+        )
+    listed = _by_number(file, mtp_layers, num_layers)
+    if file.mtp_like_first:
+        first = listed[min(listed)]
+        listed = {**dict.fromkeys(mtp_layers, first), **listed}
+    _require_layers(file.origin, listed, layers, mtp_layers)
+    return KeepList(
+        num_experts,
+        {
+            number: _layer_keep(file, number, listed[number], per_layer.get(number, num_experts))
+            for number in sorted(listed)
+        },
+    )
+
+
+def write_plan(
+    keep_list: KeepList, *, selection: Mapping[str, object], source: Mapping[str, object]
+) -> bytes:
+    """plan.json, one line per layer, the same bytes for the same arguments.
+
+    selection: how it was asked for, in the command's words; source: the model's name and the
+    sha256 of its config. `read_keeplist` reads it back; saliencies that JSON has no number for
+    (+inf, NaN) become null.
+    """
+    head: dict[str, object] = {
+        "format": PLAN_FORMAT,
+        "kind": PLAN_KIND,
+        "num_experts": keep_list.num_experts,
+        "selection": selection,
+        "source": source,
+    }
+    lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
+    layers = ",\n".join(
+        f'    "{number}": {_json({**_own_count(keep_list, keep), **_fields(keep)})}'
+        for number, keep in sorted(keep_list.layers.items())
+    )
+    lines.append(f'  "layers": {{\n{layers}\n  }}')
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _own_count(keep_list: KeepList, keep: LayerKeep) -> dict[str, object]:
+    """What a layer says of its experts before where it has fewer than others."""
+    if keep.num_experts == keep_list.num_experts:
+        return {}
+    return {"num_experts_before": keep.num_experts}
+
+
+def _fields(keep: LayerKeep) -> dict[str, object]:
+    saliency = keep.saliency
+    return {
+        "retained": keep.retained,
+        "pruned": keep.pruned,
+        "preserved": keep.preserved,
+        "saliency": None if saliency is None else [_finite(value) for value in saliency],
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _by_number(
+    file: KeepListFile, mtp_layers: Sequence[int], num_layers: int | None
+) -> dict[int, tuple[Layer, Ids]]:
+    """Layer number → the file's name for it and its ids."""
+    first_mtp = num_layers if num_layers is not None else min(mtp_layers, default=None)
+    listed: dict[int, tuple[Layer, Ids]] = {}
+    for layer, ids in file.layers.items():
+        if isinstance(layer, int):
+            number = layer
+        elif first_mtp is not None:
+            number = first_mtp + int(layer.removeprefix("mtp."))
+        else:
+            problem = f"lists layer {layer}, the model has no MTP layer with experts"
+            raise KeepListError(file.origin, problem, "remove it from the list")
+        if number in listed:
+            problem = f"lists layer {number} twice, also as {layer}"
+            raise KeepListError(file.origin, problem, "keep the one that is meant")
+        listed[number] = layer, ids
+    return listed
+
+
+def _require_layers(
+    origin: str, listed: Iterable[int], layers: Sequence[int], mtp_layers: Sequence[int]
+) -> None:
+    missing = sorted(set(layers).difference(listed))
+    surplus = sorted(set(listed).difference(layers, mtp_layers))
+    remedy = "use a keep-list made for this model"
+    if missing:
+        raise KeepListError(origin, f"has no list for MoE layer {_some(missing)}", remedy)
+    if surplus:
+        problem = f"lists layer {_some(surplus)}, which has no experts in the model"
+        raise KeepListError(origin, problem, remedy)
+
+
+def _some(layers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, layers[:5]))
+    return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"
+
+
+def _layer_keep(
+    file: KeepListFile, number: int, listed: tuple[Layer, Ids], num_experts: int
+) -> LayerKeep:
+    layer, ids = listed
+    if ids and ids[-1] >= num_experts:
+        raise KeepListError(
+            file.origin,
+            f"layer {number} lists expert {ids[-1]}, the model has {num_experts} per layer",
+            "use a keep-list made for this model",
+        )
+    said = file.per_layer.get(layer, num_experts)
+    if said != num_experts:
+        problem = f"layer {number} is for {said} experts, the model has {num_experts} there"
+        raise KeepListError(file.origin, problem, "use a keep-list made for this model")
+    others = tuple(sorted(set(range(num_experts)).difference(ids)))
+    retained, pruned = (ids, others) if file.meaning == "kept" else (others, ids)
+    if not retained:
+        raise KeepListError(file.origin, f"layer {number} drops all {num_experts} experts")
+    return LayerKeep(retained, pruned, file.preserved.get(layer, ()), file.saliency.get(layer))

@@ -1,0 +1,220 @@
+"""What a plan would do, as the report that people decide from. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.files import is_other_weight_format
+from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.checkpoint.roles import ExpertTensor
+from shardsurgeon.execution.plan import Literal, OutputTensor, SurgeryPlan
+from shardsurgeon.pruning.config_edits import nonuniform_notes, partial_lists, says_per_layer
+from shardsurgeon.pruning.decide import Decision
+from shardsurgeon.pruning.keep_lists import KeepList
+from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.selection import summarize
+
+# Rest of an expert tensor's name, dtype and shape.
+_Kind = tuple[str, str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One MoE layer of a plan.
+
+    min_retained_saliency, max_pruned_saliency: at the cut, preserved experts left out; None
+    where there is no saliency. saliency_dropped: share of the layer's saliency that goes, 0 to
+    1; saliency_dropped_uniform: the same had every layer kept as many, None without --allocate
+    global. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
+    """
+
+    layer: int
+    is_mtp: bool
+    kept: int
+    pruned: int
+    preserved: int
+    never_routed: int
+    min_retained_saliency: float | None
+    max_pruned_saliency: float | None
+    saliency_dropped: float | None
+    policy: str
+    saliency_dropped_uniform: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
+
+    ratio: as asked for, None where the selection was no ratio. num_experts_before, _after: of the
+    largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
+    `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
+    where the storage format hides them.
+    """
+
+    model: str
+    selection: str
+    ratio: float | None
+    rounding: str | None
+    metric: str | None
+    num_experts_before: int
+    num_experts_after: int
+    layers: tuple[LayerReport, ...]
+    mtp_dropped: bool
+    total_size_before: int
+    total_size_after: int
+    total_parameters_before: int | None
+    total_parameters_after: int | None
+    shards_before: int
+    shards_after: int
+    space_needed: int
+    out: str
+    notes: tuple[str, ...]
+    allocate: str = "uniform"
+    stock_engines: bool = True
+
+
+def plan_report(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    request: SelectionRequest,
+    decision: Decision,
+    surgery: SurgeryPlan,
+    out: str,
+) -> PlanReport:
+    """The report of a plan; out: the folder that the result would go to.
+
+    Raises ConfigError where a quantization list cannot follow its experts.
+    """
+    config = checkpoint.settings
+    records = [record for shard in checkpoint.shards for record in shard.header.tensors]
+    tensors = [tensor for shard in surgery.shards for tensor in shard.tensors]
+    return PlanReport(
+        model=checkpoint.source.name,
+        selection=request.selection,
+        ratio=request.ratio,
+        rounding=request.effective_rounding,
+        metric=decision.metric,
+        num_experts_before=anatomy.num_experts,
+        num_experts_after=decision.kept,
+        layers=_layer_reports(anatomy, decision),
+        mtp_dropped=decision.drop_mtp and anatomy.mtp_nbytes > 0,
+        total_size_before=checkpoint.total_size,
+        total_size_after=sum(tensor.nbytes for tensor in tensors),
+        total_parameters_before=count_parameters(records, config),
+        total_parameters_after=count_parameters(tensors, config),
+        shards_before=len(checkpoint.shards),
+        shards_after=len(surgery.shards),
+        space_needed=_space_needed(checkpoint, surgery),
+        out=out,
+        allocate=request.allocate,
+        stock_engines=decision.keep.is_uniform or says_per_layer(config, anatomy) != "",
+        notes=(
+            *checkpoint.notes,
+            *decision.notes,
+            *_grouped(anatomy),
+            *nonuniform_notes(config, anatomy, decision.keep),
+            *mixed_precision_notes(checkpoint, anatomy, decision.keep),
+            *_rewritten(tensors),
+            *_left_out(checkpoint),
+        ),
+    )
+
+
+def _layer_reports(anatomy: Anatomy, decision: Decision) -> tuple[LayerReport, ...]:
+    compared = summarize(decision.uniform) if decision.uniform is not None else ()
+    uniform = {layer.layer: layer.dropped_share for layer in compared}
+    return tuple(
+        LayerReport(
+            layer=layer.layer,
+            is_mtp=layer.layer >= anatomy.num_layers,
+            kept=layer.kept,
+            pruned=layer.pruned,
+            preserved=layer.preserved,
+            never_routed=len(decision.never_routed.get(layer.layer, ())),
+            min_retained_saliency=layer.min_retained,
+            max_pruned_saliency=layer.max_pruned,
+            saliency_dropped=layer.dropped_share,
+            policy=decision.policies.get(layer.layer, "scores"),
+            saliency_dropped_uniform=uniform.get(layer.layer),
+        )
+        for layer in summarize(decision.keep)
+    )
+
+
+def _space_needed(checkpoint: Checkpoint, surgery: SurgeryPlan) -> int:
+    """Bytes that the finished folder takes."""
+    sizes = {file.name: file.nbytes for file in checkpoint.files}
+    return (
+        sum(shard.nbytes for shard in surgery.shards)
+        + sum(len(content) for _, content in surgery.documents)
+        + sum(sizes[name] for name in surgery.side_files)
+        + sum(Path(path).stat().st_size for _, path in surgery.extra_files)
+    )
+
+
+def _grouped(anatomy: Anatomy) -> list[str]:
+    if anatomy.n_group == 1:
+        return []
+    return [
+        f"every one of the router's {anatomy.n_group} groups keeps its own best experts, so the "
+        "lowest kept may be below the highest pruned of another group"
+    ]
+
+
+def _rewritten(tensors: Sequence[OutputTensor]) -> list[str]:
+    """Names the tensors that are no copy of the source's bytes."""
+    names = [t.name for t in tensors if any(isinstance(piece, Literal) for piece in t.pieces)]
+    what = "hold expert counts or ids and get new values"
+    return [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    names = [f.name for f in checkpoint.files if is_other_weight_format(f.name)]
+    return [f"{name} holds weights in another format and is left out" for name in names]
+
+
+def mixed_precision_notes(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> list[str]:
+    """One note per layer whose survivors differ in dtype or shape, and per list that names some
+    of a layer's survivors only. Raises ConfigError as `modelconfig.pruned_config` does.
+    """
+    kinds = _kinds(checkpoint, anatomy, keep)
+    layers = [_note(layer, kinds[layer], keep.layers[layer].retained) for layer in sorted(kinds)]
+    return [*filter(None, layers), *partial_lists(checkpoint, anatomy, keep)]
+
+
+def _kinds(
+    checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList
+) -> dict[int, dict[_Kind, set[int]]]:
+    """Uneven layer → how its survivors' tensors are stored → the survivors stored so."""
+    found: dict[int, dict[_Kind, set[int]]] = {}
+    survivors = {
+        layer: set(keep.layers[layer].retained) for layer in anatomy.uneven & {*keep.layers}
+    }
+    if not survivors:
+        return found
+    for shard in checkpoint.shards:
+        for record in shard.header.tensors:
+            role = anatomy.role(record)
+            if isinstance(role, ExpertTensor) and role.expert in survivors.get(role.layer, ()):
+                kind = record.name[role.end :], record.dtype, record.shape
+                found.setdefault(role.layer, {}).setdefault(kind, set()).add(role.expert)
+    return found
+
+
+def _note(layer: int, kinds: dict[_Kind, set[int]], retained: Iterable[int]) -> str:
+    """A note if not every survivor has every kind of tensor, else ""."""
+    retained = tuple(retained)
+    uneven = [kind for kind, experts in kinds.items() if len(experts) < len(retained)]
+    if not uneven:
+        return ""
+    (rest, dtype, shape) = next((k for k in uneven if retained[0] in kinds[k]), uneven[0])
+    alike = len(kinds[rest, dtype, shape])
+    return (
+        f"the survivors of layer {layer} are not stored alike: {rest.lstrip('.')} is {dtype} "
+        f"{list(shape)} in {alike} of {len(retained)}; engines read a layer's quantization from "
+        f"its expert 0, which was {retained[0]}"
+    )

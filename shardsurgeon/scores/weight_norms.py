@@ -1,0 +1,366 @@
+"""Expert weight norms: how large each expert's matrices are together, read from the shards.
+
+A score that needs no calibration: the square root of the sum of squares of all an expert's
+weights; biases are left out. Matrices are read a piece at a time and decoded only as far as their
+squares need: a byte of codes is looked up in a table, and a scale is squared once for all the
+weights it covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
+from shardsurgeon.errors import CheckpointError, FamilyError
+from shardsurgeon.storage.formats.dtypes import Array, decode
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+Place: TypeAlias = tuple[Shard, TensorRecord]
+
+_BLOCK_KEYS = ("weight_block_size", "block_structure")
+
+Floats = NDArray[np.float64]
+
+# Bytes of a tensor that are in memory at a time; as numbers they take a few times as much.
+PIECE_NBYTES = 1 << 20
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+_BYTES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
+_PACKED = "weight_packed"
+_SCALES = ("weight_scale_inv", "weight_scale", "scale")
+# What says how activations are stored, and vectors beside the matrix.
+_BESIDE = frozenset(
+    ("bias", "input_scale", "input_zero_point", "input_global_scale", "output_scale")
+)
+_USUAL_BLOCK = 128
+_CALIBRATE = "use scores from a calibration, or of the routers (`scores from-router`)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """One matrix of one expert. parts: last word of the name → tensor; nbytes: of all parts."""
+
+    layer: int
+    expert: int
+    parts: dict[str, StoredTensor]
+    nbytes: int
+
+
+def weight_norms(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> dict[int, NDArray[np.float64]]:
+    """The Euclidean norm of each expert's weights: layer → float64 [num_experts], ascending.
+
+    MTP layers too. Quantized weights count as what they stand for. on_bytes: hears after each
+    matrix how many bytes of how many are read. Raises FamilyError, naming a tensor, for a
+    storage whose norm is not worked out, CheckpointError where one holds NaN or infinity.
+    """
+    squares = {layer.index: np.zeros(layer.num_experts) for layer in anatomy.layers}
+    block = _block_size(checkpoint.settings)
+    alone, stacked = _places(checkpoint, anatomy)
+    total = sum(record.nbytes for places in alone.values() for _, record in places.values())
+    total += sum(record.nbytes for _, record in stacked.values())
+    done = 0
+    for matrix in _matrices(checkpoint, alone):
+        squares[matrix.layer][matrix.expert] += sum_of_squares(matrix.parts, block)
+        done += matrix.nbytes
+        if on_bytes is not None:
+            on_bytes(done, total)
+    for (layer, _), (shard, record) in stacked.items():
+        squares[layer] += _stacked_squares(checkpoint, shard, record)
+        done += record.nbytes
+        if on_bytes is not None:
+            on_bytes(done, total)
+    return {layer: np.sqrt(row) for layer, row in sorted(squares.items())}
+
+
+def _places(
+    checkpoint: Checkpoint, anatomy: Anatomy
+) -> tuple[dict[tuple[int, int, str], dict[str, Place]], dict[tuple[int, str], Place]]:
+    """(layer, expert, matrix) → last word → tensor; (layer, name) → stacked tensor. In the
+    order of the shards, so that reading them goes forward."""
+    alone: dict[tuple[int, int, str], dict[str, Place]] = {}
+    stacked: dict[tuple[int, str], Place] = {}
+    for shard in checkpoint.shards:
+        for record in shard.header.tensors:
+            role = anatomy.role(record)
+            if isinstance(role, ExpertTensor):
+                stem, _, leaf = record.name.rpartition(".")
+                alone.setdefault((role.layer, role.expert, stem), {})[leaf] = shard, record
+            elif isinstance(role, Sliced) and not role.is_router and len(record.shape) > 2:
+                if role.axis:
+                    raise not_readable(_stored(checkpoint, shard, record), [])
+                stacked[role.layer, record.name] = shard, record
+    return alone, stacked
+
+
+def _matrices(
+    checkpoint: Checkpoint, alone: Mapping[tuple[int, int, str], Mapping[str, Place]]
+) -> Iterator[_Matrix]:
+    for (layer, expert, _), places in alone.items():
+        parts = {leaf: _stored(checkpoint, *place) for leaf, place in places.items()}
+        yield _Matrix(layer, expert, parts, sum(record.nbytes for _, record in places.values()))
+
+
+def _stacked_squares(
+    checkpoint: Checkpoint, shard: Shard, record: TensorRecord
+) -> NDArray[np.float64]:
+    """Of each expert's slice of a tensor [experts, …]: float64 [experts]."""
+    whole = _stored(checkpoint, shard, record)
+    if record.dtype not in FLOATS:
+        raise not_readable(whole, [])
+    experts = record.shape[0]
+    each = record.nbytes // experts
+    found = np.array([plain_squares(_slice(whole, e * each, each)) for e in range(experts)])
+    if not np.isfinite(found).all():
+        problem = f"expert {int(np.argmin(np.isfinite(found)))} holds NaN or infinity"
+        raise CheckpointError(record.name, problem, "fetch the shard again")
+    return found
+
+
+def _stored(checkpoint: Checkpoint, shard: Shard, record: TensorRecord) -> StoredTensor:
+    start = shard.header.data_begin + record.begin
+
+    def read(begin: int, end: int) -> bytes:
+        return checkpoint.source.read(shard.file, start + begin, start + end)
+
+    return StoredTensor(record.name, record.dtype, record.shape, record.nbytes, read)
+
+
+def _slice(whole: StoredTensor, start: int, nbytes: int) -> StoredTensor:
+    def read(begin: int, end: int) -> bytes:
+        return whole.read(start + begin, start + end)
+
+    return StoredTensor(whole.name, whole.dtype, whole.shape[1:], nbytes, read)
+
+
+def _block_size(node: Any) -> tuple[int, int] | None:
+    """Rows and columns per scale that the config names anywhere; None where it does not."""
+    if not isinstance(node, Mapping):
+        return None
+    for key, item in node.items():
+        if key in _BLOCK_KEYS and isinstance(item, list) and len(item) == 2:
+            rows, columns = item
+            if type(rows) is int and type(columns) is int and min(item) > 0:
+                return rows, columns
+        found = _block_size(item)
+        if found is not None:
+            return found
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor, or an expert's slice of one. read: its bytes [begin, end), from its own 0."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[int, int], bytes]
+
+    def numbers(self) -> Array:
+        """The whole tensor, decoded: for those that are small beside a weight."""
+        return decode(self.dtype, self.read(0, self.nbytes)).reshape(self.shape)
+
+
+def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | None) -> float:
+    """Of one weight matrix, as the model computes with it.
+
+    parts: what the matrix is stored as, by the last word of each tensor's name: `weight` in
+    floats; `weight` in FP8 or INT8 beside one scale, a scale per row or per block; or
+    `weight_packed` with 4 or 8 bits beside `weight_scale`, `weight_shape` and perhaps
+    `weight_zero_point`. block: rows and columns per scale that the config names, None where it
+    does not. Raises FamilyError, naming a tensor, for anything else, CheckpointError where the
+    matrix holds NaN or infinity.
+    """
+    held = {leaf: tensor for leaf, tensor in parts.items() if leaf not in _BESIDE}
+    if _PACKED in held:
+        weight, total = held[_PACKED], _packed(held)
+    elif not held:
+        return 0.0
+    else:
+        weight = held["weight"] if "weight" in held else next(iter(held.values()))
+        scales = [held[leaf] for leaf in _SCALES if leaf in held]
+        if "weight" in held and len(held) == 1 and weight.dtype in FLOATS:
+            total = plain_squares(weight)
+        elif len(held) == 2 and len(scales) == 1 and weight.dtype in _BYTES:
+            total = _scaled(weight, scales[0], block)
+        else:
+            raise not_readable(weight, sorted(held))
+    if not np.isfinite(total):
+        raise CheckpointError(weight.name, "holds NaN or infinity", "fetch the shard again")
+    return total
+
+
+def plain_squares(weight: StoredTensor) -> float:
+    """Of a tensor of floats, of whatever shape; not finite where the tensor is not."""
+    total = 0.0
+    for begin in range(0, weight.nbytes, PIECE_NBYTES):
+        raw = weight.read(begin, min(begin + PIECE_NBYTES, weight.nbytes))
+        numbers = decode(weight.dtype, raw)
+        # Not np.dot, whose threads cost more than they do here.
+        total += float(np.einsum("i,i", numbers, numbers))
+    return total
+
+
+def not_readable(weight: StoredTensor, leaves: list[str]) -> FamilyError:
+    """What to raise for a storage whose norm is not worked out here."""
+    beside = f" ({', '.join(leaves)[:80]})" if len(leaves) > 1 else ""
+    problem = f"is stored as {weight.dtype} {list(weight.shape)}{beside}, of which no norm is taken"
+    return FamilyError(weight.name, problem, _CALIBRATE)
+
+
+def _scaled(weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None) -> float:
+    """One byte per weight; every scale covers some rows and columns."""
+    # MX formats spell a power of two as a bare byte.
+    scale = replace(scale, dtype="F8_E8M0") if scale.dtype == "U8" else scale
+    known = FLOATS if weight.dtype == "I8" else (*FLOATS, "F8_E8M0")
+    if len(weight.shape) != 2 or len(scale.shape) > 2 or scale.dtype not in known:
+        raise not_readable(weight, ["weight", f"scale {scale.dtype}"])
+    rows, columns = weight.shape
+    factors = np.atleast_1d(np.square(scale.numbers()))
+    grid = factors.reshape(len(factors), -1)
+    given = block if block is not None else (None, None)
+    high, wide = (
+        _covered(weight, *known) for known in zip(weight.shape, grid.shape, given, strict=True)
+    )
+    table = np.square(decode(weight.dtype, bytes(range(256))))
+    starts = np.arange(0, columns, wide)
+    total = 0.0
+    for first, raw in _row_pieces(weight, rows, columns):
+        squares = np.add.reduceat(table[raw], starts, axis=1)
+        total += float((squares * grid[np.arange(first, first + len(raw)) // high]).sum())
+    return total
+
+
+def _covered(weight: StoredTensor, size: int, count: int, block: int | None) -> int:
+    """How many rows or columns one scale covers; refuses what fits no grid."""
+    for guess in (block, _USUAL_BLOCK):
+        if guess is not None and count > 1 and -(-size // guess) == count:
+            return guess
+    if size % count == 0:
+        return size // count
+    problem = f"has {size} rows or columns for {count} scales"
+    raise FamilyError(weight.name, problem, _CALIBRATE)
+
+
+def _packed(held: Mapping[str, StoredTensor]) -> float:
+    """compressed-tensors' words of 32 bits, the first weight in the lowest bits."""
+    words = held[_PACKED]
+    known = {_PACKED, "weight_scale", "weight_shape", "weight_zero_point"}
+    if not {_PACKED, "weight_scale", "weight_shape"} <= held.keys() <= known:
+        raise not_readable(words, sorted(held))
+    layout = _layout(words, held["weight_shape"], held["weight_scale"])
+    scale = np.square(held["weight_scale"].numbers().astype(np.float64))
+    scale = scale.reshape(layout.rows, layout.groups)
+    zeros = held.get("weight_zero_point")
+    points = None if zeros is None else _zero_points(zeros, layout)
+    total = 0.0
+    for first, raw in _row_pieces(words, layout.rows, words.shape[1] * 4):
+        codes = layout.codes(raw)
+        squares = layout.grouped(codes, layout.squares)
+        if points is not None:
+            offset = points[first : first + len(raw)]
+            sums = layout.grouped(codes, layout.sums)
+            squares = squares - 2 * offset * sums + layout.group_size * offset * offset
+        total += float((squares * scale[first : first + len(raw)]).sum())
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """rows × columns codes of `bits` bits, `groups` scales per row."""
+
+    rows: int
+    columns: int
+    bits: int
+    groups: int
+
+    @property
+    def group_size(self) -> int:
+        return self.columns // self.groups
+
+    def codes(self, raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The bytes of each row that hold codes, padding made to mean 0."""
+        used = raw[:, : -(-self.columns * self.bits // 8)]
+        if self.columns * self.bits % 8:
+            used = used.copy()
+            used[:, -1] = used[:, -1] & 0x0F | 0x80
+        return used
+
+    def grouped(self, codes: NDArray[np.uint8], table: NDArray[np.int32]) -> Floats:
+        """What a table gives for the codes of each group, summed: float64 [rows, groups]."""
+        if codes.shape[1] // self.groups % 2 == 0:
+            # Two bytes at a time: half the look-ups.
+            pairs = np.ascontiguousarray(codes).view("<u2")
+            found = (table[:, None] + table[None, :]).reshape(-1)[pairs]
+        else:
+            found = table[codes]
+        grouped = found.reshape(len(codes), self.groups, -1)
+        return np.asarray(grouped.sum(axis=2, dtype=np.int64), np.float64)
+
+    @property
+    def sums(self) -> NDArray[np.int32]:
+        """Byte → sum of the signed values of its codes."""
+        every = np.arange(256, dtype=np.int32)
+        return every - 128 if self.bits == 8 else (every & 15) + (every >> 4) - 16
+
+    @property
+    def squares(self) -> NDArray[np.int32]:
+        """Byte → sum of the squares of its codes' signed values."""
+        every = np.arange(256, dtype=np.int32)
+        if self.bits == 8:
+            return (every - 128) ** 2
+        return ((every & 15) - 8) ** 2 + ((every >> 4) - 8) ** 2
+
+
+def _layout(words: StoredTensor, shape: StoredTensor, scale: StoredTensor) -> _Layout:
+    leaves = [_PACKED, "weight_scale", "weight_shape"]
+    if len(words.shape) != 2 or words.dtype != "I32" or shape.shape != (2,):
+        raise not_readable(words, leaves)
+    rows, columns = (int(size) for size in shape.numbers())
+    fitting = [bits for bits in (4, 8) if -(-columns * bits // 32) == words.shape[1]]
+    groups = scale.shape[1] if len(scale.shape) == 2 else 1
+    held = words.shape[0] == rows == scale.shape[0] and scale.dtype in FLOATS
+    if not fitting or not held or columns < 1 or columns % groups:
+        raise not_readable(words, leaves)
+    layout = _Layout(rows, columns, fitting[0], groups)
+    if groups > 1 and layout.group_size * layout.bits % 8:
+        raise not_readable(words, leaves)
+    return layout
+
+
+def _zero_points(zeros: StoredTensor, layout: _Layout) -> Floats:
+    """Signed zero points, float64 [rows, groups]; packed along the rows, or one per byte."""
+    shape = (layout.rows, layout.groups)
+    if zeros.dtype == "I8" and zeros.shape == shape:
+        return np.asarray(zeros.numbers(), np.float64)
+    per_word = 32 // layout.bits
+    if zeros.dtype != "I32" or zeros.shape != (-(-layout.rows // per_word), layout.groups):
+        raise not_readable(zeros, ["weight_zero_point"])
+    words = zeros.numbers().astype(np.int64)
+    shifts = np.arange(per_word, dtype=np.int64)[None, :, None] * layout.bits
+    points = (words[:, None, :] >> shifts) & ((1 << layout.bits) - 1)
+    points = points.reshape(-1, layout.groups)[: layout.rows] - (1 << (layout.bits - 1))
+    return np.asarray(points, np.float64)
+
+
+def _row_pieces(
+    tensor: StoredTensor, rows: int, row_nbytes: int
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(first row, bytes [rows of the piece, row_nbytes]), as many rows as make a piece."""
+    count = max(1, PIECE_NBYTES // max(1, row_nbytes))
+    for first in range(0, rows, count):
+        last = min(rows, first + count)
+        raw = tensor.read(first * row_nbytes, last * row_nbytes)
+        yield first, np.frombuffer(raw, np.uint8).reshape(last - first, row_nbytes)

@@ -1,0 +1,191 @@
+"""Bytes that are whole once their name exists: exact reads, full writes, atomic files.
+
+Here, and nowhere else, an `OSError` becomes a `SourceReadError` or an `OutputWriteError`. Weights
+are copied by the kernel or through a buffer, never through a memory map: a source that is cut
+short under a map kills the process with SIGBUS, a read returns an error that can be reported.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+from shardsurgeon.errors import OutputWriteError, SourceReadError
+from shardsurgeon.storage.system import System, default_system
+
+# Large enough that the calls cost nothing beside the bytes, small enough for any machine.
+BUFFER_NBYTES = 1 << 20
+
+_WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space there, then run the same command again",
+    errno.EDQUOT: "raise the quota or free some space, then run the same command again",
+    errno.EROFS: "choose an output place that can be written",
+    errno.EACCES: "choose an output place that you may write to",
+    errno.EPERM: "choose an output place that you may write to",
+    errno.EFBIG: "the file system takes no files of this size; choose a smaller --max-shard-size",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the system is out of open files",
+    errno.EIO: "check the disk, then run the same command again",
+}
+_READ_REMEDIES = {
+    errno.ENOENT: "the file is missing; fetch it again",
+    errno.EACCES: "make the file readable",
+    errno.EPERM: "make the file readable",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the system is out of open files",
+    errno.EIO: "check the disk, or fetch this file again",
+}
+
+
+@contextmanager
+def reading(where: str | Path) -> Iterator[None]:
+    """Turn what the system says while `where` is read into a SourceReadError."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _READ_REMEDIES.get(error.errno or 0, "")
+        raise SourceReadError(where, f"cannot be read ({_said(error)})", remedy) from error
+
+
+@contextmanager
+def writing(where: str | Path) -> Iterator[None]:
+    """Turn what the system says while `where` is written into an OutputWriteError."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _WRITE_REMEDIES.get(error.errno or 0, "")
+        raise OutputWriteError(where, f"cannot be written ({_said(error)})", remedy) from error
+
+
+def _said(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def read_exact(
+    file: FileIO, begin: int, end: int, where: str | Path, system: System | None = None
+) -> bytes:
+    """The bytes [begin, end) of an open file, however few the system hands over at a time.
+
+    Raises SourceReadError, naming `where`, if the file ends before `end`.
+    """
+    data = bytearray(end - begin)
+    read_into(file, memoryview(data), begin, where, system or default_system())
+    return bytes(data)
+
+
+def read_into(
+    file: FileIO, buffer: memoryview, begin: int, where: str | Path, system: System
+) -> None:
+    """Fill `buffer` from byte `begin` of an open file. Raises SourceReadError if it ends early."""
+    filled = 0
+    with reading(where):
+        while filled < len(buffer):
+            count = system.read_at(file, buffer[filled:], begin + filled)
+            if count == 0:
+                raise SourceReadError(
+                    where,
+                    f"ends at byte {begin + filled:,}, byte {begin + len(buffer):,} was expected",
+                    "it was cut short; fetch it again",
+                )
+            filled += count
+
+
+def write_all(
+    file: FileIO, data: bytes | memoryview, at: int, where: str | Path, system: System
+) -> None:
+    """Write all of `data` from byte `at` of an open file. Raises OutputWriteError."""
+    left = memoryview(data)
+    with writing(where):
+        while left:
+            count = system.write_at(file, left, at)
+            if count == 0:
+                raise OSError(errno.EIO, "the system takes no more bytes")
+            left = left[count:]
+            at += count
+
+
+class Copier:
+    """Copies ranges between open files. One per worker: it owns the worker's only buffer."""
+
+    def __init__(self, system: System, advance: Callable[[int], None]) -> None:
+        """advance: hears the size, in bytes, of every step that was copied."""
+        self._system = system
+        self._advance = advance
+        self._buffer = memoryview(bytearray(BUFFER_NBYTES))
+
+    def copy(self, source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> None:
+        """Copy `nbytes` from byte `begin` of the source to byte `at` of the target.
+
+        The kernel is asked first; where it declines, even half-way, the rest goes through the
+        buffer. Raises SourceReadError or OutputWriteError, with the name of the file at fault.
+        """
+        done = 0
+        while done < nbytes:
+            count = self._system.kernel_copy(source, begin + done, target, at + done, nbytes - done)
+            if count == 0:
+                break
+            done += count
+            self._advance(count)
+        while done < nbytes:
+            part = self._buffer[: nbytes - done]
+            read_into(source, part, begin + done, str(source.name), self._system)
+            write_all(target, part, at + done, str(target.name), self._system)
+            done += len(part)
+            self._advance(len(part))
+
+
+def write_file(path: Path, data: bytes, system: System | None = None) -> None:
+    """Make `path` hold `data`, whole or not at all, whatever happens meanwhile.
+
+    Raises OutputWriteError.
+    """
+    system = system or default_system()
+    temporary = path.with_name(path.name + ".writing")
+    with writing(path), FileIO(temporary, "w") as file:
+        write_all(file, data, 0, path, system)
+        system.sync_file(file)
+    publish(temporary, path, system)
+
+
+def publish(temporary: Path, path: Path, system: System) -> None:
+    """Give a synced file (or folder) its final name, and make the name last."""
+    with writing(path):
+        system.rename(temporary, path)
+        system.sync_folder(path.parent)
+
+
+def make_folder(path: Path, system: System) -> None:
+    """Make a folder and those above it, and make their names last. Raises OutputWriteError."""
+    with writing(path):
+        if path.is_dir():
+            return
+        if path.parent != path:
+            make_folder(path.parent, system)
+        path.mkdir(exist_ok=True)
+        system.sync_folder(path.parent)
+
+
+def reserve_file(path: Path, nbytes: int, system: System) -> None:
+    """Make an empty file of `nbytes`, its blocks claimed where the system can."""
+    with writing(path), FileIO(path, "w") as file:
+        system.reserve(file, nbytes)
+
+
+def sync_path(path: Path, system: System) -> None:
+    """Return when the content of a file that others wrote is on the disk, not in memory."""
+    with writing(path), FileIO(path, "r+") as file:
+        system.sync_file(file)
+        system.let_go(file, 0, os.fstat(file.fileno()).st_size)
+
+
+def free_space(path: Path, system: System) -> int:
+    """Free bytes where `path` is, or will be once its missing parents are made."""
+    place = Path(os.path.abspath(path))
+    while not place.exists() and place.parent != place:
+        place = place.parent
+    with writing(place):
+        return system.free_space(place)

@@ -1,0 +1,244 @@
+"""The Hub's answers, and the network's, as errors with a remedy.
+
+Nothing else looks at huggingface_hub's exceptions. Nothing here ever holds a token: what is quoted
+is what the server says about the request, not the request.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from shardsurgeon.errors import (
+    CheckpointError,
+    InputError,
+    PublishError,
+    ShardSurgeonError,
+    UsageError,
+)
+from shardsurgeon.storage.http import HTTP_ERROR, raise_if_passing, status_line
+from shardsurgeon.storage.retry import Interrupted, Patience, attempt
+
+LOG_IN_TO_PUSH = "log in with `hf auth login`, or set HF_TOKEN"
+_AGAIN = "run the same command again: what has been uploaded is not uploaded twice"
+# What a server says that has not begun to do what it was asked for.
+_UNDONE = (429, 503)
+# huggingface_hub tries uploads again by itself, before we do.
+PATIENCE = Patience(tries=5)
+
+_Answer = TypeVar("_Answer")
+
+LOG_IN = "log in with `hf auth login`"
+_BAD_TOKEN = "Invalid credentials"
+_PLAIN = re.compile(r"[\x21-\x7e]+")
+
+
+@contextmanager
+def answering(repo_id: str) -> Iterator[None]:
+    """Turn whatever talking to the Hub about `repo_id` raises into one clear error.
+
+    UsageError for what the user can mend (token, permission, names), PublishError for the rest.
+    A bug of ours keeps its own exception.
+    """
+    try:
+        yield
+    except ShardSurgeonError:
+        raise
+    except Exception as error:
+        translated = _translated(error, repo_id)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def patiently(call: Callable[[], _Answer], repo_id: str, *, repeatable: bool = True) -> _Answer:
+    """The result of `call`, tried again while the server is busy or the connection breaks.
+
+    repeatable: whether it does no harm to do it twice; where not, it is tried again only if the
+    server says that nothing was done. Raises NetworkError where trying again did not help.
+    """
+
+    def once() -> _Answer:
+        try:
+            return call()
+        except Exception as error:
+            _raise_if_passing(error, repeatable)
+            raise
+
+    return attempt(once, repo_id, PATIENCE)
+
+
+def _raise_if_passing(error: Exception, repeatable: bool) -> None:
+    """Raise Interrupted where another try may come to something else."""
+    response = _response(error)
+    if response is None:
+        if repeatable and _is_broken_connection(error):
+            raise Interrupted(_last_line(error) or type(error).__name__) from error
+    elif repeatable or response.status_code in _UNDONE:
+        raise_if_passing(response)
+
+
+def _response(error: BaseException | None) -> Any:
+    """The server's answer behind an exception or behind what caused it, None for none."""
+    for _ in range(5):
+        response = getattr(error, "response", None)
+        if response is not None:
+            return response
+        error = error.__cause__ if error is not None else None
+    return None
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether it is one, or is what came of one in huggingface_hub's threads."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # The HTTP library's own errors, and the system's.
+    if isinstance(error, HTTP_ERROR | ConnectionError | TimeoutError):
+        return True
+    # Where one request fails, huggingface_hub closes the client of all.
+    closed = isinstance(error, RuntimeError) and "closed" in str(error)
+    return closed or (error.__cause__ is not None and _is_broken_connection(error.__cause__))
+
+
+def _translated(error: Exception, repo_id: str) -> ShardSurgeonError | None:
+    if isinstance(error, LocalTokenNotFoundError):
+        return UsageError(repo_id, "there is no Hugging Face token to push with", LOG_IN_TO_PUSH)
+    if isinstance(error, OfflineModeIsEnabled):
+        return UsageError("HF_HUB_OFFLINE", "is set, and pushing needs the network", "unset it")
+    if isinstance(error, HFValidationError):
+        return UsageError(repo_id, "is no repository id", "write it like org/name")
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return _translated(error.__cause__, repo_id) or _gave_up(error, repo_id)
+    if isinstance(error, ValueError) and "README.md" in str(error):
+        problem = f"the Hub does not take its metadata: {_last_line(error)}"
+        return UsageError("README.md", problem, "mend the card, or push with --no-card")
+    response = _response(error)
+    if response is not None:
+        return _refusal(error, response.status_code, repo_id)
+    if isinstance(error, OSError) and error.filename:
+        return PublishError(str(error.filename), f"cannot be read ({error.strerror})", _AGAIN)
+    # The answers of the LFS server come as ValueError; hf_xet has RuntimeErrors of its own.
+    refused_by_lfs = isinstance(error, ValueError) and "LFS" in str(error)
+    if refused_by_lfs or _is_broken_connection(error) or isinstance(error, RuntimeError | OSError):
+        return _gave_up(error, repo_id)
+    return None
+
+
+def _refusal(error: Exception, status: int, repo_id: str) -> ShardSurgeonError:
+    """What a status means when one wants to write."""
+    said = _said(error)
+    if isinstance(error, RevisionNotFoundError):
+        return UsageError(repo_id, f"has no such revision{said}", "look at its branches")
+    if isinstance(error, RepositoryNotFoundError):
+        problem = f"is not there, or the token may not see it (HTTP {status})"
+        return UsageError(repo_id, problem, "check the name and the token's permissions")
+    if status == 401:
+        return UsageError(repo_id, f"the Hub refused the token (HTTP 401{said})", LOG_IN_TO_PUSH)
+    if status == 403:
+        problem = f"the token may not write there (HTTP 403{said})"
+        remedy = "use a token with write access, a repository of your own, or --create-pr"
+        return UsageError(repo_id, problem, remedy)
+    if status in (400, 404, 409, 422):
+        return UsageError(repo_id, f"the Hub refused (HTTP {status}{said})", "see what it says")
+    return PublishError(
+        repo_id, f"the Hub did not answer as it should (HTTP {status}{said})", _AGAIN
+    )
+
+
+def _gave_up(error: Exception, repo_id: str) -> PublishError:
+    what = _last_line(error) or type(error).__name__
+    return PublishError(repo_id, f"the upload broke off ({what})", _AGAIN)
+
+
+def _said(error: BaseException) -> str:
+    """The server's own words, as far as they are short."""
+    message = getattr(error, "server_message", None)
+    if not message and isinstance(error.__cause__, Exception):
+        return _said(error.__cause__)
+    words = without_token(" ".join(str(message or "").split()))
+    return f": {words[:200]}" if words else ""
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return without_token(lines[-1][:200]) if lines else ""
+
+
+def without_token(text: str) -> str:
+    """The text, should the user's token have got into it, without it."""
+    token = get_token()
+    return text.replace(token, "[token]") if token else text
+
+
+def refusal(
+    error: HfHubHTTPError, where: str, repo_id: str, revision: str | None = None
+) -> InputError:
+    """The error for an answer that no other try would change.
+
+    where: the repository or the file that was asked for; revision: the one that was asked for.
+    """
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repo_id}"
+        also = "" if get_token() else f", then {LOG_IN}"
+        remedy = f"accept its conditions at {page}{also}"
+        return CheckpointError(where, "is gated, and this login may not read it", remedy)
+    if isinstance(error, RevisionNotFoundError):
+        problem = f"there is no revision {revision or 'of this name'}"
+        return CheckpointError(where, problem, "name a branch, a tag or a commit hash")
+    if isinstance(error, DisabledRepoError):
+        return CheckpointError(where, "is disabled by the Hub", "ask its owner")
+    if isinstance(error, EntryNotFoundError):
+        return CheckpointError(where, "there is no such file", "check the repository")
+    response = error.response
+    if response.status_code == 401 and _BAD_TOKEN in response.headers.get("X-Error-Message", ""):
+        problem = f"{constants.ENDPOINT} does not accept the token that it was given"
+        return UsageError(where, problem, f"correct or unset HF_TOKEN, or {LOG_IN} again")
+    if isinstance(error, RepositoryNotFoundError) or response.status_code == 401:
+        return CheckpointError(where, *_unseen())
+    if response.status_code == 404:
+        problem = f"{constants.ENDPOINT} does not answer as a Hub does ({status_line(response)})"
+        return CheckpointError(where, problem, "check HF_ENDPOINT")
+    remedy = "check that the token may read it" if response.status_code == 403 else ""
+    return CheckpointError(where, f"the Hub refuses it ({_words(error)})", remedy)
+
+
+def require_sound_settings() -> None:
+    """Raise UsageError for a token or an endpoint that no request could be made with."""
+    token = get_token()
+    if token is not None and not _PLAIN.fullmatch(token):
+        problem = "the token holds characters that none has"
+        raise UsageError("HF_TOKEN", problem, f"correct it, or {LOG_IN} again")
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        problem = f"{constants.ENDPOINT!r} is no web address"
+        raise UsageError("HF_ENDPOINT", problem, "write it like https://huggingface.co")
+
+
+def _unseen() -> tuple[str, str]:
+    """The Hub does not tell a missing repository from one that must not be seen."""
+    seen = "this login may see" if get_token() else "can be seen without a login"
+    problem = f"{constants.ENDPOINT} has no such model that {seen}"
+    private = "log in with one that may" if get_token() else LOG_IN
+    return problem, f"check the name; if it is private, {private} (`hf auth login`)"
+
+
+def _words(error: HfHubHTTPError) -> str:
+    line = status_line(error.response)
+    words = (error.server_message or "").strip()
+    return f"{line}: {words}" if words else line

@@ -1,0 +1,357 @@
+"""A model on the Hugging Face Hub, read by byte ranges and pinned to one commit.
+
+huggingface_hub gives the address, the login, the session and the local cache; the bytes come by
+plain range requests. Its other way, hf_xet, can stream a range as well, but it transfers whole
+compressed blocks whose sizes it does not tell, so a promise about bytes downloaded could be
+neither kept nor checked; and it retries by its own rules. Plain ranges work with every endpoint.
+
+A large file's address on the Hub leads, by a redirect that says size and hash, to a signed one
+elsewhere. That one is used for every range until it expires: one request to the Hub per file, not
+per range. The token never goes to another host.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
+from shardsurgeon.storage.formats.index import INDEX_NAME
+from shardsurgeon.storage.http import (
+    HTTP_ERROR,
+    MOST_REDIRECTS,
+    REDIRECTS,
+    answer,
+    body,
+    changed,
+    drain,
+    etag_of,
+    raise_if_passing,
+    range_header,
+    said,
+    status_line,
+)
+from shardsurgeon.storage.hub.errors import refusal, require_sound_settings
+from shardsurgeon.storage.local import pieces_of
+from shardsurgeon.storage.retry import Interrupted, Patience, attempt, read_pieces, stream_pieces
+from shardsurgeon.storage.source import SourceFile, is_left_behind, leads_out
+
+# Whoever is redirected from one of these to another is still known there.
+_HUBS = ("https://huggingface.co", "https://hf.co")
+_AGENT = "shardsurgeon"
+_PATIENCE = Patience()
+
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_OF_TOTAL = re.compile(r"-\d+-of-(\d+)\.safetensors$")
+# A snapshot without these is complete: what prunes leaves them behind.
+_NOT_NEEDED = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where the Hub says that a file's bytes are, and what that place calls them."""
+
+    url: str
+    etag: str | None
+
+
+class HubSource:
+    """The files of one commit of a model repository. Safe to use from several threads."""
+
+    def __init__(
+        self, repo_id: str, revision: str | None = None, patience: Patience = _PATIENCE
+    ) -> None:
+        """Ask the Hub which commit a revision is, and what is in it.
+
+        repo_id: `org/name`; revision: a branch, a tag or a commit hash, None for main.
+        Raises CheckpointError or UsageError, with what to do, where the Hub says no, and
+        NetworkError where it does not answer.
+        """
+        require_sound_settings()
+        self._repo_id = repo_id
+        self._patience = patience
+        self._endpoint = constants.ENDPOINT
+        asked = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
+        info = attempt(partial(_info, repo_id, revision, asked), asked, patience.brief())
+        self._commit = info.sha or "of no commit"
+        self._files = _listing(info, self.location)
+        self._headers = build_hf_headers(user_agent=_AGENT)
+        self._trusted = {_origin(address) for address in (self._endpoint, *_HUBS)}
+        # File → where its bytes are. Written by several threads: each entry is as good as another.
+        self._routes: dict[str, _Route] = {}
+        self._cached: dict[str, Path | None] = {}
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self._repo_id.rpartition("/")[2]
+
+    @property
+    def location(self) -> str:
+        """`hf://org/name@` and the begin of the commit's hash."""
+        return f"hf://{self._repo_id}@{self._commit[:12]}"
+
+    @property
+    def revision(self) -> str:
+        """The hash of the commit that everything is read from."""
+        return self._commit
+
+    @property
+    def is_remote(self) -> bool:
+        """True, though single files may have a local path."""
+        return True
+
+    def list(self) -> tuple[SourceFile, ...]:
+        """Every file of the commit, sorted by name; the stamp is its sha256 or its blob id."""
+        return tuple(self._files.values())
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
+        return read_pieces(self.stream(name, begin, end), end - begin)
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The bytes [begin, end) of a file: from the local cache, or by one request.
+
+        Raises SourceReadError, SourceChangedError or NetworkError, and CheckpointError where
+        the Hub no longer lets this login read it.
+        """
+        where = f"{self.location}/{name}"
+        file = self._files.get(name)
+        if file is None:
+            raise SourceReadError(where, "there is no such file")
+        if end > file.nbytes:
+            problem = f"ends at byte {file.nbytes:,}, byte {end:,} was expected"
+            raise SourceReadError(where, problem)
+        path = self.local_path(name)
+        if path is not None:
+            return pieces_of(path, begin, end)
+
+        def request(at: int) -> Any:
+            return self._range(file, where, at, end)
+
+        return stream_pieces(request, where, begin, end, self._patience)
+
+    def local_path(self, name: str) -> Path | None:
+        """Where the local cache has this file of this commit, if it has."""
+        if name not in self._cached:
+            file = self._files.get(name)
+            known = None if file is None else cached_file(self._repo_id, self._commit, file)
+            self._cached[name] = known
+        return self._cached[name]
+
+    @contextmanager
+    def _range(
+        self, file: SourceFile, where: str, begin: int, end: int
+    ) -> Iterator[Iterator[bytes]]:
+        """One try at [begin, end): along the known route, or by asking the Hub for one."""
+        known = self._routes.get(file.name)
+        url = known.url if known else self._address(file.name)
+        for step in range(MOST_REDIRECTS):
+            headers = {**self._known_to(url), **range_header(begin, end)}
+            with answer(get_session(), url, headers) as response:
+                if response.status_code in REDIRECTS:
+                    _require_listed(file, where, response.headers)
+                    drain(response)
+                    url = urljoin(url, response.headers.get("Location", ""))
+                    continue
+                is_hubs = known is None and step == 0
+                if response.status_code not in (200, 206, 416):
+                    self._raise(response, where, file.name, is_hubs)
+                etag = etag_of(response.headers)
+                if is_hubs:
+                    _require_listed(file, where, response.headers, etag)
+                elif known and known.etag != etag:
+                    raise changed(where, f"had etag {known.etag}, has {etag}")
+                else:
+                    self._routes[file.name] = _Route(url, etag)
+                yield body(response, file, where, begin, end)
+                return
+        raise SourceReadError(where, f"leads to more than {MOST_REDIRECTS} other addresses")
+
+    def _raise(self, response: Any, where: str, name: str, is_hubs: bool) -> None:
+        """Raise what an answer that is no part of a file means."""
+        if not is_hubs and "X-Error-Code" not in response.headers:
+            # A signed address expires; the next try asks the Hub for a new one.
+            self._routes.pop(name, None)
+            raise Interrupted(f"{status_line(response)} from {response.url.host}")
+        try:
+            hf_raise_for_status(response)
+        except EntryNotFoundError as error:
+            raise SourceReadError(where, "is no longer there", "check the repository") from error
+        except HfHubHTTPError as error:
+            raise refusal(error, where, self._repo_id, self._commit) from error
+        raise SourceReadError(where, f"cannot be read ({status_line(response)})")
+
+    def _address(self, name: str) -> str:
+        return hf_hub_url(self._repo_id, name, revision=self._commit, endpoint=self._endpoint)
+
+    def _known_to(self, url: str) -> dict[str, str]:
+        """The headers for an address: the login is for the Hub only."""
+        if _origin(url) in self._trusted:
+            return dict(self._headers)
+        return {key: self._headers[key] for key in self._headers if key != "authorization"}
+
+
+def _info(repo_id: str, revision: str | None, asked: str) -> ModelInfo:
+    """What the Hub says about a revision. Raises Interrupted where another try may help."""
+    try:
+        timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        api = HfApi(user_agent=_AGENT)
+        return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    except HFValidationError as error:
+        raise UsageError(asked, "is no name of a repository", "write it like org/name") from error
+    except HfHubHTTPError as error:
+        raise_if_passing(error.response)
+        raise refusal(error, asked, repo_id, revision) from error
+    except HTTP_ERROR as error:
+        raise Interrupted(f"{constants.ENDPOINT}: {said(error)}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"{constants.ENDPOINT} does not answer as a Hub does"
+        raise CheckpointError(asked, problem, "check HF_ENDPOINT") from error
+
+
+def _listing(info: ModelInfo, location: str) -> dict[str, SourceFile]:
+    """The files of a commit by name, sorted. Raises CheckpointError for names that lead out."""
+    files: dict[str, SourceFile] = {}
+    for found in sorted(info.siblings or (), key=lambda sibling: sibling.rfilename):
+        name, nbytes = found.rfilename, found.size
+        stamp = found.lfs.sha256 if found.lfs else found.blob_id
+        if leads_out(name):
+            raise CheckpointError(location, f"file name {name!r} leads out of the repository")
+        if nbytes is None or stamp is None:
+            problem = f"the Hub does not say the size and the hash of {name}"
+            raise CheckpointError(location, problem, "check HF_ENDPOINT")
+        if not is_left_behind(name):
+            files[name] = SourceFile(name, nbytes, stamp)
+    return files
+
+
+def _require_listed(file: SourceFile, where: str, headers: Any, etag: str | None = None) -> None:
+    """Raise SourceChangedError where the Hub now says another hash or size than it listed.
+
+    etag: the answer's own, which is the hash where nothing is linked to.
+    """
+    found = etag_of(headers, "X-Linked-Etag") or etag
+    if found is not None and found != file.stamp:
+        raise changed(where, f"had hash {file.stamp[:12]} when it was listed, has {found[:12]}")
+    size = headers.get("X-Linked-Size", "")
+    if size.isdigit() and int(size) != file.nbytes:
+        raise changed(where, f"had {file.nbytes:,} bytes when it was listed, has {int(size):,}")
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def cached_file(repo_id: str, commit: str, file: SourceFile) -> Path | None:
+    """A file of a commit in the local cache, where it is there and as large as it must be."""
+    found = try_to_load_from_cache(repo_id, file.name, revision=commit)
+    if not isinstance(found, str):
+        return None
+    path = Path(found)
+    return path if path.stat().st_size == file.nbytes else None
+
+
+def offline_snapshot(repo_id: str, revision: str | None) -> Path:
+    """The newest complete snapshot of a model in the local cache that is of a revision.
+
+    revision: a branch, a tag, a commit hash or the begin of one; None means main's and, where
+    that is not complete, any. Raises CheckpointError where there is none.
+    """
+    where = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
+    incomplete = ""
+    for folder in _candidates(repo_id, revision):
+        missing = _missing(folder) or _unlisted(repo_id, folder)
+        if not missing:
+            return folder
+        incomplete = incomplete or f"; its snapshot {folder.name[:12]} lacks {missing}"
+    raise CheckpointError(
+        where,
+        f"is not in the Hub's local cache, and HF_HUB_OFFLINE=1 forbids to fetch it{incomplete}",
+        f"unset HF_HUB_OFFLINE, or run `hf download {repo_id}` where there is a network",
+    )
+
+
+def _candidates(repo_id: str, revision: str | None) -> Iterator[Path]:
+    """The snapshots of a revision, the likeliest first."""
+    store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
+    snapshots = [path for path in _inside(store / "snapshots") if path.is_dir()]
+    named = _ref(store, revision or constants.DEFAULT_REVISION)
+    first = [path for path in snapshots if path.name == named]
+    yield from first
+    if revision is None:
+        yield from (path for path in snapshots if path not in first)
+    elif _COMMIT.fullmatch(revision):
+        yield from (path for path in snapshots if path.name.startswith(revision))
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder, the newest first; nothing where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _ref(store: Path, revision: str) -> str | None:
+    """The commit that a branch or a tag stood for when it was last fetched."""
+    path = store / "refs" / revision
+    if ".." in Path(revision).parts or not path.is_file():
+        return None
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _missing(snapshot: Path) -> str:
+    """The first file that a checkpoint cannot do without and that is not there, or ""."""
+    index = snapshot / INDEX_NAME
+    shards = [path.name for path in snapshot.glob("*.safetensors")]
+    needed = ["config.json"]
+    if index.is_file():
+        try:
+            needed += sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""  # whoever opens it will say what is wrong with it
+    elif not shards:
+        needed.append("model.safetensors")
+    elif (total := _OF_TOTAL.search(shards[0])) and len(shards) < int(total[1]):
+        return f"{int(total[1]) - len(shards)} of {int(total[1])} shards"
+    return next((name for name in needed if not (snapshot / name).is_file()), "")
+
+
+def _unlisted(repo_id: str, snapshot: Path) -> str:
+    """What huggingface_hub knows to be missing beside the weights; its older versions do not."""
+    try:
+        snapshot_download(
+            repo_id,
+            revision=snapshot.name,
+            local_files_only=True,
+            ignore_patterns=list(_NOT_NEEDED),
+        )
+    except LocalEntryNotFoundError:
+        return "files that its listing names"
+    return ""

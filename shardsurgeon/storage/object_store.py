@@ -1,0 +1,192 @@
+"""A model in an object store or any other place that fsspec has a filesystem for.
+
+`s3://bucket/model`, `gs://…`, `memory://…`: listed by the filesystem, read by its byte ranges.
+The filesystems try again by themselves; what they give up on is tried again here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
+from shardsurgeon.storage.http import parse_address, printable
+from shardsurgeon.storage.retry import Interrupted, Patience, attempt, read_pieces, stream_pieces
+from shardsurgeon.storage.source import PIECE_NBYTES, SourceFile, is_left_behind, leads_out
+
+# What is asked of a filesystem in one go; it passes through memory.
+_PART_NBYTES = 8 << 20
+# What filesystems call the thing that changes with a file's content, the surest first.
+_STAMPS = (
+    *("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum"),
+    *("LastModified", "last_modified", "mtime", "updated", "modified", "created"),
+)
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+_PATIENCE = Patience()
+
+
+class StoreSource:
+    """The files below one folder of a store. Safe to use from several threads."""
+
+    def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
+        """url: the folder, or a safetensors file in it.
+
+        Raises UsageError where no installed package knows such addresses. Nothing is asked yet.
+        """
+        parts = parse_address(url)
+        self._location = printable(url).rstrip("/")
+        self._name = parts.path.rpartition("/")[2] or parts.netloc or "model"
+        self._patience = patience
+        folder = url.rstrip("/")
+        if folder.endswith(".safetensors"):
+            folder = folder.rpartition("/")[0]
+            self._location = self._location.rpartition("/")[0]
+        self._system, root = _filesystem(folder, self._location)
+        self._root = root.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self._name
+
+    @property
+    def location(self) -> str:
+        """The address, without what opens doors."""
+        return self._location
+
+    @property
+    def revision(self) -> None:
+        """None: stores know no commits."""
+        return None
+
+    @property
+    def is_remote(self) -> bool:
+        """True."""
+        return True
+
+    def list(self) -> tuple[SourceFile, ...]:
+        """Every file below the folder as it is now, sorted by name.
+
+        The stamp is the etag, or whatever the store has in its place. Raises CheckpointError
+        where there is nothing or access is refused, NetworkError where the store is not reached.
+        """
+        found = attempt(self._found, self._location, self._patience.brief())
+        files = [
+            self._describe(path, facts) for path, facts in found.items() if not path.endswith("/")
+        ]
+        kept = [file for file in files if file is not None]
+        if not kept:
+            problem = "there is no such folder, or it is empty"
+            raise CheckpointError(self._location, problem, "give the folder that holds the model")
+        return tuple(sorted(kept, key=lambda file: file.name))
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
+        return read_pieces(self.stream(name, begin, end), end - begin)
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The bytes [begin, end) of a file, in requests of 8 MiB.
+
+        Raises SourceReadError where the file is missing or shorter, NetworkError where trying
+        again did not help, CheckpointError where access is refused. That a file changed and is
+        as long as before is seen by listing it again.
+        """
+        where = f"{self._location}/{name}"
+        if leads_out(name):
+            raise CheckpointError(self._location, f"file name {name!r} leads out of the folder")
+
+        @contextmanager
+        def request(at: int) -> Iterator[Iterator[bytes]]:
+            yield self._pieces(name, where, at, end)
+
+        return stream_pieces(request, where, begin, end, self._patience)
+
+    def local_path(self, name: str) -> Path | None:
+        """None: what a store keeps is not read past it."""
+        return None
+
+    def _pieces(self, name: str, where: str, begin: int, end: int) -> Iterator[bytes]:
+        path = f"{self._root}/{name}"
+        for at in range(begin, end, _PART_NBYTES):
+            stop = min(at + _PART_NBYTES, end)
+            with _asking(where):
+                data: bytes = self._system.cat_file(path, start=at, end=stop)
+            for offset in range(0, len(data), PIECE_NBYTES):
+                yield data[offset : offset + PIECE_NBYTES]
+            if len(data) < stop - at:
+                self._require_length(path, where, end)
+                raise Interrupted(f"{len(data):,} of {stop - at:,} bytes came")
+
+    def _require_length(self, path: str, where: str, end: int) -> None:
+        """Raise SourceReadError where a file really ends before `end`."""
+        with _asking(where):
+            self._system.invalidate_cache()
+            nbytes = self._system.info(path)["size"]
+        if nbytes < end:
+            raise SourceReadError(where, f"ends at byte {nbytes:,}, byte {end:,} was expected")
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        """What the store lists, by path."""
+        with _asking(self._location):
+            self._system.invalidate_cache()
+            try:
+                found: dict[str, dict[str, Any]] = self._system.find(self._root, detail=True)
+            except FileNotFoundError:
+                return {}  # what has no folders says so here, what has them there
+            return found
+
+    def _describe(self, path: str, facts: dict[str, Any]) -> SourceFile | None:
+        """A listed file; None for what is no file of the model."""
+        name = path.removeprefix(self._root).lstrip("/")
+        nbytes = facts.get("size")
+        if facts.get("type") != "file" or not name or is_left_behind(name):
+            return None
+        if leads_out(name):
+            raise CheckpointError(self._location, f"file name {name!r} leads out of the folder")
+        if nbytes is None:
+            raise CheckpointError(f"{self._location}/{name}", "the store does not say its size")
+        stamps = (str(facts[key]).strip('"') for key in _STAMPS if facts.get(key))
+        return SourceFile(name, int(nbytes), next(stamps, ""))
+
+
+def _filesystem(url: str, location: str) -> tuple[Any, str]:
+    """The filesystem for an address, and the path of the address there. Raises UsageError."""
+    from fsspec.core import url_to_fs
+
+    scheme = url.partition("://")[0]
+    try:
+        system, root = url_to_fs(url)
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        remedy = f"pip install {package}" if package else printable(str(error))
+        raise UsageError(location, f"no package for {scheme}:// is installed", remedy) from error
+    except ValueError as error:
+        problem = f"{scheme}:// is no kind of address that is known"
+        raise UsageError(location, problem, "give a folder, org/name, or a URL") from error
+    return system, str(root)
+
+
+@contextmanager
+def _asking(where: str) -> Iterator[None]:
+    """Turn what a filesystem says into our errors; what may pass, into Interrupted."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SourceReadError(where, "there is no such file") from error
+    except PermissionError as error:
+        raise _refused(where, error) from error
+    except Exception as error:
+        kind = type(error)
+        if "Credential" in kind.__name__:
+            raise _refused(where, error) from error
+        # A builtin error that is none of the system's is a bug, and not the network's.
+        if kind.__module__ == "builtins" and not isinstance(error, OSError):
+            raise
+        raise Interrupted(printable(str(error)) or kind.__name__) from error
+
+
+def _refused(where: str, error: Exception) -> CheckpointError:
+    problem = f"the store refuses access ({printable(str(error)) or type(error).__name__})"
+    return CheckpointError(where, problem, "check the login for it, such as AWS_PROFILE")

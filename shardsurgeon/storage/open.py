@@ -1,0 +1,118 @@
+"""A user's words for a model, made into the source that they mean, and back.
+
+The network's libraries are imported only for a model that lies behind one. In records, a
+repository of the Hub goes by its full name, so that it can be found again, whether its bytes came
+over the network or from the Hub's cache; anything else goes by the name of its folder.
+"""
+
+from __future__ import annotations
+
+import re
+from os import PathLike, fspath
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+from shardsurgeon.errors import CheckpointError, UsageError
+from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.source import Source
+
+_REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>.+))?", re.ASCII)
+_HUB_URL = re.compile(
+    r"hf://(models/)?(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>.+))?", re.ASCII
+)
+_HOW = "write it like hf://org/name or hf://org/name@revision"
+
+_HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@.*)?")
+_IN_CACHE = "models--"
+
+
+def open_source(model: str | PathLike[str] | Source) -> Source:
+    """The source that a user's words mean.
+
+    A path that exists is that folder (or file, which stands for its folder), whatever else it
+    may look like. Then `hf://org/name[@revision]`, and `org/name[@revision]` without a scheme,
+    is a model on the Hugging Face Hub, pinned to a commit; with HF_HUB_OFFLINE=1 its newest
+    complete snapshot in the local cache. `https://` is a folder of a web server, and any other
+    scheme a folder of an fsspec filesystem. A PathLike is a local path, and a Source is itself.
+
+    Raises InputError and its children, with what to do, where there is no such place or it may
+    not be read, and NetworkError where it cannot be reached.
+    """
+    if not isinstance(model, str | PathLike):
+        return model
+    if isinstance(model, PathLike) or _exists(model):
+        return LocalSource(fspath(model))
+    scheme, separator, _ = model.partition("://")
+    if not separator:
+        return _unmarked(model)
+    if scheme == "hf":
+        found = _HUB_URL.fullmatch(model)
+        if found is None or found["id"].startswith(("datasets/", "spaces/", "buckets/")):
+            raise UsageError(model, "is no model on the Hub", _HOW)
+        return _hub(found["id"], unquote(found["revision"] or "") or None)
+    if scheme == "file":
+        return LocalSource(url2pathname(urlsplit(model).path))
+    return _elsewhere(scheme, model)
+
+
+def _unmarked(model: str) -> Source:
+    """What is neither there nor a URL: the name of a repository, or a mistyped folder."""
+    found = _REPOSITORY.fullmatch(model)
+    if found is None:
+        return LocalSource(model)
+    try:
+        return _hub(found["id"], found["revision"])
+    except CheckpointError as error:
+        problem = f"is no folder here, and {error.problem}"
+        raise CheckpointError(model, problem, error.remedy) from error
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a NUL in it
+        return False
+
+
+def _hub(repo_id: str, revision: str | None) -> Source:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        from shardsurgeon.storage.hub.source import offline_snapshot
+
+        return LocalSource(offline_snapshot(repo_id, revision))
+    from shardsurgeon.storage.hub.source import HubSource
+
+    return HubSource(repo_id, revision)
+
+
+def _elsewhere(scheme: str, url: str) -> Source:
+    if scheme in ("http", "https"):
+        from shardsurgeon.storage.web import WebSource
+
+        return WebSource(url)
+    from shardsurgeon.storage.object_store import StoreSource
+
+    return StoreSource(url)
+
+
+def address_of(source: Source) -> str:
+    """What to type to name the source again, at the commit that it is pinned to."""
+    name = hub_name(source) if source.is_remote else None
+    return source.location if name is None else f"{name}@{source.revision}"
+
+
+def hub_name(source: Source) -> str | None:
+    """`org/name` of a repository of the Hub, None for every other source."""
+    remote = _HUB.fullmatch(source.location)
+    if remote is not None:
+        return remote[1]
+    path = source.local_path(CONFIG_NAME)
+    if path is None or source.revision is None:
+        return None
+    # The cache keeps snapshots as models--org--name/snapshots/<commit>.
+    folder = path.absolute().parent.parent.parent.name
+    parts = folder.removeprefix(_IN_CACHE).split("--")
+    return "/".join(parts) if folder.startswith(_IN_CACHE) and len(parts) == 2 else None

@@ -1,0 +1,174 @@
+"""What a place that holds a checkpoint can do: list, read a range, say where it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shardsurgeon.errors import SourceChangedError, SourceReadError
+
+# What tools leave beside a model and is no part of it.
+SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
+# What a stream hands over at most at a time.
+PIECE_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source.
+
+    name: path relative to the source, with forward slashes.
+    nbytes: size in bytes.
+    stamp: changes when the file's content may have changed (local: mtime in nanoseconds and
+    inode; remote: etag).
+    """
+
+    name: str
+    nbytes: int
+    stamp: str
+
+
+class Source(Protocol):
+    """A read-only tree of files, for several threads at once.
+
+    Implementations never write and never follow `..`. One that has something to say to the user
+    about what it found has a property `notes`, a tuple of lines, as well.
+    """
+
+    @property
+    def name(self) -> str:
+        """The model's name, as the default output folder carries it: `Kimi-K2.5`."""
+        ...
+
+    @property
+    def location(self) -> str:
+        """Where it is, as messages print it: `/models/Kimi-K2.5`."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """The commit it is pinned to, where the place knows commits."""
+        ...
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether every read travels a network: read exactly what is needed, several at once."""
+        ...
+
+    def list(self) -> tuple[SourceFile, ...]:
+        """Every file, sorted by name. Raises CheckpointError where the place does not exist."""
+        ...
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
+        ...
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The bytes [begin, end) of a file, piece by piece as they arrive, 1 MiB at most.
+
+        A remote place is asked for all of them at once; what is cut goes on where it stopped.
+        While it waits for another try it yields empty pieces, so that who asked can end it.
+
+        Raises SourceReadError where the file is missing or shorter than `end`,
+        SourceChangedError where its size or stamp is no longer the listed one, and NetworkError
+        where trying again did not help.
+        """
+        ...
+
+    def local_path(self, name: str) -> Path | None:
+        """The file's path on this machine, where it has one: lets the kernel move its bytes."""
+        ...
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name is none inside its place, on the system that this runs on."""
+    path = Path(name)
+    return bool(
+        path.is_absolute() or path.drive or ".." in path.parts or "\0" in name or not path.parts
+    )
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file lies in a folder that tools leave beside a model."""
+    return not SKIPPED_FOLDERS.isdisjoint(name.split("/")[:-1])
+
+
+class MemorySource:
+    """Files given as bytes. The mapping is not copied, so a test may change it under a run."""
+
+    def __init__(
+        self, files: Mapping[str, bytes], name: str = "memory", *, remote: bool = False
+    ) -> None:
+        """files: name (with forward slashes) → content; remote: stands for a far place."""
+        self._files = files
+        self._name = name
+        self._remote = remote
+
+    @property
+    def name(self) -> str:
+        """The name it was given."""
+        return self._name
+
+    @property
+    def location(self) -> str:
+        """The name it was given: there is no other place."""
+        return self._name
+
+    @property
+    def revision(self) -> str | None:
+        """None: memory knows no commits."""
+        return None
+
+    @property
+    def is_remote(self) -> bool:
+        """What it was told to be."""
+        return self._remote
+
+    def list(self) -> tuple[SourceFile, ...]:
+        """Every file, sorted by name; the stamp is a digest of the content."""
+        return tuple(
+            SourceFile(name, len(data), hashlib.sha256(data).hexdigest())
+            for name, data in sorted(self._files.items())
+        )
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file; SourceReadError where it has them not."""
+        where = f"{self._name}/{name}"
+        data = self._files.get(name)
+        if data is None:
+            raise SourceReadError(where, "there is no such file")
+        if end > len(data):
+            raise SourceReadError(where, f"ends at byte {len(data):,}, byte {end:,} was expected")
+        return data[begin:end]
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """The same bytes, piece by piece."""
+        for at in range(begin, end, PIECE_NBYTES):
+            yield self.read(name, at, min(at + PIECE_NBYTES, end))
+
+    def local_path(self, name: str) -> Path | None:
+        """None: nothing here lies on a disk."""
+        return None
+
+
+def require_unchanged(source: Source, planned: Iterable[SourceFile]) -> None:
+    """Raise SourceChangedError, with the name, unless the files are as they were planned."""
+    present = {file.name: file for file in source.list()}
+    for file in planned:
+        found = present.get(file.name)
+        if found == file:
+            continue
+        if found is None:
+            problem = "was there when the run was planned and is gone now"
+        elif found.nbytes != file.nbytes:
+            problem = f"had {file.nbytes:,} bytes when the run was planned, has {found.nbytes:,}"
+        else:
+            problem = "was written to or replaced since the run was planned"
+        raise SourceChangedError(
+            f"{source.location}/{file.name}",
+            problem,
+            "once it is whole, run the command again with --restart",
+        )

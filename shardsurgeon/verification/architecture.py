@@ -1,0 +1,218 @@
+"""Whether transformers' model of the pruned config takes exactly these tensors.
+
+Answered by names and shapes alone: the model is built on the meta device, and the checkpoint's
+tensors, quantized ones as the weights they stand for, go through transformers' own loader with no
+weight behind them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from os import PathLike
+
+from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.quantization import Shape, read_weights
+from shardsurgeon.checkpoint.roles import Carried
+from shardsurgeon.checkpoint.transformers_model import (
+    OPTION,
+    Blueprint,
+    Fit,
+    as_transformers_reads,
+    engine_name,
+    identity_experts,
+    is_known,
+    name_in_transformers,
+)
+from shardsurgeon.errors import FamilyError, InputError, UsageError
+from shardsurgeon.families.schema import Family, pattern
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.verification.findings import ArchitectureReport, Findings
+
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+
+AnyCheckpoint = Checkpoint | str | PathLike[str]
+
+
+def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> ArchitectureReport:
+    """Whether the model that `pruned`'s config describes takes exactly its tensors.
+
+    What transformers says to the source as well is no fault of the pruning: the tensors it
+    concerns are reported as not checked. Raises UsageError where transformers is not installed
+    or cannot build the source's model, and whatever reading the source as a model raises.
+    """
+    before = _opened(source)
+    anatomy = read_anatomy(before)
+    original = blueprint = _blueprint(before, anatomy.family)
+    findings, trial = Findings(), _Trial()
+    try:
+        after = replace(_opened(pruned), family=anatomy.family)
+        try:
+            # Names and counts, of tensors too that transformers does not read.
+            read_anatomy(after)
+        except InputError as error:
+            findings.add(error.where, error.problem)
+        blueprint = _blueprint(after, anatomy.family)
+        trial = _try(after, anatomy, blueprint)
+    except InputError as error:
+        # The pruned folder is on trial: what cannot be read or built is a finding.
+        findings.add(error.where, error.problem)
+    known = _try(before, anatomy, original) if trial.found else _Trial()
+    excused: set[str] = set()
+    for (kind, name), text in sorted(trial.found.items()):
+        if (kind, name) in known.found:
+            excused.add(name)
+        else:
+            findings.add(name, text)
+    return ArchitectureReport(
+        engine=engine_name(),
+        model_class=blueprint.model_class,
+        parameters=len(blueprint.expected),
+        tensors=trial.tensors,
+        mtp_layers=tuple(trial.mtp_layers),
+        unchecked=(
+            *_summary(trial.unread),
+            *_summary(excused, ": does not fit in the source either"),
+        ),
+        differences=findings.lines(),
+    )
+
+
+@dataclass
+class _Trial:
+    """What transformers says to one checkpoint.
+
+    identity_experts: how many experts without weights stand behind the others, in every layer;
+    found: (kind of difference, name) → the difference in words; unread: tensors that it does
+    not look at; mtp_layers: MTP layers whose experts were compared with a main layer's.
+    """
+
+    tensors: int = 0
+    identity_experts: int = 0
+    found: dict[tuple[str, str], str] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
+    mtp_layers: list[int] = field(default_factory=list)
+
+    def judge(self, fit: Fit, blueprint: Blueprint, place: str = "") -> None:
+        """Note what does not fit. place: where else than in the main model, for the words."""
+        for name, (given, expected) in fit.mismatched.items():
+            if self._lacks_identity_experts(given, expected):
+                continue
+            text = f"shape {list(given)}, and the config makes it {list(expected)}"
+            self.note("mismatched", name, text, place)
+        for name, reason in fit.unbuilt.items():
+            text = f"cannot be put together from the checkpoint's tensors: {reason}"
+            self.note("unbuilt", name, text, place)
+        for name in fit.surplus:
+            text = f"is in the checkpoint, and {blueprint.model_class} has no place for it"
+            self.note("surplus", name, text, place)
+
+    def _lacks_identity_experts(self, given: Shape, expected: Shape) -> bool:
+        """Whether transformers allots weights to experts that have none: that is no fault."""
+        rows = self.identity_experts
+        return rows > 0 and expected == (given[0] + rows, *given[1:])
+
+    def note(self, kind: str, name: str, text: str, place: str = "") -> None:
+        """Add one difference."""
+        self.found[place + kind, name] = place + text
+
+
+def _opened(checkpoint: AnyCheckpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+
+
+def _blueprint(checkpoint: Checkpoint, family: Family) -> Blueprint:
+    """The model of a checkpoint's config. Raises UsageError where there is none."""
+    settings, view = checkpoint.settings, family.transformers
+    config = as_transformers_reads(settings, view, is_known)
+    if config is None:
+        reason = view.unknown or f"it does not know model type {settings.get('model_type')!r}"
+        problem = f"{engine_name()} cannot build {checkpoint.location}: {reason}"
+        raise UsageError(OPTION, problem, "verify without it")
+    return Blueprint(config, checkpoint.location)
+
+
+def _try(checkpoint: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> _Trial:
+    """Fit a checkpoint into a model. anatomy: the source's, whose names both share."""
+    records = (record for shard in checkpoint.shards for record in shard.header.tensors)
+    weights = read_weights(records, checkpoint.settings)
+    family = anatomy.family
+    identity = identity_experts(checkpoint.settings, family)
+    trial = _Trial(tensors=checkpoint.num_tensors, identity_experts=identity)
+    for name, problem in weights.problems.items():
+        trial.note("storage", name, problem)
+    mtp = {name for name, shape in weights.shapes.items() if _is_mtp(name, shape, anatomy)}
+    main = {
+        name_in_transformers(name, family.transformers): shape
+        for name, shape in weights.shapes.items()
+        if name not in mtp
+    }
+    fit = blueprint.fit(main)
+    trial.judge(fit, blueprint)
+    absent = [re.compile(pattern(name)) for name in family.transformers.absent]
+    for name in fit.missing:
+        if not any(regex.fullmatch(name) for regex in absent):
+            text = f"{blueprint.model_class} expects it {list(blueprint.expected[name])}, and it "
+            trial.note("missing", name, text + "is not in the checkpoint")
+    trial.unread |= fit.unread | mtp
+    _try_mtp_layers(weights.shapes, anatomy, blueprint, trial)
+    return trial
+
+
+def _is_mtp(name: str, shape: Shape, anatomy: Anatomy) -> bool:
+    """Whether a tensor is of the layers that predict further ahead, which transformers lacks."""
+    place = anatomy.reader.place(name)
+    if place is not None:
+        return anatomy.reader.is_mtp(place[0])
+    try:
+        role = anatomy.role(TensorRecord(name, "", shape, 0, 0))
+    except FamilyError:
+        return False
+    return isinstance(role, Carried) and role.mtp
+
+
+def _try_mtp_layers(
+    shapes: dict[str, Shape], anatomy: Anatomy, blueprint: Blueprint, trial: _Trial
+) -> None:
+    """Fit the MoE blocks of MTP layers into a main layer's place: they are built alike."""
+    twin, reader, view = anatomy.main_layers[-1], anatomy.reader, anatomy.family.transformers
+    blocks: dict[int, dict[str, str]] = {twin.index: {}}
+    blocks |= {layer.index: {} for layer in anatomy.mtp_layers}
+    for name in shapes:
+        place = reader.place(name)
+        if place is not None and place[0] in blocks and reader.in_block(name, place[1]):
+            blocks[place[0]][name[place[1] :]] = name
+    at = reader.place(twin.router)
+    assert at is not None
+    prefix = twin.router[: at[1]]
+
+    def fit(block: dict[str, str]) -> Fit:
+        return blueprint.fit(
+            {
+                name_in_transformers(prefix + rest, view): shapes[name]
+                for rest, name in block.items()
+            }
+        )
+
+    own = fit(blocks.pop(twin.index))
+    for index, block in blocks.items():
+        if not block:
+            continue
+        theirs, where = fit(block), f"in MTP layer {index} "
+        trial.judge(theirs, blueprint, where)
+        for name in own.filled - theirs.filled - theirs.unbuilt.keys():
+            trial.note("missing", name, f"is not there, and layer {twin.index} has it", where)
+        trial.unread -= set(block.values())
+        trial.mtp_layers.append(index)
+
+
+def _summary(names: Iterable[str], why: str = "") -> tuple[str, ...]:
+    """Names with their numbers as `*`, and how many there are of each."""
+    counts = Counter(_NUMBER.sub("*", name) for name in names)
+    return tuple(
+        name + (f" ({count:,} tensors)" if count > 1 else "") + why
+        for name, count in sorted(counts.items())
+    )

@@ -1,0 +1,327 @@
+"""config.json and the quantization files: what may differ from the source, and how."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.config import (
+    PER_LAYER_KEY,
+    config_section,
+    config_values,
+    per_layer_paths,
+)
+from shardsurgeon.checkpoint.quantization_names import (
+    NamedExpert,
+    is_regex,
+    named_expert,
+    plain_name,
+)
+from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.verification.findings import Findings
+from shardsurgeon.verification.pairing import Pairing
+from shardsurgeon.verification.record import Keeps
+
+QUANTIZATION_FILES = (
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+)
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# Keys that count experts, and keys about experts that count something else.
+_COUNTING = re.compile(r"expert|routed", re.IGNORECASE)
+_NOT_COUNTING = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
+
+Path = tuple[str | int, ...]
+
+
+class _Gone(Exception):
+    """The entry named an expert that is pruned."""
+
+
+class _Spelled(str):
+    """A number that is no plain integer, as the file spells it: 1e-6 is not 0.000001 here."""
+
+    __slots__ = ()
+
+
+def check_settings(
+    source: Checkpoint,
+    anatomy: Anatomy,
+    pruned: Checkpoint,
+    keeps: Keeps,
+    pairing: Pairing,
+    findings: Findings,
+) -> None:
+    """config.json and quantization files say the new counts and are otherwise the source's."""
+    found = _load(pruned, CONFIG_NAME)
+    no_mtp = _counts_no_mtp(anatomy, pairing, found)
+    expected = _Expected(source.settings, anatomy, keeps, no_mtp)
+    _compare(CONFIG_NAME, "", expected.config(_load(source, CONFIG_NAME), ()), found, findings)
+    for path in expected.forgotten(found, ()):
+        dotted = ".".join(map(str, path))
+        problem = f"{dotted} is {anatomy.shared_count}, the expert count of the source"
+        findings.add(CONFIG_NAME, problem)
+    there = {file.name for file in pruned.files}
+    for name in (file.name for file in source.files if file.name in QUANTIZATION_FILES):
+        if name not in there:
+            findings.add(name, "is missing")
+            continue
+        try:
+            found = _load(pruned, name)
+        except (ValueError, RecursionError) as error:
+            findings.add(name, f"is not valid JSON ({error})")
+            continue
+        _compare(name, "", expected.quantization(_load(source, name)), found, findings)
+
+
+def _load(checkpoint: Checkpoint, name: str) -> Any:
+    """A JSON file, its numbers as they are spelled. Raises ValueError where it is none."""
+    nbytes = next(file.nbytes for file in checkpoint.files if file.name == name)
+    text = checkpoint.source.read(name, 0, nbytes).decode("utf-8-sig")
+    return json.loads(
+        text, parse_float=_Spelled, parse_constant=_Spelled, object_pairs_hook=_members
+    )
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return members
+
+
+def _counts_no_mtp(anatomy: Anatomy, pairing: Pairing, found: Any) -> bool:
+    """Whether the MTP count must be 0.
+
+    Where the source had lost its MTP tensors already, both are right: what it says, and 0.
+    """
+    if pairing.mtp or pairing.mtp_dropped:
+        return pairing.mtp_dropped
+    keys = set(anatomy.family.config.mtp_layers)
+    return any(path[-1] in keys and value == 0 for path, value in _integers(found, ()))
+
+
+def _integers(value: Any, path: Path) -> Iterator[tuple[Path, int]]:
+    """Every whole number below some key, with the path that leads to it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _integers(inner, (*path, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _integers(inner, (*path, number))
+    elif type(value) is int and path:
+        yield path, value
+
+
+class _Expected:
+    """What a JSON value of the source must have become."""
+
+    def __init__(
+        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: Keeps, no_mtp: bool
+    ) -> None:
+        keys = anatomy.family.config
+        self._anatomy = anatomy
+        self._keeps = keeps
+        self._counts = ExpectedCounts(config, anatomy, keeps, no_mtp)
+        self._mtp = set(keys.mtp_layers) if no_mtp else set()
+        self._elsewhere = {tuple(dotted.split(".")) for dotted in keys.elsewhere}
+
+    def config(self, value: Any, path: Path) -> Any:
+        if path in self._elsewhere:
+            return value
+        if path and path[-1] in _QUANTIZATION_KEYS:
+            return self.quantization(value)
+        if isinstance(value, dict):
+            members = {key: self.config(inner, (*path, key)) for key, inner in value.items()}
+            return members | self._counts.added(path, value)
+        if isinstance(value, list):
+            items = self._counts.elements(path, value)
+            return [self.config(inner, (*path, number)) for number, inner in enumerate(items)]
+        if type(value) is int and path:
+            count = self._counts.of(path, value)
+            if count is not None:
+                return count
+            if path[-1] in self._mtp:
+                return 0
+        return value
+
+    def forgotten(self, found: Any, path: Path) -> Iterator[Path]:
+        """Where the output's config still has the old count under a key that counts experts.
+
+        The keys of the family are not among them: their values have been compared.
+        """
+        old = self._anatomy.shared_count
+        for at, value in _integers(found, path):
+            name = next((part for part in reversed(at) if isinstance(part, str)), "")
+            inside = {at[:length] for length in range(1, len(at) + 1)}
+            if inside & self._elsewhere or set(at) & set(_QUANTIZATION_KEYS):
+                continue
+            counts = _COUNTING.search(name) and not _NOT_COUNTING.search(name)
+            if counts and value == old and self._counts.of(at, value) is None:
+                yield at
+
+    def quantization(self, value: Any, path: Path = ()) -> Any:
+        """The same section with every entry that names an expert following it."""
+        if isinstance(value, dict):
+            return dict(self._members(value, path))
+        if isinstance(value, list):
+            return list(self._items(value, path))
+        return value
+
+    def _members(self, value: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+        for key, inner in value.items():
+            try:
+                yield self._entry(key, (*path, key)), self.quantization(inner, (*path, key))
+            except _Gone:
+                continue
+
+    def _items(self, value: list[Any], path: Path) -> Iterator[Any]:
+        for number, inner in enumerate(value):
+            try:
+                # A number kept as it is spelled is a str, too, and names nothing.
+                named = type(inner) is str
+                yield (
+                    self._entry(inner, path) if named else self.quantization(inner, (*path, number))
+                )
+            except _Gone:
+                continue
+
+    def _entry(self, text: str, path: Path) -> str:
+        if self._anatomy.reader.is_elsewhere(plain_name(text)):
+            return text
+        named = named_expert(text, is_regex(text, path), self._anatomy.num_experts, "")
+        if named is None:
+            return text
+        new_ids = {self._new_id(layer, named.expert) for layer in self._layers(named)}
+        if len(new_ids) > 1:
+            # Every expert has such an entry, or apply would have refused it.
+            kept = max(map(len, self._keeps.retained.values()))
+            new_ids = {named.expert if named.expert < kept else None}
+        new_id = new_ids.pop() if new_ids else None
+        if new_id is None:
+            raise _Gone
+        return text[: named.begin] + str(new_id) + text[named.end :]
+
+    def _new_id(self, layer: int, old_id: int) -> int | None:
+        retained = self._keeps.retained[layer]
+        return retained.index(old_id) if old_id in retained else None
+
+    def _layers(self, named: NamedExpert) -> list[int]:
+        """The layers that an entry may mean, of those that have experts."""
+        retained = self._keeps.retained
+        if named.layer is None:
+            return list(retained)
+        first_mtp = self._anatomy.num_layers
+        own = bool(self._anatomy.family.tensors.mtp)
+        firsts = (
+            [first_mtp] if named.mtp else [0] if named.mtp is False or not own else [0, first_mtp]
+        )
+        wanted = str(named.layer)
+        return [
+            layer
+            for layer in retained
+            for first in firsts
+            if str(layer - first) == wanted
+            or (named.open_layer and str(layer - first).startswith(wanted))
+        ]
+
+
+def _compare(where: str, path: str, expected: Any, found: Any, findings: Findings) -> None:
+    """Note where two JSON values differ; the order of keys counts."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in [key for key in expected if key not in found]:
+            findings.add(where, f"{path}{key} is missing")
+        for key in [key for key in found if key not in expected]:
+            findings.add(where, f"{path}{key} was added")
+        if expected.keys() == found.keys() and list(expected) != list(found):
+            findings.add(where, f"the keys of {path or 'the top'} are in another order")
+        for key in [key for key in expected if key in found]:
+            _compare(where, f"{path}{key}.", expected[key], found[key], findings)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for position, (left, right) in enumerate(zip(expected, found, strict=True)):
+            _compare(where, f"{path}{position}.", left, right, findings)
+    elif type(expected) is not type(found) or expected != found:
+        shown = f"{_brief(found)}, expected {_brief(expected)}"
+        findings.add(where, f"{path.rstrip('.') or 'the document'} is {shown}")
+
+
+def _brief(value: Any) -> str:
+    text = str(value) if isinstance(value, _Spelled) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class ExpectedCounts:
+    """The counts of one pruned config, worked out from the source's and the keep-lists.
+
+    mtp_dropped: whether the MTP layers are gone.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: Keeps, mtp_dropped: bool
+    ) -> None:
+        keys = anatomy.family.config
+        self._keys = keys
+        self._anatomy = anatomy
+        self._mtp_dropped = mtp_dropped
+        self._left = {layer: len(ids) for layer, ids in keeps.retained.items()}
+        self._every = {_last_name(dotted) for dotted in (*keys.num_experts, *keys.also)}
+        self._of_mtp = {_last_name(dotted) for dotted in keys.mtp_num_experts}
+        self._per_layer = per_layer_paths(keys, anatomy.num_layers)
+        own = (config_section(config, at) for at in keys.at) if keys.per_layer else ()
+        path = tuple(keys.per_layer.split("."))
+        native = any(value is not None for each in own for _, value in config_values(each, path))
+        self._adds = not keeps.is_uniform and not native
+
+    def of(self, path: Path, value: int) -> int | None:
+        """What the number at a path must have become; None where it counts no experts."""
+        for template, first in self._per_layer:
+            tail = path[-len(template) :]
+            if len(tail) == len(template) and all(
+                want == "*" or want == there for want, there in zip(template, tail, strict=True)
+            ):
+                position = tail[template.index("*")]
+                return self._left.get(first + int(position), value)
+        name = next((part for part in reversed(path) if isinstance(part, str)), "")
+        if name in self._every and value == self._anatomy.shared_count:
+            return self._most(mtp=not self._anatomy.own_mtp_count)
+        if name in self._of_mtp and not self._mtp_dropped:
+            first_mtp = self._anatomy.num_layers
+            return max((n for layer, n in self._left.items() if layer >= first_mtp), default=value)
+        return None
+
+    def elements(self, path: Path, items: list[Any]) -> list[Any]:
+        """The elements of the source's list that stay: those of MTP layers go with them."""
+        per_layer = self._mtp_dropped and path[-1:] == (PER_LAYER_KEY,)
+        return items[: self._anatomy.num_layers] if per_layer else items
+
+    def added(self, path: Path, section: Mapping[str, Any]) -> dict[str, Any]:
+        """What an object must have beyond its own members: the list of counts per layer."""
+        if not self._adds or ".".join(map(str, path)) not in self._keys.at:
+            return {}
+        spellings = (*self._keys.num_experts, *self._keys.also)
+        counts = {
+            value
+            for dotted in spellings
+            for _, value in config_values(section, tuple(dotted.split(".")))
+        }
+        if PER_LAYER_KEY in section or self._anatomy.shared_count not in counts:
+            return {}
+        mtp = 0 if self._mtp_dropped else self._anatomy.num_mtp_layers
+        length = max(self._anatomy.num_layers + mtp, max(self._left, default=0) + 1)
+        return {PER_LAYER_KEY: [self._left.get(layer, 0) for layer in range(length)]}
+
+    def _most(self, *, mtp: bool) -> int:
+        first_mtp = self._anatomy.num_layers
+        counts = [n for layer, n in self._left.items() if mtp or layer < first_mtp]
+        # Without a single keep-list, which is a finding of its own, nothing is known.
+        return max(counts, default=self._anatomy.shared_count)
+
+
+def _last_name(dotted: str) -> str:
+    return [word for word in dotted.split(".") if word != "*"][-1]

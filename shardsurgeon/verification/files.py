@@ -1,0 +1,208 @@
+"""The output as files: names, headers, order, alignment, index, and what lies beside the weights.
+
+Files that are written anew (config.json, the index, the metadata, quantization lists) have checks
+of their own. Files that were added later, such as a model card, are not checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from itertools import pairwise
+
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.files import set_aside
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
+from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
+from shardsurgeon.storage.source import SourceFile
+from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, SideBySide
+from shardsurgeon.verification.config_check import QUANTIZATION_FILES
+from shardsurgeon.verification.findings import Findings
+from shardsurgeon.verification.pairing import Pair
+
+_HEADER_UNIT = 8
+
+_CALIBRATION = "calibration/"
+# Far places that know contents by digest stamp files with it: sha256, or git's own of small ones.
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+_REWRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
+
+
+def check_structure(
+    source: Checkpoint, pruned: Checkpoint, pairs: dict[str, list[Pair]], findings: Findings
+) -> None:
+    """Every file is named, laid out and listed as the contract says.
+
+    That headers have no holes and overlaps, and that the index names nothing that is not
+    there, has been checked when the folder was opened.
+    """
+    _check_names(pruned, findings)
+    for shard in pruned.shards:
+        _check_layout(shard, findings)
+        _check_order(pairs.get(shard.file, []), findings)
+        _check_metadata(source, shard, pairs.get(shard.file, []), findings)
+    _check_index(source, pruned, findings)
+
+
+def _check_names(pruned: Checkpoint, findings: Findings) -> None:
+    total = len(pruned.shards)
+    expected = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+    if total == 1:
+        expected = ["model.safetensors"]
+    for shard, name in zip(pruned.shards, expected, strict=True):
+        if shard.file != name:
+            findings.add(shard.file, f"should be called {name}")
+
+
+def _check_layout(shard: Shard, findings: Findings) -> None:
+    begin = shard.header.data_begin
+    if begin % _HEADER_UNIT:
+        findings.add(shard.file, f"its header ends at byte {begin:,}, no multiple of 8")
+    for record in shard.header.tensors:
+        width = max(DTYPE_BITS[record.dtype] // 8, 1)
+        if (begin + record.begin) % width:
+            place = f"begins at byte {begin + record.begin:,} of {shard.file}"
+            findings.add(record.name, f"{place}, no multiple of its {width}-byte elements")
+
+
+def _check_order(pairs: list[Pair], findings: Findings) -> None:
+    """Wider types first, and within a width the order of the source."""
+    for first, second in pairwise(pairs):
+        wider, narrower = DTYPE_BITS[first.dtype], DTYPE_BITS[second.dtype]
+        if wider < narrower:
+            findings.add(f"{second.file} {second.name}", f"stands behind narrower {first.name}")
+        elif wider == narrower and first.source_place > second.source_place:
+            findings.add(f"{second.file} {second.name}", f"stands behind {first.name}")
+
+
+def _check_metadata(
+    source: Checkpoint, shard: Shard, pairs: list[Pair], findings: Findings
+) -> None:
+    """`__metadata__` says what it said in the source shards that the tensors come from."""
+    files = {pair.source_file for pair in pairs}
+    origins = [shard.header.metadata or {} for shard in source.shards if shard.file in files]
+    found = shard.header.metadata or {}
+    for key in sorted(set(found).union(*origins)):
+        said = dict.fromkeys(origin[key] for origin in origins if key in origin)
+        if (found.get(key) not in said) if said else (key in found):
+            expected = " or ".join(map(repr, said)) or "none"
+            problem = f"__metadata__ {key!r} is {found.get(key)!r}, expected {expected}"
+            findings.add(shard.file, problem)
+
+
+def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    if pruned.index_metadata is None:
+        if len(pruned.shards) > 1:
+            findings.add(INDEX_NAME, f"is missing beside {len(pruned.shards)} shards")
+        return
+    for name in pruned.unlisted:
+        findings.add(INDEX_NAME, f"does not list {name}")
+    said = {**(source.index_metadata or {}), "total_size": pruned.total_size}
+    if (parameters := _parameters(source, pruned)) is not None:
+        said["total_parameters"] = parameters
+    for key, value in said.items():
+        found = pruned.index_metadata.get(key)
+        # Where the source is silent about parameters, the output may be.
+        silent = found is None and key not in (source.index_metadata or {}) and key != "total_size"
+        if (type(found), found) != (type(value), value) and not silent:
+            findings.add(INDEX_NAME, f"{key} is {found!r}, expected {value!r}")
+
+
+def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
+    """Counted as the source counts them: elements as they are stored, or unpacked weights."""
+    said = (source.index_metadata or {}).get("total_parameters")
+    if said is not None and said == _stored_elements(source):
+        return _stored_elements(pruned)
+    records = (record for shard in pruned.shards for record in shard.header.tensors)
+    return count_parameters(records, pruned.settings)
+
+
+def _stored_elements(checkpoint: Checkpoint) -> int:
+    return sum(
+        math.prod(record.shape) for shard in checkpoint.shards for record in shard.header.tensors
+    )
+
+
+def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    """Tokenizer, remote code and whatever else lay beside the weights is there, byte for byte."""
+    there = {file.name: file.nbytes for file in pruned.files}
+    weights = {shard.file for shard in source.shards} | set(source.unindexed)
+    with SideBySide(source, pruned) as sides:
+        same = _Sameness(source, pruned, sides)
+        for file in source.files:
+            name, nbytes = file.name, file.nbytes
+            if name in weights or name in _REWRITTEN or _holds_other_weights(name):
+                continue
+            aside = set_aside(name)
+            if aside is not None and there.get(aside) == nbytes and same(file, aside):
+                continue  # another card has its name
+            if name in there:
+                if there[name] != nbytes:
+                    problem = f"has {there[name]:,} bytes, the source's has {nbytes:,}"
+                    findings.add(name, problem)
+                elif not same(file, name):
+                    findings.add(name, "is not the source's, byte for byte")
+            elif not any(same(file, moved) for moved in _moved(name, nbytes, there)):
+                findings.add(name, "is missing")
+
+
+class _Sameness:
+    """Whether a source file and an output file of its size hold the same bytes.
+
+    A far source that stamps its files with digests is believed and not read a second time.
+    """
+
+    def __init__(self, source: Checkpoint, pruned: Checkpoint, sides: SideBySide) -> None:
+        self._is_far = source.source.is_remote
+        self._pruned = pruned.source
+        self._sides = sides
+
+    def __call__(self, file: SourceFile, name: str) -> bool:
+        if self._is_far and _SHA256.fullmatch(file.stamp):
+            return self._digest(hashlib.sha256(), name, file.nbytes) == file.stamp
+        if self._is_far and _GIT_SHA1.fullmatch(file.stamp):
+            begun = hashlib.sha1(b"blob %d\0" % file.nbytes, usedforsecurity=False)
+            return self._digest(begun, name, file.nbytes) == file.stamp
+        return self._sides.same_file(file.name, name, file.nbytes)
+
+    def _digest(self, begun: hashlib._Hash, name: str, nbytes: int) -> str:
+        for begin in range(0, nbytes, BLOCK_NBYTES):
+            begun.update(self._pruned.read(name, begin, min(begin + BLOCK_NBYTES, nbytes)))
+        return begun.hexdigest()
+
+
+def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    """No weights lie about that are no part of the model: a loader might take them."""
+    shards = {shard.file for shard in pruned.shards}
+    old_shards = {shard.file for shard in source.shards} | set(source.unindexed)
+    copied = {file.name for file in source.files} - old_shards
+    for file in pruned.files:
+        name = file.name
+        if name in shards or name.startswith(_CALIBRATION):
+            continue
+        if _holds_other_weights(name) or (name.endswith(".safetensors") and name not in copied):
+            findings.add(name, "is a weight file that is no part of the model")
+
+
+def _moved(name: str, nbytes: int, there: dict[str, int]) -> list[str]:
+    """Where a score file that lay in the model can be: in calibration/, under its own name or,
+    where an earlier prune left one of that name, a numbered one."""
+    stem = name.rpartition("/")[2].partition(".")[0]
+    return [
+        other
+        for other, size in there.items()
+        if other.startswith(f"{_CALIBRATION}{stem}") and size == nbytes
+    ]
+
+
+def _holds_other_weights(name: str) -> bool:
+    """Whether a file holds weights in another format than the shards."""
+    return (
+        name.startswith("original/")
+        or name.rpartition("/")[2].startswith("consolidated")
+        or name.endswith((".bin", ".pth", ".gguf", ".bin.index.json"))
+    )

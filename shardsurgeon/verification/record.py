@@ -1,0 +1,196 @@
+"""The record that a prune leaves: which expert became which, and the saliencies it publishes.
+
+Checked first: tensors and config are compared with the keep-lists that it gives, in the source's
+own numbering. What the record says about itself must hold too, and its saliencies must justify
+the choice of experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, LayerRecord, Provenance
+from shardsurgeon.verification.findings import Findings
+
+_LEAST = "min_retained_saliency"
+_MOST = "max_pruned_saliency"
+
+
+@dataclass(frozen=True, slots=True)
+class Keeps:
+    """The keep-lists, in expert ids of the source.
+
+    retained: layer → ids, retained[layer][new_id] is the source's number of what is now expert
+    new_id.
+    """
+
+    retained: dict[int, tuple[int, ...]]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer has the same number of experts left."""
+        return len(set(map(len, self.retained.values()))) <= 1
+
+
+def read_keeps(
+    source: Checkpoint, anatomy: Anatomy, pruned: Checkpoint, findings: Findings
+) -> Keeps | None:
+    """The keep-lists of a pruned checkpoint; None where nothing usable is recorded.
+
+    The metadata counts in ids of the first, unpruned model. Where the source is a pruned model
+    itself, its own metadata translates them.
+    """
+    record = pruned.provenance
+    if record is None:
+        findings.add(PROVENANCE_NAME, "is missing: nothing says which experts were kept")
+        return None
+    earlier = source.provenance
+    _check_steps(source, anatomy, record, findings)
+    original = anatomy.num_experts if earlier is None else earlier.num_experts_before
+    if record.num_experts_before != original:
+        findings.add(
+            PROVENANCE_NAME,
+            f"speaks of a model of {record.num_experts_before} experts, "
+            f"the source goes back to one of {original}",
+        )
+        return None
+    retained, counts = {}, anatomy.experts_per_layer
+    for layer in (each.index for each in anatomy.layers if each.index in record.layers):
+        ids = record.layers[layer].retained
+        first = earlier.layers.get(layer) if earlier is not None else None
+        had = counts[layer] if first is None else first.num_experts
+        if record.layers[layer].num_experts != had:
+            problem = f"speaks of {record.layers[layer].num_experts} experts, there were {had}"
+            findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
+            continue
+        if earlier is None:
+            retained[layer] = ids
+        elif layer in earlier.layers:
+            present = {
+                old_id: number for number, old_id in enumerate(earlier.layers[layer].retained)
+            }
+            if gone := [old_id for old_id in ids if old_id not in present]:
+                problem = f"keeps expert {gone[0]} of the original, which the source has not"
+                findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
+                continue
+            retained[layer] = tuple(present[old_id] for old_id in ids)
+        else:
+            findings.add(f"{PROVENANCE_NAME} layers.{layer}", "is not in the source's own metadata")
+    return Keeps(retained)
+
+
+def check_layers(
+    anatomy: Anatomy, pruned: Checkpoint, keeps: Keeps, mtp_dropped: bool, findings: Findings
+) -> None:
+    """Every MoE layer has a keep-list that its router can work with, and nothing else has one."""
+    record = pruned.provenance
+    recorded = set() if record is None else set(record.layers)
+    expected = {layer.index for layer in anatomy.layers if not (mtp_dropped and layer.is_mtp)}
+    for layer in sorted(expected - recorded):
+        findings.add(PROVENANCE_NAME, f"has no entry for MoE layer {layer}")
+    for layer in sorted(recorded - expected):
+        findings.add(PROVENANCE_NAME, f"has an entry for layer {layer}, which has no experts")
+    groups, before = anatomy.n_group, anatomy.experts_per_layer
+    fewest = min(keeps.retained.items(), key=lambda item: len(item[1]), default=None)
+    if fewest is not None and len(fewest[1]) < min(anatomy.top_k, before[fewest[0]]):
+        problem = f"{len(fewest[1])} experts are left in layer {fewest[0]}, the router chooses "
+        findings.add(PROVENANCE_NAME, f"{problem}{anatomy.top_k} for each token")
+    most = max(map(len, keeps.retained.values()), default=0)
+    for mtp in anatomy.mtp_layers:
+        left = len(keeps.retained.get(mtp.index, range(most)))
+        if left != most and anatomy.shares_count(mtp):
+            problem = f"{left} experts are left in MTP layer {mtp.index}, the config says {most}"
+            findings.add(PROVENANCE_NAME, problem)
+    for layer, retained in keeps.retained.items() if groups > 1 else ():
+        size = before[layer] // groups
+        counts = [sum(old_id // size == group for old_id in retained) for group in range(groups)]
+        if len(set(counts)) > 1:
+            problem = (
+                f"keeps {min(counts)} to {max(counts)} experts per router group, not equally many"
+            )
+            findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
+
+
+def _check_steps(
+    source: Checkpoint, anatomy: Anatomy, record: Provenance, findings: Findings
+) -> None:
+    """The recorded prunes go on from where the source stands."""
+    before = () if source.provenance is None else source.provenance.steps
+    if record.steps[: len(before)] != before or len(record.steps) <= len(before):
+        problem = f"records {len(record.steps)} prunes that do not go on from the source's own"
+        findings.add(PROVENANCE_NAME, f"{problem} {len(before)}")
+        return
+    step = record.steps[len(before)]
+    if step.num_experts_before != anatomy.num_experts:
+        problem = f"says it was pruned from {step.num_experts_before} experts"
+        findings.add(PROVENANCE_NAME, f"{problem}, the source has {anatomy.num_experts}")
+    made_from = step.source.config_sha256
+    if made_from not in (None, source.config_sha256):
+        findings.add(
+            PROVENANCE_NAME,
+            f"was pruned from a model whose config.json has sha256 {str(made_from)[:12]}…, "
+            f"the source's has {source.config_sha256[:12]}…",
+        )
+
+
+def check_saliencies(pruned: Checkpoint, findings: Findings) -> None:
+    """In every layer (or router group) no pruned expert has more saliency than a retained one.
+
+    Preserved experts are left out. The extremes that the file names must be those of its own
+    saliencies, where it has any.
+    """
+    record = pruned.provenance
+    if record is None:
+        return
+    (size,) = (file.nbytes for file in pruned.files if file.name == PROVENANCE_NAME)
+    content = json.loads(pruned.source.read(PROVENANCE_NAME, 0, size))
+    for key, fields in content["layers"].items():
+        where = f"{PROVENANCE_NAME} layers.{key}"
+        layer = record.layers[int(key)]
+        groups = fields.get("groups")
+        _check_extremes(where, fields, layer, range(layer.num_experts), findings)
+        if groups is None:
+            _check_order(where, fields, findings)
+            continue
+        size = layer.num_experts // len(groups)
+        for number, group in enumerate(groups):
+            ids = range(number * size, (number + 1) * size)
+            _check_extremes(f"{where}.groups[{number}]", group, layer, ids, findings)
+            _check_order(f"{where}.groups[{number}]", group, findings)
+
+
+def _check_order(where: str, fields: object, findings: Findings) -> None:
+    least, most = _number(fields, _LEAST), _number(fields, _MOST)
+    if least is not None and most is not None and least < most:
+        findings.add(where, f"{_LEAST} {least} is below {_MOST} {most}")
+
+
+def _check_extremes(
+    where: str, fields: object, layer: LayerRecord, ids: range, findings: Findings
+) -> None:
+    retained = set(layer.retained).difference(layer.preserved)
+    expected = {
+        _LEAST: min(_saliencies(layer, retained, ids), default=None),
+        _MOST: max(_saliencies(layer, set(layer.pruned), ids), default=None),
+    }
+    for key, value in expected.items():
+        given = _number(fields, key)
+        if given is not None and value is not None and given != value:
+            findings.add(where, f"{key} is {given}, its saliencies say {value}")
+
+
+def _saliencies(layer: LayerRecord, members: Collection[int], ids: range) -> Iterator[float]:
+    for old_id in ids:
+        value = layer.saliency[old_id]
+        if value is not None and old_id in members:
+            yield value
+
+
+def _number(fields: object, key: str) -> float | None:
+    value: Any = fields.get(key) if isinstance(fields, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,79 @@
+"""One verification from beginning to end: both models in, a report out."""
+
+from __future__ import annotations
+
+import os
+from os import PathLike, fspath
+from pathlib import Path
+
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.errors import CheckpointError, InputError
+from shardsurgeon.storage.source import Source
+from shardsurgeon.verification.byte_comparison import Compared, Progress, Sampling, compare_bytes
+from shardsurgeon.verification.config_check import check_settings
+from shardsurgeon.verification.files import check_side_files, check_strays, check_structure
+from shardsurgeon.verification.findings import Findings, VerifyReport
+from shardsurgeon.verification.pairing import pair_tensors
+from shardsurgeon.verification.record import check_layers, check_saliencies, read_keeps
+
+_MOST_WORKERS = 4
+
+
+def verify_checkpoint(
+    source: Checkpoint | str | PathLike[str],
+    pruned: str | PathLike[str] | Source,
+    *,
+    sample: int | None = None,
+    sample_nbytes: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    on_progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare a pruned model, a folder or wherever it lies, with the model it was made of.
+
+    sample: compare the bytes of so many tensors per shard, chosen by `seed`, and of each at most
+    `sample_nbytes`; None compares all. Names, shapes, headers, index, config, side files and
+    metadata are compared whole in any case. workers: threads that read, 0 for as many as suit
+    the machine.
+
+    What is wrong with the pruned model is in the report. Raises CheckpointError and FamilyError
+    for a source that cannot be read as a model, and where the path `pruned` is no folder.
+    """
+    place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
+    if isinstance(pruned, str | PathLike) and not Path(pruned).is_dir():
+        raise CheckpointError(pruned, "is no folder", "give the folder that apply wrote")
+    before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    anatomy = read_anatomy(before)
+    findings = Findings()
+    tensors, compared = 0, Compared(0, 0)
+    try:
+        after = open_checkpoint(pruned)
+        tensors = after.num_tensors
+        keeps = read_keeps(before, anatomy, after, findings)
+    except InputError as error:
+        # The result is what is on trial: what cannot be read is a finding, not bad input.
+        findings.add(error.where, error.problem)
+        keeps = None
+    if keeps is not None:
+        pairing = pair_tensors(before, anatomy, after, keeps, findings)
+        check_layers(anatomy, after, keeps, pairing.mtp_dropped, findings)
+        check_structure(before, after, pairing.pairs, findings)
+        check_settings(before, anatomy, after, keeps, pairing, findings)
+        check_side_files(before, after, findings)
+        check_strays(before, after, findings)
+        check_saliencies(after, findings)
+        sampling = Sampling(sample, sample_nbytes, seed)
+        threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
+        compared = compare_bytes(
+            before, after, pairing.pairs, sampling, threads, on_progress, findings
+        )
+    return VerifyReport(
+        source=before.location,
+        pruned=place,
+        sampled=sample,
+        tensors=tensors,
+        tensors_compared=compared.tensors,
+        bytes_compared=compared.nbytes,
+        differences=findings.lines(),
+    )
