@@ -9,7 +9,7 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The local Hub, `hub` and `online`, and the S3 server, `s3`: for tests in every folder.
-pytest_plugins = ["tests.hub.fixture", "tests.stores.fixture"]
+pytest_plugins = ["tests.support.hub.fixture", "tests.support.stores.fixture"]
 
 # A slow machine is no counterexample.
 settings.register_profile("shardsurgeon", deadline=None)

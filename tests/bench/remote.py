@@ -4,7 +4,7 @@
     python -m tests.bench.remote WORK --size 500 --bandwidth 20    all in MB
     python -m tests.bench.remote WORK --layout stacked --disk-budget 400
 
-The local Hub of tests/hub serves checkpoints of random bytes over a link of fixed bandwidth, so
+The local Hub of tests/support/hub serves checkpoints of random bytes over a link of fixed bandwidth, so
 much each way. Bytes are those of the bodies of the server's answers, whatever the command says of
 itself. Disk is all that lies in the folder where a command has its output, its cache of the Hub
 and its temporary files. WORK needs room for three times the size; what is made there is removed at
@@ -32,8 +32,8 @@ from tests.bench import measure
 
 # At run time only where they are needed: see `_run`.
 if TYPE_CHECKING:
-    from tests.hub.models import Sample
-    from tests.hub.server import LocalHub
+    from tests.support.hub.models import Sample
+    from tests.support.hub.server import LocalHub
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {"int4": "per-expert INT4", "stacked": "stacked bf16"}
@@ -277,8 +277,8 @@ def costs(
     work: Path, layout: str, nbytes: int, *, budget: int, bandwidth: float | None = None
 ) -> Costs:
     """Make a model of about `nbytes` in the empty folder `work`, serve it, and use it all ways."""
-    from tests.hub.models import write_checkpoint
-    from tests.hub.server import LocalHub
+    from tests.support.hub.models import write_checkpoint
+    from tests.support.hub.server import LocalHub
 
     sample = write_checkpoint(work / "model", layout, nbytes)
     (work / "hub").mkdir()

@@ -11,7 +11,7 @@ from typing import Any
 
 from shardsurgeon.execution.journal import read_journal
 from tests.faults.trial import ENVIRONMENT, Bench, Ended, State
-from tests.hub.server import LocalHub
+from tests.support.hub.server import LocalHub
 
 # Requests that bring bytes of files.
 BYTES = r"GET /(cdn|api/resolve-cache)/"

@@ -11,7 +11,6 @@ from io import FileIO
 from pathlib import Path
 
 import pytest
-from tiny_job import Job, content, make_job
 
 from shardsurgeon.cli import apply
 from shardsurgeon.cli.main import Stopped, main
@@ -21,6 +20,7 @@ from shardsurgeon.operations import prune
 from shardsurgeon.storage import system as systems
 from shardsurgeon.storage.system import portable
 from tests.faults.checkpoint import FIXTURE
+from tests.support.tiny_job import Job, content, make_job
 
 
 @pytest.fixture

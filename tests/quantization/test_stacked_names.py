@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.checkpoint.roles import Carried, Counted, Role, Sliced
 from shardsurgeon.errors import FamilyError
+from tests.support import tiny
 
 PREFIX = "model.layers.0.mlp."
 

@@ -1,0 +1,248 @@
+"""`shardsurgeon calibrate`: what it reports, what it refuses, and the recipe that it begins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shardsurgeon.cli.main import main
+from shardsurgeon.layerwise import settings
+from shardsurgeon.layerwise.calibration_file import read_calibration
+from shardsurgeon.scores.files import read_scores
+from tests.layerwise.chats import FIXTURES, sums, words, write_chats
+from tests.support.hub.models import add_fixture
+from tests.support.hub.server import LocalHub
+
+MODEL = "qwen3_moe"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / MODEL, tmp_path / "model"))
+
+
+def test_calibrate_then_apply_then_transformers(
+    tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores, out = tmp_path / "scores.pt", tmp_path / "pruned"
+    assert main(words(MODEL, chats, scores)) == 0
+    apply = ["apply", str(scores), "--model", str(FIXTURES / MODEL), "--ratio", "0.5"]
+    assert main([*apply, "-o", str(out)]) == 0
+    assert main(["verify", str(FIXTURES / MODEL), str(out)]) == 0
+    original, pruned = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        for place in (FIXTURES / MODEL, out)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = torch.tensor([tokenizer("the cat sat on a mat")["input_ids"]])
+    kept = json.loads((out / "calibration" / "reap_pruning_metadata.json").read_bytes())["layers"]
+    for index, layer in enumerate(original.model.layers):
+        layer.mlp.gate.register_forward_hook(only(kept[str(index)]["retained"]))
+    with torch.no_grad():
+        wanted, found = original(ids).logits, pruned(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def only(retained: list[int]) -> object:
+    """A hook that lets a Qwen3 router choose among some experts only, by its own rule."""
+
+    def hook(router: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> object:
+        logits = outputs[0]
+        masked = torch.full_like(logits, -torch.inf)
+        masked[:, retained] = logits[:, retained]
+        weights, index = masked.softmax(-1).topk(outputs[2].shape[-1])
+        return masked, weights / weights.sum(-1, keepdim=True), index
+
+    return hook
+
+
+def test_the_report_and_the_file_say_what_was_done(
+    tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.safetensors"
+    spec = ["--dtype", "float32", "--batch-size", "3", "--samples", "6", "--json", "--progress"]
+    assert main(words(MODEL, chats, out, *spec)) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert "tok/s" in captured.err
+    settings = read_calibration(out).settings
+    samples = read_calibration(out).samples
+    assert report["samples"] == len(samples) == 6
+    assert report["tokens"] == sum(tokens for _, _, tokens in samples)
+    assert max(tokens for _, _, tokens in samples) <= 48
+    assert all(source.startswith("chats.jsonl@sha256:") for source, _, _ in samples)
+    assert (report["layers"], report["layers_resumed"]) == (3, 0)
+    assert settings["dataset"] == str(chats)
+    assert (settings["seed"], settings["max_length"]) == (42, 48)
+    assert (settings["dtype"], settings["model"]) == ("float32", MODEL)
+    assert settings["versions"]["torch"] == torch.__version__  # type: ignore[index,call-overload]
+    tokens = {sums.total_tokens for sums in read_calibration(out).layers.values()}
+    assert tokens == {report["tokens"]}
+    assert "reap" in read_scores(out).layers[0]
+
+
+def refused(capsys: pytest.CaptureFixture[str], command: list[str], status: int = 2) -> str:
+    """The one line that a refused command prints; nothing is left where it would have worked."""
+    capsys.readouterr()
+    assert main(command) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    out = Path(command[command.index("-o") + 1])
+    assert not Path(f"{out}.partial").exists()
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--max-length", "50000"], "50,000 tokens are longer than the 40,960 that qwen3_moe"),
+        (["--max-length", "0"], "--max-length: 0 is less than 1"),
+        (["--samples", "13"], "has 12 records, of which 12 can be drawn; 13 samples were asked"),
+        (["--device", "tpu"], "--device: 'tpu' is not a device"),
+        (["--device", "cuda:97"], "--device"),
+        (["--dtype", "int8"], "--dtype: 'int8' is none of bfloat16, float16, float32, float64"),
+        (["--batch-size", "many"], "--batch-size: 'many' is no number"),
+        (["--batch-size", "0"], "--batch-size: 0 is less than 1"),
+        (["--activation-budget", "much"], "--activation-budget: 'much' is not a size"),
+        (["--share", "3/2"], "--share: '3/2' is no share"),
+        (["--share", "1/13"], "--share: 1/13 of 12 samples leaves some shares empty"),
+        (["--field", "body"], "has no field 'body'; its fields: messages"),
+        (["--extend", "none.pt"], "none.pt"),
+        (["--tokenizer", "nowhere"], "nowhere has no tokenizer that transformers can read"),
+    ],
+)
+def test_words_that_do_not_fit_are_one_line(
+    tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    assert says in refused(capsys, words(MODEL, chats, tmp_path / "scores.pt", *more))
+
+
+def test_datasets_that_are_missing_or_empty_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.pt"
+    assert "there is no such file" in refused(capsys, words(MODEL, tmp_path / "no.jsonl", out))
+    (tmp_path / "empty.jsonl").touch()
+    assert "is empty" in refused(capsys, words(MODEL, tmp_path / "empty.jsonl", out))
+
+
+@pytest.mark.parametrize("name", ["scores", "scores.csv"])
+def test_a_score_file_of_no_known_form_is_refused(
+    tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    refused(capsys, words(MODEL, chats, tmp_path / name))
+
+
+def test_what_is_there_is_not_overwritten(
+    tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.pt"
+    out.write_text("mine")
+    assert "exists" in refused(capsys, words(MODEL, chats, out))
+    assert out.read_text() == "mine"
+
+
+def test_a_model_on_the_hub_gives_the_sums_of_its_folder(
+    tmp_path: Path, chats: Path, online: LocalHub
+) -> None:
+    add_fixture(online, MODEL, "org/model")
+    here, there = tmp_path / "here.pt", tmp_path / "there.pt"
+    assert main(words(MODEL, chats, here)) == 0
+    command = words(MODEL, chats, there)
+    command[1] = "org/model"
+    assert main(command) == 0
+    found, expected = sums(there), sums(here)
+    assert found.keys() == expected.keys()
+    for layer, accumulators in expected.items():
+        for name, array in accumulators.arrays().items():
+            assert found[layer].arrays()[name].tobytes() == array.tobytes(), (layer, name)
+
+
+def test_a_model_on_the_hub_without_a_tokenizer_is_named_as_it_was_typed(
+    tmp_path: Path, model: Path, chats: Path, online: LocalHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    online.add_model("org/mute", model)
+    command = words(MODEL, chats, tmp_path / "scores.pt")
+    command[1] = "org/mute"
+    assert "hf://org/mute@" in refused(capsys, command)
+
+
+def test_a_model_without_a_tokenizer_is_one_line(
+    tmp_path: Path, model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    command = words(MODEL, chats, tmp_path / "scores.pt")
+    command[1] = str(model)
+    assert "has no tokenizer that transformers can read" in refused(capsys, command)
+    # That of another model with the same words will do.
+    assert main([*command, "--tokenizer", str(FIXTURES / MODEL)]) == 0
+
+
+def test_tokens_that_the_model_does_not_know_are_one_line(
+    tmp_path: Path, model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    command = words(MODEL, chats, tmp_path / "scores.pt")
+    command[1] = str(model)
+    line = refused(capsys, command)
+    assert "--tokenizer: gives token" in line and "and the model has 100" in line
+
+
+def test_a_family_that_transformers_does_not_know_is_one_line(
+    tmp_path: Path, model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "hitherto_unknown"}))
+    command = words(MODEL, chats, tmp_path / "scores.pt", "--family", "auto")
+    command[1] = str(model)
+    assert "hitherto_unknown" in refused(capsys, command)
+
+
+def test_a_layer_that_does_not_fit_is_said_before_anything_is_read(
+    tmp_path: Path,
+    chats: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from shardsurgeon.layerwise import engine
+
+    monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
+    line = refused(capsys, words(MODEL, chats, tmp_path / "scores.pt"))
+    assert "one layer takes" in line and "1.0 kB are free" in line
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "datasets"])
+def test_a_missing_package_is_one_line_that_says_what_to_install(
+    tmp_path: Path,
+    chats: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+) -> None:
+    found = settings.importlib.import_module
+
+    def without(name: str) -> object:
+        if name == missing:
+            raise ModuleNotFoundError(name=missing)
+        return found(name)
+
+    monkeypatch.setattr(settings.importlib, "import_module", without)
+    dataset = chats if missing != "datasets" else Path("org/name")
+    line = refused(capsys, words(MODEL, dataset, tmp_path / "scores.pt"))
+    assert f"needs {missing}, which is not installed" in line
+    assert "pip install 'shardsurgeon[calibrate]'" in line

@@ -1,0 +1,116 @@
+"""Streamed layer by layer, every family gives what the whole model gives in memory."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.errors import InputError
+from tests.families.specimens import builders, fixture, written
+from tests.layerwise import in_memory
+from tests.layerwise.streaming import stream, token_ids
+
+pytestmark = [
+    pytest.mark.oracle,
+    # A published key that transformers reads but calls old.
+    pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning"),
+]
+
+# Run by no class of transformers, or only by remote code.
+NOT_IN_TRANSFORMERS = {
+    "bailing_moe",
+    "bailing_moe_v2",
+    "deepseek_v4_vision",
+    "hunyuan_v1_moe_lists",
+    "kimi_k3",
+    "nemotron_h_puzzle",
+}
+# The same model in another spelling, which `from_pretrained` does not read.
+TWINS = {
+    "bailing_hybrid_vision": "bailing_hybrid",
+    "ernie4_5_moe_remote": "ernie4_5_moe",
+    "mimo_v2_omni": "mimo_v2_flash",
+    "step3p5": "step3p7",
+    "step3p5_quantized": "step3p7",
+}
+SCHEMES = import_module("builders.schemes").BUILDERS if builders() else {}
+FAMILIES = sorted(builders().keys() - NOT_IN_TRANSFORMERS - SCHEMES.keys())
+
+
+def whole_model(name: str, folder: Path, scratch: Path) -> Any:
+    """The model in memory, of the fixture that has the same weights where it is another one."""
+    twin = TWINS.get(name)
+    if twin is None:
+        return in_memory.load(name, folder, scratch)
+    made = fixture(twin)
+    if name.endswith("quantized"):
+        rounded = {
+            n: t.float().to(torch.float8_e4m3fn).float() if re.search(r"moe\.\w+_proj\.", n) else t
+            for n, t in made.tensors.items()
+        }
+        made = replace(made, tensors=rounded)
+    return in_memory.load(twin, written(made, scratch), scratch)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streamed_sums_are_those_of_the_model_in_memory(name: str, tmp_path: Path) -> None:
+    folder, ids = written(fixture(name), tmp_path), token_ids()
+    expected = in_memory.sums(whole_model(name, folder, tmp_path), ids)
+    layers = {layer.index for layer in read_anatomy(open_checkpoint(folder)).main_layers}
+    assert expected.keys() == layers
+    for batch_size, chunk in ((1, 64), (2, 10_000), (6, 10_000)):
+        scratch = tmp_path / f"store{batch_size}"
+        streamed = stream(folder, ids, scratch, batch_size=batch_size, chunk_tokens=chunk)
+        in_memory.assert_equal({layer: streamed[layer] for layer in layers}, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("bailing_moe", "it has no model for Ling 1 and 2, which run by remote code"),
+        ("deepseek_v4_vision", "gate.bias_vl: transformers' model has no place for it"),
+        ("hunyuan_v1_moe_lists", "'num_experts' expected int, got list"),
+        ("kimi_k3", "it has no model for Kimi-K3's latent experts"),
+        ("nemotron_h_puzzle", "it has no model whose layers differ in their experts"),
+    ],
+)
+def test_what_transformers_cannot_run_is_refused_by_name(
+    name: str, says: str, tmp_path: Path
+) -> None:
+    folder = written(fixture(name), tmp_path)
+    with pytest.raises(InputError, match=re.escape(says)):
+        stream(folder, token_ids(), tmp_path / "store")
+
+
+def test_layers_that_share_keys_run_together_and_know_their_embeddings(tmp_path: Path) -> None:
+    """Gemma 4 as its small models are: the last layer uses keys of another one, and every layer
+    is given an embedding of its own."""
+    whole = deepcopy(fixture("gemma4").config)
+    whole["text_config"] |= {
+        "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+        "vocab_size_per_layer_input": whole["text_config"]["vocab_size"],
+    }
+    config = transformers.Gemma4Config.from_dict(whole)
+    torch.manual_seed(11)
+    model = transformers.Gemma4ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "saved")
+    folder, ids = tmp_path / "saved", token_ids()
+    expected = in_memory.sums(in_memory.load("gemma4", folder, tmp_path), ids)
+    assert len(expected) == 3
+    in_memory.assert_equal(stream(folder, ids, tmp_path / "store"), expected)

@@ -1,0 +1,219 @@
+"""A calibration that is killed, refused, split or extended adds up to the same sums."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon.cli.main import main
+from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.calibration_file import merge, read_calibration
+from shardsurgeon.layerwise.resume import ActivationStore
+from tests.cli.standins import in_python
+from tests.layerwise.chats import FIXTURES, assert_same, sums, words, write_chats
+
+MODEL = "qwen3_moe"
+
+# Runs a command and dies, as by `kill -9`, at the n-th call of a method.
+KILLED = """
+import os, signal, sys
+from shardsurgeon.layerwise.resume import ActivationStore, FinishedLayers
+from shardsurgeon.cli.main import main
+
+name, call, after = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "after"
+owner = FinishedLayers if name == "finished_layer" else ActivationStore
+method, calls = getattr(owner, name), []
+
+def deadly(self, *arguments):
+    calls.append(name)
+    if len(calls) == call and not after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    method(self, *arguments)
+    if len(calls) == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(owner, name, deadly)
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+@pytest.fixture(scope="module")
+def in_one_go(chats: Path) -> dict[int, Accumulators]:
+    out = chats.with_name("whole.json")
+    assert main(words(MODEL, chats, out, "--dtype", "float32")) == 0
+    return sums(out)
+
+
+@pytest.fixture(scope="module")
+def exactly(chats: Path) -> Path:
+    """In one go, in float64: what batches a sample was in makes no difference that shows."""
+    out = chats.with_name("exact.json")
+    assert main(words(MODEL, chats, out, "--dtype", "float64")) == 0
+    return out
+
+
+def kill(command: list[str], name: str, call: int, when: str) -> None:
+    done = in_python(KILLED, name, str(call), when, *command, stderr=subprocess.PIPE)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize(
+    ("name", "call", "when", "budget"),
+    [
+        ("write", 30, "before", "1B"),  # inside of a layer, states in a file
+        ("finished_layer", 2, "after", "1GB"),  # between two layers, states in memory
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_sums(
+    tmp_path: Path,
+    chats: Path,
+    in_one_go: dict[int, Accumulators],
+    name: str,
+    call: int,
+    when: str,
+    budget: str,
+) -> None:
+    out = tmp_path / "scores.json"
+    command = words(MODEL, chats, out, "--dtype", "float32", "--activation-budget", budget)
+    kill(command, name, call, when)
+    assert not out.exists()
+    left = {path.name for path in (tmp_path / "scores.json.partial" / "files").iterdir()}
+    assert "layer-00000.json" in left
+    assert main(command) == 0
+    assert_same(sums(out), in_one_go, rtol=1e-12)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str], after: int = 1) -> None:
+    """Stop the command, as by Ctrl-C, behind its n-th generation of activations."""
+    advance, calls = ActivationStore.advance, []
+
+    def stop(self: ActivationStore) -> None:
+        advance(self)
+        calls.append(self.generation)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ActivationStore, "advance", stop)
+        assert main(command) == 130
+
+
+def test_finished_layers_are_not_computed_again(
+    tmp_path: Path,
+    chats: Path,
+    in_one_go: dict[int, Accumulators],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = words(MODEL, chats, tmp_path / "scores.json", "--dtype", "float32", "--json")
+    interrupt(monkeypatch, command, after=2)
+    capsys.readouterr()
+    written: list[int] = []
+    write = ActivationStore.write
+    monkeypatch.setattr(
+        ActivationStore, "write", lambda store, *said: (written.append(1), write(store, *said))[1]
+    )
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["layers_resumed"] == 2
+    assert not written  # only the last of three layers was left, and nothing comes behind it
+    assert_same(sums(tmp_path / "scores.json"), in_one_go, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "more", [["--dtype", "float64"], ["--seed", "43"], ["--batch-size", "1"], ["--samples", "8"]]
+)
+def test_another_command_is_refused_until_it_says_restart(
+    tmp_path: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+) -> None:
+    out = tmp_path / "scores.json"
+    interrupt(monkeypatch, words(MODEL, chats, out, "--dtype", "float32"))
+    capsys.readouterr()
+    other = words(MODEL, chats, out, "--dtype", "float32", *more)
+    assert main(other) == 2
+    line = capsys.readouterr().err
+    assert "belongs to an interrupted run of a different command" in line
+    assert "--restart" in line and line.count("\n") == 1
+    if more == ["--seed", "43"]:
+        assert main([*other, "--restart"]) == 0
+        assert read_calibration(out).settings["seed"] == 43
+
+
+def test_a_model_that_changed_meanwhile_is_named(
+    tmp_path: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = Path(shutil.copytree(FIXTURES / MODEL, tmp_path / "model"))
+    out = tmp_path / "scores.json"
+    command = words(MODEL, chats, out)
+    command[1] = str(model)
+    interrupt(monkeypatch, command)
+    capsys.readouterr()
+    shard = next(model.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes())
+    assert main(command) == 2
+    assert f"{shard.name} was written to" in capsys.readouterr().err
+
+
+def test_a_broken_layer_is_refused(
+    tmp_path: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = words(MODEL, chats, tmp_path / "scores.json")
+    interrupt(monkeypatch, command)
+    (tmp_path / "scores.json.partial" / "files" / "layer-00000.json").write_text("{}")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "layer-00000.json: is not what a calibration wrote" in capsys.readouterr().err
+
+
+def test_two_shares_merged_are_the_whole(tmp_path: Path, chats: Path, exactly: Path) -> None:
+    parts = []
+    for share in ("1/2", "2/2"):
+        out = tmp_path / f"{share[0]}.pt"
+        more = ["--dtype", "float64", "--share", share]
+        assert main(words(MODEL, chats, out, *more)) == 0
+        parts.append(read_calibration(out))
+    whole = merge(parts, "whole")
+    assert_same(whole.layers, sums(exactly), rtol=1e-12)
+    assert sorted(whole.samples) == sorted(read_calibration(exactly).samples)
+
+
+def test_an_extended_calibration_is_the_longer_one(
+    tmp_path: Path, chats: Path, exactly: Path
+) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.pt"
+    few = ["--dtype", "float64", "--samples", "5"]
+    more = ["--dtype", "float64", "--samples", "7", "--extend", str(first)]
+    assert main(words(MODEL, chats, first, *few)) == 0
+    assert main(words(MODEL, chats, second, *more)) == 0
+    assert_same(sums(second), sums(exactly), rtol=1e-12)
+    assert sorted(read_calibration(second).samples) == sorted(read_calibration(exactly).samples)
+
+
+def test_only_the_same_model_is_extended(
+    tmp_path: Path, chats: Path, exactly: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = words("deepseek_v3", chats, tmp_path / "a.pt", "--extend", str(exactly))
+    assert main(command) == 2
+    assert "was made for qwen3_moe, config" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""The planner against numpy and the safetensors library: every byte of a plan is looked up."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load
+
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.errors import FamilyError
+from shardsurgeon.execution.plan import Literal, OutputShard
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.planner import plan_shards, shard_name
+from tests.support import tiny
+
+QWEN = {
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "mtp_num_hidden_layers": 1,
+    },
+}
+
+
+def stacked_tensors() -> tiny.Tensors:
+    """Qwen3.5's layout: experts stacked along the first axis, an MTP layer of its own name."""
+    numbers = np.random.default_rng(3)
+    found: tiny.Tensors = {"model.visual.weight": numbers.standard_normal((3, 8)).astype("f4")}
+    for prefix in (
+        "model.language_model.layers.0",
+        "model.language_model.layers.1",
+        "mtp.layers.0",
+    ):
+        found[f"{prefix}.mlp.experts.gate_up_proj"] = numbers.standard_normal((8, 6, 4)).astype(
+            "f2"
+        )
+        found[f"{prefix}.mlp.experts.down_proj"] = numbers.standard_normal((8, 4, 3)).astype("f2")
+        found[f"{prefix}.mlp.gate.weight"] = numbers.standard_normal((8, 4)).astype("f4")
+        found[f"{prefix}.mlp.shared_expert_gate.weight"] = numbers.standard_normal((1, 4)).astype(
+            "f4"
+        )
+    found["mtp.fc.weight"] = numbers.standard_normal((4, 8)).astype("f4")
+    return found
+
+
+def keep(*retained: int, layers: tuple[int, ...]) -> KeepList:
+    gone = tuple(sorted(set(range(8)) - set(retained)))
+    return KeepList(8, {layer: LayerKeep(tuple(retained), gone) for layer in layers})
+
+
+def planned(files: dict[str, bytes], keep_list: KeepList, **options) -> dict[str, bytes]:
+    """The shards that a plan describes, put together byte by byte."""
+    checkpoint = open_checkpoint(tiny.MemorySource(files, name="tiny"))
+    shards = plan_shards(checkpoint, read_anatomy(checkpoint), keep_list, **options)
+    return {shard.file: assembled(shard, files) for shard in shards}
+
+
+def assembled(shard: OutputShard, files: dict[str, bytes]) -> bytes:
+    parts = [shard.header]
+    for tensor in shard.tensors:
+        for piece in tensor.pieces:
+            if isinstance(piece, Literal):
+                parts.append(piece.data)
+            else:
+                parts.append(files[piece.file][piece.begin : piece.begin + piece.nbytes])
+    data = b"".join(parts)
+    assert len(data) == shard.nbytes
+    return data
+
+
+def read(shards: dict[str, bytes]) -> tiny.Tensors:
+    found: tiny.Tensors = {}
+    for data in shards.values():
+        found.update(load(data))
+    return found
+
+
+def expected(weights: tiny.Tensors, retained: dict[int, tuple[int, ...]]) -> tiny.Tensors:
+    """The pruned tensors, made by numpy from the names as a person reads them."""
+    found: tiny.Tensors = {}
+    for name, values in weights.items():
+        words = name.split(".")
+        layer = int(words[2]) if words[1] == "layers" else -1
+        if layer not in retained or "mlp" not in words:
+            found[name] = values
+        elif "experts" in words:
+            old = int(words[5])
+            if old in retained[layer]:
+                words[5] = str(retained[layer].index(old))
+                found[".".join(words)] = values
+        elif "gate" in words:
+            found[name] = values[list(retained[layer])]
+        else:
+            found[name] = values
+    return found
+
+
+def assert_same(found: tiny.Tensors, wanted: tiny.Tensors) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, values in wanted.items():
+        assert found[name].dtype == values.dtype, name
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+keep_lists = st.fixed_dictionaries(
+    {
+        n: st.sets(st.integers(0, 7), min_size=1, max_size=7).map(sorted).map(tuple)
+        for n in (1, 2, 3)
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(keep_lists, st.sampled_from([None, 1, 300, 1000, 10**6]))
+def test_survivors_are_byte_identical_and_renumbered_in_order(retained, limit) -> None:
+    layers = {
+        layer: LayerKeep(ids, tuple(sorted(set(range(8)) - set(ids))))
+        for layer, ids in retained.items()
+    }
+    shards = planned(tiny.files(), KeepList(8, layers), max_shard_nbytes=limit)
+    assert_same(read(shards), expected(tiny.tensors(), retained))
+    if limit is not None:
+        for data in shards.values():
+            held = load(data)
+            assert len(held) == 1 or sum(values.nbytes for values in held.values()) <= limit
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.integers(0, 7), min_size=1, max_size=7).map(sorted))
+def test_stacked_experts_are_sliced_along_their_axis(retained) -> None:
+    weights = stacked_tensors()
+    files = tiny.files(QWEN, weights)
+    found = read(planned(files, keep(*retained, layers=(0, 1, 2))))
+    for name, values in weights.items():
+        sliced = ".experts." in name or name.endswith("mlp.gate.weight")
+        np.testing.assert_array_equal(found[name], values[retained] if sliced else values)
+
+
+def test_shards_are_aligned_with_wider_types_first_and_source_order_within() -> None:
+    weights = stacked_tensors()
+    shards = planned(tiny.files(QWEN, weights), keep(1, 6, layers=(0, 1, 2)))
+    (data,) = shards.values()
+    header_nbytes = int.from_bytes(data[:8], "little")
+    assert (8 + header_nbytes) % 8 == 0
+    names = list(load(data))
+    source = tiny.files(QWEN, weights)["model-00001-of-00002.safetensors"]
+    source_order = sorted(weights, key=lambda name: _begin(source, name))
+    wide = [name for name in source_order if weights[name].itemsize == 4]
+    narrow = [name for name in source_order if weights[name].itemsize == 2]
+    offsets = sorted(names, key=lambda name: _begin(data, name))
+    assert offsets == wide + narrow
+
+
+def _begin(data: bytes, name: str) -> int:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header[name]["data_offsets"][0]
+
+
+def test_dropping_the_mtp_layers_leaves_nothing_of_them() -> None:
+    found = read(planned(tiny.files(), keep(0, 1, layers=(1, 2)), drop_mtp=True))
+    assert not [name for name in found if "layers.3" in name]
+    weights = stacked_tensors()
+    found = read(planned(tiny.files(QWEN, weights), keep(0, 1, layers=(0, 1)), drop_mtp=True))
+    assert not [name for name in found if name.startswith("mtp.")]
+
+
+def test_a_shard_that_holds_nothing_any_more_is_not_written() -> None:
+    files = tiny.files(shard_of=lambda name: 2 if "experts.7." in name else 1)
+    shards = planned(files, keep(0, 1, layers=(1, 2, 3)))
+    assert list(shards) == ["model.safetensors"]
+
+
+def test_the_metadata_of_the_source_shard_is_kept() -> None:
+    shards = planned(tiny.files(), keep(0, 1, layers=(1, 2, 3)))
+    for data in shards.values():
+        assert b'"__metadata__":{"format":"pt"}' in data[:100]
+
+
+def test_consecutive_rows_are_one_segment() -> None:
+    checkpoint = open_checkpoint(tiny.MemorySource(tiny.files(QWEN, stacked_tensors())))
+    shards = plan_shards(
+        checkpoint, read_anatomy(checkpoint), keep(0, 1, 2, 5, 7, layers=(0, 1, 2))
+    )
+    pieces = {t.name: t.pieces for shard in shards for t in shard.tensors}
+    assert len(pieces["mtp.layers.0.mlp.experts.down_proj"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "total", "name"),
+    [(1, 1, "model.safetensors"), (3, 64, "model-00003-of-00064.safetensors")],
+)
+def test_shards_are_named_as_the_hub_names_them(number: int, total: int, name: str) -> None:
+    assert shard_name(number, total) == name
+
+
+def test_experts_whose_rows_are_no_whole_bytes_are_refused_by_name() -> None:
+    weights = stacked_tensors()
+    files = tiny.files(QWEN, weights, shard_of=lambda name: 1)
+    (shard,) = (name for name in files if name.endswith(".safetensors"))
+    raw = files[shard]
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    header, end = json.loads(raw[8:begin]), len(raw) - begin
+    # numpy has no F4: 8 experts of 3 numbers, 12 bits each, are added by hand.
+    names = [f"{n.rsplit('.', 1)[0]}.down_proj_packed" for n in weights if "down_proj" in n]
+    for number, name in enumerate(names):
+        offsets = [end + 12 * number, end + 12 * (number + 1)]
+        header[name] = {"dtype": "F4", "shape": [8, 3], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    data = raw[begin:] + bytes(12 * len(names))
+    files[shard] = len(text).to_bytes(8, "little") + text + data
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"] |= dict.fromkeys(names, shard)
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    with pytest.raises(FamilyError, match=r"down_proj_packed: an expert's row takes 12 bits"):
+        planned(files, keep(0, 1, 2, 5, layers=(0, 1, 2)))

@@ -1,0 +1,62 @@
+"""Uploads side by side: all of them, the first error, and nobody in the way of Ctrl-C."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon.storage.hub.upload import abreast
+from tests.support.hub.models import ROOT
+
+FILES = {f"{number}": Path(f"/{number}") for number in range(9)}
+
+
+def test_every_file_is_sent_once_and_answered_by_name() -> None:
+    seen: list[str] = []
+
+    def send(name: str, path: Path) -> str:
+        seen.append(name)
+        return str(path)
+
+    assert abreast(send, FILES) == {name: f"/{name}" for name in FILES}
+    assert sorted(seen) == sorted(FILES)
+    assert abreast(send, {}) == {}
+
+
+def test_several_are_on_their_way_at_once() -> None:
+    together = threading.Barrier(3, timeout=10)
+    abreast(lambda name, path: together.wait(), FILES, at_once=3)
+
+
+def test_the_first_error_is_raised_and_no_further_file_begun() -> None:
+    seen: list[str] = []
+
+    def send(name: str, path: Path) -> None:
+        seen.append(name)
+        if name == "2":
+            raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        abreast(send, FILES, at_once=1)
+    assert seen == ["0", "1", "2"]
+
+
+def test_the_program_does_not_wait_for_what_cannot_be_ended() -> None:
+    code = (
+        "import time, _thread, threading\n"
+        "from pathlib import Path\n"
+        "from shardsurgeon.storage.hub.upload import abreast\n"
+        "threading.Timer(0.3, _thread.interrupt_main).start()\n"
+        "abreast(lambda name, path: time.sleep(60), {'a': Path('a')})\n"
+    )
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert "KeyboardInterrupt" in done.stderr
+    assert time.monotonic() - begun < 30
