@@ -4,10 +4,10 @@
     python -m tests.bench.remote WORK --size 500 --bandwidth 20    all in MB
     python -m tests.bench.remote WORK --layout stacked --disk-budget 400
 
-The local Hub of tests/support/hub serves checkpoints of random bytes over a link of fixed bandwidth, so
-much each way. Bytes are those of the bodies of the server's answers, whatever the command says of
-itself. Disk is all that lies in the folder where a command has its output, its cache of the Hub
-and its temporary files. WORK needs room for three times the size; what is made there is removed at
+The local Hub of tests/support/hub serves checkpoints of random bytes over a link of fixed
+bandwidth, so much each way. Bytes are those of the bodies of the server's answers, whatever the
+command says of itself. Disk is all that lies in the folder where a command has its output, its
+cache of the Hub and its temporary files. WORK needs room for three times the size; what is made there is removed at
 the end. The exit status is 1 where `Costs.problems` finds something.
 """
 
