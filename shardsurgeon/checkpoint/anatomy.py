@@ -184,7 +184,7 @@ class _Census:
         self._parts: dict[tuple[str, str], int] = {}
         self._stored: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
         self.uneven: set[int] = set()
-        self._blocks: dict[int, Block] = {}
+        self._blocks: dict[int, LayerTensors] = {}
         self._experts: dict[int, dict[int, int]] = {}
         self._own_nbytes: dict[int, dict[int, int]] = {}
         self._others: list[TensorRecord] = []
@@ -234,7 +234,7 @@ class _Census:
         layer, start = place
         block = self._blocks.get(layer)
         if block is None:
-            block = self._blocks[layer] = Block(record.name[:start])
+            block = self._blocks[layer] = LayerTensors(record.name[:start])
         if isinstance(role, ExpertTensor | Surplus):
             name = f"{record.name[start : role.begin]}{{}}{record.name[role.end :]}"
             block.weights[name] = record.dtype
@@ -276,7 +276,9 @@ class _Census:
         """Every MoE layer has the tensors that the others have."""
         blocks = {layer: self._blocks[layer] for layer in self.moe_layers}
         reader = self._reader
-        check_alike(blocks, lambda layer: not reader.is_mtp(layer), reader.varies, self._location)
+        check_layers_consistent(
+            blocks, lambda layer: not reader.is_mtp(layer), reader.varies, self._location
+        )
 
     def _router_name(self) -> str:
         """What a router is called behind its layer's prefix: as in another layer, if there is."""
@@ -337,7 +339,7 @@ class _Census:
 
 
 @dataclass(slots=True)
-class Block:
+class LayerTensors:
     """The tensors of one layer's MoE block, by their names behind `prefix`.
 
     An expert's number stands as `{}`. routers: what chooses experts; weights: name → dtype of
@@ -353,8 +355,8 @@ class Block:
         return self.prefix + rest.replace("{}", "0")
 
 
-def check_alike(
-    blocks: Mapping[int, Block],
+def check_layers_consistent(
+    blocks: Mapping[int, LayerTensors],
     main: Callable[[int], bool],
     varies: Callable[[str], bool],
     location: str,

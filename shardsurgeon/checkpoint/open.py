@@ -92,24 +92,24 @@ def guess_family(checkpoint: Checkpoint) -> Guess:
     Raises UndeclaredFamilyError, with the skeleton of a declaration to fill in, where there is
     none or more than one.
     """
-    reading = _Reading(checkpoint)
+    reading = _FamilyGuess(checkpoint)
     toml = reading.toml()
-    if reading.doubts:
+    if reading.ambiguities:
         where = f"{checkpoint.location}/{CONFIG_NAME}"
         raise UndeclaredFamilyError(
             where,
-            f"cannot be read without a declaration: {reading.doubts[0]}",
+            f"cannot be read without a declaration: {reading.ambiguities[0]}",
             "complete the skeleton printed and pass it with --family FILE",
             skeleton=toml,
         )
     return Guess(parse_family(toml, "auto"), toml)
 
 
-class _Reading:
+class _FamilyGuess:
     """Collects what can be told, and what stands in the way, of one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.doubts: list[str] = []
+        self.ambiguities: list[str] = []
         self._config = checkpoint.settings
         self._section, self._at = self._count_section()
         self._counts = [key for key in _COUNTS if key in self._section]
@@ -168,8 +168,8 @@ class _Reading:
         return any(self._section.get(key) not in (None, 0, 1) for key in _GROUPS)
 
     def _doubt(self, problem: str) -> None:
-        if problem not in self.doubts:
-            self.doubts.append(problem)
+        if problem not in self.ambiguities:
+            self.ambiguities.append(problem)
 
     def _count_section(self) -> tuple[Mapping[str, Any], str]:
         found = [

@@ -60,7 +60,7 @@ class Weights:
 def read_weights(tensors: Iterable[TensorRecord], config: Mapping[str, Any]) -> Weights:
     """What the tensors stand for; config: the settings that go with them."""
     records = {record.name: record for record in tensors}
-    return _Reader(records, Grain.of(config)).read()
+    return _Reader(records, QuantizationSchemes.of(config)).read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,9 @@ class _Names:
 class _Reader:
     """One reading of a checkpoint's names. Companions are taken off as their weight is read."""
 
-    def __init__(self, records: dict[str, TensorRecord], grain: Grain) -> None:
+    def __init__(self, records: dict[str, TensorRecord], schemes: QuantizationSchemes) -> None:
         self._records = records
-        self._grain = grain
+        self._grain = schemes
         self._taken: set[str] = set()
         self._bare: dict[str, str] = {}
         self._weights = Weights()
@@ -255,7 +255,7 @@ def _is_constant(shape: Shape, weight: Shape) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Grain:
+class QuantizationSchemes:
     """The schemes of one config.
 
     tiles: (rows, columns) that share a scale, 0 standing for all of them; packings: (bits,
@@ -266,7 +266,7 @@ class Grain:
     packings: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Grain:
+    def of(cls, config: Mapping[str, Any]) -> QuantizationSchemes:
         """Every scheme for weights that a quantization section of the config names."""
         blocks, packings, groups = set(), set(), {*_FP4_GROUPS}
         for scheme in _schemes(config):

@@ -28,7 +28,7 @@ Known = Callable[[object], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class LoadResult:
     """How tensors fit a model. All names but `surplus` and `unread` are the model's own.
 
     filled: parameters and buffers that got a tensor; missing: those that got none; mismatched:
@@ -40,7 +40,7 @@ class Fit:
     filled: frozenset[str]
     missing: frozenset[str]
     mismatched: Mapping[str, tuple[Shape, Shape]]
-    unbuilt: Mapping[str, str]
+    conversion_errors: Mapping[str, str]
     surplus: frozenset[str]
     unread: frozenset[str]
 
@@ -55,7 +55,7 @@ def engine_name() -> str:
     return f"transformers {_engine().transformers.__version__}"
 
 
-class Blueprint:
+class MetaModel:
     """One model on the meta device."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Blueprint:
         checkpoint, for that message.
         """
         self._engine = engine = _engine()
-        with quietly():
+        with silence_hub():
             try:
                 self._model = _build(engine, config, attention, dtype)
             # Configs are checked by whatever code the model type has.
@@ -100,11 +100,11 @@ class Blueprint:
         """Every parameter and buffer that a checkpoint must give."""
         return self._expected
 
-    def fit(self, shapes: Mapping[str, Shape]) -> Fit:
+    def fit(self, shapes: Mapping[str, Shape]) -> LoadResult:
         """Lead tensors of these names and shapes through transformers' loader."""
         engine, model = self._engine, self._model
         meta = {shape: _meta(engine.torch, shape) for shape in set(shapes.values())}
-        with quietly():
+        with silence_hub():
             settings = engine.LoadStateDictConfig(
                 device_map={"": "meta"},
                 dtype=engine.torch.bfloat16,
@@ -118,14 +118,16 @@ class Blueprint:
             missing = frozenset(info.missing_keys - info.conversion_errors.keys())
             unexpected = frozenset(info.unexpected_keys)
             model._adjust_missing_and_unexpected_keys(info)
-        return Fit(
+        return LoadResult(
             filled=filled,
             missing=missing,
             mismatched={
                 name: (tuple(given), tuple(expected))
                 for name, given, expected in info.mismatched_keys
             },
-            unbuilt={name: _reason(text) for name, text in info.conversion_errors.items()},
+            conversion_errors={
+                name: _reason(text) for name, text in info.conversion_errors.items()
+            },
             surplus=frozenset(info.unexpected_keys),
             unread=unexpected - info.unexpected_keys,
         )
@@ -263,7 +265,7 @@ def _without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silence_hub() -> Iterator[None]:
     """transformers without its bars and warnings: they speak of loading a model whole."""
     logging = _engine().transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

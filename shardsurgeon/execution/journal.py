@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Done:
+class JournalState:
     """What the lines of a journal add up to; an output file is in one of the three at most.
 
     finished: name → size. parts: name → what is there of it. sent: name → receipt; address:
@@ -105,18 +105,18 @@ def _pair(value: object) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class JournalFile:
     """A journal as it was found. nbytes: how much of the file holds whole lines."""
 
     run: Run
-    done: Done
+    done: JournalState
     nbytes: int
 
 
 class Journal:
     """An open journal, for any number of threads; the end of its `with` block closes it."""
 
-    def __init__(self, path: Path, run: Run, record: Record | None, system: System) -> None:
+    def __init__(self, path: Path, run: Run, record: JournalFile | None, system: System) -> None:
         """Go on after `record`, or begin anew where that is None. Raises OutputWriteError."""
         self._path = path
         self._system = system
@@ -127,7 +127,7 @@ class Journal:
             self._end = len(head)
         else:
             self._end = record.nbytes
-        self.done = record.done if record else Done()
+        self.done = record.done if record else JournalState()
         with writing(path):
             self._file = FileIO(path, "r+")
             self._file.truncate(self._end)
@@ -167,7 +167,7 @@ class Journal:
         self._file.close()
 
 
-def read_journal(path: Path) -> Record | None:
+def read_journal(path: Path) -> JournalFile | None:
     """The journal at `path`, None where there is none.
 
     Raises OutputError where it is not one that this version wrote.
@@ -186,11 +186,11 @@ def read_journal(path: Path) -> Record | None:
     if not values:
         raise _garbled(path, 1)
     run = _run_from_json(values[0], path)
-    done = Done()
+    done = JournalState()
     for number, value in enumerate(values[1:], start=2):
         if not done.follow(value):
             raise _garbled(path, number)
-    return Record(run, done, len(data) - len(torn))
+    return JournalFile(run, done, len(data) - len(torn))
 
 
 def require_same(found: Run, wanted: Run, where: Path) -> None:

@@ -65,14 +65,14 @@ class OutputShard:
 
 
 @dataclass(frozen=True, slots=True)
-class SurgeryPlan:
+class Plan:
     """Everything the executor needs.
 
     shards: the weight files to write.
     documents: small files whose whole content the plan brings (config.json, the index,
     metadata), name → bytes, in writing order.
-    side_files: source files copied byte for byte, by name.
-    extra_files: (output name, absolute path) of files from outside the source, such as the
+    copied_files: source files copied byte for byte, by name.
+    score_files: (output name, absolute path) of files from outside the source, such as the
     score file.
     source_files: size and stamp of every source file the plan reads, as they were when it
     was planned.
@@ -81,9 +81,9 @@ class SurgeryPlan:
     """
 
     shards: tuple[OutputShard, ...]
-    documents: tuple[tuple[str, bytes], ...]
-    side_files: tuple[str, ...]
-    extra_files: tuple[tuple[str, str], ...]
+    generated_files: tuple[tuple[str, bytes], ...]
+    copied_files: tuple[str, ...]
+    score_files: tuple[tuple[str, str], ...]
     source_files: tuple[SourceFile, ...]
     request_fingerprint: str
     source_fingerprint: str

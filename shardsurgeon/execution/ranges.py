@@ -18,7 +18,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class CopyRange:
     """These bytes go to offset `at` of the output file."""
 
     piece: Segment | Literal
@@ -30,41 +30,41 @@ class Move:
         return self.at + self.piece.nbytes
 
 
-def shard_moves(shard: OutputShard) -> list[Move]:
+def copy_ranges(shard: OutputShard) -> list[CopyRange]:
     """What makes up a shard: literals first, then ranges in the order they lie in the source.
 
     Segments that follow one another both in the source and in the shard become one.
     """
-    literals = [Move(Literal(shard.header), 0)]
-    ranges: list[Move] = []
+    literals = [CopyRange(Literal(shard.header), 0)]
+    ranges: list[CopyRange] = []
     at = len(shard.header)
     last: Segment | None = None
     for piece in (piece for tensor in shard.tensors for piece in tensor.pieces if piece.nbytes):
         if isinstance(piece, Literal):
-            literals.append(Move(piece, at))
+            literals.append(CopyRange(piece, at))
             last = None
         elif last and (last.file, last.begin + last.nbytes) == (piece.file, piece.begin):
             last = Segment(last.file, last.begin, last.nbytes + piece.nbytes)
-            ranges[-1] = Move(last, ranges[-1].at)
+            ranges[-1] = CopyRange(last, ranges[-1].at)
         else:
             last = piece
-            ranges.append(Move(piece, at))
+            ranges.append(CopyRange(piece, at))
         at += piece.nbytes
     return literals + sorted(ranges, key=_place_in_source)
 
 
-def _place_in_source(move: Move) -> tuple[str, int]:
-    assert isinstance(move.piece, Segment)
-    return move.piece.file, move.piece.begin
+def _place_in_source(copy: CopyRange) -> tuple[str, int]:
+    assert isinstance(copy.piece, Segment)
+    return copy.piece.file, copy.piece.begin
 
 
-def batches(moves: Iterable[Move], limit: int) -> list[tuple[Move, ...]]:
+def batches(ranges: Iterable[CopyRange], limit: int) -> list[tuple[CopyRange, ...]]:
     """Group moves, in order, into batches of at most `limit` bytes; longer moves are cut."""
-    grouped: list[tuple[Move, ...]] = []
-    batch: list[Move] = []
+    grouped: list[tuple[CopyRange, ...]] = []
+    batch: list[CopyRange] = []
     room = limit
-    for move in moves:
-        for part in _cut(move, limit):
+    for copy in ranges:
+        for part in _cut(copy, limit):
             if batch and part.piece.nbytes > room:
                 grouped.append(tuple(batch))
                 batch, room = [], limit
@@ -73,44 +73,46 @@ def batches(moves: Iterable[Move], limit: int) -> list[tuple[Move, ...]]:
     return [*grouped, tuple(batch)] if batch else grouped
 
 
-def _cut(move: Move, limit: int) -> Iterator[Move]:
-    piece = move.piece
+def _cut(copy: CopyRange, limit: int) -> Iterator[CopyRange]:
+    piece = copy.piece
     if isinstance(piece, Literal) or piece.nbytes <= limit:
-        yield move
+        yield copy
         return
     for done in range(0, piece.nbytes, limit):
-        yield _part(move, move.at + done, min(move.at + done + limit, move.end))
+        yield _part(copy, copy.at + done, min(copy.at + done + limit, copy.end))
 
 
-def remaining(moves: Iterable[Move], written: Sequence[Range]) -> list[Move]:
+def remaining(ranges: Iterable[CopyRange], written: Sequence[Range]) -> list[CopyRange]:
     """The moves, in order, without what they would write into the ranges `written`.
 
     written: ascending, apart from one another, as `joined` gives them.
     """
     if not written:
-        return list(moves)
+        return list(ranges)
     begins = [begin for begin, _ in written]
-    return [part for move in moves for part in _remaining(move, written, begins)]
+    return [part for copy in ranges for part in _remaining(copy, written, begins)]
 
 
-def _remaining(move: Move, written: Sequence[Range], begins: Sequence[int]) -> Iterator[Move]:
-    at = move.at
+def _remaining(
+    copy: CopyRange, written: Sequence[Range], begins: Sequence[int]
+) -> Iterator[CopyRange]:
+    at = copy.at
     for begin, end in written[max(bisect_right(begins, at) - 1, 0) :]:
-        if begin >= move.end:
+        if begin >= copy.end:
             break
         if at < begin:
-            yield _part(move, at, begin)
+            yield _part(copy, at, begin)
         at = max(at, end)
-    if at < move.end:
-        yield _part(move, at, move.end)
+    if at < copy.end:
+        yield _part(copy, at, copy.end)
 
 
-def _part(move: Move, begin: int, end: int) -> Move:
+def _part(copy: CopyRange, begin: int, end: int) -> CopyRange:
     """What a move writes to [begin, end) of the output."""
-    skipped, piece = begin - move.at, move.piece
+    skipped, piece = begin - copy.at, copy.piece
     if isinstance(piece, Literal):
-        return Move(Literal(piece.data[skipped : end - move.at]), begin)
-    return Move(Segment(piece.file, piece.begin + skipped, end - begin), begin)
+        return CopyRange(Literal(piece.data[skipped : end - copy.at]), begin)
+    return CopyRange(Segment(piece.file, piece.begin + skipped, end - begin), begin)
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:

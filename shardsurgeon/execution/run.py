@@ -25,17 +25,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from shardsurgeon.errors import OutputError, OutputWriteError, ShardSurgeonError, UsageError
-from shardsurgeon.execution.journal import Done, Run, read_journal
-from shardsurgeon.execution.plan import Literal, OutputShard, Segment, SurgeryPlan
-from shardsurgeon.execution.ranges import Move, batches
-from shardsurgeon.execution.shards import BATCH_NBYTES, Filling, Leftovers, find_leftovers
-from shardsurgeon.execution.transfer import Mover
-from shardsurgeon.execution.upload import Allowance, Outlet, Sender, require_receipts
-from shardsurgeon.execution.workdir import Job, Workplace, hold
-from shardsurgeon.execution.workers import Listener, Meter, Progress, run_tasks
+from shardsurgeon.execution.journal import Run
+from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
+from shardsurgeon.execution.ranges import CopyRange, batches
+from shardsurgeon.execution.shards import BATCH_NBYTES, ResumeState, ShardWriter, find_resume_state
+from shardsurgeon.execution.transfer import RangeTransfer
+from shardsurgeon.execution.upload import (
+    DiskBudget,
+    ShardDestination,
+    ShardUploader,
+    require_receipts,
+)
+from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
+from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
 from shardsurgeon.storage.files import reading, reserve_file, sync_path, writing
 from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
 from shardsurgeon.storage.system import System, default_system
@@ -62,25 +66,8 @@ class ExecutionReport:
     bytes_downloaded: int = 0
 
 
-class Space(NamedTuple):
-    """Bytes that a run still has to write, and bytes that are free for it."""
-
-    needed: int
-    free: int
-
-
-def estimate_space(
-    plan: SurgeryPlan, out: Path, *, restart: bool = False, system: System | None = None
-) -> Space:
-    """What `execute` would need and find, were all of it to stay; nothing is written."""
-    place = Workplace(out, system or default_system())
-    record = None if restart else read_journal(place.journal)
-    found = find_leftovers(plan.shards, place, record.done if record else Done())
-    return Space(_needed(output_sizes(plan), found), place.space(restart))
-
-
 def execute(
-    plan: SurgeryPlan,
+    plan: Plan,
     source: Source,
     out: Path,
     *,
@@ -88,7 +75,7 @@ def execute(
     restart: bool = False,
     on_progress: Listener | None = None,
     before_delivery: Callable[[Path], None] | None = None,
-    outlet: Outlet | None = None,
+    destination: ShardDestination | None = None,
     disk_budget: int | None = None,
     system: System | None = None,
 ) -> ExecutionReport:
@@ -100,13 +87,13 @@ def execute(
     on_progress: called often, by one thread at a time; what it raises stops the run.
     before_delivery: called with the folder of the finished files, less the shards that were
     sent; what it raises keeps them from becoming `out` or from being published.
-    outlet: takes every finished shard away, and publishes the rest; `out` only names the place
+    destination: takes every finished shard away, and publishes the rest; `out` only names the place
     to work in. disk_budget: how many bytes of shards may be on the disk at a time; None for
     any number.
 
     Raises UsageError (the budget is too small), OutputError (the place is taken, or another
     run's), SourceChangedError, SourceReadError, NetworkError, OutputWriteError, and what the
-    outlet raises; whatever is raised, what is done is kept.
+    destination raises; whatever is raised, what is done is kept.
     """
     begun = time.monotonic()
     if workers < 0:
@@ -114,34 +101,44 @@ def execute(
     system = system or default_system()
     sizes = output_sizes(plan)
     budget = sum(sizes.values()) if disk_budget is None else disk_budget
-    if outlet:
+    if destination:
         require_budget(budget, sizes)
-    with hold(out, system) as place:
+    with lock_workdir(out, system) as workdir:
         require_unchanged(source, plan.source_files)
-        with place.open_journal(_run(plan, source), restart) as journal:
-            require_receipts(outlet, journal.done, place)
-            found = find_leftovers(plan.shards, place, journal.done)
+        with workdir.open_journal(_run(plan, source), restart) as journal:
+            require_receipts(destination, journal.done, workdir)
+            found = find_resume_state(plan.shards, workdir, journal.done)
             needed = _needed(sizes, found)
-            if outlet:
+            if destination:
                 needed = min(needed, budget - sum(found.whole.values()))
-            _require_space(Space(needed, place.space()), place)
-            job = Job(plan, source, place, journal, Meter(_start(plan, sizes, found), on_progress))
+            _require_space(needed, workdir)
+            context = RunContext(
+                plan,
+                source,
+                workdir,
+                journal,
+                ProgressMeter(_start(plan, sizes, found), on_progress),
+            )
             workers = workers or _workers_for(source)
-            if outlet:
-                _send_shards(job, found, outlet, budget, workers)
+            if destination:
+                _send_shards(context, found, destination, budget, workers)
             else:
-                _write_shards(job, found, workers)
-            write_small_files(job, sizes, workers)
+                _write_shards(context, found, workers)
+            write_small_files(context, sizes, workers)
             receipts = dict(journal.done.sent)
-        shards, source_files, downloaded = len(plan.shards), plan.source_files, job.meter.downloaded
+        shards, source_files, downloaded = (
+            len(plan.shards),
+            plan.source_files,
+            context.meter.downloaded,
+        )
         # The check needs the room that the plan takes, where the caller has let go of it too.
-        del plan, job
-        _have_checked(place.files, before_delivery, source, source_files)
-        if outlet:
-            outlet.deliver(place.files, receipts)
-            place.discard()
+        del plan, context
+        _have_checked(workdir.files, before_delivery, source, source_files)
+        if destination:
+            destination.publish(workdir.files, receipts)
+            workdir.discard()
         else:
-            place.deliver(set(sizes))
+            workdir.publish(set(sizes))
     return ExecutionReport(
         bytes_copied=sum(sizes.values()) - found.nbytes,
         bytes_resumed=found.nbytes,
@@ -152,13 +149,13 @@ def execute(
     )
 
 
-def output_sizes(plan: SurgeryPlan) -> dict[str, int]:
+def output_sizes(plan: Plan) -> dict[str, int]:
     """Every output file and its size. Raises OutputError for a name that must not be written."""
     source_sizes = {file.name: file.nbytes for file in plan.source_files}
     files = [(shard.file, shard.nbytes) for shard in plan.shards]
-    files += [(name, source_sizes[name]) for name in plan.side_files]
-    files += [(name, _size_on_disk(path)) for name, path in plan.extra_files]
-    files += [(name, len(data)) for name, data in plan.documents]
+    files += [(name, source_sizes[name]) for name in plan.copied_files]
+    files += [(name, _size_on_disk(path)) for name, path in plan.score_files]
+    files += [(name, len(data)) for name, data in plan.generated_files]
     sizes: dict[str, int] = {}
     for name, nbytes in files:
         path = Path(name)
@@ -175,17 +172,18 @@ def _size_on_disk(path: str) -> int:
         return os.stat(path).st_size
 
 
-def _require_space(space: Space, place: Workplace) -> None:
-    if space.needed > space.free:
+def _require_space(needed: int, workdir: WorkDir) -> None:
+    free = workdir.space()
+    if needed > free:
         raise OutputWriteError(
-            place.out,
-            f"the disk is full: {format_size(space.needed)} ({space.needed:,} bytes) are needed, "
-            f"{format_size(space.free)} ({space.free:,} bytes) are free",
+            workdir.out,
+            f"the disk is full: {format_size(needed)} ({needed:,} bytes) are needed, "
+            f"{format_size(free)} ({free:,} bytes) are free",
             "free some space or choose another -o",
         )
 
 
-def _run(plan: SurgeryPlan, source: Source) -> Run:
+def _run(plan: Plan, source: Source) -> Run:
     pinned = source.is_remote and source.revision is not None
     origin = f"{source.location.partition('@')[0]}@{source.revision}" if pinned else ""
     return Run(plan.request_fingerprint, plan.source_fingerprint, plan.source_files, origin)
@@ -203,12 +201,12 @@ def require_budget(budget: int, sizes: dict[str, int]) -> None:
         )
 
 
-def _needed(sizes: dict[str, int], found: Leftovers) -> int:
+def _needed(sizes: dict[str, int], found: ResumeState) -> int:
     """Bytes still to be written; those of shards in part among them, as their disk is ours."""
     return sum(sizes.values()) - sum(found.whole.values()) - sum(found.sent.values())
 
 
-def _start(plan: SurgeryPlan, sizes: dict[str, int], found: Leftovers) -> Progress:
+def _start(plan: Plan, sizes: dict[str, int], found: ResumeState) -> Progress:
     total = sum(sizes.values())
     return Progress(
         found.nbytes, total, found.nbytes, found.shards, len(plan.shards), len(found.sent)
@@ -221,59 +219,67 @@ def _workers_for(source: Source) -> int:
     return min(MOST_WORKERS_BY_DEFAULT, os.cpu_count() or 1)
 
 
-def _write_shards(job: Job, found: Leftovers, workers: int) -> None:
+def _write_shards(context: RunContext, found: ResumeState, workers: int) -> None:
     """Write the shards that are to stay. Raises the first error that any worker met."""
-    filling = Filling(job, found.parts, lambda shard: None)
-    todo = _unfinished(job.plan, found)
+    writer = ShardWriter(context, found.parts, lambda shard: None)
+    todo = _unfinished(context.plan, found)
     for shard in todo:
-        filling.begin(shard)
+        writer.begin(shard)
     # Where bytes travel, shards come one after the other: a kill should leave few in part.
-    at_once = 1 if job.source.is_remote else workers
-    _fill(job, filling, todo, todo, workers, at_once)
+    at_once = 1 if context.source.is_remote else workers
+    _fill(context, writer, todo, todo, workers, at_once)
 
 
-def _send_shards(job: Job, found: Leftovers, outlet: Outlet, budget: int, workers: int) -> None:
+def _send_shards(
+    context: RunContext,
+    found: ResumeState,
+    destination: ShardDestination,
+    budget: int,
+    workers: int,
+) -> None:
     """Write the shards, few at a time, and have each taken away."""
     for name in found.sent:
-        job.place.drop_file(name)  # a kill may come between the receipt and this
-    todo = _unfinished(job.plan, found)
+        context.workdir.drop_file(name)  # a kill may come between the receipt and this
+    todo = _unfinished(context.plan, found)
     # Those that hold disk already come first: others may wait for it.
     todo.sort(key=lambda shard: shard.file not in found.parts)
     held = sum(found.whole.values()) + sum(s.nbytes for s in todo if s.file in found.parts)
-    room = Allowance(budget, held, job.meter)
-    with Sender(outlet, job, room) as sender:
+    disk = DiskBudget(budget, held, context.meter)
+    with ShardUploader(destination, context, disk) as uploader:
         for name, nbytes in found.whole.items():
-            sender.put(name, nbytes)
-        filling = Filling(job, found.parts, lambda shard: sender.put(shard.file, shard.nbytes))
+            uploader.put(name, nbytes)
+        writer = ShardWriter(
+            context, found.parts, lambda shard: uploader.put(shard.file, shard.nbytes)
+        )
 
         def begun() -> Iterator[OutputShard]:
             for shard in todo:
                 if shard.file not in found.parts:
-                    room.take(shard.nbytes)
-                filling.begin(shard)
+                    disk.take(shard.nbytes)
+                writer.begin(shard)
                 yield shard
 
-        _fill(job, filling, begun(), todo, workers, at_once=1)
+        _fill(context, writer, begun(), todo, workers, at_once=1)
 
 
-def _unfinished(plan: SurgeryPlan, found: Leftovers) -> list[OutputShard]:
+def _unfinished(plan: Plan, found: ResumeState) -> list[OutputShard]:
     return [s for s in plan.shards if s.file not in found.whole and s.file not in found.sent]
 
 
 def _fill(
-    job: Job,
-    filling: Filling,
+    context: RunContext,
+    writer: ShardWriter,
     begun: Iterable[OutputShard],
     todo: Iterable[OutputShard],
     workers: int,
     at_once: int,
 ) -> None:
-    gap = filling.widest_gap(todo)
+    gap = writer.max_gap(todo)
     run_tasks(
-        filling.tasks(begun, at_once),
-        lambda: Mover(job.source, job.place.system, job.meter, gap),
+        writer.tasks(begun, at_once),
+        lambda: RangeTransfer(context.source, context.workdir.system, context.meter, gap),
         workers,
-        job.meter,
+        context.meter,
     )
 
 
@@ -294,42 +300,42 @@ def _have_checked(
         raise
 
 
-def write_small_files(job: Job, sizes: dict[str, int], workers: int) -> None:
+def write_small_files(context: RunContext, sizes: dict[str, int], workers: int) -> None:
     """Copy side files and extra files, then write the documents in the plan's order.
 
     sizes: of every output file, in bytes. Raises the first error met.
     """
 
-    def new_mover() -> Mover:
-        return Mover(job.source, job.place.system, job.meter)
+    def new_mover() -> RangeTransfer:
+        return RangeTransfer(context.source, context.workdir.system, context.meter)
 
-    tasks = (partial(_carry_over, job, name, sizes[name]) for name in job.plan.side_files)
-    run_tasks(tasks, new_mover, workers, job.meter)
-    mover = new_mover()
-    for name, origin in job.plan.extra_files:
-        with _new_file(job, name, sizes[name]) as path:
-            mover.copy_file(Path(origin), sizes[name], path)
-    for name, data in job.plan.documents:
-        with _new_file(job, name, 0) as path:
-            mover.move([Move(Literal(data), 0)], path)
+    tasks = (partial(_carry_over, context, name, sizes[name]) for name in context.plan.copied_files)
+    run_tasks(tasks, new_mover, workers, context.meter)
+    transfer = new_mover()
+    for name, origin in context.plan.score_files:
+        with _new_file(context, name, sizes[name]) as path:
+            transfer.copy_file(Path(origin), sizes[name], path)
+    for name, data in context.plan.generated_files:
+        with _new_file(context, name, 0) as path:
+            transfer.write([CopyRange(Literal(data), 0)], path)
 
 
-def _carry_over(job: Job, name: str, nbytes: int, mover: Mover) -> None:
+def _carry_over(context: RunContext, name: str, nbytes: int, transfer: RangeTransfer) -> None:
     """Copy a side file, byte for byte."""
-    with _new_file(job, name, nbytes) as path:
-        for batch in batches([Move(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
-            mover.move(batch, path)
-        _carry_executable_bits(job.source.local_path(name), path)
+    with _new_file(context, name, nbytes) as path:
+        for batch in batches([CopyRange(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
+            transfer.write(batch, path)
+        _carry_executable_bits(context.source.local_path(name), path)
 
 
 @contextmanager
-def _new_file(job: Job, name: str, nbytes: int) -> Iterator[Path]:
+def _new_file(context: RunContext, name: str, nbytes: int) -> Iterator[Path]:
     """A file to be filled inside the `with` block, and finished at its end."""
-    path = job.place.begin_file(name)
-    reserve_file(path, nbytes, job.place.system)
+    path = context.workdir.begin_file(name)
+    reserve_file(path, nbytes, context.workdir.system)
     yield path
-    sync_path(path, job.place.system)
-    job.place.finish_file(name)
+    sync_path(path, context.workdir.system)
+    context.workdir.finish_file(name)
 
 
 def _carry_executable_bits(origin: Path | None, copy: Path) -> None:

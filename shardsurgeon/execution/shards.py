@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from shardsurgeon.execution.journal import Done
+from shardsurgeon.execution.journal import JournalState
 from shardsurgeon.execution.plan import OutputShard, Segment
-from shardsurgeon.execution.ranges import Move, Range, batches, joined, remaining, shard_moves
-from shardsurgeon.execution.transfer import Mover, gaps, widest_gap
-from shardsurgeon.execution.workdir import Job, Workplace
+from shardsurgeon.execution.ranges import CopyRange, Range, batches, copy_ranges, joined, remaining
+from shardsurgeon.execution.transfer import RangeTransfer, gaps, max_gap
+from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.storage.files import reserve_file, sync_path
 from shardsurgeon.storage.source import require_unchanged
 
@@ -28,44 +28,44 @@ BATCH_NBYTES = 64 << 20
 # The same where bytes travel: what each worker may have to fetch again after a kill.
 REMOTE_BATCH_NBYTES = 32 << 20
 
-Task = Callable[[Mover], None]
+Task = Callable[[RangeTransfer], None]
 
 
-class _ShardInHand:
+class _ShardInProgress:
     """A shard that workers are filling."""
 
-    def __init__(self, shard: OutputShard, todo: list[tuple[Move, ...]]) -> None:
+    def __init__(self, shard: OutputShard, todo: list[tuple[CopyRange, ...]]) -> None:
         self.shard = shard
         # A shard of which all bytes are there still has to be finished.
         self.batches = todo or [()]
         self.unwritten = len(self.batches)
 
 
-class Filling:
+class ShardWriter:
     """One run's shards in its place."""
 
     def __init__(
         self,
-        job: Job,
+        context: RunContext,
         parts: Mapping[str, Sequence[Range]],
         on_finished: Callable[[OutputShard], None],
     ) -> None:
         """parts: what of the shards' files is there. on_finished: called once for each shard."""
-        self._job = job
+        self._context = context
         self._parts = parts
         self._on_finished = on_finished
-        self._planned = {file.name: file for file in job.plan.source_files}
+        self._planned = {file.name: file for file in context.plan.source_files}
         self._counting = threading.Lock()
 
     def begin(self, shard: OutputShard) -> None:
         """Make the shard's file, unless a part of it is there. Raises OutputWriteError."""
         if shard.file in self._parts:
             return
-        if self._job.source.is_remote:
+        if self._context.source.is_remote:
             # First: the new file is empty, whatever the journal says of an older one.
-            self._job.journal.begin(shard.file, layout(shard))
-        path = self._job.place.begin_file(shard.file)
-        reserve_file(path, shard.nbytes, self._job.place.system)
+            self._context.journal.begin(shard.file, layout(shard))
+        path = self._context.workdir.begin_file(shard.file)
+        reserve_file(path, shard.nbytes, self._context.workdir.system)
 
     def tasks(self, shards: Iterable[OutputShard], at_once: int) -> Iterator[Task]:
         """What is to be done for shards that are begun; only those in hand are taken apart.
@@ -74,71 +74,79 @@ class Filling:
         because file systems let one thread at a time write to a file.
         """
         waiting = iter(shards)
-        in_hand: deque[Iterator[Task]] = deque()
+        in_progress: deque[Iterator[Task]] = deque()
         while True:
-            while len(in_hand) < at_once and (shard := next(waiting, None)) is not None:
-                in_hand.append(self._tasks_of(shard))
-            if not in_hand:
+            while len(in_progress) < at_once and (shard := next(waiting, None)) is not None:
+                in_progress.append(self._tasks_of(shard))
+            if not in_progress:
                 return
-            task = next(in_hand[0], None)
+            task = next(in_progress[0], None)
             if task is None:
-                in_hand.popleft()
+                in_progress.popleft()
             else:
-                in_hand.rotate(-1)
+                in_progress.rotate(-1)
                 yield task
 
     def _tasks_of(self, shard: OutputShard) -> Iterator[Task]:
-        hand = _ShardInHand(shard, batches(self._moves(shard), self._batch_nbytes))
-        return (partial(self._fill, hand, batch) for batch in hand.batches)
+        current = _ShardInProgress(shard, batches(self._ranges(shard), self._batch_nbytes))
+        return (partial(self._fill, current, batch) for batch in current.batches)
 
-    def widest_gap(self, shards: Iterable[OutputShard]) -> int:
+    def max_gap(self, shards: Iterable[OutputShard]) -> int:
         """How many unwanted bytes between two wanted ranges these shards' downloads read over."""
-        if not self._job.source.is_remote:
+        if not self._context.source.is_remote:
             return 0
         found: Counter[int] = Counter()
         wanted = 0
         for shard in shards:
-            moves = [move for move in self._moves(shard) if self._travels(move)]
-            wanted += sum(move.piece.nbytes for move in moves)
-            found.update(gaps(moves))
-        return widest_gap(found, wanted)
+            ranges = [copy for copy in self._ranges(shard) if self._travels(copy)]
+            wanted += sum(copy.piece.nbytes for copy in ranges)
+            found.update(gaps(ranges))
+        return max_gap(found, wanted)
 
-    def _travels(self, move: Move) -> bool:
-        piece = move.piece
-        return isinstance(piece, Segment) and self._job.source.local_path(piece.file) is None
+    def _travels(self, copy: CopyRange) -> bool:
+        piece = copy.piece
+        return isinstance(piece, Segment) and self._context.source.local_path(piece.file) is None
 
     @property
     def _batch_nbytes(self) -> int:
-        return REMOTE_BATCH_NBYTES if self._job.source.is_remote else BATCH_NBYTES
+        return REMOTE_BATCH_NBYTES if self._context.source.is_remote else BATCH_NBYTES
 
-    def _moves(self, shard: OutputShard) -> list[Move]:
-        return remaining(shard_moves(shard), self._parts.get(shard.file, ()))
+    def _ranges(self, shard: OutputShard) -> list[CopyRange]:
+        return remaining(copy_ranges(shard), self._parts.get(shard.file, ()))
 
-    def _fill(self, hand: _ShardInHand, batch: Sequence[Move], mover: Mover) -> None:
+    def _fill(
+        self, current: _ShardInProgress, batch: Sequence[CopyRange], transfer: RangeTransfer
+    ) -> None:
         """Write a batch; whoever writes a shard's last one finishes it."""
         if batch:
-            self._write(hand.shard, batch, mover)
+            self._write(current.shard, batch, transfer)
         with self._counting:
-            hand.unwritten -= 1
-            last = hand.unwritten == 0
+            current.unwritten -= 1
+            last = current.unwritten == 0
         if last:
-            self._finish(hand.shard)
+            self._finish(current.shard)
 
-    def _write(self, shard: OutputShard, batch: Sequence[Move], mover: Mover) -> None:
-        path = self._job.place.begin_file(shard.file)
-        mover.move(batch, path)
-        if self._job.source.is_remote:
-            sync_path(path, self._job.place.system)
-            self._job.journal.fill(shard.file, joined((move.at, move.end) for move in batch))
+    def _write(
+        self, shard: OutputShard, batch: Sequence[CopyRange], transfer: RangeTransfer
+    ) -> None:
+        path = self._context.workdir.begin_file(shard.file)
+        transfer.write(batch, path)
+        if self._context.source.is_remote:
+            sync_path(path, self._context.workdir.system)
+            self._context.journal.fill(shard.file, joined((copy.at, copy.end) for copy in batch))
 
     def _finish(self, shard: OutputShard) -> None:
-        job = self._job
-        if not job.source.is_remote:  # there a stream notices by itself that its file is another
-            require_unchanged(job.source, [self._planned[name] for name in sorted(_used(shard))])
-        sync_path(job.place.begin_file(shard.file), job.place.system)
-        job.place.finish_file(shard.file)
-        job.journal.finish(shard.file, shard.nbytes)
-        job.meter.advance(0, shards=1)
+        context = self._context
+        if (
+            not context.source.is_remote
+        ):  # there a stream notices by itself that its file is another
+            require_unchanged(
+                context.source, [self._planned[name] for name in sorted(_used(shard))]
+            )
+        sync_path(context.workdir.begin_file(shard.file), context.workdir.system)
+        context.workdir.finish_file(shard.file)
+        context.journal.finish(shard.file, shard.nbytes)
+        context.meter.advance(0, shards=1)
         self._on_finished(shard)
 
 
@@ -149,7 +157,7 @@ def _used(shard: OutputShard) -> set[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Leftovers:
+class ResumeState:
     """By the shards' file names.
 
     whole: finished, size in bytes. sent: taken away, size in bytes. parts: the ranges that a
@@ -172,20 +180,22 @@ class Leftovers:
         return sum(self.whole.values()) + sum(self.sent.values()) + sum(parts)
 
 
-def find_leftovers(shards: Sequence[OutputShard], place: Workplace, done: Done) -> Leftovers:
+def find_resume_state(
+    shards: Sequence[OutputShard], workdir: WorkDir, done: JournalState
+) -> ResumeState:
     """What of these shards is done."""
-    found = Leftovers({}, {}, {})
+    found = ResumeState({}, {}, {})
     for shard in shards:
         name, nbytes = shard.file, shard.nbytes
         written = _written(shard, done)
         if name in done.sent:
             found.sent[name] = nbytes
         # A kill may come between a file's name and the journal's line about it.
-        elif (name in done.finished or written == [(0, nbytes)]) and place.has(
+        elif (name in done.finished or written == [(0, nbytes)]) and workdir.has(
             name, nbytes, shard.header
         ):
             found.whole[name] = nbytes
-        elif written and place.has_part(name, nbytes):
+        elif written and workdir.has_part(name, nbytes):
             found.parts[name] = written
     return found
 
@@ -195,6 +205,6 @@ def layout(shard: OutputShard) -> str:
     return hashlib.sha256(shard.header).hexdigest()[:16]
 
 
-def _written(shard: OutputShard, done: Done) -> list[Range]:
+def _written(shard: OutputShard, done: JournalState) -> list[Range]:
     part = done.parts.get(shard.file)
     return joined(part.ranges) if part and part.layout == layout(shard) else []

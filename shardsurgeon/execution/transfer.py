@@ -16,30 +16,30 @@ from pathlib import Path
 
 from shardsurgeon.errors import SourceReadError
 from shardsurgeon.execution.plan import Literal, Segment
-from shardsurgeon.execution.ranges import Move
-from shardsurgeon.execution.workers import Meter
-from shardsurgeon.storage.files import Copier, reading, write_all, writing
+from shardsurgeon.execution.ranges import CopyRange
+from shardsurgeon.execution.workers import ProgressMeter
+from shardsurgeon.storage.files import FileCopier, reading, write_all, writing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System
 
 # Reading over more than this takes longer than another request does.
-MOST_READ_OVER = 1 << 20
+MAX_GAP_NBYTES = 1 << 20
 # One byte in so many may be read without being wanted.
 _WANTED_PER_SURPLUS = 100
 
 
-class Mover:
+class RangeTransfer:
     """Moves batches from a source into files. One per worker: it owns a copy buffer."""
 
-    def __init__(self, source: Source, system: System, meter: Meter, gap: int = 0) -> None:
+    def __init__(self, source: Source, system: System, meter: ProgressMeter, gap: int = 0) -> None:
         """meter: hears of every step; what it raises ends the batch. gap: see `Downloader`."""
         self._source = source
         self._system = system
         self._meter = meter
-        self._copier = Copier(system, meter.advance)
+        self._copier = FileCopier(system, meter.advance)
         self._downloader = Downloader(source, system, meter, gap)
 
-    def move(self, batch: Sequence[Move], target: Path) -> None:
+    def write(self, batch: Sequence[CopyRange], target: Path) -> None:
         """Write a batch into the existing file `target`, and let memory go of it.
 
         Raises OutputWriteError, or what reading the source raises, with the name of the file
@@ -48,10 +48,10 @@ class Mover:
         with writing(target):
             file = FileIO(target, "r+")
         with file:
-            for name, moves in groupby(batch, key=_source_file):
-                self._move(name, list(moves), file)
+            for name, ranges in groupby(batch, key=_source_file):
+                self._write_from(name, list(ranges), file)
             # From the file's begin on: what earlier batches left has reached the disk by now.
-            self._system.let_go(file, 0, max(move.at + move.piece.nbytes for move in batch))
+            self._system.let_go(file, 0, max(copy.at + copy.piece.nbytes for copy in batch))
 
     def copy_file(self, path: Path, nbytes: int, target: Path) -> None:
         """Copy the first `nbytes` of a local file that is in no source into `target`."""
@@ -60,45 +60,45 @@ class Mover:
         with file, _opened(path) as origin:
             self._copier.copy(origin, 0, file, 0, nbytes)
 
-    def _move(self, name: str | None, moves: list[Move], target: FileIO) -> None:
+    def _write_from(self, name: str | None, ranges: list[CopyRange], target: FileIO) -> None:
         """Moves from one source file, ascending; without a name they bring their own bytes."""
         if name is None:
-            for move in moves:
-                self._put(move, target)
+            for copy in ranges:
+                self._put(copy, target)
             return
         path = self._source.local_path(name)
         if path is None:
-            self._downloader.fetch(name, moves, target)
+            self._downloader.fetch(name, ranges, target)
         else:
-            self._copy(path, moves, target)
+            self._copy(path, ranges, target)
 
-    def _copy(self, path: Path, moves: list[Move], target: FileIO) -> None:
+    def _copy(self, path: Path, ranges: list[CopyRange], target: FileIO) -> None:
         """Copy from a local file, which leaves the system's memory as it was found.
 
         A model larger than the memory must not push everything else out of it; what others
         have in use stays.
         """
-        first, last = moves[0].piece, moves[-1].piece
+        first, last = ranges[0].piece, ranges[-1].piece
         assert isinstance(first, Segment) and isinstance(last, Segment)
         end = last.begin + last.nbytes
         with _opened(path) as origin:
             # The last byte: the first ones may be there because they were read ahead.
             found = self._system.in_memory(origin, max(end - 1, 0))
-            for move in moves:
-                assert isinstance(move.piece, Segment)
-                begin, nbytes = move.piece.begin, move.piece.nbytes
-                self._copier.copy(origin, begin, target, move.at, nbytes)
+            for copy in ranges:
+                assert isinstance(copy.piece, Segment)
+                begin, nbytes = copy.piece.begin, copy.piece.nbytes
+                self._copier.copy(origin, begin, target, copy.at, nbytes)
             if not found:
                 self._system.let_go(origin, first.begin, end)
 
-    def _put(self, move: Move, target: FileIO) -> None:
-        assert isinstance(move.piece, Literal)
-        write_all(target, move.piece.data, move.at, str(target.name), self._system)
-        self._meter.advance(move.piece.nbytes)
+    def _put(self, copy: CopyRange, target: FileIO) -> None:
+        assert isinstance(copy.piece, Literal)
+        write_all(target, copy.piece.data, copy.at, str(target.name), self._system)
+        self._meter.advance(copy.piece.nbytes)
 
 
-def _source_file(move: Move) -> str | None:
-    return move.piece.file if isinstance(move.piece, Segment) else None
+def _source_file(copy: CopyRange) -> str | None:
+    return copy.piece.file if isinstance(copy.piece, Segment) else None
 
 
 def _opened(path: Path) -> FileIO:
@@ -109,29 +109,29 @@ def _opened(path: Path) -> FileIO:
 class Downloader:
     """Streams ranges of a source into open files. As many threads as like may use one."""
 
-    def __init__(self, source: Source, system: System, meter: Meter, gap: int) -> None:
+    def __init__(self, source: Source, system: System, meter: ProgressMeter, gap: int) -> None:
         """gap: how many bytes between two moves are read over rather than left out."""
         self._source = source
         self._system = system
         self._meter = meter
         self._gap = gap
 
-    def fetch(self, name: str, moves: Sequence[Move], target: FileIO) -> None:
+    def fetch(self, name: str, ranges: Sequence[CopyRange], target: FileIO) -> None:
         """Carry out moves, ascending, from the source file `name`.
 
         Raises what the source raises, and OutputWriteError.
         """
-        for request in requests(moves, self._gap):
+        for request in requests(ranges, self._gap):
             self._stream(name, request, target)
 
-    def _stream(self, name: str, moves: Sequence[Move], target: FileIO) -> None:
-        at, end = _begin(moves[0]), _end(moves[-1])
+    def _stream(self, name: str, ranges: Sequence[CopyRange], target: FileIO) -> None:
+        at, end = _begin(ranges[0]), _end(ranges[-1])
         first = 0  # moves before this one have all their bytes
         with closing(self._pieces(name, at, end)) as pieces:
             for piece in pieces:
-                while first < len(moves) and _end(moves[first]) <= at:
+                while first < len(ranges) and _end(ranges[first]) <= at:
                     first += 1
-                self._scatter(memoryview(piece), at, moves, first, target)
+                self._scatter(memoryview(piece), at, ranges, first, target)
                 at += len(piece)
         if at < end:
             raise SourceReadError(
@@ -154,41 +154,41 @@ class Downloader:
                 pieces.close()
 
     def _scatter(
-        self, data: memoryview, begin: int, moves: Sequence[Move], first: int, target: FileIO
+        self, data: memoryview, begin: int, ranges: Sequence[CopyRange], first: int, target: FileIO
     ) -> None:
         """Write what the moves from `first` on want of the bytes that lie at `begin`."""
         end = begin + len(data)
-        for number in range(first, len(moves)):
-            move = moves[number]
-            wanted = max(_begin(move), begin)
+        for number in range(first, len(ranges)):
+            copy = ranges[number]
+            wanted = max(_begin(copy), begin)
             if wanted >= end:
                 break
-            part = data[wanted - begin : _end(move) - begin]
-            at = move.at + wanted - _begin(move)
+            part = data[wanted - begin : _end(copy) - begin]
+            at = copy.at + wanted - _begin(copy)
             write_all(target, part, at, str(target.name), self._system)
             self._meter.advance(len(part))
 
 
-def requests(moves: Sequence[Move], gap: int) -> Iterator[Sequence[Move]]:
+def requests(ranges: Sequence[CopyRange], gap: int) -> Iterator[Sequence[CopyRange]]:
     """Cut the moves of one file, ascending, where more than `gap` bytes lie between two."""
     begun = 0
-    for number in range(1, len(moves)):
-        if not 0 <= _begin(moves[number]) - _end(moves[number - 1]) <= gap:
-            yield moves[begun:number]
+    for number in range(1, len(ranges)):
+        if not 0 <= _begin(ranges[number]) - _end(ranges[number - 1]) <= gap:
+            yield ranges[begun:number]
             begun = number
-    if moves:
-        yield moves[begun:]
+    if ranges:
+        yield ranges[begun:]
 
 
-def gaps(moves: Iterable[Move]) -> Iterator[int]:
+def gaps(ranges: Iterable[CopyRange]) -> Iterator[int]:
     """How many unwanted bytes lie between moves that follow one another in one source file."""
-    segments = (move.piece for move in moves if isinstance(move.piece, Segment))
+    segments = (copy.piece for copy in ranges if isinstance(copy.piece, Segment))
     for one, other in pairwise(segments):
         if one.file == other.file and other.begin > one.begin + one.nbytes:
             yield other.begin - one.begin - one.nbytes
 
 
-def widest_gap(found: Counter[int], wanted: int) -> int:
+def max_gap(found: Counter[int], wanted: int) -> int:
     """The widest gap that may be read over together with all that are as narrow or narrower.
 
     found: width → how many such gaps the run meets; wanted: bytes that the run wants.
@@ -196,17 +196,17 @@ def widest_gap(found: Counter[int], wanted: int) -> int:
     widest = surplus = 0
     for width, count in sorted(found.items()):
         surplus += width * count
-        if width > MOST_READ_OVER or surplus * _WANTED_PER_SURPLUS > wanted:
+        if width > MAX_GAP_NBYTES or surplus * _WANTED_PER_SURPLUS > wanted:
             break
         widest = width
     return widest
 
 
-def _begin(move: Move) -> int:
-    assert isinstance(move.piece, Segment)
-    return move.piece.begin
+def _begin(copy: CopyRange) -> int:
+    assert isinstance(copy.piece, Segment)
+    return copy.piece.begin
 
 
-def _end(move: Move) -> int:
-    assert isinstance(move.piece, Segment)
-    return move.piece.begin + move.piece.nbytes
+def _end(copy: CopyRange) -> int:
+    assert isinstance(copy.piece, Segment)
+    return copy.piece.begin + copy.piece.nbytes

@@ -15,17 +15,17 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from shardsurgeon.errors import OutputError
-from shardsurgeon.execution.journal import Done
-from shardsurgeon.execution.workdir import Job, Workplace
-from shardsurgeon.execution.workers import Meter, Stopped
+from shardsurgeon.execution.journal import JournalState
+from shardsurgeon.execution.workdir import RunContext, WorkDir
+from shardsurgeon.execution.workers import ProgressMeter, Stopped
 
 # How long, in seconds, somebody who wants to leave waits for a shard that is being sent.
-PATIENCE = 2.0
+UPLOAD_GRACE_SECONDS = 2.0
 # How often, in seconds, waiting threads look up.
-_LOOK_UP = 0.2
+_WAKE_SECONDS = 0.2
 
 
-class Outlet(Protocol):
+class ShardDestination(Protocol):
     """Where finished shards go."""
 
     @property
@@ -42,7 +42,7 @@ class Outlet(Protocol):
         """
         ...
 
-    def deliver(self, folder: Path, receipts: Mapping[str, str]) -> None:
+    def publish(self, folder: Path, receipts: Mapping[str, str]) -> None:
         """Publish everything at once: `folder` holds every other file, receipts every shard.
 
         May be called again by a rerun where it raised, or where the run was killed meanwhile.
@@ -50,21 +50,23 @@ class Outlet(Protocol):
         ...
 
 
-def require_receipts(outlet: Outlet | None, done: Done, place: Workplace) -> None:
-    """Raise OutputError where shards were sent to another outlet than this run's."""
-    if done.sent and (outlet is None or outlet.address != done.address):
+def require_receipts(
+    destination: ShardDestination | None, done: JournalState, workdir: WorkDir
+) -> None:
+    """Raise OutputError where shards were sent to another destination than this run's."""
+    if done.sent and (destination is None or destination.address != done.address):
         raise OutputError(
-            place.folder,
+            workdir.folder,
             "belongs to an interrupted run that sent "
             f"{len(done.sent)} of its shards to {done.address}",
             "repeat that command, choose another -o, or --restart starts over",
         )
 
 
-class Allowance:
+class DiskBudget:
     """Bytes of disk for shards that are begun and not sent."""
 
-    def __init__(self, nbytes: int, taken: int, meter: Meter) -> None:
+    def __init__(self, nbytes: int, taken: int, meter: ProgressMeter) -> None:
         """nbytes: all there are; taken: by what an earlier run left."""
         self._nbytes = nbytes
         self._taken = taken
@@ -76,17 +78,17 @@ class Allowance:
         with self._changed:
             while self._taken + nbytes > self._nbytes:
                 self._meter.check()
-                self._changed.wait(_LOOK_UP)
+                self._changed.wait(_WAKE_SECONDS)
             self._taken += nbytes
 
-    def give_back(self, nbytes: int) -> None:
+    def release(self, nbytes: int) -> None:
         """Let others have them."""
         with self._changed:
             self._taken -= nbytes
             self._changed.notify_all()
 
 
-class Sender:
+class ShardUploader:
     """A thread that sends shards; the `with` block ends when all are sent.
 
     Where the block is left by an error, the shard being sent is still sent and the others are
@@ -94,11 +96,13 @@ class Sender:
     given up, and what its sending comes to is not heard.
     """
 
-    def __init__(self, outlet: Outlet, job: Job, room: Allowance) -> None:
-        """room: hears of every shard that needs its disk no more."""
-        self._outlet = outlet
-        self._job = job
-        self._room = room
+    def __init__(
+        self, destination: ShardDestination, context: RunContext, disk: DiskBudget
+    ) -> None:
+        """disk: told of every shard that needs no more room."""
+        self._destination = destination
+        self._context = context
+        self._disk = disk
         self._waiting: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
         self._noting = threading.Lock()
         self._given_up = False
@@ -112,22 +116,22 @@ class Sender:
     def _work(self) -> None:
         try:
             while (shard := self._waiting.get()) is not None:
-                self._job.meter.check()
+                self._context.meter.check()
                 self._send(*shard)
         except Stopped:
             pass
         except BaseException as error:  # raised again by __exit__, or by whoever meets it first
-            self._job.meter.stop(error)
+            self._context.meter.stop(error)
 
     def _send(self, name: str, nbytes: int) -> None:
-        receipt = self._outlet.send(name, self._job.place.files / name)
+        receipt = self._destination.send(name, self._context.workdir.files / name)
         with self._noting:
             if self._given_up:
                 raise Stopped
-            self._job.journal.send(name, self._outlet.address, receipt)
-            self._job.place.drop_file(name)
-        self._room.give_back(nbytes)
-        self._job.meter.advance(0, sent=1)
+            self._context.journal.send(name, self._destination.address, receipt)
+            self._context.workdir.drop_file(name)
+        self._disk.release(nbytes)
+        self._context.meter.advance(0, sent=1)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -140,19 +144,19 @@ class Sender:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._job.meter.stop()
+            self._context.meter.stop()
         self._waiting.put(None)
         try:
             wants_to_leave = error is not None and not isinstance(error, Exception)
-            self._wait(PATIENCE if wants_to_leave else None)
+            self._wait(UPLOAD_GRACE_SECONDS if wants_to_leave else None)
         except BaseException:
-            self._job.meter.stop()
+            self._context.meter.stop()
             raise
         finally:
             with self._noting:
                 self._given_up = True
-        if error is None and self._job.meter.error is not None:
-            raise self._job.meter.error
+        if error is None and self._context.meter.error is not None:
+            raise self._context.meter.error
 
     def _wait(self, patience: float | None) -> None:
         """Wait for the thread's end, for so many seconds at most."""
@@ -161,4 +165,4 @@ class Sender:
             return
         # Woken now and then, because on Windows Ctrl-C does not end a wait.
         while self._thread.is_alive():
-            self._thread.join(_LOOK_UP)
+            self._thread.join(_WAKE_SECONDS)

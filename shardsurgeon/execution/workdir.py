@@ -24,9 +24,9 @@ from io import FileIO
 from pathlib import Path
 
 from shardsurgeon.errors import OutputError, OutputWriteError
-from shardsurgeon.execution.journal import Journal, Record, Run, read_journal, require_same
-from shardsurgeon.execution.plan import SurgeryPlan
-from shardsurgeon.execution.workers import Meter
+from shardsurgeon.execution.journal import Journal, JournalFile, Run, read_journal, require_same
+from shardsurgeon.execution.plan import Plan
+from shardsurgeon.execution.workers import ProgressMeter
 from shardsurgeon.storage.files import free_space, make_folder, publish, writing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System
@@ -36,17 +36,17 @@ _JOURNAL = "shardsurgeon.journal"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RunContext:
     """A plan to carry out: from where, to which place, who notes and who counts what is done."""
 
-    plan: SurgeryPlan
+    plan: Plan
     source: Source
-    place: Workplace
+    workdir: WorkDir
     journal: Journal
-    meter: Meter
+    meter: ProgressMeter
 
 
-class Workplace:
+class WorkDir:
     """The paths below OUT.partial, and what may be done with them while it is held."""
 
     def __init__(self, out: Path, system: System) -> None:
@@ -89,7 +89,7 @@ class Workplace:
         restart: throw away what an earlier run left, whosever it was. Raises OutputError where
         the place belongs to another run, or the journal cannot be understood.
         """
-        record: Record | None = None
+        record: JournalFile | None = None
         if restart:
             _remove_tree(self.files)
         else:
@@ -117,10 +117,9 @@ class Workplace:
         with writing(path):
             return path.is_file() and path.stat().st_size == nbytes
 
-    def space(self, restart: bool = False) -> int:
-        """Free bytes, with those that leftovers of an earlier run hold and will give back."""
-        free = free_space(self.folder, self.system) + _held(self.writing)
-        return free + _held(self.files) if restart else free
+    def space(self) -> int:
+        """Free bytes, with those that unfinished files of an earlier run hold."""
+        return free_space(self.folder, self.system) + _held(self.writing)
 
     def begin_file(self, name: str) -> Path:
         """Where to write a file until it is whole; its folder is made."""
@@ -140,7 +139,7 @@ class Workplace:
         with writing(path):
             path.unlink(missing_ok=True)
 
-    def deliver(self, names: set[str]) -> None:
+    def publish(self, names: set[str]) -> None:
         """Make the finished files OUT. Raises OutputError or OutputWriteError unless they are
         exactly `names`. Whatever is raised, there is no OUT.
         """
@@ -169,7 +168,7 @@ class Workplace:
         with writing(self.journal):
             self.journal.unlink(missing_ok=True)
 
-    def tidy(self) -> None:
+    def clean_up(self) -> None:
         """Remove what has no worth for a later run; all of it where nothing is done."""
         if self._journal is None:
             return
@@ -182,30 +181,30 @@ class Workplace:
 
 
 @contextmanager
-def hold(out: Path, system: System) -> Iterator[Workplace]:
+def lock_workdir(out: Path, system: System) -> Iterator[WorkDir]:
     """OUT.partial for one run. Raises OutputError where another run holds it or OUT exists."""
-    place = Workplace(out, system)
-    place.require_free_name()
-    place.require_ours()
-    lock = _take_lock(place, system)
+    workdir = WorkDir(out, system)
+    workdir.require_free_name()
+    workdir.require_ours()
+    lock = _take_lock(workdir, system)
     try:
-        place.require_free_name()  # the run that held the lock before may just have finished
-        place.require_ours()
-        yield place
+        workdir.require_free_name()  # the run that held the lock before may just have finished
+        workdir.require_ours()
+        yield workdir
     finally:
         # The run's own result or error is what counts; leftovers do no harm.
         with suppress(OSError, OutputWriteError):
-            place.tidy()
-        _release_lock(place, lock)
+            workdir.clean_up()
+        _release_lock(workdir, lock)
 
 
-def _take_lock(place: Workplace, system: System) -> FileIO:
-    path = place.folder / _LOCK
-    make_folder(place.folder.parent, system)
+def _take_lock(workdir: WorkDir, system: System) -> FileIO:
+    path = workdir.folder / _LOCK
+    make_folder(workdir.folder.parent, system)
     while True:
         with writing(path):
             with suppress(FileExistsError):
-                place.folder.mkdir()
+                workdir.folder.mkdir()
             try:
                 lock = FileIO(path, "a+")
             except FileNotFoundError:  # another run ended here and took the folder with it
@@ -220,7 +219,7 @@ def _take_lock(place: Workplace, system: System) -> FileIO:
             lock.close()
         if not held:
             raise OutputError(
-                place.folder,
+                workdir.folder,
                 "is in use: another run writes there now",
                 "wait for it, or choose another -o",
             )
@@ -234,18 +233,18 @@ def _is_file(path: Path, lock: FileIO) -> bool:
         return False
 
 
-def _release_lock(place: Workplace, lock: FileIO) -> None:
+def _release_lock(workdir: WorkDir, lock: FileIO) -> None:
     """Let the lock go and, where nothing else is left, the folder with it."""
     with suppress(OSError):
-        if os.listdir(place.folder) == [_LOCK]:
+        if os.listdir(workdir.folder) == [_LOCK]:
             # Removed while held, so that nobody locks a file that is about to go; Windows
             # keeps open files and is content with the other order.
             try:
-                (place.folder / _LOCK).unlink()
+                (workdir.folder / _LOCK).unlink()
             except PermissionError:
                 lock.close()
-                (place.folder / _LOCK).unlink()
-            place.folder.rmdir()
+                (workdir.folder / _LOCK).unlink()
+            workdir.folder.rmdir()
     lock.close()
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-Tool = TypeVar("Tool")
+WorkerState = TypeVar("WorkerState")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Stopped(Exception):
     """Another worker has failed, or the user has had enough. Never leaves `execution`."""
 
 
-class Meter:
+class ProgressMeter:
     """Counts for all workers of a run, and holds the first error that any of them met."""
 
     def __init__(self, start: Progress, listener: Listener | None) -> None:
@@ -87,27 +87,27 @@ class Meter:
 
 
 def run_tasks(
-    tasks: Iterator[Callable[[Tool], None]],
-    make_tool: Callable[[], Tool],
+    tasks: Iterator[Callable[[WorkerState], None]],
+    make_state: Callable[[], WorkerState],
     workers: int,
-    meter: Meter,
+    meter: ProgressMeter,
 ) -> None:
     """Do the tasks, in about the order they come, and return when all are done.
 
-    make_tool: makes what a worker keeps for all its tasks. Only one worker at a time waits for
+    make_state: makes what a worker keeps for all its tasks. Only one worker at a time waits for
     the next task. Raises the first error that any worker met, or that stopped the meter.
     """
     taking = threading.Lock()
 
     def work() -> None:
         try:
-            tool = make_tool()
+            state = make_state()
             while True:
                 with taking:
                     task = next(tasks, None)
                 if task is None:
                     return
-                task(tool)
+                task(state)
         except Stopped:
             pass
         except BaseException as error:  # raised again below
@@ -115,9 +115,9 @@ def run_tasks(
 
     with ThreadPoolExecutor(workers, "shardsurgeon") as pool:
         try:
-            crew = [pool.submit(work) for _ in range(workers)]
+            futures = [pool.submit(work) for _ in range(workers)]
             # Woken now and then, because on Windows Ctrl-C does not end a wait.
-            while wait(crew, timeout=0.2).not_done:
+            while wait(futures, timeout=0.2).not_done:
                 pass
         except BaseException:
             meter.stop()

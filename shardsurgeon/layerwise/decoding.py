@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardsurgeon.checkpoint.quantization import Grain, Shape, packed_words
+from shardsurgeon.checkpoint.quantization import QuantizationSchemes, Shape, packed_words
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.layerwise.tensors import DTYPES, TensorReader
 from shardsurgeon.storage.formats.safetensors import TensorRecord
@@ -219,7 +219,7 @@ class Decoder:
     def __init__(self, reader: TensorReader, config: Mapping[str, Any]) -> None:
         """config: config.json, whose quantization sections say how finely scales lie."""
         self._reader = reader
-        self._grain = Grain.of(config)
+        self._grain = QuantizationSchemes.of(config)
         self._gptq_v2 = _says_gptq_v2(config)
 
     def weight(self, name: str, shape: Shape, expert: int | None = None) -> Tensor:
@@ -263,7 +263,7 @@ class _Form:
     rows: _Rows
     name: str
     shape: Shape
-    grain: Grain
+    grain: QuantizationSchemes
     gptq_v2: bool
     stems: list[str] = field(init=False)
 

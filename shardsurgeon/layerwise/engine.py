@@ -14,11 +14,11 @@ import torch
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.transformers_model import quietly
+from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.errors import UsageError
-from shardsurgeon.layerwise.experts import ExpertsAtWork, Recorder
+from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
 from shardsurgeon.layerwise.forward import Batch
-from shardsurgeon.layerwise.memory import MOST_BATCHES, Portions, free_memory, portions
+from shardsurgeon.layerwise.memory import MOST_BATCHES, BatchSizes, batch_sizes, free_memory
 from shardsurgeon.layerwise.model import Model, MtpLayer
 from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.samples import Sample
@@ -48,7 +48,7 @@ def calibrate_layers(
     """
     _require_device(settings.device)
     anatomy = read_anatomy(checkpoint)
-    with quietly(), torch.inference_mode():
+    with silence_hub(), torch.inference_mode():
         model = Model(checkpoint, anatomy, settings)
         cutting = _Cutting(model, samples, settings, chunk_tokens)
         run = _Run(model, anatomy, samples, settings, store, sink, on_progress, cutting)
@@ -64,7 +64,7 @@ class _Cutting:
     ) -> None:
         """Raises UsageError where one layer and one batch do not fit."""
         self._lengths = [sample.num_tokens for sample in samples]
-        self._footprint = model.footprint()
+        self._footprint = model.layer_memory()
         self._mixed = model.may_pad
         self._settings = settings
         self._chunk = chunk
@@ -80,15 +80,15 @@ class _Cutting:
         reserved: bytes of the free memory that the hidden states will take.
         """
         fit = self._portions(reserved)
-        kept = Portions(*store.portions(fit.batch_size, fit.chunk))
+        kept = BatchSizes(*store.batch_sizes(fit.batch_size, fit.chunk))
         return _chunks(self._lengths, kept, mixed=self._mixed)
 
-    def _portions(self, reserved: int) -> Portions:
+    def _portions(self, reserved: int) -> BatchSizes:
         device = self._settings.device
         free = free_memory(device)
         if free is not None and device == "cpu":
             free -= reserved
-        return portions(
+        return batch_sizes(
             self._footprint, self._lengths, self._settings.batch_size, self._chunk, free, device
         )
 
@@ -198,13 +198,13 @@ class _Run:
         self._sink.finished_layer(mtp.index, True, recorder.result())
         self._count(range(mtp.index, mtp.index + 1), tokens=False)
 
-    def _at_work(self, layer: int, recorders: dict[int, Recorder]) -> ExpertsAtWork:
+    def _at_work(self, layer: int, recorders: dict[int, Recorder]) -> StreamedExperts:
         where = f"layer {layer}"
         recorders[layer] = Recorder(where, self._experts[layer], self._device)
         return self._model.experts(layer, self._experts[layer], recorders[layer])
 
     def _pass(
-        self, chunk: Chunk, group: range, work: dict[int, ExpertsAtWork], *, keep: bool
+        self, chunk: Chunk, group: range, work: dict[int, StreamedExperts], *, keep: bool
     ) -> None:
         batches = [self._batch_with_states(positions) for positions in chunk]
         self._model.passage.run(batches, group, work)
@@ -238,7 +238,7 @@ class _Run:
         self._told(group[-1], every if tokens else 0)
 
 
-def _chunks(lengths: Sequence[int], shares: Portions, *, mixed: bool) -> list[Chunk]:
+def _chunks(lengths: Sequence[int], shares: BatchSizes, *, mixed: bool) -> list[Chunk]:
     """Cut samples into batches of like lengths, and batches into chunks of at most so many
     tokens, padding counted. mixed: whether lengths of a batch may differ."""
     chunks: list[Chunk] = []

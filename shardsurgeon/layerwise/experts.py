@@ -90,7 +90,7 @@ class Recorder:
         return Accumulators(self._tokens, sums[0].astype(np.int64), *sums[1:])
 
 
-class ExpertsAtWork:
+class StreamedExperts:
     """The experts of one layer. expert: reads an expert's parameters by its id."""
 
     def __init__(
@@ -105,7 +105,7 @@ class ExpertsAtWork:
         self._expert = expert
         self._recorder = recorder
 
-    def serve(self, routings: list[Routing]) -> list[Tensor]:
+    def compute(self, routings: list[Routing]) -> list[Tensor]:
         """The outputs [N, H] for each batch; what padding gets is 0."""
         inputs = torch.cat([routing.inputs for routing in routings])
         kinds = (routings[0].inputs.dtype, routings[0].weights.dtype)
@@ -152,13 +152,13 @@ class ExpertsAtWork:
     ) -> None:
         """Add what one expert gives to its tokens, a number of them at a time."""
         if parameters is not None:
-            self._module.put(parameters)
+            self._module.load(parameters)
         for chosen, gates in zip(tokens.split(MOST_ROWS), weights.split(MOST_ROWS), strict=True):
             given = inputs[chosen]
             made = given if parameters is None else self._outputs(given)
             if parameters is not None:
                 self._recorder.add(expert, made, gates)
-            if self._module.weighs_inputs:
+            if self._module.scales_inputs:
                 made = self._outputs(given * gates[:, None])
             else:
                 made = made * gates[:, None]

@@ -21,33 +21,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardsurgeon.layerwise.experts import ExpertsAtWork, Routing
+from shardsurgeon.layerwise.experts import Routing, StreamedExperts
 from shardsurgeon.layerwise.text_model import TextModel
 
 Task = Callable[[Callable[[Any], Any]], None]
 
 Embed = Callable[[str, Tensor], Tensor]
 
-"""A computation. It is given `meet`, which takes a request and gives its answer."""
-Serve = Callable[[list[Any]], list[Any]]
+"""A computation. It is given `request_experts`, which takes a request and gives its answer."""
+Compute = Callable[[list[Any]], list[Any]]
 """Requests of all computations that wait → their answers, in the same order."""
 
 
-def run_in_lockstep(tasks: Sequence[Task], serve: Serve) -> None:
+def run_interleaved(tasks: Sequence[Task], compute: Compute) -> None:
     """Run all tasks to their end, in turns; whenever all of them wait, serve their requests.
 
-    What a task or `serve` raises stops all of them and is raised here.
+    What a task or `compute` raises stops all of them and is raised here.
     """
     if len(tasks) == 1:
         # No need to leave it in the middle.
-        tasks[0](lambda request: serve([request])[0])
+        tasks[0](lambda request: compute([request])[0])
         return
     runners = [_Runner(task) for task in tasks]
     try:
         for runner in runners:
             runner.step(None)
         while waiting := [runner for runner in runners if runner.waits]:
-            answers = serve([runner.request for runner in waiting])
+            answers = compute([runner.request for runner in waiting])
             for runner in waiting:
                 runner.request = None
             for position, runner in enumerate(waiting):
@@ -177,13 +177,13 @@ class _Pass:
 
     batch: Batch
     layers: range
-    meet: Callable[[Any], Any]
+    request_experts: Callable[[Any], Any]
     embeds: bool
     real: Tensor | None = None
     seen: list[Any] | None = None
 
 
-class Passage:
+class LayerRunner:
     """Leads batches through a text model, whose layers and experts it takes over."""
 
     def __init__(self, text: TextModel, embed: Embed, hidden: torch.dtype) -> None:
@@ -218,29 +218,29 @@ class Passage:
 
     def embed(self, batch: Batch) -> None:
         """Set a batch's states to what reaches the first layer."""
-        self._forward(_Pass(batch, range(0), _nobody, embeds=True))
+        self._forward(_Pass(batch, range(0), _unexpected_request, embeds=True))
 
     def run(
-        self, batches: Sequence[Batch], layers: range, experts: dict[int, ExpertsAtWork]
+        self, batches: Sequence[Batch], layers: range, experts: dict[int, StreamedExperts]
     ) -> None:
         """Lead batches that have states through some layers, each expert read once for all."""
 
-        def serve(routings: list[Any]) -> list[Any]:
+        def compute(routings: list[Any]) -> list[Any]:
             with torch.inference_mode(), _current(routings[0].inputs):
-                return list(experts[routings[0].layer].serve(routings))
+                return list(experts[routings[0].layer].compute(routings))
 
-        run_in_lockstep([partial(self._task, batch, layers) for batch in batches], serve)
+        run_interleaved([partial(self._task, batch, layers) for batch in batches], compute)
 
     def finish(self, batch: Batch) -> Tensor:
         """What the model makes of a batch's states behind its layers: the final norm."""
         done: Tensor = self._forward(
-            _Pass(batch, range(0), _nobody, self._embeds_everywhere)
+            _Pass(batch, range(0), _unexpected_request, self._embeds_everywhere)
         ).last_hidden_state
         return done
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The embeddings of token ids."""
-        self._here.job = _Pass(Batch(ids, []), range(0), _nobody, embeds=True)
+        self._here.job = _Pass(Batch(ids, []), range(0), _unexpected_request, embeds=True)
         try:
             with torch.inference_mode():
                 rows: Tensor = self._text.text.get_input_embeddings()(ids)
@@ -248,8 +248,8 @@ class Passage:
         finally:
             self._here.job = None
 
-    def _task(self, batch: Batch, layers: range, meet: Callable[[Any], Any]) -> None:
-        self._forward(_Pass(batch, layers, meet, self._embeds_everywhere, batch.real()))
+    def _task(self, batch: Batch, layers: range, request_experts: Callable[[Any], Any]) -> None:
+        self._forward(_Pass(batch, layers, request_experts, self._embeds_everywhere, batch.real()))
 
     def _forward(self, job: _Pass) -> Any:
         self._here.job = job
@@ -291,7 +291,7 @@ class Passage:
         job: _Pass = self._here.job
         flat = inputs.reshape(-1, inputs.shape[-1])
         choice = (index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
-        outputs: Tensor = job.meet(Routing(layer, flat, *choice, job.real))
+        outputs: Tensor = job.request_experts(Routing(layer, flat, *choice, job.real))
         return outputs.reshape(inputs.shape)
 
     def _embed(self, name: str, module: Any, ids: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ class Passage:
         """What the layers are given beside the hidden states."""
         seen: list[Any] = []
         batch = Batch(ids, [ids.shape[1]])
-        self._forward(_Pass(batch, range(0), _nobody, embeds, seen=seen))
+        self._forward(_Pass(batch, range(0), _unexpected_request, embeds, seen=seen))
         return seen
 
 
@@ -322,7 +322,7 @@ def _current(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _nobody(request: Any) -> Any:
+def _unexpected_request(request: Any) -> Any:
     """Where no layer is at work, nobody asks experts."""
     raise AssertionError(request)
 

@@ -30,7 +30,7 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.quantization import Shape, read_weights
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced, Surplus
-from shardsurgeon.checkpoint.transformers_model import Blueprint, name_in_transformers, quietly
+from shardsurgeon.checkpoint.transformers_model import MetaModel, name_in_transformers, silence_hub
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import TransformersView
 from shardsurgeon.layerwise.decoding import Decoder, PackedInteger, PackedWeight
@@ -144,7 +144,7 @@ class Loader:
             dtype_plan=self._model._get_dtype_plan(self._dtype),
             weight_mapping=self._names.rules,
         )
-        with quietly():
+        with silence_hub():
             info, _ = convert_and_load_state_dict_in_model(self._model, wanted, settings)
         filled: set[str] = before - info.missing_keys
         self._model._adjust_missing_and_unexpected_keys(info)
@@ -285,15 +285,15 @@ class ParameterNames:
     """The way from a checkpoint's names to a model's."""
 
     def __init__(
-        self, blueprint: Blueprint, view: TransformersView, alias: tuple[str, str] = ("", "")
+        self, meta_model: MetaModel, view: TransformersView, alias: tuple[str, str] = ("", "")
     ) -> None:
         """alias: a beginning of names, and what stands for it."""
-        self._blueprint = blueprint
+        self._blueprint = meta_model
         self._view = view
         self._alias = alias
-        self._prefix: str = blueprint.model.base_model_prefix
-        self._expected: Mapping[str, Any] = blueprint.expected
-        self._rules = blueprint.rules()
+        self._prefix: str = meta_model.model.base_model_prefix
+        self._expected: Mapping[str, Any] = meta_model.expected
+        self._rules = meta_model.rules()
         self._renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         self._by_part = {

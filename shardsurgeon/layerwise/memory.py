@@ -26,7 +26,7 @@ MOST_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
+class LayerMemory:
     """Bytes that one layer takes.
 
     weights: what is not experts, of the largest layer or group of layers; expert: one of them
@@ -48,21 +48,21 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
-class Portions:
+class BatchSizes:
     """How samples pass. batch_size: samples a forward; chunk: tokens an expert is read for."""
 
     batch_size: int
     chunk: int
 
 
-def portions(
-    footprint: Footprint,
+def batch_sizes(
+    layer_memory: LayerMemory,
     lengths: Sequence[int],
     batch_size: int | str,
     chunk: int | None,
     free: int | None,
     device: str,
-) -> Portions:
+) -> BatchSizes:
     """Decide how many samples pass together.
 
     lengths: tokens of each sample; batch_size, chunk: as asked for, "auto" and None for what
@@ -70,9 +70,9 @@ def portions(
     sample do not fit.
     """
     longest = max(lengths)
-    fixed = footprint.weights + footprint.expert
+    fixed = layer_memory.weights + layer_memory.expert
     asked = batch_size if isinstance(batch_size, int) else 1
-    needed = fixed + footprint.batch(asked * longest, longest)
+    needed = fixed + layer_memory.batch(asked * longest, longest)
     if free is not None and needed > free:
         raise UsageError(
             f"--device {device}",
@@ -82,17 +82,17 @@ def portions(
         )
     room = int((free - fixed) * _SHARE) if free is not None else 1 << 30
     if not isinstance(batch_size, int):
-        each = footprint.batch(longest, longest)
+        each = layer_memory.batch(longest, longest)
         batch_size = max(1, min(room // max(each, 1) // 2, _MOST_BATCH_TOKENS // longest))
     if chunk is None:
-        fits = room // max(footprint.token, 1)
+        fits = room // max(layer_memory.token, 1)
         chunk = max(1, min(fits, _MOST_CHUNK_TOKENS))
-    return Portions(batch_size, chunk)
+    return BatchSizes(batch_size, chunk)
 
 
-def footprint(
+def layer_memory(
     weights: int, expert: int, config: Mapping[str, Any], itemsize: int, *, eager: bool
-) -> Footprint:
+) -> LayerMemory:
     """What a layer takes. weights: bytes; expert: numbers of one expert; config: of the text
     model; itemsize: bytes of a number; eager: whether attention is computed in full."""
     heads, width = _number(config, "num_attention_heads"), _number(config, "hidden_size")
@@ -105,7 +105,7 @@ def footprint(
     row = itemsize * (expert // max(width, 1) + 3 * width)
     # As it is read, at full width, and as its class wants it; and the next one.
     read = 2 * expert * (max(itemsize, 4) + 2 * itemsize)
-    return Footprint(weights, read, row, token, pair)
+    return LayerMemory(weights, read, row, token, pair)
 
 
 def _number(config: Mapping[str, Any], key: str) -> int:

@@ -24,15 +24,15 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.quantization import Shape
 from shardsurgeon.checkpoint.transformers_model import (
-    Blueprint,
+    MetaModel,
     as_transformers_reads,
     engine_name,
     is_known,
 )
 from shardsurgeon.errors import FamilyError, UsageError
 from shardsurgeon.layerwise.decoding import Decoder
-from shardsurgeon.layerwise.experts import ExpertsAtWork, Recorder
-from shardsurgeon.layerwise.forward import Batch, Passage
+from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
+from shardsurgeon.layerwise.forward import Batch, LayerRunner
 from shardsurgeon.layerwise.loading import (
     OUTSIDE,
     ExpertRecipe,
@@ -42,7 +42,7 @@ from shardsurgeon.layerwise.loading import (
     layer_weights,
     sort_weights,
 )
-from shardsurgeon.layerwise.memory import Footprint, footprint
+from shardsurgeon.layerwise.memory import LayerMemory, layer_memory
 from shardsurgeon.layerwise.settings import DTYPES, Settings
 from shardsurgeon.layerwise.tensors import ByteRange, TensorReader
 from shardsurgeon.layerwise.text_model import TextModel
@@ -159,19 +159,19 @@ class Model:
         self._device = settings.device
         self._settings = checkpoint.settings
         self._anatomy = anatomy
-        blueprint = _blueprint(config, checkpoint.location, self._dtype_name)
-        self._shapes = blueprint.expected
-        self._names = ParameterNames(blueprint, anatomy.family.transformers)
-        self._text = TextModel(blueprint, self._names, anatomy)
+        meta_model = _blueprint(config, checkpoint.location, self._dtype_name)
+        self._shapes = meta_model.expected
+        self._names = ParameterNames(meta_model, anatomy.family.transformers)
+        self._text = TextModel(meta_model, self._names, anatomy)
         self._reader = TensorReader(checkpoint, settings.device)
         self._decoder = Decoder(self._reader, checkpoint.settings)
         self._loader = Loader(
-            blueprint.model, self._names, self._decoder, self._dtype, settings.device
+            meta_model.model, self._names, self._decoder, self._dtype, settings.device
         )
         self._records = sort_weights(checkpoint, anatomy)
         self._location = checkpoint.location
         self._outside = self._fitting(OUTSIDE)
-        self.passage = Passage(self._text, self._rows, self._dtype)
+        self.passage = LayerRunner(self._text, self._rows, self._dtype)
 
     def groups(self) -> list[range]:
         """Layers that must run together, in their order."""
@@ -182,7 +182,7 @@ class Model:
         """Whether samples of different lengths may pass in one batch."""
         return self._text.may_pad
 
-    def footprint(self) -> Footprint:
+    def layer_memory(self) -> LayerMemory:
         """What the largest group of layers takes."""
         size, text = self._dtype.itemsize, self._text.text.config
         largest = max(
@@ -194,7 +194,7 @@ class Model:
             for experts in self._text.experts.values()
         )
         eager = getattr(text, "_attn_implementation", "eager") == "eager"
-        return footprint(
+        return layer_memory(
             weights=self._nbytes(self._text.resident()) + largest,
             expert=expert,
             config=text.to_dict(),
@@ -275,24 +275,24 @@ class Model:
             for owner, name, value in before:
                 owner[name] = value
 
-    def experts(self, layer: int, num_experts: int, recorder: Recorder) -> ExpertsAtWork:
+    def experts(self, layer: int, num_experts: int, recorder: Recorder) -> StreamedExperts:
         """A layer's experts, ready to be asked."""
         recipe = self._loader.recipe(self._layer(layer).parts)
         return self._at_work(layer, recipe, num_experts, recorder)
 
-    def mtp_experts(self, mtp: MtpLayer, num_experts: int, recorder: Recorder) -> ExpertsAtWork:
+    def mtp_experts(self, mtp: MtpLayer, num_experts: int, recorder: Recorder) -> StreamedExperts:
         """An MTP layer's experts, in the place of its twin's."""
         recipe = self._loader.named(mtp.names).recipe(self._layer(mtp.index).parts)
         return self._at_work(mtp.twin, recipe, num_experts, recorder)
 
     def _at_work(
         self, layer: int, recipe: ExpertRecipe, num_experts: int, recorder: Recorder
-    ) -> ExpertsAtWork:
+    ) -> StreamedExperts:
         module = self._text.experts[layer]
         own = module.module.named_parameters(recurse=False)
         if missing := {f"{module.path}.{name}" for name, _ in own} - recipe.parameters:
             raise _missing(min(missing))
-        return ExpertsAtWork(module, num_experts, recipe.make, recorder)
+        return StreamedExperts(module, num_experts, recipe.make, recorder)
 
     def ranges(self, group: range) -> Iterable[ByteRange]:
         """Where the tensors of some layers lie."""
@@ -368,10 +368,10 @@ def _config(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Any]:
     return config
 
 
-def _blueprint(config: dict[str, Any], location: str, dtype: str) -> Blueprint:
+def _blueprint(config: dict[str, Any], location: str, dtype: str) -> MetaModel:
     """The model without weights. Raises UsageError where transformers cannot build it."""
     try:
-        return Blueprint(config, location, attention=None, dtype=dtype)
+        return MetaModel(config, location, attention=None, dtype=dtype)
     except UsageError as error:
         raise UsageError("calibrate", error.problem, _ELSEWHERE) from error
 

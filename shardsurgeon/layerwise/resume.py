@@ -17,7 +17,7 @@ import numpy as np
 
 from shardsurgeon.errors import OutputError, OutputWriteError, ScoreError
 from shardsurgeon.execution.journal import Run
-from shardsurgeon.execution.workdir import Workplace, hold
+from shardsurgeon.execution.workdir import WorkDir, lock_workdir
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.storage.files import (
     free_space,
@@ -186,7 +186,7 @@ class ActivationStore:
         self._current, self._next = self._next, None
         self._written.clear()
 
-    def portions(self, batch_size: int, chunk: int) -> tuple[int, int]:
+    def batch_sizes(self, batch_size: int, chunk: int) -> tuple[int, int]:
         """How samples pass a layer: as an earlier run had them pass, else as given, which is kept.
 
         A machine that has another amount of memory free than before would cut them differently,
@@ -360,7 +360,7 @@ class FinishedLayers:
 class PartialCalibration:
     """An OUT.partial while it is held: the finished layers, and the place of the activations."""
 
-    def __init__(self, place: Workplace) -> None:
+    def __init__(self, place: WorkDir) -> None:
         """place: held, with its journal open."""
         self._place = place
         self.layers = FinishedLayers(place.files, place.system)
@@ -386,7 +386,7 @@ def partial_calibration(
     exists, where another run holds the place, and where it belongs to another command.
     """
     with (
-        hold(out, system or default_system()) as place,
+        lock_workdir(out, system or default_system()) as place,
         place.open_journal(run, restart),
     ):
         yield PartialCalibration(place)

@@ -21,8 +21,8 @@ from shardsurgeon.layerwise.calibration_file import Calibration, merge, read_cal
 from shardsurgeon.layerwise.datasets import parse_spec
 from shardsurgeon.layerwise.resume import ActivationStore, PartialCalibration, partial_calibration
 from shardsurgeon.layerwise.samples import (
-    Draw,
     Sample,
+    SamplingOptions,
     Tokenizer,
     draw_samples,
     samples_sha256,
@@ -169,7 +169,7 @@ def _samples(
     parts = parse_spec(request.dataset, request.samples)
     tokenizer = _tokenizer(request, checkpoint)
     taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
-    draw = Draw(request.settings.seed, request.max_length, request.field, taken)
+    draw = SamplingOptions(request.settings.seed, request.max_length, request.field, taken)
     samples = draw_samples(parts, tokenizer, draw)
     if request.share is None:
         return samples

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsurgeon.checkpoint.transformers_model import quietly
+from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.datasets import DatasetPart, OpenDataset, Record, open_dataset
 from shardsurgeon.layerwise.settings import require
@@ -97,7 +97,7 @@ def samples_sha256(samples: Iterable[Sample]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SamplingOptions:
     """How samples are made of records.
 
     seed: decides the order; max_length: tokens that a sample is cut to; field: the only field
@@ -111,7 +111,9 @@ class Draw:
     taken: Collection[tuple[str, int]] = ()
 
 
-def draw_samples(parts: Sequence[DatasetPart], tokenizer: Tokenizer, draw: Draw) -> list[Sample]:
+def draw_samples(
+    parts: Sequence[DatasetPart], tokenizer: Tokenizer, draw: SamplingOptions
+) -> list[Sample]:
     """The samples of all parts, in order of the parts.
 
     Records without a single token are passed over. Raises DatasetError for a dataset that is
@@ -123,7 +125,7 @@ def draw_samples(parts: Sequence[DatasetPart], tokenizer: Tokenizer, draw: Draw)
     return samples
 
 
-def _draw_part(dataset: OpenDataset, tokenizer: Tokenizer, draw: Draw) -> list[Sample]:
+def _draw_part(dataset: OpenDataset, tokenizer: Tokenizer, draw: SamplingOptions) -> list[Sample]:
     count = dataset.part.count
     assert count is not None
     samples: list[Sample] = []
@@ -134,7 +136,9 @@ def _draw_part(dataset: OpenDataset, tokenizer: Tokenizer, draw: Draw) -> list[S
     raise _too_few(dataset, len(samples), draw)
 
 
-def _in_order(dataset: OpenDataset, tokenizer: Tokenizer, draw: Draw) -> Iterator[Sample]:
+def _in_order(
+    dataset: OpenDataset, tokenizer: Tokenizer, draw: SamplingOptions
+) -> Iterator[Sample]:
     for index in _order(len(dataset.records), draw.seed, dataset.source).tolist():
         if (dataset.source, index) in draw.taken:
             continue
@@ -152,7 +156,7 @@ def _order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
     return np.argsort(bits.random_raw(num_records), kind="stable").astype(np.int64)
 
 
-def _too_few(dataset: OpenDataset, found: int, draw: Draw) -> DatasetError:
+def _too_few(dataset: OpenDataset, found: int, draw: SamplingOptions) -> DatasetError:
     part, records = dataset.part, len(dataset.records)
     taken = sum(source == dataset.source for source, _ in draw.taken)
     problem = f"has {records:,} records, of which {found:,} can be drawn"
@@ -319,7 +323,7 @@ class Tokenizer:
         if not trust_remote_code and _is_code(Path(place)):
             problem = f"the tokenizer of {self.place} is code that its folder ships"
             raise UsageError(_OPTION, problem, f"read it, then allow it with {_TRUST}")
-        with quietly():
+        with silence_hub():
             self._tokenizer = _load(transformers, str(place), self.place, trust_remote_code)
         # Where the config names a known model, a missing tokenizer is made up, and knows no word.
         if not self._tokenizer("a", add_special_tokens=False)["input_ids"]:

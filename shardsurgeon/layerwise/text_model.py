@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
-from shardsurgeon.checkpoint.transformers_model import Blueprint
+from shardsurgeon.checkpoint.transformers_model import MetaModel
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.layerwise.decoding import PackedWeight
 from shardsurgeon.layerwise.loading import ParameterNames
@@ -41,7 +41,7 @@ class ExpertModule:
 
     path: its name in the model; module: it; empty: its parameters without values.
     copies: how many experts behind the routed ones give back what they are given, None where
-    the class knows no such experts; weighs_inputs: whether the model multiplies an expert's
+    the class knows no such experts; scales_inputs: whether the model multiplies an expert's
     input by its gate weight, and not its output.
     """
 
@@ -49,12 +49,12 @@ class ExpertModule:
     module: nn.Module
     empty: Mapping[str, nn.Parameter]
     copies: int | None
-    weighs_inputs: bool
+    scales_inputs: bool
 
     def compute(self, inputs: Tensor) -> Tensor:
         """The expert's outputs [N, H] for inputs [N, H], by its class's own code."""
         forward = type(self.module).forward
-        if self.weighs_inputs:
+        if self.scales_inputs:
             return forward(self.module, inputs)
         # Classes that know copies want two choices at least: the copy's weight is 0.
         width = 1 if self.copies is None else 2
@@ -62,7 +62,7 @@ class ExpertModule:
         weights = (index == 0).to(inputs.dtype)
         return forward(self.module, inputs, index, weights)
 
-    def put(self, parameters: Mapping[str, Tensor | PackedWeight]) -> None:
+    def load(self, parameters: Mapping[str, Tensor | PackedWeight]) -> None:
         """Give it an expert's parameters, by their full names. Raises FamilyError where they do
         not have its shapes."""
         own = self.module._parameters
@@ -83,17 +83,17 @@ class ExpertModule:
 class TextModel:
     """The part of a model that reads text, and its decoder layers."""
 
-    def __init__(self, blueprint: Blueprint, names: ParameterNames, anatomy: Anatomy) -> None:
+    def __init__(self, meta_model: MetaModel, names: ParameterNames, anatomy: Anatomy) -> None:
         """Find the text model and take its layers and experts over.
 
         Raises FamilyError where its experts are not built in a way that is known.
         """
-        self.model: Any = blueprint.model
+        self.model: Any = meta_model.model
         self.model.eval()
         self.prefix = _prefix(names, anatomy)
         self.text: Any = self.model.get_submodule(self.prefix.rstrip("."))
         self.layers: Any = self.text.layers
-        self._shapes = blueprint.expected
+        self._shapes = meta_model.expected
         self.experts = {
             layer.index: self._shrink(layer.index, layer.num_experts)
             for layer in anatomy.layers
@@ -110,7 +110,7 @@ class TextModel:
         for index, layer in enumerate(self.layers):
             layer.forward = partial(visit, index, layer.forward)
         for index, experts in self.experts.items():
-            if experts.weighs_inputs:
+            if experts.scales_inputs:
                 block = self.model.get_submodule(experts.path.rpartition(".")[0])
                 block.forward = partial(_weighing_block, block, partial(route, index))
             else:
@@ -206,7 +206,7 @@ class TextModel:
         setattr(self.model.get_submodule(parent), leaf, one)
         inputs = list(inspect.signature(type(one).forward).parameters)
         return ExpertModule(
-            path, one, dict(one._parameters), copies, weighs_inputs=len(inputs) == 2
+            path, one, dict(one._parameters), copies, scales_inputs=len(inputs) == 2
         )
 
     def _find_experts(self, layer: int) -> tuple[str, nn.Module]:

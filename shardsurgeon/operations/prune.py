@@ -12,16 +12,16 @@ from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import OutputError, UsageError
-from shardsurgeon.execution.plan import SurgeryPlan
+from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.run import execute
-from shardsurgeon.execution.upload import Outlet
+from shardsurgeon.execution.upload import ShardDestination
 from shardsurgeon.execution.workers import Listener
 from shardsurgeon.operations.reports import ApplyReport
 from shardsurgeon.operations.verify import SelfCheck
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_lists import KeepList, write_plan
 from shardsurgeon.pruning.output_files import assemble
-from shardsurgeon.pruning.planner import Sizing, expert_id_tables, plan_shards
+from shardsurgeon.pruning.planner import SizeEstimate, expert_id_tables, plan_shards
 from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
 from shardsurgeon.scores.files import read_scores
@@ -29,15 +29,15 @@ from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import write_file
 from shardsurgeon.storage.open import address_of
 
-# Makes the outlet of a run, given the check that each of its shards has to pass.
-OutletMaker = Callable[[Callable[[str, Path], None]], Outlet]
+# Makes the destination of a run's shards, given the check that each of its shards has to pass.
+DestinationMaker = Callable[[Callable[[str, Path], None]], ShardDestination]
 
 
 @dataclass(frozen=True)
 class Pruning:
     """A prune that is decided and planned, and not yet done.
 
-    decision: which experts stay; surgery: the bytes to move; out: the folder they go to;
+    decision: which experts stay; plan: the bytes to move; out: the folder they go to;
     max_shard_nbytes, declared: what it was planned with (declared: the words of --family).
     """
 
@@ -45,7 +45,7 @@ class Pruning:
     anatomy: Anatomy
     request: SelectionRequest
     decision: Decision
-    surgery: SurgeryPlan
+    plan: Plan
     out: Path
     max_shard_nbytes: int | None = None
     declared: str | None = None
@@ -58,7 +58,7 @@ class Pruning:
             self.anatomy,
             self.request,
             self.decision,
-            self.surgery,
+            self.plan,
             str(self.out),
         )
 
@@ -96,8 +96,8 @@ def plan(
     anatomy = read_anatomy(checkpoint)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
     given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
-    sizing = Sizing(checkpoint, anatomy, drop_mtp=request.mtp is MtpPolicy.DROP)
-    decision = decide(checkpoint, anatomy, table, request, sizing.nbytes)
+    estimate = SizeEstimate(checkpoint, anatomy, drop_mtp=request.mtp is MtpPolicy.DROP)
+    decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
     shards = plan_shards(
         checkpoint,
         anatomy,
@@ -108,10 +108,8 @@ def plan(
     )
     folder = Path(out) if out is not None else default_out(checkpoint, request, decision.keep)
     require_apart(checkpoint, folder)
-    surgery = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
-    return Pruning(
-        checkpoint, anatomy, request, decision, surgery, folder, max_shard_nbytes, family
-    )
+    plan = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
+    return Pruning(checkpoint, anatomy, request, decision, plan, folder, max_shard_nbytes, family)
 
 
 def apply(
@@ -148,15 +146,15 @@ def carry_out(
     dry_run: bool = False,
     restart: bool = False,
     progress: Listener | None = None,
-    outlet: OutletMaker | None = None,
+    shard_destination: DestinationMaker | None = None,
     disk_budget: int | None = None,
 ) -> ApplyReport:
     """Move the bytes of a plan, check the result, and only then give it its name.
 
     workers: threads, 0 for a number that suits the machine; verify: compare the structure of
     everything and the bytes of a sample; dry_run: say what would happen and write nothing.
-    outlet: where the result goes instead of a folder; disk_budget: bytes of shards that may be
-    here at a time on their way there.
+    shard_destination: where the result goes instead of a folder; disk_budget: bytes of shards that
+    may be here at a time on their way there.
 
     Raises UsageError where layers keep different numbers and nobody allowed that, OutputError
     where the place is taken, WorkError and its children where the work fails or the check does
@@ -166,14 +164,14 @@ def carry_out(
     if dry_run:
         return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
     report, checkpoint, out = pruning.report, pruning.checkpoint, pruning.out
-    surgery = pruning.surgery
-    small = len(surgery.documents) + len(surgery.side_files) + len(surgery.extra_files)
-    files = len(surgery.shards) + small
-    check = SelfCheck(checkpoint, surgery, out, by_shard=outlet is not None)
-    taken = outlet(check.shard if verify else _unchecked) if outlet else None
+    plan = pruning.plan
+    small = len(plan.generated_files) + len(plan.copied_files) + len(plan.score_files)
+    files = len(plan.shards) + small
+    check = SelfCheck(checkpoint, plan, out, by_shard=shard_destination is not None)
+    taken = shard_destination(check.shard if verify else _unchecked) if shard_destination else None
     # Half a trillion parameters take 40 MB to plan: whoever keeps no plan has them for the check.
-    handed = [surgery]
-    del pruning, surgery
+    handed = [plan]
+    del pruning, plan
     try:
         done = execute(
             handed.pop(),
@@ -183,7 +181,7 @@ def carry_out(
             restart=restart,
             on_progress=progress,
             before_delivery=(check.rest if taken else check.whole) if verify else None,
-            outlet=taken,
+            destination=taken,
             disk_budget=disk_budget,
         )
     except BaseException as stop:

@@ -20,7 +20,7 @@ from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
 from shardsurgeon.execution.run import output_sizes, require_budget
-from shardsurgeon.execution.workdir import Workplace
+from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.execution.workers import Listener
 from shardsurgeon.operations import prune
 from shardsurgeon.operations.card_data import model_facts
@@ -34,11 +34,11 @@ from shardsurgeon.operations.model_card import (
 )
 from shardsurgeon.operations.prune import Pruning
 from shardsurgeon.operations.reports import ApplyReport, PushReport
-from shardsurgeon.operations.verify import outline
+from shardsurgeon.operations.verify import headers_only
 from shardsurgeon.pruning.lineage import check_lineage
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.storage.hub.repository import MAIN, Repository
-from shardsurgeon.storage.hub.upload import Content, HubOutlet, Published, publish, quietly
+from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, publish, silence_hub
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import hub_name
 from shardsurgeon.storage.source import Source
@@ -101,7 +101,7 @@ def push(
     """
     folder, begun = Path(pruned), time.monotonic()
     checkpoint, record = _complete_prune(folder, family)
-    with quietly(bars) as said:
+    with silence_hub(bars) as said:
         repository, card = destination.repository(), destination.own_card()
         repository.prepare(destination.private)
         _require_another(repository, record.steps[-1].source.name)
@@ -172,7 +172,7 @@ def carry_out(
         return prune.carry_out(pruning, verify=verify, dry_run=True)
     begun = time.monotonic()
     budget = _budget(pruning, disk_budget) if stream else None
-    with quietly(bars and not stream) as said:
+    with silence_hub(bars and not stream) as said:
         shipment = _Shipment(pruning, destination)
         report = prune.carry_out(
             pruning,
@@ -180,7 +180,7 @@ def carry_out(
             verify=verify,
             restart=restart,
             progress=progress,
-            outlet=shipment.outlet if stream else None,
+            shard_destination=shipment.shard_destination if stream else None,
             disk_budget=budget,
         )
         if not stream:
@@ -191,7 +191,7 @@ def carry_out(
 
 def _budget(pruning: Pruning, given: int | None) -> int:
     """Bytes of shards that may be on the disk. Raises UsageError where one alone takes more."""
-    sizes = output_sizes(pruning.surgery)
+    sizes = output_sizes(pruning.plan)
     budget = given or _FEW_SHARDS * max(sizes.values())
     require_budget(budget, sizes)
     return budget
@@ -208,13 +208,13 @@ class _Shipment:
         self.repository = destination.repository()
         self.repository.prepare(destination.private)
         _require_another(self.repository, hub_name(pruning.checkpoint.source))
-        self._outlet: HubOutlet | None = None
+        self._shard_destination: HubDestination | None = None
         self._published: Published | None = None
 
-    def outlet(self, check_shard: Callable[[str, Path], None]) -> HubOutlet:
+    def shard_destination(self, check_shard: Callable[[str, Path], None]) -> HubDestination:
         """Where finished shards go."""
-        self._outlet = HubOutlet(self.repository, check_shard, self._rest)
-        return self._outlet
+        self._shard_destination = HubDestination(self.repository, check_shard, self._rest)
+        return self._shard_destination
 
     def push(self) -> None:
         """Push the finished folder; what goes wrong leaves it, and says how to go on."""
@@ -236,14 +236,16 @@ class _Shipment:
     @property
     def published(self) -> Published:
         """What was published."""
-        published = self._outlet.published if self._outlet else self._published
+        published = (
+            self._shard_destination.published if self._shard_destination else self._published
+        )
         assert published is not None
         return published
 
     def _rest(self, folder: Path) -> Mapping[str, Content]:
         """What goes with shards that have gone ahead."""
-        surgery = self._pruning.surgery
-        pruned = self._opened(outline(surgery, LocalSource(folder), self._pruning.out))
+        plan = self._pruning.plan
+        pruned = self._opened(headers_only(plan, LocalSource(folder), self._pruning.out))
         return files_to_publish(folder, self._card_for(pruned, folder))
 
     def _opened(self, source: Source) -> Checkpoint:
@@ -266,7 +268,7 @@ def _options(destination: Destination) -> list[str]:
 
 def _recipe(pruning: Pruning) -> str | None:
     """The command of a prune; None where its scores came from no file."""
-    given = dict(pruning.surgery.extra_files)
+    given = dict(pruning.plan.score_files)
     if not given:
         return None
     origin = identity_of(pruning.checkpoint)
@@ -308,7 +310,7 @@ def _complete_prune(folder: Path, family: str | None) -> tuple[Checkpoint, Prove
 
 def _require_finished(folder: Path) -> None:
     """Raise CheckpointError for unfinished work, in the folder or around it."""
-    journal = Workplace(folder, default_system()).journal.name
+    journal = WorkDir(folder, default_system()).journal.name
     around = [path / journal for path in (folder, folder.absolute().parent)]
     within = (folder / file.name for file in LocalSource(folder).list())
     inside = (path for path in within if path.name == journal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardsurgeon.pruning.analysis import Cut, ShownLayerReport
+from shardsurgeon.pruning.analysis import ShownLayerReport, SuggestedCut
 from shardsurgeon.pruning.report import PlanReport
 from shardsurgeon.verification.findings import VerifyReport
 
@@ -139,7 +139,7 @@ class ScoresReport:
     metrics: tuple[str, ...]
     num_experts: int
     layers: tuple[ShownLayerReport, ...]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[SuggestedCut, ...]
     super_experts_known: bool
     facts: dict[str, str | int | float | bool] = field(default_factory=dict)
     calibration: dict[str, object] | None = None

@@ -29,7 +29,7 @@ from shardsurgeon.operations.reports import (
     WrittenScoresReport,
 )
 from shardsurgeon.pruning.agreement import ComparisonReport, compare
-from shardsurgeon.pruning.analysis import SUPER_METRIC, View, view_alone
+from shardsurgeon.pruning.analysis import SUPER_METRIC, ScoreAnalysis, view_alone
 from shardsurgeon.pruning.decide import (
     model_super_experts,
     model_values,
@@ -194,7 +194,7 @@ def _layers(anatomy: Anatomy, scores: Scored) -> tuple[ScoreLayerReport, ...]:
     return tuple(layers)
 
 
-def _view_of_model(checkpoint: Checkpoint, scores: Scores, metric: str | None) -> View:
+def _view_of_model(checkpoint: Checkpoint, scores: Scores, metric: str | None) -> ScoreAnalysis:
     """The scores as the model has its experts now."""
     anatomy = read_anatomy(checkpoint)
     check_lineage(checkpoint.provenance, anatomy.experts_per_layer)
@@ -203,7 +203,7 @@ def _view_of_model(checkpoint: Checkpoint, scores: Scores, metric: str | None) -
     extreme = None
     if all(SUPER_METRIC in metrics for metrics in scores.layers.values()):
         extreme = model_super_experts(checkpoint, anatomy, scores)
-    return View(
+    return ScoreAnalysis(
         metric=name,
         values=_keyed(values),
         never_routed=_keyed(never_routed_experts(checkpoint, anatomy, scores, values)),

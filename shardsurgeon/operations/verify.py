@@ -16,14 +16,14 @@ from pathlib import Path
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import VerificationError
-from shardsurgeon.execution.plan import SurgeryPlan
+from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import open_source
 from shardsurgeon.storage.source import MemorySource, Source
 from shardsurgeon.verification.architecture import check_architecture
 from shardsurgeon.verification.byte_comparison import Sampling
 from shardsurgeon.verification.findings import VerifyReport
-from shardsurgeon.verification.streamed import Heading, Outline, ShardProof
+from shardsurgeon.verification.streamed import HeadersOnlySource, ShardHeader, ShardVerifier
 from shardsurgeon.verification.verify import verify_checkpoint
 
 SAMPLED_TENSORS = 8
@@ -63,15 +63,13 @@ def verify(
 class SelfCheck:
     """The proof of one run's result; `report` says what was compared."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, surgery: SurgeryPlan, out: Path, *, by_shard: bool
-    ) -> None:
-        """checkpoint: the source; surgery: what is made of it; out: what reports call it;
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, out: Path, *, by_shard: bool) -> None:
+        """checkpoint: the source; plan: what is made of it; out: what reports call it;
         by_shard: whether the shards will be gone when the rest is there, so that each is checked
         alone; else the plan is not held on to."""
         self._checkpoint = checkpoint
-        self._sampling = _sampling(checkpoint, surgery)
-        self._planned = surgery if by_shard else None
+        self._sampling = _sampling(checkpoint, plan)
+        self._planned = plan if by_shard else None
         self._out = out
         self.report: VerifyReport | None = None
 
@@ -95,7 +93,7 @@ class SelfCheck:
         folder: holds those. Raises VerificationError.
         """
         report = verify_checkpoint(
-            self._checkpoint, outline(self._surgery, LocalSource(folder), self._out), sample=0
+            self._checkpoint, headers_only(self._plan, LocalSource(folder), self._out), sample=0
         )
         seen = self._shards.compared
         self._take(
@@ -114,29 +112,29 @@ class SelfCheck:
             raise _does_not_hold(report.pruned, report.differences)
 
     @property
-    def _surgery(self) -> SurgeryPlan:
+    def _plan(self) -> Plan:
         assert self._planned is not None, "a check of a whole folder knows no plan"
         return self._planned
 
     @cached_property
-    def _shards(self) -> ShardProof:
-        documents = MemorySource(dict(self._surgery.documents))
-        planned = outline(self._surgery, documents, self._out)
-        return ShardProof(self._checkpoint, planned, self._sampling)
+    def _shards(self) -> ShardVerifier:
+        generated_files = MemorySource(dict(self._plan.generated_files))
+        planned = headers_only(self._plan, generated_files, self._out)
+        return ShardVerifier(self._checkpoint, planned, self._sampling)
 
 
-def _sampling(checkpoint: Checkpoint, surgery: SurgeryPlan) -> Sampling:
+def _sampling(checkpoint: Checkpoint, plan: Plan) -> Sampling:
     if not checkpoint.source.is_remote:
         return Sampling(SAMPLED_TENSORS, SAMPLED_NBYTES)
-    share = int(FAR_SHARE * sum(shard.nbytes for shard in surgery.shards))
-    each = share // (len(surgery.shards) * SAMPLED_TENSORS)
+    share = int(FAR_SHARE * sum(shard.nbytes for shard in plan.shards))
+    each = share // (len(plan.shards) * SAMPLED_TENSORS)
     return Sampling(SAMPLED_TENSORS, max(min(each, SAMPLED_NBYTES), _LEAST_NBYTES))
 
 
-def outline(surgery: SurgeryPlan, rest: Source, out: Path) -> Outline:
+def headers_only(plan: Plan, rest: Source, out: Path) -> HeadersOnlySource:
     """The result as its headers and its other files tell it; rest: has those files."""
-    headings = {shard.file: Heading(shard.header, shard.nbytes) for shard in surgery.shards}
-    return Outline(headings, rest, str(out))
+    headers = {shard.file: ShardHeader(shard.header, shard.nbytes) for shard in plan.shards}
+    return HeadersOnlySource(headers, rest, str(out))
 
 
 def _does_not_hold(where: str, differences: tuple[str, ...]) -> VerificationError:

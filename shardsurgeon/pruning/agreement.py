@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.pruning.analysis import View, view_alone
+from shardsurgeon.pruning.analysis import ScoreAnalysis, view_alone
 from shardsurgeon.pruning.request import removed_count
 from shardsurgeon.scores.table import Scores
 
@@ -191,7 +191,7 @@ def compare(
     )
 
 
-def _named(scores: Scores, other: Scores, metric: str | None) -> View:
+def _named(scores: Scores, other: Scores, metric: str | None) -> ScoreAnalysis:
     numbered = [layer for layer in other.layers if isinstance(layer, int)]
     return view_alone(scores.assign_rows(numbered) if numbered else scores, metric)
 

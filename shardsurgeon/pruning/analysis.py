@@ -66,7 +66,7 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class SuggestedCut:
     """The most experts that can go, alike from every layer, at a mean cost of at most `limit`.
 
     limit: share of a layer's saliency. ratio: what `--ratio` takes, 0 where nothing can go;
@@ -104,7 +104,7 @@ def lost_shares(values: NDArray[np.float64], n_group: int = 1) -> NDArray[np.flo
 
 def suggested_cuts(
     values: Mapping[int | str, NDArray[np.float64]], facts: RoutingFacts | None = None
-) -> tuple[Cut, ...]:
+) -> tuple[SuggestedCut, ...]:
     """One cut per limit of LIMITS, of layers that lose alike.
 
     values: layer → float64 [experts]; facts: what the model's router needs, None where no model
@@ -126,7 +126,7 @@ def suggested_cuts(
         removed = int(np.flatnonzero(table.mean(axis=0) <= limit * (1 + 1e-12))[-1])
         worst = int(np.argmax(table[:, removed]))
         cuts.append(
-            Cut(
+            SuggestedCut(
                 limit=limit,
                 ratio=ratio_of(removed * n_group, size * n_group),
                 removed=removed * n_group,
@@ -173,7 +173,7 @@ def widest_gap(values: NDArray[np.float64]) -> Gap | None:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ScoreAnalysis:
     """One metric of a score file, ready to be shown.
 
     values: layer → float64 [experts]; never_routed, super_experts: layer → ids, of layers that
@@ -192,7 +192,7 @@ class View:
         """A report for each layer, in order."""
         return tuple(self._layer(layer, values) for layer, values in self.values.items())
 
-    def cuts(self) -> tuple[Cut, ...]:
+    def cuts(self) -> tuple[SuggestedCut, ...]:
         """What could go from all layers alike."""
         return suggested_cuts(self.values, self.facts)
 
@@ -217,7 +217,7 @@ class View:
         )
 
 
-def view_alone(scores: Scores, metric: str | None) -> View:
+def view_alone(scores: Scores, metric: str | None) -> ScoreAnalysis:
     """A file without a model: every layer that it has, the rows of a table in order.
 
     metric: None for the one that `plan` would take. Raises ScoreError for a metric that it has
@@ -230,7 +230,7 @@ def view_alone(scores: Scores, metric: str | None) -> View:
         layer: check_values(layer, values, counted.get(layer), scores.origin)
         for layer, values in table.items()
     }
-    return View(name, table, unrouted, _super_experts(scores))
+    return ScoreAnalysis(name, table, unrouted, _super_experts(scores))
 
 
 def named_rows(scores: Scores) -> Scores:

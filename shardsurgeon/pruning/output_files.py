@@ -15,7 +15,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
 from shardsurgeon.checkpoint.files import is_other_weight_format
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
-from shardsurgeon.execution.plan import OutputShard, SurgeryPlan
+from shardsurgeon.execution.plan import OutputShard, Plan
 from shardsurgeon.pruning.config_edits import (
     QUANTIZATION_FILES,
     pruned_config,
@@ -40,7 +40,7 @@ def assemble(
     shards: tuple[OutputShard, ...],
     given: Sequence[Path],
     max_shard_nbytes: int | None,
-) -> SurgeryPlan:
+) -> Plan:
     """The whole plan.
 
     given: the score or keep-list file of this run; max_shard_nbytes: what the shards were cut
@@ -50,13 +50,13 @@ def assemble(
     provenance = compose(
         checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
     )
-    copied, extra = side_files(checkpoint, given)
-    papers = documents(checkpoint, anatomy, decision, shards, provenance)
-    return SurgeryPlan(
+    copied, extra = copied_files(checkpoint, given)
+    papers = generated_files(checkpoint, anatomy, decision, shards, provenance)
+    return Plan(
         shards=shards,
-        documents=papers,
-        side_files=copied,
-        extra_files=extra,
+        generated_files=papers,
+        copied_files=copied,
+        score_files=extra,
         source_files=_source_files(checkpoint, shards, copied),
         request_fingerprint=_request_fingerprint(decision, max_shard_nbytes, step, extra),
         source_fingerprint=_source_fingerprint(checkpoint),
@@ -95,7 +95,7 @@ def _source_fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([files, headers]).encode()).hexdigest()
 
 
-def documents(
+def generated_files(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
     decision: Decision,
@@ -145,7 +145,7 @@ def _total_parameters(
     return count_parameters(tensors, config)
 
 
-def side_files(
+def copied_files(
     checkpoint: Checkpoint, given: Sequence[Path]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """(source files to copy as they are, (output name, path) of files from elsewhere).

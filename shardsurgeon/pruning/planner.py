@@ -63,7 +63,7 @@ def plan_shards(
     tensor gets a shard of its own); None keeps the source's cutting, less the shards that
     hold nothing any more.
     """
-    surgeon = _Surgeon(checkpoint, anatomy, keep, tables or {}, drop_mtp)
+    surgeon = _Planner(checkpoint, anatomy, keep, tables or {}, drop_mtp)
     if max_shard_nbytes is None:
         drafts = [
             _Draft(tensors, shard.header.metadata)
@@ -92,7 +92,7 @@ def _finish(draft: _Draft, file: str) -> OutputShard:
     return OutputShard(file, header, tensors)
 
 
-def _repack(surgeon: _Surgeon, shards: tuple[Shard, ...], limit: int) -> Iterator[_Draft]:
+def _repack(surgeon: _Planner, shards: tuple[Shard, ...], limit: int) -> Iterator[_Draft]:
     """Fill shards in source order up to `limit` bytes of tensor data each."""
     tensors: list[OutputTensor] = []
     metadata: dict[str, str] | None = None
@@ -111,7 +111,7 @@ def _repack(surgeon: _Surgeon, shards: tuple[Shard, ...], limit: int) -> Iterato
         yield _Draft(tuple(tensors), metadata)
 
 
-class _Surgeon:
+class _Planner:
     """Applies keep-lists to the tensors of one shard after the other."""
 
     def __init__(
@@ -284,7 +284,7 @@ def _content(checkpoint: Checkpoint, shard: Shard, record: TensorRecord) -> byte
     return checkpoint.source.read(shard.file, begin + record.begin, begin + record.end)
 
 
-class Sizing:
+class SizeEstimate:
     """Kept count → bytes of the weight files, headers included.
 
     Never too few: header entries are counted as long as they are in the source, where expert

@@ -11,7 +11,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import is_other_weight_format
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
-from shardsurgeon.execution.plan import Literal, OutputTensor, SurgeryPlan
+from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
 from shardsurgeon.pruning.config_edits import nonuniform_notes, partial_lists, says_per_layer
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.keep_lists import KeepList
@@ -82,7 +82,7 @@ def plan_report(
     anatomy: Anatomy,
     request: SelectionRequest,
     decision: Decision,
-    surgery: SurgeryPlan,
+    plan: Plan,
     out: str,
 ) -> PlanReport:
     """The report of a plan; out: the folder that the result would go to.
@@ -91,7 +91,7 @@ def plan_report(
     """
     config = checkpoint.settings
     records = [record for shard in checkpoint.shards for record in shard.header.tensors]
-    tensors = [tensor for shard in surgery.shards for tensor in shard.tensors]
+    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     return PlanReport(
         model=checkpoint.source.name,
         selection=request.selection,
@@ -107,8 +107,8 @@ def plan_report(
         total_parameters_before=count_parameters(records, config),
         total_parameters_after=count_parameters(tensors, config),
         shards_before=len(checkpoint.shards),
-        shards_after=len(surgery.shards),
-        space_needed=_space_needed(checkpoint, surgery),
+        shards_after=len(plan.shards),
+        space_needed=_space_needed(checkpoint, plan),
         out=out,
         allocate=request.allocate,
         stock_engines=decision.keep.is_uniform or says_per_layer(config, anatomy) != "",
@@ -145,14 +145,14 @@ def _layer_reports(anatomy: Anatomy, decision: Decision) -> tuple[LayerReport, .
     )
 
 
-def _space_needed(checkpoint: Checkpoint, surgery: SurgeryPlan) -> int:
+def _space_needed(checkpoint: Checkpoint, plan: Plan) -> int:
     """Bytes that the finished folder takes."""
     sizes = {file.name: file.nbytes for file in checkpoint.files}
     return (
-        sum(shard.nbytes for shard in surgery.shards)
-        + sum(len(content) for _, content in surgery.documents)
-        + sum(sizes[name] for name in surgery.side_files)
-        + sum(Path(path).stat().st_size for _, path in surgery.extra_files)
+        sum(shard.nbytes for shard in plan.shards)
+        + sum(len(content) for _, content in plan.generated_files)
+        + sum(sizes[name] for name in plan.copied_files)
+        + sum(Path(path).stat().st_size for _, path in plan.score_files)
     )
 
 

@@ -29,7 +29,7 @@ _BLOCK_KEYS = ("weight_block_size", "block_structure")
 Floats = NDArray[np.float64]
 
 # Bytes of a tensor that are in memory at a time; as numbers they take a few times as much.
-PIECE_NBYTES = 1 << 20
+CHUNK_NBYTES = 1 << 20
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
@@ -205,8 +205,8 @@ def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | N
 def plain_squares(weight: StoredTensor) -> float:
     """Of a tensor of floats, of whatever shape; not finite where the tensor is not."""
     total = 0.0
-    for begin in range(0, weight.nbytes, PIECE_NBYTES):
-        raw = weight.read(begin, min(begin + PIECE_NBYTES, weight.nbytes))
+    for begin in range(0, weight.nbytes, CHUNK_NBYTES):
+        raw = weight.read(begin, min(begin + CHUNK_NBYTES, weight.nbytes))
         numbers = decode(weight.dtype, raw)
         # Not np.dot, whose threads cost more than they do here.
         total += float(np.einsum("i,i", numbers, numbers))
@@ -359,7 +359,7 @@ def _row_pieces(
     tensor: StoredTensor, rows: int, row_nbytes: int
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """(first row, bytes [rows of the piece, row_nbytes]), as many rows as make a piece."""
-    count = max(1, PIECE_NBYTES // max(1, row_nbytes))
+    count = max(1, CHUNK_NBYTES // max(1, row_nbytes))
     for first in range(0, rows, count):
         last = min(rows, first + count)
         raw = tensor.read(first * row_nbytes, last * row_nbytes)

@@ -108,7 +108,7 @@ def write_all(
             at += count
 
 
-class Copier:
+class FileCopier:
     """Copies ranges between open files. One per worker: it owns the worker's only buffer."""
 
     def __init__(self, system: System, advance: Callable[[int], None]) -> None:

@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from shardsurgeon.errors import SourceChangedError, SourceReadError, UsageError
-from shardsurgeon.storage.retry import Interrupted
+from shardsurgeon.storage.retry import RetryableError
 from shardsurgeon.storage.source import SourceFile
 
 _SECRET_PARTS = re.compile(r"\?[^\s'\"]*|(?<=//)[^/\s'\"]*@")
@@ -93,12 +93,12 @@ def answer(
     except HfHubHTTPError:
         raise
     except HTTP_ERROR as error:
-        raise Interrupted(said(error)) from error
+        raise RetryableError(said(error)) from error
     except RuntimeError as error:
         # huggingface_hub closes the client that all share when any of its own requests fails.
         if not client.is_closed:
             raise
-        raise Interrupted("the client was closed") from error
+        raise RetryableError("the client was closed") from error
 
 
 def drain(response: Any) -> None:
@@ -111,7 +111,7 @@ def drain(response: Any) -> None:
 def raise_if_passing(response: Any) -> None:
     """Raise Interrupted where a server says that it is busy or has a bad moment."""
     if response.status_code in _PASSING:
-        raise Interrupted(status_line(response), _asked_wait(response.headers))
+        raise RetryableError(status_line(response), _asked_wait(response.headers))
 
 
 def said(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from shardsurgeon.errors import CheckpointError
 from shardsurgeon.storage.files import read_exact, reading
-from shardsurgeon.storage.source import PIECE_NBYTES, SKIPPED_FOLDERS, SourceFile, leads_out
+from shardsurgeon.storage.source import CHUNK_NBYTES, SKIPPED_FOLDERS, SourceFile, leads_out
 
 
 class LocalSource:
@@ -134,8 +134,8 @@ def pieces_of(path: Path, begin: int, end: int) -> Iterator[bytes]:
     with reading(path):
         file = FileIO(path)
     with file:
-        for at in range(begin, end, PIECE_NBYTES):
-            yield read_exact(file, at, min(at + PIECE_NBYTES, end), path)
+        for at in range(begin, end, CHUNK_NBYTES):
+            yield read_exact(file, at, min(at + CHUNK_NBYTES, end), path)
 
 
 def _identity(folder: Path) -> tuple[str, str | None]:

@@ -13,8 +13,14 @@ from typing import Any
 
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
 from shardsurgeon.storage.http import parse_address, printable
-from shardsurgeon.storage.retry import Interrupted, Patience, attempt, read_pieces, stream_pieces
-from shardsurgeon.storage.source import PIECE_NBYTES, SourceFile, is_left_behind, leads_out
+from shardsurgeon.storage.retry import (
+    RetryableError,
+    RetryPolicy,
+    read_pieces,
+    retry,
+    stream_pieces,
+)
+from shardsurgeon.storage.source import CHUNK_NBYTES, SourceFile, is_left_behind, leads_out
 
 # What is asked of a filesystem in one go; it passes through memory.
 _PART_NBYTES = 8 << 20
@@ -24,13 +30,13 @@ _STAMPS = (
     *("LastModified", "last_modified", "mtime", "updated", "modified", "created"),
 )
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-_PATIENCE = Patience()
+_RETRY_POLICY = RetryPolicy()
 
 
 class StoreSource:
     """The files below one folder of a store. Safe to use from several threads."""
 
-    def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
+    def __init__(self, url: str, policy: RetryPolicy = _RETRY_POLICY) -> None:
         """url: the folder, or a safetensors file in it.
 
         Raises UsageError where no installed package knows such addresses. Nothing is asked yet.
@@ -38,7 +44,7 @@ class StoreSource:
         parts = parse_address(url)
         self._location = printable(url).rstrip("/")
         self._name = parts.path.rpartition("/")[2] or parts.netloc or "model"
-        self._patience = patience
+        self._policy = policy
         folder = url.rstrip("/")
         if folder.endswith(".safetensors"):
             folder = folder.rpartition("/")[0]
@@ -72,7 +78,7 @@ class StoreSource:
         The stamp is the etag, or whatever the store has in its place. Raises CheckpointError
         where there is nothing or access is refused, NetworkError where the store is not reached.
         """
-        found = attempt(self._found, self._location, self._patience.brief())
+        found = retry(self._found, self._location, self._policy.brief())
         files = [
             self._describe(path, facts) for path, facts in found.items() if not path.endswith("/")
         ]
@@ -101,7 +107,7 @@ class StoreSource:
         def request(at: int) -> Iterator[Iterator[bytes]]:
             yield self._pieces(name, where, at, end)
 
-        return stream_pieces(request, where, begin, end, self._patience)
+        return stream_pieces(request, where, begin, end, self._policy)
 
     def local_path(self, name: str) -> Path | None:
         """None: what a store keeps is not read past it."""
@@ -113,11 +119,11 @@ class StoreSource:
             stop = min(at + _PART_NBYTES, end)
             with _asking(where):
                 data: bytes = self._system.cat_file(path, start=at, end=stop)
-            for offset in range(0, len(data), PIECE_NBYTES):
-                yield data[offset : offset + PIECE_NBYTES]
+            for offset in range(0, len(data), CHUNK_NBYTES):
+                yield data[offset : offset + CHUNK_NBYTES]
             if len(data) < stop - at:
                 self._require_length(path, where, end)
-                raise Interrupted(f"{len(data):,} of {stop - at:,} bytes came")
+                raise RetryableError(f"{len(data):,} of {stop - at:,} bytes came")
 
     def _require_length(self, path: str, where: str, end: int) -> None:
         """Raise SourceReadError where a file really ends before `end`."""
@@ -184,7 +190,7 @@ def _asking(where: str) -> Iterator[None]:
         # A builtin error that is none of the system's is a bug, and not the network's.
         if kind.__module__ == "builtins" and not isinstance(error, OSError):
             raise
-        raise Interrupted(printable(str(error)) or kind.__name__) from error
+        raise RetryableError(printable(str(error)) or kind.__name__) from error
 
 
 def _refused(where: str, error: Exception) -> CheckpointError:

@@ -1,6 +1,6 @@
 """Trying again, with patience: what every remote source does about a bad network.
 
-A request that fails for a passing reason raises `Interrupted`. Here that becomes a pause and
+A request that fails for a passing reason raises `RetryableError`. Here that becomes a pause and
 another try, which asks only for what is still missing, and in the end a NetworkError. Tries are
 counted anew with every byte that arrives: a slow or shaky line gets there, a dead one does not.
 """
@@ -25,7 +25,7 @@ _HEARTBEAT_SECONDS = 0.25
 _AGAIN = "check the connection, then run the same command again"
 
 
-class Interrupted(Exception):
+class RetryableError(Exception):
     """A request failed, but may succeed the next time.
 
     said: why, without addresses or secrets; wait: for how many seconds the server asked to be
@@ -39,7 +39,7 @@ class Interrupted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How often is tried, and how long is waited in between, in seconds.
 
     tries: failures in a row, without a byte in between, after which it is given up; first_wait
@@ -52,7 +52,7 @@ class Patience:
     longest_wait: float = 30.0
     longest_asked: float = 600.0
 
-    def brief(self) -> Patience:
+    def brief(self) -> RetryPolicy:
         """For the first question to a place: who mistyped it should not wait for minutes."""
         return replace(self, tries=min(self.tries, 4))
 
@@ -60,46 +60,46 @@ class Patience:
 class _Tries:
     """The failures of one request, counted."""
 
-    def __init__(self, where: str, patience: Patience) -> None:
+    def __init__(self, where: str, policy: RetryPolicy) -> None:
         self._where = where
-        self._patience = patience
+        self._policy = policy
         self.failed = 0
 
-    def pause(self, interruption: Interrupted) -> float:
+    def pause(self, interruption: RetryableError) -> float:
         """For how many seconds to wait now. Raises NetworkError where it is time to give up."""
         self.failed += 1
-        patience, said = self._patience, interruption.said
-        if interruption.wait > patience.longest_asked:
+        policy, said = self._policy, interruption.said
+        if interruption.wait > policy.longest_asked:
             problem = f"the server asks to wait {interruption.wait:,.0f} seconds ({said})"
             raise NetworkError(
                 self._where, problem, "run the same command again then"
             ) from interruption
-        if self.failed >= patience.tries:
+        if self.failed >= policy.tries:
             problem = f"gave up after {self.failed} tries in a row ({said})"
             raise NetworkError(self._where, problem, _AGAIN) from interruption
-        backoff = min(patience.first_wait * 2.0 ** (self.failed - 1), patience.longest_wait)
+        backoff = min(policy.first_wait * 2.0 ** (self.failed - 1), policy.longest_wait)
         # Spread out, so that those who were cut together do not come back together.
         return max(backoff * random.uniform(0.5, 1.0), interruption.wait * random.uniform(1, 1.05))
 
 
-def attempt(call: Callable[[], Result], where: str, patience: Patience) -> Result:
+def retry(call: Callable[[], Result], where: str, policy: RetryPolicy) -> Result:
     """What `call` returns, at the first try that is not Interrupted. Raises NetworkError."""
-    tries = _Tries(where, patience)
+    tries = _Tries(where, policy)
     while True:
         try:
             return call()
-        except Interrupted as interruption:
+        except RetryableError as interruption:
             time.sleep(tries.pause(interruption))
 
 
 def stream_pieces(
-    request: Request, where: str, begin: int, end: int, patience: Patience
+    request: Request, where: str, begin: int, end: int, policy: RetryPolicy
 ) -> Iterator[bytes]:
     """The bytes [begin, end), whatever happens to single requests; empty pieces while it waits.
 
     Raises NetworkError, and SourceReadError where a request gives more than it was asked for.
     """
-    tries = _Tries(where, patience)
+    tries = _Tries(where, policy)
     at = begin
     while at < end:
         try:
@@ -113,8 +113,8 @@ def stream_pieces(
                     at += len(piece)
                     yield piece
             if at < end:
-                raise Interrupted(f"the answer ended at byte {at:,} of {end:,}")
-        except Interrupted as interruption:
+                raise RetryableError(f"the answer ended at byte {at:,} of {end:,}")
+        except RetryableError as interruption:
             yield from _waiting(tries.pause(interruption))
 
 

@@ -13,7 +13,7 @@ from shardsurgeon.errors import SourceChangedError, SourceReadError
 # What tools leave beside a model and is no part of it.
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
 # What a stream hands over at most at a time.
-PIECE_NBYTES = 1 << 20
+CHUNK_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +146,8 @@ class MemorySource:
 
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The same bytes, piece by piece."""
-        for at in range(begin, end, PIECE_NBYTES):
-            yield self.read(name, at, min(at + PIECE_NBYTES, end))
+        for at in range(begin, end, CHUNK_NBYTES):
+            yield self.read(name, at, min(at + CHUNK_NBYTES, end))
 
     def local_path(self, name: str) -> Path | None:
         """None: nothing here lies on a disk."""

@@ -31,7 +31,7 @@ from shardsurgeon.storage.http import (
     status_line,
     total_nbytes,
 )
-from shardsurgeon.storage.retry import Patience, attempt, read_pieces, stream_pieces
+from shardsurgeon.storage.retry import RetryPolicy, read_pieces, retry, stream_pieces
 from shardsurgeon.storage.source import SourceFile, leads_out
 
 _CONFIG = "config.json"
@@ -49,13 +49,13 @@ _USUAL = (
 )
 _QUESTIONS_AT_ONCE = 8
 _ABSENT = frozenset({401, 403, 404, 410})
-_PATIENCE = Patience()
+_RETRY_POLICY = RetryPolicy()
 
 
 class WebSource:
     """The files found below one address. Safe to use from several threads."""
 
-    def __init__(self, url: str, patience: Patience = _PATIENCE) -> None:
+    def __init__(self, url: str, policy: RetryPolicy = _RETRY_POLICY) -> None:
         """url: the folder, or a safetensors file in it; a query is sent along with every request.
 
         Raises UsageError for what is no address, CheckpointError where there is no model, and
@@ -64,7 +64,7 @@ class WebSource:
         self._parts = parse_address(url)
         if not self._parts.hostname:
             raise UsageError(printable(url), "names no server", "write it like https://host/folder")
-        self._patience = patience
+        self._policy = policy
         self._files: dict[str, SourceFile] = {}
         self._find([_CONFIG])
         if _CONFIG not in self._files:
@@ -129,7 +129,7 @@ class WebSource:
         def request(at: int) -> Any:
             return self._range(file, where, at, end)
 
-        return stream_pieces(request, where, begin, end, self._patience)
+        return stream_pieces(request, where, begin, end, self._policy)
 
     def local_path(self, name: str) -> Path | None:
         """None: nothing here lies on this machine."""
@@ -156,7 +156,7 @@ class WebSource:
     def _probe(self, name: str) -> SourceFile | None:
         """Size and stamp of a file, by its first byte; None where there is none."""
         where = f"{self.location}/{name}"
-        return attempt(partial(self._look, name, where), where, self._patience.brief())
+        return retry(partial(self._look, name, where), where, self._policy.brief())
 
     def _look(self, name: str, where: str) -> SourceFile | None:
         asked = range_header(0, 1)

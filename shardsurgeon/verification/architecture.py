@@ -19,8 +19,8 @@ from shardsurgeon.checkpoint.quantization import Shape, read_weights
 from shardsurgeon.checkpoint.roles import Carried
 from shardsurgeon.checkpoint.transformers_model import (
     OPTION,
-    Blueprint,
-    Fit,
+    LoadResult,
+    MetaModel,
     as_transformers_reads,
     engine_name,
     identity_experts,
@@ -46,7 +46,7 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
     """
     before = _opened(source)
     anatomy = read_anatomy(before)
-    original = blueprint = _blueprint(before, anatomy.family)
+    original = meta_model = _meta_model(before, anatomy.family)
     findings, trial = Findings(), _Trial()
     try:
         after = replace(_opened(pruned), family=anatomy.family)
@@ -55,8 +55,8 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
             read_anatomy(after)
         except InputError as error:
             findings.add(error.where, error.problem)
-        blueprint = _blueprint(after, anatomy.family)
-        trial = _try(after, anatomy, blueprint)
+        meta_model = _meta_model(after, anatomy.family)
+        trial = _try(after, anatomy, meta_model)
     except InputError as error:
         # The pruned folder is on trial: what cannot be read or built is a finding.
         findings.add(error.where, error.problem)
@@ -69,8 +69,8 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
             findings.add(name, text)
     return ArchitectureReport(
         engine=engine_name(),
-        model_class=blueprint.model_class,
-        parameters=len(blueprint.expected),
+        model_class=meta_model.model_class,
+        parameters=len(meta_model.expected),
         tensors=trial.tensors,
         mtp_layers=tuple(trial.mtp_layers),
         unchecked=(
@@ -96,18 +96,18 @@ class _Trial:
     unread: set[str] = field(default_factory=set)
     mtp_layers: list[int] = field(default_factory=list)
 
-    def judge(self, fit: Fit, blueprint: Blueprint, place: str = "") -> None:
+    def judge(self, fit: LoadResult, meta_model: MetaModel, place: str = "") -> None:
         """Note what does not fit. place: where else than in the main model, for the words."""
         for name, (given, expected) in fit.mismatched.items():
             if self._lacks_identity_experts(given, expected):
                 continue
             text = f"shape {list(given)}, and the config makes it {list(expected)}"
             self.note("mismatched", name, text, place)
-        for name, reason in fit.unbuilt.items():
+        for name, reason in fit.conversion_errors.items():
             text = f"cannot be put together from the checkpoint's tensors: {reason}"
             self.note("unbuilt", name, text, place)
         for name in fit.surplus:
-            text = f"is in the checkpoint, and {blueprint.model_class} has no place for it"
+            text = f"is in the checkpoint, and {meta_model.model_class} has no place for it"
             self.note("surplus", name, text, place)
 
     def _lacks_identity_experts(self, given: Shape, expected: Shape) -> bool:
@@ -124,7 +124,7 @@ def _opened(checkpoint: AnyCheckpoint) -> Checkpoint:
     return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
 
 
-def _blueprint(checkpoint: Checkpoint, family: Family) -> Blueprint:
+def _meta_model(checkpoint: Checkpoint, family: Family) -> MetaModel:
     """The model of a checkpoint's config. Raises UsageError where there is none."""
     settings, view = checkpoint.settings, family.transformers
     config = as_transformers_reads(settings, view, is_known)
@@ -132,10 +132,10 @@ def _blueprint(checkpoint: Checkpoint, family: Family) -> Blueprint:
         reason = view.unknown or f"it does not know model type {settings.get('model_type')!r}"
         problem = f"{engine_name()} cannot build {checkpoint.location}: {reason}"
         raise UsageError(OPTION, problem, "verify without it")
-    return Blueprint(config, checkpoint.location)
+    return MetaModel(config, checkpoint.location)
 
 
-def _try(checkpoint: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> _Trial:
+def _try(checkpoint: Checkpoint, anatomy: Anatomy, meta_model: MetaModel) -> _Trial:
     """Fit a checkpoint into a model. anatomy: the source's, whose names both share."""
     records = (record for shard in checkpoint.shards for record in shard.header.tensors)
     weights = read_weights(records, checkpoint.settings)
@@ -150,15 +150,15 @@ def _try(checkpoint: Checkpoint, anatomy: Anatomy, blueprint: Blueprint) -> _Tri
         for name, shape in weights.shapes.items()
         if name not in mtp
     }
-    fit = blueprint.fit(main)
-    trial.judge(fit, blueprint)
+    fit = meta_model.fit(main)
+    trial.judge(fit, meta_model)
     absent = [re.compile(pattern(name)) for name in family.transformers.absent]
     for name in fit.missing:
         if not any(regex.fullmatch(name) for regex in absent):
-            text = f"{blueprint.model_class} expects it {list(blueprint.expected[name])}, and it "
+            text = f"{meta_model.model_class} expects it {list(meta_model.expected[name])}, and it "
             trial.note("missing", name, text + "is not in the checkpoint")
     trial.unread |= fit.unread | mtp
-    _try_mtp_layers(weights.shapes, anatomy, blueprint, trial)
+    _try_mtp_layers(weights.shapes, anatomy, meta_model, trial)
     return trial
 
 
@@ -175,7 +175,7 @@ def _is_mtp(name: str, shape: Shape, anatomy: Anatomy) -> bool:
 
 
 def _try_mtp_layers(
-    shapes: dict[str, Shape], anatomy: Anatomy, blueprint: Blueprint, trial: _Trial
+    shapes: dict[str, Shape], anatomy: Anatomy, meta_model: MetaModel, trial: _Trial
 ) -> None:
     """Fit the MoE blocks of MTP layers into a main layer's place: they are built alike."""
     twin, reader, view = anatomy.main_layers[-1], anatomy.reader, anatomy.family.transformers
@@ -189,8 +189,8 @@ def _try_mtp_layers(
     assert at is not None
     prefix = twin.router[: at[1]]
 
-    def fit(block: dict[str, str]) -> Fit:
-        return blueprint.fit(
+    def fit(block: dict[str, str]) -> LoadResult:
+        return meta_model.fit(
             {
                 name_in_transformers(prefix + rest, view): shapes[name]
                 for rest, name in block.items()
@@ -202,8 +202,8 @@ def _try_mtp_layers(
         if not block:
             continue
         theirs, where = fit(block), f"in MTP layer {index} "
-        trial.judge(theirs, blueprint, where)
-        for name in own.filled - theirs.filled - theirs.unbuilt.keys():
+        trial.judge(theirs, meta_model, where)
+        for name in own.filled - theirs.filled - theirs.conversion_errors.keys():
             trial.note("missing", name, f"is not there, and layer {twin.index} has it", where)
         trial.unread -= set(block.values())
         trial.mtp_layers.append(index)

@@ -116,11 +116,11 @@ class _Run:
 
     def problems(self, batch: list[Pair]) -> list[Problem]:
         """What is wrong with the bytes of some tensors; safe for several threads."""
-        with SideBySide(self._source, self._pruned) as sides:
+        with RangeComparer(self._source, self._pruned) as sides:
             found = ((pair, self._problem(sides, pair)) for pair in batch if not self.stopped)
             return [(pair, problem) for pair, problem in found if problem is not None]
 
-    def _problem(self, sides: SideBySide, pair: Pair) -> str | None:
+    def _problem(self, sides: RangeComparer, pair: Pair) -> str | None:
         if isinstance(pair.cut, Table):
             return self._table_problem(sides, pair, pair.cut)
         if isinstance(pair.cut, Count):
@@ -157,7 +157,7 @@ class _Run:
         count = min(max(int(limit / mean), 1), len(blocks))
         return iter(random.Random(f"{self._sampling.seed} {pair.name}").sample(blocks, count))
 
-    def _table_problem(self, sides: SideBySide, pair: Pair, cut: Table) -> str | None:
+    def _table_problem(self, sides: RangeComparer, pair: Pair, cut: Table) -> str | None:
         """Retained ids have their new numbers, the others any; no row names an expert twice."""
         new_ids = {old_id: new_id for new_id, old_id in enumerate(cut.retained)}
         row_nbytes = cut.width * cut.row_length
@@ -199,14 +199,14 @@ class Step:
     differs: int | None
 
 
-class SideBySide:
+class RangeComparer:
     """Compares ranges of source files with ranges of output files. For one thread."""
 
     def __init__(self, source: Checkpoint, pruned: Checkpoint) -> None:
-        self._source = _Window(source)
-        self._pruned = _Window(pruned)
+        self._source = _BufferedFile(source)
+        self._pruned = _BufferedFile(pruned)
 
-    def __enter__(self) -> SideBySide:
+    def __enter__(self) -> RangeComparer:
         return self
 
     def __exit__(
@@ -230,7 +230,7 @@ class SideBySide:
         while done < nbytes:
             size = min(BLOCK_NBYTES, nbytes - done)
             left = self._source.hold(source_file, source_begin + done, size)
-            with _trusting():
+            with _as_output_error():
                 right = self._pruned.hold(file, begin + done, size)
             if not self._equal(left, right, size):
                 yield Step(size, self._first_difference(left, right, size))
@@ -248,7 +248,7 @@ class SideBySide:
 
     def found(self, file: str, begin: int, nbytes: int) -> bytes:
         """`nbytes` of an output file."""
-        with _trusting():
+        with _as_output_error():
             return b"".join(self._pruned.pieces(file, begin, nbytes))
 
     def _equal(self, left: int, right: int, nbytes: int) -> bool:
@@ -268,7 +268,7 @@ class SideBySide:
 
 
 @contextmanager
-def _trusting() -> Iterator[None]:
+def _as_output_error() -> Iterator[None]:
     """The output was whole when it was opened: what cannot be read, someone is writing to."""
     try:
         yield
@@ -296,7 +296,7 @@ class _Arriving:
         return bytes(data[:nbytes])
 
 
-class _Window:
+class _BufferedFile:
     """A stretch of one file, held in a buffer that is used again and again."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

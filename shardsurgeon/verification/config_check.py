@@ -24,7 +24,7 @@ from shardsurgeon.checkpoint.quantization_names import (
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
-from shardsurgeon.verification.record import Keeps
+from shardsurgeon.verification.record import RetainedIds
 
 QUANTIZATION_FILES = (
     "hf_quant_config.json",
@@ -54,7 +54,7 @@ def check_settings(
     source: Checkpoint,
     anatomy: Anatomy,
     pruned: Checkpoint,
-    keeps: Keeps,
+    keeps: RetainedIds,
     pairing: Pairing,
     findings: Findings,
 ) -> None:
@@ -123,7 +123,7 @@ class _Expected:
     """What a JSON value of the source must have become."""
 
     def __init__(
-        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: Keeps, no_mtp: bool
+        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: RetainedIds, no_mtp: bool
     ) -> None:
         keys = anatomy.family.config
         self._anatomy = anatomy
@@ -263,7 +263,7 @@ class ExpectedCounts:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: Keeps, mtp_dropped: bool
+        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: RetainedIds, mtp_dropped: bool
     ) -> None:
         keys = anatomy.family.config
         self._keys = keys

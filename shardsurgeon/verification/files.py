@@ -18,7 +18,7 @@ from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
-from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, SideBySide
+from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, RangeComparer
 from shardsurgeon.verification.config_check import QUANTIZATION_FILES
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pair
@@ -131,7 +131,7 @@ def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings)
     """Tokenizer, remote code and whatever else lay beside the weights is there, byte for byte."""
     there = {file.name: file.nbytes for file in pruned.files}
     weights = {shard.file for shard in source.shards} | set(source.unindexed)
-    with SideBySide(source, pruned) as sides:
+    with RangeComparer(source, pruned) as sides:
         same = _Sameness(source, pruned, sides)
         for file in source.files:
             name, nbytes = file.name, file.nbytes
@@ -156,7 +156,7 @@ class _Sameness:
     A far source that stamps its files with digests is believed and not read a second time.
     """
 
-    def __init__(self, source: Checkpoint, pruned: Checkpoint, sides: SideBySide) -> None:
+    def __init__(self, source: Checkpoint, pruned: Checkpoint, sides: RangeComparer) -> None:
         self._is_far = source.source.is_remote
         self._pruned = pruned.source
         self._sides = sides

@@ -26,7 +26,7 @@ from shardsurgeon.checkpoint.roles import (
 )
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, TensorRecord
 from shardsurgeon.verification.findings import Findings
-from shardsurgeon.verification.record import Keeps
+from shardsurgeon.verification.record import RetainedIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class Pairing:
 
 
 def pair_tensors(
-    source: Checkpoint, anatomy: Anatomy, pruned: Checkpoint, keeps: Keeps, findings: Findings
+    source: Checkpoint, anatomy: Anatomy, pruned: Checkpoint, keeps: RetainedIds, findings: Findings
 ) -> Pairing:
     """Pair every output tensor with its source and account for every source tensor.
 
@@ -166,7 +166,7 @@ class _Matcher:
     """Finds the source tensor of one output tensor after the other, and remembers it."""
 
     def __init__(
-        self, source: Checkpoint, anatomy: Anatomy, keeps: Keeps, findings: Findings
+        self, source: Checkpoint, anatomy: Anatomy, keeps: RetainedIds, findings: Findings
     ) -> None:
         self._source = source
         self._anatomy = anatomy

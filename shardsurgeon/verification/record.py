@@ -22,7 +22,7 @@ _MOST = "max_pruned_saliency"
 
 
 @dataclass(frozen=True, slots=True)
-class Keeps:
+class RetainedIds:
     """The keep-lists, in expert ids of the source.
 
     retained: layer → ids, retained[layer][new_id] is the source's number of what is now expert
@@ -39,7 +39,7 @@ class Keeps:
 
 def read_keeps(
     source: Checkpoint, anatomy: Anatomy, pruned: Checkpoint, findings: Findings
-) -> Keeps | None:
+) -> RetainedIds | None:
     """The keep-lists of a pruned checkpoint; None where nothing usable is recorded.
 
     The metadata counts in ids of the first, unpruned model. Where the source is a pruned model
@@ -81,11 +81,11 @@ def read_keeps(
             retained[layer] = tuple(present[old_id] for old_id in ids)
         else:
             findings.add(f"{PROVENANCE_NAME} layers.{layer}", "is not in the source's own metadata")
-    return Keeps(retained)
+    return RetainedIds(retained)
 
 
 def check_layers(
-    anatomy: Anatomy, pruned: Checkpoint, keeps: Keeps, mtp_dropped: bool, findings: Findings
+    anatomy: Anatomy, pruned: Checkpoint, keeps: RetainedIds, mtp_dropped: bool, findings: Findings
 ) -> None:
     """Every MoE layer has a keep-list that its router can work with, and nothing else has one."""
     record = pruned.provenance

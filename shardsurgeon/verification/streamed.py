@@ -22,19 +22,19 @@ from shardsurgeon.verification.record import read_keeps
 
 
 @dataclass(frozen=True, slots=True)
-class Heading:
+class ShardHeader:
     """A shard without its data. header: its first bytes, length prefix included; nbytes: in all."""
 
     header: bytes
     nbytes: int
 
 
-class Outline:
+class HeadersOnlySource:
     """A Source: shards as headings, every other file as another source has it."""
 
     def __init__(
         self,
-        headings: Mapping[str, Heading],
+        headers: Mapping[str, ShardHeader],
         rest: Source,
         location: str,
         present: Mapping[str, Path] | None = None,
@@ -42,16 +42,16 @@ class Outline:
         """rest: the other files; location: what messages call the model; present: shards that are
         on the disk, and where.
         """
-        self._headings = headings
+        self._headings = headers
         self._rest = rest
         self._location = location
         self._present = present or {}
 
-    def with_shard(self, name: str, path: Path) -> Outline:
+    def with_shard(self, name: str, path: Path) -> HeadersOnlySource:
         """The same, with one shard at hand."""
-        return Outline(self._headings, self._rest, self._location, {name: path})
+        return HeadersOnlySource(self._headings, self._rest, self._location, {name: path})
 
-    def heading(self, name: str) -> Heading:
+    def heading(self, name: str) -> ShardHeader:
         """What is known of a shard."""
         return self._headings[name]
 
@@ -102,17 +102,17 @@ class Outline:
         return self._rest.local_path(name)
 
 
-class ShardProof:
+class ShardVerifier:
     """Proves the shards of one pruned model. For one thread at a time."""
 
-    def __init__(self, source: Checkpoint, pruned: Outline, sampling: Sampling) -> None:
+    def __init__(self, source: Checkpoint, pruned: HeadersOnlySource, sampling: Sampling) -> None:
         """pruned: what every shard is to look like, and the metadata that says what was kept.
 
         Raises CheckpointError where that is no model. What does not fit the source is found
         when the shard concerned is checked, or by the proof of the whole.
         """
         self._source = source
-        self._outline = pruned
+        self._headers_only = pruned
         self._pruned = open_checkpoint(pruned)
         self._sampling = sampling
         anatomy, ignored = read_anatomy(source), Findings()
@@ -127,7 +127,7 @@ class ShardProof:
         Raises SourceReadError where it or the source cannot be read.
         """
         findings = Findings()
-        heading = self._outline.heading(name)
+        heading = self._headers_only.heading(name)
         with reading(path), path.open("rb") as file:
             begins = file.read(len(heading.header))
             nbytes = file.seek(0, 2)
@@ -142,7 +142,7 @@ class ShardProof:
         return findings.lines()
 
     def _compare(self, name: str, path: Path, findings: Findings) -> None:
-        at_hand = replace(self._pruned, source=self._outline.with_shard(name, path))
+        at_hand = replace(self._pruned, source=self._headers_only.with_shard(name, path))
         pairs = {name: self._pairs[name]}
         found = compare_bytes(self._source, at_hand, pairs, self._sampling, 1, None, findings)
         so_far = self.compared

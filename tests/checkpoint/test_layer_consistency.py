@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from shardsurgeon.checkpoint.anatomy import Block, check_alike
+from shardsurgeon.checkpoint.anatomy import LayerTensors, check_layers_consistent
 from shardsurgeon.errors import FamilyError
 
 PLAIN = {"experts.{}.up.weight": "BF16", "experts.{}.down.weight": "BF16", "shared.up": "BF16"}
@@ -16,8 +16,10 @@ PACKED = {"experts.{}.up.weight": "F8_E4M3", "experts.{}.up.weight_scale": "BF16
 def check(
     *layers: tuple[set[str], dict[str, str]], mtp: int | None = None, varies: str = "(?!)"
 ) -> None:
-    blocks = {n: Block(f"layers.{n}.", set(r), dict(w)) for n, (r, w) in enumerate(layers)}
-    check_alike(blocks, lambda n: n != mtp, lambda rest: re.match(varies, rest) is not None, "here")
+    blocks = {n: LayerTensors(f"layers.{n}.", set(r), dict(w)) for n, (r, w) in enumerate(layers)}
+    check_layers_consistent(
+        blocks, lambda n: n != mtp, lambda rest: re.match(varies, rest) is not None, "here"
+    )
 
 
 def test_layers_that_are_alike_pass() -> None:

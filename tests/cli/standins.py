@@ -22,7 +22,7 @@ from shardsurgeon.operations.reports import (
     WrittenScoresReport,
 )
 from shardsurgeon.pruning.agreement import ComparedLayerReport, ComparisonReport, OverlapReport
-from shardsurgeon.pruning.analysis import Cut, Gap, ShownLayerReport
+from shardsurgeon.pruning.analysis import Gap, ShownLayerReport, SuggestedCut
 from shardsurgeon.pruning.report import LayerReport, PlanReport
 from shardsurgeon.verification.findings import VerifyReport
 
@@ -158,8 +158,8 @@ SHOWN = ScoresReport(
         ShownLayerReport(92, True, 160, None, None, None, (), (), (), {}, None),
     ),
     cuts=(
-        Cut(0.01, 0.0, 0, 160, 0.0, 0.0, 1),
-        Cut(0.25, 0.4125, 66, 94, 0.25, 0.2515, 1),
+        SuggestedCut(0.01, 0.0, 0, 160, 0.0, 0.0, 1),
+        SuggestedCut(0.25, 0.4125, 66, 94, 0.25, 0.2515, 1),
     ),
     super_experts_known=True,
     facts={"total_tokens": 4096},

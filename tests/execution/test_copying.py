@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.execution.plan import Literal, Segment
-from shardsurgeon.execution.ranges import Move
-from shardsurgeon.execution.transfer import Mover
-from shardsurgeon.execution.workers import Meter, Progress
+from shardsurgeon.execution.ranges import CopyRange
+from shardsurgeon.execution.transfer import RangeTransfer
+from shardsurgeon.execution.workers import Progress, ProgressMeter
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.system import native
 
@@ -31,14 +31,14 @@ def test_a_copy_leaves_the_memory_as_it_was_found(tmp_path: Path, was_there: boo
     (tmp_path / "model" / "b").write_bytes(bytes(range(100, 200)))
     (tmp_path / "out").write_bytes(b"")
     moves = [
-        Move(Literal(b"HH"), 0),
-        Move(Segment("a", 10, 5), 2),
-        Move(Segment("a", 40, 3), 7),
-        Move(Segment("b", 0, 2), 10),
+        CopyRange(Literal(b"HH"), 0),
+        CopyRange(Segment("a", 10, 5), 2),
+        CopyRange(Segment("a", 40, 3), 7),
+        CopyRange(Segment("b", 0, 2), 10),
     ]
     system = replace(native(), in_memory=in_memory, let_go=let_go)
-    meter = Meter(Progress(0, 12, 0, 0, 1), None)
-    Mover(LocalSource(tmp_path / "model"), system, meter).move(moves, tmp_path / "out")
+    meter = ProgressMeter(Progress(0, 12, 0, 0, 1), None)
+    RangeTransfer(LocalSource(tmp_path / "model"), system, meter).write(moves, tmp_path / "out")
     assert asked == [("a", 42), ("b", 1)]
     assert gone == ([] if was_there else [("a", 10, 43), ("b", 0, 2)]) + [("out", 0, 12)]
     assert (tmp_path / "out").read_bytes() == b"HH" + bytes(

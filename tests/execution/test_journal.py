@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.errors import OutputError
-from shardsurgeon.execution.journal import Done, Journal, Part, Run, read_journal, require_same
+from shardsurgeon.execution.journal import (
+    Journal,
+    JournalState,
+    Part,
+    Run,
+    read_journal,
+    require_same,
+)
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.storage.system import native
 
@@ -49,9 +56,9 @@ def test_a_file_is_begun_filled_finished_and_sent(tmp_path: Path) -> None:
         seen.append(deepcopy(journal.done))
     part = Part("layout", [(0, 5), (90, 100), (5, 7)])
     assert seen == [
-        Done(parts={"a": part, "b": Part("layout", [])}),
-        Done(finished={"a": 100, "b": 50}),
-        Done(finished={"b": 50}, sent={"a": "receipt of a"}, address="there"),
+        JournalState(parts={"a": part, "b": Part("layout", [])}),
+        JournalState(finished={"a": 100, "b": 50}),
+        JournalState(finished={"b": 50}, sent={"a": "receipt of a"}, address="there"),
     ]
     record = read_journal(tmp_path / "journal")
     assert record is not None
@@ -108,10 +115,10 @@ def test_a_new_journal_forgets_the_old_one(tmp_path: Path) -> None:
     path = begun(tmp_path / "journal")
     other = Run("3" * 64, "4" * 64, ())
     with Journal(path, other, None, native()) as journal:
-        assert journal.done == Done()
+        assert journal.done == JournalState()
     record = read_journal(path)
     assert record is not None
-    assert (record.run, record.done) == (other, Done())
+    assert (record.run, record.done) == (other, JournalState())
 
 
 HEAD = {

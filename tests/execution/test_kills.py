@@ -16,7 +16,7 @@ import pytest
 from shardsurgeon.execution import shards
 from shardsurgeon.execution.run import execute
 from shardsurgeon.storage.system import System, native, portable
-from tests.support.far_source import FarSource, FolderOutlet, far_job, noted, receipts
+from tests.support.far_source import FarSource, FolderDestination, far_job, noted, receipts
 from tests.support.tiny_job import SIDE, Job, content, make_job
 
 
@@ -128,28 +128,28 @@ def kill_everywhere(
 def kill_while_sending(
     folder: Path, system: System, workers: int, far: bool, lossy: bool, stride: int = 1
 ) -> None:
-    """The same with an outlet: a shard with a receipt is never sent again."""
+    """The same with a destination: a shard with a receipt is never sent again."""
     job = make_far_or_near_job(folder, far)
     budget = len(job.expected["model-2.safetensors"])
 
-    def run(out: Path, system: System) -> FolderOutlet:
-        outlet = FolderOutlet(out.parent)
-        settings = {"outlet": outlet, "disk_budget": budget, "system": system}
+    def run(out: Path, system: System) -> FolderDestination:
+        destination = FolderDestination(out.parent)
+        settings = {"destination": destination, "disk_budget": budget, "system": system}
         execute(job.plan, job.source, out, workers=workers, **settings)  # type: ignore[arg-type]
-        return outlet
+        return destination
 
     kills = resumed = 0
     for out in killed_runs(run, folder, system, lossy, stride):
         kills += 1
         assert not out.exists()
         done = receipts(out)
-        outlet = FolderOutlet(out.parent)
-        if not outlet.delivered.exists() or out.with_name("OUT.partial").exists():
-            outlet = run(out, native())
-            assert not set(outlet.sends) & done.keys()
-            assert set(outlet.sends) | done.keys() == {shard.file for shard in job.plan.shards}
+        destination = FolderDestination(out.parent)
+        if not destination.delivered.exists() or out.with_name("OUT.partial").exists():
+            destination = run(out, native())
+            assert not set(destination.sends) & done.keys()
+            assert set(destination.sends) | done.keys() == {shard.file for shard in job.plan.shards}
             resumed += bool(done)
-        assert outlet.content() == job.expected, out
+        assert destination.content() == job.expected, out
         assert {path.name for path in out.parent.iterdir()} == {"arrived", "delivered"}
     assert kills > 25 and resumed > 15, (kills, resumed)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment
-from shardsurgeon.execution.ranges import Move, batches, joined, remaining, shard_moves
+from shardsurgeon.execution.ranges import CopyRange, batches, copy_ranges, joined, remaining
 
 
 def shard(*pieces: Segment | Literal) -> OutputShard:
@@ -17,58 +17,62 @@ def shard(*pieces: Segment | Literal) -> OutputShard:
 
 def test_segments_that_follow_one_another_on_both_sides_are_joined() -> None:
     pieces = [Segment("a", 10, 5), Segment("a", 15, 5), Segment("a", 20, 1), Segment("a", 30, 4)]
-    assert shard_moves(shard(*pieces)) == [
-        Move(Literal(b"HH"), 0),
-        Move(Segment("a", 10, 11), 2),
-        Move(Segment("a", 30, 4), 13),
+    assert copy_ranges(shard(*pieces)) == [
+        CopyRange(Literal(b"HH"), 0),
+        CopyRange(Segment("a", 10, 11), 2),
+        CopyRange(Segment("a", 30, 4), 13),
     ]
 
 
 def test_an_empty_tensor_between_two_does_not_keep_them_apart() -> None:
     pieces: list[Segment | Literal]
     pieces = [Segment("a", 10, 5), Segment("b", 0, 0), Literal(b""), Segment("a", 15, 5)]
-    assert shard_moves(shard(*pieces))[1:] == [Move(Segment("a", 10, 10), 2)]
+    assert copy_ranges(shard(*pieces))[1:] == [CopyRange(Segment("a", 10, 10), 2)]
 
 
 def test_a_literal_between_two_keeps_them_apart() -> None:
     pieces: list[Segment | Literal]
     pieces = [Segment("a", 10, 5), Literal(b"x"), Segment("a", 15, 5)]
-    assert shard_moves(shard(*pieces))[1:] == [
-        Move(Literal(b"x"), 7),
-        Move(Segment("a", 10, 5), 2),
-        Move(Segment("a", 15, 5), 8),
+    assert copy_ranges(shard(*pieces))[1:] == [
+        CopyRange(Literal(b"x"), 7),
+        CopyRange(Segment("a", 10, 5), 2),
+        CopyRange(Segment("a", 15, 5), 8),
     ]
 
 
 def test_the_same_offset_of_another_file_does_not_follow() -> None:
     pieces = [Segment("a", 10, 5), Segment("b", 15, 5)]
-    assert shard_moves(shard(*pieces))[1:] == [
-        Move(Segment("a", 10, 5), 2),
-        Move(Segment("b", 15, 5), 7),
+    assert copy_ranges(shard(*pieces))[1:] == [
+        CopyRange(Segment("a", 10, 5), 2),
+        CopyRange(Segment("b", 15, 5), 7),
     ]
 
 
 def test_ranges_are_read_in_source_order_whatever_their_place_in_the_shard() -> None:
     pieces = [Segment("b", 0, 1), Segment("a", 90, 2), Segment("a", 10, 3)]
-    assert shard_moves(shard(*pieces))[1:] == [
-        Move(Segment("a", 10, 3), 5),
-        Move(Segment("a", 90, 2), 3),
-        Move(Segment("b", 0, 1), 2),
+    assert copy_ranges(shard(*pieces))[1:] == [
+        CopyRange(Segment("a", 10, 3), 5),
+        CopyRange(Segment("a", 90, 2), 3),
+        CopyRange(Segment("b", 0, 1), 2),
     ]
 
 
 def test_long_moves_are_cut_and_short_ones_share_a_batch() -> None:
-    moves = [Move(Literal(b"HH"), 0), Move(Segment("a", 100, 25), 2), Move(Segment("a", 0, 4), 27)]
+    moves = [
+        CopyRange(Literal(b"HH"), 0),
+        CopyRange(Segment("a", 100, 25), 2),
+        CopyRange(Segment("a", 0, 4), 27),
+    ]
     assert batches(moves, 10) == [
-        (Move(Literal(b"HH"), 0),),
-        (Move(Segment("a", 100, 10), 2),),
-        (Move(Segment("a", 110, 10), 12),),
-        (Move(Segment("a", 120, 5), 22), Move(Segment("a", 0, 4), 27)),
+        (CopyRange(Literal(b"HH"), 0),),
+        (CopyRange(Segment("a", 100, 10), 2),),
+        (CopyRange(Segment("a", 110, 10), 12),),
+        (CopyRange(Segment("a", 120, 5), 22), CopyRange(Segment("a", 0, 4), 27)),
     ]
 
 
 def test_an_empty_file_is_one_batch_that_moves_nothing() -> None:
-    assert batches([Move(Segment("a", 0, 0), 0)], 10) == [(Move(Segment("a", 0, 0), 0),)]
+    assert batches([CopyRange(Segment("a", 0, 0), 0)], 10) == [(CopyRange(Segment("a", 0, 0), 0),)]
     assert batches([], 10) == []
 
 
@@ -88,7 +92,7 @@ def content(piece: Segment | Literal) -> bytes:
     return FILES[piece.file][piece.begin : piece.begin + piece.nbytes]
 
 
-def write(moves: Iterable[Move], written: list[int | None]) -> None:
+def write(moves: Iterable[CopyRange], written: list[int | None]) -> None:
     for move in moves:
         for offset, byte in enumerate(content(move.piece), start=move.at):
             assert written[offset] is None
@@ -102,7 +106,7 @@ def test_batches_write_every_byte_of_a_shard_exactly_once(
 ) -> None:
     expected = b"HH" + b"".join(map(content, pieces))
     written: list[int | None] = [None] * len(expected)
-    for batch in batches(shard_moves(shard(*pieces)), limit):
+    for batch in batches(copy_ranges(shard(*pieces)), limit):
         assert sum(move.piece.nbytes for move in batch) <= limit or len(batch) == 1
         write(batch, written)
     assert written == list(expected)
@@ -117,18 +121,22 @@ def test_what_remains_is_exactly_what_was_not_written(
     there = data.draw(st.sets(st.integers(0, len(expected) - 1)))
     written = [byte if at in there else None for at, byte in enumerate(expected)]
     ranges = joined((at, at + 1) for at in there)
-    write(remaining(shard_moves(shard(*pieces)), ranges), written)
+    write(remaining(copy_ranges(shard(*pieces)), ranges), written)
     assert written == list(expected)
 
 
 def test_what_remains_keeps_the_order_and_cuts_no_more_than_it_must() -> None:
-    moves = [Move(Literal(b"HHHH"), 0), Move(Segment("a", 50, 20), 10), Move(Segment("b", 0, 6), 4)]
+    moves = [
+        CopyRange(Literal(b"HHHH"), 0),
+        CopyRange(Segment("a", 50, 20), 10),
+        CopyRange(Segment("b", 0, 6), 4),
+    ]
     assert remaining(moves, []) == moves
     assert remaining(moves, [(0, 3), (8, 12), (15, 16), (29, 99)]) == [
-        Move(Literal(b"H"), 3),
-        Move(Segment("a", 52, 3), 12),
-        Move(Segment("a", 56, 13), 16),
-        Move(Segment("b", 0, 4), 4),
+        CopyRange(Literal(b"H"), 3),
+        CopyRange(Segment("a", 52, 3), 12),
+        CopyRange(Segment("a", 56, 13), 16),
+        CopyRange(Segment("b", 0, 4), 4),
     ]
 
 

@@ -81,7 +81,7 @@ def test_eight_ranges_are_in_flight_at_once(job: Job, source: FarSource, out: Pa
             together.wait(timeout=30)
 
     source.on_piece = on_piece
-    execute(replace(job.plan, side_files=()), source, out)
+    execute(replace(job.plan, copied_files=()), source, out)
     assert len(met) == 8
 
 
@@ -112,7 +112,7 @@ def test_at_most_a_hundredth_more_than_is_wanted_travels(
         planned.append(OutputShard(f"{number}", b"HH", (tensor(*pieces),)))
         expected[f"{number}"] = data
     plan = replace(far_job(make_job(folder), source).plan, shards=tuple(planned))
-    plan = replace(plan, documents=(), side_files=(), extra_files=())
+    plan = replace(plan, generated_files=(), copied_files=(), score_files=())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "REMOTE_BATCH_NBYTES", batch)
         report = execute(plan, source, folder / "OUT", workers=2)
@@ -122,7 +122,7 @@ def test_at_most_a_hundredth_more_than_is_wanted_travels(
 
 def test_narrow_gaps_are_read_over_rather_than_asked_around(job: Job, out: Path) -> None:
     rows = [Segment("a.safetensors", at, 1_990) for at in range(0, 50_000, 2_000)]
-    plan = replace(job.plan, shards=(OutputShard("one", b"HH", (tensor(*rows),)),), side_files=())
+    plan = replace(job.plan, shards=(OutputShard("one", b"HH", (tensor(*rows),)),), copied_files=())
     source = FarSource()
     report = execute(plan, source, out)
     assert len(source.requests) == 13  # 25 rows, two to a batch
@@ -313,7 +313,7 @@ def test_files_that_lie_in_a_local_cache_do_not_travel(tmp_path: Path, out: Path
 def test_a_shard_of_literals_needs_no_network(job: Job, out: Path) -> None:
     shard = OutputShard("one", b"HH", (tensor(Literal(b"xyz")),))
     source = FarSource()
-    execute(replace(job.plan, shards=(shard,), side_files=()), source, out)
+    execute(replace(job.plan, shards=(shard,), copied_files=()), source, out)
     assert (out / "one").read_bytes() == b"HHxyz"
     assert source.requests == []
 

@@ -11,10 +11,10 @@ import pytest
 from shardsurgeon.errors import OutputError, OutputWriteError, PublishError, UsageError
 from shardsurgeon.execution import shards, upload
 from shardsurgeon.execution.run import execute
-from shardsurgeon.execution.upload import Allowance
-from shardsurgeon.execution.workers import Meter, Progress, Stopped
+from shardsurgeon.execution.upload import DiskBudget
+from shardsurgeon.execution.workers import Progress, ProgressMeter, Stopped
 from shardsurgeon.storage.system import portable
-from tests.support.far_source import FarSource, FolderOutlet, far_job, receipts
+from tests.support.far_source import FarSource, FolderDestination, far_job, receipts
 from tests.support.tiny_job import Job, content, make_job
 
 ONE, TWO, THREE = "model-1.safetensors", "model-2.safetensors", "sub/model-3.safetensors"
@@ -38,8 +38,8 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def outlet(tmp_path: Path) -> FolderOutlet:
-    return FolderOutlet(tmp_path)
+def destination(tmp_path: Path) -> FolderDestination:
+    return FolderDestination(tmp_path)
 
 
 def on_disk(out: Path) -> int:
@@ -56,17 +56,17 @@ def on_disk(out: Path) -> int:
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_everything_arrives_and_nothing_stays(
-    job: Job, out: Path, outlet: FolderOutlet, workers: int
+    job: Job, out: Path, destination: FolderDestination, workers: int
 ) -> None:
-    report = execute(job.plan, job.source, out, workers=workers, outlet=outlet)
-    assert outlet.content() == job.expected
-    assert sorted(outlet.sends) == [ONE, TWO, THREE]
+    report = execute(job.plan, job.source, out, workers=workers, destination=destination)
+    assert destination.content() == job.expected
+    assert sorted(destination.sends) == [ONE, TWO, THREE]
     assert report.shards == 3
     assert sorted(os.listdir(out.parent)) == ["Tiny-MoE", "arrived", "delivered", "scores.pt"]
 
 
 def test_the_shards_on_the_disk_stay_within_the_budget(
-    job: Job, out: Path, outlet: FolderOutlet
+    job: Job, out: Path, destination: FolderDestination
 ) -> None:
     budget = len(job.expected[TWO])
     most = 0
@@ -76,13 +76,21 @@ def test_the_shards_on_the_disk_stay_within_the_budget(
         most = max(most, on_disk(out))
 
     execute(
-        job.plan, job.source, out, outlet=outlet, disk_budget=budget, on_progress=listen, workers=3
+        job.plan,
+        job.source,
+        out,
+        destination=destination,
+        disk_budget=budget,
+        on_progress=listen,
+        workers=3,
     )
-    assert outlet.content() == job.expected
+    assert destination.content() == job.expected
     assert 0 < most <= budget
 
 
-def test_others_are_filled_while_one_is_sent(job: Job, out: Path, outlet: FolderOutlet) -> None:
+def test_others_are_filled_while_one_is_sent(
+    job: Job, out: Path, destination: FolderDestination
+) -> None:
     filled = threading.Event()
 
     def on_send(name: str) -> None:
@@ -93,87 +101,93 @@ def test_others_are_filled_while_one_is_sent(job: Job, out: Path, outlet: Folder
         if progress.shards_done == 2:
             filled.set()
 
-    outlet.on_send = on_send
-    execute(job.plan, job.source, out, outlet=outlet, on_progress=listen, workers=2)
-    assert outlet.content() == job.expected
+    destination.on_send = on_send
+    execute(job.plan, job.source, out, destination=destination, on_progress=listen, workers=2)
+    assert destination.content() == job.expected
 
 
-def test_progress_tells_of_shards_that_were_sent(job: Job, out: Path, outlet: FolderOutlet) -> None:
+def test_progress_tells_of_shards_that_were_sent(
+    job: Job, out: Path, destination: FolderDestination
+) -> None:
     steps: list[Progress] = []
-    execute(job.plan, job.source, out, outlet=outlet, on_progress=steps.append)
+    execute(job.plan, job.source, out, destination=destination, on_progress=steps.append)
     total = sum(map(len, job.expected.values()))
     assert steps[-1] == Progress(total, total, 0, 3, 3, 3)
     assert [step.shards_sent for step in steps] == sorted(step.shards_sent for step in steps)
 
 
 def test_what_is_not_sent_is_shown_before_anything_is_published(
-    job: Job, out: Path, outlet: FolderOutlet
+    job: Job, out: Path, destination: FolderDestination
 ) -> None:
     def check(folder: Path) -> None:
         rest = {name: data for name, data in job.expected.items() if "safetensors" not in name}
         assert content(folder) == rest
-        assert not outlet.delivered.exists()
+        assert not destination.delivered.exists()
         raise PublishError("hf://me/pruned", "does not hold")
 
     with pytest.raises(PublishError):
-        execute(job.plan, job.source, out, outlet=outlet, before_delivery=check)
-    assert not outlet.delivered.exists()
-    execute(job.plan, job.source, out, outlet=outlet)
-    assert len(outlet.sends) == 3
-    assert outlet.content() == job.expected
+        execute(job.plan, job.source, out, destination=destination, before_delivery=check)
+    assert not destination.delivered.exists()
+    execute(job.plan, job.source, out, destination=destination)
+    assert len(destination.sends) == 3
+    assert destination.content() == job.expected
 
 
 @pytest.mark.parametrize("short", [1, 30_000])
 def test_a_budget_below_the_largest_shard_is_refused_before_anything(
-    job: Job, out: Path, outlet: FolderOutlet, short: int
+    job: Job, out: Path, destination: FolderDestination, short: int
 ) -> None:
     largest = len(job.expected[TWO])
     said = rf"--disk-budget: .*\({largest - short:,} bytes\) .*{TWO}.* \({largest:,} bytes\); give "
     with pytest.raises(UsageError, match=said):
-        execute(job.plan, job.source, out, outlet=outlet, disk_budget=largest - short)
+        execute(job.plan, job.source, out, destination=destination, disk_budget=largest - short)
     assert sorted(os.listdir(out.parent)) == ["Tiny-MoE", "scores.pt"]
 
 
-def test_a_disk_as_small_as_the_budget_is_enough(job: Job, out: Path, outlet: FolderOutlet) -> None:
+def test_a_disk_as_small_as_the_budget_is_enough(
+    job: Job, out: Path, destination: FolderDestination
+) -> None:
     budget = len(job.expected[TWO]) + 100
     short = replace(portable(), free_space=lambda folder: budget - 1)
     with pytest.raises(OutputWriteError, match="the disk is full"):
-        execute(job.plan, job.source, out, outlet=outlet, disk_budget=budget, system=short)
+        execute(
+            job.plan, job.source, out, destination=destination, disk_budget=budget, system=short
+        )
     enough = replace(portable(), free_space=lambda folder: budget)
-    execute(job.plan, job.source, out, outlet=outlet, disk_budget=budget, system=enough)
-    assert outlet.content() == job.expected
+    execute(job.plan, job.source, out, destination=destination, disk_budget=budget, system=enough)
+    assert destination.content() == job.expected
 
 
-def fail_at(outlet: FolderOutlet, shard: str, error: Callable[[], BaseException]) -> None:
+def fail_at(destination: FolderDestination, shard: str, error: Callable[[], BaseException]) -> None:
     def on_send(name: str) -> None:
         if name == shard:
             raise error()
 
-    outlet.on_send = on_send
+    destination.on_send = on_send
 
 
 @pytest.mark.parametrize("shard", [ONE, TWO, THREE])
 def test_a_send_that_fails_ends_the_run_and_the_next_sends_only_the_rest(
-    job: Job, out: Path, outlet: FolderOutlet, shard: str
+    job: Job, out: Path, destination: FolderDestination, shard: str
 ) -> None:
     before = threading.active_count()
-    fail_at(outlet, shard, lambda: PublishError("hf://me/pruned", "the Hub refused"))
+    fail_at(destination, shard, lambda: PublishError("hf://me/pruned", "the Hub refused"))
     with pytest.raises(PublishError, match="the Hub refused"):
-        execute(job.plan, job.source, out, outlet=outlet, workers=1)
+        execute(job.plan, job.source, out, destination=destination, workers=1)
     assert threading.active_count() == before
-    assert not outlet.delivered.exists() and not out.exists()
+    assert not destination.delivered.exists() and not out.exists()
     sent = set(receipts(out))
-    assert sent == set(outlet.sends)
-    outlet.on_send = lambda name: None
-    outlet.sends.clear()
-    report = execute(job.plan, job.source, out, outlet=outlet)
-    assert set(outlet.sends) == {ONE, TWO, THREE} - sent
+    assert sent == set(destination.sends)
+    destination.on_send = lambda name: None
+    destination.sends.clear()
+    report = execute(job.plan, job.source, out, destination=destination)
+    assert set(destination.sends) == {ONE, TWO, THREE} - sent
     assert report.shards_resumed >= len(sent)
-    assert outlet.content() == job.expected
+    assert destination.content() == job.expected
 
 
 def test_a_failed_copy_lets_the_shard_in_hand_be_sent(
-    job: Job, out: Path, outlet: FolderOutlet
+    job: Job, out: Path, destination: FolderDestination
 ) -> None:
     sending, failed = threading.Event(), threading.Event()
 
@@ -187,20 +201,20 @@ def test_a_failed_copy_lets_the_shard_in_hand_be_sent(
             failed.set()
             raise OutputWriteError("disk", "failed")
 
-    outlet.on_send = on_send
+    destination.on_send = on_send
     with pytest.raises(OutputWriteError, match="disk: failed"):
-        execute(job.plan, job.source, out, outlet=outlet, workers=1, on_progress=listen)
+        execute(job.plan, job.source, out, destination=destination, workers=1, on_progress=listen)
     assert set(receipts(out)) == {ONE}
-    outlet.on_send = lambda name: None
-    execute(job.plan, job.source, out, outlet=outlet)
-    assert sorted(outlet.sends) == [ONE, TWO, THREE]
-    assert outlet.content() == job.expected
+    destination.on_send = lambda name: None
+    execute(job.plan, job.source, out, destination=destination)
+    assert sorted(destination.sends) == [ONE, TWO, THREE]
+    assert destination.content() == job.expected
 
 
 def test_ctrl_c_does_not_wait_for_a_shard_that_is_being_sent(
-    job: Job, out: Path, outlet: FolderOutlet, monkeypatch: pytest.MonkeyPatch
+    job: Job, out: Path, destination: FolderDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upload, "PATIENCE", 0.01)
+    monkeypatch.setattr(upload, "UPLOAD_GRACE_SECONDS", 0.01)
     sending, let_go = threading.Event(), threading.Event()
 
     def on_send(name: str) -> None:
@@ -212,25 +226,27 @@ def test_ctrl_c_does_not_wait_for_a_shard_that_is_being_sent(
             assert sending.wait(timeout=30)
             raise KeyboardInterrupt
 
-    outlet.on_send = on_send
+    destination.on_send = on_send
     with pytest.raises(KeyboardInterrupt):
-        execute(job.plan, job.source, out, outlet=outlet, workers=1, on_progress=listen)
+        execute(job.plan, job.source, out, destination=destination, workers=1, on_progress=listen)
     (left,) = [thread for thread in threading.enumerate() if thread.name == "shardsurgeon-send"]
     assert left.daemon
-    outlet.on_send = lambda name: None
-    execute(job.plan, job.source, out, outlet=outlet)  # the same shard may arrive twice by then
-    assert outlet.content() == job.expected
+    destination.on_send = lambda name: None
+    execute(
+        job.plan, job.source, out, destination=destination
+    )  # the same shard may arrive twice by then
+    assert destination.content() == job.expected
     let_go.set()
     left.join(timeout=30)
-    assert outlet.content() == job.expected
+    assert destination.content() == job.expected
     assert sorted(os.listdir(out.parent)) == ["Tiny-MoE", "arrived", "delivered", "scores.pt"]
 
 
 def test_a_shard_that_arrives_within_a_moment_after_ctrl_c_is_noted(
-    job: Job, out: Path, outlet: FolderOutlet
+    job: Job, out: Path, destination: FolderDestination
 ) -> None:
     sending = threading.Event()
-    outlet.on_send = lambda name: sending.set()
+    destination.on_send = lambda name: sending.set()
 
     def listen(progress: Progress) -> None:
         if progress.done > len(job.expected[ONE]):
@@ -238,37 +254,37 @@ def test_a_shard_that_arrives_within_a_moment_after_ctrl_c_is_noted(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(job.plan, job.source, out, outlet=outlet, workers=1, on_progress=listen)
+        execute(job.plan, job.source, out, destination=destination, workers=1, on_progress=listen)
     assert set(receipts(out)) == {ONE}
 
 
 def test_a_delivery_that_fails_is_tried_again_without_sending(
-    job: Job, out: Path, outlet: FolderOutlet, monkeypatch: pytest.MonkeyPatch
+    job: Job, out: Path, destination: FolderDestination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(folder: Path, receipts: object) -> None:
         raise PublishError("hf://me/pruned", "the Hub refused the commit")
 
     with monkeypatch.context() as patch:
-        patch.setattr(outlet, "deliver", refuse)
+        patch.setattr(destination, "publish", refuse)
         with pytest.raises(PublishError, match="refused the commit"):
-            execute(job.plan, job.source, out, outlet=outlet)
+            execute(job.plan, job.source, out, destination=destination)
     assert set(receipts(out)) == {ONE, TWO, THREE}
     assert on_disk(out) == 0
-    report = execute(job.plan, job.source, out, outlet=outlet)
-    assert (len(outlet.sends), report.shards_resumed) == (3, 3)
-    assert outlet.content() == job.expected
+    report = execute(job.plan, job.source, out, destination=destination)
+    assert (len(destination.sends), report.shards_resumed) == (3, 3)
+    assert destination.content() == job.expected
     assert not out.with_name("OUT.partial").exists()
 
 
 def test_receipts_of_another_outlet_are_refused(
-    job: Job, out: Path, outlet: FolderOutlet, tmp_path: Path
+    job: Job, out: Path, destination: FolderDestination, tmp_path: Path
 ) -> None:
-    fail_at(outlet, TWO, lambda: PublishError("hf://me/pruned", "the Hub refused"))
+    fail_at(destination, TWO, lambda: PublishError("hf://me/pruned", "the Hub refused"))
     with pytest.raises(PublishError):
-        execute(job.plan, job.source, out, outlet=outlet, workers=1)
+        execute(job.plan, job.source, out, destination=destination, workers=1)
     said = r"OUT\.partial: .* sent 1 of its shards to .*delivered; repeat that command.*--restart"
     with pytest.raises(OutputError, match=said):
-        execute(job.plan, job.source, out, outlet=FolderOutlet(tmp_path / "other"))
+        execute(job.plan, job.source, out, destination=FolderDestination(tmp_path / "other"))
     with pytest.raises(OutputError, match=said):
         execute(job.plan, job.source, out)
     assert set(receipts(out)) == {ONE}
@@ -277,7 +293,7 @@ def test_receipts_of_another_outlet_are_refused(
 
 
 def test_a_run_that_was_to_stay_here_can_be_sent_instead(
-    job: Job, out: Path, outlet: FolderOutlet
+    job: Job, out: Path, destination: FolderDestination
 ) -> None:
     def listen(progress: Progress) -> None:
         if progress.shards_done == 2:
@@ -286,15 +302,15 @@ def test_a_run_that_was_to_stay_here_can_be_sent_instead(
     with pytest.raises(KeyboardInterrupt):
         execute(job.plan, job.source, out, workers=1, on_progress=listen)
     budget = len(job.expected[ONE]) + len(job.expected[TWO])
-    report = execute(job.plan, job.source, out, outlet=outlet, disk_budget=budget)
+    report = execute(job.plan, job.source, out, destination=destination, disk_budget=budget)
     assert report.shards_resumed == 2
-    assert outlet.sends == [ONE, TWO, THREE]
-    assert outlet.content() == job.expected
+    assert destination.sends == [ONE, TWO, THREE]
+    assert destination.content() == job.expected
 
 
 @pytest.mark.parametrize("pieces", [50, 70, 100])
 def test_a_part_that_holds_the_whole_budget_is_finished_first(
-    tmp_path: Path, out: Path, outlet: FolderOutlet, pieces: int
+    tmp_path: Path, out: Path, destination: FolderDestination, pieces: int
 ) -> None:
     job = far_job(make_job(tmp_path))
     plan = replace(job.plan, shards=(job.plan.shards[1], job.plan.shards[0]))
@@ -307,40 +323,40 @@ def test_a_part_that_holds_the_whole_budget_is_finished_first(
 
     source.on_piece = on_piece
     with pytest.raises(PublishError):
-        execute(plan, source, out, outlet=outlet, workers=1)
+        execute(plan, source, out, destination=destination, workers=1)
     # The other order, and less room than before: who waits must not wait for ever.
     smaller = len(job.expected[TWO])
     execute(
         replace(plan, shards=plan.shards[::-1]),
         FarSource(),
         out,
-        outlet=outlet,
+        destination=destination,
         disk_budget=smaller,
         workers=2,
     )
-    assert set(outlet.sends) == {ONE, TWO}
-    assert outlet.content()[TWO] == job.expected[TWO]
+    assert set(destination.sends) == {ONE, TWO}
+    assert destination.content()[TWO] == job.expected[TWO]
 
 
 def test_a_shard_with_a_receipt_that_is_still_here_is_removed_not_sent(
-    job: Job, out: Path, outlet: FolderOutlet
+    job: Job, out: Path, destination: FolderDestination
 ) -> None:
-    fail_at(outlet, TWO, lambda: PublishError("hf://me/pruned", "the Hub refused"))
+    fail_at(destination, TWO, lambda: PublishError("hf://me/pruned", "the Hub refused"))
     with pytest.raises(PublishError):
-        execute(job.plan, job.source, out, outlet=outlet, workers=1)
+        execute(job.plan, job.source, out, destination=destination, workers=1)
     (out.with_name("OUT.partial") / "files" / ONE).write_bytes(job.expected[ONE])
-    outlet.on_send = lambda name: None
-    execute(job.plan, job.source, out, outlet=outlet)
-    assert outlet.sends.count(ONE) == 1
-    assert outlet.content() == job.expected
+    destination.on_send = lambda name: None
+    execute(job.plan, job.source, out, destination=destination)
+    assert destination.sends.count(ONE) == 1
+    assert destination.content() == job.expected
 
 
 def test_who_waits_for_room_hears_of_a_stop() -> None:
-    meter = Meter(Progress(0, 0, 0, 0, 0), None)
-    room = Allowance(10, 8, meter)
+    meter = ProgressMeter(Progress(0, 0, 0, 0, 0), None)
+    room = DiskBudget(10, 8, meter)
     room.take(2)
     meter.stop()
     with pytest.raises(Stopped):
         room.take(1)
-    room.give_back(1)
+    room.release(1)
     room.take(1)

@@ -158,9 +158,9 @@ def test_a_failure_on_its_way_up_hides_no_other(tmp_path: Path) -> None:
 
 def test_samples_pass_as_they_did_when_the_run_began(tmp_path: Path) -> None:
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.portions(4, 1000) == (4, 1000)
+        assert store.batch_sizes(4, 1000) == (4, 1000)
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.portions(2, 50) == (4, 1000)
+        assert store.batch_sizes(2, 50) == (4, 1000)
     (tmp_path / "portions.json").write_text("[0]")
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.portions(2, 50) == (2, 50)
+        assert store.batch_sizes(2, 50) == (2, 50)

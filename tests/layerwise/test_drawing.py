@@ -16,8 +16,8 @@ from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.datasets import parse_spec
 from shardsurgeon.layerwise.samples import (
     Conversation,
-    Draw,
     Sample,
+    SamplingOptions,
     Tokenizer,
     draw_samples,
     samples_sha256,
@@ -43,7 +43,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(
     tokenizer: Tokenizer, spec: str, count: int | None = None, **options: object
 ) -> list[Sample]:
-    draw = Draw(**{"seed": 42, "max_length": 64, **options})  # type: ignore[arg-type]
+    draw = SamplingOptions(**{"seed": 42, "max_length": 64, **options})  # type: ignore[arg-type]
     return draw_samples(parse_spec(spec, count), tokenizer, draw)
 
 

@@ -17,7 +17,7 @@ from shardsurgeon.layerwise import engine as engine_room
 from shardsurgeon.layerwise import model as model_room
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.engine import calibrate_layers
-from shardsurgeon.layerwise.memory import Footprint, portions
+from shardsurgeon.layerwise.memory import LayerMemory, batch_sizes
 from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.settings import Progress, Settings
 from shardsurgeon.storage.local import LocalSource
@@ -220,13 +220,13 @@ def test_bfloat16_is_close_to_float32(folder: Path, tmp_path: Path) -> None:
 
 def test_a_small_memory_makes_small_batches_and_chunks() -> None:
     # 1,000 for weights, 10 for a token; samples of 100 tokens.
-    need = Footprint(weights=900, expert=100, row=0, token=10, pair=0)
-    roomy = portions(need, [100] * 8, "auto", None, 21_000, "cpu")
+    need = LayerMemory(weights=900, expert=100, row=0, token=10, pair=0)
+    roomy = batch_sizes(need, [100] * 8, "auto", None, 21_000, "cpu")
     # Half of the 20,000 left: 1,000 tokens in a chunk, half of those in a batch.
     assert (roomy.batch_size, roomy.chunk) == (5, 1000)
-    tight = portions(need, [100] * 8, "auto", None, 2_100, "cpu")
+    tight = batch_sizes(need, [100] * 8, "auto", None, 2_100, "cpu")
     assert (tight.batch_size, tight.chunk) == (1, 55)
     with pytest.raises(
         UsageError, match=r"a batch of 3 of 100 tokens 3\.0 kB, and 2\.1 kB are free"
     ):
-        portions(need, [100] * 8, 3, None, 2_100, "cpu")
+        batch_sizes(need, [100] * 8, 3, None, 2_100, "cpu")

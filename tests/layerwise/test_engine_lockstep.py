@@ -8,26 +8,26 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.layerwise.forward import run_in_lockstep
+from shardsurgeon.layerwise.forward import run_interleaved
 
-Meet = Callable[[Any], Any]
+RequestExperts = Callable[[Any], Any]
 
 
 def test_requests_of_all_tasks_are_served_together() -> None:
     rounds: list[list[Any]] = []
     results: dict[str, list[Any]] = {}
 
-    def task(name: str, meetings: int) -> Callable[[Meet], None]:
-        def run(meet: Meet) -> None:
-            results[name] = [meet((name, number)) for number in range(meetings)]
+    def task(name: str, meetings: int) -> Callable[[RequestExperts], None]:
+        def run(request_experts: RequestExperts) -> None:
+            results[name] = [request_experts((name, number)) for number in range(meetings)]
 
         return run
 
-    def serve(requests: list[Any]) -> list[Any]:
+    def compute(requests: list[Any]) -> list[Any]:
         rounds.append(requests)
         return [f"{name}{number}!" for name, number in requests]
 
-    run_in_lockstep([task("a", 2), task("b", 1), task("c", 2)], serve)
+    run_interleaved([task("a", 2), task("b", 1), task("c", 2)], compute)
     assert rounds == [[("a", 0), ("b", 0), ("c", 0)], [("a", 1), ("c", 1)]]
     assert results == {"a": ["a0!", "a1!"], "b": ["b0!"], "c": ["c0!", "c1!"]}
 
@@ -35,42 +35,42 @@ def test_requests_of_all_tasks_are_served_together() -> None:
 def test_never_do_two_tasks_run_at_a_time() -> None:
     running, most = 0, 0
 
-    def task(meet: Meet) -> None:
+    def task(request_experts: RequestExperts) -> None:
         nonlocal running, most
         for _ in range(3):
             running += 1
             most = max(most, running)
             running -= 1
-            meet(None)
+            request_experts(None)
 
-    run_in_lockstep([task] * 5, lambda requests: requests)
+    run_interleaved([task] * 5, lambda requests: requests)
     assert most == 1
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_what_a_task_raises_comes_out_and_ends_the_others(number: int) -> None:
-    def good(meet: Meet) -> None:
-        meet(1)
+    def good(request_experts: RequestExperts) -> None:
+        request_experts(1)
         raise AssertionError("was not stopped")
 
-    def bad(meet: Meet) -> None:
+    def bad(request_experts: RequestExperts) -> None:
         raise RuntimeError("broken")
 
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="broken"):
-        run_in_lockstep([*[good] * (number - 1), bad], lambda requests: requests)
+        run_interleaved([*[good] * (number - 1), bad], lambda requests: requests)
     assert threading.active_count() == before
 
 
 def test_what_serving_raises_comes_out_and_ends_all_tasks() -> None:
-    def task(meet: Meet) -> None:
-        meet(1)
+    def task(request_experts: RequestExperts) -> None:
+        request_experts(1)
         raise AssertionError("was not stopped")
 
-    def serve(requests: list[Any]) -> list[Any]:
+    def compute(requests: list[Any]) -> list[Any]:
         raise ValueError("cannot")
 
     before = threading.active_count()
     with pytest.raises(ValueError, match="cannot"):
-        run_in_lockstep([task, task], serve)
+        run_interleaved([task, task], compute)
     assert threading.active_count() == before

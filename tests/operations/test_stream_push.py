@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from shardsurgeon.errors import OutputError, UsageError, VerificationError
-from shardsurgeon.execution.transfer import Mover
+from shardsurgeon.execution.transfer import RangeTransfer
 from shardsurgeon.operations import api, push
 from tests.operations.workbench import Shell, digests, downloaded, same_model, scores_of
 from tests.support.hub.models import fixture_folder, write_checkpoint
@@ -295,9 +295,9 @@ def test_a_dry_run_touches_no_repository(shell: Shell, source: LocalHub) -> None
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte that is moved by a worker comes out another."""
-    move = Mover.move
+    move = RangeTransfer.write
 
-    def wrong(self: Mover, batch: object, path: Path, *rest: object) -> object:
+    def wrong(self: RangeTransfer, batch: object, path: Path, *rest: object) -> object:
         done = move(self, batch, path, *rest)  # type: ignore[arg-type]
         if path.name.endswith("2-of-00005.safetensors"):
             with path.open("r+b") as file:
@@ -306,7 +306,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
                 file.write(bytes(size - size // 2))
         return done
 
-    monkeypatch.setattr(Mover, "move", wrong)
+    monkeypatch.setattr(RangeTransfer, "write", wrong)
 
 
 def test_a_shard_with_wrong_bytes_is_never_sent(
@@ -326,11 +326,11 @@ def test_what_does_not_hold_as_a_whole_is_not_committed(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = api.plan(fixture_folder(FAMILY), scores_of(FAMILY), ratio=0.65, out=tmp_path / "out")
-    documents = tuple(
+    generated_files = tuple(
         (name, data.replace(b'"total_size": ', b'"total_size": 1') if "index" in name else data)
-        for name, data in plan.surgery.documents
+        for name, data in plan.plan.generated_files
     )
-    object.__setattr__(plan.surgery, "documents", documents)
+    object.__setattr__(plan.plan, "generated_files", generated_files)
     with pytest.raises(VerificationError, match="total_size"):
         api.apply(plan, stream_push="me/small")
     assert shell.hub.commits("me/small") == ["initial commit"]

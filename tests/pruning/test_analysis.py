@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardsurgeon.pruning.analysis import (
     LIMITS,
-    Cut,
+    SuggestedCut,
     lost_shares,
     ratio_of,
     suggested_cuts,
@@ -64,10 +64,10 @@ def test_a_cut_is_the_largest_within_its_limit() -> None:
     # Shares lost with m experts: 0, .01, .05, .25, .5, 1 and 0, 0, .02, .25, .6, 1.
     table = {3: np.array([1.0, 4, 20, 25, 50]), "mtp.0": np.array([0.0, 2, 23, 35, 40])}
     cuts = {cut.limit: cut for cut in suggested_cuts(table)}
-    assert cuts[0.01] == Cut(0.01, 0.2, 1, 4, 0.005, 0.01, 3)
-    assert cuts[0.05] == Cut(0.05, 0.4, 2, 3, 0.035, 0.05, 3)
+    assert cuts[0.01] == SuggestedCut(0.01, 0.2, 1, 4, 0.005, 0.01, 3)
+    assert cuts[0.05] == SuggestedCut(0.05, 0.4, 2, 3, 0.035, 0.05, 3)
     assert cuts[0.1].removed == 2
-    assert cuts[0.25] == Cut(0.25, 0.6, 3, 2, 0.25, 0.25, 3)
+    assert cuts[0.25] == SuggestedCut(0.25, 0.6, 3, 2, 0.25, 0.25, 3)
 
 
 def test_a_cut_leaves_the_router_enough() -> None:

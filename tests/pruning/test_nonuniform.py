@@ -16,7 +16,7 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError, KeepListError, UsageError
 from shardsurgeon.operations import inspect, prune, verify
 from shardsurgeon.operations.prune import Pruning
-from shardsurgeon.pruning.planner import Sizing
+from shardsurgeon.pruning.planner import SizeEstimate
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
 from shardsurgeon.storage.source import MemorySource
 from tests.support import tiny
@@ -151,7 +151,7 @@ def test_mtp_layers_end_with_the_count_that_the_config_says(tmp_path: Path) -> N
     with pytest.raises(KeepListError, match=r"MTP layer 3 keeps 3 experts, the largest layer 5"):
         planned({**KEPT, 3: [0, 1, 2]}, MtpPolicy.ROUTER_NORM)
     dropped = planned(KEPT, MtpPolicy.DROP)
-    config = json.loads(dict(dropped.surgery.documents)["config.json"])
+    config = json.loads(dict(dropped.plan.generated_files)["config.json"])
     assert config["num_routed_experts_per_layer"] == [0, 3, 5]
 
 
@@ -219,10 +219,10 @@ def test_a_target_size_is_kept_to_by_a_global_allocation(tmp_path: Path, spare: 
         return prune.plan(str(source), str(table), SelectionRequest(**words))
 
     def weight_files(pruning: Pruning) -> int:
-        return sum(shard.nbytes for shard in pruning.surgery.shards)
+        return sum(shard.nbytes for shard in pruning.plan.shards)
 
     # As large as a uniform four of eight may get at most, and a little more.
-    four = Sizing(
+    four = SizeEstimate(
         (checkpoint := open_checkpoint(source)), read_anatomy(checkpoint), drop_mtp=False
     ).nbytes(4)
     fitting = planned(target_size=four + spare, allocate=Allocation.GLOBAL)
@@ -283,7 +283,7 @@ def test_the_list_stands_beside_the_count_that_it_refines() -> None:
     source = Path(__file__).parents[2] / "fixtures" / "kimi_k25"
     request = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL, allow_nonuniform=True)
     pruning = prune.plan(str(source), str(source / "scores.pt"), request)
-    config = json.loads(dict(pruning.surgery.documents)["config.json"])
+    config = json.loads(dict(pruning.plan.generated_files)["config.json"])
     kept = [len(layer.retained) for layer in pruning.decision.keep.layers.values()]
     assert len(set(kept)) > 1
     expected = config_of(source)
@@ -352,7 +352,7 @@ def test_counts_of_a_puzzle_model_are_written_where_its_engine_reads_them(tmp_pa
         pruning = prune.plan(
             open_checkpoint(puzzle()), str(scores(tmp_path / "s.json", table)), request
         )
-        config = json.loads(dict(pruning.surgery.documents)["config.json"])
+        config = json.loads(dict(pruning.plan.generated_files)["config.json"])
         expected = puzzle_config(mtp_n_routed_experts=kept[2])
         for block, count in zip(expected["block_configs"][1:], kept, strict=False):
             block["n_routed_experts"] = count

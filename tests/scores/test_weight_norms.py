@@ -153,7 +153,7 @@ def test_packed_codes_of_every_shape(
     columns: int,
     group: int,
 ) -> None:
-    monkeypatch.setattr(module, "PIECE_NBYTES", piece)
+    monkeypatch.setattr(module, "CHUNK_NBYTES", piece)
     values = codes(bits, rows, columns, 1)
     groups = columns // group
     scale = torch.rand(rows, groups, generator=torch.Generator().manual_seed(2)) + 0.5
@@ -194,7 +194,7 @@ def test_scales_of_every_grid(
     block: tuple[int, int] | None,
     covered: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(module, "PIECE_NBYTES", piece)
+    monkeypatch.setattr(module, "CHUNK_NBYTES", piece)
     numbers = torch.Generator().manual_seed(4)
     weight = torch.randn(shape, generator=numbers).to(torch.float8_e4m3fn)
     scale = torch.rand(grid, generator=numbers) + 0.5

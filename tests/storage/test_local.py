@@ -204,8 +204,8 @@ def test_memory_lies_on_no_disk_and_its_stamp_follows_the_content() -> None:
 def test_a_stream_brings_the_bytes_of_a_read_in_small_pieces(
     model: Path, make: Callable[[Path], Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardsurgeon.storage.local.PIECE_NBYTES", 4)
-    monkeypatch.setattr("shardsurgeon.storage.source.PIECE_NBYTES", 4)
+    monkeypatch.setattr("shardsurgeon.storage.local.CHUNK_NBYTES", 4)
+    monkeypatch.setattr("shardsurgeon.storage.source.CHUNK_NBYTES", 4)
     source = make(model)
     assert list(source.stream("sub/a.txt", 1, 10)) == [b"1234", b"5678", b"9"]
     assert list(source.stream("sub/a.txt", 3, 3)) == []

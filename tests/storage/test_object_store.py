@@ -13,14 +13,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, NetworkError, SourceReadError
 from shardsurgeon.storage.object_store import StoreSource
-from shardsurgeon.storage.retry import Patience
+from shardsurgeon.storage.retry import RetryPolicy
 from tests.support.hub.models import fixture_folder
 
 SHARD = "model-00002-of-00004.safetensors"
 FOLDER = fixture_folder("kimi_linear")
 WEIGHTS = (FOLDER / SHARD).read_bytes()
 FILES = {p.relative_to(FOLDER).as_posix(): p for p in FOLDER.rglob("*") if p.is_file()}
-QUICK = Patience(first_wait=0.001, longest_wait=0.002)
+QUICK = RetryPolicy(first_wait=0.001, longest_wait=0.002)
 
 
 @pytest.fixture

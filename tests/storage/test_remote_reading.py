@@ -11,7 +11,7 @@ import pytest
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, HeaderError, NetworkError
 from shardsurgeon.storage.source import MemorySource
-from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, SideBySide
+from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, RangeComparer
 from tests.support import tiny
 
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
@@ -82,7 +82,7 @@ def test_a_long_stretch_is_compared_by_one_request(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     before, after = open_checkpoint(source), open_checkpoint(tmp_path)
     source.asked.clear()
-    with SideBySide(before, after) as sides:
+    with RangeComparer(before, after) as sides:
         assert sides.same_file("extra.bin", "extra.bin", len(weights))
         assert source.asked == [("extra.bin", 0, len(weights))]
         steps = list(sides.steps("extra.bin", 5, "extra.bin", 5, 100))
@@ -98,6 +98,6 @@ def test_a_difference_far_away_is_found(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     weights[2 * BLOCK_NBYTES + 17] = 1
     before = open_checkpoint(Far({**files, "extra.bin": bytes(weights)}))
-    with SideBySide(before, open_checkpoint(tmp_path)) as sides:
+    with RangeComparer(before, open_checkpoint(tmp_path)) as sides:
         steps = list(sides.steps("extra.bin", 0, "extra.bin", 0, len(weights)))
     assert [step.differs for step in steps] == [None, None, 17]

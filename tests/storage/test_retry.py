@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from shardsurgeon.errors import NetworkError, SourceReadError
-from shardsurgeon.storage import retry
-from shardsurgeon.storage.retry import Interrupted, Patience, attempt, stream_pieces
+from shardsurgeon.storage import retry as module
+from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry, stream_pieces
 
 DATA = bytes(range(200))
 
@@ -18,7 +18,7 @@ DATA = bytes(range(200))
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds of every pause, which then takes none."""
     pauses: list[float] = []
-    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
     return pauses
 
 
@@ -27,31 +27,31 @@ def failing(times: int, wait: float = 0.0) -> Callable[[], str]:
 
     def call() -> str:
         if next(tries, None) is not None:
-            raise Interrupted("busy", wait)
+            raise RetryableError("busy", wait)
         return "done"
 
     return call
 
 
 def test_pauses_double_up_to_the_longest_and_are_spread_out(waits: list[float]) -> None:
-    patience = Patience(tries=10, first_wait=1, longest_wait=8)
-    assert attempt(failing(7), "x", patience) == "done"
+    policy = RetryPolicy(tries=10, first_wait=1, longest_wait=8)
+    assert retry(failing(7), "x", policy) == "done"
     for wait, longest in zip(waits, [1, 2, 4, 8, 8, 8, 8], strict=True):
         assert longest / 2 <= wait <= longest
     assert len(set(waits)) == 7
 
 
 def test_what_the_server_asks_for_is_the_least(waits: list[float]) -> None:
-    assert attempt(failing(3, wait=5), "x", Patience(first_wait=1)) == "done"
+    assert retry(failing(3, wait=5), "x", RetryPolicy(first_wait=1)) == "done"
     assert all(5 <= wait <= 5.25 for wait in waits)
     waits.clear()
-    assert attempt(failing(3, wait=0.01), "x", Patience(first_wait=1)) == "done"
+    assert retry(failing(3, wait=0.01), "x", RetryPolicy(first_wait=1)) == "done"
     assert all(wait >= 0.5 for wait in waits)
 
 
 def test_it_is_given_up_after_so_many_tries(waits: list[float]) -> None:
     with pytest.raises(NetworkError, match=r"x: gave up after 4 tries in a row \(busy\)"):
-        attempt(failing(99), "x", Patience().brief())
+        retry(failing(99), "x", RetryPolicy().brief())
     assert len(waits) == 3
 
 
@@ -67,7 +67,7 @@ def in_steps(*steps: int) -> Callable[[int], object]:
     return request
 
 
-QUICK = Patience(tries=4, first_wait=0.001)
+QUICK = RetryPolicy(tries=4, first_wait=0.001)
 
 
 def test_every_byte_renews_patience() -> None:

@@ -9,7 +9,7 @@ import pytest
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, NetworkError, SourceReadError
 from shardsurgeon.storage.object_store import StoreSource
-from shardsurgeon.storage.retry import Patience
+from shardsurgeon.storage.retry import RetryPolicy
 from tests.support.hub.models import fixture_folder
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ URL = "s3://models/org/tiny"
 SHARD = "model-00002-of-00004.safetensors"
 FOLDER = fixture_folder("kimi_linear")
 WEIGHTS = (FOLDER / SHARD).read_bytes()
-QUICK = Patience(tries=2, first_wait=0.001)
+QUICK = RetryPolicy(tries=2, first_wait=0.001)
 
 
 def test_opening_a_model_transfers_its_headers_and_json_and_nothing_else(s3: LocalS3) -> None:

@@ -21,7 +21,7 @@ from shardsurgeon.errors import (
     SourceReadError,
     UsageError,
 )
-from shardsurgeon.storage.retry import Patience
+from shardsurgeon.storage.retry import RetryPolicy
 from shardsurgeon.storage.web import WebSource
 from tests.support.hub.models import fixture_folder
 from tests.support.hub.server import LocalHub
@@ -29,7 +29,7 @@ from tests.support.hub.server import LocalHub
 SHARD = "model-00002-of-00004.safetensors"
 FOLDER = fixture_folder("kimi_linear")
 WEIGHTS = (FOLDER / SHARD).read_bytes()
-QUICK = Patience(first_wait=0.01, longest_wait=0.02)
+QUICK = RetryPolicy(first_wait=0.01, longest_wait=0.02)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A remote source and an outlet that count, and that do as a test tells them."""
+"""A remote source and a destination that count, and that do as a test tells them."""
 
 import shutil
 import threading
@@ -65,7 +65,7 @@ def receipts(out: Path) -> dict[str, str]:
     return record.done.sent if record else {}
 
 
-class FolderOutlet:
+class FolderDestination:
     """Sends to one folder, delivers to another.
 
     sends: every shard that came, in order. on_send: called with a shard's name before it is kept.
@@ -89,7 +89,7 @@ class FolderOutlet:
         shutil.copyfile(path, target)
         return f"receipt {len(self.sends)} of {name}"
 
-    def deliver(self, folder: Path, receipts: Mapping[str, str]) -> None:
+    def publish(self, folder: Path, receipts: Mapping[str, str]) -> None:
         shutil.rmtree(self.delivered, ignore_errors=True)
         shutil.copytree(folder, self.delivered)
         for name, receipt in receipts.items():

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment, SurgeryPlan
+from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source
 
@@ -24,7 +24,7 @@ class Job:
     """A source folder, a plan for it, and what the plan must make of it."""
 
     source: Source
-    plan: SurgeryPlan
+    plan: Plan
     expected: dict[str, bytes]
 
 
@@ -40,7 +40,7 @@ def make_job(folder: Path) -> Job:
     return Job(source, make_plan(source, folder / "scores.pt"), expected_files())
 
 
-def make_plan(source: Source, scores: Path) -> SurgeryPlan:
+def make_plan(source: Source, scores: Path) -> Plan:
     one = (
         tensor(Segment("a.safetensors", 100, 20_000)),
         tensor(Segment("a.safetensors", 20_100, 10_000), Segment("a.safetensors", 40_000, 1)),
@@ -51,15 +51,15 @@ def make_plan(source: Source, scores: Path) -> SurgeryPlan:
         tensor(Segment("b.safetensors", 1_000, 39_000)),
         tensor(Segment("a.safetensors", 3, 9_000)),
     )
-    return SurgeryPlan(
+    return Plan(
         shards=(
             OutputShard("model-1.safetensors", b"1" * 64, one),
             OutputShard("model-2.safetensors", b"2" * 72, two),
             OutputShard("sub/model-3.safetensors", b"3" * 8, (tensor(Literal(b"xyz")),)),
         ),
-        documents=(("calibration/metadata.json", b"{ }"), ("config.json", b"{}\n")),
-        side_files=tuple(sorted(SIDE)),
-        extra_files=(("calibration/scores.pt", str(scores)),),
+        generated_files=(("calibration/metadata.json", b"{ }"), ("config.json", b"{}\n")),
+        copied_files=tuple(sorted(SIDE)),
+        score_files=(("calibration/scores.pt", str(scores)),),
         source_files=source.list(),
         request_fingerprint="1" * 64,
         source_fingerprint="2" * 64,

@@ -14,11 +14,11 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import SourceReadError, VerificationError
 from shardsurgeon.operations import api
 from shardsurgeon.operations.prune import Pruning
-from shardsurgeon.operations.verify import FAR_SHARE, SelfCheck, outline
+from shardsurgeon.operations.verify import FAR_SHARE, SelfCheck, headers_only
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import MemorySource, SourceFile
 from shardsurgeon.verification.byte_comparison import Sampling
-from shardsurgeon.verification.streamed import ShardProof
+from shardsurgeon.verification.streamed import ShardVerifier
 from shardsurgeon.verification.verify import verify_checkpoint
 from tests.support import tiny
 
@@ -68,10 +68,10 @@ def spoilt(prune: tuple[Pruning, Path], tmp_path: Path) -> tuple[Pruning, Path]:
     return pruning, path
 
 
-def proof(pruning: Pruning) -> ShardProof:
-    documents = MemorySource(dict(pruning.surgery.documents))
-    planned = outline(pruning.surgery, documents, pruning.out)
-    return ShardProof(pruning.checkpoint, planned, Sampling())
+def proof(pruning: Pruning) -> ShardVerifier:
+    documents = MemorySource(dict(pruning.plan.documents))
+    planned = headers_only(pruning.plan, documents, pruning.out)
+    return ShardVerifier(pruning.checkpoint, planned, Sampling())
 
 
 def test_right_shards_hold_and_all_their_bytes_are_compared(prune: tuple[Pruning, Path]) -> None:
@@ -79,7 +79,7 @@ def test_right_shards_hold_and_all_their_bytes_are_compared(prune: tuple[Pruning
     one_by_one = proof(pruning)
     for name in SHARDS:
         assert one_by_one.differences(name, out / name) == ()
-    size = sum(tensor.nbytes for shard in pruning.surgery.shards for tensor in shard.tensors)
+    size = sum(tensor.nbytes for shard in pruning.plan.shards for tensor in shard.tensors)
     assert one_by_one.compared.nbytes == size
 
 
@@ -112,7 +112,7 @@ def test_a_wrong_shard_is_named(
     found = proof(pruning).differences(SHARDS[0], path)
     assert found[0].startswith(SHARDS[0]) and told in found[0]
     with pytest.raises(VerificationError, match=told):
-        SelfCheck(pruning.checkpoint, pruning.surgery, pruning.out, by_shard=True).shard(
+        SelfCheck(pruning.checkpoint, pruning.plan, pruning.out, by_shard=True).shard(
             SHARDS[0], path
         )
 
@@ -129,7 +129,7 @@ def test_the_whole_holds_without_its_shards(prune: tuple[Pruning, Path], tmp_pat
             copy = tmp_path / path.relative_to(out)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    check = SelfCheck(pruning.checkpoint, pruning.surgery, pruning.out, by_shard=True)
+    check = SelfCheck(pruning.checkpoint, pruning.plan, pruning.out, by_shard=True)
     for name in SHARDS:
         check.shard(name, out / name)
     check.rest(tmp_path)
@@ -143,8 +143,8 @@ def test_the_whole_holds_without_its_shards(prune: tuple[Pruning, Path], tmp_pat
 
 def test_data_that_is_not_here_is_refused_and_not_invented(prune: tuple[Pruning, Path]) -> None:
     pruning, out = prune
-    headers = outline(pruning.surgery, LocalSource(out), pruning.out)
-    header = pruning.surgery.shards[0].header
+    headers = headers_only(pruning.plan, LocalSource(out), pruning.out)
+    header = pruning.plan.shards[0].header
     assert headers.read(SHARDS[0], 0, len(header)) == header
     with pytest.raises(SourceReadError, match="its data is not here"):
         headers.read(SHARDS[0], 0, len(header) + 1)
@@ -159,9 +159,9 @@ def test_of_a_far_source_no_more_is_read_again_than_a_share(
     pruning, out = prune
     source = FarSource(tiny.files())
     far = replace(pruning.checkpoint, source=source, files=source.list())
-    check = SelfCheck(far, pruning.surgery, pruning.out, by_shard=True)
+    check = SelfCheck(far, pruning.plan, pruning.out, by_shard=True)
     check.whole(out)
-    kept = sum(shard.nbytes for shard in pruning.surgery.shards)
+    kept = sum(shard.nbytes for shard in pruning.plan.shards)
     # Of this little, the least that a request is worth.
     assert source.read_nbytes <= max(FAR_SHARE * kept, 512 * 8 * len(SHARDS))
     # Side files were believed by their digests.

@@ -33,14 +33,14 @@ from shardsurgeon.errors import (
     UsageError,
 )
 from shardsurgeon.storage.http import HTTP_ERROR, raise_if_passing, status_line
-from shardsurgeon.storage.retry import Interrupted, Patience, attempt
+from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry
 
 LOG_IN_TO_PUSH = "log in with `hf auth login`, or set HF_TOKEN"
 _AGAIN = "run the same command again: what has been uploaded is not uploaded twice"
 # What a server says that has not begun to do what it was asked for.
 _UNDONE = (429, 503)
 # huggingface_hub tries uploads again by itself, before we do.
-PATIENCE = Patience(tries=5)
+RETRY_POLICY = RetryPolicy(tries=5)
 
 _Answer = TypeVar("_Answer")
 
@@ -50,7 +50,7 @@ _PLAIN = re.compile(r"[\x21-\x7e]+")
 
 
 @contextmanager
-def answering(repo_id: str) -> Iterator[None]:
+def hub_errors(repo_id: str) -> Iterator[None]:
     """Turn whatever talking to the Hub about `repo_id` raises into one clear error.
 
     UsageError for what the user can mend (token, permission, names), PublishError for the rest.
@@ -67,7 +67,7 @@ def answering(repo_id: str) -> Iterator[None]:
         raise translated from error
 
 
-def patiently(call: Callable[[], _Answer], repo_id: str, *, repeatable: bool = True) -> _Answer:
+def with_retries(call: Callable[[], _Answer], repo_id: str, *, repeatable: bool = True) -> _Answer:
     """The result of `call`, tried again while the server is busy or the connection breaks.
 
     repeatable: whether it does no harm to do it twice; where not, it is tried again only if the
@@ -81,7 +81,7 @@ def patiently(call: Callable[[], _Answer], repo_id: str, *, repeatable: bool = T
             _raise_if_passing(error, repeatable)
             raise
 
-    return attempt(once, repo_id, PATIENCE)
+    return retry(once, repo_id, RETRY_POLICY)
 
 
 def _raise_if_passing(error: Exception, repeatable: bool) -> None:
@@ -89,7 +89,7 @@ def _raise_if_passing(error: Exception, repeatable: bool) -> None:
     response = _response(error)
     if response is None:
         if repeatable and _is_broken_connection(error):
-            raise Interrupted(_last_line(error) or type(error).__name__) from error
+            raise RetryableError(_last_line(error) or type(error).__name__) from error
     elif repeatable or response.status_code in _UNDONE:
         raise_if_passing(response)
 

@@ -27,9 +27,9 @@ from shardsurgeon._version import __version__
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.storage.hub.errors import (
     LOG_IN_TO_PUSH,
-    answering,
-    patiently,
+    hub_errors,
     require_sound_settings,
+    with_retries,
 )
 
 MAIN = "main"
@@ -67,7 +67,7 @@ class Repository:
 
         Raises UsageError where `repo_id` is no repository id.
         """
-        with answering(repo_id or "REPO_ID"):
+        with hub_errors(repo_id or "REPO_ID"):
             validate_repo_id(repo_id)
         self.repo_id = repo_id
         self.revision = revision or MAIN
@@ -96,7 +96,7 @@ class Repository:
         private: what a new repository becomes. Raises UsageError where anything of that is
         refused, or where the repository is there, public, and was asked to be private.
         """
-        with answering(self.repo_id):
+        with hub_errors(self.repo_id):
             self._sign_in()
             self._create(private)
             self._create_branch()
@@ -109,7 +109,7 @@ class Repository:
             raise UsageError(
                 self.repo_id, "there is no Hugging Face token to push with", LOG_IN_TO_PUSH
             )
-        user = self._patiently(self._api.whoami)
+        user = self._with_retries(self._api.whoami)
         access = user.get("auth", {}).get("accessToken", {})
         if access.get("role") == "read":
             problem = "the token may only read"
@@ -119,9 +119,9 @@ class Repository:
 
     def _create(self, private: bool) -> None:
         try:
-            there = self._patiently(lambda: self._api.model_info(self.repo_id))
+            there = self._with_retries(lambda: self._api.model_info(self.repo_id))
         except RepositoryNotFoundError:
-            self._patiently(
+            self._with_retries(
                 lambda: self._api.create_repo(self.repo_id, private=private or None, exist_ok=True)
             )
             self.is_new = True
@@ -134,11 +134,11 @@ class Repository:
         if self.revision == MAIN:
             return
         try:
-            self._patiently(lambda: self._api.model_info(self.repo_id, revision=self.revision))
+            self._with_retries(lambda: self._api.model_info(self.repo_id, revision=self.revision))
         except RevisionNotFoundError:
             if self.create_pr:
                 raise
-            self._patiently(
+            self._with_retries(
                 lambda: self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             )
 
@@ -160,12 +160,12 @@ class Repository:
                 if isinstance(entry, RepoFile)
             }
 
-        with answering(self.repo_id):
-            return self._patiently(listed)
+        with hub_errors(self.repo_id):
+            return self._with_retries(listed)
 
     def upload(self, name: str, path: Path) -> Receipt:
         """Send a large file's bytes ahead of the commit that will name it."""
-        with answering(self.repo_id):
+        with hub_errors(self.repo_id):
             addition = to_upload_ahead(name, path)
             self._preupload([addition])
             return receipt_of(addition)
@@ -182,7 +182,7 @@ class Repository:
         What the branch has already is neither uploaded nor committed again; where that is all,
         the result is the commit that the branch is at.
         """
-        with answering(self.repo_id):
+        with hub_errors(self.repo_id):
             additions = [
                 CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
                 for name, content in files.items()
@@ -201,7 +201,7 @@ class Repository:
         additions = list(additions)
         if not additions:
             return
-        self._patiently(
+        self._with_retries(
             lambda: self._api.preupload_lfs_files(
                 self.repo_id,
                 additions,
@@ -214,7 +214,7 @@ class Repository:
 
     def _commit(self, operations: list[Any], message: str) -> Any:
         # Not repeated where the connection broke: there may be a commit, and the next run will see.
-        return self._patiently(
+        return self._with_retries(
             lambda: self._api.create_commit(
                 self.repo_id,
                 operations,
@@ -225,8 +225,8 @@ class Repository:
             repeatable=False,
         )
 
-    def _patiently(self, call: Callable[[], _Answer], *, repeatable: bool = True) -> _Answer:
-        return patiently(call, self.repo_id, repeatable=repeatable)
+    def _with_retries(self, call: Callable[[], _Answer], *, repeatable: bool = True) -> _Answer:
+        return with_retries(call, self.repo_id, repeatable=repeatable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,13 +58,19 @@ from shardsurgeon.storage.http import (
 )
 from shardsurgeon.storage.hub.errors import refusal, require_sound_settings
 from shardsurgeon.storage.local import pieces_of
-from shardsurgeon.storage.retry import Interrupted, Patience, attempt, read_pieces, stream_pieces
+from shardsurgeon.storage.retry import (
+    RetryableError,
+    RetryPolicy,
+    read_pieces,
+    retry,
+    stream_pieces,
+)
 from shardsurgeon.storage.source import SourceFile, is_left_behind, leads_out
 
 # Whoever is redirected from one of these to another is still known there.
 _HUBS = ("https://huggingface.co", "https://hf.co")
 _AGENT = "shardsurgeon"
-_PATIENCE = Patience()
+_RETRY_POLICY = RetryPolicy()
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _OF_TOTAL = re.compile(r"-\d+-of-(\d+)\.safetensors$")
@@ -84,7 +90,7 @@ class HubSource:
     """The files of one commit of a model repository. Safe to use from several threads."""
 
     def __init__(
-        self, repo_id: str, revision: str | None = None, patience: Patience = _PATIENCE
+        self, repo_id: str, revision: str | None = None, policy: RetryPolicy = _RETRY_POLICY
     ) -> None:
         """Ask the Hub which commit a revision is, and what is in it.
 
@@ -94,10 +100,10 @@ class HubSource:
         """
         require_sound_settings()
         self._repo_id = repo_id
-        self._patience = patience
+        self._policy = policy
         self._endpoint = constants.ENDPOINT
         asked = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
-        info = attempt(partial(_info, repo_id, revision, asked), asked, patience.brief())
+        info = retry(partial(_info, repo_id, revision, asked), asked, policy.brief())
         self._commit = info.sha or "of no commit"
         self._files = _listing(info, self.location)
         self._headers = build_hf_headers(user_agent=_AGENT)
@@ -154,7 +160,7 @@ class HubSource:
         def request(at: int) -> Any:
             return self._range(file, where, at, end)
 
-        return stream_pieces(request, where, begin, end, self._patience)
+        return stream_pieces(request, where, begin, end, self._policy)
 
     def local_path(self, name: str) -> Path | None:
         """Where the local cache has this file of this commit, if it has."""
@@ -198,7 +204,7 @@ class HubSource:
         if not is_hubs and "X-Error-Code" not in response.headers:
             # A signed address expires; the next try asks the Hub for a new one.
             self._routes.pop(name, None)
-            raise Interrupted(f"{status_line(response)} from {response.url.host}")
+            raise RetryableError(f"{status_line(response)} from {response.url.host}")
         try:
             hf_raise_for_status(response)
         except EntryNotFoundError as error:
@@ -229,7 +235,7 @@ def _info(repo_id: str, revision: str | None, asked: str) -> ModelInfo:
         raise_if_passing(error.response)
         raise refusal(error, asked, repo_id, revision) from error
     except HTTP_ERROR as error:
-        raise Interrupted(f"{constants.ENDPOINT}: {said(error)}") from error
+        raise RetryableError(f"{constants.ENDPOINT}: {said(error)}") from error
     except (ValueError, TypeError, KeyError) as error:
         problem = f"{constants.ENDPOINT} does not answer as a Hub does"
         raise CheckpointError(asked, problem, "check HF_ENDPOINT") from error

@@ -61,7 +61,7 @@ def publish(
     there = repository.files()
     weights = _weights(files)
     files = {name: content for name, content in files.items() if name not in weights}
-    sent = {**sent, **abreast(repository.upload, weights)}
+    sent = {**sent, **upload_in_parallel(repository.upload, weights)}
     missing = {name: receipt for name, receipt in sent.items() if not _same(there, name, receipt)}
     removed = tuple(sorted(_stray_weights(there, files.keys() | sent.keys())))
     commit = repository.commit(files, missing, removed, _message(repository, removed))
@@ -124,8 +124,8 @@ def _require_published(
         raise PublishError(repository.repo_id, problem, "run the same command again")
 
 
-class HubOutlet:
-    """An Outlet of `execution` that leads to a repository."""
+class HubDestination:
+    """Sends finished shards to a repository; a ShardDestination of the executor."""
 
     def __init__(
         self,
@@ -152,14 +152,14 @@ class HubOutlet:
         self._check_shard(name, path)
         return self._repository.upload(name, path).to_text()
 
-    def deliver(self, folder: Path, receipts: Mapping[str, str]) -> None:
+    def publish(self, folder: Path, receipts: Mapping[str, str]) -> None:
         """Commit everything at once; made again, the commit is found and not repeated."""
         files = self._rest(folder)
         sent = {name: Receipt.from_text(text, name) for name, text in receipts.items()}
         self.published = publish(self._repository, files, sent)
 
 
-def abreast(
+def upload_in_parallel(
     send: Callable[[str, Path], _Result], files: Mapping[str, Path], at_once: int = UPLOADS_AT_ONCE
 ) -> dict[str, _Result]:
     """What `send` gives for every file, by name. Raises the first error that it meets."""
@@ -197,7 +197,7 @@ def abreast(
 
 
 @contextmanager
-def quietly(bars: bool) -> Iterator[list[str]]:
+def silence_hub(bars: bool) -> Iterator[list[str]]:
     """For the time of a `with`, let huggingface_hub show its upload bars or nothing.
 
     What it warns of meanwhile is in the list, a line each. Holds for the whole process.

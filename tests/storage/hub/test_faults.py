@@ -15,14 +15,14 @@ from huggingface_hub import constants
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import NetworkError, SourceReadError
 from shardsurgeon.storage.hub.source import HubSource
-from shardsurgeon.storage.retry import Patience
+from shardsurgeon.storage.retry import RetryPolicy
 from tests.support.hub.models import fixture_folder
 from tests.support.hub.server import LocalHub
 
 SHARD = "model-00002-of-00004.safetensors"
 FOLDER = fixture_folder("kimi_linear")
 WEIGHTS = (FOLDER / SHARD).read_bytes()
-QUICK = Patience(first_wait=0.01, longest_wait=0.02)
+QUICK = RetryPolicy(first_wait=0.01, longest_wait=0.02)
 ANY = r"GET /(cdn|org)/"
 STORAGE = r"GET /cdn/"
 
@@ -35,7 +35,7 @@ def tiny(online: LocalHub) -> LocalHub:
 
 @pytest.fixture
 def source(tiny: LocalHub) -> HubSource:
-    return HubSource("org/tiny", patience=QUICK)
+    return HubSource("org/tiny", policy=QUICK)
 
 
 def whole(source: HubSource) -> bytes:
@@ -46,7 +46,7 @@ def whole(source: HubSource) -> bytes:
 @pytest.mark.parametrize("on", [STORAGE, r"GET /org/tiny/resolve/", r"GET /api/models/"])
 def test_a_server_that_is_busy_is_asked_again(tiny: LocalHub, status: int, on: str) -> None:
     tiny.fault(on, status=status, times=2)
-    assert whole(HubSource("org/tiny", patience=QUICK)) == WEIGHTS
+    assert whole(HubSource("org/tiny", policy=QUICK)) == WEIGHTS
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -67,12 +67,12 @@ def test_a_cut_connection_goes_on_where_it_was_cut(
 
 def test_a_try_that_brings_bytes_uses_up_no_patience(tiny: LocalHub) -> None:
     tiny.fault(STORAGE, cut_after=2_000, times=None)
-    hasty = HubSource("org/tiny", patience=Patience(tries=2, first_wait=0.001))
+    hasty = HubSource("org/tiny", policy=RetryPolicy(tries=2, first_wait=0.001))
     assert hasty.read(SHARD, 0, 60_000) == WEIGHTS[:60_000]
 
 
 def test_a_server_that_restarts_is_waited_for(tiny: LocalHub) -> None:
-    source = HubSource("org/tiny", patience=Patience(first_wait=0.05))
+    source = HubSource("org/tiny", policy=RetryPolicy(first_wait=0.05))
     tiny.fault(STORAGE, cut_after=50_000, do=lambda: None)
     pieces = source.stream(SHARD, 0, len(WEIGHTS))
     begin = next(pieces)
@@ -134,7 +134,7 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(
 
 
 def test_in_the_end_it_is_given_up_with_the_name_of_the_file(tiny: LocalHub) -> None:
-    source = HubSource("org/tiny", patience=Patience(tries=3, first_wait=0.001))
+    source = HubSource("org/tiny", policy=RetryPolicy(tries=3, first_wait=0.001))
     tiny.fault(STORAGE, status=503, times=None)
     says = rf"{SHARD}: gave up after 3 tries in a row \(503 Service Unavailable\); check the conn"
     with pytest.raises(NetworkError, match=says) as caught:
@@ -146,11 +146,11 @@ def test_in_the_end_it_is_given_up_with_the_name_of_the_file(tiny: LocalHub) -> 
 def test_a_hub_that_is_not_there_is_given_up_soon(online: LocalHub) -> None:
     online.stop()
     with pytest.raises(NetworkError, match=r"hf://org/tiny: gave up after 2 tries in a row"):
-        HubSource("org/tiny", patience=Patience(tries=2, first_wait=0.001))
+        HubSource("org/tiny", policy=RetryPolicy(tries=2, first_wait=0.001))
 
 
 def test_a_link_that_is_refused_every_time_is_given_up(tiny: LocalHub) -> None:
-    source = HubSource("org/tiny", patience=Patience(tries=3, first_wait=0.001))
+    source = HubSource("org/tiny", policy=RetryPolicy(tries=3, first_wait=0.001))
     tiny.fault(STORAGE, status=403, times=None)
     with pytest.raises(NetworkError, match=r"403 Forbidden from 127\.0\.0\.1"):
         source.read(SHARD, 0, 100)
@@ -178,12 +178,12 @@ def test_a_big_file_that_comes_whole_is_refused_unread(
 
 def test_headers_come_through_a_bad_network(tiny: LocalHub) -> None:
     tiny.fault(ANY, status=503, every=3, times=None)
-    source = HubSource("org/tiny", patience=QUICK)
+    source = HubSource("org/tiny", policy=QUICK)
     assert open_checkpoint(source).num_tensors == 223
 
 
 def test_one_header_that_cannot_be_had_ends_the_waiting_for_the_others(tiny: LocalHub) -> None:
-    source = HubSource("org/tiny", patience=Patience(first_wait=20, longest_asked=60))
+    source = HubSource("org/tiny", policy=RetryPolicy(first_wait=20, longest_asked=60))
     tiny.fault(r"GET /cdn/.*00001-of", status=503, retry_after=30, times=None)
     tiny.fault(r"GET /cdn/.*00003-of", status=429, retry_after=3600, times=None)
     begun = time.monotonic()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.storage.hub.upload import abreast
+from shardsurgeon.storage.hub.upload import upload_in_parallel
 from tests.support.hub.models import ROOT
 
 FILES = {f"{number}": Path(f"/{number}") for number in range(9)}
@@ -23,14 +23,14 @@ def test_every_file_is_sent_once_and_answered_by_name() -> None:
         seen.append(name)
         return str(path)
 
-    assert abreast(send, FILES) == {name: f"/{name}" for name in FILES}
+    assert upload_in_parallel(send, FILES) == {name: f"/{name}" for name in FILES}
     assert sorted(seen) == sorted(FILES)
-    assert abreast(send, {}) == {}
+    assert upload_in_parallel(send, {}) == {}
 
 
 def test_several_are_on_their_way_at_once() -> None:
     together = threading.Barrier(3, timeout=10)
-    abreast(lambda name, path: together.wait(), FILES, at_once=3)
+    upload_in_parallel(lambda name, path: together.wait(), FILES, at_once=3)
 
 
 def test_the_first_error_is_raised_and_no_further_file_begun() -> None:
@@ -42,7 +42,7 @@ def test_the_first_error_is_raised_and_no_further_file_begun() -> None:
             raise OSError("no")
 
     with pytest.raises(OSError, match="no"):
-        abreast(send, FILES, at_once=1)
+        upload_in_parallel(send, FILES, at_once=1)
     assert seen == ["0", "1", "2"]
 
 
@@ -50,9 +50,9 @@ def test_the_program_does_not_wait_for_what_cannot_be_ended() -> None:
     code = (
         "import time, _thread, threading\n"
         "from pathlib import Path\n"
-        "from shardsurgeon.storage.hub.upload import abreast\n"
+        "from shardsurgeon.storage.hub.upload import upload_in_parallel\n"
         "threading.Timer(0.3, _thread.interrupt_main).start()\n"
-        "abreast(lambda name, path: time.sleep(60), {'a': Path('a')})\n"
+        "upload_in_parallel(lambda name, path: time.sleep(60), {'a': Path('a')})\n"
     )
     begun = time.monotonic()
     done = subprocess.run(

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.support.hub.refusals import entry_not_found, outdated_parent, revision_not_found
 
 Content = bytes | Path
-PIECE_NBYTES = 1 << 20
+CHUNK_NBYTES = 1 << 20
 # Above this a file is an LFS object whatever its name.
 REGULAR_LIMIT = 10 << 20
 SAMPLE_NBYTES = 512
@@ -56,7 +56,7 @@ class Blob:
         with self.content.open("rb") as file:
             file.seek(begin)
             while begin < end:
-                piece = file.read(min(end - begin, PIECE_NBYTES))
+                piece = file.read(min(end - begin, CHUNK_NBYTES))
                 if not piece:
                     return
                 begin += len(piece)

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tests.support.hub.faults import Fault, Faults, number
 
 SHAPED_NBYTES = 16 << 10
-PIECE_NBYTES = 256 << 10
+CHUNK_NBYTES = 256 << 10
 
 
 class Request(NamedTuple):
@@ -240,7 +240,7 @@ class Passage:
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         shaped = self._wire.down is not None or self._trickle is not None
-        step = SHAPED_NBYTES if shaped else PIECE_NBYTES
+        step = SHAPED_NBYTES if shaped else CHUNK_NBYTES
         for begin in range(0, max(len(body), 1), step):
             last = begin + step >= len(body)
             await self._send_piece(body[begin : begin + step], more=more or not last)
