@@ -42,18 +42,18 @@ class HeadersOnlySource:
         """rest: the other files; location: what messages call the model; present: shards that are
         on the disk, and where.
         """
-        self._headings = headers
+        self._headers = headers
         self._rest = rest
         self._location = location
         self._present = present or {}
 
     def with_shard(self, name: str, path: Path) -> HeadersOnlySource:
         """The same, with one shard at hand."""
-        return HeadersOnlySource(self._headings, self._rest, self._location, {name: path})
+        return HeadersOnlySource(self._headers, self._rest, self._location, {name: path})
 
-    def heading(self, name: str) -> ShardHeader:
+    def header(self, name: str) -> ShardHeader:
         """What is known of a shard."""
-        return self._headings[name]
+        return self._headers[name]
 
     @property
     def name(self) -> str:
@@ -77,13 +77,13 @@ class HeadersOnlySource:
 
     def list(self) -> tuple[SourceFile, ...]:
         """The shards and every other file, sorted by name."""
-        shards = [SourceFile(name, one.nbytes, "") for name, one in self._headings.items()]
-        others = [file for file in self._rest.list() if file.name not in self._headings]
+        shards = [SourceFile(name, one.nbytes, "") for name, one in self._headers.items()]
+        others = [file for file in self._rest.list() if file.name not in self._headers]
         return tuple(sorted([*shards, *others], key=lambda file: file.name))
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Bytes of a header, or of another file; SourceReadError for a shard's data."""
-        heading = self._headings.get(name)
+        heading = self._headers.get(name)
         if heading is None:
             return self._rest.read(name, begin, end)
         if end > len(heading.header):
@@ -97,7 +97,7 @@ class HeadersOnlySource:
 
     def local_path(self, name: str) -> Path | None:
         """The path of a shard at hand, or of another file."""
-        if name in self._headings:
+        if name in self._headers:
             return self._present.get(name)
         return self._rest.local_path(name)
 
@@ -127,7 +127,7 @@ class ShardVerifier:
         Raises SourceReadError where it or the source cannot be read.
         """
         findings = Findings()
-        heading = self._headers_only.heading(name)
+        heading = self._headers_only.header(name)
         with reading(path), path.open("rb") as file:
             begins = file.read(len(heading.header))
             nbytes = file.seek(0, 2)

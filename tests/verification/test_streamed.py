@@ -69,7 +69,7 @@ def spoilt(prune: tuple[Pruning, Path], tmp_path: Path) -> tuple[Pruning, Path]:
 
 
 def proof(pruning: Pruning) -> ShardVerifier:
-    documents = MemorySource(dict(pruning.plan.documents))
+    documents = MemorySource(dict(pruning.plan.generated_files))
     planned = headers_only(pruning.plan, documents, pruning.out)
     return ShardVerifier(pruning.checkpoint, planned, Sampling())
 
