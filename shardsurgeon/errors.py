@@ -1,25 +1,25 @@
 """Every error a user can meet, and the exit status each one ends the command with.
 
     ShardSurgeonError
-    ├── InputError   (2)  the files or the words given cannot be worked with
-    │   ├── UsageError          the words of the command contradict each other or the model
+    ├── InputError   (2)  the files or the options given cannot be used
+    │   ├── UsageError          options contradict each other or the model
     │   ├── CheckpointError     a checkpoint folder is incomplete or inconsistent
     │   │   ├── HeaderError     a safetensors header breaks its format
     │   │   ├── IndexFileError  model.safetensors.index.json and the shards disagree
     │   │   └── ConfigError     config.json is missing, broken or lacks what is needed
-    │   ├── FamilyError         the model is of no supported family, or not laid out as its family
-    │   │   └── UndeclaredFamilyError  no declaration fits, and the model does not speak for itself
+    │   ├── FamilyError         the model's family is unsupported, or it is not laid out so
+    │   │   └── UndeclaredFamilyError  no declaration fits, and guessing leaves doubts
     │   ├── ScoreError          a score file is unreadable or does not fit the model
     │   ├── KeepListError       a keep-list file is unreadable or does not fit the model
-    │   ├── DatasetError        a calibration dataset is missing, empty, or not to be understood
-    │   └── OutputError         the output place is taken, or belongs to another run
-    └── WorkError    (1)  the work was right but could not be done
+    │   ├── DatasetError        a calibration dataset is missing, empty, or unreadable
+    │   └── OutputError         the output folder exists, or belongs to another run
+    └── WorkError    (1)  the request was right but the work failed
         ├── SourceChangedError  a shard is no longer what it was when it was planned
         ├── SourceReadError     a shard could not be read
         ├── NetworkError        the network gave up
         ├── OutputWriteError    the output could not be written
         ├── PublishError        the result could not be published
-        └── VerificationError   the result does not hold
+        └── VerificationError   the result does not match its source
 
 Each prints as one line: where, what is wrong in numbers, what to do.
 """
@@ -30,7 +30,7 @@ from os import PathLike, fspath
 
 
 class ShardSurgeonError(Exception):
-    """The root of everything shardsurgeon raises on purpose."""
+    """The base of every error that shardsurgeon raises on purpose."""
 
     exit_status = 1
 
@@ -50,13 +50,13 @@ class ShardSurgeonError(Exception):
 
 
 class InputError(ShardSurgeonError):
-    """Bad input or usage."""
+    """The files or the options given cannot be used; exit status 2."""
 
     exit_status = 2
 
 
 class UsageError(InputError):
-    """The words of the command contradict each other or the model."""
+    """Options contradict each other or the model."""
 
 
 class CheckpointError(InputError):
@@ -76,11 +76,11 @@ class ConfigError(CheckpointError):
 
 
 class FamilyError(InputError):
-    """The model is of no supported family, or is not laid out as its family says."""
+    """The model's family is not supported, or it is not laid out as its family says."""
 
 
 class UndeclaredFamilyError(FamilyError):
-    """No declaration fits the model; skeleton: the TOML of one, as far as it can be told."""
+    """No declaration fits the model; skeleton: the TOML of one, as far as it can be guessed."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class UndeclaredFamilyError(FamilyError):
         *,
         skeleton: str = "",
     ) -> None:
-        """Carry the skeleton along for whoever prints the error."""
+        """Keep the skeleton beside the message, to be printed after it."""
         super().__init__(where, problem, remedy)
         self.skeleton = skeleton
 
@@ -104,15 +104,15 @@ class KeepListError(InputError):
 
 
 class DatasetError(InputError):
-    """A calibration dataset is missing, empty, or not to be understood."""
+    """A calibration dataset is missing, empty, or unreadable."""
 
 
 class OutputError(InputError):
-    """The output place is taken, or belongs to another run."""
+    """The output folder exists, or belongs to another run."""
 
 
 class WorkError(ShardSurgeonError):
-    """The work was right but could not be done."""
+    """The request was right but the work failed; exit status 1."""
 
     exit_status = 1
 
@@ -126,7 +126,7 @@ class SourceReadError(WorkError):
 
 
 class NetworkError(WorkError):
-    """The network gave up: too many tries brought not one byte more."""
+    """The network failed: too many tries in a row brought no byte."""
 
 
 class OutputWriteError(WorkError):
@@ -138,4 +138,4 @@ class PublishError(WorkError):
 
 
 class VerificationError(WorkError):
-    """The result does not hold."""
+    """The result does not match its source."""

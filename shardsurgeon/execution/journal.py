@@ -1,12 +1,12 @@
-"""What an interrupted run had done, so that the same command goes on from there.
+"""The journal in OUT.partial: what a run has done, so that the same command can resume it.
 
-`workplace` keeps it in OUT.partial. One JSON value a line: first whose run it is, then what was
-done, each line written when what it says is on the disk (or, for what was sent, in safe hands):
+One JSON value per line: first which run it belongs to, then what was done. A line is written only
+when what it says is on the disk, or has arrived at the destination:
 
     {"finished": name, "nbytes": n}             the output file is whole and has its name
-    {"begun": name, "layout": digest}           a download of it begins, nothing of it is there
-    {"filled": name, "ranges": [[0, 9], ...]}   these bytes of it have arrived
-    {"sent": name, "to": place, "receipt": text}    it is there, and may be gone here
+    {"begun": name, "layout": digest}           a download of it begins, none of it is written
+    {"filled": name, "ranges": [[0, 9], ...]}   these bytes of it are written
+    {"sent": name, "to": place, "receipt": text}    it has been sent, and may be removed here
 
 A kill while a line is written leaves a torn last line, which counts as not written.
 """
@@ -34,11 +34,11 @@ _START_OVER = "--restart starts over"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Whose work it is.
+    """Which run a journal belongs to.
 
     request, source: the plan's two fingerprints. source_files: what the second one was taken
-    from, so that a changed file can be named. origin: the very source, where it can be found
-    again by a name (`hf://org/name@` and a commit), else "".
+    from, so that a changed file can be named. origin: the exact source, if a name leads to it
+    again (`hf://org/name@` and a commit), else "".
     """
 
     request: str
@@ -49,10 +49,10 @@ class Run:
 
 @dataclass(slots=True)
 class Part:
-    """An output file of which some bytes are there.
+    """An output file that is written in part.
 
     layout: digest of the header that says where each of its tensors lies. ranges: (first, one
-    past the last) byte of every stretch that is on the disk, in the order they came.
+    past the last) byte of every range that is on the disk, in the order of arrival.
     """
 
     layout: str
@@ -61,10 +61,10 @@ class Part:
 
 @dataclass(slots=True)
 class JournalState:
-    """What the lines of a journal add up to; an output file is in one of the three at most.
+    """What the lines of a journal add up to; an output file is in at most one of the three.
 
-    finished: name → size. parts: name → what is there of it. sent: name → receipt; address:
-    where those were sent.
+    finished: name -> size in bytes. parts: name -> the part that is written. sent: name -> receipt;
+    address: where those were sent.
     """
 
     finished: dict[str, int] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class JournalState:
     address: str = ""
 
     def follow(self, line: object) -> bool:
-        """Take in one more line's value; False where a journal has no such line."""
+        """Apply the value of one more line; False if a journal has no such line."""
         match line:
             case {"finished": str(name), "nbytes": int(nbytes)}:
                 self._forget(name)
@@ -106,7 +106,7 @@ def _pair(value: object) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class JournalFile:
-    """A journal as it was found. nbytes: how much of the file holds whole lines."""
+    """A journal as it was read. nbytes: how much of the file is whole lines."""
 
     run: Run
     done: JournalState
@@ -114,10 +114,10 @@ class JournalFile:
 
 
 class Journal:
-    """An open journal, for any number of threads; the end of its `with` block closes it."""
+    """An open journal, safe for any number of threads; its `with` block closes it."""
 
     def __init__(self, path: Path, run: Run, record: JournalFile | None, system: System) -> None:
-        """Go on after `record`, or begin anew where that is None. Raises OutputWriteError."""
+        """Continue after `record`; None starts a new journal. Raises OutputWriteError."""
         self._path = path
         self._system = system
         self._writing = threading.Lock()
@@ -132,14 +132,14 @@ class Journal:
             self._file = FileIO(path, "r+")
             self._file.truncate(self._end)
 
-    # Each returns when its line is on the disk, or raises OutputWriteError.
+    # Each of these returns when its line is on the disk, or raises OutputWriteError.
 
     def finish(self, name: str, nbytes: int) -> None:
         """Record that the output file is on the disk under its name."""
         self._add({"finished": name, "nbytes": nbytes})
 
     def begin(self, name: str, layout: str) -> None:
-        """Record that whatever there is of the output file is worth nothing."""
+        """Record that the output file starts over: what was written of it is void."""
         self._add({"begun": name, "layout": layout})
 
     def fill(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
@@ -147,7 +147,7 @@ class Journal:
         self._add({"filled": name, "ranges": ranges})
 
     def send(self, name: str, address: str, receipt: str) -> None:
-        """Record that the output file was taken away, where to, and what was given for it."""
+        """Record that the output file was sent, where to, and the receipt."""
         self._add({"sent": name, "to": address, "receipt": receipt})
 
     def _add(self, value: dict[str, object]) -> None:
@@ -168,9 +168,9 @@ class Journal:
 
 
 def read_journal(path: Path) -> JournalFile | None:
-    """The journal at `path`, None where there is none.
+    """The journal at `path`, or None if there is none.
 
-    Raises OutputError where it is not one that this version wrote.
+    Raises OutputError if it is not one that this version wrote.
     """
     if not path.is_file():
         return None
@@ -194,7 +194,7 @@ def read_journal(path: Path) -> JournalFile | None:
 
 
 def require_same(found: Run, wanted: Run, where: Path) -> None:
-    """Raise OutputError, saying what differs, unless the work in `where` is the wanted run's."""
+    """Raise OutputError, naming the difference, unless the folder `where` belongs to this run."""
     if found.request != wanted.request:
         raise OutputError(
             where,

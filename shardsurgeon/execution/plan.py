@@ -1,6 +1,8 @@
 """The plan: for every output shard its tensors and the byte ranges to fetch. Plain frozen values.
 
-A plan knows nothing about experts. Whoever executes it moves bytes and decides nothing.
+A plan knows nothing about experts, and its execution decides nothing: it only moves bytes.
+
+    Plan -> OutputShard -> OutputTensor -> Segment (source bytes) | Literal (its own bytes)
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Bytes the plan itself brings: tensors whose values are expert counts or ids."""
+    """Bytes that the plan itself holds: tensors whose values are expert counts or ids."""
 
     data: bytes
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it brings."""
+        """Number of bytes."""
         return len(self.data)
 
 
@@ -35,8 +37,8 @@ class Literal:
 class OutputTensor:
     """One tensor of an output shard.
 
-    name, dtype (as in safetensors headers) and shape are the output's; pieces, joined in
-    order, are its bytes.
+    name, dtype (as in safetensors headers) and shape are those of the output; the pieces,
+    joined in order, are its data.
     """
 
     name: str
@@ -69,8 +71,8 @@ class Plan:
     """Everything the executor needs.
 
     shards: the weight files to write.
-    documents: small files whose whole content the plan brings (config.json, the index,
-    metadata), name → bytes, in writing order.
+    documents: small files whose whole content the plan holds (config.json, the index,
+    metadata): (name, bytes), in the order of writing.
     copied_files: source files copied byte for byte, by name.
     score_files: (output name, absolute path) of files from outside the source, such as the
     score file.

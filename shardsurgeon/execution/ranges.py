@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from shardsurgeon.execution.plan import Literal, OutputShard, Segment
 
-# First and one past the last byte of a stretch of an output file.
+# The first byte of a range of an output file, and one past its last.
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class CopyRange:
-    """These bytes go to offset `at` of the output file."""
+    """Copy these bytes to offset `at` of the output file."""
 
     piece: Segment | Literal
     at: int
@@ -31,7 +31,7 @@ class CopyRange:
 
 
 def copy_ranges(shard: OutputShard) -> list[CopyRange]:
-    """What makes up a shard: literals first, then ranges in the order they lie in the source.
+    """All of a shard: literals first, then ranges in the order in which the source has them.
 
     Segments that follow one another both in the source and in the shard become one.
     """
@@ -59,7 +59,7 @@ def _place_in_source(copy: CopyRange) -> tuple[str, int]:
 
 
 def batches(ranges: Iterable[CopyRange], limit: int) -> list[tuple[CopyRange, ...]]:
-    """Group moves, in order, into batches of at most `limit` bytes; longer moves are cut."""
+    """Group ranges, in order, into batches of at most `limit` bytes; a longer range is cut."""
     grouped: list[tuple[CopyRange, ...]] = []
     batch: list[CopyRange] = []
     room = limit
@@ -83,9 +83,9 @@ def _cut(copy: CopyRange, limit: int) -> Iterator[CopyRange]:
 
 
 def remaining(ranges: Iterable[CopyRange], written: Sequence[Range]) -> list[CopyRange]:
-    """The moves, in order, without what they would write into the ranges `written`.
+    """The ranges, in order, without what they would write where `written` says it is done.
 
-    written: ascending, apart from one another, as `joined` gives them.
+    written: ascending and not touching one another, as `joined` returns them.
     """
     if not written:
         return list(ranges)
@@ -108,7 +108,7 @@ def _remaining(
 
 
 def _part(copy: CopyRange, begin: int, end: int) -> CopyRange:
-    """What a move writes to [begin, end) of the output."""
+    """The part of a range that writes [begin, end) of the output."""
     skipped, piece = begin - copy.at, copy.piece
     if isinstance(piece, Literal):
         return CopyRange(Literal(piece.data[skipped : end - copy.at]), begin)
@@ -116,7 +116,7 @@ def _part(copy: CopyRange, begin: int, end: int) -> CopyRange:
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
-    """The same bytes as few ranges, ascending, none empty, none touching another."""
+    """The same bytes in as few ranges as possible: ascending, none empty, none touching another."""
     apart: list[Range] = []
     for begin, end in sorted(ranges):
         if apart and begin <= apart[-1][1]:

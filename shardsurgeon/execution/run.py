@@ -45,9 +45,9 @@ from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
 
-# A few copies in flight keep a disk busy; beyond that they only take turns.
+# A few copies at a time keep a disk busy; more would only take turns.
 MOST_WORKERS_BY_DEFAULT = 4
-# A single connection seldom fills a link; more than these, and servers ask for patience.
+# One connection seldom fills a link; beyond eight, servers begin to answer 429.
 REMOTE_WORKERS_BY_DEFAULT = 8
 
 
@@ -55,7 +55,7 @@ REMOTE_WORKERS_BY_DEFAULT = 8
 class ExecutionReport:
     """What a finished run did. Sizes in bytes; `shards` counts the resumed ones too.
 
-    bytes_downloaded: what came over the network for it, side files and bytes read over included.
+    bytes_downloaded: what came over the network, copied files and unneeded bytes included.
     """
 
     bytes_copied: int
@@ -83,17 +83,17 @@ def execute(
 
     workers: threads that copy; 0 means as many as there are processors, at most four, and
     eight where the source is remote.
-    restart: throw away what an interrupted run left instead of going on from there.
-    on_progress: called often, by one thread at a time; what it raises stops the run.
-    before_delivery: called with the folder of the finished files, less the shards that were
-    sent; what it raises keeps them from becoming `out` or from being published.
-    destination: takes every finished shard away, and publishes the rest; `out` only names the place
-    to work in. disk_budget: how many bytes of shards may be on the disk at a time; None for
-    any number.
+    restart: throw away what an interrupted run left instead of resuming it.
+    on_progress: called often, by one thread at a time; an exception from it stops the run.
+    before_delivery: called with the folder of the finished files, without the shards that
+    were sent; an exception from it keeps them from becoming `out` or being published.
+    destination: is sent every finished shard, and publishes the rest; `out` then only names the
+    folder to work in. disk_budget: how many bytes of shards may be on the disk at a time; None
+    for no limit.
 
     Raises UsageError (the budget is too small), OutputError (the place is taken, or another
     run's), SourceChangedError, SourceReadError, NetworkError, OutputWriteError, and what the
-    destination raises; whatever is raised, what is done is kept.
+    destination raises. What is done is kept in every case.
     """
     begun = time.monotonic()
     if workers < 0:
@@ -112,13 +112,8 @@ def execute(
             if destination:
                 needed = min(needed, budget - sum(found.whole.values()))
             _require_space(needed, workdir)
-            context = RunContext(
-                plan,
-                source,
-                workdir,
-                journal,
-                ProgressMeter(_start(plan, sizes, found), on_progress),
-            )
+            meter = ProgressMeter(_start(plan, sizes, found), on_progress)
+            context = RunContext(plan, source, workdir, journal, meter)
             workers = workers or _workers_for(source)
             if destination:
                 _send_shards(context, found, destination, budget, workers)
@@ -126,12 +121,8 @@ def execute(
                 _write_shards(context, found, workers)
             write_small_files(context, sizes, workers)
             receipts = dict(journal.done.sent)
-        shards, source_files, downloaded = (
-            len(plan.shards),
-            plan.source_files,
-            context.meter.downloaded,
-        )
-        # The check needs the room that the plan takes, where the caller has let go of it too.
+        shards, source_files = len(plan.shards), plan.source_files
+        # The check needs the memory that the plan takes, if the caller has dropped it too.
         del plan, context
         _have_checked(workdir.files, before_delivery, source, source_files)
         if destination:
@@ -145,7 +136,7 @@ def execute(
         shards=shards,
         shards_resumed=found.shards,
         seconds=time.monotonic() - begun,
-        bytes_downloaded=downloaded,
+        bytes_downloaded=meter.downloaded,
     )
 
 
@@ -202,7 +193,7 @@ def require_budget(budget: int, sizes: dict[str, int]) -> None:
 
 
 def _needed(sizes: dict[str, int], found: ResumeState) -> int:
-    """Bytes still to be written; those of shards in part among them, as their disk is ours."""
+    """Bytes still to be written. Shards written in part count whole: their disk is counted free."""
     return sum(sizes.values()) - sum(found.whole.values()) - sum(found.sent.values())
 
 
@@ -220,12 +211,12 @@ def _workers_for(source: Source) -> int:
 
 
 def _write_shards(context: RunContext, found: ResumeState, workers: int) -> None:
-    """Write the shards that are to stay. Raises the first error that any worker met."""
+    """Write the shards that stay on this disk. Raises the first error that any worker met."""
     writer = ShardWriter(context, found.parts, lambda shard: None)
     todo = _unfinished(context.plan, found)
     for shard in todo:
         writer.begin(shard)
-    # Where bytes travel, shards come one after the other: a kill should leave few in part.
+    # Downloads go one shard after the other: a kill should leave few in part.
     at_once = 1 if context.source.is_remote else workers
     _fill(context, writer, todo, todo, workers, at_once)
 
@@ -237,11 +228,11 @@ def _send_shards(
     budget: int,
     workers: int,
 ) -> None:
-    """Write the shards, few at a time, and have each taken away."""
+    """Write the shards, as many at a time as the budget allows, and send each when finished."""
     for name in found.sent:
-        context.workdir.drop_file(name)  # a kill may come between the receipt and this
+        context.workdir.drop_file(name)  # a kill can come between receipt and removal
     todo = _unfinished(context.plan, found)
-    # Those that hold disk already come first: others may wait for it.
+    # Those that already take disk come first: others may have to wait for it.
     todo.sort(key=lambda shard: shard.file not in found.parts)
     held = sum(found.whole.values()) + sum(s.nbytes for s in todo if s.file in found.parts)
     disk = DiskBudget(budget, held, context.meter)
@@ -295,13 +286,13 @@ def _have_checked(
     try:
         check(folder)
     except ShardSurgeonError:
-        # Compared with a source that is another by now, a sound result does not hold.
+        # A sound result does not verify against a source that changed meanwhile: say that instead.
         require_unchanged(source, planned)
         raise
 
 
 def write_small_files(context: RunContext, sizes: dict[str, int], workers: int) -> None:
-    """Copy side files and extra files, then write the documents in the plan's order.
+    """Copy files of the source and score files, then write the generated files in order.
 
     sizes: of every output file, in bytes. Raises the first error met.
     """
@@ -321,7 +312,7 @@ def write_small_files(context: RunContext, sizes: dict[str, int], workers: int) 
 
 
 def _carry_over(context: RunContext, name: str, nbytes: int, transfer: RangeTransfer) -> None:
-    """Copy a side file, byte for byte."""
+    """Copy a file of the source, byte for byte."""
     with _new_file(context, name, nbytes) as path:
         for batch in batches([CopyRange(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
             transfer.write(batch, path)
@@ -330,7 +321,7 @@ def _carry_over(context: RunContext, name: str, nbytes: int, transfer: RangeTran
 
 @contextmanager
 def _new_file(context: RunContext, name: str, nbytes: int) -> Iterator[Path]:
-    """A file to be filled inside the `with` block, and finished at its end."""
+    """A file to be written inside the `with` block, and finished at its end."""
     path = context.workdir.begin_file(name)
     reserve_file(path, nbytes, context.workdir.system)
     yield path
@@ -339,7 +330,7 @@ def _new_file(context: RunContext, name: str, nbytes: int) -> Iterator[Path]:
 
 
 def _carry_executable_bits(origin: Path | None, copy: Path) -> None:
-    """A script that could be run can still be run; all else follows the user's umask."""
+    """Keep scripts executable; everything else follows the user's umask."""
     if origin is None:
         return
     with reading(origin):

@@ -22,27 +22,27 @@ from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.storage.files import reserve_file, sync_path
 from shardsurgeon.storage.source import require_unchanged
 
-# What a worker takes at a time: big enough that opening files costs nothing, small enough that
-# several workers share one big tensor.
+# What a worker writes at a time: large enough that opening files costs nothing, small enough
+# that several workers can share one large tensor.
 BATCH_NBYTES = 64 << 20
-# The same where bytes travel: what each worker may have to fetch again after a kill.
+# The same for downloads: what each worker may have to download again after a kill.
 REMOTE_BATCH_NBYTES = 32 << 20
 
 Task = Callable[[RangeTransfer], None]
 
 
 class _ShardInProgress:
-    """A shard that workers are filling."""
+    """A shard that workers are writing."""
 
     def __init__(self, shard: OutputShard, todo: list[tuple[CopyRange, ...]]) -> None:
         self.shard = shard
-        # A shard of which all bytes are there still has to be finished.
+        # A shard that has all its bytes still needs one task, to be finished.
         self.batches = todo or [()]
         self.unwritten = len(self.batches)
 
 
 class ShardWriter:
-    """One run's shards in its place."""
+    """Writes the shards of a run into its work folder."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ShardWriter:
         parts: Mapping[str, Sequence[Range]],
         on_finished: Callable[[OutputShard], None],
     ) -> None:
-        """parts: what of the shards' files is there. on_finished: called once for each shard."""
+        """parts: shard file -> ranges already written. on_finished: called once per shard."""
         self._context = context
         self._parts = parts
         self._on_finished = on_finished
@@ -58,20 +58,20 @@ class ShardWriter:
         self._counting = threading.Lock()
 
     def begin(self, shard: OutputShard) -> None:
-        """Make the shard's file, unless a part of it is there. Raises OutputWriteError."""
+        """Create the shard's file, unless a part of it is written. Raises OutputWriteError."""
         if shard.file in self._parts:
             return
         if self._context.source.is_remote:
-            # First: the new file is empty, whatever the journal says of an older one.
+            # Before the file: the new one is empty, whatever the journal says of an older one.
             self._context.journal.begin(shard.file, layout(shard))
         path = self._context.workdir.begin_file(shard.file)
         reserve_file(path, shard.nbytes, self._context.workdir.system)
 
     def tasks(self, shards: Iterable[OutputShard], at_once: int) -> Iterator[Task]:
-        """What is to be done for shards that are begun; only those in hand are taken apart.
+        """The tasks that write `shards`, which have been begun.
 
-        at_once: how many shards are in hand while there are as many. Their batches take turns,
-        because file systems let one thread at a time write to a file.
+        at_once: how many shards are written at the same time; only their ranges are in memory.
+        Their batches take turns, because file systems let one thread at a time write to a file.
         """
         waiting = iter(shards)
         in_progress: deque[Iterator[Task]] = deque()
@@ -92,7 +92,7 @@ class ShardWriter:
         return (partial(self._fill, current, batch) for batch in current.batches)
 
     def max_gap(self, shards: Iterable[OutputShard]) -> int:
-        """How many unwanted bytes between two wanted ranges these shards' downloads read over."""
+        """The `gap` of these shards' downloads, in bytes."""
         if not self._context.source.is_remote:
             return 0
         found: Counter[int] = Counter()
@@ -117,7 +117,7 @@ class ShardWriter:
     def _fill(
         self, current: _ShardInProgress, batch: Sequence[CopyRange], transfer: RangeTransfer
     ) -> None:
-        """Write a batch; whoever writes a shard's last one finishes it."""
+        """Write a batch; the worker that writes the last one finishes the shard."""
         if batch:
             self._write(current.shard, batch, transfer)
         with self._counting:
@@ -137,12 +137,10 @@ class ShardWriter:
 
     def _finish(self, shard: OutputShard) -> None:
         context = self._context
-        if (
-            not context.source.is_remote
-        ):  # there a stream notices by itself that its file is another
-            require_unchanged(
-                context.source, [self._planned[name] for name in sorted(_used(shard))]
-            )
+        # A download notices by itself that its file was replaced.
+        if not context.source.is_remote:
+            used = [self._planned[name] for name in sorted(_used(shard))]
+            require_unchanged(context.source, used)
         sync_path(context.workdir.begin_file(shard.file), context.workdir.system)
         context.workdir.finish_file(shard.file)
         context.journal.finish(shard.file, shard.nbytes)
@@ -158,10 +156,10 @@ def _used(shard: OutputShard) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class ResumeState:
-    """By the shards' file names.
+    """What earlier runs have done, by the shards' file names.
 
-    whole: finished, size in bytes. sent: taken away, size in bytes. parts: the ranges that a
-    download has brought, ascending, apart from one another.
+    whole: finished here, size in bytes. sent: sent to the destination, size in bytes. parts: the
+    ranges that were downloaded, ascending and not touching one another.
     """
 
     whole: dict[str, int]
@@ -170,12 +168,12 @@ class ResumeState:
 
     @property
     def shards(self) -> int:
-        """How many shards need no work but, perhaps, to be sent."""
+        """How many shards are written, sent or not."""
         return len(self.whole) + len(self.sent)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes are done."""
+        """How many bytes of shards are written."""
         parts = (end - begin for ranges in self.parts.values() for begin, end in ranges)
         return sum(self.whole.values()) + sum(self.sent.values()) + sum(parts)
 
@@ -183,7 +181,7 @@ class ResumeState:
 def find_resume_state(
     shards: Sequence[OutputShard], workdir: WorkDir, done: JournalState
 ) -> ResumeState:
-    """What of these shards is done."""
+    """What the journal and the disk agree is done of these shards."""
     found = ResumeState({}, {}, {})
     for shard in shards:
         name, nbytes = shard.file, shard.nbytes
@@ -201,7 +199,7 @@ def find_resume_state(
 
 
 def layout(shard: OutputShard) -> str:
-    """Digest of the header: two shards of one run that share it have their tensors in one place."""
+    """Digest of the header: shards with the same one have their tensors at the same offsets."""
     return hashlib.sha256(shard.header).hexdigest()[:16]
 
 

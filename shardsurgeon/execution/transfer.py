@@ -22,17 +22,17 @@ from shardsurgeon.storage.files import FileCopier, reading, write_all, writing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System
 
-# Reading over more than this takes longer than another request does.
+# Downloading more unneeded bytes than this takes longer than another request.
 MAX_GAP_NBYTES = 1 << 20
-# One byte in so many may be read without being wanted.
+# Of so many bytes that are wanted, one more may be downloaded in vain.
 _WANTED_PER_SURPLUS = 100
 
 
 class RangeTransfer:
-    """Moves batches from a source into files. One per worker: it owns a copy buffer."""
+    """Writes batches of ranges from a source into files. One per worker: it owns a copy buffer."""
 
     def __init__(self, source: Source, system: System, meter: ProgressMeter, gap: int = 0) -> None:
-        """meter: hears of every step; what it raises ends the batch. gap: see `Downloader`."""
+        """meter: told of every step; what it raises ends the batch. gap: see `Downloader`."""
         self._source = source
         self._system = system
         self._meter = meter
@@ -40,28 +40,27 @@ class RangeTransfer:
         self._downloader = Downloader(source, system, meter, gap)
 
     def write(self, batch: Sequence[CopyRange], target: Path) -> None:
-        """Write a batch into the existing file `target`, and let memory go of it.
+        """Write a batch into the existing file `target`, and release the memory it takes.
 
-        Raises OutputWriteError, or what reading the source raises, with the name of the file
-        at fault.
+        Raises OutputWriteError, or what reading the source raises; the error names the file.
         """
         with writing(target):
             file = FileIO(target, "r+")
         with file:
             for name, ranges in groupby(batch, key=_source_file):
                 self._write_from(name, list(ranges), file)
-            # From the file's begin on: what earlier batches left has reached the disk by now.
+            # From the file's beginning: what earlier batches wrote has reached the disk by now.
             self._system.let_go(file, 0, max(copy.at + copy.piece.nbytes for copy in batch))
 
     def copy_file(self, path: Path, nbytes: int, target: Path) -> None:
-        """Copy the first `nbytes` of a local file that is in no source into `target`."""
+        """Copy the first `nbytes` of a local file outside the source into `target`."""
         with writing(target):
             file = FileIO(target, "r+")
         with file, _opened(path) as origin:
             self._copier.copy(origin, 0, file, 0, nbytes)
 
     def _write_from(self, name: str | None, ranges: list[CopyRange], target: FileIO) -> None:
-        """Moves from one source file, ascending; without a name they bring their own bytes."""
+        """Write ranges of one source file, ascending. name: None for literals."""
         if name is None:
             for copy in ranges:
                 self._put(copy, target)
@@ -73,16 +72,16 @@ class RangeTransfer:
             self._copy(path, ranges, target)
 
     def _copy(self, path: Path, ranges: list[CopyRange], target: FileIO) -> None:
-        """Copy from a local file, which leaves the system's memory as it was found.
+        """Copy from a local file, and leave the page cache as it was.
 
-        A model larger than the memory must not push everything else out of it; what others
-        have in use stays.
+        A model larger than memory must not push everything else out of it; pages that were
+        cached before, because another program uses them, stay.
         """
         first, last = ranges[0].piece, ranges[-1].piece
         assert isinstance(first, Segment) and isinstance(last, Segment)
         end = last.begin + last.nbytes
         with _opened(path) as origin:
-            # The last byte: the first ones may be there because they were read ahead.
+            # Asked of the last byte: the first ones may be cached because of read-ahead.
             found = self._system.in_memory(origin, max(end - 1, 0))
             for copy in ranges:
                 assert isinstance(copy.piece, Segment)
@@ -107,17 +106,17 @@ def _opened(path: Path) -> FileIO:
 
 
 class Downloader:
-    """Streams ranges of a source into open files. As many threads as like may use one."""
+    """Streams ranges of a source into open files. Any number of threads may share one."""
 
     def __init__(self, source: Source, system: System, meter: ProgressMeter, gap: int) -> None:
-        """gap: how many bytes between two moves are read over rather than left out."""
+        """gap: up to so many unneeded bytes between two ranges are downloaded with them."""
         self._source = source
         self._system = system
         self._meter = meter
         self._gap = gap
 
     def fetch(self, name: str, ranges: Sequence[CopyRange], target: FileIO) -> None:
-        """Carry out moves, ascending, from the source file `name`.
+        """Fetch ranges, ascending, of the source file `name`.
 
         Raises what the source raises, and OutputWriteError.
         """
@@ -126,7 +125,7 @@ class Downloader:
 
     def _stream(self, name: str, ranges: Sequence[CopyRange], target: FileIO) -> None:
         at, end = _begin(ranges[0]), _end(ranges[-1])
-        first = 0  # moves before this one have all their bytes
+        first = 0  # ranges before this one have all their bytes
         with closing(self._pieces(name, at, end)) as pieces:
             for piece in pieces:
                 while first < len(ranges) and _end(ranges[first]) <= at:
@@ -141,7 +140,7 @@ class Downloader:
             )
 
     def _pieces(self, name: str, begin: int, end: int) -> Generator[bytes]:
-        """The bytes as they arrive, counted; whatever happens, the connection is let go."""
+        """The bytes as they arrive, counted; the connection is closed whatever happens."""
         if begin == end:
             return
         pieces = self._source.stream(name, begin, end)
@@ -156,7 +155,7 @@ class Downloader:
     def _scatter(
         self, data: memoryview, begin: int, ranges: Sequence[CopyRange], first: int, target: FileIO
     ) -> None:
-        """Write what the moves from `first` on want of the bytes that lie at `begin`."""
+        """Write what the ranges from `first` on need of `data`, at `begin` in the source."""
         end = begin + len(data)
         for number in range(first, len(ranges)):
             copy = ranges[number]
@@ -170,7 +169,7 @@ class Downloader:
 
 
 def requests(ranges: Sequence[CopyRange], gap: int) -> Iterator[Sequence[CopyRange]]:
-    """Cut the moves of one file, ascending, where more than `gap` bytes lie between two."""
+    """Group the ranges of one file, ascending, so that at most `gap` bytes lie between two."""
     begun = 0
     for number in range(1, len(ranges)):
         if not 0 <= _begin(ranges[number]) - _end(ranges[number - 1]) <= gap:
@@ -181,7 +180,7 @@ def requests(ranges: Sequence[CopyRange], gap: int) -> Iterator[Sequence[CopyRan
 
 
 def gaps(ranges: Iterable[CopyRange]) -> Iterator[int]:
-    """How many unwanted bytes lie between moves that follow one another in one source file."""
+    """The number of unneeded bytes between each two neighbouring ranges of one source file."""
     segments = (copy.piece for copy in ranges if isinstance(copy.piece, Segment))
     for one, other in pairwise(segments):
         if one.file == other.file and other.begin > one.begin + one.nbytes:
@@ -189,9 +188,10 @@ def gaps(ranges: Iterable[CopyRange]) -> Iterator[int]:
 
 
 def max_gap(found: Counter[int], wanted: int) -> int:
-    """The widest gap that may be read over together with all that are as narrow or narrower.
+    """The widest gap that may be downloaded, if all gaps up to that width are.
 
-    found: width → how many such gaps the run meets; wanted: bytes that the run wants.
+    found: width -> how many such gaps the run has; wanted: bytes that the run needs. At most a
+    hundredth of `wanted` is downloaded in vain, and no gap wider than MAX_GAP_NBYTES.
     """
     widest = surplus = 0
     for width, count in sorted(found.items()):

@@ -19,9 +19,9 @@ from shardsurgeon.execution.journal import JournalState
 from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.execution.workers import ProgressMeter, Stopped
 
-# How long, in seconds, somebody who wants to leave waits for a shard that is being sent.
+# How many seconds an interrupted run waits for the shard that is being sent.
 UPLOAD_GRACE_SECONDS = 2.0
-# How often, in seconds, waiting threads look up.
+# How often, in seconds, a waiting thread checks whether the run was stopped.
 _WAKE_SECONDS = 0.2
 
 
@@ -30,22 +30,22 @@ class ShardDestination(Protocol):
 
     @property
     def address(self) -> str:
-        """Where that is, as messages print it; a rerun's receipts hold for the same one only."""
+        """Where that is, as messages print it. Receipts are valid for the same address only."""
         ...
 
     def send(self, name: str, path: Path) -> str:
-        """Take a finished shard away, or raise.
+        """Send a finished shard, or raise.
 
         Returns a receipt, a short text that the journal keeps; the file is removed afterwards.
-        Called by one thread at a time, with the shards in the order they are finished. The same
-        shard may come again where no receipt was given or the run was killed before it was noted.
+        Called by one thread at a time, with the shards in the order in which they are finished.
+        The same shard comes again if there was no receipt, or a kill came before it was noted.
         """
         ...
 
     def publish(self, folder: Path, receipts: Mapping[str, str]) -> None:
         """Publish everything at once: `folder` holds every other file, receipts every shard.
 
-        May be called again by a rerun where it raised, or where the run was killed meanwhile.
+        A rerun calls it again if it raised, or if the run was killed meanwhile.
         """
         ...
 
@@ -64,17 +64,17 @@ def require_receipts(
 
 
 class DiskBudget:
-    """Bytes of disk for shards that are begun and not sent."""
+    """Bytes of disk for shards that are begun and not yet sent."""
 
     def __init__(self, nbytes: int, taken: int, meter: ProgressMeter) -> None:
-        """nbytes: all there are; taken: by what an earlier run left."""
+        """nbytes: the whole budget; taken: what an earlier run left on the disk."""
         self._nbytes = nbytes
         self._taken = taken
         self._meter = meter
         self._changed = threading.Condition()
 
     def take(self, nbytes: int) -> None:
-        """Return when so many bytes are free, and take them. Raises Stopped."""
+        """Wait until so many bytes are free, and take them. Raises Stopped."""
         with self._changed:
             while self._taken + nbytes > self._nbytes:
                 self._meter.check()
@@ -82,7 +82,7 @@ class DiskBudget:
             self._taken += nbytes
 
     def release(self, nbytes: int) -> None:
-        """Let others have them."""
+        """Give so many bytes back."""
         with self._changed:
             self._taken -= nbytes
             self._changed.notify_all()
@@ -91,26 +91,26 @@ class DiskBudget:
 class ShardUploader:
     """A thread that sends shards; the `with` block ends when all are sent.
 
-    Where the block is left by an error, the shard being sent is still sent and the others are
-    not. Where it is left by Ctrl-C or the like, that shard has a moment to arrive; then it is
-    given up, and what its sending comes to is not heard.
+    If the block is left by an error, the shard being sent is still sent and the others are not. If
+    it is left by Ctrl-C or a signal, that shard has UPLOAD_GRACE_SECONDS to arrive; then it is
+    given up, and the next run sends it again.
     """
 
     def __init__(
         self, destination: ShardDestination, context: RunContext, disk: DiskBudget
     ) -> None:
-        """disk: told of every shard that needs no more room."""
+        """disk: gets back the bytes of every shard that was sent."""
         self._destination = destination
         self._context = context
         self._disk = disk
         self._waiting: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
         self._noting = threading.Lock()
         self._given_up = False
-        # A daemon, for nothing can end a call that waits for the network.
+        # A daemon, because nothing can end a call that waits for the network.
         self._thread = threading.Thread(target=self._work, name="shardsurgeon-send", daemon=True)
 
     def put(self, name: str, nbytes: int) -> None:
-        """Have the finished shard of that name and size sent, after those that were put before."""
+        """Queue a finished shard, by its name and size in bytes."""
         self._waiting.put((name, nbytes))
 
     def _work(self) -> None:
@@ -120,7 +120,9 @@ class ShardUploader:
                 self._send(*shard)
         except Stopped:
             pass
-        except BaseException as error:  # raised again by __exit__, or by whoever meets it first
+        except (
+            BaseException
+        ) as error:  # raised again by __exit__, or by a worker that notices it first
             self._context.meter.stop(error)
 
     def _send(self, name: str, nbytes: int) -> None:
@@ -159,7 +161,7 @@ class ShardUploader:
             raise self._context.meter.error
 
     def _wait(self, patience: float | None) -> None:
-        """Wait for the thread's end, for so many seconds at most."""
+        """Wait for the thread to end, at most so many seconds."""
         if patience is not None:
             self._thread.join(patience)
             return

@@ -1,4 +1,4 @@
-"""OUT.partial: the folder an output grows in, held by one run at a time.
+"""OUT.partial: the folder in which an output is written, locked by one run at a time.
 
 Used by the executor and, for score files, by calibration. Its layout:
 
@@ -37,7 +37,7 @@ _JOURNAL = "shardsurgeon.journal"
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """A plan to carry out: from where, to which place, who notes and who counts what is done."""
+    """What every part of one run shares."""
 
     plan: Plan
     source: Source
@@ -47,10 +47,10 @@ class RunContext:
 
 
 class WorkDir:
-    """The paths below OUT.partial, and what may be done with them while it is held."""
+    """The paths below OUT.partial, and what may be done with them while it is locked."""
 
     def __init__(self, out: Path, system: System) -> None:
-        """Name the paths; nothing is touched."""
+        """Name the paths; nothing is read or written."""
         self.out = out
         self.folder = Path(f"{out}.partial")
         self.files = self.folder / "files"
@@ -60,12 +60,12 @@ class WorkDir:
         self._journal: Journal | None = None
 
     def require_free_name(self) -> None:
-        """Raise OutputError where OUT exists already."""
+        """Raise OutputError if OUT exists already."""
         if os.path.lexists(self.out):
             raise OutputError(self.out, "exists", "choose another -o or remove it")
 
     def require_ours(self) -> None:
-        """Raise OutputError where OUT.partial holds what no run of ours put there."""
+        """Raise OutputError if OUT.partial holds files that shardsurgeon did not write."""
         with writing(self.folder):
             try:
                 present = set(os.listdir(self.folder))
@@ -84,10 +84,10 @@ class WorkDir:
             )
 
     def open_journal(self, run: Run, restart: bool) -> Journal:
-        """Make the place ready for `run` and say what of it is finished.
+        """Prepare the folder for `run`; the journal says what is finished.
 
-        restart: throw away what an earlier run left, whosever it was. Raises OutputError where
-        the place belongs to another run, or the journal cannot be understood.
+        restart: throw away what an earlier run left, whatever run it was. Raises OutputError if
+        the folder belongs to another run, or the journal cannot be read.
         """
         record: JournalFile | None = None
         if restart:
@@ -103,7 +103,7 @@ class WorkDir:
         return self._journal
 
     def has(self, name: str, nbytes: int, begins: bytes) -> bool:
-        """Whether the file is finished: of that size, and with those first bytes."""
+        """Whether the file is finished, has that size, and begins with those bytes."""
         path = self.files / name
         with writing(path):
             if not path.is_file() or path.stat().st_size != nbytes:
@@ -112,29 +112,29 @@ class WorkDir:
                 return file.read(len(begins)) == begins
 
     def has_part(self, name: str, nbytes: int) -> bool:
-        """Whether the file is being written, and as long as it will be."""
+        """Whether the file is being written and already has its final size."""
         path = self.writing / name
         with writing(path):
             return path.is_file() and path.stat().st_size == nbytes
 
     def space(self) -> int:
-        """Free bytes, with those that unfinished files of an earlier run hold."""
+        """Free bytes on the disk, plus those that unfinished files of an earlier run take."""
         return free_space(self.folder, self.system) + _held(self.writing)
 
     def begin_file(self, name: str) -> Path:
-        """Where to write a file until it is whole; its folder is made."""
+        """The path under which to write a file until it is whole; its folder is made."""
         path = self.writing / name
         make_folder(path.parent, self.system)
         return path
 
     def finish_file(self, name: str) -> None:
-        """Give a file that is whole and synced its name among the finished."""
+        """Move a file that is whole and synced to the finished files."""
         path = self.files / name
         make_folder(path.parent, self.system)
         publish(self.writing / name, path, self.system)
 
     def drop_file(self, name: str) -> None:
-        """Remove a finished file that is needed here no more."""
+        """Remove a finished file that is no longer needed here."""
         path = self.files / name
         with writing(path):
             path.unlink(missing_ok=True)
@@ -152,15 +152,15 @@ class WorkDir:
         try:
             publish(self.files, self.out, self.system)
         except BaseException:
-            # The name may be there and not last: take it back, so that a rerun delivers again.
+            # The new name may not survive a crash: take it back, so that a rerun publishes again.
             with suppress(OSError):
                 if not os.path.lexists(self.files):
                     self.system.rename(self.out, self.files)
             raise
 
     def discard(self) -> None:
-        """Remove everything: what was made here is elsewhere. The journal goes last, so that a
-        kill on the way leaves a place that is known for ours.
+        """Remove everything: the result has been published elsewhere. The journal goes last, so
+        that a kill on the way leaves a folder that is known to be ours.
         """
         self._journal = None
         _remove_tree(self.writing)
@@ -169,7 +169,7 @@ class WorkDir:
             self.journal.unlink(missing_ok=True)
 
     def clean_up(self) -> None:
-        """Remove what has no worth for a later run; all of it where nothing is done."""
+        """Remove what is of no use to a later run; all of it if nothing was finished."""
         if self._journal is None:
             return
         done = self._journal.done
@@ -182,17 +182,17 @@ class WorkDir:
 
 @contextmanager
 def lock_workdir(out: Path, system: System) -> Iterator[WorkDir]:
-    """OUT.partial for one run. Raises OutputError where another run holds it or OUT exists."""
+    """Lock OUT.partial for one run. Raises OutputError if another run has it or OUT exists."""
     workdir = WorkDir(out, system)
     workdir.require_free_name()
     workdir.require_ours()
     lock = _take_lock(workdir, system)
     try:
-        workdir.require_free_name()  # the run that held the lock before may just have finished
+        workdir.require_free_name()  # the run that had the lock before may just have finished
         workdir.require_ours()
         yield workdir
     finally:
-        # The run's own result or error is what counts; leftovers do no harm.
+        # The run's own result or error is what counts; files left behind do no harm.
         with suppress(OSError, OutputWriteError):
             workdir.clean_up()
         _release_lock(workdir, lock)
@@ -226,7 +226,7 @@ def _take_lock(workdir: WorkDir, system: System) -> FileIO:
 
 
 def _is_file(path: Path, lock: FileIO) -> bool:
-    """Whether the name still leads to the open file: its last holder may have removed it."""
+    """Whether the path still names the open file: the run that had the lock may have removed it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
     except FileNotFoundError:
@@ -234,11 +234,11 @@ def _is_file(path: Path, lock: FileIO) -> bool:
 
 
 def _release_lock(workdir: WorkDir, lock: FileIO) -> None:
-    """Let the lock go and, where nothing else is left, the folder with it."""
+    """Release the lock and remove the folder if nothing else is in it."""
     with suppress(OSError):
         if os.listdir(workdir.folder) == [_LOCK]:
-            # Removed while held, so that nobody locks a file that is about to go; Windows
-            # keeps open files and is content with the other order.
+            # Removed while locked, so that no other run locks a file that is about to go. Windows
+            # cannot remove an open file: there it is closed first.
             try:
                 (workdir.folder / _LOCK).unlink()
             except PermissionError:
@@ -255,18 +255,18 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def _held(folder: Path) -> int:
-    """Bytes of disk that the files below a folder take."""
+    """Bytes of disk taken by the files below a folder."""
     total = 0
     for name in _files_below(folder):
         with suppress(FileNotFoundError):
             status = (folder / name).stat()
-            # Windows does not tell the blocks; there files that were made long take them all.
+            # Windows does not report blocks; there a reserved file takes its whole length.
             total += getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
     return total
 
 
 def _remove_tree(folder: Path, kept: Collection[str] = ()) -> None:
-    """Remove a folder and all that is in it; where files below it are kept, all others."""
+    """Remove a folder with everything in it, or only the files that are not in `kept`."""
     with writing(folder), suppress(FileNotFoundError):
         if kept:
             for name in set(_files_below(folder)) - set(kept):

@@ -1,4 +1,4 @@
-"""Threads that share a run's tasks, its progress, and the order to stop."""
+"""Threads that share the tasks of a run, and the meter that counts its progress and stops it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ WorkerState = TypeVar("WorkerState")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is. Sizes in bytes; `resumed` of `done` were there before it began.
+    """How far a run is. Sizes in bytes; `resumed`, a part of `done`, was there before it began.
 
-    shards_sent: finished shards that were taken away, where somebody takes them away.
+    shards_sent: finished shards that were sent to a destination, 0 where there is none.
     """
 
     done: int
@@ -30,14 +30,14 @@ Listener = Callable[[Progress], None]
 
 
 class Stopped(Exception):
-    """Another worker has failed, or the user has had enough. Never leaves `execution`."""
+    """Another worker has failed or the user has interrupted. Never leaves this package."""
 
 
 class ProgressMeter:
-    """Counts for all workers of a run, and holds the first error that any of them met."""
+    """Counts for all workers of a run, and keeps the first error that any of them met."""
 
     def __init__(self, start: Progress, listener: Listener | None) -> None:
-        """Begin at `start`, and say so."""
+        """Begin at `start`, and report it to the listener."""
         self._lock = threading.Lock()
         self._stopped = False
         self._now = start
@@ -58,7 +58,7 @@ class ProgressMeter:
             self._stopped = True
 
     def check(self) -> None:
-        """Raise Stopped where the run is to end."""
+        """Raise Stopped if the run is to end."""
         if self._stopped:
             raise Stopped
 
@@ -80,7 +80,7 @@ class ProgressMeter:
                 self._listener(self._now)
 
     def receive(self, nbytes: int) -> None:
-        """Count bytes that came over the network, wanted or not. Raises Stopped."""
+        """Count bytes that came over the network, needed or not. Raises Stopped."""
         self.check()
         with self._lock:
             self._downloaded += nbytes
@@ -92,10 +92,11 @@ def run_tasks(
     workers: int,
     meter: ProgressMeter,
 ) -> None:
-    """Do the tasks, in about the order they come, and return when all are done.
+    """Run the tasks, roughly in order, and return when all are done.
 
-    make_state: makes what a worker keeps for all its tasks. Only one worker at a time waits for
-    the next task. Raises the first error that any worker met, or that stopped the meter.
+    make_state: called once by each worker for what it keeps between tasks (a copy buffer). Only one
+    worker at a time waits for the next task. Raises the first error that any worker met, or that
+    stopped the meter.
     """
     taking = threading.Lock()
 
