@@ -97,7 +97,7 @@ def _family(folder: Path, family: str) -> Iterator[str]:
         again = ("apply", *take, "--keep", "4", "-o", "four", "--max-shard-size", "200kB")
         yield _run(*again, "--mtp", "drop", "--json")
         yield _files(folder / "four")
-        yield _run("apply", "--plan", "plan.json", "--model", "model", "-o", "planned", "-q")
+        yield _run("apply", "--plan", "plan.json", "--model", "model", "-o", "planned")
         yield _files(folder / "planned")
         yield _run("apply", "scores.pt", "--model", "half", "--keep", "4", "-o", "chained")
         yield _files(folder / "chained")
