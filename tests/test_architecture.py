@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -191,6 +192,17 @@ def test_the_package_reads_like_a_table_of_contents() -> None:
     assert packages == ranked and len(packages) == 10
     modules = {path.stem for path in PACKAGE.glob("*.py")}
     assert modules == {"__init__", "__main__", "_version", "errors", "units"}
+
+
+def test_the_drawing_for_contributors_is_the_real_one() -> None:
+    """Its lines are the ranks, in their order; folders are packages, and all say what they are."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (drawing,) = re.findall(r"^```layout\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [re.fullmatch(r"((?:\w+(?:/|\.py)  ?)+) *(\S.+)", one) for one in drawing.splitlines()]
+    assert all(lines), drawing
+    drawn = [re.findall(r"\w+(?:/|\.py)", line[1]) for line in lines if line]
+    named = [[name.replace("/", "*").removesuffix(".py") for name in names] for names in drawn]
+    assert named == RANKS
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from shardsurgeon._version import __version__
 from shardsurgeon.cli.main import cli
+from shardsurgeon.cli.scores import scores_commands
+from shardsurgeon.families.schema import all_families
 from tests.cli.standins import ROOT, Run
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+# Every document of ours, by its path; those of the fixtures stand for a publisher's own.
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for folder in (".", "shardsurgeon", "kernels", "tests")
+    for path in sorted((ROOT / folder).glob("*.md" if folder == "." else "**/*.md"))
+}
+README, CONTRIBUTING = DOCUMENTS["README.md"], DOCUMENTS["CONTRIBUTING.md"]
+FAMILIES = DOCUMENTS["shardsurgeon/families/README.md"]
 CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 CHECKS = ["ruff check", "ruff format --check", "mypy"]
 
@@ -26,8 +35,10 @@ INSTALL_AND_TEST = (
 )
 
 
-def commands() -> list[str]:
-    return re.findall(r"^shardsurgeon (.+)$", README, flags=re.MULTILINE)
+def commands(*names: str) -> list[str]:
+    """The lines of the named documents that call the command line, each once."""
+    text = "\n".join(DOCUMENTS[name] for name in names)
+    return list(dict.fromkeys(re.findall(r"^shardsurgeon (.+)$", text, flags=re.MULTILINE)))
 
 
 def test_ci_runs_the_two_commands_of_the_readme() -> None:
@@ -46,8 +57,8 @@ def test_pre_commit_and_the_contributors_run_what_ci_runs() -> None:
         assert f".venv/bin/python -m {check}\n" in CONTRIBUTING
 
 
-@pytest.mark.parametrize("line", commands())
-def test_every_command_of_the_readme_runs(
+@pytest.mark.parametrize("line", commands("README.md", "shardsurgeon/README.md", "CONTRIBUTING.md"))
+def test_every_command_of_the_documents_runs(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -56,16 +67,63 @@ def test_every_command_of_the_readme_runs(
 
 
 def test_every_command_is_shown_in_the_readme() -> None:
-    assert {line.split()[0] for line in commands()} == set(cli.commands)
+    assert {line.split()[0] for line in commands("README.md")} == set(cli.commands)
+
+
+def test_the_guide_shows_every_command_of_the_scores() -> None:
+    lines = [line.split() for line in commands("shardsurgeon/README.md")]
+    assert {words[1] for words in lines if words[0] == "scores"} == set(scores_commands.commands)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 200
 
 
 def test_every_shipped_family_is_listed() -> None:
-    for path in (ROOT / "shardsurgeon" / "families").glob("*.toml"):
-        assert f"`{path.stem}`" in README
+    (line,) = re.findall(r"^\| families \|.+$", README, flags=re.MULTILINE)
+    for family in all_families():
+        assert f"| `{family.name}` |" in FAMILIES
+        assert (f"`{family.name}`" in line) is not bool(family.refusal), family.name
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_every_link_leads_to_something(name: str) -> None:
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", DOCUMENTS[name]):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        found = folder / path if path else ROOT / name
+        assert found.exists(), target
+        if heading:
+            assert heading in anchors(found.read_text(encoding="utf-8")), target
+
+
+def anchors(text: str) -> set[str]:
+    """What a link to a heading says: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_every_program_that_a_document_runs_is_there(name: str) -> None:
+    for path in re.findall(r"python ((?:tests|kernels|fixtures)/\S+\.py)", DOCUMENTS[name]):
+        assert (ROOT / path).is_file(), path
+    for module in re.findall(r"python -m (tests\.[\w.]+)", DOCUMENTS[name]):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_every_path_that_a_document_names_is_there(name: str) -> None:
+    """Files and folders between back quotes, from the top or from the package."""
+    known = re.findall(r"`([\w./]+/[\w.]*)`", DOCUMENTS[name])
+    assert known
+    for path in known:
+        assert (ROOT / path).exists() or (ROOT / "shardsurgeon" / path).exists(), path
 
 
 def test_the_walk_through_quotes_the_family_file_as_it_is() -> None:
-    quoted = re.findall(r"```toml\n(.*?)```", CONTRIBUTING, flags=re.DOTALL)
+    quoted = re.findall(r"```toml\n(.*?)```", FAMILIES, flags=re.DOTALL)
     path = ROOT / "shardsurgeon" / "families" / "kimi_linear.toml"
     shipped = path.read_text(encoding="utf-8")
     assert "".join(shipped.splitlines()[1:]) == "".join("".join(quoted).splitlines()).strip()
@@ -76,3 +134,10 @@ def test_the_core_install_names_no_heavy_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
     assert names == {"click", "huggingface_hub", "numpy", "safetensors", "tqdm"}
+
+
+def test_the_version_stands_in_the_changelog_and_in_the_citation() -> None:
+    latest = re.search(r"^## (\S+)", DOCUMENTS["CHANGELOG.md"], flags=re.MULTILINE)
+    assert latest and latest[1] == __version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, flags=re.MULTILINE) == [__version__]

@@ -1,7 +1,7 @@
-"""The README's table of families, from the declarations, the fixtures and the test results.
+"""The table of families, from the declarations, the fixtures and the test results.
 
     python -m tests.families.table             run the proofs, print the table
-    python -m tests.families.table --write     and put it into README.md
+    python -m tests.families.table --write     and put it into shardsurgeon/families/README.md
     python -m tests.families.table --junit results.xml [--serving serving.json]
 
 `--junit` takes the results of a run that was made with `pytest --junitxml`; `--serving` those of
@@ -28,6 +28,7 @@ from shardsurgeon.pruning.config_edits import quantization_name
 from tests.families.specimens import builders, specimen
 
 ROOT = Path(__file__).parents[2]
+DOCUMENT = "shardsurgeon/families/README.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 SUITES = ["tests/oracle", "tests/families"]
 
@@ -128,10 +129,10 @@ def run_proofs() -> Path:
 
 def main() -> None:
     """The command line above."""
-    parser = argparse.ArgumentParser(description="Make the README's table of families.")
+    parser = argparse.ArgumentParser(description="Make the table of families.")
     parser.add_argument("--junit", type=Path, help="results of an earlier run")
     parser.add_argument("--serving", type=Path, help="results of tests/serving")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT}")
     given = parser.parse_args()
     proofs: dict[str, set[str]] = defaultdict(set)
     known = builders()
@@ -144,11 +145,11 @@ def main() -> None:
                 proofs[family].add("vLLM")
     made = table(proofs)
     if given.write:
-        readme = ROOT / "README.md"
-        text = readme.read_text(encoding="utf-8")
+        document = ROOT / DOCUMENT
+        text = document.read_text(encoding="utf-8")
         head, rest = text.split(BEGIN)
         _, tail = rest.split(END)
-        readme.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
+        document.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}", encoding="utf-8")
     else:
         sys.stdout.write(f"{made}\n")
 

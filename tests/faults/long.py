@@ -1,4 +1,4 @@
-"""The faults, many times over, on a mid-size checkpoint; prints the fault table of the README.
+"""The faults, many times over, on a mid-size checkpoint; prints the table of README.md here.
 
 python tests/faults/long.py --kills 200
 python tests/faults/long.py --kills 20 --only EIO

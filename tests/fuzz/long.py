@@ -1,4 +1,4 @@
-"""The readers under a coverage-guided fuzzer; prints the fuzz table of the README.
+"""The readers under a coverage-guided fuzzer; prints a table: see README.md here.
 
     pip install atheris
     python tests/fuzz/long.py --executions 1000000
@@ -28,17 +28,20 @@ MAX_NBYTES = 8192
 MAX_MEMORY_MB = 4096
 # Where the targets lead. Lines beyond their reach (files that vanish, 100 MB inputs) count too.
 FUZZED = [
-    "formats/safetensors.py", "formats/strict_json.py", "formats/index.py",
-    "formats/documents.py", "formats/json_spans.py", "formats/pickles.py", "formats/nesting.py",
-    "formats/torch_pickle.py", "formats/torch_names.py", "formats/torch_tensors.py",
-    "formats/zipfiles.py", "formats/npz.py", "formats/numbers.py", "keepfiles.py",
-    "keeplists.py", "scores.py", "scoretables.py", "provenance.py", "journal.py",
+    "storage/formats/safetensors.py", "storage/formats/strict_json.py", "storage/formats/index.py",
+    "storage/formats/json_edit.py", "storage/formats/pickle_reader.py",
+    "storage/formats/torch_file.py", "storage/formats/torch_tensors.py",
+    "storage/formats/zip_reader.py", "storage/formats/npz.py", "storage/formats/dtypes.py",
+    "pruning/keep_list_files.py", "pruning/keep_lists.py", "scores/files.py", "scores/table.py",
+    "checkpoint/provenance.py", "execution/journal.py",
 ]  # fmt: skip
 # What in these modules writes, or runs when they are imported.
 NOT_READING = re.compile(
     r"_Editor|_removals|_check_collisions|build_header|tensor_nbytes|layout_key|write_plan|_fields"
     r"|_finite|_json$|Journal|require_same|_difference|_line|_run_as_json|_eight_bit_floats"
-    r"|_powers_of_two|_string.|_number.|_bytes.|_constant"
+    r"|_powers_of_two|_string.|_number.|_bytes.|_constant|write_scores|score_file|_torch_file"
+    r"|_npz|_safetensors|_flat|_listed|_beside|_suffix|as_tree|is_torch_file"
+    r"|check_out|check_samples|check_score_file_name"
 )
 
 
