@@ -49,7 +49,7 @@ class Scores:
         """Every metric that some layer has, sorted."""
         return tuple(sorted({name for layer in self.layers.values() for name in layer}))
 
-    def assign_rows(self, moe_layers: Sequence[int]) -> Scores:
+    def assign_rows(self, moe_layers: Sequence[Layer]) -> Scores:
         """Give the rows of a 2-D table to the model's MoE layers, in order.
 
         Scores that name their layers come back as they are. Raises ScoreError where there are
