@@ -14,9 +14,9 @@ from shardsurgeon.checkpoint.roles import ExpertTensor
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
 from shardsurgeon.pruning.config_edits import nonuniform_notes, partial_lists, says_per_layer
 from shardsurgeon.pruning.decide import Decision
-from shardsurgeon.pruning.keep_lists import KeepList
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.request import SelectionRequest
-from shardsurgeon.pruning.selection import summarize
+from shardsurgeon.pruning.selection import dropped_share, saliency_cut
 
 # Rest of an expert tensor's name, dtype and shape.
 _Kind = tuple[str, str, tuple[int, ...]]
@@ -100,7 +100,10 @@ def plan_report(
         metric=decision.metric,
         num_experts_before=anatomy.num_experts,
         num_experts_after=decision.kept,
-        layers=_layer_reports(anatomy, decision),
+        layers=tuple(
+            _layer_report(layer, keep, anatomy, decision)
+            for layer, keep in sorted(decision.keep.layers.items())
+        ),
         mtp_dropped=decision.drop_mtp and anatomy.mtp_nbytes > 0,
         total_size_before=checkpoint.total_size,
         total_size_after=sum(tensor.nbytes for tensor in tensors),
@@ -124,24 +127,21 @@ def plan_report(
     )
 
 
-def _layer_reports(anatomy: Anatomy, decision: Decision) -> tuple[LayerReport, ...]:
-    compared = summarize(decision.uniform) if decision.uniform is not None else ()
-    uniform = {layer.layer: layer.dropped_share for layer in compared}
-    return tuple(
-        LayerReport(
-            layer=layer.layer,
-            is_mtp=layer.layer >= anatomy.num_layers,
-            kept=layer.kept,
-            pruned=layer.pruned,
-            preserved=layer.preserved,
-            never_routed=len(decision.never_routed.get(layer.layer, ())),
-            min_retained_saliency=layer.min_retained,
-            max_pruned_saliency=layer.max_pruned,
-            saliency_dropped=layer.dropped_share,
-            policy=decision.policies.get(layer.layer, "scores"),
-            saliency_dropped_uniform=uniform.get(layer.layer),
-        )
-        for layer in summarize(decision.keep)
+def _layer_report(layer: int, keep: LayerKeep, anatomy: Anatomy, decision: Decision) -> LayerReport:
+    min_retained, max_pruned = saliency_cut(keep)
+    uniform = decision.uniform.layers.get(layer) if decision.uniform is not None else None
+    return LayerReport(
+        layer=layer,
+        is_mtp=layer >= anatomy.num_layers,
+        kept=len(keep.retained),
+        pruned=len(keep.pruned),
+        preserved=len(keep.preserved),
+        never_routed=len(decision.never_routed.get(layer, ())),
+        min_retained_saliency=min_retained,
+        max_pruned_saliency=max_pruned,
+        saliency_dropped=dropped_share(keep),
+        policy=decision.policies.get(layer, "scores"),
+        saliency_dropped_uniform=None if uniform is None else dropped_share(uniform),
     )
 
 

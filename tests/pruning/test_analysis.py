@@ -19,7 +19,7 @@ from shardsurgeon.pruning.analysis import (
 )
 from shardsurgeon.pruning.counts import RoutingFacts
 from shardsurgeon.pruning.request import removed_count
-from shardsurgeon.pruning.selection import select, summarize
+from shardsurgeon.pruning.selection import dropped_share, select
 
 NAN, INF = math.nan, math.inf
 
@@ -55,9 +55,9 @@ def test_the_share_is_the_one_that_plan_reports(values: list[float]) -> None:
     row, facts = np.array(values), RoutingFacts(8, 1, n_group=2, topk_group=2)
     lost = lost_shares(row, 2)
     for kept in (2, 4, 6):
-        (summary,) = summarize(select({0: row}, kept, facts))
+        share = dropped_share(select({0: row}, kept, facts).layers[0])
         if lost is not None:
-            assert summary.dropped_share == pytest.approx(lost[(8 - kept) // 2], abs=1e-12)
+            assert share == pytest.approx(lost[(8 - kept) // 2], abs=1e-12)
 
 
 def test_a_cut_is_the_largest_within_its_limit() -> None:

@@ -20,8 +20,9 @@ from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_order,
     check_uniform,
+    dropped_share,
+    saliency_cut,
     select,
-    summarize,
     super_experts,
 )
 
@@ -223,14 +224,12 @@ def test_a_keep_list_that_suits_the_router_passes() -> None:
     check_keep_list(KeepList(8, {0: keep_of((1.0,) * 8, (0, 1, 4, 7))}), grouped(8, 2), "x")
 
 
-def test_the_summary_tells_the_cut_the_share_dropped_and_the_never_routed() -> None:
+def test_the_cut_and_the_share_dropped_leave_preserved_and_unknown_experts_out() -> None:
     saliency = (4.0, None, 1.0, 2.0, None, 3.0)
     keep = LayerKeep((0, 4, 5), (1, 2, 3), preserved=(4,), saliency=saliency)
-    (summary,) = summarize(KeepList(6, {2: keep}))
-    assert (summary.layer, summary.kept, summary.pruned, summary.preserved) == (2, 3, 3, 1)
-    assert (summary.min_retained, summary.max_pruned) == (3.0, 2.0)
-    assert summary.dropped_share == pytest.approx(3 / 10)
-    assert summary.never_routed == 1
+    assert saliency_cut(keep) == (3.0, 2.0)
+    assert dropped_share(keep) == pytest.approx(3 / 10)
+    assert saliency_cut(LayerKeep((0,), (1,))) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +245,8 @@ def test_the_summary_tells_the_cut_the_share_dropped_and_the_never_routed() -> N
 def test_a_share_without_meaning_is_left_out(
     saliency: tuple[float | None, ...] | None, share: float | None
 ) -> None:
-    (summary,) = summarize(KeepList(2, {0: LayerKeep((0,), (1,), (), saliency)}))
-    assert summary.dropped_share == (share if share is None else pytest.approx(share))
+    found = dropped_share(LayerKeep((0,), (1,), (), saliency))
+    assert found == (share if share is None else pytest.approx(share))
 
 
 def reference_super_experts(rows: Rows) -> set[tuple[int, int]]:
