@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.pruning.counts import RoutingFacts, fewest_kept
 from shardsurgeon.pruning.request import removed_count
+from shardsurgeon.pruning.routing import RoutingFacts, fewest_kept
 from shardsurgeon.pruning.selection import super_experts
 from shardsurgeon.scores.table import Scores, check_values
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.pruning.counts import Counts, LayerCounts, RoutingFacts, allocate, uniform_counts
+from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_counts
 from shardsurgeon.pruning.keep_lists import KeepList, read_keeplist, resolve
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_mtp_counts,

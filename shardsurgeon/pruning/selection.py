@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.anatomy import Anatomy, MoELayer
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
-from shardsurgeon.pruning.counts import Counts, RoutingFacts, check_routing, fewest_kept
+from shardsurgeon.pruning.counts import Counts
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.request import MtpPolicy
+from shardsurgeon.pruning.routing import RoutingFacts, check_routing, fewest_kept
 from shardsurgeon.scores.router_norms import router_scores
 
 # The numbers of REAP's rule for super experts.

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.pruning.counts import RoutingFacts, allocate, shares, uniform_counts
+from shardsurgeon.pruning.counts import allocate, shares, uniform_counts
 from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import select
 
 Rows = Mapping[int, NDArray[np.float64]]

@@ -17,8 +17,8 @@ from shardsurgeon.pruning.analysis import (
     suggested_cuts,
     widest_gap,
 )
-from shardsurgeon.pruning.counts import RoutingFacts
 from shardsurgeon.pruning.request import removed_count
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import dropped_share, select
 
 NAN, INF = math.nan, math.inf

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from shardsurgeon.checkpoint.provenance import Provenance, SourceIdentity, Step, parse_provenance
 from shardsurgeon.errors import CheckpointError, ScoreError
-from shardsurgeon.pruning.counts import RoutingFacts
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.lineage import (
     check_lineage,
@@ -23,6 +22,7 @@ from shardsurgeon.pruning.lineage import (
     survivors,
 )
 from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import select
 
 ORIGINAL = SourceIdentity("original", None, "aa" * 32)

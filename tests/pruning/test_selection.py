@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
-from shardsurgeon.pruning.counts import RoutingFacts
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_order,
