@@ -23,7 +23,6 @@ from shardsurgeon.pruning.config_edits import (
 )
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.lineage import compose, step_of
-from shardsurgeon.pruning.planner import weight_map
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, build_index
 from shardsurgeon.storage.formats.json_edit import Document
@@ -130,7 +129,8 @@ def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
     metadata.pop("total_parameters", None)
     if parameters is not None:
         metadata["total_parameters"] = parameters
-    return build_index(weight_map(shards), metadata)
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    return build_index(weight_map, metadata)
 
 
 def _total_parameters(
