@@ -26,7 +26,6 @@ from shardsurgeon.checkpoint.quantization_names import (
     plain_name,
 )
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Rename
@@ -116,25 +115,6 @@ def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
     if keys.per_layer and any(list(config_values(section, path)) for section in sections):
         return keys.per_layer
     return ""
-
-
-def nonuniform_notes(config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList) -> list[str]:
-    """What a user must know of a model whose layers keep different numbers of experts."""
-    if keep.is_uniform:
-        return []
-    counts = sorted({len(layer.retained) for layer in keep.layers.values()})
-    kept = f"layers keep {counts[0]} to {counts[-1]} experts"
-    native = says_per_layer(config, anatomy)
-    if native:
-        return [f"{kept}; {native} says how many each, and stock vLLM reads it"]
-    others = [f for f in all_families() if f.config.per_layer]
-    paths = ", ".join(f"{f.name} ({f.config.per_layer.split('.')[0]})" for f in others)
-    return [
-        f"{kept}: {PER_LAYER_KEY} in config.json says how many each, but stock vLLM and "
-        "transformers ignore it, build every layer with the largest count and would misread "
-        "this checkpoint; serve it with an engine that reads the list. The one family whose "
-        f"counts per layer stock vLLM reads is {paths}"
-    ]
 
 
 def _counts(

@@ -254,7 +254,7 @@ def remapped(
     raw: the table in old ids, of `dtype` and `shape` [..., ids per row], the ids of a row
     distinct; retained: old ids, ascending; experts: how many there were. Survivors get their new
     id. A pruned expert gives way to the survivor at its old id modulo the kept count, or to the
-    next one that its row does not hold yet: so the tokens of pruned experts are spread evenly.
+    next one that its row does not hold yet, which spreads its tokens over the survivors.
 
     Raises FamilyError where the table is not of an integer type, names an expert beyond
     `experts`, or has rows longer than the experts that are left.
