@@ -1,7 +1,7 @@
 """What pruning changes in config.json and the quantization files. Pure.
 
 Expert counts in every spelling that is present, MTP counts, and quantization lists that name an
-expert by its number: those follow the expert to its new number, or go with it.
+expert by its number: an entry gets the expert's new number, or is removed with the expert.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _own_counts(
             if drop_mtp and layer >= anatomy.num_layers and template[0] == PER_LAYER_KEY:
                 yield path, DELETE
             else:
-                # That of a dense layer stays, and nobody takes it for a count forgotten.
+                # A dense layer's count is given as it is, so that it does not pass for forgotten.
                 yield path, kept.get(layer, value)
 
 
@@ -175,7 +175,10 @@ def _refuse_forgotten_counts(
     changes: Mapping[Path, object],
     where: str,
 ) -> None:
-    """A count that stays behind would make a model that loads wrong or not at all."""
+    """Raise ConfigError for a value that looks like the expert count and is not in `changes`.
+
+    A model with an old count left in its config loads wrong or not at all.
+    """
     num_experts = anatomy.shared_count
     for path, value in _leaves(config, ()):
         if _is_below(path, anatomy):
@@ -239,7 +242,7 @@ def _at(node: Any, path: Path) -> Any:
 
 
 class QuantizationLists:
-    """The lists of one file and what keep-lists make of them. where: the file, for messages."""
+    """Renumbers the quantization lists of one file. where: the file, as messages name it."""
 
     def __init__(self, anatomy: Anatomy, keep: KeepList, where: str) -> None:
         self._num_experts = anatomy.num_experts
@@ -342,7 +345,7 @@ class QuantizationLists:
             return text
         answers = {self._new_ids[layer].get(named.expert) for layer in self._layers(named)}
         if not answers:
-            # Of a layer that has no experts, or has none any more.
+            # A dense layer, or a dropped MTP layer.
             return None
         if len(answers) > 1:
             if not self._names_all(text, named, siblings):
@@ -379,7 +382,7 @@ class QuantizationLists:
         return [first + n for first in firsts for n in numbers if first + n in self._new_ids]
 
     def _is_elsewhere(self, text: str) -> bool:
-        """Whether the entry is of other experts than the model's own, a talker's say."""
+        """Whether the entry names other experts than the model's own (a talker's)."""
         return self._reader.is_elsewhere(plain_name(text))
 
 
