@@ -12,7 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -69,8 +69,8 @@ def read_scores(path: str | PathLike[str]) -> Scores:
     """
     where = str(path)
     value, notes = read_value(path)
-    tables = read_tables(value, where)
-    return Scores(where, tables.layers, tables.rows, {**small_facts(notes), **tables.facts})
+    scores = read_tables(value, where)
+    return replace(scores, facts={**small_facts(notes), **scores.facts})
 
 
 def read_value(path: str | PathLike[str]) -> tuple[object, Mapping[str, str]]:

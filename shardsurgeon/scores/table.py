@@ -20,11 +20,39 @@ from shardsurgeon.errors import ScoreError
 from shardsurgeon.storage.formats.dtypes import StoredArray
 from shardsurgeon.storage.formats.strict_json import Repeated, is_text
 
+Vector: TypeAlias = npt.NDArray[np.float64]
+Fact: TypeAlias = str | int | float | bool
+
+# The metric of a table that does not name any.
+UNNAMED = "saliency"
+# The metric to prune by where none is asked for: REAP's own, that of a table without names,
+# llama.cpp's.
+_PREFERRED = ("reap", UNNAMED, "sal")
+# How often an expert was routed to: REAP's word and llama.cpp's.
 _FREQUENCIES = ("expert_frequency", "cnt")
 
-UNNAMED = "saliency"
+# Where a file keeps what its scores were added up from, and how. Neither is a score.
+ACCUMULATORS = "accumulators"
+CALIBRATION = "calibration"
+# The array of an `.npz` with the UTF-8 of a JSON object: text by name, as safetensors has it.
+NPZ_METADATA = "metadata"
 
-_PREFERRED = ("reap", UNNAMED, "sal")
+# Keys under which a table may lie beside other things.
+_WRAPPERS = ("scores", "saliency", "saliency_scores", "layers")
+# What a module path may say between the layer and the metric.
+_MODULES = frozenset(
+    ("mlp", "moe", "ffn", "feed_forward", "block_sparse_moe", "mixer", "experts", "gate", "router")
+)
+# Far beyond any model: a file that asks for more is refused before memory is taken for it.
+_MAX_LAYERS = 4096
+_MAX_METRICS = 256
+_MAX_EXPERTS = 65_536
+_MAX_NUMBERS = 2**24
+_MAX_NAME = 200
+_MAX_FACTS = 64
+_MAX_FACT_LENGTH = 500
+
+_SHAPES = "scores are {layer: tensor[experts]} or {layer: {metric: tensor[experts]}}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +61,7 @@ class Scores:
 
     origin: the file, as messages name it.
     layers: layer number, or `mtp.<j>` for an MTP layer named so, → metric → float64 [experts],
-    read-only. A table that names no metric has the one metric `saliency`.
+    index = expert id, read-only. A table that names no metric has the one metric `saliency`.
     rows: metric → float64 [MoE layers, experts], of a file that names no layers; then layers
     is empty until `assign_rows`.
     facts: small values found beside the scores (total_tokens, dataset, seed, …).
@@ -145,56 +173,14 @@ def check_values(
     return tuple(np.flatnonzero(frequency == 0).tolist())
 
 
-"""The metric of a table that does not name any."""
-
-ACCUMULATORS = "accumulators"
-CALIBRATION = "calibration"
-"""Where a file keeps what its scores were added up from, and how. Neither is a score."""
-NPZ_METADATA = "metadata"
-"""The array of an `.npz` with the UTF-8 of a JSON object, text by name, as safetensors has it."""
-
-Vector: TypeAlias = npt.NDArray[np.float64]
-Fact: TypeAlias = str | int | float | bool
-
-# Keys under which a table may lie beside other things.
-_WRAPPERS = ("scores", "saliency", "saliency_scores", "layers")
-# What a module path may say between the layer and the metric.
-_MODULES = frozenset(
-    ("mlp", "moe", "ffn", "feed_forward", "block_sparse_moe", "mixer", "experts", "gate", "router")
-)
-_MAX_LAYERS = 4096
-_MAX_METRICS = 256
-_MAX_EXPERTS = 65_536
-_MAX_NUMBERS = 2**24
-_MAX_NAME = 200
-_MAX_FACTS = 64
-_MAX_FACT_LENGTH = 500
-
-_SHAPES = "scores are {layer: tensor[experts]} or {layer: {metric: tensor[experts]}}"
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """What a score file holds.
-
-    layers: layer → metric → float64 [experts], layers in order; rows: metric → float64
-    [MoE layers, experts] where the file names no layers (then layers is empty); facts: small
-    values found beside them, such as total_tokens.
-    """
-
-    layers: dict[Layer, dict[str, Vector]] = field(default_factory=dict)
-    rows: dict[str, Vector] = field(default_factory=dict)
-    facts: dict[str, Fact] = field(default_factory=dict)
-
-
-def read_tables(value: object, where: str) -> Tables:
-    """Recognise the shape of a score file's content.
+def read_tables(value: object, where: str) -> Scores:
+    """The scores that a file's content is, whichever of the accepted shapes it has.
 
     value: what a format reader gave; where: the file, as messages name it. Raises ScoreError,
-    naming the layer, for whatever is not one number per expert and for two keys that mean the
-    same layer.
+    naming the layer, for anything but one number per expert and layer, and for two keys that
+    mean the same layer.
     """
-    return _Shapes(where).tables(value)
+    return _Shapes(where).scores(value)
 
 
 def small_facts(notes: Mapping[str, str]) -> dict[str, Fact]:
@@ -209,35 +195,26 @@ def flat_metric(key: str) -> tuple[Layer, str] | None:
     return None if name is None else (name.layer, _metric(name.rest))
 
 
-def _metric(rest: str) -> str:
-    """What is left of a module path behind its layer, without the modules."""
-    return ".".join(word for word in re.split(r"[./]", rest) if word not in _MODULES) or UNNAMED
-
-
-def _is_accumulator(key: object) -> bool:
-    return isinstance(key, str) and key.startswith(f"{ACCUMULATORS}.")
-
-
 class _Shapes:
-    """Reads one file's value; keeps the facts it meets on the way."""
+    """Reads one file's value; collects the small values that lie beside the scores."""
 
     def __init__(self, where: str) -> None:
         self._where = where
         self._facts: dict[str, Fact] = {}
         self._numbers_left = _MAX_NUMBERS
 
-    def tables(self, value: object) -> Tables:
-        """The table of the whole value."""
+    def scores(self, value: object) -> Scores:
+        """The whole value."""
         if isinstance(value, dict):
             value = self._unwrapped(value)
         if isinstance(value, StoredArray | list):
-            return Tables(rows={UNNAMED: self._rows(value, "the table")}, facts=self._facts)
+            return Scores(self._where, {}, {UNNAMED: self._rows(value, "the table")}, self._facts)
         if not isinstance(value, dict):
             raise self._fault(f"holds {_kind(value)} instead of a table of scores", _SHAPES)
         rows = self._named_rows(value)
         if rows:
-            return Tables(rows=rows, facts=self._facts)
-        return Tables(layers=self._layers(value), facts=self._facts)
+            return Scores(self._where, {}, rows, self._facts)
+        return Scores(self._where, self._layers(value), {}, self._facts)
 
     def _unwrapped(self, value: dict[object, object]) -> object:
         """The table itself, where it lies under one of the known names beside other things."""
@@ -407,6 +384,15 @@ class _Shapes:
 
     def _fault(self, problem: str, remedy: str = "") -> ScoreError:
         return ScoreError(self._where, problem, remedy)
+
+
+def _metric(rest: str) -> str:
+    """What is left of a module path behind its layer, without the modules."""
+    return ".".join(word for word in re.split(r"[./]", rest) if word not in _MODULES) or UNNAMED
+
+
+def _is_accumulator(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(f"{ACCUMULATORS}.")
 
 
 def _is_vector(shape: tuple[int, ...]) -> bool:
