@@ -261,7 +261,7 @@ def score_file(path: str | PathLike[str], content: ScoreContent) -> bytes:
     arrays = dict(_flat(path, content))
     metadata = {
         key: item if isinstance(item, str) else json.dumps(item)
-        for key, item in _metadata(content).items()
+        for key, item in _small_values(content).items()
     }
     return _npz(arrays, metadata) if suffix == ".npz" else _safetensors(arrays, metadata)
 
@@ -335,7 +335,7 @@ def _torch_file(content: ScoreContent) -> bytes:
 
 def _tree(content: ScoreContent) -> dict[str, Any]:
     """The content as nested dicts of arrays: what `.pt` files hold and JSON spells out."""
-    tree: dict[str, Any] = _metadata(content)
+    tree: dict[str, Any] = _small_values(content)
     if content.rows:
         named = {"scores" if name == UNNAMED else name: row for name, row in content.rows.items()}
         return {**tree, **named}
@@ -345,7 +345,7 @@ def _tree(content: ScoreContent) -> dict[str, Any]:
     return tree
 
 
-def _metadata(content: ScoreContent) -> dict[str, Any]:
+def _small_values(content: ScoreContent) -> dict[str, Any]:
     """The small values beside the scores; a calibration's file says what it is."""
     if content.calibration is None:
         return dict(content.facts)

@@ -211,7 +211,7 @@ def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | N
 
 
 def plain_squares(weight: StoredTensor) -> float:
-    """The sum of squares of a tensor of floats, of any shape; not finite where the tensor is not."""
+    """The sum of squares of a tensor of floats; not finite where the tensor is not."""
     total = 0.0
     for begin in range(0, weight.nbytes, CHUNK_NBYTES):
         raw = weight.read(begin, min(begin + CHUNK_NBYTES, weight.nbytes))

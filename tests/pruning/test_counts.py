@@ -40,7 +40,7 @@ KIMI = RoutingFacts(384, 8)
         ({"plan_file": "p.json", "allocate": Allocation.GLOBAL}, "leave out --allocate"),
     ],
 )
-def test_a_request_that_cannot_be_meant_is_refused(words: dict[str, Any], says: str) -> None:
+def test_a_request_that_makes_no_sense_is_refused(words: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
         SelectionRequest(**words)
     assert says in str(caught.value)

@@ -52,7 +52,7 @@ def test_the_most_salient_experts_stay_in_ascending_order() -> None:
     assert keep_list.layers == {7: keep_of((0.1, 0.9, 0.3, 0.7), (1, 3))}
 
 
-def test_layers_come_in_ascending_order_and_are_cut_each_for_itself() -> None:
+def test_layers_come_in_ascending_order_and_are_pruned_independently() -> None:
     keep_list = select({3: row(1, 2, 3), 1: row(3, 2, 1)}, 1, flat(3))
     assert [(i, keep.retained) for i, keep in keep_list.layers.items()] == [(1, (0,)), (3, (2,))]
 
@@ -284,10 +284,10 @@ def test_a_tenth_of_the_maximum_must_be_exceeded_and_late_layers_do_not_count() 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_activation_norms_without_a_percentile_are_refused(value: float) -> None:
+def test_activation_norms_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(ScoreError, match=f"layer 3: max_activations of expert 1 is {value}"):
         super_experts({3: row(1, value)})
 
 
-def test_no_activation_norms_name_no_super_experts() -> None:
+def test_without_activation_norms_there_are_no_super_experts() -> None:
     assert super_experts({}) == {}
