@@ -1,9 +1,12 @@
-"""What the commands report, as plain frozen values. `--json` prints exactly these."""
+"""`scores compare`: how far two score files rank the experts of each layer alike.
+
+Two rank correlations per layer, and what the keep-lists of both files share at given ratios.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -21,15 +24,14 @@ Values = NDArray[np.float64]
 # Below this, comparing each with each is quicker than dividing further.
 _FEW = 64
 
-LayerScores = Mapping[Layer, NDArray[np.float64]]
-
 
 @dataclass(frozen=True, slots=True)
 class OverlapReport:
-    """What the keep-lists of two score files share at one ratio.
+    """What two keep-lists of one length share.
 
-    kept: experts in each list; share: of a list in the other; jaccard: common / in either. A mean
-    over layers has kept None where layers differ.
+    kept: experts in each list, None in a mean over layers that keep different numbers; share:
+    of one list, how much is in the other (by chance, kept / experts); jaccard: experts in both /
+    experts in either, 1 for equal lists.
     """
 
     kept: int | None
@@ -41,7 +43,7 @@ class OverlapReport:
 class ComparedLayerReport:
     """How two score files agree in one layer; a correlation is None where a file ranks nothing.
 
-    overlaps: ratio (as text) → the keep-lists.
+    overlaps: ratio (as text) → what the keep-lists at that ratio share.
     """
 
     layer: int | str
@@ -55,7 +57,8 @@ class ComparedLayerReport:
 class ComparisonReport:
     """How two score files agree in the layers that both have.
 
-    mean: over those, its `layer` is "mean"; only_a, only_b: layers of one file alone.
+    mean: over those layers, with "mean" as its `layer`; only_a, only_b: layers that one file
+    alone has.
     """
 
     a: str
@@ -69,111 +72,25 @@ class ComparisonReport:
     only_b: tuple[int | str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """Two keep-lists of one length. kept: experts in each; common: in both.
-
-    jaccard: common / in either; share: common / kept.
-    """
-
-    kept: int
-    common: int
-
-    @property
-    def jaccard(self) -> float:
-        """1 for the same experts, 0 for none in common."""
-        return self.common / (2 * self.kept - self.common)
-
-    @property
-    def share(self) -> float:
-        """The part of one list that is in the other; by chance, kept / experts."""
-        return self.common / self.kept
-
-
-def spearman(a: Values, b: Values) -> float | None:
-    """Spearman's rho of two scorings of the same experts, float64 [experts].
-
-    The correlation of their ranks, equal values sharing the mean of theirs. None where one of
-    them ranks nothing: all its values are equal.
-    """
-    x, y = (_mean_ranks(values) for values in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    size = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
-    return min(1.0, max(-1.0, float(x @ y) / size)) if size else None
-
-
-def kendall(a: Values, b: Values) -> float | None:
-    """Kendall's tau-b: pairs ordered alike less pairs ordered otherwise, corrected for ties.
-
-    None where one of them ranks nothing. Knight's method: sorted by one, what is out of order in
-    the other are the discordant pairs.
-    """
-    x, y = (_codes(values) for values in (a, b))
-    pairs = _pairs(np.array([len(x)]))
-    tied_x, tied_y = (_pairs(np.bincount(codes)) for codes in (x, y))
-    tied_both = _pairs(np.unique(x * len(y) + y, return_counts=True)[1])
-    size = math.sqrt(pairs - tied_x) * math.sqrt(pairs - tied_y)
-    if not size:
-        return None
-    discordant = _inversions(y[np.lexsort((y, x))])
-    agreement = pairs - tied_x - tied_y + tied_both - 2 * discordant
-    return min(1.0, max(-1.0, agreement / size))
-
-
-def overlap(a: Values, b: Values, kept: int) -> Overlap:
-    """What two keep-lists of the `kept` most salient experts share; ties keep the lower id."""
-    return Overlap(kept, len(_keep_list(a, kept) & _keep_list(b, kept)))
-
-
-def _keep_list(values: Values, kept: int) -> set[int]:
-    return set(np.argsort(-_order(values), kind="stable")[:kept].tolist())
-
-
-def _order(values: Values) -> Values:
-    return np.where(np.isnan(values), -np.inf, values)
-
-
-def _codes(values: Values) -> NDArray[np.int64]:
-    """Equal values as equal numbers 0, 1, …, in order."""
-    return np.asarray(np.unique(_order(values), return_inverse=True)[1], np.int64)
-
-
-def _mean_ranks(values: Values) -> Values:
-    codes = _codes(values)
-    counts = np.bincount(codes)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[codes])
-
-
-def _pairs(counts: NDArray[np.int64]) -> int:
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _inversions(codes: NDArray[np.int64]) -> int:
-    """How many pairs stand in descending order."""
-    count = len(codes)
-    if count <= _FEW:
-        return int(np.triu(codes[:, None] > codes[None, :]).sum())
-    left, right = codes[: count // 2], codes[count // 2 :]
-    across = np.searchsorted(np.sort(right), left, side="left").sum()
-    return _inversions(left) + _inversions(right) + int(across)
-
-
 def compare(
     a: Scores, b: Scores, ratios: Sequence[float], metrics: tuple[str | None, str | None]
 ) -> ComparisonReport:
-    """How the two rank the experts of every layer that both have.
+    """How two score files rank the experts of every layer that both have.
 
-    ratios: fractions removed, rounded down, at which keep-lists are compared; metrics: the one of
-    each file, None for its default. A table that names no layers takes the names of the other.
-    Raises ScoreError where there is no common layer or one has different numbers of experts.
+    ratios: fractions of the experts removed, rounded down to whole experts, at which keep-lists
+    are compared; metrics: the one of each file, None for the one that `plan` would take. A file
+    whose table names no layers takes the layer numbers of the other.
+
+    Raises ScoreError where the files have no layer in common, a common layer has different
+    numbers of experts, or a file lacks the metric.
     """
-    one, other = _named(a, b, metrics[0]), _named(b, a, metrics[1])
+    one, other = _analysis(a, b, metrics[0]), _analysis(b, a, metrics[1])
     common = [layer for layer in one.values if layer in other.values]
     if not common:
         problem = f"has no layer in common with {a.origin}"
         raise ScoreError(b.origin, problem, "compare scores of one model")
     for layer in common:
-        counts = [len(view.values[layer]) for view in (one, other)]
+        counts = [len(each.values[layer]) for each in (one, other)]
         if counts[0] != counts[1]:
             problem = f"layer {layer} has {counts[1]} scores, in {a.origin} {counts[0]}"
             raise ScoreError(b.origin, problem, "compare scores of one model")
@@ -191,22 +108,64 @@ def compare(
     )
 
 
-def _named(scores: Scores, other: Scores, metric: str | None) -> ScoreAnalysis:
+def spearman(a: Values, b: Values) -> float | None:
+    """Spearman's rho of two scorings of the same experts, -1 to 1.
+
+    rho = cov(r, s) / (std(r) * std(s)) of the ranks r of `a` and s of `b`; experts of equal value
+    get the mean of their ranks (Spearman 1904). a, b: float64 [experts]; NaN, a never-routed
+    expert, ranks lowest, +inf highest. None where all values of one scoring are equal, which
+    leaves nothing to rank.
+    """
+    x, y = (_mean_ranks(values) for values in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
+    return min(1.0, max(-1.0, float(x @ y) / size)) if size else None
+
+
+def kendall(a: Values, b: Values) -> float | None:
+    """Kendall's tau-b of two scorings of the same experts, -1 to 1.
+
+    tau_b = (C - D) / sqrt((P - T_a) * (P - T_b)): of the P pairs of experts, C are ordered alike
+    by both, D the other way round, and T_a, T_b are tied in `a` and in `b` (Kendall 1945). D is
+    counted by Knight's method (1966): sorted by `a`, the pairs out of order in `b`. a, b and the
+    result as in `spearman`.
+    """
+    x, y = (_codes(values) for values in (a, b))
+    pairs = _pairs(np.array([len(x)]))
+    tied_x, tied_y = (_pairs(np.bincount(codes)) for codes in (x, y))
+    tied_both = _pairs(np.unique(x * len(y) + y, return_counts=True)[1])
+    size = math.sqrt(pairs - tied_x) * math.sqrt(pairs - tied_y)
+    if not size:
+        return None
+    # Pairs tied in x stand in the order of y, so that none of them counts as discordant.
+    discordant = _inversions(y[np.lexsort((y, x))])
+    agreement = pairs - tied_x - tied_y + tied_both - 2 * discordant
+    return min(1.0, max(-1.0, agreement / size))
+
+
+def overlap(a: Values, b: Values, kept: int) -> OverlapReport:
+    """What the keep-lists of the `kept` most salient experts share; ties keep the lower id.
+
+    a, b: float64 [experts]; kept: 1 to experts.
+    """
+    common = len(_keep_list(a, kept) & _keep_list(b, kept))
+    return OverlapReport(kept, common / kept, common / (2 * kept - common))
+
+
+def _analysis(scores: Scores, other: Scores, metric: str | None) -> ScoreAnalysis:
     numbered = [layer for layer in other.layers if isinstance(layer, int)]
     return view_alone(scores.assign_rows(numbered) if numbered else scores, metric)
 
 
-def _layer(
-    layer: Layer, a: NDArray[np.float64], b: NDArray[np.float64], ratios: Sequence[float]
-) -> ComparedLayerReport:
-    overlaps = {}
-    for ratio in ratios:
-        both = overlap(a, b, len(a) - removed_count(ratio, len(a)))
-        overlaps[str(ratio)] = OverlapReport(both.kept, both.share, both.jaccard)
-    return ComparedLayerReport(layer, len(a), spearman(a, b), kendall(a, b), overlaps)
+def _layer(layer: Layer, a: Values, b: Values, ratios: Sequence[float]) -> ComparedLayerReport:
+    experts = len(a)
+    overlaps = {str(r): overlap(a, b, experts - removed_count(r, experts)) for r in ratios}
+    return ComparedLayerReport(layer, experts, spearman(a, b), kendall(a, b), overlaps)
 
 
 def _mean(layers: Sequence[ComparedLayerReport]) -> ComparedLayerReport:
+    """The mean of every number over the layers that have it."""
+
     def mean(values: Sequence[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return fmean(known) if known else None
@@ -227,3 +186,39 @@ def _mean(layers: Sequence[ComparedLayerReport]) -> ComparedLayerReport:
         kendall=mean([layer.kendall for layer in layers]),
         overlaps=overlaps,
     )
+
+
+def _keep_list(values: Values, kept: int) -> set[int]:
+    # As `select` chooses: a stable sort puts the lower id first among equals.
+    return set(np.argsort(-_order(values), kind="stable")[:kept].tolist())
+
+
+def _order(values: Values) -> Values:
+    return np.where(np.isnan(values), -np.inf, values)
+
+
+def _codes(values: Values) -> NDArray[np.int64]:
+    """The values numbered 0, 1, … in ascending order, equal ones alike: int64 [experts]."""
+    return np.asarray(np.unique(_order(values), return_inverse=True)[1], np.int64)
+
+
+def _mean_ranks(values: Values) -> Values:
+    """The rank of each value from 1, equal ones sharing the mean of theirs: float64 [experts]."""
+    codes = _codes(values)
+    counts = np.bincount(codes)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[codes])
+
+
+def _pairs(counts: NDArray[np.int64]) -> int:
+    """How many pairs there are within groups of such sizes, all groups together."""
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def _inversions(codes: NDArray[np.int64]) -> int:
+    """How many pairs stand in descending order."""
+    count = len(codes)
+    if count <= _FEW:
+        return int(np.triu(codes[:, None] > codes[None, :]).sum())
+    left, right = codes[: count // 2], codes[count // 2 :]
+    across = np.searchsorted(np.sort(right), left, side="left").sum()
+    return _inversions(left) + _inversions(right) + int(across)

@@ -1,9 +1,12 @@
-"""What the commands report, as plain frozen values. `--json` prints exactly these."""
+"""`scores show`: what a score file says of each layer, and where the layers could be cut.
+
+What a cut costs is the share of a layer's saliency that goes with the pruned experts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +14,35 @@ from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.pruning.counts import RoutingFacts, fewest_kept
 from shardsurgeon.pruning.request import removed_count
+from shardsurgeon.pruning.routing import RoutingFacts, fewest_kept
 from shardsurgeon.pruning.selection import super_experts
 from shardsurgeon.scores.table import Scores, check_values
 
-LIMITS = (0.01, 0.05, 0.1, 0.25)
+Values = NDArray[np.float64]
+Ids = tuple[int, ...]
 
+# Shares of the saliency that a suggested cut may cost.
+LIMITS = (0.01, 0.05, 0.1, 0.25)
+# Sums of shares miss a limit that they are equal to by their rounding.
+_ROUNDING = 1e-12
+# Where a gap is looked for: outliers at either end are no place to cut.
+_GAP_FROM, _GAP_TO = 0.1, 0.9
+# With as many digits a float64 is spelled exactly: no shorter ratio is left to be found.
+_MAX_DIGITS = 17
+# The metric that super experts are found by: the largest output norm seen of each expert.
 SUPER_METRIC = "max_activations"
 
-Ids = tuple[int, ...]
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The widest step between neighbours in the order of saliency.
+
+    removed: how many experts lie below it; factor: the first above it over the last below.
+    """
+
+    removed: int
+    factor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +69,6 @@ class ShownLayerReport:
     gap: Gap | None
 
 
-"""Shares of the saliency that a suggested cut may cost."""
-
-# Where a gap is looked for: outliers at either end are no place to cut.
-_GAP_FROM, _GAP_TO = 0.1, 0.9
-_MAX_DIGITS = 17
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """The widest step between neighbours in the order of saliency.
-
-    removed: how many experts lie below it; factor: the first above it over the last below.
-    """
-
-    removed: int
-    factor: float
-
-
 @dataclass(frozen=True, slots=True)
 class SuggestedCut:
     """The most experts that can go, alike from every layer, at a mean cost of at most `limit`.
@@ -83,38 +87,85 @@ class SuggestedCut:
     worst_layer: int | str
 
 
-def lost_shares(values: NDArray[np.float64], n_group: int = 1) -> NDArray[np.float64] | None:
-    """Entry m: the share of the saliency that goes with the m lowest experts of every group.
+@dataclass(frozen=True, slots=True)
+class ScoreAnalysis:
+    """One metric of a score file, ready to be shown.
 
-    values: float64 [experts], as score files have them: NaN, never routed, carries nothing and
-    goes first; +inf marks an expert that stays and is left out. None where shares mean nothing:
-    a negative saliency, or none above 0. Gives float64 [experts / n_group + 1].
+    values: layer → float64 [experts]; never_routed, super_experts: layer → ids, of layers that
+    have any; super_experts is None where the file does not hold their metric for every layer.
+    mtp: MTP layers, None without a model; facts: what the model's router needs, None without one.
     """
-    known = np.where(np.isfinite(values), values, 0.0)
-    top = known.max(initial=0.0)
-    if top <= 0 or known.min() < 0:
-        return None
-    groups = np.where(np.isnan(values), -np.inf, values).reshape(n_group, -1)
-    order = np.argsort(groups, axis=1, kind="stable")
-    # Divided by the largest first, so that no sum can overflow.
-    ascending = np.take_along_axis((known / top).reshape(n_group, -1), order, axis=1)
-    lost = np.concatenate([[0.0], np.cumsum(ascending.sum(axis=0))])
-    return np.asarray(lost / lost[-1])
+
+    metric: str
+    values: Mapping[Layer, Values]
+    never_routed: Mapping[Layer, Ids]
+    super_experts: Mapping[Layer, Ids] | None
+    mtp: frozenset[Layer] | None = None
+    facts: RoutingFacts | None = None
+
+    def layers(self) -> tuple[ShownLayerReport, ...]:
+        """A report for each layer, in order."""
+        return tuple(self._layer(layer, values) for layer, values in self.values.items())
+
+    def cuts(self) -> tuple[SuggestedCut, ...]:
+        """What could go from all layers alike."""
+        return suggested_cuts(self.values, self.facts)
+
+    def _layer(self, layer: Layer, values: Values) -> ShownLayerReport:
+        finite = values[np.isfinite(values)]
+        with np.errstate(over="ignore"):
+            quantiles = np.quantile(finite, (0, 0.5, 1)).tolist() if finite.size else [None] * 3
+        extreme = self.super_experts.get(layer, ()) if self.super_experts is not None else ()
+        return ShownLayerReport(
+            layer=layer,
+            is_mtp=None if self.mtp is None else layer in self.mtp,
+            num_experts=len(values),
+            min=quantiles[0],
+            median=quantiles[1],
+            max=quantiles[2],
+            never_routed=self.never_routed.get(layer, ()),
+            super_experts=extreme,
+            preserved=tuple(np.flatnonzero(np.isposinf(values)).tolist()),
+            removable=_removable(values, _groups_of(len(values), self.facts)),
+            gap=widest_gap(values),
+        )
+
+
+def view_alone(scores: Scores, metric: str | None) -> ScoreAnalysis:
+    """A file without a model: every layer that it has, the rows of a table in order.
+
+    metric: None for the one that `plan` would take. Layers of a table that names none are called
+    `row 0`, `row 1`, …. Raises ScoreError for a metric that the file lacks, for NaN or -inf that
+    mean nothing, and for activation norms that are not finite.
+    """
+    if scores.rows:
+        rows = len(next(iter(scores.rows.values())))
+        scores = scores.assign_rows([f"row {row}" for row in range(rows)])
+    name, table = scores.select(metric)
+    counted = scores.frequencies()
+    never_routed = {
+        layer: check_values(layer, values, counted.get(layer), scores.origin)
+        for layer, values in table.items()
+    }
+    return ScoreAnalysis(name, table, never_routed, _super_experts(scores))
 
 
 def suggested_cuts(
-    values: Mapping[int | str, NDArray[np.float64]], facts: RoutingFacts | None = None
+    values: Mapping[int | str, Values], facts: RoutingFacts | None = None
 ) -> tuple[SuggestedCut, ...]:
-    """One cut per limit of LIMITS, of layers that lose alike.
+    """The largest cut within each of LIMITS, ascending, where every layer loses the same part.
 
-    values: layer → float64 [experts]; facts: what the model's router needs, None where no model
-    is known. Layers whose shares mean nothing are left out; without any other there is no cut.
+    values: layer → float64 [experts], as `lost_shares` takes them; facts: what the model's
+    router needs, None where no model is known. The cost of a cut is the mean over the layers of
+    their lost shares. Layers whose shares mean nothing are left out; without any other layer
+    there is no cut.
     """
     n_group = facts.n_group if facts is not None else 1
-    lost = {n: lost_shares(row, groups_of(len(row), facts)) for n, row in values.items()}
+    lost = {n: lost_shares(row, _groups_of(len(row), facts)) for n, row in values.items()}
     shares = {layer: row for layer, row in lost.items() if row is not None}
     if not shares:
         return ()
+    # Counted per group of the router, all of which lose the same number.
     size = max(len(values[layer]) for layer in shares) // n_group
     fewest = 1 if facts is None else max(1, fewest_kept(facts) // n_group)
     steps = np.arange(max(0, size - fewest) + 1)
@@ -122,8 +173,7 @@ def suggested_cuts(
     table = np.stack([row[steps * (len(row) - 1) // size] for row in shares.values()])
     cuts = []
     for limit in LIMITS:
-        # A sum of shares may miss the limit that it is equal to by its rounding.
-        removed = int(np.flatnonzero(table.mean(axis=0) <= limit * (1 + 1e-12))[-1])
+        removed = _most_within(table.mean(axis=0), limit)
         worst = int(np.argmax(table[:, removed]))
         cuts.append(
             SuggestedCut(
@@ -139,26 +189,42 @@ def suggested_cuts(
     return tuple(cuts)
 
 
-def groups_of(experts: int, facts: RoutingFacts | None) -> int:
-    """How many groups a layer of so many experts is cut in: the router's, where they divide it."""
-    return facts.n_group if facts is not None and experts % facts.n_group == 0 else 1
+def lost_shares(values: Values, n_group: int = 1) -> Values | None:
+    """Entry m: the share of the saliency that goes with the m lowest experts of every group.
+
+    values: float64 [experts], as score files have them: NaN, never routed, carries nothing and
+    goes first; +inf marks an expert that stays and is left out. Gives float64
+    [experts / n_group + 1], ascending from 0 to 1; None where shares mean nothing: a negative
+    saliency, or none above 0.
+    """
+    known = np.where(np.isfinite(values), values, 0.0)
+    top = known.max(initial=0.0)
+    if top <= 0 or known.min() < 0:
+        return None
+    groups = np.where(np.isnan(values), -np.inf, values).reshape(n_group, -1)
+    order = np.argsort(groups, axis=1, kind="stable")
+    # Divided by the largest first, so that no sum can overflow.
+    ascending = np.take_along_axis((known / top).reshape(n_group, -1), order, axis=1)
+    lost = np.concatenate([[0.0], np.cumsum(ascending.sum(axis=0))])
+    return np.asarray(lost / lost[-1])
 
 
 def ratio_of(removed: int, experts: int) -> float:
     """The shortest decimal that `--ratio` turns back into so many experts removed."""
     for digits in range(2, _MAX_DIGITS):
         nearest = math.floor(removed / experts * 10.0**digits)
-        # Floor in floats: 0.29 of 100 experts removes 28.
+        # One more unit or two: the floor in floats may remove one less (0.29 of 100 removes 28).
         for ratio in (round((nearest + more) / 10.0**digits, digits) for more in range(3)):
             if removed_count(ratio, experts) == removed:
                 return ratio
     return removed / experts
 
 
-def widest_gap(values: NDArray[np.float64]) -> Gap | None:
+def widest_gap(values: Values) -> Gap | None:
     """The widest gap of a layer, by factor, where a tenth to nine tenths of its experts go.
 
-    None where a factor means nothing: a negative saliency, too few experts, all of them alike.
+    values: float64 [experts], as in `lost_shares`. None where a factor means nothing: a negative
+    saliency, too few experts, all of them alike.
     """
     known = np.sort(np.where(np.isnan(values), 0.0, values)[~np.isposinf(values)])
     count = len(known)
@@ -172,81 +238,8 @@ def widest_gap(values: NDArray[np.float64]) -> Gap | None:
     return Gap(begin + widest, float(factors[widest])) if factors[widest] > 1 else None
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreAnalysis:
-    """One metric of a score file, ready to be shown.
-
-    values: layer → float64 [experts]; never_routed, super_experts: layer → ids, of layers that
-    have any; the latter None where the file cannot tell. mtp: MTP layers, None without a model;
-    facts: what the model's router needs, None without one.
-    """
-
-    metric: str
-    values: Mapping[Layer, NDArray[np.float64]]
-    never_routed: Mapping[Layer, Ids]
-    super_experts: Mapping[Layer, Ids] | None
-    mtp: frozenset[Layer] | None = None
-    facts: RoutingFacts | None = None
-
-    def layers(self) -> tuple[ShownLayerReport, ...]:
-        """A report for each layer, in order."""
-        return tuple(self._layer(layer, values) for layer, values in self.values.items())
-
-    def cuts(self) -> tuple[SuggestedCut, ...]:
-        """What could go from all layers alike."""
-        return suggested_cuts(self.values, self.facts)
-
-    def _layer(self, layer: Layer, values: NDArray[np.float64]) -> ShownLayerReport:
-        finite = values[np.isfinite(values)]
-        with np.errstate(over="ignore"):
-            quantiles = np.quantile(finite, (0, 0.5, 1)).tolist() if finite.size else [None] * 3
-        gap = widest_gap(values)
-        extreme = self.super_experts.get(layer, ()) if self.super_experts is not None else ()
-        return ShownLayerReport(
-            layer=layer,
-            is_mtp=None if self.mtp is None else layer in self.mtp,
-            num_experts=len(values),
-            min=quantiles[0],
-            median=quantiles[1],
-            max=quantiles[2],
-            never_routed=self.never_routed.get(layer, ()),
-            super_experts=extreme,
-            preserved=tuple(np.flatnonzero(np.isposinf(values)).tolist()),
-            removable=_removable(values, groups_of(len(values), self.facts)),
-            gap=gap,
-        )
-
-
-def view_alone(scores: Scores, metric: str | None) -> ScoreAnalysis:
-    """A file without a model: every layer that it has, the rows of a table in order.
-
-    metric: None for the one that `plan` would take. Raises ScoreError for a metric that it has
-    not, and for NaN or -inf that mean nothing.
-    """
-    scores = named_rows(scores)
-    name, table = scores.select(metric)
-    counted = scores.frequencies()
-    unrouted = {
-        layer: check_values(layer, values, counted.get(layer), scores.origin)
-        for layer, values in table.items()
-    }
-    return ScoreAnalysis(name, table, unrouted, _super_experts(scores))
-
-
-def named_rows(scores: Scores) -> Scores:
-    """Scores whose rows are called `row 0`, `row 1`, … where they name no layers."""
-    if not scores.rows:
-        return scores
-    rows = len(next(iter(scores.rows.values())))
-    layers: dict[Layer, Mapping[str, NDArray[np.float64]]] = {
-        f"row {row}": {metric: table[row] for metric, table in scores.rows.items()}
-        for row in range(rows)
-    }
-    return Scores(scores.origin, layers, {}, scores.facts)
-
-
 def _super_experts(scores: Scores) -> dict[Layer, Ids] | None:
-    """Told from all main layers together; None where one says nothing of its activations."""
+    """Found over all main layers together; None where one of them lacks the metric."""
     layers = [layer for layer in scores.layers if not str(layer).startswith("mtp.")]
     found = [scores.layers[layer].get(SUPER_METRIC) for layer in layers]
     numbered = {n: row for n, row in enumerate(found) if row is not None}
@@ -259,12 +252,18 @@ def _super_experts(scores: Scores) -> dict[Layer, Ids] | None:
         raise ScoreError(scores.origin, f"layer {place}: {error.problem}", error.remedy) from error
 
 
-def _removable(values: NDArray[np.float64], n_group: int) -> dict[str, int]:
+def _removable(values: Values, n_group: int) -> dict[str, int]:
     lost = lost_shares(values, n_group)
     if lost is None:
         return {}
-    return {str(limit): _most(lost <= limit * (1 + 1e-12)) * n_group for limit in LIMITS}
+    return {str(limit): _most_within(lost, limit) * n_group for limit in LIMITS}
 
 
-def _most(allowed: Iterable[np.bool_]) -> int:
-    return int(np.flatnonzero(np.asarray(allowed))[-1])
+def _most_within(lost: Values, limit: float) -> int:
+    """The largest m with lost[m] at most `limit`."""
+    return int(np.flatnonzero(lost <= limit * (1 + _ROUNDING))[-1])
+
+
+def _groups_of(experts: int, facts: RoutingFacts | None) -> int:
+    """How many groups a layer of so many experts is cut in: the router's, where they divide it."""
+    return facts.n_group if facts is not None and experts % facts.n_group == 0 else 1

@@ -1,7 +1,7 @@
 """What pruning changes in config.json and the quantization files. Pure.
 
 Expert counts in every spelling that is present, MTP counts, and quantization lists that name an
-expert by its number: those follow the expert to its new number, or go with it.
+expert by its number: an entry gets the expert's new number, or is removed with the expert.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from shardsurgeon.checkpoint.quantization_names import (
     plain_name,
 )
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Rename
@@ -118,25 +117,6 @@ def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
     return ""
 
 
-def nonuniform_notes(config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList) -> list[str]:
-    """What a user must know of a model whose layers keep different numbers of experts."""
-    if keep.is_uniform:
-        return []
-    counts = sorted({len(layer.retained) for layer in keep.layers.values()})
-    kept = f"layers keep {counts[0]} to {counts[-1]} experts"
-    native = says_per_layer(config, anatomy)
-    if native:
-        return [f"{kept}; {native} says how many each, and stock vLLM reads it"]
-    others = [f for f in all_families() if f.config.per_layer]
-    paths = ", ".join(f"{f.name} ({f.config.per_layer.split('.')[0]})" for f in others)
-    return [
-        f"{kept}: {PER_LAYER_KEY} in config.json says how many each, but stock vLLM and "
-        "transformers ignore it, build every layer with the largest count and would misread "
-        "this checkpoint; serve it with an engine that reads the list. The one family whose "
-        f"counts per layer stock vLLM reads is {paths}"
-    ]
-
-
 def _counts(
     config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList, drop_mtp: bool
 ) -> Iterator[tuple[Path, object]]:
@@ -185,7 +165,7 @@ def _own_counts(
             if drop_mtp and layer >= anatomy.num_layers and template[0] == PER_LAYER_KEY:
                 yield path, DELETE
             else:
-                # That of a dense layer stays, and nobody takes it for a count forgotten.
+                # A dense layer's count is given as it is, so that it does not pass for forgotten.
                 yield path, kept.get(layer, value)
 
 
@@ -195,7 +175,10 @@ def _refuse_forgotten_counts(
     changes: Mapping[Path, object],
     where: str,
 ) -> None:
-    """A count that stays behind would make a model that loads wrong or not at all."""
+    """Raise ConfigError for a value that looks like the expert count and is not in `changes`.
+
+    A model with an old count left in its config loads wrong or not at all.
+    """
     num_experts = anatomy.shared_count
     for path, value in _leaves(config, ()):
         if _is_below(path, anatomy):
@@ -259,7 +242,7 @@ def _at(node: Any, path: Path) -> Any:
 
 
 class QuantizationLists:
-    """The lists of one file and what keep-lists make of them. where: the file, for messages."""
+    """Renumbers the quantization lists of one file. where: the file, as messages name it."""
 
     def __init__(self, anatomy: Anatomy, keep: KeepList, where: str) -> None:
         self._num_experts = anatomy.num_experts
@@ -362,7 +345,7 @@ class QuantizationLists:
             return text
         answers = {self._new_ids[layer].get(named.expert) for layer in self._layers(named)}
         if not answers:
-            # Of a layer that has no experts, or has none any more.
+            # A dense layer, or a dropped MTP layer.
             return None
         if len(answers) > 1:
             if not self._names_all(text, named, siblings):
@@ -399,7 +382,7 @@ class QuantizationLists:
         return [first + n for first in firsts for n in numbers if first + n in self._new_ids]
 
     def _is_elsewhere(self, text: str) -> bool:
-        """Whether the entry is of other experts than the model's own, a talker's say."""
+        """Whether the entry names other experts than the model's own (a talker's)."""
         return self._reader.is_elsewhere(plain_name(text))
 
 

@@ -1,12 +1,12 @@
 """From a model and its scores (or a keep-list file) to the keep-lists of every layer.
 
-Joins `scores`, `keeplists`, `lineage`, `allocation`, `selection` and `mtplayers`. Of the model's
-weights it reads tables that hold expert ids.
+First the counts, then the experts, then the MTP layers, then the check that no pruned expert beats
+a retained one. Of the model's weights only the routers of MTP layers without scores are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,21 @@ from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.pruning.counts import Counts, LayerCounts, RoutingFacts, allocate, uniform_counts
-from shardsurgeon.pruning.keep_lists import KeepList, read_keeplist, resolve
+from shardsurgeon.pruning.analysis import SUPER_METRIC
+from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_counts
+from shardsurgeon.pruning.keep_list_files import KeepListFile
+from shardsurgeon.pruning.keep_lists import (
+    KeepList,
+    layer_number,
+    listed_layers,
+    read_keeplist,
+    resolve,
+)
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_mtp_counts,
@@ -32,20 +42,19 @@ from shardsurgeon.pruning.selection import (
 from shardsurgeon.scores.table import Scores, check_values
 
 Values = Mapping[int, NDArray[np.float64]]
+# What every layer keeps, or each of them → bytes of the checkpoint.
 SizeOf = Callable[[int | Counts], int]
-"""What every layer keeps, or each of them → bytes of the checkpoint."""
-
-_SUPER_METRIC = "max_activations"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Which experts stay, and why.
 
-    keep: in ids of the checkpoint at hand; metric: the one that decided, None with a keep-list
-    file; policies: layer → what decided where it was not the scores; never_routed: layer →
-    experts that no calibration token reached; uniform: what as many experts in every layer would
-    have been, to compare a global allocation with, where there is one and that is possible.
+    keep: in ids of the checkpoint as it is now; metric: the one that decided, None with a
+    keep-list file; policies: layer → what decided where it was not the scores; never_routed:
+    layer → experts that no calibration token reached; uniform: the choice with as many experts
+    in every layer, to compare a global allocation with; None without --allocate global, or
+    where it would keep too few experts for those preserved.
     """
 
     keep: KeepList
@@ -62,17 +71,6 @@ class Decision:
         return self.keep.kept
 
 
-def routing_facts(anatomy: Anatomy) -> RoutingFacts:
-    """What the selection must know of a model's routers, in its largest layers."""
-    return RoutingFacts(
-        num_experts=anatomy.num_experts,
-        top_k=anatomy.top_k,
-        n_group=anatomy.n_group,
-        topk_group=anatomy.topk_group,
-        group_score_top=anatomy.family.group_score_top,
-    )
-
-
 def decide(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
@@ -82,18 +80,22 @@ def decide(
 ) -> Decision:
     """The keep-lists that a request means for a checkpoint.
 
-    size_of: for a target size. Raises UsageError, ScoreError
-    or KeepListError where request, scores and model do not fit, VerificationError where a
-    pruned expert would beat a retained one.
+    scores: of this model, or of the one that it was pruned from; unused where the request has a
+    keep-list file. size_of: kept experts → bytes of the result, for a target size
+    (`SizeEstimate.nbytes`).
+
+    Raises UsageError, ScoreError or KeepListError where request, scores and model do not fit,
+    CheckpointError where the record of an earlier prune is about another checkpoint,
+    VerificationError where a pruned expert would beat a retained one.
     """
     check_lineage(checkpoint.provenance, anatomy.experts_per_layer)
     facts = routing_facts(anatomy)
     if request.plan_file is not None:
-        decision = _from_file(checkpoint, anatomy, request, facts)
+        listed = read_keeplist(request.plan_file)
+        decision = _from_file(checkpoint, anatomy, listed, request, facts)
     elif scores is None:
-        raise ScoreError(
-            "SCORES", "no score file was given", "give one, or a keep-list with --plan"
-        )
+        remedy = "give one, or a keep-list with --plan"
+        raise ScoreError("SCORES", "no score file was given", remedy)
     else:
         decision = _from_scores(checkpoint, anatomy, scores, request, facts, size_of)
     check_order(decision.keep, facts)
@@ -130,26 +132,6 @@ def _from_scores(
     return Decision(keep, drop_mtp, metric, policies, never_routed, notes, compared)
 
 
-def model_values(
-    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores, metric: str | None
-) -> tuple[str, dict[int, NDArray[np.float64]]]:
-    """One metric of scores that name their layers, as the model has its experts now.
-
-    Gives the metric's name and layer number → float64 [experts]. Raises ScoreError where the
-    scores are not made for this model or the one that it was pruned from.
-    """
-    name, table = scores.select(metric)
-    numbered = _by_number(table, anatomy, scores.origin)
-    counts = anatomy.experts_per_layer
-    return name, restrict(numbered, checkpoint.provenance, counts, scores.origin)
-
-
-def main_facts(anatomy: Anatomy) -> dict[int, RoutingFacts]:
-    """Main layer → what the selection must know of its own router."""
-    facts = routing_facts(anatomy)
-    return {layer.index: facts.of_layer(layer.num_experts) for layer in anatomy.main_layers}
-
-
 def _shared_out(
     anatomy: Anatomy,
     values: Values,
@@ -182,8 +164,7 @@ def _if_uniform(
     uniform: LayerCounts,
     facts: RoutingFacts,
 ) -> KeepList | None:
-    """The choice that `uniform` would have made; None where it would keep too few experts for
-    those preserved."""
+    """The choice with uniform counts; None where they are too small for those preserved."""
     try:
         return select({n: values[n] for n in uniform.kept}, uniform.kept, facts, preserved)
     except UsageError:
@@ -191,12 +172,13 @@ def _if_uniform(
 
 
 def _from_file(
-    checkpoint: Checkpoint, anatomy: Anatomy, request: SelectionRequest, facts: RoutingFacts
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    listed: KeepListFile,
+    request: SelectionRequest,
+    facts: RoutingFacts,
 ) -> Decision:
-    if request.plan_file is None:
-        raise TypeError("there is no keep-list file")
     drop_mtp = request.mtp is MtpPolicy.DROP
-    listed = read_keeplist(request.plan_file)
     keep = resolve(
         listed,
         [layer.index for layer in anatomy.main_layers],
@@ -217,29 +199,35 @@ def _from_file(
     return Decision(keep, drop_mtp, None, {**policies, **others}, {}, ())
 
 
-def _by_number(
-    table: Mapping[int | str, NDArray[np.float64]], anatomy: Anatomy, origin: str
-) -> dict[int, NDArray[np.float64]]:
-    """The table by layer number; every main MoE layer must be there, and no other layer."""
-    values: dict[int, NDArray[np.float64]] = {}
-    for key, row in table.items():
-        number = key if isinstance(key, int) else anatomy.num_layers + int(key.split(".")[1])
-        if number in values:
-            raise ScoreError(origin, f"has two tables for layer {number} ({key})")
-        values[number] = row
-    known = {layer.index for layer in anatomy.layers}
-    if missing := sorted({layer.index for layer in anatomy.main_layers} - set(values)):
-        problem = f"has no scores for MoE layer {_listed(missing)}"
-        raise ScoreError(origin, problem, "use scores made for this model")
-    if extra := sorted(set(values) - known):
-        problem = f"has scores for layer {_listed(extra)}, which has no experts in the model"
-        raise ScoreError(origin, problem, "use scores made for this model")
-    return dict(sorted(values.items()))
+def routing_facts(anatomy: Anatomy) -> RoutingFacts:
+    """What the selection must know of a model's routers, in its largest layers."""
+    return RoutingFacts(
+        num_experts=anatomy.num_experts,
+        top_k=anatomy.top_k,
+        n_group=anatomy.n_group,
+        topk_group=anatomy.topk_group,
+        group_score_top=anatomy.family.group_score_top,
+    )
 
 
-def _listed(layers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, layers[:5]))
-    return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"
+def main_facts(anatomy: Anatomy) -> dict[int, RoutingFacts]:
+    """Main layer → what the selection must know of its own router."""
+    facts = routing_facts(anatomy)
+    return {layer.index: facts.of_layer(layer.num_experts) for layer in anatomy.main_layers}
+
+
+def model_values(
+    checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores, metric: str | None
+) -> tuple[str, dict[int, NDArray[np.float64]]]:
+    """One metric of scores that name their layers, as the model has its experts now.
+
+    Gives the metric's name and layer number → float64 [experts]. Raises ScoreError where the
+    scores are not made for this model or the one that it was pruned from.
+    """
+    name, table = scores.select(metric)
+    numbered = _by_number(table, anatomy, scores.origin)
+    counts = anatomy.experts_per_layer
+    return name, restrict(numbered, checkpoint.provenance, counts, scores.origin)
 
 
 def never_routed_experts(
@@ -249,8 +237,9 @@ def never_routed_experts(
 
     values: what `model_values` gave. Raises ScoreError for NaN and infinities that mean nothing.
     """
+    frequencies = _numbered(scores.frequencies(), anatomy)
     counted = restrict(
-        {n: row for n, row in _numbered(scores.frequencies(), anatomy).items() if n in values},
+        {layer: row for layer, row in frequencies.items() if layer in values},
         checkpoint.provenance,
         anatomy.experts_per_layer,
         scores.origin,
@@ -262,24 +251,44 @@ def never_routed_experts(
     return {layer: ids for layer, ids in found.items() if ids}
 
 
-def _numbered(
-    table: Mapping[int | str, NDArray[np.float64]], anatomy: Anatomy
-) -> dict[int, NDArray[np.float64]]:
-    return {
-        key if isinstance(key, int) else anatomy.num_layers + int(key.split(".")[1]): row
-        for key, row in table.items()
-    }
-
-
 def model_super_experts(
     checkpoint: Checkpoint, anatomy: Anatomy, scores: Scores
 ) -> dict[int, tuple[int, ...]]:
-    """Layer → experts with extreme activations, in the model's own ids. Raises ScoreError where
-    the file has no such metric."""
-    _, table = scores.select(_SUPER_METRIC)
+    """Layer → experts with extreme activations, in the model's own ids.
+
+    Found among the main layers, by `super_experts`. Raises ScoreError where the file lacks the
+    metric `max_activations`.
+    """
+    _, table = scores.select(SUPER_METRIC)
     main = {layer.index for layer in anatomy.main_layers}
     activations = {n: row for n, row in _numbered(table, anatomy).items() if n in main}
     # Checked as scores are: every row is for the model as it is, or for the original.
     restrict(activations, checkpoint.provenance, anatomy.experts_per_layer, scores.origin)
     lengths = {layer: len(row) for layer, row in activations.items()}
     return restrict_ids(super_experts(activations), checkpoint.provenance, lengths)
+
+
+def _by_number(
+    table: Mapping[Layer, NDArray[np.float64]], anatomy: Anatomy, origin: str
+) -> dict[int, NDArray[np.float64]]:
+    """The table by layer number; every main MoE layer must be there, and no other layer."""
+    values: dict[int, NDArray[np.float64]] = {}
+    for key, row in table.items():
+        number = layer_number(key, anatomy.num_layers)
+        if number in values:
+            raise ScoreError(origin, f"has two tables for layer {number} ({key})")
+        values[number] = row
+    known = {layer.index for layer in anatomy.layers}
+    if missing := {layer.index for layer in anatomy.main_layers}.difference(values):
+        problem = f"has no scores for MoE layer {listed_layers(missing)}"
+        raise ScoreError(origin, problem, "use scores made for this model")
+    if extra := set(values) - known:
+        problem = f"has scores for layer {listed_layers(extra)}, which has no experts in the model"
+        raise ScoreError(origin, problem, "use scores made for this model")
+    return dict(sorted(values.items()))
+
+
+def _numbered(
+    table: Mapping[Layer, NDArray[np.float64]], anatomy: Anatomy
+) -> dict[int, NDArray[np.float64]]:
+    return {layer_number(layer, anatomy.num_layers): row for layer, row in table.items()}

@@ -1,6 +1,7 @@
-"""Keep-lists: which experts of every layer stay. Read from files, and our own plan.json written.
+"""Keep-lists: which experts of every layer stay, chosen here or read from a file.
 
-A keep-list is what selection decides and planning obeys; a file can bring one made elsewhere.
+A keep-list is what selection decides and planning obeys. A file can bring one made elsewhere; our
+own file, plan.json, is written here and read back the same.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -33,7 +34,7 @@ _SAME_EVERYWHERE: Mapping[int, int] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class LayerKeep:
-    """Which experts of one layer stay and go; ids of the checkpoint at hand, ascending.
+    """Which experts of one layer stay and go; ids of the checkpoint as it is now, ascending.
 
     preserved: those of the retained that stay whatever their saliency; saliency: one value per
     expert, None for an expert without one.
@@ -77,7 +78,7 @@ def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> 
     where = str(path)
     try:
         with Path(path).open("rb") as file:
-            # Of a file no more than there is: Python sets aside whatever is asked for.
+            # Python reserves as many bytes as are asked for, so no more than the file has.
             status = os.fstat(file.fileno())
             nbytes = status.st_size if stat.S_ISREG(status.st_mode) else _MAX_NBYTES
             raw = file.read(min(nbytes, _MAX_NBYTES) + 1)
@@ -105,8 +106,8 @@ def resolve(
     with experts, which the file may leave out; num_layers: the number of the first MTP layer
     (None: the first of mtp_layers); per_layer: the experts of layers that have fewer than
     num_experts. How many experts stay may differ between layers: that is for the caller to
-    judge. Raises KeepListError for missing and surplus layers, ids beyond
-    the experts, and layers without survivors.
+    judge (`check_uniform`). Raises KeepListError for missing and surplus layers, ids beyond the
+    experts, and layers without survivors.
     """
     if file.num_experts not in (None, num_experts):
         raise KeepListError(
@@ -126,6 +127,20 @@ def resolve(
             for number in sorted(listed)
         },
     )
+
+
+def layer_number(layer: Layer, first_mtp: int) -> int:
+    """The number of a layer that a file names: MTP layers count on behind the main ones.
+
+    first_mtp: the number of the MTP layer `mtp.0`.
+    """
+    return layer if isinstance(layer, int) else first_mtp + int(layer.removeprefix("mtp."))
+
+
+def listed_layers(layers: Collection[int]) -> str:
+    """Layer numbers for a message, ascending, at most five of them."""
+    shown = ", ".join(map(str, sorted(layers)[:5]))
+    return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"
 
 
 def write_plan(
@@ -185,13 +200,10 @@ def _by_number(
     first_mtp = num_layers if num_layers is not None else min(mtp_layers, default=None)
     listed: dict[int, tuple[Layer, Ids]] = {}
     for layer, ids in file.layers.items():
-        if isinstance(layer, int):
-            number = layer
-        elif first_mtp is not None:
-            number = first_mtp + int(layer.removeprefix("mtp."))
-        else:
+        if isinstance(layer, str) and first_mtp is None:
             problem = f"lists layer {layer}, the model has no MTP layer with experts"
             raise KeepListError(file.origin, problem, "remove it from the list")
+        number = layer_number(layer, first_mtp or 0)
         if number in listed:
             problem = f"lists layer {number} twice, also as {layer}"
             raise KeepListError(file.origin, problem, "keep the one that is meant")
@@ -202,19 +214,14 @@ def _by_number(
 def _require_layers(
     origin: str, listed: Iterable[int], layers: Sequence[int], mtp_layers: Sequence[int]
 ) -> None:
-    missing = sorted(set(layers).difference(listed))
-    surplus = sorted(set(listed).difference(layers, mtp_layers))
+    missing = set(layers).difference(listed)
+    surplus = set(listed).difference(layers, mtp_layers)
     remedy = "use a keep-list made for this model"
     if missing:
-        raise KeepListError(origin, f"has no list for MoE layer {_some(missing)}", remedy)
+        raise KeepListError(origin, f"has no list for MoE layer {listed_layers(missing)}", remedy)
     if surplus:
-        problem = f"lists layer {_some(surplus)}, which has no experts in the model"
+        problem = f"lists layer {listed_layers(surplus)}, which has no experts in the model"
         raise KeepListError(origin, problem, remedy)
-
-
-def _some(layers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, layers[:5]))
-    return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"
 
 
 def _layer_keep(

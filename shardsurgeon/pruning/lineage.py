@@ -1,8 +1,8 @@
 """Expert ids across prunes: what an earlier prune left, and what it and this one leave together.
 
-Joins the keep-list of the checkpoint at hand with the provenance that checkpoint carries. The
-record always speaks in ids of the first, unpruned model, the keep-list in ids of the checkpoint
-at hand; nothing outside this module translates between the two.
+Joins the keep-list of a checkpoint with the provenance that the checkpoint carries. The record
+always uses the ids of the first, unpruned model, the keep-list those of the checkpoint as it is
+now; nothing outside this module translates between the two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SCORES_DECIDE: Mapping[int, str] = MappingProxyType({})
 def survivors(previous: Provenance, layer: int) -> tuple[int, ...]:
     """The original ids of the experts a layer has now, in their present order.
 
-    Raises CheckpointError where the record does not know the layer.
+    Raises CheckpointError where the record lacks the layer.
     """
     if layer not in previous.layers:
         known = f"{len(previous.layers)} layers from {min(previous.layers)}"
@@ -46,7 +46,8 @@ def survivors(previous: Provenance, layer: int) -> tuple[int, ...]:
 def check_lineage(previous: Provenance | None, counts: Mapping[int, int]) -> None:
     """Check that the record a checkpoint carries is about this checkpoint.
 
-    counts: MoE layer → its experts now. Raises CheckpointError otherwise.
+    counts: MoE layer → its experts now. Raises CheckpointError where a layer is missing from the
+    record or has another number of experts there.
     """
     if previous is None:
         return
@@ -66,8 +67,9 @@ def restrict(
 ) -> dict[int, NDArray[np.float64]]:
     """One value per expert the model has now, from values made for it or for the original.
 
-    values: layer → [E] with E the experts now (`counts`: layer → E) or of the original; layers
-    must be the model's. Raises ScoreError, naming the score file `where`, for any other length.
+    values: layer → float64 [experts], of the experts now (`counts`: layer → how many) or of the
+    original's; layers must be the model's. Raises ScoreError, naming the score file `where`, for
+    any other length.
     """
     fitting: dict[int, NDArray[np.float64]] = {}
     for layer, row in values.items():
@@ -87,10 +89,11 @@ def restrict(
 def restrict_ids(
     ids: Mapping[int, Collection[int]], previous: Provenance | None, made_for: Mapping[int, int]
 ) -> dict[int, tuple[int, ...]]:
-    """Present ids of experts found among made_for[layer] experts, now's or the original's.
+    """Present ids of experts found in values for the model as it is now, or for the original.
 
-    For marks that need all layers' original values to be found, such as super experts. Experts
-    that are gone are left out.
+    ids: layer → what was found; made_for: layer → how many experts the values were for. Used for
+    super experts: their threshold needs the original values of all layers, so they are found
+    before experts that are gone are left out.
     """
     if previous is None or all(
         len(survivors(previous, layer)) == count for layer, count in made_for.items()
@@ -107,7 +110,8 @@ def step_of(
 ) -> Step:
     """The record of this prune: the request as it was meant, the counts as they came out.
 
-    metric: the one that decided, None where a keep-list did.
+    metric: the one that decided, None where a keep-list did; source: the checkpoint that is
+    pruned.
     """
     return Step(
         num_experts_before=keep_list.num_experts,
@@ -132,9 +136,10 @@ def compose(
     n_group: int = 1,
     policies: Mapping[int, str] = _SCORES_DECIDE,
 ) -> Provenance:
-    """The record of the checkpoint that `keep_list` makes of the one at hand.
+    """The record of the checkpoint that `keep_list` makes.
 
-    previous: the record the checkpoint at hand carries; keep_list: in ids of that checkpoint;
+    previous: the record of the checkpoint that is pruned, None where it is an original;
+    keep_list: in ids of that checkpoint; step: of this prune; n_group: the router's groups;
     policies: layer → what decided there, where it was not the scores. Layers that only
     `previous` has (MTP layers dropped since) are left out.
     """
@@ -157,7 +162,7 @@ def _compose_layer(earlier: LayerRecord, keep: LayerKeep, policy: str) -> LayerR
     old_ids = earlier.retained
     retained = tuple(old_ids[new_id] for new_id in keep.retained)
     preserved = {old_ids[new_id] for new_id in keep.preserved}
-    # Whoever was preserved in an earlier prune may stand below experts pruned there.
+    # An expert preserved in an earlier prune may have less saliency than experts pruned there.
     preserved |= set(earlier.preserved).intersection(retained)
     return LayerRecord(
         retained=retained,
@@ -172,15 +177,16 @@ def _compose_saliency(earlier: LayerRecord, keep: LayerKeep) -> tuple[float | No
     """One saliency per original id.
 
     Experts pruned earlier keep theirs only where the scores are the same, that is where every
-    expert at hand has the saliency recorded for it: values of two calibrations do not compare.
+    expert of the checkpoint has the saliency recorded for it: values of two calibrations do not
+    compare.
     """
     now = keep.saliency or (None,) * len(earlier.retained)
-    at_hand = {
+    present = {
         old_id: None if value is None or not math.isfinite(value) else value
         for old_id, value in zip(earlier.retained, now, strict=True)
     }
-    same = all(earlier.saliency[old_id] == value for old_id, value in at_hand.items())
+    same = all(earlier.saliency[old_id] == value for old_id, value in present.items())
     return tuple(
-        at_hand.get(old_id, value if same else None)
+        present.get(old_id, value if same else None)
         for old_id, value in enumerate(earlier.saliency)
     )

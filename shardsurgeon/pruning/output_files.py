@@ -1,10 +1,15 @@
-"""The files beside the shards: index, config, metadata, and what is copied from the source."""
+"""The files beside the shards, and with them the whole plan.
+
+Written anew are config, index, quantization lists and the record of the prune; everything else of
+the source is copied. Quantization lists and another tool's record are read here, and the score
+file is hashed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +28,12 @@ from shardsurgeon.pruning.config_edits import (
 )
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.lineage import compose, step_of
-from shardsurgeon.pruning.planner import weight_map
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, build_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.source import SourceFile
 
+# Where another tool's file of our record's name is kept.
 _FOREIGN_PROVENANCE = "calibration/reap_pruning_metadata.source.json"
 
 
@@ -43,83 +48,55 @@ def assemble(
 ) -> Plan:
     """The whole plan.
 
-    given: the score or keep-list file of this run; max_shard_nbytes: what the shards were cut
-    by. Raises what the documents raise: ConfigError, HeaderError, SourceReadError.
+    shards: what `plan_shards` made; given: the score or keep-list file of this run;
+    max_shard_nbytes: what the shards were repacked to, None where they were not. Raises
+    ConfigError and HeaderError where config or quantization lists cannot be rewritten,
+    SourceReadError where they cannot be read.
     """
     step = step_of(request, decision.keep, decision.metric, identity_of(checkpoint))
     provenance = compose(
         checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
     )
-    copied, extra = copied_files(checkpoint, given)
-    papers = generated_files(checkpoint, anatomy, decision, shards, provenance)
+    copied, score_files = _copied_files(checkpoint, given)
     return Plan(
         shards=shards,
-        generated_files=papers,
+        generated_files=_generated_files(checkpoint, anatomy, decision, shards, provenance),
         copied_files=copied,
-        score_files=extra,
-        source_files=_source_files(checkpoint, shards, copied),
-        request_fingerprint=_request_fingerprint(decision, max_shard_nbytes, step, extra),
+        score_files=score_files,
+        source_files=_source_files(checkpoint, copied),
+        request_fingerprint=_request_fingerprint(decision, max_shard_nbytes, step, score_files),
         source_fingerprint=_source_fingerprint(checkpoint),
     )
 
 
-def _source_files(
-    checkpoint: Checkpoint, shards: tuple[OutputShard, ...], copied: tuple[str, ...]
-) -> tuple[SourceFile, ...]:
-    """Every source file whose bytes end up in the result."""
-    read = {shard.file for shard in checkpoint.shards} | set(copied) | {CONFIG_NAME}
-    return tuple(file for file in checkpoint.files if file.name in read)
-
-
-def _request_fingerprint(
-    decision: Decision, max_shard_nbytes: int | None, step: Step, extra: Sequence[tuple[str, str]]
-) -> str:
-    """What was asked for, apart from the source's state: a run may only go on with the same."""
-    asked = {
-        "version": __version__,
-        # The source is a matter of the other fingerprint.
-        "step": {**asdict(step), "source": None},
-        "retained": {n: layer.retained for n, layer in decision.keep.layers.items()},
-        "drop_mtp": decision.drop_mtp,
-        "max_shard_nbytes": max_shard_nbytes,
-        "extra": [
-            (name, hashlib.sha256(Path(path).read_bytes()).hexdigest()) for name, path in extra
-        ],
-    }
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def _source_fingerprint(checkpoint: Checkpoint) -> str:
-    files = [(file.name, file.nbytes, file.stamp) for file in checkpoint.files]
-    headers = [shard.header_sha256 for shard in checkpoint.shards]
-    return hashlib.sha256(json.dumps([files, headers]).encode()).hexdigest()
-
-
-def generated_files(
+def _generated_files(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
     decision: Decision,
     shards: tuple[OutputShard, ...],
     provenance: Provenance,
 ) -> tuple[tuple[str, bytes], ...]:
-    """(name, content) of every file that is written anew, config.json and the index last."""
-    papers = [(PROVENANCE_NAME, provenance.to_bytes())]
+    """(name, content) of every file that is written anew, in the order of writing.
+
+    config.json and the index come last: a folder without them does not look like a model.
+    """
+    files = [(PROVENANCE_NAME, provenance.to_bytes())]
     present = {file.name: file for file in checkpoint.files}
     if PROVENANCE_NAME in present and checkpoint.provenance is None:
         # Another tool's record of an earlier prune makes room for ours and is not lost.
         raw = checkpoint.source.read(PROVENANCE_NAME, 0, present[PROVENANCE_NAME].nbytes)
-        papers.append((_FOREIGN_PROVENANCE, raw))
+        files.append((_FOREIGN_PROVENANCE, raw))
     for name in QUANTIZATION_FILES:
         if name in present:
             raw = checkpoint.source.read(name, 0, present[name].nbytes)
             where = f"{checkpoint.location}/{name}"
             document = Document.parse(raw, where)
-            papers.append((name, pruned_quantization_file(document, anatomy, decision.keep, where)))
+            files.append((name, pruned_quantization_file(document, anatomy, decision.keep, where)))
     config = pruned_config(checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp)
-    papers.append((CONFIG_NAME, config))
+    files.append((CONFIG_NAME, config))
     if len(shards) > 1:
-        papers.append((INDEX_NAME, _index(checkpoint, shards)))
-    return tuple(papers)
+        files.append((INDEX_NAME, _index(checkpoint, shards)))
+    return tuple(files)
 
 
 def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
@@ -130,7 +107,8 @@ def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
     metadata.pop("total_parameters", None)
     if parameters is not None:
         metadata["total_parameters"] = parameters
-    return build_index(weight_map(shards), metadata)
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    return build_index(weight_map, metadata)
 
 
 def _total_parameters(
@@ -145,7 +123,7 @@ def _total_parameters(
     return count_parameters(tensors, config)
 
 
-def copied_files(
+def _copied_files(
     checkpoint: Checkpoint, given: Sequence[Path]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """(source files to copy as they are, (output name, path) of files from elsewhere).
@@ -155,29 +133,29 @@ def copied_files(
     """
     written = {CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES}
     weights = {shard.file for shard in checkpoint.shards} | set(checkpoint.unindexed)
-    in_use = {path.resolve() for path in given}
+    elsewhere = {path.resolve() for path in given}
     copied = tuple(
         file.name
         for file in checkpoint.files
         if file.name not in written | weights
         and not is_other_weight_format(file.name)
-        and not _is_one_of(checkpoint.source.local_path(file.name), in_use)
+        and not _is_one_of(checkpoint.source.local_path(file.name), elsewhere)
     )
     # A metadata file given as --plan must not take the place of the one that is written.
     taken = {*copied, PROVENANCE_NAME, _FOREIGN_PROVENANCE}
-    extra = []
+    score_files = []
     for path in given:
         name = _free_name(f"calibration/{path.name}", taken)
         taken.add(name)
-        extra.append((name, str(path)))
-    return copied, tuple(extra)
+        score_files.append((name, str(path)))
+    return copied, tuple(score_files)
 
 
-def _is_one_of(path: Path | None, others: Iterable[Path]) -> bool:
+def _is_one_of(path: Path | None, others: Collection[Path]) -> bool:
     return path is not None and path.resolve() in others
 
 
-def _free_name(name: str, taken: set[str] | Mapping[str, object]) -> str:
+def _free_name(name: str, taken: Collection[str]) -> str:
     """`calibration/scores.pt`, or `scores-2.pt` where an earlier prune left one of that name."""
     stem, dot, suffix = name.rpartition(".")
     number = 1
@@ -186,3 +164,38 @@ def _free_name(name: str, taken: set[str] | Mapping[str, object]) -> str:
         number += 1
         candidate = f"{stem}-{number}{dot}{suffix}" if dot else f"{name}-{number}"
     return candidate
+
+
+def _source_files(checkpoint: Checkpoint, copied: tuple[str, ...]) -> tuple[SourceFile, ...]:
+    """Every source file whose bytes end up in the result."""
+    read = {shard.file for shard in checkpoint.shards} | set(copied) | {CONFIG_NAME}
+    return tuple(file for file in checkpoint.files if file.name in read)
+
+
+def _request_fingerprint(
+    decision: Decision,
+    max_shard_nbytes: int | None,
+    step: Step,
+    score_files: Sequence[tuple[str, str]],
+) -> str:
+    """A hash of what was asked for: an interrupted run goes on only with the same request."""
+    asked = {
+        "version": __version__,
+        # The source has a fingerprint of its own, so that a message can say which one differs.
+        "step": {**asdict(step), "source": None},
+        "retained": {n: layer.retained for n, layer in decision.keep.layers.items()},
+        "drop_mtp": decision.drop_mtp,
+        "max_shard_nbytes": max_shard_nbytes,
+        "extra": [
+            (name, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+            for name, path in score_files
+        ],
+    }
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _source_fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of the source's state: names, sizes and stamps of its files, and all headers."""
+    files = [(file.name, file.nbytes, file.stamp) for file in checkpoint.files]
+    headers = [shard.header_sha256 for shard in checkpoint.shards]
+    return hashlib.sha256(json.dumps([files, headers]).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Anatomy and keep-lists become output shards: headers and byte ranges. Pure.
+"""Anatomy and keep-lists become output shards: headers and byte ranges.
 
-Also here: tables that map tokens to experts, whose values change with the numbering, and the size
-of a result before it is planned.
+Nothing is read for it but tables that map tokens to experts, whose values change with the
+numbering. The size of a result is estimated from the headers before it is planned.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from shardsurgeon.storage.formats.safetensors import (
     layout_key,
 )
 
-_LITTLE_ENDIAN_COUNTS = {"I32": 4, "I64": 8, "U32": 4, "U64": 8}
-
-_WIDTHS = {"I32": "<i4", "I64": "<i8"}
+# Types of a tensor whose first element is the expert count → bytes of that element.
+_COUNT_NBYTES = {"I32": 4, "I64": 8, "U32": 4, "U64": 8}
+# Types of a table of expert ids, as numpy names them.
+_ID_TYPES = {"I32": "<i4", "I64": "<i8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +57,26 @@ def plan_shards(
     drop_mtp: bool = False,
     max_shard_nbytes: int | None = None,
 ) -> tuple[OutputShard, ...]:
-    """The output shards of a prune.
+    """The output shards of a prune, in order: a header each, and where every byte comes from.
 
-    tables: new content of the tensors that hold expert ids, by name (`idtables` makes it).
-    max_shard_nbytes: repack into shards of at most so many bytes of tensor data (a larger
-    tensor gets a shard of its own); None keeps the source's cutting, less the shards that
-    hold nothing any more.
+    Every tensor is kept, renumbered, sliced along its expert axis or left out; tensors keep the
+    order of the source. keep: a keep-list of every layer with experts, of MTP layers unless they
+    are dropped. tables: new content of the tensors that hold expert ids, by name
+    (`expert_id_tables` makes it). drop_mtp: leave out all that belongs to MTP layers.
+    max_shard_nbytes: repack into shards of at most so many bytes of tensor data (a larger tensor
+    gets a shard of its own); None keeps the shards of the source, less those with nothing left.
+
+    Raises FamilyError where an expert's row in a stacked tensor is not whole bytes.
     """
-    surgeon = _Planner(checkpoint, anatomy, keep, tables or {}, drop_mtp)
+    planner = _Planner(anatomy, keep, tables or {}, drop_mtp)
     if max_shard_nbytes is None:
         drafts = [
             _Draft(tensors, shard.header.metadata)
             for shard in checkpoint.shards
-            if (tensors := tuple(surgeon.operate(shard)))
+            if (tensors := tuple(planner.tensors(shard)))
         ]
     else:
-        drafts = list(_repack(surgeon, checkpoint.shards, max_shard_nbytes))
+        drafts = list(_repack(planner, checkpoint.shards, max_shard_nbytes))
     return tuple(
         _finish(draft, shard_name(number, len(drafts)))
         for number, draft in enumerate(drafts, start=1)
@@ -86,25 +91,25 @@ def shard_name(number: int, total: int) -> str:
 
 
 def _finish(draft: _Draft, file: str) -> OutputShard:
-    """Lay a shard out: wider dtypes first, then source order."""
+    """Lay a shard out as the safetensors library does: wider dtypes first, then source order."""
     tensors = tuple(sorted(draft.tensors, key=lambda tensor: layout_key(tensor.dtype)))
     header = build_header([(t.name, t.dtype, t.shape, t.nbytes) for t in tensors], draft.metadata)
     return OutputShard(file, header, tensors)
 
 
-def _repack(surgeon: _Planner, shards: tuple[Shard, ...], limit: int) -> Iterator[_Draft]:
+def _repack(planner: _Planner, shards: tuple[Shard, ...], limit: int) -> Iterator[_Draft]:
     """Fill shards in source order up to `limit` bytes of tensor data each."""
     tensors: list[OutputTensor] = []
     metadata: dict[str, str] | None = None
     filled = 0
     for shard in shards:
-        for tensor in surgeon.operate(shard):
+        for tensor in planner.tensors(shard):
             if tensors and filled + tensor.nbytes > limit:
                 yield _Draft(tuple(tensors), metadata)
                 tensors, metadata, filled = [], None, 0
             tensors.append(tensor)
             filled += tensor.nbytes
-            # Shards of one model say the same (`format: pt`); where not, the first one holds.
+            # Shards of one model have the same metadata (`format: pt`); else the first one's hold.
             if shard.header.metadata is not None:
                 metadata = {**shard.header.metadata, **(metadata or {})}
     if tensors:
@@ -115,14 +120,8 @@ class _Planner:
     """Applies keep-lists to the tensors of one shard after the other."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        anatomy: Anatomy,
-        keep: KeepList,
-        tables: Mapping[str, bytes],
-        drop_mtp: bool,
+        self, anatomy: Anatomy, keep: KeepList, tables: Mapping[str, bytes], drop_mtp: bool
     ) -> None:
-        self._checkpoint = checkpoint
         self._anatomy = anatomy
         self._tables = tables
         self._drop_mtp = drop_mtp
@@ -132,15 +131,15 @@ class _Planner:
             for layer, retained in self._retained.items()
         }
 
-    def operate(self, shard: Shard) -> Iterator[OutputTensor]:
+    def tensors(self, shard: Shard) -> Iterator[OutputTensor]:
         """The tensors that a source shard gives to the output, in source order."""
         begin = shard.header.data_begin
         for record in shard.header.tensors:
-            tensor = self._operate(record, shard.file, begin + record.begin)
+            tensor = self._tensor(record, shard.file, begin + record.begin)
             if tensor is not None:
                 yield tensor
 
-    def _operate(self, record: TensorRecord, file: str, begin: int) -> OutputTensor | None:
+    def _tensor(self, record: TensorRecord, file: str, begin: int) -> OutputTensor | None:
         role = self._anatomy.role(record)
         whole = Segment(file, begin, record.nbytes)
         if self._drop_mtp and self._goes_with_mtp(role):
@@ -154,6 +153,7 @@ class _Planner:
             name = role.renamed(record.name, new_id)
             return OutputTensor(name, record.dtype, record.shape, (whole,))
         if isinstance(role, Surplus):
+            # Identity experts behind the experts' own: they move up by as many as are gone.
             before = self._anatomy.reader.experts_of(role.layer)
             removed = before - len(self._retained[role.layer])
             name = role.renamed(record.name, role.expert - removed)
@@ -162,7 +162,7 @@ class _Planner:
             table = Literal(self._tables[record.name])
             return OutputTensor(record.name, record.dtype, record.shape, (table,))
         if isinstance(role, Counted):
-            return self._recount(record, file, begin, len(self._retained[role.layer]))
+            return _recounted(record, whole, len(self._retained[role.layer]))
         return _slice(record, whole, role, self._retained[role.layer])
 
     def _goes_with_mtp(self, role: Role) -> bool:
@@ -170,18 +170,22 @@ class _Planner:
             return role.mtp
         return role.layer >= self._anatomy.num_layers
 
-    def _recount(self, record: TensorRecord, file: str, begin: int, kept: int) -> OutputTensor:
-        """The tensor with its first element, the expert count, made new."""
-        width = _LITTLE_ENDIAN_COUNTS[record.dtype]
-        rest = Segment(file, begin + width, record.nbytes - width)
-        count = Literal(kept.to_bytes(width, "little"))
-        return OutputTensor(record.name, record.dtype, record.shape, (count, rest))
+
+def _recounted(record: TensorRecord, whole: Segment, kept: int) -> OutputTensor:
+    """The tensor with its first element, the expert count, made new."""
+    width = _COUNT_NBYTES[record.dtype]
+    rest = Segment(whole.file, whole.begin + width, record.nbytes - width)
+    count = Literal(kept.to_bytes(width, "little"))
+    return OutputTensor(record.name, record.dtype, record.shape, (count, rest))
 
 
 def _slice(
     record: TensorRecord, whole: Segment, role: Sliced, retained: tuple[int, ...]
 ) -> OutputTensor:
-    """The retained rows along the expert axis, and the tail behind them."""
+    """The retained rows along the expert axis, and the tail behind them.
+
+    Consecutive rows are one segment: fewer and longer reads.
+    """
     rows = record.shape[role.axis]
     outer = math.prod(record.shape[: role.axis])
     inner_bits = math.prod(record.shape[role.axis + 1 :]) * DTYPE_BITS[record.dtype]
@@ -215,9 +219,26 @@ def _runs(ids: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     yield first, previous
 
 
-def weight_map(shards: tuple[OutputShard, ...]) -> Mapping[str, str]:
-    """Tensor name → file name, as the index lists them."""
-    return {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+def expert_id_tables(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> dict[str, bytes]:
+    """New content of every tensor whose values are expert ids, by name.
+
+    Tables of layers without a keep-list (dropped MTP layers) are left out. Raises FamilyError
+    where a table cannot be renumbered, SourceReadError where it cannot be read.
+    """
+    tables: dict[str, bytes] = {}
+    if not anatomy.family.tensors.expert_ids:
+        return tables
+    for shard in checkpoint.shards:
+        for record in shard.header.tensors:
+            role = anatomy.role(record)
+            if isinstance(role, Tabled) and role.layer in keep.layers:
+                kept = keep.layers[role.layer]
+                begin = shard.header.data_begin
+                raw = checkpoint.source.read(shard.file, begin + record.begin, begin + record.end)
+                tables[record.name] = remapped(
+                    record.name, record.dtype, record.shape, raw, kept.retained, kept.num_experts
+                )
+    return tables
 
 
 def remapped(
@@ -228,15 +249,20 @@ def remapped(
     retained: tuple[int, ...],
     experts: int,
 ) -> bytes:
-    """The table of old ids `raw`, of `dtype` and `shape` [..., ids per row], in new ids.
+    """A table of expert ids in new ids.
 
-    Raises FamilyError where the table is of no integer type, names an expert beyond
+    raw: the table in old ids, of `dtype` and `shape` [..., ids per row], the ids of a row
+    distinct; retained: old ids, ascending; experts: how many there were. Survivors get their new
+    id. A pruned expert gives way to the survivor at its old id modulo the kept count, or to the
+    next one that its row does not hold yet, which spreads its tokens over the survivors.
+
+    Raises FamilyError where the table is not of an integer type, names an expert beyond
     `experts`, or has rows longer than the experts that are left.
     """
-    if dtype not in _WIDTHS or len(shape) < 1 or shape[-1] > len(retained):
+    if dtype not in _ID_TYPES or len(shape) < 1 or shape[-1] > len(retained):
         problem = f"a table of expert ids of type {dtype} and shape {list(shape)}"
         raise FamilyError(name, f"{problem} cannot be renumbered for {len(retained)} experts")
-    old = np.frombuffer(raw, _WIDTHS[dtype]).reshape(-1, shape[-1])
+    old = np.frombuffer(raw, _ID_TYPES[dtype]).reshape(-1, shape[-1])
     if old.size and not 0 <= int(old.min()) <= int(old.max()) < experts:
         raise FamilyError(name, f"holds expert ids from {old.min()} to {old.max()}")
     new_ids = np.full(experts, -1, dtype=np.int64)
@@ -244,7 +270,7 @@ def remapped(
     new = new_ids[old]
     for column in range(shape[-1]):
         _fill(new, old, column, len(retained))
-    table: bytes = new.astype(_WIDTHS[dtype]).tobytes()
+    table: bytes = new.astype(_ID_TYPES[dtype]).tobytes()
     return table
 
 
@@ -256,32 +282,6 @@ def _fill(new: np.ndarray, old: np.ndarray, column: int, kept: int) -> None:
         taken = (new[rows] == candidate[:, None]).any(axis=1)
         new[rows[~taken], column] = candidate[~taken]
         rows, candidate = rows[taken], (candidate[taken] + 1) % kept
-
-
-def expert_id_tables(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> dict[str, bytes]:
-    """New content of every tensor whose values are expert ids, by name.
-
-    Tables of layers without a keep-list (dropped MTP layers) are left out. Raises FamilyError
-    where a table cannot be renumbered.
-    """
-    tables: dict[str, bytes] = {}
-    if not anatomy.family.tensors.expert_ids:
-        return tables
-    for shard in checkpoint.shards:
-        for record in shard.header.tensors:
-            role = anatomy.role(record)
-            if isinstance(role, Tabled) and role.layer in keep.layers:
-                kept = keep.layers[role.layer]
-                raw = _content(checkpoint, shard, record)
-                tables[record.name] = remapped(
-                    record.name, record.dtype, record.shape, raw, kept.retained, kept.num_experts
-                )
-    return tables
-
-
-def _content(checkpoint: Checkpoint, shard: Shard, record: TensorRecord) -> bytes:
-    begin = shard.header.data_begin
-    return checkpoint.source.read(shard.file, begin + record.begin, begin + record.end)
 
 
 class SizeEstimate:
@@ -298,7 +298,7 @@ class SizeEstimate:
 
     @cached_property
     def _entries(self) -> dict[int, int]:
-        """Layer → bytes of its experts' header entries. A look at every tensor: not for nothing."""
+        """Layer → bytes of its experts' header entries. Cached, since it looks at every tensor."""
         entries = dict.fromkeys(self._anatomy.experts_per_layer, 0)
         for shard in self._checkpoint.shards:
             for record in shard.header.tensors:

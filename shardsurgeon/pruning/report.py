@@ -1,22 +1,28 @@
-"""What a plan would do, as the report that people decide from. Pure."""
+"""What a plan would do, as the report that people decide from.
+
+Numbers per layer and in total, and notes: on what the user should know before applying the plan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.config import PER_LAYER_KEY
 from shardsurgeon.checkpoint.files import is_other_weight_format
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
-from shardsurgeon.pruning.config_edits import nonuniform_notes, partial_lists, says_per_layer
+from shardsurgeon.families.schema import all_families
+from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer
 from shardsurgeon.pruning.decide import Decision
-from shardsurgeon.pruning.keep_lists import KeepList
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.request import SelectionRequest
-from shardsurgeon.pruning.selection import summarize
+from shardsurgeon.pruning.selection import dropped_share, saliency_cut
 
 # Rest of an expert tensor's name, dtype and shape.
 _Kind = tuple[str, str, tuple[int, ...]]
@@ -85,9 +91,11 @@ def plan_report(
     plan: Plan,
     out: str,
 ) -> PlanReport:
-    """The report of a plan; out: the folder that the result would go to.
+    """The report of a plan.
 
-    Raises ConfigError where a quantization list cannot follow its experts.
+    decision, plan: of this checkpoint and this request; out: the folder or repository that the
+    result would go to, as messages name it. Raises ConfigError where a quantization list cannot
+    follow its experts.
     """
     config = checkpoint.settings
     records = [record for shard in checkpoint.shards for record in shard.header.tensors]
@@ -100,7 +108,10 @@ def plan_report(
         metric=decision.metric,
         num_experts_before=anatomy.num_experts,
         num_experts_after=decision.kept,
-        layers=_layer_reports(anatomy, decision),
+        layers=tuple(
+            _layer_report(layer, keep, anatomy, decision)
+            for layer, keep in sorted(decision.keep.layers.items())
+        ),
         mtp_dropped=decision.drop_mtp and anatomy.mtp_nbytes > 0,
         total_size_before=checkpoint.total_size,
         total_size_after=sum(tensor.nbytes for tensor in tensors),
@@ -115,8 +126,8 @@ def plan_report(
         notes=(
             *checkpoint.notes,
             *decision.notes,
-            *_grouped(anatomy),
-            *nonuniform_notes(config, anatomy, decision.keep),
+            *_group_limited(anatomy),
+            *_nonuniform(config, anatomy, decision.keep),
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
             *_rewritten(tensors),
             *_left_out(checkpoint),
@@ -124,24 +135,21 @@ def plan_report(
     )
 
 
-def _layer_reports(anatomy: Anatomy, decision: Decision) -> tuple[LayerReport, ...]:
-    compared = summarize(decision.uniform) if decision.uniform is not None else ()
-    uniform = {layer.layer: layer.dropped_share for layer in compared}
-    return tuple(
-        LayerReport(
-            layer=layer.layer,
-            is_mtp=layer.layer >= anatomy.num_layers,
-            kept=layer.kept,
-            pruned=layer.pruned,
-            preserved=layer.preserved,
-            never_routed=len(decision.never_routed.get(layer.layer, ())),
-            min_retained_saliency=layer.min_retained,
-            max_pruned_saliency=layer.max_pruned,
-            saliency_dropped=layer.dropped_share,
-            policy=decision.policies.get(layer.layer, "scores"),
-            saliency_dropped_uniform=uniform.get(layer.layer),
-        )
-        for layer in summarize(decision.keep)
+def _layer_report(layer: int, keep: LayerKeep, anatomy: Anatomy, decision: Decision) -> LayerReport:
+    min_retained, max_pruned = saliency_cut(keep)
+    uniform = decision.uniform.layers.get(layer) if decision.uniform is not None else None
+    return LayerReport(
+        layer=layer,
+        is_mtp=layer >= anatomy.num_layers,
+        kept=len(keep.retained),
+        pruned=len(keep.pruned),
+        preserved=len(keep.preserved),
+        never_routed=len(decision.never_routed.get(layer, ())),
+        min_retained_saliency=min_retained,
+        max_pruned_saliency=max_pruned,
+        saliency_dropped=dropped_share(keep),
+        policy=decision.policies.get(layer, "scores"),
+        saliency_dropped_uniform=None if uniform is None else dropped_share(uniform),
     )
 
 
@@ -156,7 +164,7 @@ def _space_needed(checkpoint: Checkpoint, plan: Plan) -> int:
     )
 
 
-def _grouped(anatomy: Anatomy) -> list[str]:
+def _group_limited(anatomy: Anatomy) -> list[str]:
     if anatomy.n_group == 1:
         return []
     return [
@@ -165,8 +173,27 @@ def _grouped(anatomy: Anatomy) -> list[str]:
     ]
 
 
+def _nonuniform(config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList) -> list[str]:
+    """What a user must know of a model whose layers keep different numbers of experts."""
+    if keep.is_uniform:
+        return []
+    counts = sorted({len(layer.retained) for layer in keep.layers.values()})
+    kept = f"layers keep {counts[0]} to {counts[-1]} experts"
+    native = says_per_layer(config, anatomy)
+    if native:
+        return [f"{kept}; {native} says how many each, and stock vLLM reads it"]
+    others = [f for f in all_families() if f.config.per_layer]
+    paths = ", ".join(f"{f.name} ({f.config.per_layer.split('.')[0]})" for f in others)
+    return [
+        f"{kept}: {PER_LAYER_KEY} in config.json says how many each, but stock vLLM and "
+        "transformers ignore it, build every layer with the largest count and would misread "
+        "this checkpoint; serve it with an engine that reads the list. The one family whose "
+        f"counts per layer stock vLLM reads is {paths}"
+    ]
+
+
 def _rewritten(tensors: Sequence[OutputTensor]) -> list[str]:
-    """Names the tensors that are no copy of the source's bytes."""
+    """Names the tensors that are not copies of the source's bytes."""
     names = [t.name for t in tensors if any(isinstance(piece, Literal) for piece in t.pieces)]
     what = "hold expert counts or ids and get new values"
     return [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
@@ -178,8 +205,10 @@ def _left_out(checkpoint: Checkpoint) -> list[str]:
 
 
 def mixed_precision_notes(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> list[str]:
-    """One note per layer whose survivors differ in dtype or shape, and per list that names some
-    of a layer's survivors only. Raises ConfigError as `modelconfig.pruned_config` does.
+    """One note per layer whose survivors differ in dtype or shape, and per quantization list that
+    names some of a layer's survivors only.
+
+    Raises ConfigError as `pruned_config` does.
     """
     kinds = _kinds(checkpoint, anatomy, keep)
     layers = [_note(layer, kinds[layer], keep.layers[layer].retained) for layer in sorted(kinds)]
@@ -205,12 +234,12 @@ def _kinds(
     return found
 
 
-def _note(layer: int, kinds: dict[_Kind, set[int]], retained: Iterable[int]) -> str:
+def _note(layer: int, kinds: dict[_Kind, set[int]], retained: tuple[int, ...]) -> str:
     """A note if not every survivor has every kind of tensor, else ""."""
-    retained = tuple(retained)
     uneven = [kind for kind, experts in kinds.items() if len(experts) < len(retained)]
     if not uneven:
         return ""
+    # Shown is the kind of the expert that becomes expert 0, where it is one of the odd ones.
     (rest, dtype, shape) = next((k for k in uneven if retained[0] in kinds[k]), uneven[0])
     alike = len(kinds[rest, dtype, shape])
     return (

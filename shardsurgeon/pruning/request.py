@@ -38,12 +38,15 @@ class Allocation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRequest:
-    """What the user asked for. Exactly one of ratio, keep, target_size (bytes), plan_file.
+    """What the user asked for. Exactly one of ratio, keep, target_size, plan_file.
 
-    rounding, multiple_of and metric are None where the user did not say; `effective_rounding`
-    is what then holds. allocate: whether every layer keeps the same number or the layers share
-    one budget; allow_nonuniform: whether a model whose layers keep different numbers may be
-    written. Raises UsageError for values and combinations that cannot be meant.
+    ratio: fraction of each layer's experts to remove, 0 < ratio < 1; keep: experts per layer;
+    target_size: bytes of the result's weight files; plan_file: a keep-list. rounding,
+    multiple_of and metric are None where the user did not say; `effective_rounding` is what then
+    holds. mtp: for MTP layers without scores. allocate: whether every layer keeps the same
+    number or the layers share one budget; allow_nonuniform: whether a model whose layers keep
+    different numbers may be written. Raises UsageError for values and combinations that cannot
+    be meant.
     """
 
     ratio: float | None = None
@@ -124,12 +127,11 @@ class SelectionRequest:
 
 
 def removed_count(ratio: float, experts: int, rounding: Rounding = Rounding.FLOOR) -> int:
-    """How many of `experts` a ratio removes.
+    """How many of `experts` a ratio removes: ratio * experts, rounded.
 
-    floor is taken of the product in floats, as the REAP reference does (0.29 of 100 is
-    28.999…, which removes 28). nearest and ceil have no reference to follow and take the ratio
-    as it is written in decimal (0.07 of 100 is 7, also for ceil); nearest sends a half to the
-    even number.
+    floor rounds the product in floats, as the REAP reference does (0.29 of 100 is 28.999…, which
+    removes 28). nearest and ceil have no reference to follow and take the ratio as it is written
+    in decimal (0.07 of 100 is 7, also for ceil); nearest rounds a half to the even number.
     """
     if rounding is Rounding.FLOOR:
         return int(ratio * experts)

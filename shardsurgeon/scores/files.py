@@ -1,8 +1,7 @@
 """Score files read and written: .pt, .safetensors, .npz and .json.
 
-Whatever their shape, they are read as one table: layer -> metric -> float64 [experts]. Nothing
-here knows the model: which layers there are, and how many experts they have, is compared later.
-A .pt file is read without torch and written by torch.
+Whatever its format and shape, a file is read as one table (`scores.table`). Nothing here knows
+the model. A .pt file is read without torch and written by torch.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -23,17 +22,8 @@ from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import HeaderError, OutputError, ScoreError, UsageError
-from shardsurgeon.scores.table import (
-    ACCUMULATORS,
-    CALIBRATION,
-    NPZ_METADATA,
-    UNNAMED,
-    Fact,
-    Scores,
-    flat_metric,
-    read_tables,
-    small_facts,
-)
+from shardsurgeon.scores.shapes import flat_metric, read_tables, small_facts
+from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, UNNAMED, Fact, Scores
 from shardsurgeon.storage.files import write_file
 from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray, decode
 from shardsurgeon.storage.formats.npz import read_npz
@@ -48,32 +38,60 @@ from shardsurgeon.storage.formats.strict_json import read_object
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.zip_reader import ZipReader, read_range
 
-_MAX_JSON = 128 * 2**20
-
-Table = Mapping[Layer, Mapping[str, NDArray[Any]]]
-
+# What a file says of itself that a calibration made.
 FORMAT = "shardsurgeon scores"
 VERSION = 1
-_PLAIN_SUFFIXES = (".safetensors", ".npz", ".json")
-SUFFIXES = (".pt", ".pth", *_PLAIN_SUFFIXES)
 
-# A sample is several steps of a pickle, and whoever reads one safely bounds its steps.
-MOST_SAMPLES_IN_PT = 100_000
+# Every ending that can be written; the first two need torch.
+_PLAIN_SUFFIXES = (".safetensors", ".npz", ".json")
+_SUFFIXES = (".pt", ".pth", *_PLAIN_SUFFIXES)
+# JSON is parsed as a whole: more than this much text takes too much memory.
+_MAX_JSON_NBYTES = 128 * 2**20
+# A sample takes several steps of the pickle, and our reader bounds the steps of a file.
+_MOST_SAMPLES_IN_PT = 100_000
+# The array of an `.npz` with the UTF-8 of a JSON object: text by name, as safetensors has it.
+_NPZ_METADATA = "metadata"
+# numpy's names of the two types that are written, and those of safetensors headers.
+_DTYPES = {"f8": "F64", "i8": "I64"}
+
+Table = Mapping[Layer, Mapping[str, NDArray[Any]]]
+# What a file holds, arrays unread, and its metadata.
+_Held = tuple[object, Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreContent:
+    """What a score file holds. Arrays are float64 or int64.
+
+    layers: layer → metric → [experts], or one number for the whole layer; rows: metric →
+    [MoE layers, experts], of scores that name no layers; facts: small values beside them.
+    accumulators: layer → name → array, and calibration: plain values, of a file that a
+    calibration made and that can be merged with another.
+    """
+
+    layers: Table = field(default_factory=dict)
+    rows: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+    accumulators: Table = field(default_factory=dict)
+    calibration: Mapping[str, object] | None = None
 
 
 def read_scores(path: str | PathLike[str]) -> Scores:
     """Read a score file: `.pt`, `.pth`, `.safetensors`, `.npz` or `.json`.
 
-    A file of another name is recognised by its first bytes. Raises ScoreError where it cannot
-    be read, is hostile or broken, or does not hold one number per expert and layer.
+    A file of another name is recognised by its first bytes. Gives every metric of the file as
+    float64 [experts] per layer, in the units of the file. Nothing in a `.pt` file is executed.
+
+    Raises ScoreError where the file cannot be read, is hostile or broken, or does not hold one
+    number per expert and layer.
     """
     where = str(path)
     value, notes = read_value(path)
-    tables = read_tables(value, where)
-    return Scores(where, tables.layers, tables.rows, {**small_facts(notes), **tables.facts})
+    scores = read_tables(value, where)
+    return replace(scores, facts={**small_facts(notes), **scores.facts})
 
 
-def read_value(path: str | PathLike[str]) -> tuple[object, Mapping[str, str]]:
+def read_value(path: str | PathLike[str]) -> _Held:
     """What a score file holds, arrays unread, and its metadata, before any of it is understood.
 
     Raises ScoreError where it cannot be read, is hostile or broken.
@@ -83,38 +101,88 @@ def read_value(path: str | PathLike[str]) -> tuple[object, Mapping[str, str]]:
     return read(file, where)
 
 
-_Reading = Callable[[Path, str], tuple[object, Mapping[str, str]]]
+def write_scores(out: str | os.PathLike[str], content: ScoreContent) -> None:
+    """Write a score file, whole or not at all; a file of that name is replaced.
+
+    The ending says the format, as `check_out` allows it. Raises OutputWriteError where the disk
+    does not take it, UsageError for more samples than the format's reader takes and for a metric
+    whose name the format cannot keep.
+    """
+    listed = (content.calibration or {}).get("samples")
+    check_samples(out, len(listed) if isinstance(listed, list) else 0)
+    data = _torch_file(content) if is_torch_file(out) else score_file(out, content)
+    write_file(Path(out), data)
 
 
-def _read_torch(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Check, before any work, that a score file can be written there.
+
+    Raises OutputError where the name is taken, UsageError where its ending is not that of a score
+    file, or needs torch and torch is not installed.
+    """
+    check_score_file_name(out)
+    if is_torch_file(out) and find_spec("torch") is None:
+        remedy = "install shardsurgeon[torch], or give a name that ends in .safetensors"
+        raise UsageError(out, "writing this format needs torch, which is not installed", remedy)
+    if os.path.lexists(out):
+        raise OutputError(out, "exists", "choose another -o or remove it")
+
+
+def check_samples(out: str | os.PathLike[str], samples: int) -> None:
+    """Check that a score file of that name can list so many samples. Raises UsageError."""
+    if is_torch_file(out) and samples > _MOST_SAMPLES_IN_PT:
+        problem = f"a .pt file lists at most {_MOST_SAMPLES_IN_PT:,} samples, these are {samples:,}"
+        raise UsageError(out, problem, "give a name that ends in .safetensors")
+
+
+def check_score_file_name(path: str | PathLike[str]) -> None:
+    """Raise UsageError unless the name ends in a form that can be written."""
+    suffix = _suffix(path)
+    if suffix not in _SUFFIXES:
+        problem = f"scores are not written as '{suffix}'" if suffix else "its name has no ending"
+        listed = ", ".join((".pt", *_PLAIN_SUFFIXES[:-1]))
+        raise UsageError(path, problem, f"give a name that ends in {listed} or .json")
+
+
+def is_torch_file(path: str | PathLike[str]) -> bool:
+    """Whether a file of that name is torch.save's to write."""
+    return _suffix(path) in _SUFFIXES and _suffix(path) not in _PLAIN_SUFFIXES
+
+
+def _suffix(path: str | PathLike[str]) -> str:
+    return Path(path).suffix.lower()
+
+
+def _read_torch(path: Path, where: str) -> _Held:
     return read_torch_file(path, where), {}
 
 
-def _read_npz(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
+def _read_npz(path: Path, where: str) -> _Held:
     arrays = read_npz(path, where)
-    stored = arrays.get(NPZ_METADATA)
+    stored = arrays.get(_NPZ_METADATA)
     if stored is None or stored.dtype != "U8" or len(stored.shape) != 1:
         return arrays, {}
-    raw = arrays.pop(NPZ_METADATA).load().astype(np.uint8).tobytes()
-    metadata = read_object(raw, where, f"its {NPZ_METADATA}", ScoreError, "save the scores again")
+    raw = arrays.pop(_NPZ_METADATA).load().astype(np.uint8).tobytes()
+    metadata = read_object(raw, where, f"its {_NPZ_METADATA}", ScoreError, "save the scores again")
     return arrays, {key: text for key, text in metadata.items() if isinstance(text, str)}
 
 
-def _read_json(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
-    raw = read_range(path, 0, _MAX_JSON + 1, where)
-    if len(raw) > _MAX_JSON:
-        problem = f"has more than {_MAX_JSON:,} bytes of JSON"
+def _read_json(path: Path, where: str) -> _Held:
+    raw = read_range(path, 0, _MAX_JSON_NBYTES + 1, where)
+    if len(raw) > _MAX_JSON_NBYTES:
+        problem = f"has more than {_MAX_JSON_NBYTES:,} bytes of JSON"
         raise ScoreError(where, problem, "save the scores as .safetensors or .npz")
     raw = raw.removeprefix(b"\xef\xbb\xbf").strip()
     if raw.startswith(b"["):
-        # The strict reader takes objects only; the check keeps a list from smuggling in members.
+        # The strict reader takes objects only; the check finds a list that ends early and goes on
+        # with members of its own.
         value = read_object(b'{"scores":' + raw + b"}", where, "the file", ScoreError, "")
         if len(value) == 1:
             return value, {}
     return read_object(raw, where, "the file", ScoreError, "save it again as JSON"), {}
 
 
-def _read_safetensors(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
+def _read_safetensors(path: Path, where: str) -> _Held:
     nbytes = _file_nbytes(path, where)
     try:
         length = header_length(read_range(path, 0, PREFIX_NBYTES, where), nbytes, where)
@@ -147,11 +215,12 @@ def _file_nbytes(path: Path, where: str) -> int:
         raise ScoreError(where, f"cannot be read ({error.strerror or error})") from error
 
 
-def _recognised(path: Path, where: str) -> _Reading:
+def _recognised(path: Path, where: str) -> Callable[[Path, str], _Held]:
     head = read_range(path, 0, 64, where)
     if head.startswith(b"PK"):
         names = ZipReader(path, where).entries
         return _read_torch if any(name.endswith("data.pkl") for name in names) else _read_npz
+    # A safetensors file begins with the length of its header, 8 bytes, and the header, JSON.
     if head[8:9] == b"{" and head[:1] not in (b"{", b"["):
         return _read_safetensors
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
@@ -165,7 +234,7 @@ def _recognised(path: Path, where: str) -> _Reading:
     )
 
 
-_READERS: dict[str, _Reading] = {
+_READERS: dict[str, Callable[[Path, str], _Held]] = {
     ".pt": _read_torch,
     ".pth": _read_torch,
     ".npz": _read_npz,
@@ -173,50 +242,16 @@ _READERS: dict[str, _Reading] = {
     ".safetensors": _read_safetensors,
 }
 
-"""Every ending that can be written; the first two need torch."""
-
-_DTYPES = {"f8": "F64", "i8": "I64"}
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreContent:
-    """What a score file holds. Arrays are float64 or int64.
-
-    layers: layer → metric → [experts], or one number for the whole layer; rows: metric →
-    [MoE layers, experts], of scores that name no layers; facts: small values beside them.
-    accumulators: layer → name → array, and calibration: plain values, of a file that a
-    calibration made and that can be merged with another.
-    """
-
-    layers: Table = field(default_factory=dict)
-    rows: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    facts: Mapping[str, Fact] = field(default_factory=dict)
-    accumulators: Table = field(default_factory=dict)
-    calibration: Mapping[str, object] | None = None
-
-
-def check_score_file_name(path: str | PathLike[str]) -> None:
-    """Raise UsageError unless the name ends in a form that can be written."""
-    suffix = _suffix(path)
-    if suffix not in SUFFIXES:
-        problem = f"scores are not written as '{suffix}'" if suffix else "its name has no ending"
-        listed = ", ".join((".pt", *_PLAIN_SUFFIXES[:-1]))
-        raise UsageError(path, problem, f"give a name that ends in {listed} or .json")
-
-
-def is_torch_file(path: str | PathLike[str]) -> bool:
-    """Whether a file of that name is torch.save's to write."""
-    return _suffix(path) in SUFFIXES and _suffix(path) not in _PLAIN_SUFFIXES
-
 
 def score_file(path: str | PathLike[str], content: ScoreContent) -> bytes:
-    """The bytes of a score file of that name, which is not one for torch.save.
+    """The bytes of a score file of that name, whose ending is not torch.save's.
 
     `.safetensors` and `.npz` hold an array `layers.<n>.<metric>` for each metric and
     `accumulators.layers.<n>.<name>` for each accumulator; what lies beside them is metadata, in
-    an `.npz` an array of that name with the UTF-8 of a JSON object. JSON holds the tree that
-    `as_tree` gives, as lists. The numbers survive all of them to the last bit. The same content
-    gives the same bytes.
+    an `.npz` an array of that name with the UTF-8 of a JSON object. JSON holds the nested
+    objects that `.pt` files hold, with lists for arrays. The numbers survive all of them to the
+    last bit. The same content gives the same bytes.
+
     Raises UsageError for a metric whose name such a file cannot keep.
     """
     check_score_file_name(path)
@@ -224,17 +259,17 @@ def score_file(path: str | PathLike[str], content: ScoreContent) -> bytes:
     if suffix == ".json":
         return _json(path, content)
     arrays = dict(_flat(path, content))
-    words = {
+    metadata = {
         key: item if isinstance(item, str) else json.dumps(item)
-        for key, item in _beside(content).items()
+        for key, item in _small_values(content).items()
     }
-    return _npz(arrays, words) if suffix == ".npz" else _safetensors(arrays, words)
+    return _npz(arrays, metadata) if suffix == ".npz" else _safetensors(arrays, metadata)
 
 
-def _npz(arrays: dict[str, NDArray[Any]], words: Mapping[str, str]) -> bytes:
-    if words:
-        text = json.dumps(words).encode()
-        arrays = {**arrays, NPZ_METADATA: np.frombuffer(text, np.uint8)}
+def _npz(arrays: dict[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    if metadata:
+        text = json.dumps(metadata).encode()
+        arrays = {**arrays, _NPZ_METADATA: np.frombuffer(text, np.uint8)}
     buffer = io.BytesIO()
     # np.savez takes no array of the name `file`.
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -244,47 +279,13 @@ def _npz(arrays: dict[str, NDArray[Any]], words: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _safetensors(arrays: Mapping[str, NDArray[Any]], words: Mapping[str, str]) -> bytes:
+def _safetensors(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
     rows = {name: array.astype(f"<{array.dtype.str[1:]}") for name, array in arrays.items()}
     header = build_header(
         [(name, _DTYPES[row.dtype.str[1:]], row.shape, row.nbytes) for name, row in rows.items()],
-        dict(words),
+        dict(metadata),
     )
     return header + b"".join(row.tobytes() for row in rows.values())
-
-
-def as_tree(content: ScoreContent) -> dict[str, Any]:
-    """The content as nested dicts of arrays: what `.pt` files hold and JSON spells."""
-    tree: dict[str, Any] = _beside(content)
-    if content.rows:
-        named = {"scores" if name == UNNAMED else name: row for name, row in content.rows.items()}
-        return {**tree, **named}
-    tree["scores"] = {layer: dict(metrics) for layer, metrics in content.layers.items()}
-    if content.accumulators:
-        tree[ACCUMULATORS] = {layer: dict(sums) for layer, sums in content.accumulators.items()}
-    return tree
-
-
-def _json(path: str | PathLike[str], content: ScoreContent) -> bytes:
-    if set(content.rows) - {UNNAMED}:
-        problem = "a table of rows has no place for the names of metrics in JSON"
-        raise UsageError(path, problem, "name the layers with --model, or write .safetensors")
-    return (json.dumps(_listed(as_tree(content)), indent=1) + "\n").encode()
-
-
-def _listed(value: Any) -> Any:
-    """The value with lists in place of arrays and text in place of layer numbers."""
-    if isinstance(value, Mapping):
-        return {str(key): _listed(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _beside(content: ScoreContent) -> dict[str, Any]:
-    """What is said beside the scores; a calibration's file says what it is."""
-    if content.calibration is None:
-        return dict(content.facts)
-    named = {"format": FORMAT, "version": VERSION}
-    return {**content.facts, **named, CALIBRATION: dict(content.calibration)}
 
 
 def _flat(path: str | PathLike[str], content: ScoreContent) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -303,41 +304,18 @@ def _flat(path: str | PathLike[str], content: ScoreContent) -> Iterator[tuple[st
             yield f"{ACCUMULATORS}.layers.{layer}.{name}", array
 
 
-def _suffix(path: str | PathLike[str]) -> str:
-    return Path(path).suffix.lower()
+def _json(path: str | PathLike[str], content: ScoreContent) -> bytes:
+    if set(content.rows) - {UNNAMED}:
+        problem = "a table of rows has no place for the names of metrics in JSON"
+        raise UsageError(path, problem, "name the layers with --model, or write .safetensors")
+    return (json.dumps(_listed(_tree(content)), indent=1) + "\n").encode()
 
 
-def check_out(out: str | os.PathLike[str]) -> None:
-    """Check, before any work, that a score file can be written there.
-
-    Raises OutputError where the name is taken, UsageError where its ending is none of a score
-    file, or one that needs torch and there is no torch.
-    """
-    check_score_file_name(out)
-    if is_torch_file(out) and find_spec("torch") is None:
-        remedy = "install shardsurgeon[torch], or give a name that ends in .safetensors"
-        raise UsageError(out, "writing this format needs torch, which is not installed", remedy)
-    if os.path.lexists(out):
-        raise OutputError(out, "exists", "choose another -o or remove it")
-
-
-def check_samples(out: str | os.PathLike[str], samples: int) -> None:
-    """Check that a score file of that name can list so many samples. Raises UsageError."""
-    if is_torch_file(out) and samples > MOST_SAMPLES_IN_PT:
-        problem = f"a .pt file lists at most {MOST_SAMPLES_IN_PT:,} samples, these are {samples:,}"
-        raise UsageError(out, problem, "give a name that ends in .safetensors")
-
-
-def write_scores(out: str | os.PathLike[str], content: ScoreContent) -> None:
-    """Write a score file, whole or not at all; a file of that name is replaced.
-
-    The ending says the format, as `check_out` allows it. Raises OutputWriteError, and
-    UsageError for more samples than the format's reader takes.
-    """
-    listed = (content.calibration or {}).get("samples")
-    check_samples(out, len(listed) if isinstance(listed, list) else 0)
-    data = _torch_file(content) if is_torch_file(out) else score_file(out, content)
-    write_file(Path(out), data)
+def _listed(value: Any) -> Any:
+    """The value with lists in place of arrays and text in place of layer numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _listed(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _torch_file(content: ScoreContent) -> bytes:
@@ -351,5 +329,25 @@ def _torch_file(content: ScoreContent) -> bytes:
         return value
 
     buffer = io.BytesIO()
-    torch.save(tensors(as_tree(content)), buffer)
+    torch.save(tensors(_tree(content)), buffer)
     return buffer.getvalue()
+
+
+def _tree(content: ScoreContent) -> dict[str, Any]:
+    """The content as nested dicts of arrays: what `.pt` files hold and JSON spells out."""
+    tree: dict[str, Any] = _small_values(content)
+    if content.rows:
+        named = {"scores" if name == UNNAMED else name: row for name, row in content.rows.items()}
+        return {**tree, **named}
+    tree["scores"] = {layer: dict(metrics) for layer, metrics in content.layers.items()}
+    if content.accumulators:
+        tree[ACCUMULATORS] = {layer: dict(sums) for layer, sums in content.accumulators.items()}
+    return tree
+
+
+def _small_values(content: ScoreContent) -> dict[str, Any]:
+    """The small values beside the scores; a calibration's file says what it is."""
+    if content.calibration is None:
+        return dict(content.facts)
+    named = {"format": FORMAT, "version": VERSION}
+    return {**content.facts, **named, CALIBRATION: dict(content.calibration)}

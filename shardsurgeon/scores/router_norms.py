@@ -1,8 +1,8 @@
-"""Baselines: how large each expert's row of its router is, and scores at random.
+"""Scores without a calibration: the norm of each expert's row of its router, or random numbers.
 
-The router's rows need no calibration. MTP layers without saliency are scored by them, and
-`shardsurgeon scores from-router` writes them for every layer. Only routers are read, one at a
-time.
+MTP layers without scores are scored by their routers, `scores from-router` writes the norms for
+every layer, and `scores random` is a baseline to compare other scores with. Only routers are
+read, one at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
+# Types whose numbers are what they stand for; others need scales.
 _READABLE = ("BF16", "F16", "F32", "F64")
 
 
@@ -34,9 +35,12 @@ def router_scores(
 ) -> dict[int, NDArray[np.float64]]:
     """The norm of each expert's row of its router: layer → float64 [num_experts], ascending.
 
-    Rows behind the experts' own (identity experts) are left out. Raises FamilyError where a
-    router is stored in a form that has no norms without its scales, CheckpointError where a
-    row holds NaN or infinity.
+    Score of expert j: ||w_j||, w_j row j of the router [experts, hidden]; L2 is
+    sqrt(sum of squares), L1 the sum of magnitudes; in the units of the weights. layers: of this
+    checkpoint. Rows behind the experts' own (identity experts) are left out.
+
+    Raises FamilyError where a router is stored in a form that has no norms without its scales,
+    CheckpointError where a row holds NaN or infinity, SourceReadError where it cannot be read.
     """
     wanted = {layer.router: layer for layer in layers}
     scores = {}
@@ -74,7 +78,11 @@ def _norms(rows: Array, norm: RouterNorm) -> NDArray[np.float64]:
 
 
 def random_scores(seed: int, layer: int, count: int) -> NDArray[np.float64]:
-    """Scores of one layer, float64 [count], 0 <= score < 1: the same on every machine."""
-    # numpy promises the stream of a bit generator for good, that of its Generator not.
+    """Scores of one layer, float64 [count], 0 <= score < 1: the same on every machine.
+
+    seed: 0 or more; layer: its number, so that every layer has numbers of its own.
+    """
+    # numpy promises that a bit generator's stream never changes, and does not for a Generator's.
     words = np.random.PCG64(np.random.SeedSequence([seed, layer])).random_raw(count)
+    # The upper 53 bits, as many as a float64 holds.
     return np.asarray((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)

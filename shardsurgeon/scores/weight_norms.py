@@ -1,7 +1,7 @@
 """Expert weight norms: how large each expert's matrices are together, read from the shards.
 
 A score that needs no calibration: the square root of the sum of squares of all an expert's
-weights; biases are left out. Matrices are read a piece at a time and decoded only as far as their
+weights; biases are left out. Matrices are read a chunk at a time and decoded only as far as their
 squares need: a byte of codes is looked up in a table, and a scale is squared once for all the
 weights it covers.
 """
@@ -23,24 +23,40 @@ from shardsurgeon.storage.formats.dtypes import Array, decode
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 Place: TypeAlias = tuple[Shard, TensorRecord]
-
-_BLOCK_KEYS = ("weight_block_size", "block_structure")
-
 Floats = NDArray[np.float64]
 
 # Bytes of a tensor that are in memory at a time; as numbers they take a few times as much.
 CHUNK_NBYTES = 1 << 20
 FLOATS = ("BF16", "F16", "F32", "F64")
 
+# Types of one byte per weight.
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 _PACKED = "weight_packed"
 _SCALES = ("weight_scale_inv", "weight_scale", "scale")
-# What says how activations are stored, and vectors beside the matrix.
+# Tensors that say how activations are stored, and vectors beside the matrix.
 _BESIDE = frozenset(
     ("bias", "input_scale", "input_zero_point", "input_global_scale", "output_scale")
 )
+# Keys under which a config says how many rows and columns share a scale, and the size that is
+# tried where it does not.
+_BLOCK_KEYS = ("weight_block_size", "block_structure")
 _USUAL_BLOCK = 128
 _CALIBRATE = "use scores from a calibration, or of the routers (`scores from-router`)"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor, or an expert's slice of one. read: its bytes [begin, end), from its own 0."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[int, int], bytes]
+
+    def numbers(self) -> Array:
+        """The whole tensor, decoded: for those that are small beside a weight."""
+        return decode(self.dtype, self.read(0, self.nbytes)).reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +76,12 @@ def weight_norms(
 ) -> dict[int, NDArray[np.float64]]:
     """The Euclidean norm of each expert's weights: layer → float64 [num_experts], ascending.
 
-    MTP layers too. Quantized weights count as what they stand for. on_bytes: hears after each
-    matrix how many bytes of how many are read. Raises FamilyError, naming a tensor, for a
-    storage whose norm is not worked out, CheckpointError where one holds NaN or infinity.
+    Score of expert j: sqrt(sum over its matrices W of ||W||_F^2), in the units of the weights;
+    quantized weights count as what they stand for. MTP layers are included. on_bytes: is called
+    after each matrix with the bytes read so far and the bytes in all.
+
+    Raises FamilyError, naming a tensor, for a storage whose norm is not worked out here,
+    CheckpointError where a matrix holds NaN or infinity, SourceReadError where it cannot be read.
     """
     squares = {layer.index: np.zeros(layer.num_experts) for layer in anatomy.layers}
     block = _block_size(checkpoint.settings)
@@ -86,8 +105,9 @@ def weight_norms(
 def _places(
     checkpoint: Checkpoint, anatomy: Anatomy
 ) -> tuple[dict[tuple[int, int, str], dict[str, Place]], dict[tuple[int, str], Place]]:
-    """(layer, expert, matrix) → last word → tensor; (layer, name) → stacked tensor. In the
-    order of the shards, so that reading them goes forward."""
+    """The tensors to read: (layer, expert, matrix) → last word of the name → tensor, and
+    (layer, name) → tensor with the experts stacked. In the order of the shards, so that each
+    file is read forwards."""
     alone: dict[tuple[int, int, str], dict[str, Place]] = {}
     stacked: dict[tuple[int, str], Place] = {}
     for shard in checkpoint.shards:
@@ -114,7 +134,7 @@ def _matrices(
 def _stacked_squares(
     checkpoint: Checkpoint, shard: Shard, record: TensorRecord
 ) -> NDArray[np.float64]:
-    """Of each expert's slice of a tensor [experts, …]: float64 [experts]."""
+    """The sum of squares of each expert's slice of a tensor [experts, …]: float64 [experts]."""
     whole = _stored(checkpoint, shard, record)
     if record.dtype not in FLOATS:
         raise not_readable(whole, [])
@@ -158,23 +178,11 @@ def _block_size(node: Any) -> tuple[int, int] | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor, or an expert's slice of one. read: its bytes [begin, end), from its own 0."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    read: Callable[[int, int], bytes]
-
-    def numbers(self) -> Array:
-        """The whole tensor, decoded: for those that are small beside a weight."""
-        return decode(self.dtype, self.read(0, self.nbytes)).reshape(self.shape)
-
-
 def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | None) -> float:
-    """Of one weight matrix, as the model computes with it.
+    """The sum of squares of one weight matrix, as the model computes with it.
+
+    With codes c, zero point z and scale s of a group, w = s * (c - z), and the group adds
+    s^2 * (sum of c^2 - 2 * z * sum of c + n * z^2): only sums of codes are needed.
 
     parts: what the matrix is stored as, by the last word of each tensor's name: `weight` in
     floats; `weight` in FP8 or INT8 beside one scale, a scale per row or per block; or
@@ -203,18 +211,18 @@ def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | N
 
 
 def plain_squares(weight: StoredTensor) -> float:
-    """Of a tensor of floats, of whatever shape; not finite where the tensor is not."""
+    """The sum of squares of a tensor of floats; not finite where the tensor is not."""
     total = 0.0
     for begin in range(0, weight.nbytes, CHUNK_NBYTES):
         raw = weight.read(begin, min(begin + CHUNK_NBYTES, weight.nbytes))
         numbers = decode(weight.dtype, raw)
-        # Not np.dot, whose threads cost more than they do here.
+        # Not np.dot: starting its threads takes longer than they save on a chunk.
         total += float(np.einsum("i,i", numbers, numbers))
     return total
 
 
 def not_readable(weight: StoredTensor, leaves: list[str]) -> FamilyError:
-    """What to raise for a storage whose norm is not worked out here."""
+    """The error for a storage whose norm is not worked out here."""
     beside = f" ({', '.join(leaves)[:80]})" if len(leaves) > 1 else ""
     problem = f"is stored as {weight.dtype} {list(weight.shape)}{beside}, of which no norm is taken"
     return FamilyError(weight.name, problem, _CALIBRATE)
@@ -237,14 +245,17 @@ def _scaled(weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | 
     table = np.square(decode(weight.dtype, bytes(range(256))))
     starts = np.arange(0, columns, wide)
     total = 0.0
-    for first, raw in _row_pieces(weight, rows, columns):
+    for first, raw in _row_chunks(weight, rows, columns):
         squares = np.add.reduceat(table[raw], starts, axis=1)
         total += float((squares * grid[np.arange(first, first + len(raw)) // high]).sum())
     return total
 
 
 def _covered(weight: StoredTensor, size: int, count: int, block: int | None) -> int:
-    """How many rows or columns one scale covers; refuses what fits no grid."""
+    """How many of `size` rows or columns one of `count` scales covers.
+
+    block: what the config says. Raises FamilyError where no regular grid fits.
+    """
     for guess in (block, _USUAL_BLOCK):
         if guess is not None and count > 1 and -(-size // guess) == count:
             return guess
@@ -266,7 +277,7 @@ def _packed(held: Mapping[str, StoredTensor]) -> float:
     zeros = held.get("weight_zero_point")
     points = None if zeros is None else _zero_points(zeros, layout)
     total = 0.0
-    for first, raw in _row_pieces(words, layout.rows, words.shape[1] * 4):
+    for first, raw in _row_chunks(words, layout.rows, words.shape[1] * 4):
         codes = layout.codes(raw)
         squares = layout.grouped(codes, layout.squares)
         if points is not None:
@@ -299,7 +310,7 @@ class _Layout:
         return used
 
     def grouped(self, codes: NDArray[np.uint8], table: NDArray[np.int32]) -> Floats:
-        """What a table gives for the codes of each group, summed: float64 [rows, groups]."""
+        """The sum per group of `table[code]`, table: byte → number: float64 [rows, groups]."""
         if codes.shape[1] // self.groups % 2 == 0:
             # Two bytes at a time: half the look-ups.
             pairs = np.ascontiguousarray(codes).view("<u2")
@@ -355,10 +366,10 @@ def _zero_points(zeros: StoredTensor, layout: _Layout) -> Floats:
     return np.asarray(points, np.float64)
 
 
-def _row_pieces(
+def _row_chunks(
     tensor: StoredTensor, rows: int, row_nbytes: int
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(first row, bytes [rows of the piece, row_nbytes]), as many rows as make a piece."""
+    """(first row, bytes [rows of the chunk, row_nbytes]), as many rows as make a chunk."""
     count = max(1, CHUNK_NBYTES // max(1, row_nbytes))
     for first in range(0, rows, count):
         last = min(rows, first + count)

@@ -53,7 +53,7 @@ def test_the_correlations_are_those_of_their_definitions(rows: list[tuple[float,
         assert found == (None if expected is None else pytest.approx(expected, abs=1e-12))
 
 
-def test_worked_by_hand() -> None:
+def test_correlations_worked_by_hand() -> None:
     a, b = np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 3, 2, 5, 4])
     assert kendall(a, b) == pytest.approx(0.6)  # 8 pairs agree, 2 do not
     assert spearman(a, b) == pytest.approx(0.8)  # 1 - 6 * 4 / (5 * 24)
@@ -75,17 +75,17 @@ def test_what_ranks_nothing_has_no_correlation() -> None:
     assert kendall(np.ones(1), np.ones(1)) is None
 
 
-def test_overlaps_by_hand() -> None:
+def test_overlaps_worked_by_hand() -> None:
     a, b = np.array([5.0, 4, 3, 2, 1, 0]), np.array([0.0, 9, 8, 7, 0, 0])
     both = overlap(a, b, 3)  # 0, 1, 2 and 1, 2, 3
-    assert (both.kept, both.common, both.share, both.jaccard) == (3, 2, pytest.approx(2 / 3), 0.5)
+    assert (both.kept, both.share, both.jaccard) == (3, pytest.approx(2 / 3), 0.5)
     assert overlap(a, a, 4).jaccard == overlap(a, a, 4).share == 1
     assert overlap(a, -a, 3).share == overlap(a, -a, 3).jaccard == 0
 
 
-def test_ties_keep_the_lower_id() -> None:
-    assert overlap(np.ones(4), np.array([1.0, 1, 0, 0]), 2).common == 2
-    assert overlap(np.array([NAN, NAN, 0.0]), np.array([1.0, 0, 2]), 2).common == 2
+def test_an_overlap_breaks_ties_by_the_lower_id() -> None:
+    assert overlap(np.ones(4), np.array([1.0, 1, 0, 0]), 2).share == 1
+    assert overlap(np.array([NAN, NAN, 0.0]), np.array([1.0, 0, 2]), 2).share == 1
 
 
 def test_a_large_layer_is_quick() -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.pruning.counts import RoutingFacts, allocate, shares, uniform_counts
+from shardsurgeon.pruning.counts import allocate, shares, uniform_counts
 from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import select
 
 Rows = Mapping[int, NDArray[np.float64]]
@@ -30,7 +31,7 @@ def facts_of(values: Rows, top_k: int = 1, **rest: int) -> dict[int, RoutingFact
     return {layer: RoutingFacts(len(row), top_k, **rest) for layer, row in values.items()}
 
 
-def test_a_layer_whose_experts_share_its_saliency_keeps_more_than_one_with_a_few_stars() -> None:
+def test_a_layer_of_equal_experts_keeps_more_than_one_with_a_few_salient_ones() -> None:
     # Layer 0 loses 2 % with three experts, layer 1 a quarter with each; its values are smaller.
     values = rows((96.0, 2.0, 1.0, 1.0), (0.1, 0.1, 0.1, 0.1))
     assert allocate(values, {}, facts_of(values), KEEP).counts(5) == {0: 1, 1: 4}
@@ -71,7 +72,7 @@ def test_preserved_experts_that_fill_a_group_raise_the_floor_of_all_groups() -> 
         allocate(values, {0: [4, 5, 6, 7]}, facts, request)
 
 
-def test_shares_add_up_whatever_the_scale_and_nothing_is_carried_by_the_unrouted() -> None:
+def test_shares_add_up_at_any_scale_and_never_routed_experts_have_none() -> None:
     assert shares(np.array([3.0, 1.0, math.nan, math.inf]), 0).tolist() == [0.75, 0.25, 0, 0]
     huge = shares(np.array([1.5e308, 1.5e308, 0.0]), 0)
     assert huge.tolist() == [0.5, 0.5, 0.0]
@@ -92,7 +93,7 @@ def test_a_ratio_is_taken_of_each_layers_own_experts() -> None:
         uniform_counts(SelectionRequest(ratio=0.3), grouped)
 
 
-def test_of_a_count_smaller_layers_keep_what_they_have() -> None:
+def test_smaller_layers_keep_as_many_of_a_count_as_they_can() -> None:
     facts = {1: RoutingFacts(8, 2), 2: RoutingFacts(5, 2)}
     assert uniform_counts(SelectionRequest(keep=6), facts).kept == {1: 6, 2: 5}
     multiple = SelectionRequest(keep=6, multiple_of=3)

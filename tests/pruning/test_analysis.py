@@ -17,9 +17,9 @@ from shardsurgeon.pruning.analysis import (
     suggested_cuts,
     widest_gap,
 )
-from shardsurgeon.pruning.counts import RoutingFacts
 from shardsurgeon.pruning.request import removed_count
-from shardsurgeon.pruning.selection import select, summarize
+from shardsurgeon.pruning.routing import RoutingFacts
+from shardsurgeon.pruning.selection import dropped_share, select
 
 NAN, INF = math.nan, math.inf
 
@@ -29,7 +29,7 @@ def shares(*values: float, n_group: int = 1) -> list[float] | None:
     return None if found is None else found.tolist()
 
 
-def test_the_lowest_go_first() -> None:
+def test_the_lowest_experts_are_lost_first() -> None:
     assert shares(1.0, 4.0, 0.0, 3.0) == [0, 0, 0.125, 0.5, 1]
 
 
@@ -37,7 +37,7 @@ def test_never_routed_experts_cost_nothing_and_preserved_ones_do_not_count() -> 
     assert shares(1.0, NAN, 3.0, INF) == [0, 0, 0.25, 1, 1]
 
 
-def test_every_group_loses_as_many() -> None:
+def test_every_group_loses_the_same_number() -> None:
     assert shares(8.0, 2.0, 4.0, 2.0, n_group=2) == [0, 0.25, 1]
 
 
@@ -55,9 +55,9 @@ def test_the_share_is_the_one_that_plan_reports(values: list[float]) -> None:
     row, facts = np.array(values), RoutingFacts(8, 1, n_group=2, topk_group=2)
     lost = lost_shares(row, 2)
     for kept in (2, 4, 6):
-        (summary,) = summarize(select({0: row}, kept, facts))
+        share = dropped_share(select({0: row}, kept, facts).layers[0])
         if lost is not None:
-            assert summary.dropped_share == pytest.approx(lost[(8 - kept) // 2], abs=1e-12)
+            assert share == pytest.approx(lost[(8 - kept) // 2], abs=1e-12)
 
 
 def test_a_cut_is_the_largest_within_its_limit() -> None:
@@ -117,7 +117,7 @@ def test_the_widest_gap_is_by_factor_and_away_from_the_ends() -> None:
     assert (gap.removed, gap.factor) == (7, pytest.approx(4 / 1.2))
 
 
-def test_a_gap_above_nothing_is_infinite() -> None:
+def test_a_gap_above_zero_is_infinite() -> None:
     gap = widest_gap(np.array([0.0, NAN, 2.0, 3.0]))
     assert gap is not None
     assert (gap.removed, gap.factor) == (2, INF)

@@ -10,15 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ConfigError, KeepListError, UsageError
-from shardsurgeon.pruning.counts import (
-    RoutingFacts,
-    check_kept,
-    check_routing,
-    fewest_kept,
-    kept_count,
-    largest_kept,
-)
+from shardsurgeon.pruning.counts import kept_count, largest_kept
 from shardsurgeon.pruning.request import Allocation, Rounding, SelectionRequest, removed_count
+from shardsurgeon.pruning.routing import RoutingFacts, check_kept, check_routing, fewest_kept
 
 DEEPSEEK = RoutingFacts(256, 8, n_group=8, topk_group=4, group_score_top=2)
 KIMI = RoutingFacts(384, 8)
@@ -46,7 +40,7 @@ KIMI = RoutingFacts(384, 8)
         ({"plan_file": "p.json", "allocate": Allocation.GLOBAL}, "leave out --allocate"),
     ],
 )
-def test_a_request_that_cannot_be_meant_is_refused(words: dict[str, Any], says: str) -> None:
+def test_a_request_that_makes_no_sense_is_refused(words: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError) as caught:
         SelectionRequest(**words)
     assert says in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tables of expert ids after a prune: survivors renumbered, the rest spread by the stated rule."""
+"""Tables of expert ids after a prune: survivors renumbered, the rest spread over them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_rows_stay_distinct_and_survivors_stay_themselves(data: st.DataObject) -
         assert all(keep[n] == o for o, n in zip(old, new, strict=True) if o in keep)
 
 
-def test_what_is_no_table_of_these_experts_is_refused() -> None:
+def test_a_table_that_does_not_fit_the_experts_is_refused() -> None:
     raw = np.array([[0, 9]], dtype=np.int64).tobytes()
     with pytest.raises(FamilyError, match="from 0 to 9"):
         remapped("tid2eid", "I64", (1, 2), raw, (0, 1), 8)

@@ -74,7 +74,9 @@ class TestShapes:
             "gguf names",
         ],
     )
-    def test_the_words_of_a_file_say_what_it_means(self, tmp_path: Path, value: object) -> None:
+    def test_a_file_says_itself_whether_its_ids_stay_or_go(
+        self, tmp_path: Path, value: object
+    ) -> None:
         survivors = kept(read(tmp_path, value), mtp_layers=[3])
         assert {layer: survivors[layer] for layer in (1, 2)} == KEPT
 
@@ -104,7 +106,7 @@ class TestShapes:
         value = {"perLayer": {"layer_1": {"numExperts": 4, "coreExperts": [1]}}}
         assert "residency plan of reap-expert-swap" in refused(tmp_path, value).problem
 
-    def test_a_file_as_powershell_writes_it(self, tmp_path: Path) -> None:
+    def test_a_file_as_powershell_writes_it_is_read(self, tmp_path: Path) -> None:
         path = tmp_path / "list.json"
         path.write_bytes(b'\xef\xbb\xbf{"kept":\r\n{"1": [0, 2], "2": [1, 3]}}')
         assert kept(read_keeplist(path)) == KEPT
@@ -273,7 +275,7 @@ class TestOurOwnFiles:
             ({"layers": {"1": {"retained": [0]}}}, "layer 1, pruned: None is not a list"),
         ],
     )
-    def test_a_plan_that_does_not_add_up(
+    def test_a_plan_that_does_not_add_up_is_refused(
         self, tmp_path: Path, change: dict[str, object], problem: str
     ) -> None:
         assert problem in refused(tmp_path, {**json.loads(self.written()), **change}).problem
@@ -287,7 +289,7 @@ class TestOurOwnFiles:
             ({"saliency": [10**400, 2.0, 1.0, 3.0]}, "is no saliency"),
         ],
     )
-    def test_a_layer_of_a_plan_that_does_not_add_up(
+    def test_a_layer_of_a_plan_that_does_not_add_up_is_refused(
         self, tmp_path: Path, change: dict[str, object], problem: str
     ) -> None:
         plan = json.loads(self.written())
@@ -330,7 +332,9 @@ class TestRefusals:
             ({"layers.1": [1]}, "could be kept or dropped"),
         ],
     )
-    def test_lists_that_mean_nothing(self, tmp_path: Path, value: object, problem: str) -> None:
+    def test_lists_that_are_ambiguous_or_broken_are_refused(
+        self, tmp_path: Path, value: object, problem: str
+    ) -> None:
         assert problem in refused(tmp_path, value).problem
 
     def test_missing_files_and_folders(self, tmp_path: Path) -> None:

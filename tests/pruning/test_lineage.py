@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from shardsurgeon.checkpoint.provenance import Provenance, SourceIdentity, Step, parse_provenance
 from shardsurgeon.errors import CheckpointError, ScoreError
-from shardsurgeon.pruning.counts import RoutingFacts
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.lineage import (
     check_lineage,
@@ -23,6 +22,7 @@ from shardsurgeon.pruning.lineage import (
     survivors,
 )
 from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import select
 
 ORIGINAL = SourceIdentity("original", None, "aa" * 32)
@@ -59,7 +59,7 @@ def test_a_first_prune_records_the_keep_list_as_it_is() -> None:
     assert provenance.steps == (Step(6, 4, 0.34, "floor", "reap", "ratio", ORIGINAL),)
 
 
-def test_a_second_prune_speaks_in_ids_of_the_original() -> None:
+def test_a_second_prune_is_recorded_in_ids_of_the_original() -> None:
     chained = prune_again(pruned_once(), keep_list((2, 3), (0.6, 0.5, 0.9, 0.7), experts=4))
     record = chained.layers[3]
     assert (record.retained, record.pruned) == ((4, 5), (0, 1, 2, 3))

@@ -1,4 +1,4 @@
-"""Experts that are not all stored alike: allowed between layers, told of within one, or refused."""
+"""Experts not all stored alike: allowed between layers, reported within one layer, or refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_layer_left_in_full_precision_is_pruned_without_a_note() -> None:
     assert notes(fp4(tiny.tensors(), 1), 1, 6) == []
 
 
-def test_survivors_of_another_dtype_are_told_of_with_the_expert_that_becomes_the_first() -> None:
+def test_survivors_of_another_dtype_are_reported_with_the_expert_that_becomes_expert_0() -> None:
     weights = tiny.tensors()
     for expert in (2, 6):
         weights[name(1, expert)] = weights[name(1, expert)].astype("f2")
@@ -83,7 +83,7 @@ def test_survivors_of_another_dtype_are_told_of_with_the_expert_that_becomes_the
     assert notes(weights, 2, 6) == []
 
 
-def test_survivors_of_another_width_are_told_of() -> None:
+def test_survivors_of_another_width_are_reported() -> None:
     weights = tiny.tensors()
     weights[name(2, 5)] = np.zeros((4, 12), "f4")
     (note,) = notes(weights, 0, 5)
@@ -98,7 +98,7 @@ def test_an_expert_with_other_tensors_than_its_neighbours_is_refused_by_name() -
         read(weights)
 
 
-def test_a_list_that_names_some_survivors_of_a_layer_is_told_of() -> None:
+def test_a_list_that_names_some_survivors_of_a_layer_is_reported() -> None:
     entries = [name(1, expert, "up_proj") for expert in (2, 5)]
     section = {"ignore": entries, "quant_method": "fp8"}
     (note,) = notes(tiny.tensors(), 2, 3, quantization_config=section)
@@ -109,7 +109,7 @@ def test_a_list_that_names_some_survivors_of_a_layer_is_told_of() -> None:
     assert json.dumps(section) == json.dumps({"ignore": entries, "quant_method": "fp8"})
 
 
-def test_the_report_of_a_plan_says_it(tmp_path: Path) -> None:
+def test_the_report_of_a_plan_has_the_note(tmp_path: Path) -> None:
     weights = tiny.tensors()
     weights[name(1, 7)] = weights[name(1, 7)].astype("f2")
     model = tmp_path / "model"

@@ -67,7 +67,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_a_keep_list_with_other_counts_per_layer_needs_leave(tmp_path: Path) -> None:
+def test_a_keep_list_with_different_counts_per_layer_must_be_allowed(tmp_path: Path) -> None:
     source, plan = model(tmp_path / "m"), keep_list(tmp_path / "keep.json", KEPT)
     with pytest.raises(KeepListError) as caught:
         prune.plan(str(source), None, SelectionRequest(plan_file=plan))
@@ -124,7 +124,7 @@ def test_verification_finds_a_count_that_is_not_its_layers_own(
     assert any(found in difference for difference in report.differences)
 
 
-def test_the_report_says_who_will_misread_the_model(tmp_path: Path) -> None:
+def test_the_report_says_which_engines_misread_the_model(tmp_path: Path) -> None:
     source, plan = model(tmp_path / "m"), keep_list(tmp_path / "keep.json", KEPT)
     request = SelectionRequest(plan_file=plan, allow_nonuniform=True)
     pruning = prune.plan(str(source), None, request)
@@ -171,7 +171,7 @@ def test_a_global_allocation_gives_the_budget_to_the_layers_that_need_it(tmp_pat
     assert "8 experts kept in 2 layers together" in pruning.report.notes
 
 
-def test_what_is_allocated_is_written_with_leave_only_and_from_its_plan_alike(
+def test_a_global_allocation_is_written_only_when_allowed_and_the_same_from_its_plan(
     tmp_path: Path,
 ) -> None:
     source, table = model(tmp_path / "m"), scores(tmp_path / "s.json", PEAKED)
@@ -191,7 +191,7 @@ def test_what_is_allocated_is_written_with_leave_only_and_from_its_plan_alike(
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_allocations_that_are_uniform_need_no_leave(tmp_path: Path) -> None:
+def test_a_global_allocation_that_comes_out_uniform_needs_no_permission(tmp_path: Path) -> None:
     source = model(tmp_path / "m")
     same = {layer: [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0] for layer in (1, 2)}
     table = scores(tmp_path / "s.json", same)
@@ -200,7 +200,7 @@ def test_allocations_that_are_uniform_need_no_leave(tmp_path: Path) -> None:
     assert "num_routed_experts_per_layer" not in config_of(out)
 
 
-def test_the_last_choice_is_widened_for_mtp_layers_where_scores_say_by_whom(
+def test_the_choice_of_the_last_layer_is_widened_by_its_scores_for_mtp_layers(
     tmp_path: Path,
 ) -> None:
     source = model(tmp_path / "m")
@@ -279,7 +279,7 @@ def test_a_list_that_contradicts_the_model_is_refused(changes: dict[str, Any], s
     assert says in str(caught.value)
 
 
-def test_the_list_stands_beside_the_count_that_it_refines() -> None:
+def test_counts_per_layer_are_written_beside_the_count_they_refine() -> None:
     source = Path(__file__).parents[2] / "fixtures" / "kimi_k25"
     request = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL, allow_nonuniform=True)
     pruning = prune.plan(str(source), str(source / "scores.pt"), request)
@@ -334,7 +334,7 @@ def puzzle(**changes: Any) -> MemorySource:
     return MemorySource(files, name="puzzle")
 
 
-def test_a_puzzle_models_blocks_have_experts_of_their_own() -> None:
+def test_each_block_of_a_puzzle_model_has_its_own_number_of_experts() -> None:
     anatomy = read_anatomy(open_checkpoint(puzzle()))
     assert anatomy.experts_per_layer == {1: 6, 2: 4, 4: 4}
     assert (anatomy.num_experts, anatomy.top_k, anatomy.own_mtp_count) == (6, 2, True)

@@ -163,7 +163,7 @@ def _begin(data: bytes, name: str) -> int:
     return header[name]["data_offsets"][0]
 
 
-def test_dropping_the_mtp_layers_leaves_nothing_of_them() -> None:
+def test_dropped_mtp_layers_leave_no_tensors_behind() -> None:
     found = read(planned(tiny.files(), keep(0, 1, layers=(1, 2)), drop_mtp=True))
     assert not [name for name in found if "layers.3" in name]
     weights = stacked_tensors()
@@ -200,7 +200,7 @@ def test_shards_are_named_as_the_hub_names_them(number: int, total: int, name: s
     assert shard_name(number, total) == name
 
 
-def test_experts_whose_rows_are_no_whole_bytes_are_refused_by_name() -> None:
+def test_experts_whose_rows_are_not_whole_bytes_are_refused_by_name() -> None:
     weights = stacked_tensors()
     files = tiny.files(QWEN, weights, shard_of=lambda name: 1)
     (shard,) = (name for name in files if name.endswith(".safetensors"))

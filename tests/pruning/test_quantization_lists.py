@@ -338,7 +338,7 @@ four = st.sets(st.integers(0, EXPERTS - 1), min_size=4, max_size=4).map(sorted).
     st.fixed_dictionaries({1: four, 2: four, 3: four}),
     st.booleans(),
 )
-def test_what_is_named_after_is_the_image_of_what_was_named(
+def test_the_lists_name_the_new_ids_of_the_survivors_they_named_before(
     entries: list[tuple[str, int, int]], retained: dict[int, tuple[int, ...]], drop_mtp: bool
 ) -> None:
     names = [form.format(layer=layer, expert=expert) for form, layer, expert in entries]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from shardsurgeon.checkpoint.provenance import SourceIdentity, parse_provenance
-from shardsurgeon.pruning.counts import RoutingFacts, kept_count
+from shardsurgeon.pruning.counts import kept_count
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.pruning.lineage import compose, restrict, step_of, survivors
 from shardsurgeon.pruning.request import Rounding, SelectionRequest
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import select
 
 KIMI_LINEAR = RoutingFacts(256, 8)

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
-from shardsurgeon.pruning.counts import RoutingFacts
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_order,
     check_uniform,
+    dropped_share,
+    saliency_cut,
     select,
-    summarize,
     super_experts,
 )
 
@@ -51,7 +52,7 @@ def test_the_most_salient_experts_stay_in_ascending_order() -> None:
     assert keep_list.layers == {7: keep_of((0.1, 0.9, 0.3, 0.7), (1, 3))}
 
 
-def test_layers_come_in_ascending_order_and_are_cut_each_for_itself() -> None:
+def test_layers_come_in_ascending_order_and_are_pruned_independently() -> None:
     keep_list = select({3: row(1, 2, 3), 1: row(3, 2, 1)}, 1, flat(3))
     assert [(i, keep.retained) for i, keep in keep_list.layers.items()] == [(1, (0,)), (3, (2,))]
 
@@ -223,14 +224,12 @@ def test_a_keep_list_that_suits_the_router_passes() -> None:
     check_keep_list(KeepList(8, {0: keep_of((1.0,) * 8, (0, 1, 4, 7))}), grouped(8, 2), "x")
 
 
-def test_the_summary_tells_the_cut_the_share_dropped_and_the_never_routed() -> None:
+def test_the_cut_and_the_share_dropped_leave_preserved_and_unknown_experts_out() -> None:
     saliency = (4.0, None, 1.0, 2.0, None, 3.0)
     keep = LayerKeep((0, 4, 5), (1, 2, 3), preserved=(4,), saliency=saliency)
-    (summary,) = summarize(KeepList(6, {2: keep}))
-    assert (summary.layer, summary.kept, summary.pruned, summary.preserved) == (2, 3, 3, 1)
-    assert (summary.min_retained, summary.max_pruned) == (3.0, 2.0)
-    assert summary.dropped_share == pytest.approx(3 / 10)
-    assert summary.never_routed == 1
+    assert saliency_cut(keep) == (3.0, 2.0)
+    assert dropped_share(keep) == pytest.approx(3 / 10)
+    assert saliency_cut(LayerKeep((0,), (1,))) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +245,8 @@ def test_the_summary_tells_the_cut_the_share_dropped_and_the_never_routed() -> N
 def test_a_share_without_meaning_is_left_out(
     saliency: tuple[float | None, ...] | None, share: float | None
 ) -> None:
-    (summary,) = summarize(KeepList(2, {0: LayerKeep((0,), (1,), (), saliency)}))
-    assert summary.dropped_share == (share if share is None else pytest.approx(share))
+    found = dropped_share(LayerKeep((0,), (1,), (), saliency))
+    assert found == (share if share is None else pytest.approx(share))
 
 
 def reference_super_experts(rows: Rows) -> set[tuple[int, int]]:
@@ -285,10 +284,10 @@ def test_a_tenth_of_the_maximum_must_be_exceeded_and_late_layers_do_not_count() 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_activation_norms_without_a_percentile_are_refused(value: float) -> None:
+def test_activation_norms_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(ScoreError, match=f"layer 3: max_activations of expert 1 is {value}"):
         super_experts({3: row(1, value)})
 
 
-def test_no_activation_norms_name_no_super_experts() -> None:
+def test_without_activation_norms_there_are_no_super_experts() -> None:
     assert super_experts({}) == {}

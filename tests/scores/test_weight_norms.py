@@ -74,14 +74,14 @@ def test_a_storage_without_a_norm_is_refused_by_its_tensor(scheme: str, tmp_path
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "kimi_linear"])
-def test_experts_in_floats(family: str) -> None:
+def test_experts_in_floats_have_the_norm_of_their_matrices(family: str) -> None:
     folder = FIXTURES / family
     tensors = read_tensors(folder)
     weights = {name: t for name, t in tensors.items() if EXPERT.fullmatch(name[: -len(".weight")])}
     assert_norms(folder, weights, 1e-12)
 
 
-def test_stacked_experts_without_their_biases(tmp_path: Path) -> None:
+def test_stacked_experts_have_the_norm_of_their_matrices_without_biases(tmp_path: Path) -> None:
     folder = written(fixture("gpt_oss_bf16"), tmp_path)
     tensors = read_tensors(folder)
     for layer, row in norms(folder).items():
@@ -144,7 +144,7 @@ def codes(bits: int, rows: int, columns: int, seed: int) -> torch.Tensor:
         (8, 6, 7, 7),
     ],
 )
-def test_packed_codes_of_every_shape(
+def test_packed_codes_of_every_shape_have_the_norm_of_their_weights(
     monkeypatch: pytest.MonkeyPatch,
     piece: int,
     symmetric: bool,
@@ -186,7 +186,7 @@ def test_packed_codes_of_every_shape(
         ((6, 64), (6, 2), None, (1, 32)),
     ],
 )
-def test_scales_of_every_grid(
+def test_scales_of_every_grid_apply_to_their_own_weights(
     monkeypatch: pytest.MonkeyPatch,
     piece: int,
     shape: tuple[int, int],
