@@ -16,6 +16,10 @@ from shardsurgeon.families.schema import ConfigKeys, Family
 # A list over all layers, MTP layers included and 0 for dense ones, which pruned models carry whose
 # layers keep different numbers. No engine's release reads it.
 PER_LAYER_KEY = "num_routed_experts_per_layer"
+# transformers' key, and that of compressed-tensors before transformers had one.
+QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config"})
+
+JsonPath = tuple[str | int, ...]
 
 
 def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
@@ -26,9 +30,22 @@ def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] 
     return node if isinstance(node, Mapping) else None
 
 
-def config_values(
-    node: object, keys: tuple[str, ...]
-) -> Iterator[tuple[tuple[str | int, ...], object]]:
+def quantization_sections(
+    config: Mapping[str, Any], path: JsonPath = ()
+) -> Iterator[tuple[JsonPath, Mapping[str, Any]]]:
+    """(path, section) of every part of a config that says how weights are quantized.
+
+    At the top or in the text model's part, at whatever depth; empty ones are left out. path: that
+    of `config` itself.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if value and key in QUANTIZATION_KEYS:
+                yield (*path, key), value
+            yield from quantization_sections(value, (*path, key))
+
+
+def config_values(node: object, keys: tuple[str, ...]) -> Iterator[tuple[JsonPath, object]]:
     """(path, value) of every value at a path of keys, of which `*` stands for all there are.
 
     A list at the end of the path gives each of its elements: some configs say it per layer.

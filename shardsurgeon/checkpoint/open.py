@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS
 from shardsurgeon.errors import UndeclaredFamilyError, UsageError
 from shardsurgeon.families.schema import Family, is_declared, parse_family, read_family
 from shardsurgeon.storage.formats.index import CONFIG_NAME
@@ -175,7 +176,7 @@ class _FamilyGuess:
         found = [
             (path, node)
             for path, node in _objects(self._config, "")
-            if any(key in node for key in _COUNTS) and "quantization_config" not in path
+            if any(key in node for key in _COUNTS) and QUANTIZATION_KEYS.isdisjoint(path.split("."))
         ]
         if len(found) != 1:
             self._doubt(f"config.json counts experts in {len(found)} places")

@@ -15,8 +15,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from shardsurgeon.checkpoint.config import config_section
-from shardsurgeon.checkpoint.quantization import Shape
+from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS, config_section
+from shardsurgeon.checkpoint.quantization_schemes import Shape
 from shardsurgeon.errors import UsageError
 from shardsurgeon.families.schema import Family, TransformersView
 
@@ -256,7 +256,7 @@ def _class_of(engine: _Engine, settings: Any) -> Any:
 
 def _without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without quantization, remote code and the choice of attention kernels."""
-    left_out = ("quantization_config", "compression_config", "auto_map")
+    left_out = (*QUANTIZATION_KEYS, "auto_map")
     return {
         key: _without_kernels(value) if isinstance(value, Mapping) else value
         for key, value in config.items()

@@ -14,9 +14,11 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import (
     PER_LAYER_KEY,
+    QUANTIZATION_KEYS,
     config_section,
     config_values,
     per_layer_paths,
+    quantization_sections,
 )
 from shardsurgeon.checkpoint.quantization_names import (
     NamedExpert,
@@ -101,8 +103,7 @@ def partial_lists(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> l
 
 def quantization_name(config: Mapping[str, Any]) -> str | None:
     """The quantization in a few words: `compressed-tensors pack-quantized`, `fp8`, or None."""
-    for path in _quantization_paths(config):
-        section = _at(config, path)
+    for _, section in quantization_sections(config):
         words = [section.get("quant_method"), section.get("format") or section.get("quant_algo")]
         return " ".join(str(word) for word in words if word) or "unnamed"
     return None
@@ -203,7 +204,7 @@ def _refuse_forgotten_counts(
         names = [part for part in path if isinstance(part, str)]
         if type(value) is not int or value != num_experts:
             continue
-        if path in changes or not names or "quantization_config" in names:
+        if path in changes or not names or not QUANTIZATION_KEYS.isdisjoint(names):
             continue
         if _COUNT_KEY.search(names[-1]) and not _NOT_A_COUNT.search(names[-1]):
             dotted = ".".join(map(str, path))
@@ -214,31 +215,15 @@ def _refuse_forgotten_counts(
             )
 
 
-def _quantization_paths(config: Mapping[str, Any]) -> list[Path]:
-    """Where a config keeps its quantization: at the top, or in the text model's part."""
-    return [
-        path
-        for path, value in _objects(config, ())
-        if path and path[-1] in ("quantization_config", "compression_config") and value
-    ]
-
-
 def _sections(config: Mapping[str, Any], anatomy: Anatomy) -> list[Path]:
     """The quantization of the model itself, not of another one in the same config."""
-    return [path for path in _quantization_paths(config) if not _is_below(path, anatomy)]
+    return [path for path, _ in quantization_sections(config) if not _is_below(path, anatomy)]
 
 
 def _is_below(path: Path, anatomy: Anatomy) -> bool:
     """Whether a path of the config speaks of other experts, a talker's say."""
     others = (tuple(dotted.split(".")) for dotted in anatomy.family.config.elsewhere)
     return any(path[: len(other)] == other for other in others)
-
-
-def _objects(node: object, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    if isinstance(node, Mapping):
-        yield path, node
-        for key, value in node.items():
-            yield from _objects(value, (*path, key))
 
 
 def _leaves(node: object, path: Path) -> Iterator[tuple[Path, object]]:

@@ -15,7 +15,8 @@ from os import PathLike
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from shardsurgeon.checkpoint.quantization import Shape, read_weights
+from shardsurgeon.checkpoint.quantization import read_weights
+from shardsurgeon.checkpoint.quantization_schemes import Shape
 from shardsurgeon.checkpoint.roles import Carried
 from shardsurgeon.checkpoint.transformers_model import (
     OPTION,
