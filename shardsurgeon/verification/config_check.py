@@ -11,6 +11,7 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import (
     PER_LAYER_KEY,
+    QUANTIZATION_KEYS,
     config_section,
     config_values,
     per_layer_paths,
@@ -22,6 +23,7 @@ from shardsurgeon.checkpoint.quantization_names import (
     plain_name,
 )
 from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
 from shardsurgeon.verification.record import RetainedIds
@@ -32,7 +34,6 @@ QUANTIZATION_FILES = (
     "quant_config.json",
     "quantization_config.json",
 )
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Keys that count experts, and keys about experts that count something else.
 _COUNTING = re.compile(r"expert|routed", re.IGNORECASE)
 _NOT_COUNTING = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
@@ -84,16 +85,7 @@ def _load(checkpoint: Checkpoint, name: str) -> Any:
     """A JSON file, its numbers as they are spelled. Raises ValueError where it is none."""
     nbytes = next(file.nbytes for file in checkpoint.files if file.name == name)
     text = checkpoint.source.read(name, 0, nbytes).decode("utf-8-sig")
-    return json.loads(
-        text, parse_float=_Spelled, parse_constant=_Spelled, object_pairs_hook=_members
-    )
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return members
+    return parse_json(text, parse_float=_Spelled, parse_constant=_Spelled)
 
 
 def _counts_no_mtp(anatomy: Anatomy, pairing: Pairing, found: Any) -> bool:
@@ -135,7 +127,7 @@ class _Expected:
     def config(self, value: Any, path: Path) -> Any:
         if path in self._elsewhere:
             return value
-        if path and path[-1] in _QUANTIZATION_KEYS:
+        if path and path[-1] in QUANTIZATION_KEYS:
             return self.quantization(value)
         if isinstance(value, dict):
             members = {key: self.config(inner, (*path, key)) for key, inner in value.items()}
@@ -160,7 +152,7 @@ class _Expected:
         for at, value in _integers(found, path):
             name = next((part for part in reversed(at) if isinstance(part, str)), "")
             inside = {at[:length] for length in range(1, len(at) + 1)}
-            if inside & self._elsewhere or set(at) & set(_QUANTIZATION_KEYS):
+            if inside & self._elsewhere or not QUANTIZATION_KEYS.isdisjoint(at):
                 continue
             counts = _COUNTING.search(name) and not _NOT_COUNTING.search(name)
             if counts and value == old and self._counts.of(at, value) is None:

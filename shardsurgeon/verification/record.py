@@ -7,14 +7,13 @@ the choice of experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, LayerRecord, Provenance
+from shardsurgeon.storage.formats.strict_json import as_number, parse_json
 from shardsurgeon.verification.findings import Findings
 
 _LEAST = "min_retained_saliency"
@@ -148,7 +147,7 @@ def check_saliencies(pruned: Checkpoint, findings: Findings) -> None:
     if record is None:
         return
     (size,) = (file.nbytes for file in pruned.files if file.name == PROVENANCE_NAME)
-    content = json.loads(pruned.source.read(PROVENANCE_NAME, 0, size))
+    content = parse_json(pruned.source.read(PROVENANCE_NAME, 0, size))
     for key, fields in content["layers"].items():
         where = f"{PROVENANCE_NAME} layers.{key}"
         layer = record.layers[int(key)]
@@ -192,5 +191,4 @@ def _saliencies(layer: LayerRecord, members: Collection[int], ids: range) -> Ite
 
 
 def _number(fields: object, key: str) -> float | None:
-    value: Any = fields.get(key) if isinstance(fields, Mapping) else None
-    return float(value) if isinstance(value, int | float) else None
+    return as_number(fields.get(key)) if isinstance(fields, Mapping) else None
