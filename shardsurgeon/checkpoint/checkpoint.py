@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from typing import Any
 
+from shardsurgeon.checkpoint.files import SINGLE_SHARD, other_formats, root_safetensors
 from shardsurgeon.checkpoint.provenance import (
     PROVENANCE_NAME,
     Provenance,
@@ -30,10 +31,8 @@ from shardsurgeon.storage.formats.safetensors import Header, header_length, pars
 from shardsurgeon.storage.open import hub_name, open_source
 from shardsurgeon.storage.source import Source, SourceFile
 
-_SINGLE = "model.safetensors"
 _DIGITS = re.compile(r"(\d+)")
 _NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
-_OTHER_FORMATS = {".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack"}
 # Over a network each header is two answers waited for; a model has up to a few hundred.
 _HEADERS_AT_ONCE = 16
 
@@ -124,7 +123,7 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
         raw = _read_whole(source, files[PROVENANCE_NAME])
         foreign = is_foreign(raw)
         provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
-    unindexed = tuple(sorted(set(_root_safetensors(files)) - set(names)))
+    unindexed = tuple(sorted(set(root_safetensors(files)) - set(names)))
     notes = list(getattr(source, "notes", ()))
     notes += [f"{name} is not in the index and is left out" for name in unindexed]
     if foreign:
@@ -150,9 +149,9 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
 
 def _no_model(source: Source, files: Mapping[str, SourceFile]) -> CheckpointError:
     """The error for a place without config.json: it may hold a model in another format."""
-    if source.is_remote and not _root_safetensors(files):
-        suffixes = {"." + name.rpartition(".")[2] for name in files} & _OTHER_FORMATS
-        but = f", only {', '.join(sorted(suffixes))}" if suffixes else ""
+    if source.is_remote and not root_safetensors(files):
+        suffixes = other_formats(files)
+        but = f", only {', '.join(suffixes)}" if suffixes else ""
         return CheckpointError(
             source.location,
             f"holds no .safetensors file{but}",
@@ -170,15 +169,6 @@ def _read_whole(source: Source, file: SourceFile) -> bytes:
     return source.read(file.name, 0, file.nbytes)
 
 
-def _root_safetensors(files: Iterable[str]) -> list[str]:
-    """The safetensors files at the top; Mistral's own `consolidated` ones are another format."""
-    return sorted(
-        name
-        for name in files
-        if "/" not in name and name.endswith(".safetensors") and not name.startswith("consolidated")
-    )
-
-
 def _shard_names(source: Source, files: Mapping[str, SourceFile], index: Index | None) -> list[str]:
     if index is not None:
         names = sorted(set(index.weight_map.values()), key=_natural)
@@ -192,9 +182,9 @@ def _shard_names(source: Source, files: Mapping[str, SourceFile], index: Index |
         if not names:
             raise IndexFileError(_at(source, INDEX_NAME), "weight_map is empty")
         return names
-    if _SINGLE in files:
-        return [_SINGLE]
-    return _shards_without_index(source, _root_safetensors(files))
+    if SINGLE_SHARD in files:
+        return [SINGLE_SHARD]
+    return _shards_without_index(source, root_safetensors(files))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.errors import CheckpointError
 from shardsurgeon.storage.formats.strict_json import CheckedJson, parse_json
 
-PROVENANCE_NAME = "calibration/reap_pruning_metadata.json"
+PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
 # 2 where layers have different numbers of experts, which readers of 1 alone must not take for
 # one of their own.
 FORMATS = (1, 2)

@@ -35,14 +35,6 @@ from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Ren
 
 Path = tuple[str | int, ...]
 
-# Side files that repeat the quantization lists of config.json.
-QUANTIZATION_FILES = (
-    "hf_quant_config.json",  # ModelOpt
-    "quantize_config.json",  # GPTQ
-    "quant_config.json",  # AWQ
-    "quantization_config.json",  # AutoRound
-)
-
 _COUNT_KEY = re.compile(r"expert|routed")
 _NOT_A_COUNT = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
 

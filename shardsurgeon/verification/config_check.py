@@ -16,6 +16,7 @@ from shardsurgeon.checkpoint.config import (
     config_values,
     per_layer_paths,
 )
+from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.checkpoint.quantization_names import (
     NamedExpert,
     is_regex,
@@ -28,12 +29,6 @@ from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
 from shardsurgeon.verification.record import RetainedIds
 
-QUANTIZATION_FILES = (
-    "hf_quant_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "quantization_config.json",
-)
 # Keys that count experts, and keys about experts that count something else.
 _COUNTING = re.compile(r"expert|routed", re.IGNORECASE)
 _NOT_COUNTING = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")

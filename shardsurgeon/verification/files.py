@@ -12,20 +12,18 @@ import re
 from itertools import pairwise
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
-from shardsurgeon.checkpoint.files import set_aside
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES, set_aside
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, RangeComparer
-from shardsurgeon.verification.config_check import QUANTIZATION_FILES
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pair
 
 _HEADER_UNIT = 8
 
-_CALIBRATION = "calibration/"
 # Far places that know contents by digest stamp files with it: sha256, or git's own of small ones.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -182,7 +180,7 @@ def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
     copied = {file.name for file in source.files} - old_shards
     for file in pruned.files:
         name = file.name
-        if name in shards or name.startswith(_CALIBRATION):
+        if name in shards or name.startswith(CALIBRATION_FOLDER):
             continue
         if _holds_other_weights(name) or (name.endswith(".safetensors") and name not in copied):
             findings.add(name, "is a weight file that is no part of the model")
@@ -195,7 +193,7 @@ def _moved(name: str, nbytes: int, there: dict[str, int]) -> list[str]:
     return [
         other
         for other, size in there.items()
-        if other.startswith(f"{_CALIBRATION}{stem}") and size == nbytes
+        if other.startswith(f"{CALIBRATION_FOLDER}{stem}") and size == nbytes
     ]
 
 
