@@ -1,7 +1,7 @@
-"""The metadata file that records what was removed: its value, its bytes, and how it is read back.
+"""The metadata file that records what was removed: its value, its bytes, and how it is read.
 
-Every pruned checkpoint carries it. `lineage` builds the value when a checkpoint is pruned;
-`checkpoint` reads it when a pruned checkpoint is pruned again. No files are touched here.
+Every pruned checkpoint has it. `pruning.lineage` makes the value when a checkpoint is pruned;
+`checkpoint` reads it when a pruned checkpoint is opened. No files are opened here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from shardsurgeon.errors import CheckpointError
 from shardsurgeon.storage.formats.strict_json import CheckedJson, parse_json
 
 PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
-# 2 where layers have different numbers of experts, which readers of 1 alone must not take for
-# one of their own.
+# 2 where layers have different numbers of experts: a reader that knows format 1 only must refuse
+# such a file.
 FORMATS = (1, 2)
 METHOD = "reap"
 
@@ -74,8 +74,10 @@ class LayerRecord:
         return len(self.retained) + len(self.pruned)
 
     def cut(self, ids: range) -> dict[str, float | None]:
-        """The saliencies on both sides of the cut among `ids`, preserved and unknown ones left
-        out; None where nothing is left."""
+        """The lowest retained and the highest pruned saliency among `ids`.
+
+        Preserved experts and unknown values are left out; None where no value remains.
+        """
         kept = frozenset(self.retained).difference(self.preserved)
         return {
             "min_retained_saliency": min(self._known(kept, ids), default=None),
@@ -89,7 +91,7 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The whole file.
+    """The content of the file.
 
     num_experts_before: of the first, unpruned model; num_experts_after: now; both of the largest
     layers, dropped ones included, where layers differ. n_group: the router's groups; layers:
@@ -104,13 +106,13 @@ class Provenance:
 
     @property
     def ratio(self) -> float:
-        """The ratio last asked for; where the last prune had none, the fraction of the original
-        experts that is gone."""
+        """The ratio last asked for; where the last prune was not asked for by ratio, the fraction
+        of the original experts that has been removed."""
         last = self.steps[-1]
         records = self.layers.values()
         gone = sum(len(record.pruned) for record in records)
-        everyone = sum(record.num_experts for record in records)
-        return last.ratio if last.selection == "ratio" else gone / everyone
+        original = sum(record.num_experts for record in records)
+        return last.ratio if last.selection == "ratio" else gone / original
 
     @property
     def is_uniform(self) -> bool:
