@@ -1,10 +1,10 @@
 """Which tensor is what: a checkpoint read by the declaration of its family.
 
-Takes a Checkpoint, gives an Anatomy: the MoE layers with their experts' sizes, the routing
-numbers, and `role`, which says of any tensor what removing experts does to it. Everything in an
-MoE block is claimed by a rule of the family or refused by name. All layers must be made alike:
-an engine leaves a missing scale or router bias at whatever lies in memory, so a checkpoint that
-lost one is not pruned.
+`read_anatomy` makes an Anatomy of a Checkpoint: the MoE layers with their experts' sizes, the
+routing numbers, and `role`, which says what removing experts does to a tensor. Every tensor in an
+MoE block is claimed by a rule of the family, or refused by name. All layers must have the same
+tensors: an engine leaves a missing scale or router bias uninitialised, so a checkpoint that lost
+one is not pruned.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class MoELayer:
 class Anatomy:
     """A checkpoint's layers, experts and routing.
 
-    layers: ascending by index, MTP layers last. mtp_nbytes: bytes that go when the MTP layers
-    go. num_layers: decoder layers without MTP. num_experts: of the largest layers.
-    shared_count: the one count that the config says of every layer; own_mtp_count: whether it
-    says another of the MTP layers. uneven: layers whose experts differ in dtype or shape.
+    layers: ascending by index, MTP layers last. carried_nbytes: bytes outside of experts and MTP
+    layers; mtp_nbytes: bytes outside of experts that are removed with the MTP layers. num_layers:
+    decoder layers without MTP. num_experts: of the largest layers. shared_count: the count that
+    the config gives for all layers; own_mtp_count: whether it gives the MTP layers another one.
+    uneven: layers whose experts differ in dtype or shape.
     """
 
     family: Family
@@ -104,7 +105,7 @@ class Anatomy:
 
     @property
     def expert_nbytes(self) -> int:
-        """Bytes of one expert of one layer: the largest there is."""
+        """Bytes of the largest expert of any layer."""
         return max(max(layer.expert_nbytes) for layer in self.layers)
 
     def role(self, record: TensorRecord) -> Role:
@@ -112,9 +113,9 @@ class Anatomy:
         return self.reader.role(record)
 
     def total_nbytes(self, kept: int | Mapping[int, int], *, drop_mtp: bool = False) -> int:
-        """Bytes of tensor data with `kept` experts a layer, or kept[layer] of each, at most.
+        """Bytes of tensor data that `kept` experts per layer, or kept[layer], make at most.
 
-        Exact where a layer's experts are of one size; else it counts the largest ones.
+        Exact where the experts of a layer have one size; otherwise the largest ones are counted.
         """
         nbytes = self.carried_nbytes + (0 if drop_mtp else self.mtp_nbytes)
         for layer in self.layers:
@@ -139,9 +140,8 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     numbers = read_numbers(family, config, where)
     reader = NameReader(family, numbers.num_layers, numbers.experts, numbers.extra_rows)
     census = _Census(checkpoint.location, reader)
-    for shard in checkpoint.shards:
-        for record in shard.header.tensors:
-            census.see(record)
+    for record in checkpoint.records:
+        census.see(record)
     census.check()
     reader.settle(census.moe_layers)
     census.weigh_others()
@@ -171,10 +171,10 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
 
 
 class _Census:
-    """Counts what is there: all tensors once, and the few that are no expert's own once more.
+    """Counts tensors and bytes in two passes, the second over the few that no expert owns.
 
-    The first look finds the layers that have experts, weighs these, and sees which of an
-    expert's tensors exist; the second, with the layers known, weighs everything else and
+    The first finds the layers that have experts, adds up the experts' own bytes, and notes which
+    of an expert's tensors exist. The second, with the layers known, adds up everything else and
     refuses what no rule claims.
     """
 
@@ -201,12 +201,12 @@ class _Census:
         return tuple(sorted({*self._experts, *self._stacked, *self._routers}))
 
     def see(self, record: TensorRecord) -> None:
-        """Note who is there."""
+        """Note one tensor: the first pass."""
         role = self._reader.role(record)
         if isinstance(role, ExpertTensor):
             own = self._own_nbytes.setdefault(role.layer, {})
             own[role.expert] = own.get(role.expert, 0) + record.nbytes
-            # The same for every expert of the layer; told apart by one bit each.
+            # A name without its expert, the same for every expert, is one bit of a mask.
             part = record.name[: role.begin], record.name[role.end :]
             bit = 1 << self._parts.setdefault(part, len(self._parts))
             stored = record.dtype, record.shape
@@ -227,7 +227,7 @@ class _Census:
         self._note(record, role)
 
     def _note(self, record: TensorRecord, role: Role) -> None:
-        """Keep what a layer's block has, to compare it with the others'."""
+        """Remember what a layer's block has, to compare the layers with each other."""
         place = self._reader.place(record.name)
         if place is None:
             return
@@ -244,7 +244,7 @@ class _Census:
             block.weights[record.name[start:]] = record.dtype
 
     def weigh_others(self) -> None:
-        """Weigh what is no expert's own, and share the rows of stacked tensors out."""
+        """Add up what no expert owns, and give each expert its rows of stacked tensors."""
         for record in self._others:
             role = self._reader.role(record)
             if isinstance(role, Sliced):
@@ -281,7 +281,7 @@ class _Census:
         )
 
     def _router_name(self) -> str:
-        """What a router is called behind its layer's prefix: as in another layer, if there is."""
+        """A router's name behind its layer's prefix, taken from another layer where one has it."""
         for layer, name in self._routers.items():
             return name.removeprefix(self._blocks[layer].prefix)
         return self._reader.router_name
@@ -314,7 +314,7 @@ class _Census:
                 )
 
     def layers(self) -> tuple[MoELayer, ...]:
-        """The layers found, weighed."""
+        """The layers found, with the sizes of their experts."""
         return tuple(
             MoELayer(
                 index=layer,
@@ -327,7 +327,7 @@ class _Census:
         )
 
     def _expert_nbytes(self, layer: int) -> tuple[int, ...]:
-        """Each expert's own tensors, and its rows of the tensors of all."""
+        """Bytes of each expert: its own tensors and its rows of stacked ones."""
         own, rows = self._own_nbytes.get(layer, {}), self._rows.get(layer, 0)
         return tuple(own.get(expert, 0) + rows for expert in range(self._reader.experts_of(layer)))
 
@@ -361,7 +361,7 @@ def check_layers_consistent(
     varies: Callable[[str], bool],
     location: str,
 ) -> None:
-    """Every MoE layer has what the others have.
+    """Refuse an MoE layer that lacks what the others have.
 
     main: whether a layer's number is one of the main model's; an MTP layer may be stored in
     another way. varies: names of router tensors that only some layers have. Raises FamilyError
@@ -390,7 +390,7 @@ _Kind = frozenset[tuple[str, str]]
 
 
 def _pairs(kinds: Mapping[int, _Kind]) -> Iterator[tuple[int, int]]:
-    """(layer, one that differs from it): of the few ways in which layers differ, each once."""
+    """(layer, another that differs from it), one pair for each two kinds of layers."""
     examples: dict[_Kind, int] = {}
     for layer, kind in sorted(kinds.items()):
         examples.setdefault(kind, layer)

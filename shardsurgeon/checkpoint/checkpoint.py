@@ -1,6 +1,6 @@
-"""A checkpoint opened: every header, the index, the config, the names of the rest. No weights.
+"""A checkpoint opened: every header, the index, the config, the names of all files. No weights.
 
-Reads a source through its headers and hands one frozen value to `anatomy`.
+Reads what a source has besides weights into one frozen value, which `anatomy` interprets.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from typing import Any
 
+from shardsurgeon.checkpoint.files import SINGLE_SHARD, other_formats, root_safetensors
 from shardsurgeon.checkpoint.provenance import (
     PROVENANCE_NAME,
     Provenance,
@@ -26,15 +27,18 @@ from shardsurgeon.errors import CheckpointError, ConfigError, HeaderError, Index
 from shardsurgeon.families.schema import Family
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, Index, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
-from shardsurgeon.storage.formats.safetensors import Header, header_length, parse_header
+from shardsurgeon.storage.formats.safetensors import (
+    Header,
+    TensorRecord,
+    header_length,
+    parse_header,
+)
 from shardsurgeon.storage.open import hub_name, open_source
 from shardsurgeon.storage.source import Source, SourceFile
 
-_SINGLE = "model.safetensors"
 _DIGITS = re.compile(r"(\d+)")
 _NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
-_OTHER_FORMATS = {".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack"}
-# Over a network each header is two answers waited for; a model has up to a few hundred.
+# Over a network each header takes two round trips; a model has up to a few hundred shards.
 _HEADERS_AT_ONCE = 16
 
 
@@ -50,15 +54,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything of a checkpoint but its weights.
+    """Everything of a checkpoint except its weights.
 
     files: every file of the source; shards: the weight files, in order of their names;
     config: config.json; index_metadata: the index's `metadata`, or None for a checkpoint
-    without an index (its weight map is checked against the shards and let go); provenance:
+    without an index (its weight map is checked against the shards and not kept); provenance:
     what an earlier prune by this tool wrote, or None; unindexed: safetensors files that the
-    index does not name and that therefore are no part of the model; notes: what a user
-    should know and need not mend; family: a declaration that takes the place of the shipped
-    ones; unlisted: tensors of the shards that the index forgot.
+    index does not name and that are therefore not part of the model; notes: what a user should
+    know and need not repair; family: a declaration to use in place of the shipped ones;
+    unlisted: tensors of the shards that the index does not name.
     """
 
     source: Source
@@ -74,12 +78,12 @@ class Checkpoint:
 
     @property
     def location(self) -> str:
-        """Where it lies, for messages."""
+        """Its folder or address, for messages."""
         return self.source.location
 
     @cached_property
     def config_sha256(self) -> str:
-        """The fingerprint of config.json's bytes."""
+        """SHA-256 of config.json's bytes, in hex."""
         return hashlib.sha256(self.config.edit({})).hexdigest()
 
     @property
@@ -90,6 +94,16 @@ class Checkpoint:
         return value
 
     @property
+    def records(self) -> Iterator[TensorRecord]:
+        """The header entries of all tensors, shard after shard."""
+        return (record for shard in self.shards for record in shard.header.tensors)
+
+    def read_file(self, name: str) -> bytes:
+        """A whole file, which must be small and in `files`. Raises SourceReadError."""
+        nbytes = next(file.nbytes for file in self.files if file.name == name)
+        return self.source.read(name, 0, nbytes)
+
+    @property
     def num_tensors(self) -> int:
         """How many tensors the shards hold."""
         return sum(len(shard.header.tensors) for shard in self.shards)
@@ -97,14 +111,14 @@ class Checkpoint:
     @cached_property
     def total_size(self) -> int:
         """Bytes of tensor data, as an index's `total_size` counts them."""
-        return sum(record.nbytes for shard in self.shards for record in shard.header.tensors)
+        return sum(record.nbytes for record in self.records)
 
 
 def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
-    """Open a checkpoint by whatever `open_source` understands, or from a Source.
+    """Open a checkpoint; model: anything that `open_source` takes, or a Source.
 
-    Raises what that raises, and CheckpointError and its children where a file is missing, broken
-    or contradicts another one. Reads headers and JSON only.
+    Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
+    its subclasses where a file is missing, broken or contradicts another one.
     """
     source = open_source(model)
     files = {file.name: file for file in source.list()}
@@ -124,7 +138,7 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
         raw = _read_whole(source, files[PROVENANCE_NAME])
         foreign = is_foreign(raw)
         provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
-    unindexed = tuple(sorted(set(_root_safetensors(files)) - set(names)))
+    unindexed = tuple(sorted(set(root_safetensors(files)) - set(names)))
     notes = list(getattr(source, "notes", ()))
     notes += [f"{name} is not in the index and is left out" for name in unindexed]
     if foreign:
@@ -150,9 +164,9 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
 
 def _no_model(source: Source, files: Mapping[str, SourceFile]) -> CheckpointError:
     """The error for a place without config.json: it may hold a model in another format."""
-    if source.is_remote and not _root_safetensors(files):
-        suffixes = {"." + name.rpartition(".")[2] for name in files} & _OTHER_FORMATS
-        but = f", only {', '.join(sorted(suffixes))}" if suffixes else ""
+    if source.is_remote and not root_safetensors(files):
+        suffixes = other_formats(files)
+        but = f", only {', '.join(suffixes)}" if suffixes else ""
         return CheckpointError(
             source.location,
             f"holds no .safetensors file{but}",
@@ -170,15 +184,6 @@ def _read_whole(source: Source, file: SourceFile) -> bytes:
     return source.read(file.name, 0, file.nbytes)
 
 
-def _root_safetensors(files: Iterable[str]) -> list[str]:
-    """The safetensors files at the top; Mistral's own `consolidated` ones are another format."""
-    return sorted(
-        name
-        for name in files
-        if "/" not in name and name.endswith(".safetensors") and not name.startswith("consolidated")
-    )
-
-
 def _shard_names(source: Source, files: Mapping[str, SourceFile], index: Index | None) -> list[str]:
     if index is not None:
         names = sorted(set(index.weight_map.values()), key=_natural)
@@ -192,9 +197,9 @@ def _shard_names(source: Source, files: Mapping[str, SourceFile], index: Index |
         if not names:
             raise IndexFileError(_at(source, INDEX_NAME), "weight_map is empty")
         return names
-    if _SINGLE in files:
-        return [_SINGLE]
-    return _shards_without_index(source, _root_safetensors(files))
+    if SINGLE_SHARD in files:
+        return [SINGLE_SHARD]
+    return _shards_without_index(source, root_safetensors(files))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -284,9 +289,10 @@ def _open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
 def _check_tensors(
     source: Source, shards: tuple[Shard, ...], index: Index | None
 ) -> tuple[str, ...]:
-    """Every tensor in one shard only, and where the index says; those that it does not list.
+    """Refuse a tensor that is in two shards, or not where the index says.
 
-    Loaders read whole shards, so a tensor that the index forgot is part of the model.
+    Returns the tensors that the index does not list: loaders read whole shards, so these are part
+    of the model.
     """
     home: dict[str, str] = {}
     for shard in shards:

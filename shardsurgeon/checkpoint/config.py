@@ -1,6 +1,6 @@
-"""The values that a model's config.json holds, every spelling of its family considered. Pure.
+"""What a model's config.json says: counts in every spelling of its family, and sections. Pure.
 
-`anatomy` compares what the config says with the tensors.
+`anatomy` compares the counts with the tensors.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from shardsurgeon.checkpoint.roles import ExpertCounts
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.families.schema import ConfigKeys, Family
 
-# A list over all layers, MTP layers included and 0 for dense ones, which pruned models carry whose
-# layers keep different numbers. No engine's release reads it.
+# Experts of every layer, MTP layers included, 0 for dense ones. Pruned models whose layers keep
+# different numbers have this list; no engine's release reads it.
 PER_LAYER_KEY = "num_routed_experts_per_layer"
+# transformers' key, and that of compressed-tensors before transformers had one.
+QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config"})
+
+JsonPath = tuple[str | int, ...]
 
 
 def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
@@ -26,12 +30,25 @@ def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] 
     return node if isinstance(node, Mapping) else None
 
 
-def config_values(
-    node: object, keys: tuple[str, ...]
-) -> Iterator[tuple[tuple[str | int, ...], object]]:
-    """(path, value) of every value at a path of keys, of which `*` stands for all there are.
+def quantization_sections(
+    config: Mapping[str, Any], path: JsonPath = ()
+) -> Iterator[tuple[JsonPath, Mapping[str, Any]]]:
+    """(path, section) of every part of a config that says how weights are quantized.
 
-    A list at the end of the path gives each of its elements: some configs say it per layer.
+    At the top or in the text model's part, at whatever depth; empty ones are left out. path: that
+    of `config` itself.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if value and key in QUANTIZATION_KEYS:
+                yield (*path, key), value
+            yield from quantization_sections(value, (*path, key))
+
+
+def config_values(node: object, keys: tuple[str, ...]) -> Iterator[tuple[JsonPath, object]]:
+    """(path, value) of every value at a path of keys, in which `*` is every key or position.
+
+    A list at the end of the path gives each of its elements: some configs have one per layer.
     """
     if not keys and not isinstance(node, list):
         yield (), node
@@ -65,12 +82,12 @@ class Numbers:
 
 
 def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbers:
-    """What a config says. Raises ConfigError, naming `where`, for what is missing or no number,
-    and for spellings that disagree."""
+    """The counts of a config. Raises ConfigError, naming `where`, for one that is missing or not
+    a number, and for spellings that disagree."""
     keys = family.config
     sections = [s for s in (config_section(config, at) for at in keys.at) if s is not None]
     spellings = (*keys.num_experts, *filter(None, (keys.per_layer,)), PER_LAYER_KEY)
-    section = next((s for s in sections if any(_said(s, key) for key in spellings)), None)
+    section = next((s for s in sections if any(_values_at(s, key) for key in spellings)), None)
     if section is None:
         raise ConfigError(
             where,
@@ -87,7 +104,7 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     return Numbers(
         num_layers=num_layers,
         experts=_experts(section, keys, num_layers, where),
-        own_mtp_count=any(_said(section, name) for name in own),
+        own_mtp_count=any(_values_at(section, name) for name in own),
         top_k=number(keys.top_k, None),
         n_group=n_group,
         topk_group=max(number(keys.topk_group, n_group), 1),
@@ -97,7 +114,7 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
 
 
 def per_layer_paths(keys: ConfigKeys, num_layers: int) -> list[tuple[tuple[str, ...], int]]:
-    """(path, number of the layer that is 0 there) of every place that says experts per layer."""
+    """(path, first layer) of every place with experts per layer, which counts from that layer."""
     places = ((f"{PER_LAYER_KEY}.*", 0), (keys.per_layer, 0), (keys.per_mtp_layer, num_layers))
     return [(tuple(dotted.split(".")), first) for dotted, first in places if dotted]
 
@@ -109,7 +126,7 @@ def _experts(
     largest = max((n for layer, n in per_layer.items() if layer < num_layers), default=None)
     every = _number(section, keys.num_experts, largest, where)
     for name in keys.num_experts:
-        other = next((n for n in _said(section, name) if n != every), None)
+        other = next((n for n in _values_at(section, name) if n != every), None)
         if other is not None:
             problem = f"says {every} and {other!r} experts ({name})"
             remedy = "make the spellings agree"
@@ -143,7 +160,7 @@ def _number(
     section: Mapping[str, Any], names: tuple[str, ...], default: int | None, where: str
 ) -> int:
     for name in names:
-        numbers = _said(section, name)
+        numbers = _values_at(section, name)
         if not numbers:
             continue
         for number in numbers:
@@ -156,7 +173,7 @@ def _number(
     return default
 
 
-def _said(section: Mapping[str, Any], name: str) -> list[Any]:
-    """What a config says at a dotted path: one value, or one per layer; null says nothing."""
+def _values_at(section: Mapping[str, Any], name: str) -> list[Any]:
+    """The values at a dotted path of a config: one, or one per layer; null is left out."""
     values = config_values(section, tuple(name.split(".")))
     return [value for _, value in values if value is not None]

@@ -1,7 +1,7 @@
 """The many spellings of a layer in score files and keep-lists, and the number each one means.
 
-Scores and keep-lists come from many tools, which name a layer by number, by module path or in
-llama.cpp's way. Anything that could mean two layers means none.
+Scores and keep-lists come from many tools, which name a layer by number, by module path or as
+llama.cpp does. A name that could mean two layers is not taken for any.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerName:
 
 
 def parse_layer(key: object) -> LayerName | None:
-    """The layer that a key names, None where it names none or more than one.
+    """The layer that a key names; None where it does not name exactly one.
 
     Understood are 3, "3", "layer_3", "blk.3", "layers.3", "model.layers.3.mlp" (and blocks for
     layers), "mtp", "mtp.0", "mtp.layers.0.mlp", each with more after it; in a module path with

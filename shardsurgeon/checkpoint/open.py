@@ -1,8 +1,8 @@
-"""Open a model with the family that was asked for, or guess one where nobody declared it.
+"""Open a model with the family that was asked for, or guess one where none is declared.
 
-`--family auto` reads names, shapes and config and writes the TOML that a person would have
-written. Where two readings are possible it guesses nothing: the skeleton then says what is known
-and leaves the rest to fill in.
+`--family auto` reads names, shapes and config and writes the TOML that a person would write.
+Where two readings are possible it does not choose: the skeleton then says what is known, and the
+user fills in the rest.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS
 from shardsurgeon.errors import UndeclaredFamilyError, UsageError
 from shardsurgeon.families.schema import Family, is_declared, parse_family, read_family
 from shardsurgeon.storage.formats.index import CONFIG_NAME
@@ -34,17 +35,17 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layers")
 _GROUPS = ("n_group", "num_expert_group", "n_expert_group")
 _TOPK_GROUPS = ("topk_group", "n_limited_groups")
 _MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-# What every family calls the experts that all tokens pass; their width may equal the count.
+# Names that families give to experts which all tokens pass; their width may equal the count.
 _SHARED = re.compile(r"(?:^|\.)shared?_(?:experts?|mlp)(?:_gate)?\.")
 _EXPERT = re.compile(r"(?P<prefix>.*?\D)(?P<layer>\d+)\.(?P<block>.+\.)?experts\.\d+\..+")
 
 
 def open_model(model: str | os.PathLike[str] | None, family: str | None = None) -> Checkpoint:
-    """Open a checkpoint; model: a folder, None for the current one.
+    """Open a checkpoint; model: as `open_checkpoint` takes it, None for the current folder.
 
-    family: a file with the model's declaration, `auto` to read a model without one where that
-    leaves no doubt. Raises UsageError where the current folder is no model, and whatever
-    opening a checkpoint raises.
+    family: a file with the model's declaration; `auto` to read a model without one where names
+    and config leave no doubt; None for the shipped declarations. Raises UsageError where the
+    current folder is not a model, and whatever opening a checkpoint raises.
     """
     checkpoint = open_checkpoint(_named(model))
     if family is None:
@@ -106,7 +107,7 @@ def guess_family(checkpoint: Checkpoint) -> Guess:
 
 
 class _FamilyGuess:
-    """Collects what can be told, and what stands in the way, of one checkpoint."""
+    """What one checkpoint says of its family. ambiguities: why that is not enough."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.ambiguities: list[str] = []
@@ -117,16 +118,12 @@ class _FamilyGuess:
         if not isinstance(self._experts, int) or isinstance(self._experts, bool):
             self._doubt(f"{self._counts[0]} is no single number")
             self._experts = 0
-        self._shapes = {
-            record.name: record.shape
-            for shard in checkpoint.shards
-            for record in shard.header.tensors
-        }
+        self._shapes = {record.name: record.shape for record in checkpoint.records}
         self._prefix, self._block = self._place()
         self._routers, self._shared = self._others()
 
     def toml(self) -> str:
-        """The declaration as far as it can be told."""
+        """The declaration, as far as it is known."""
         architectures = self._config.get("architectures") or []
         lines = [
             'facts = "read off one checkpoint by shardsurgeon; check it"',
@@ -175,7 +172,7 @@ class _FamilyGuess:
         found = [
             (path, node)
             for path, node in _objects(self._config, "")
-            if any(key in node for key in _COUNTS) and "quantization_config" not in path
+            if any(key in node for key in _COUNTS) and QUANTIZATION_KEYS.isdisjoint(path.split("."))
         ]
         if len(found) != 1:
             self._doubt(f"config.json counts experts in {len(found)} places")
@@ -200,7 +197,7 @@ class _FamilyGuess:
         return places.pop()
 
     def _others(self) -> tuple[list[str], list[str]]:
-        """Names, relative to the layer, of what chooses experts and of what has no experts."""
+        """Names, relative to the layer, of tensors that choose experts, and of shared ones."""
         inside = re.compile(
             rf"{re.escape(self._prefix)}(?P<layer>\d+)\.(?P<rest>{re.escape(self._block)}.+)"
         )

@@ -1,23 +1,24 @@
-"""The metadata file that records what was removed: its value, its bytes, and how it is read back.
+"""The metadata file that records what was removed: its value, its bytes, and how it is read.
 
-Every pruned checkpoint carries it. `lineage` builds the value when a checkpoint is pruned;
-`checkpoint` reads it when a pruned checkpoint is pruned again. No files are touched here.
+Every pruned checkpoint has it. `pruning.lineage` makes the value when a checkpoint is pruned;
+`checkpoint` reads it when a pruned checkpoint is opened. No files are opened here.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.errors import CheckpointError
+from shardsurgeon.storage.formats.strict_json import CheckedJson, parse_json
 
-PROVENANCE_NAME = "calibration/reap_pruning_metadata.json"
-# 2 where layers have different numbers of experts, which readers of 1 alone must not take for
-# one of their own.
+PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
+# 2 where layers have different numbers of experts: a reader that knows format 1 only must refuse
+# such a file.
 FORMATS = (1, 2)
 METHOD = "reap"
 
@@ -73,8 +74,10 @@ class LayerRecord:
         return len(self.retained) + len(self.pruned)
 
     def cut(self, ids: range) -> dict[str, float | None]:
-        """The saliencies on both sides of the cut among `ids`, preserved and unknown ones left
-        out; None where nothing is left."""
+        """The lowest retained and the highest pruned saliency among `ids`.
+
+        Preserved experts and unknown values are left out; None where no value remains.
+        """
         kept = frozenset(self.retained).difference(self.preserved)
         return {
             "min_retained_saliency": min(self._known(kept, ids), default=None),
@@ -88,7 +91,7 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The whole file.
+    """The content of the file.
 
     num_experts_before: of the first, unpruned model; num_experts_after: now; both of the largest
     layers, dropped ones included, where layers differ. n_group: the router's groups; layers:
@@ -103,13 +106,13 @@ class Provenance:
 
     @property
     def ratio(self) -> float:
-        """The ratio last asked for; where the last prune had none, the fraction of the original
-        experts that is gone."""
+        """The ratio last asked for; where the last prune was not asked for by ratio, the fraction
+        of the original experts that has been removed."""
         last = self.steps[-1]
         records = self.layers.values()
         gone = sum(len(record.pruned) for record in records)
-        everyone = sum(record.num_experts for record in records)
-        return last.ratio if last.selection == "ratio" else gone / everyone
+        original = sum(record.num_experts for record in records)
+        return last.ratio if last.selection == "ratio" else gone / original
 
     @property
     def is_uniform(self) -> bool:
@@ -178,17 +181,11 @@ def parse_provenance(raw: bytes, where: str) -> Provenance:
     format 2 at most so many), and the steps must lead from the one count to the other. Raises
     CheckpointError, naming `where`.
     """
-    return _Reader(where).provenance(raw)
+    return _Reader(where, CheckpointError, _REMEDY).provenance(raw)
 
 
-class _Reader:
-    """Checked access to the file's JSON; every refusal names the file and the place in it."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def refuse(self, problem: str) -> NoReturn:
-        raise CheckpointError(self.where, problem, _REMEDY)
+class _Reader(CheckedJson):
+    """The records of one file."""
 
     def provenance(self, raw: bytes) -> Provenance:
         top = self.top(raw)
@@ -218,14 +215,9 @@ class _Reader:
 
     def top(self, raw: bytes) -> dict[str, Any]:
         try:
-            top = json.loads(
-                raw.decode("utf-8"),
-                object_pairs_hook=_without_duplicates,
-                parse_constant=_no_constant,
-            )
+            top = self.as_object(parse_json(raw), "the document")
         except (ValueError, RecursionError) as error:
             raise CheckpointError(self.where, f"is not valid JSON ({error})", _REMEDY) from error
-        top = self.as_object(top, "the document")
         if top.get("format") not in FORMATS or isinstance(top["format"], bool):
             found = json.dumps(top.get("format"))[:40]
             remedy = "update shardsurgeon, or move the file away if another tool wrote it"
@@ -278,18 +270,14 @@ class _Reader:
         groups = fields.get("groups")
         if groups is None:
             return 1
-        if not isinstance(groups, list) or not groups:
-            self.refuse(f"{place}.groups: not a list of groups")
-        return len(groups)
+        return len(self.items(groups, f"{place}.groups", "groups"))
 
     def steps(self, top: dict[str, Any], before: int, after: int) -> tuple[Step, ...]:
         if "steps" not in top:
             # A single prune may leave the list out: the top level says all of it.
             selection = "ratio" if top.get("rounding") is not None else "keep"
             return (self.step({**top, "selection": selection}, "the document"),)
-        listed = top["steps"]
-        if not isinstance(listed, list) or not listed:
-            self.refuse("steps: not a list of prunes")
+        listed = self.items(top["steps"], "steps", "prunes")
         places = [f"steps[{i}]" for i in range(len(listed))]
         steps = [
             self.step(self.as_object(item, place), place)
@@ -318,20 +306,6 @@ class _Reader:
             ),
         )
 
-    def as_object(self, value: object, place: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.refuse(f"{place}: found {type(value).__name__}, expected an object")
-        return value
-
-    def member(self, fields: dict[str, Any], key: str, place: str) -> dict[str, Any]:
-        return self.as_object(fields.get(key), f"{place}.{key}".lstrip("."))
-
-    def count(self, fields: dict[str, Any], key: str, place: str) -> int:
-        value = fields.get(key)
-        if type(value) is not int or value < 1:
-            self.refuse(f"{place}.{key}: not a positive whole number".lstrip("."))
-        return value
-
     def ids(self, fields: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
         value = fields.get(key)
         if not isinstance(value, list) or any(type(item) is not int for item in value):
@@ -340,23 +314,6 @@ class _Reader:
             self.refuse(f"{place}.{key}: {len(value)} ids that do not ascend")
         return tuple(value)
 
-    def number(self, value: object, place: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(f"{place}: found {type(value).__name__}, expected a number")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            self.refuse(f"{place}: too large a number")
-        return number
-
-    def text(self, fields: dict[str, Any], key: str, place: str) -> str | None:
-        value = fields.get(key)
-        if value is not None and not isinstance(value, str):
-            self.refuse(f"{place}.{key}: found {type(value).__name__}, expected text")
-        return value
-
 
 def _json(value: object) -> str:
     return json.dumps(value, allow_nan=False)
@@ -364,16 +321,3 @@ def _json(value: object) -> str:
 
 def _ascending(ids: Sequence[int]) -> bool:
     return all(left < right for left, right in pairwise(ids))
-
-
-def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in members:
-            raise ValueError(f"the key {key[:80]!r} stands there twice")
-        members[key] = value
-    return members
-
-
-def _no_constant(spelling: str) -> NoReturn:
-    raise ValueError(f"{spelling} is no JSON number")

@@ -1,9 +1,9 @@
 """One entry of a quantization list: which expert of which layer does it name?
 
-Below `quantlists`, which walks the lists. Entries are module names
-(`model.layers.1.mlp.experts.5.up_proj`), fnmatch patterns (ModelOpt, Quark) or regular
-expressions (`re:` of compressed-tensors, `-:` and `+:` of GPTQModel, bare ones of AutoRound).
-They are read as text: a pattern that came with a download is never run.
+Entries are module names (`model.layers.1.mlp.experts.5.up_proj`), fnmatch patterns (ModelOpt,
+Quark) or regular expressions (`re:` of compressed-tensors, `-:` and `+:` of GPTQModel, bare ones
+of AutoRound). They are read as text: a pattern that came with a download is never run.
+`pruning.config_edits` and `verification.config_check` walk the lists.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from shardsurgeon.errors import ConfigError
 
 _DOT = r"(?:\\*\.|\[\.\])"
-# No model has ids of ten digits; longer ones are no numbers to calculate with.
+# No model has ids of ten digits, and a longer run of digits is not read as a number.
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
-# No part of a longer word, so not `shared_experts`; `\b` before it is no letter.
+# A word of its own, so not `shared_experts`; the b of a `\b` before it does not count as a letter.
 _WORD = r"(?:(?<!\w)|(?<=\\b))experts(?!\w)"
 _EXPERTS = re.compile(_WORD)
 _ANY_EXPERT = re.compile(rf"{_WORD}{_DOT}(?P<expert>[0-9]+)")
@@ -29,7 +29,7 @@ _LAYER = re.compile(
 _OPEN_END = re.compile(rf"{_DOT}\*")
 _REGEX_KEYS = frozenset(["dynamic", "extra_config"])
 _REGEX_MARKS = ("re:", "-:", "+:")
-# What stands for any number, and numbers that are a layer's.
+# Patterns for any number, and the numbers of layers.
 _NOT_AN_EXPERT = re.compile(
     rf"(?:layers|blocks){_DOT}{_NUMBER}|\\d(?:\{{1,[0-9]*\}})?|\[0-9\](?:\{{1,[0-9]*\}})?|\\[A-Za-z]"
 )
@@ -43,11 +43,11 @@ _SEVERAL = "write one entry per expert, or one for all of them"
 
 @dataclass(frozen=True, slots=True)
 class NamedExpert:
-    """The expert that an entry names by number, begin and end being where the number stands.
+    """The expert that an entry names by number. begin, end: the span of the number in the entry.
 
-    layer: the layer's number, None where the entry says none; open_layer: any layer whose
-    number begins with these digits is meant. mtp: an MTP layer that counts from 0 on its own;
-    None where a wildcard stands before `layers`, so that it may be either.
+    layer: the layer's number, None where the entry has none; open_layer: whether every layer
+    whose number begins with these digits is meant. mtp: whether it is an MTP layer that counts
+    from 0 on its own; None where a wildcard before `layers` leaves that open.
     """
 
     expert: int
@@ -58,7 +58,7 @@ class NamedExpert:
     mtp: bool | None
 
     def renumbered(self, text: str, expert: int) -> str:
-        """The entry with another expert number."""
+        """The entry with another expert number in this place."""
         return f"{text[: self.begin]}{expert}{text[self.end :]}"
 
 
@@ -68,10 +68,10 @@ def is_regex(text: str, path: tuple[str | int, ...]) -> bool:
 
 
 def named_expert(text: str, regex: bool, num_experts: int, where: str) -> NamedExpert | None:
-    """The one expert that an entry names, None where it names none or all of them.
+    """The one expert that an entry names; None where it names none, or all of them.
 
-    regex: whether it is a regular expression. Raises ConfigError where it names several
-    experts by their numbers.
+    regex: whether it is a regular expression; num_experts: how many there are; where: the file,
+    for messages. Raises ConfigError where it names several experts by their numbers.
     """
     if _EXPERTS.search(text) is None:
         return None
@@ -132,7 +132,7 @@ def _selects(text: str, regex: bool, num_experts: int) -> bool:
 
 
 def _stands_alone(text: str, begin: int) -> bool:
-    """Whether a place lies outside of every group, and the pattern has no other branch."""
+    """Whether a place is outside every group, in a pattern without other branches."""
     depth, escaped, in_class = 0, False, False
     for position, char in enumerate(text):
         if position == begin and depth:

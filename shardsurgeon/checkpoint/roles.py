@@ -1,7 +1,7 @@
 """What a tensor's name means: a family's rules, compiled for one checkpoint's numbers.
 
-`anatomy` asks this room about every tensor; the planner and the verifier ask again, so that
-no table of 200,000 answers has to be kept.
+`anatomy` asks for the role of every tensor. The planner and the verifier ask again instead of
+keeping the answers: a large model has 200,000 tensors.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """Not per expert: passes through whole. mtp: goes when the MTP layers go."""
+    """A tensor that is copied whole. mtp: whether it is removed with the MTP layers."""
 
     mtp: bool = False
 
 
 class ExpertTensor(NamedTuple):
-    """A tensor of one expert. begin, end: where its number stands in the name."""
+    """A tensor of one expert. begin, end: the span of its number in the name."""
 
     layer: int
     expert: int
@@ -33,7 +33,7 @@ class ExpertTensor(NamedTuple):
     end: int
 
     def renamed(self, name: str, expert: int) -> str:
-        """The tensor's name when its expert has another number."""
+        """The tensor's name with another expert number."""
         return f"{name[: self.begin]}{expert}{name[self.end :]}"
 
 
@@ -66,7 +66,7 @@ class Surplus:
     """A tensor of an identity expert, which computes nothing.
 
     transformers re-saves such tensors and reads no checkpoint of its own without them, so they
-    stay, numbered on behind the experts that are left. begin, end: as in ExpertTensor.
+    stay and get the numbers after the experts that are left. begin, end: as in ExpertTensor.
     """
 
     layer: int
@@ -75,7 +75,7 @@ class Surplus:
     end: int
 
     def renamed(self, name: str, expert: int) -> str:
-        """The tensor's name when its expert has another number."""
+        """The tensor's name with another expert number."""
         return f"{name[: self.begin]}{expert}{name[self.end :]}"
 
 
@@ -88,8 +88,8 @@ Role = Carried | ExpertTensor | Sliced | Counted | Tabled | Surplus
 class ExpertCounts:
     """How many experts a config says its layers have.
 
-    every: of layers of which it says nothing else; per_layer: layer → its own count; mtp: of the
-    MTP layers that have none there.
+    every: of all layers without a count of their own; per_layer: layer → its own count; mtp: of
+    MTP layers without one.
     """
 
     every: int
@@ -98,9 +98,9 @@ class ExpertCounts:
 
 
 class _Neighbours(NamedTuple):
-    """What the tensors of one layer's experts begin with, and how those seen go on.
+    """Names of one layer's expert tensors: their common beginning, and the endings seen so far.
 
-    numbers: every expert's number as a name spells it.
+    numbers: expert number as a name spells it → the number.
     """
 
     head: str
@@ -135,11 +135,11 @@ class NameReader:
         self._neighbours = _Neighbours("no tensor begins like this", -1, {}, set())
 
     def settle(self, moe_layers: Iterable[int]) -> None:
-        """Say which layers have experts; from then on `role` refuses what it cannot claim there."""
+        """Say which layers have experts; from then on `role` refuses what no rule claims there."""
         self._moe_layers = frozenset(moe_layers)
 
     def place(self, name: str) -> tuple[int, int] | None:
-        """(layer number, length of the prefix) of a layer's tensor, else None."""
+        """(layer number, length of its prefix) of a layer's tensor; None for any other."""
         if match := self._main.match(name):
             return _layer_number(match), match.end()
         if match := self._mtp.match(name):
@@ -147,7 +147,7 @@ class NameReader:
         return None
 
     def experts_of(self, layer: int) -> int:
-        """How many experts a layer has where it has any."""
+        """How many experts a layer has, if it has any."""
         counts = self._expert_counts
         return counts.per_layer.get(layer, counts.mtp if self.is_mtp(layer) else counts.every)
 
@@ -157,7 +157,7 @@ class NameReader:
 
     @property
     def router_name(self) -> str:
-        """What the family calls the router's matrix, behind a layer's prefix."""
+        """The name of the router's matrix in this family, behind a layer's prefix."""
         return self._family.tensors.routers[0].name
 
     def in_block(self, name: str, start: int) -> bool:
@@ -169,7 +169,7 @@ class NameReader:
         return self._varies.fullmatch(rest) is not None
 
     def is_elsewhere(self, name: str) -> bool:
-        """Whether a name outside the layers is known to be of experts that stay as they are."""
+        """Whether a name outside the layers is known to belong to experts that are not pruned."""
         return self._elsewhere.fullmatch(name) is not None
 
     def is_router_weight(self, record: TensorRecord) -> bool:
@@ -212,7 +212,7 @@ class NameReader:
         return self._unclaimed(record, layer, start)
 
     def _remember(self, name: str, role: ExpertTensor) -> None:
-        """Keep what comes before and behind an expert's number: its neighbours have the same."""
+        """Note a name's parts before and behind the expert's number: its neighbours share them."""
         head = name[: role.begin]
         if head != self._neighbours.head:
             numbers = {str(expert): expert for expert in range(self.experts_of(role.layer))}
@@ -220,9 +220,9 @@ class NameReader:
         self._neighbours.tails.add(name[role.end :])
 
     def _like_the_last(self, name: str) -> ExpertTensor | None:
-        """The role of a tensor that differs from one seen by the expert's number alone.
+        """The role of a tensor whose name differs from one seen in the expert's number only.
 
-        There are 200,000 of them in a trillion-parameter model, and no rule need be tried.
+        That saves trying the rules for most of the 200,000 tensors of a trillion-parameter model.
         """
         head, layer, numbers, tails = self._neighbours
         if not name.startswith(head):
@@ -235,14 +235,14 @@ class NameReader:
         return ExpertTensor(layer, expert, begin, end)
 
     def _stacked_role(self, record: TensorRecord, layer: int, rule: Rule) -> Role:
-        """A tensor of all experts: rows for each of them, or one thing said for all."""
+        """A tensor of all experts: rows for each of them, or one value for all."""
         one_row = len(record.shape) == 1 and record.dtype in _INTEGERS
         if one_row and record.name.endswith("_shape"):
             # The packed weight's shape: [E, out, in], or [out, in] that all experts have.
             return Counted(layer) if record.shape[0] > 2 else Carried(self.is_mtp(layer))
         for_all = record.shape[:1] == (1,) and "scale" in record.name[record.name.rfind(".") :]
         if math.prod(record.shape) == 1 or for_all:
-            # A scale that every expert has.
+            # One scale for all experts.
             return Carried(self.is_mtp(layer))
         return self._sliced(record, layer, rule)
 
@@ -273,7 +273,7 @@ class NameReader:
         return Carried()
 
     def _unclaimed(self, record: TensorRecord, layer: int, start: int) -> Role:
-        """A layer's tensor without an expert axis, if that can be told; else refuse it."""
+        """The role of a tensor that no rule names: carried where it surely has no expert axis."""
         carried = Carried(self.is_mtp(layer))
         if self._moe_layers is not None and layer not in self._moe_layers:
             return carried

@@ -1,9 +1,9 @@
 """A checkpoint as transformers reads it: its config, and its model without weights.
 
-Imports torch and transformers inside functions only. Takes a config and names with shapes, gives
-what transformers' own loader says to them: its renaming rules, its merging of experts into
-stacked parameters, its lists of tensors that it does not read. Where the published config and
-transformers' differ is said by the family's `[transformers]` table.
+Imports torch and transformers inside functions only. Given a config and tensors' names and
+shapes, it finds out what transformers' own loader does with them: its renaming rules, its merging
+of experts into stacked parameters, its lists of tensors that it does not read. A family's
+`[transformers]` table says where its published config differs from what transformers reads.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from shardsurgeon.checkpoint.config import config_section
-from shardsurgeon.checkpoint.quantization import Shape
+from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS, config_section
+from shardsurgeon.checkpoint.quantization_schemes import Shape
 from shardsurgeon.errors import UsageError
 from shardsurgeon.families.schema import Family, TransformersView
 
@@ -32,9 +32,9 @@ class LoadResult:
     """How tensors fit a model. All names but `surplus` and `unread` are the model's own.
 
     filled: parameters and buffers that got a tensor; missing: those that got none; mismatched:
-    name → (shape given, shape expected); unbuilt: name → why its parts do not go together;
-    surplus: tensors, renamed by transformers' rules, that nothing takes; unread: those that the
-    model is known not to read.
+    name → (shape given, shape expected); conversion_errors: name → why it cannot be made of its
+    parts; surplus: tensors, renamed by transformers' rules, that the model has no place for;
+    unread: those that the model is known not to read.
     """
 
     filled: frozenset[str]
@@ -76,7 +76,7 @@ class MetaModel:
         with silence_hub():
             try:
                 self._model = _build(engine, config, attention, dtype)
-            # Configs are checked by whatever code the model type has.
+            # The code of a model type checks its config, and may raise anything.
             except Exception as error:
                 raise _cannot(where, f"{type(error).__name__}: {error}") from error
         if self._model is None:
@@ -97,11 +97,11 @@ class MetaModel:
 
     @property
     def expected(self) -> Mapping[str, Shape]:
-        """Every parameter and buffer that a checkpoint must give."""
+        """Name → shape of every parameter and buffer that a checkpoint must have."""
         return self._expected
 
     def fit(self, shapes: Mapping[str, Shape]) -> LoadResult:
-        """Lead tensors of these names and shapes through transformers' loader."""
+        """What transformers' loader makes of tensors with these names and shapes."""
         engine, model = self._engine, self._model
         meta = {shape: _meta(engine.torch, shape) for shape in set(shapes.values())}
         with silence_hub():
@@ -133,14 +133,14 @@ class MetaModel:
         )
 
     def rules(self) -> list[Any]:
-        """transformers' rules that lead a checkpoint's names to parameters, and ours behind."""
+        """transformers' rules that turn a checkpoint's names into parameters, then our own."""
         return [*self._engine.get_model_conversion_mapping(self._model), *self._layouts()]
 
     def _layouts(self) -> list[Any]:
         """Rules for experts stored one by one, or with `.weight`, where the model stacks them.
 
-        They follow the model's own rules, which win. Quantized repacks of families that publish
-        stacked experts come so, and serving engines read both layouts.
+        They come after the model's own rules, which win. Quantized versions of families that
+        publish stacked experts are stored like this, and serving engines read both layouts.
         """
         if not any(name.endswith(".experts.gate_up_proj") for name in self._expected):
             return []
@@ -164,7 +164,7 @@ class MetaModel:
 
 @dataclass(frozen=True)
 class _Engine:
-    """What is used of torch and transformers."""
+    """The parts of torch and transformers that are used here."""
 
     torch: Any
     transformers: Any
@@ -231,7 +231,7 @@ def _build(engine: _Engine, config: Mapping[str, Any], attention: str | None, dt
 
 
 def _give_dtype(settings: Any, dtype: str) -> None:
-    """Say the dtype wherever the config may say another one: models in it go by their own."""
+    """Set the dtype in the config and in its parts: models inside it go by their own."""
     settings.dtype = dtype
     for name in settings.sub_configs:
         inner = getattr(settings, name, None)
@@ -240,7 +240,7 @@ def _give_dtype(settings: Any, dtype: str) -> None:
 
 
 def _class_of(engine: _Engine, settings: Any) -> Any:
-    """The class that `architectures` names, if it is of this config; else the one for text."""
+    """The class that `architectures` names, if it takes this config; else the one for text."""
     for name in settings.architectures or ():
         named = getattr(engine.transformers, name, None)
         if getattr(named, "config_class", None) is type(settings):
@@ -256,7 +256,7 @@ def _class_of(engine: _Engine, settings: Any) -> Any:
 
 def _without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without quantization, remote code and the choice of attention kernels."""
-    left_out = ("quantization_config", "compression_config", "auto_map")
+    left_out = (*QUANTIZATION_KEYS, "auto_map")
     return {
         key: _without_kernels(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -266,7 +266,7 @@ def _without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def silence_hub() -> Iterator[None]:
-    """transformers without its bars and warnings: they speak of loading a model whole."""
+    """Silence transformers' progress bars and warnings, which are about loading a whole model."""
     logging = _engine().transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def _meta(torch: Any, shape: Shape) -> Any:
 
 
 def _reason(text: str) -> str:
-    """The error in what transformers wrote down of a conversion, its traceback left out."""
+    """The last line of the error that transformers noted for a conversion, without traceback."""
     before = text.rpartition("\nError")[0] or text
     return before.strip().splitlines()[-1]
 
@@ -299,7 +299,7 @@ def _cannot(where: str, reason: str) -> UsageError:
 def as_transformers_reads(
     config: Mapping[str, Any], view: TransformersView, known: Known
 ) -> dict[str, Any] | None:
-    """The config of a model that transformers has, or None where it has none.
+    """The config as transformers can read it, or None where it has no such model.
 
     known: whether transformers has a config of a model type.
     """
@@ -317,14 +317,14 @@ def as_transformers_reads(
 
 
 def name_in_transformers(name: str, view: TransformersView) -> str:
-    """A published tensor name in the spelling that transformers' own rules start from."""
+    """A published tensor name as transformers' own rules expect it."""
     for published, own in view.tensor_names:
         name = name.replace(published, own)
     return name
 
 
 def identity_experts(config: Mapping[str, Any], family: Family) -> int:
-    """How many experts without weights the config has behind the others."""
+    """How many experts without weights the config counts in addition to the others."""
     key = family.config.extra_rows
     for at in family.config.at:
         count = (config_section(config, at) or {}).get(key)
@@ -344,7 +344,7 @@ def _retyped(node: Any, names: Mapping[str, str], known: Known) -> Any:
 
 
 def _copy(config: dict[str, Any], source: str, target: str) -> None:
-    """Give the value at one dotted path at another one too, where there is such a value."""
+    """Copy the value at one dotted path, if there is one, to another path."""
     outer, _, key = source.rpartition(".")
     section = config_section(config, outer)
     if section is None or key not in section:

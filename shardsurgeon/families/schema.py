@@ -49,15 +49,15 @@ class ConfigKeys:
     """Where config.json keeps what pruning needs. Each tuple lists every spelling in use.
 
     at: dotted paths of the object that holds the keys; "" is the top. The first one that has
-    an expert count is read, and every one is rewritten.
+    an expert count is read, and all are rewritten.
     also: further values that repeat the expert count.
-    All but `at` and `elsewhere` are dotted paths from `at`, in which `*` stands for every
-    element of a list or member of an object; a list at the end counts as its elements.
-    per_layer, per_mtp_layer: where the config says of every layer how many experts it has, `*`
-    being the layer's number (of MTP layers: counted from 0); mtp_num_experts: spellings of a
-    count of the MTP layers' own. What says it per layer may differ between layers.
-    extra_rows: key of the number of router rows behind the experts' own (identity experts).
-    elsewhere: dotted paths of objects that speak of other experts, and stay as they are.
+    All except `at` and `elsewhere` are dotted paths from `at`, in which `*` is every element of a
+    list or member of an object; a list at the end counts as its elements.
+    per_layer, per_mtp_layer: where the config gives the number of experts of each layer, `*`
+    being the layer's number (of MTP layers: counted from 0). These may differ between layers.
+    mtp_num_experts: spellings of a separate count for the MTP layers.
+    extra_rows: key of the number of router rows after the experts' own (identity experts).
+    elsewhere: dotted paths of objects about other experts, which are not changed.
     """
 
     num_experts: tuple[str, ...]
@@ -81,7 +81,7 @@ class TensorNames:
 
     layers: prefixes of decoder layers; a number from num_hidden_layers on is an MTP layer.
     mtp: prefixes of MTP layers that count from 0 on their own.
-    mtp_others: tensors that go when the MTP layers go, beside those layers' own.
+    mtp_others: tensors outside the MTP layers that are removed with them.
     blocks: parts of a layer, relative to it, that make up its MoE block: everything below
     them must be claimed by one of the rules that follow, all relative to the layer.
     experts: tensors of one expert, `{expert}` being its number.
@@ -114,10 +114,10 @@ class TensorNames:
 
 @dataclass(frozen=True, slots=True)
 class TransformersView:
-    """How transformers is told of models whose config.json it does not read as published.
+    """How to change a published config.json that transformers does not read, so that it does.
 
     model_types: model type in config.json → the one that transformers has for the same model,
-    wherever in the config it stands.
+    at any place of the config.
     config_keys: dotted path in config.json → the one where transformers looks for the value.
     tensor_names: part of a published tensor name → what transformers calls it, where its own
     renaming rules lack it.
@@ -167,7 +167,11 @@ def pattern(template: str) -> str:
 
 
 def parse_family(text: str, where: str) -> Family:
-    """Read one family file. Raises FamilyError where it says something the language lacks."""
+    """Read the text of a family file. where: its name, for messages and as the family's name.
+
+    Raises FamilyError where it is not TOML, or has an entry that is unknown, missing or of
+    another type.
+    """
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -176,7 +180,7 @@ def parse_family(text: str, where: str) -> Family:
 
 
 def read_family(path: str) -> Family:
-    """Read a family file of the user's. Raises FamilyError where it cannot be read."""
+    """Read a user's own family file. Raises FamilyError where it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -259,7 +263,7 @@ def _family(data: dict[str, Any], where: str) -> Family:
 
 
 def _inherit(data: dict[str, Any]) -> dict[str, Any]:
-    """The table with what it is `like` filled in below it."""
+    """The table with the entries of the family that it is `like`, except where it has its own."""
     parent = data.get("like")
     if parent is None:
         return data
@@ -272,7 +276,7 @@ def _inherit(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(kind: Any, data: dict[str, Any], where: str) -> Any:
-    """Make one of the frozen values above from a TOML table, every entry of its declared type."""
+    """One of the frozen values above from a TOML table, whose entries must have its types."""
     declared = {field.name: field for field in fields(kind)}
     for key in data:
         if key not in declared:

@@ -24,6 +24,7 @@ from shardsurgeon.layerwise.samples import SampleEntry
 from shardsurgeon.scores.files import FORMAT, VERSION, ScoreContent, read_value
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION
 from shardsurgeon.storage.formats.dtypes import StoredArray
+from shardsurgeon.storage.formats.strict_json import parse_json
 
 _MAX_LAYERS = 4096
 _MAX_EXPERTS = 65_536
@@ -125,7 +126,7 @@ def _beside(
 
 def _parsed(text: str, where: str) -> object:
     try:
-        return json.loads(text)
+        return parse_json(text, parse_constant=float)
     except (ValueError, RecursionError) as error:
         raise ScoreError(where, f"its {CALIBRATION} is not JSON: {error}", _DAMAGED) from error
 

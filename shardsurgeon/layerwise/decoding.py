@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardsurgeon.checkpoint.quantization import QuantizationSchemes, Shape, packed_words
+from shardsurgeon.checkpoint.config import quantization_sections
+from shardsurgeon.checkpoint.quantization_schemes import QuantizationSchemes, Shape, packed_words
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.layerwise.tensors import DTYPES, TensorReader
 from shardsurgeon.storage.formats.safetensors import TensorRecord
@@ -422,6 +423,7 @@ def _spells(shape: Shape, lead: Shape, grid: tuple[int, int]) -> bool:
 
 def _says_gptq_v2(config: Mapping[str, Any]) -> bool:
     """Whether zero points are stored as they are: GPTQ's first format stores them less 1."""
-    section = config.get("quantization_config") or {}
-    form = str(section.get("checkpoint_format") or section.get("packing_format") or "")
-    return form.endswith("v2")
+    return any(
+        str(section.get("checkpoint_format") or section.get("packing_format")).endswith("v2")
+        for _, section in quantization_sections(config)
+    )

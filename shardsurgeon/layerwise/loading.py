@@ -28,7 +28,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.quantization import Shape, read_weights
+from shardsurgeon.checkpoint.quantization import read_weights
+from shardsurgeon.checkpoint.quantization_schemes import Shape
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced, Surplus
 from shardsurgeon.checkpoint.transformers_model import MetaModel, name_in_transformers, silence_hub
 from shardsurgeon.errors import FamilyError

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.quantization import Shape
+from shardsurgeon.checkpoint.quantization_schemes import Shape
 from shardsurgeon.checkpoint.transformers_model import (
     MetaModel,
     as_transformers_reads,

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import config_section
-from shardsurgeon.checkpoint.files import CARD_NAME
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, CARD_NAME
 from shardsurgeon.checkpoint.provenance import Provenance
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
@@ -23,7 +23,6 @@ from shardsurgeon.pruning.config_edits import says_per_layer
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
-_CALIBRATION = "calibration/"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -159,7 +158,7 @@ def _loading(anatomy: Anatomy, provenance: Provenance, config: Mapping[str, Any]
 def _calibrations(pruned: Checkpoint, folder: Path) -> Iterator[Calibration]:
     """The score files in calibration/; keep-lists and records of other tools are none."""
     for file in pruned.files:
-        if file.name.startswith(_CALIBRATION):
+        if file.name.startswith(CALIBRATION_FOLDER):
             try:
                 scores = read_scores(folder / file.name)
             except InputError:

@@ -14,9 +14,11 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import (
     PER_LAYER_KEY,
+    QUANTIZATION_KEYS,
     config_section,
     config_values,
     per_layer_paths,
+    quantization_sections,
 )
 from shardsurgeon.checkpoint.quantization_names import (
     NamedExpert,
@@ -31,14 +33,6 @@ from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Rename
 
 Path = tuple[str | int, ...]
-
-# Side files that repeat the quantization lists of config.json.
-QUANTIZATION_FILES = (
-    "hf_quant_config.json",  # ModelOpt
-    "quantize_config.json",  # GPTQ
-    "quant_config.json",  # AWQ
-    "quantization_config.json",  # AutoRound
-)
 
 _COUNT_KEY = re.compile(r"expert|routed")
 _NOT_A_COUNT = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
@@ -100,8 +94,7 @@ def partial_lists(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> l
 
 def quantization_name(config: Mapping[str, Any]) -> str | None:
     """The quantization in a few words: `compressed-tensors pack-quantized`, `fp8`, or None."""
-    for path in _quantization_paths(config):
-        section = _at(config, path)
+    for _, section in quantization_sections(config):
         words = [section.get("quant_method"), section.get("format") or section.get("quant_algo")]
         return " ".join(str(word) for word in words if word) or "unnamed"
     return None
@@ -186,7 +179,7 @@ def _refuse_forgotten_counts(
         names = [part for part in path if isinstance(part, str)]
         if type(value) is not int or value != num_experts:
             continue
-        if path in changes or not names or "quantization_config" in names:
+        if path in changes or not names or not QUANTIZATION_KEYS.isdisjoint(names):
             continue
         if _COUNT_KEY.search(names[-1]) and not _NOT_A_COUNT.search(names[-1]):
             dotted = ".".join(map(str, path))
@@ -197,31 +190,15 @@ def _refuse_forgotten_counts(
             )
 
 
-def _quantization_paths(config: Mapping[str, Any]) -> list[Path]:
-    """Where a config keeps its quantization: at the top, or in the text model's part."""
-    return [
-        path
-        for path, value in _objects(config, ())
-        if path and path[-1] in ("quantization_config", "compression_config") and value
-    ]
-
-
 def _sections(config: Mapping[str, Any], anatomy: Anatomy) -> list[Path]:
     """The quantization of the model itself, not of another one in the same config."""
-    return [path for path in _quantization_paths(config) if not _is_below(path, anatomy)]
+    return [path for path, _ in quantization_sections(config) if not _is_below(path, anatomy)]
 
 
 def _is_below(path: Path, anatomy: Anatomy) -> bool:
     """Whether a path of the config speaks of other experts, a talker's say."""
     others = (tuple(dotted.split(".")) for dotted in anatomy.family.config.elsewhere)
     return any(path[: len(other)] == other for other in others)
-
-
-def _objects(node: object, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    if isinstance(node, Mapping):
-        yield path, node
-        for key, value in node.items():
-            yield from _objects(value, (*path, key))
 
 
 def _leaves(node: object, path: Path) -> Iterator[tuple[Path, object]]:

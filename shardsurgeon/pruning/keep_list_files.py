@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, TypeAlias, TypeGuard
+from typing import Literal, TypeAlias
 
 from shardsurgeon.checkpoint.layer_names import Layer, layer_order, parse_layer
 from shardsurgeon.errors import KeepListError
-from shardsurgeon.storage.formats.strict_json import Repeated, brief
+from shardsurgeon.storage.formats.strict_json import (
+    CheckedJson,
+    Repeated,
+    as_number,
+    brief,
+    is_whole_number,
+)
 
 PLAN_KIND = "shardsurgeon-plan"
 PLAN_FORMAT = 1
@@ -66,6 +72,9 @@ class _Shapes:
     def __init__(self, where: str, meaning: Meaning | None) -> None:
         self._where = where
         self._told = meaning
+        self._json = CheckedJson(
+            where, KeepListError, _SHAPES, "{place} is {value}, not {expected}"
+        )
 
     def read(self, value: Mapping[str, object]) -> KeepListFile:
         """Recognise the shape by its keys."""
@@ -85,7 +94,7 @@ class _Shapes:
             raise self._fault(f"says both {said[0]} and {said[1]}", "keep the one that is meant")
         if said:
             meaning: Meaning = "dropped" if said[0] == "dropped" else "kept"
-            listed = self._object(value[said[0]], said[0])
+            listed = self._json.as_object(value[said[0]], said[0])
             return self._file(meaning, self._by_layer(listed), self._num_experts(value))
         return self._bare(value)
 
@@ -109,13 +118,13 @@ class _Shapes:
                 "make the plan again with this version",
             )
         count = value.get("num_experts")
-        if not _is_count(count):
+        if not is_whole_number(count):
             raise self._fault(f"num_experts is {brief(count)}", "make the plan again")
         return self._recorded(value, count, original_ids=False)
 
     def _metadata(self, value: Mapping[str, object]) -> KeepListFile:
         count = value["num_experts_before"]
-        if not _is_count(count):
+        if not is_whole_number(count):
             raise self._fault(f"num_experts_before is {brief(count)}", "fetch the file again")
         return self._recorded(value, count, original_ids=True)
 
@@ -126,9 +135,10 @@ class _Shapes:
         retained: dict[Layer, Ids] = {}
         preserved: dict[Layer, Ids] = {}
         saliency: dict[Layer, tuple[float | None, ...]] = {}
-        for layer, fields in self._by_layer(self._object(value.get("layers"), "layers")).items():
+        listed = self._json.as_object(value.get("layers"), "layers")
+        for layer, fields in self._by_layer(listed).items():
             place = f"layer {layer}"
-            record = self._object(fields, place)
+            record = self._json.as_object(fields, place)
             count = self._own_count(record, place, num_experts)
             kept = self._ids(record.get("retained"), f"{place}, retained", count)
             pruned = self._maybe_no_ids(record.get("pruned"), f"{place}, pruned", count)
@@ -157,7 +167,7 @@ class _Shapes:
     def _own_count(self, record: Mapping[str, object], place: str, num_experts: int) -> int:
         """The experts of one layer before: its own number where it has fewer than others."""
         count = record.get("num_experts_before", num_experts)
-        if not _is_count(count) or count > num_experts:
+        if not is_whole_number(count) or count > num_experts:
             problem = f"{place}: num_experts_before is {brief(count)}, others have {num_experts}"
             raise self._fault(problem, "make the file again")
         return count
@@ -168,14 +178,10 @@ class _Shapes:
         return tuple(self._number(item, place) for item in value)
 
     def _number(self, value: object, place: str) -> float | None:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        number = as_number(value)
+        if number is None and value is not None:
             raise self._fault(f"{place}: {brief(value)} is no saliency")
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise self._fault(f"{place}: {brief(value)} is no saliency") from error
+        return number
 
     def _maybe_no_ids(self, value: object, place: str, count: int | None) -> Ids:
         """Expert ids in ascending order, of a list that may be empty."""
@@ -209,7 +215,7 @@ class _Shapes:
         found: set[Meaning] = set()
         lists: dict[Layer, object] = {}
         for layer, item in by_layer.items():
-            record = self._object(item, f"layer {layer}")
+            record = self._json.as_object(item, f"layer {layer}")
             words: list[Meaning] = [word for word in _COUNTS if word in record]
             if len(words) != 1:
                 problem = f"layer {layer} has {len(words)} of the keys 'kept' and 'dropped'"
@@ -264,7 +270,7 @@ class _Shapes:
         if not value:
             raise self._fault(f"{place}: lists no expert", "list at least one")
         for old_id in value:
-            if not _is_count(old_id) or (count is not None and old_id >= count):
+            if not is_whole_number(old_id) or (count is not None and old_id >= count):
                 limit = "" if count is None else f" between 0 and {count - 1}"
                 raise self._fault(f"{place}: {brief(old_id)} is no expert id{limit}")
         ids = tuple(sorted(value))
@@ -277,15 +283,10 @@ class _Shapes:
         for key in _COUNT_KEYS:
             if key in value:
                 count = value[key]
-                if not _is_count(count):
+                if not is_whole_number(count):
                     raise self._fault(f"{key} is {brief(count)}, not a number of experts")
                 return count
         return None
-
-    def _object(self, value: object, place: str) -> Mapping[str, object]:
-        if not isinstance(value, dict):
-            raise self._fault(f"{place} is {brief(value)}, not an object", _SHAPES)
-        return value
 
     def _fault(self, problem: str, remedy: str = "") -> KeepListError:
         return KeepListError(self._where, problem, remedy)
@@ -307,7 +308,3 @@ def _is_module_path(key: str) -> bool:
     """`model.layers.3.mlp`: a layer and a module in it."""
     name = parse_layer(key)
     return name is not None and name.rest != "" and not key[0].isdigit()
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and value >= 0

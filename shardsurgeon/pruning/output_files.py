@@ -17,15 +17,15 @@ from typing import Any
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
-from shardsurgeon.checkpoint.files import is_other_weight_format
+from shardsurgeon.checkpoint.files import (
+    CALIBRATION_FOLDER,
+    QUANTIZATION_FILES,
+    is_other_weight_format,
+)
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.execution.plan import OutputShard, Plan
-from shardsurgeon.pruning.config_edits import (
-    QUANTIZATION_FILES,
-    pruned_config,
-    pruned_quantization_file,
-)
+from shardsurgeon.pruning.config_edits import pruned_config, pruned_quantization_file
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.lineage import compose, step_of
 from shardsurgeon.pruning.request import SelectionRequest
@@ -34,7 +34,7 @@ from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.source import SourceFile
 
 # Where another tool's file of our record's name is kept.
-_FOREIGN_PROVENANCE = "calibration/reap_pruning_metadata.source.json"
+_FOREIGN_PROVENANCE = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source.json"
 
 
 def assemble(
@@ -145,7 +145,7 @@ def _copied_files(
     taken = {*copied, PROVENANCE_NAME, _FOREIGN_PROVENANCE}
     score_files = []
     for path in given:
-        name = _free_name(f"calibration/{path.name}", taken)
+        name = _free_name(f"{CALIBRATION_FOLDER}{path.name}", taken)
         taken.add(name)
         score_files.append((name, str(path)))
     return copied, tuple(score_files)

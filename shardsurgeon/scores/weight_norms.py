@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.quantization_schemes import block_size
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
@@ -39,7 +40,6 @@ _BESIDE = frozenset(
 )
 # Keys under which a config says how many rows and columns share a scale, and the size that is
 # tried where it does not.
-_BLOCK_KEYS = ("weight_block_size", "block_structure")
 _USUAL_BLOCK = 128
 _CALIBRATE = "use scores from a calibration, or of the routers (`scores from-router`)"
 
@@ -84,7 +84,7 @@ def weight_norms(
     CheckpointError where a matrix holds NaN or infinity, SourceReadError where it cannot be read.
     """
     squares = {layer.index: np.zeros(layer.num_experts) for layer in anatomy.layers}
-    block = _block_size(checkpoint.settings)
+    block = block_size(checkpoint.settings)
     alone, stacked = _places(checkpoint, anatomy)
     total = sum(record.nbytes for places in alone.values() for _, record in places.values())
     total += sum(record.nbytes for _, record in stacked.values())
@@ -161,21 +161,6 @@ def _slice(whole: StoredTensor, start: int, nbytes: int) -> StoredTensor:
         return whole.read(start + begin, start + end)
 
     return StoredTensor(whole.name, whole.dtype, whole.shape[1:], nbytes, read)
-
-
-def _block_size(node: Any) -> tuple[int, int] | None:
-    """Rows and columns per scale that the config names anywhere; None where it does not."""
-    if not isinstance(node, Mapping):
-        return None
-    for key, item in node.items():
-        if key in _BLOCK_KEYS and isinstance(item, list) and len(item) == 2:
-            rows, columns = item
-            if type(rows) is int and type(columns) is int and min(item) > 0:
-                return rows, columns
-        found = _block_size(item)
-        if found is not None:
-            return found
-    return None
 
 
 def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | None) -> float:

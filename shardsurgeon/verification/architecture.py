@@ -1,8 +1,7 @@
 """Whether transformers' model of the pruned config takes exactly these tensors.
 
-Answered by names and shapes alone: the model is built on the meta device, and the checkpoint's
-tensors, quantized ones as the weights they stand for, go through transformers' own loader with no
-weight behind them.
+Names and shapes answer that: the model is built on the meta device, and transformers' own loader
+gets the checkpoint's tensors, quantized ones as the weights they stand for, without their values.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from os import PathLike
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from shardsurgeon.checkpoint.quantization import Shape, read_weights
+from shardsurgeon.checkpoint.quantization import read_weights
+from shardsurgeon.checkpoint.quantization_schemes import Shape
 from shardsurgeon.checkpoint.roles import Carried
 from shardsurgeon.checkpoint.transformers_model import (
     OPTION,
@@ -40,8 +40,8 @@ AnyCheckpoint = Checkpoint | str | PathLike[str]
 def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> ArchitectureReport:
     """Whether the model that `pruned`'s config describes takes exactly its tensors.
 
-    What transformers says to the source as well is no fault of the pruning: the tensors it
-    concerns are reported as not checked. Raises UsageError where transformers is not installed
+    A difference that the source has as well was not made by pruning: its tensors are reported as
+    not checked. Raises UsageError where transformers is not installed
     or cannot build the source's model, and whatever reading the source as a model raises.
     """
     before = _opened(source)
@@ -51,14 +51,14 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
     try:
         after = replace(_opened(pruned), family=anatomy.family)
         try:
-            # Names and counts, of tensors too that transformers does not read.
+            # Checks names and counts, also of tensors that transformers does not read.
             read_anatomy(after)
         except InputError as error:
             findings.add(error.where, error.problem)
         meta_model = _meta_model(after, anatomy.family)
         trial = _try(after, anatomy, meta_model)
     except InputError as error:
-        # The pruned folder is on trial: what cannot be read or built is a finding.
+        # The pruned model is what is checked: if it cannot be read or built, that is a finding.
         findings.add(error.where, error.problem)
     known = _try(before, anatomy, original) if trial.found else _Trial()
     excused: set[str] = set()
@@ -83,11 +83,11 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
 
 @dataclass
 class _Trial:
-    """What transformers says to one checkpoint.
+    """How one checkpoint fits the model that transformers builds.
 
-    identity_experts: how many experts without weights stand behind the others, in every layer;
-    found: (kind of difference, name) → the difference in words; unread: tensors that it does
-    not look at; mtp_layers: MTP layers whose experts were compared with a main layer's.
+    identity_experts: how many experts without weights each layer has after the others; found:
+    (kind of difference, name) → the difference in words; unread: tensors that transformers does
+    not read; mtp_layers: MTP layers whose experts were compared with a main layer's.
     """
 
     tensors: int = 0
@@ -97,7 +97,7 @@ class _Trial:
     mtp_layers: list[int] = field(default_factory=list)
 
     def judge(self, fit: LoadResult, meta_model: MetaModel, place: str = "") -> None:
-        """Note what does not fit. place: where else than in the main model, for the words."""
+        """Note what does not fit. place: where, for messages; "" in the main model."""
         for name, (given, expected) in fit.mismatched.items():
             if self._lacks_identity_experts(given, expected):
                 continue
@@ -111,7 +111,7 @@ class _Trial:
             self.note("surplus", name, text, place)
 
     def _lacks_identity_experts(self, given: Shape, expected: Shape) -> bool:
-        """Whether transformers allots weights to experts that have none: that is no fault."""
+        """Whether transformers has weights for experts without any: that is not a difference."""
         rows = self.identity_experts
         return rows > 0 and expected == (given[0] + rows, *given[1:])
 
@@ -125,7 +125,7 @@ def _opened(checkpoint: AnyCheckpoint) -> Checkpoint:
 
 
 def _meta_model(checkpoint: Checkpoint, family: Family) -> MetaModel:
-    """The model of a checkpoint's config. Raises UsageError where there is none."""
+    """The model of a checkpoint's config. Raises UsageError where transformers has none."""
     settings, view = checkpoint.settings, family.transformers
     config = as_transformers_reads(settings, view, is_known)
     if config is None:
@@ -137,8 +137,7 @@ def _meta_model(checkpoint: Checkpoint, family: Family) -> MetaModel:
 
 def _try(checkpoint: Checkpoint, anatomy: Anatomy, meta_model: MetaModel) -> _Trial:
     """Fit a checkpoint into a model. anatomy: the source's, whose names both share."""
-    records = (record for shard in checkpoint.shards for record in shard.header.tensors)
-    weights = read_weights(records, checkpoint.settings)
+    weights = read_weights(checkpoint.records, checkpoint.settings)
     family = anatomy.family
     identity = identity_experts(checkpoint.settings, family)
     trial = _Trial(tensors=checkpoint.num_tensors, identity_experts=identity)
@@ -163,7 +162,7 @@ def _try(checkpoint: Checkpoint, anatomy: Anatomy, meta_model: MetaModel) -> _Tr
 
 
 def _is_mtp(name: str, shape: Shape, anatomy: Anatomy) -> bool:
-    """Whether a tensor is of the layers that predict further ahead, which transformers lacks."""
+    """Whether a tensor belongs to MTP layers, which transformers does not have."""
     place = anatomy.reader.place(name)
     if place is not None:
         return anatomy.reader.is_mtp(place[0])
@@ -177,7 +176,7 @@ def _is_mtp(name: str, shape: Shape, anatomy: Anatomy) -> bool:
 def _try_mtp_layers(
     shapes: dict[str, Shape], anatomy: Anatomy, meta_model: MetaModel, trial: _Trial
 ) -> None:
-    """Fit the MoE blocks of MTP layers into a main layer's place: they are built alike."""
+    """Fit the MoE blocks of MTP layers in the place of a main layer's: they have the same form."""
     twin, reader, view = anatomy.main_layers[-1], anatomy.reader, anatomy.family.transformers
     blocks: dict[int, dict[str, str]] = {twin.index: {}}
     blocks |= {layer.index: {} for layer in anatomy.mtp_layers}
@@ -210,7 +209,7 @@ def _try_mtp_layers(
 
 
 def _summary(names: Iterable[str], why: str = "") -> tuple[str, ...]:
-    """Names with their numbers as `*`, and how many there are of each."""
+    """Names with `*` for their numbers, and how many tensors each stands for."""
     counts = Counter(_NUMBER.sub("*", name) for name in names)
     return tuple(
         name + (f" ({count:,} tensors)" if count > 1 else "") + why

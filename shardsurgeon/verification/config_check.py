@@ -11,10 +11,12 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import (
     PER_LAYER_KEY,
+    QUANTIZATION_KEYS,
     config_section,
     config_values,
     per_layer_paths,
 )
+from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.checkpoint.quantization_names import (
     NamedExpert,
     is_regex,
@@ -22,17 +24,11 @@ from shardsurgeon.checkpoint.quantization_names import (
     plain_name,
 )
 from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
 from shardsurgeon.verification.record import RetainedIds
 
-QUANTIZATION_FILES = (
-    "hf_quant_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "quantization_config.json",
-)
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Keys that count experts, and keys about experts that count something else.
 _COUNTING = re.compile(r"expert|routed", re.IGNORECASE)
 _NOT_COUNTING = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
@@ -41,11 +37,11 @@ Path = tuple[str | int, ...]
 
 
 class _Gone(Exception):
-    """The entry named an expert that is pruned."""
+    """Raised for an entry that names a pruned expert: it must be gone."""
 
 
 class _Spelled(str):
-    """A number that is no plain integer, as the file spells it: 1e-6 is not 0.000001 here."""
+    """A number other than a plain integer, as the file spells it: 1e-6 is not 0.000001 here."""
 
     __slots__ = ()
 
@@ -58,7 +54,7 @@ def check_settings(
     pairing: Pairing,
     findings: Findings,
 ) -> None:
-    """config.json and quantization files say the new counts and are otherwise the source's."""
+    """config.json and quantization files have the new counts and are otherwise the source's."""
     found = _load(pruned, CONFIG_NAME)
     no_mtp = _counts_no_mtp(anatomy, pairing, found)
     expected = _Expected(source.settings, anatomy, keeps, no_mtp)
@@ -81,25 +77,15 @@ def check_settings(
 
 
 def _load(checkpoint: Checkpoint, name: str) -> Any:
-    """A JSON file, its numbers as they are spelled. Raises ValueError where it is none."""
-    nbytes = next(file.nbytes for file in checkpoint.files if file.name == name)
-    text = checkpoint.source.read(name, 0, nbytes).decode("utf-8-sig")
-    return json.loads(
-        text, parse_float=_Spelled, parse_constant=_Spelled, object_pairs_hook=_members
-    )
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return members
+    """A JSON file, its numbers as they are spelled. Raises ValueError where it is not JSON."""
+    text = checkpoint.read_file(name).decode("utf-8-sig")
+    return parse_json(text, parse_float=_Spelled, parse_constant=_Spelled)
 
 
 def _counts_no_mtp(anatomy: Anatomy, pairing: Pairing, found: Any) -> bool:
     """Whether the MTP count must be 0.
 
-    Where the source had lost its MTP tensors already, both are right: what it says, and 0.
+    Where the source has no MTP tensors, its own count and 0 are both right.
     """
     if pairing.mtp or pairing.mtp_dropped:
         return pairing.mtp_dropped
@@ -135,7 +121,7 @@ class _Expected:
     def config(self, value: Any, path: Path) -> Any:
         if path in self._elsewhere:
             return value
-        if path and path[-1] in _QUANTIZATION_KEYS:
+        if path and path[-1] in QUANTIZATION_KEYS:
             return self.quantization(value)
         if isinstance(value, dict):
             members = {key: self.config(inner, (*path, key)) for key, inner in value.items()}
@@ -152,22 +138,22 @@ class _Expected:
         return value
 
     def forgotten(self, found: Any, path: Path) -> Iterator[Path]:
-        """Where the output's config still has the old count under a key that counts experts.
+        """Paths of the output's config with the old count under a key that counts experts.
 
-        The keys of the family are not among them: their values have been compared.
+        Keys that the family declares are left out: their values have been compared.
         """
         old = self._anatomy.shared_count
         for at, value in _integers(found, path):
             name = next((part for part in reversed(at) if isinstance(part, str)), "")
             inside = {at[:length] for length in range(1, len(at) + 1)}
-            if inside & self._elsewhere or set(at) & set(_QUANTIZATION_KEYS):
+            if inside & self._elsewhere or not QUANTIZATION_KEYS.isdisjoint(at):
                 continue
             counts = _COUNTING.search(name) and not _NOT_COUNTING.search(name)
             if counts and value == old and self._counts.of(at, value) is None:
                 yield at
 
     def quantization(self, value: Any, path: Path = ()) -> Any:
-        """The same section with every entry that names an expert following it."""
+        """The section with the new number in every entry that names an expert."""
         if isinstance(value, dict):
             return dict(self._members(value, path))
         if isinstance(value, list):
@@ -184,7 +170,7 @@ class _Expected:
     def _items(self, value: list[Any], path: Path) -> Iterator[Any]:
         for number, inner in enumerate(value):
             try:
-                # A number kept as it is spelled is a str, too, and names nothing.
+                # A _Spelled number is a str too, and not an entry.
                 named = type(inner) is str
                 yield (
                     self._entry(inner, path) if named else self.quantization(inner, (*path, number))
@@ -279,7 +265,7 @@ class ExpectedCounts:
         self._adds = not keeps.is_uniform and not native
 
     def of(self, path: Path, value: int) -> int | None:
-        """What the number at a path must have become; None where it counts no experts."""
+        """The new value of the number at a path; None where it does not count experts."""
         for template, first in self._per_layer:
             tail = path[-len(template) :]
             if len(tail) == len(template) and all(
@@ -296,12 +282,12 @@ class ExpectedCounts:
         return None
 
     def elements(self, path: Path, items: list[Any]) -> list[Any]:
-        """The elements of the source's list that stay: those of MTP layers go with them."""
+        """The elements of the source's list that stay: those of dropped MTP layers do not."""
         per_layer = self._mtp_dropped and path[-1:] == (PER_LAYER_KEY,)
         return items[: self._anatomy.num_layers] if per_layer else items
 
     def added(self, path: Path, section: Mapping[str, Any]) -> dict[str, Any]:
-        """What an object must have beyond its own members: the list of counts per layer."""
+        """What an object must have in addition to its own members: the counts per layer."""
         if not self._adds or ".".join(map(str, path)) not in self._keys.at:
             return {}
         spellings = (*self._keys.num_experts, *self._keys.also)
@@ -319,7 +305,7 @@ class ExpectedCounts:
     def _most(self, *, mtp: bool) -> int:
         first_mtp = self._anatomy.num_layers
         counts = [n for layer, n in self._left.items() if mtp or layer < first_mtp]
-        # Without a single keep-list, which is a finding of its own, nothing is known.
+        # Without any keep-list, which is a finding of its own, the count is not known.
         return max(counts, default=self._anatomy.shared_count)
 
 

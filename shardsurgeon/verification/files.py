@@ -1,32 +1,32 @@
-"""The output as files: names, headers, order, alignment, index, and what lies beside the weights.
+"""The output as files: names, headers, order, alignment, index, and the files beside the weights.
 
-Files that are written anew (config.json, the index, the metadata, quantization lists) have checks
+Files whose content changes (config.json, the index, the metadata, quantization lists) have checks
 of their own. Files that were added later, such as a model card, are not checked.
+
+The rule of what a prune copies is spelled here again, apart from the planner's, so that a mistake
+there is found.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from itertools import pairwise
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
-from shardsurgeon.checkpoint.files import set_aside
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES, set_aside
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
-from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, RangeComparer
-from shardsurgeon.verification.config_check import QUANTIZATION_FILES
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pair
 
 _HEADER_UNIT = 8
 
-_CALIBRATION = "calibration/"
-# Far places that know contents by digest stamp files with it: sha256, or git's own of small ones.
+# Remote sources may stamp files with their digest: SHA-256, or git's blob hash of small files.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _REWRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
@@ -37,8 +37,8 @@ def check_structure(
 ) -> None:
     """Every file is named, laid out and listed as the contract says.
 
-    That headers have no holes and overlaps, and that the index names nothing that is not
-    there, has been checked when the folder was opened.
+    Opening the checkpoint has already checked that headers have no holes and overlaps, and that
+    the index names no tensor that is missing.
     """
     _check_names(pruned, findings)
     for shard in pruned.shards:
@@ -82,7 +82,7 @@ def _check_order(pairs: list[Pair], findings: Findings) -> None:
 def _check_metadata(
     source: Checkpoint, shard: Shard, pairs: list[Pair], findings: Findings
 ) -> None:
-    """`__metadata__` says what it said in the source shards that the tensors come from."""
+    """`__metadata__` has the entries of the source shards that the tensors come from."""
     files = {pair.source_file for pair in pairs}
     origins = [shard.header.metadata or {} for shard in source.shards if shard.file in files]
     found = shard.header.metadata or {}
@@ -113,22 +113,15 @@ def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
 
 
 def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
-    """Counted as the source counts them: elements as they are stored, or unpacked weights."""
+    """Counted as the source's index counts them: stored elements, or unpacked weights."""
     said = (source.index_metadata or {}).get("total_parameters")
-    if said is not None and said == _stored_elements(source):
-        return _stored_elements(pruned)
-    records = (record for shard in pruned.shards for record in shard.header.tensors)
-    return count_parameters(records, pruned.settings)
-
-
-def _stored_elements(checkpoint: Checkpoint) -> int:
-    return sum(
-        math.prod(record.shape) for shard in checkpoint.shards for record in shard.header.tensors
-    )
+    if said is not None and said == count_stored_elements(source.records):
+        return count_stored_elements(pruned.records)
+    return count_parameters(pruned.records, pruned.settings)
 
 
 def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
-    """Tokenizer, remote code and whatever else lay beside the weights is there, byte for byte."""
+    """Tokenizer, remote code and all other files beside the weights are there, byte for byte."""
     there = {file.name: file.nbytes for file in pruned.files}
     weights = {shard.file for shard in source.shards} | set(source.unindexed)
     with RangeComparer(source, pruned) as sides:
@@ -139,7 +132,7 @@ def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings)
                 continue
             aside = set_aside(name)
             if aside is not None and there.get(aside) == nbytes and same(file, aside):
-                continue  # another card has its name
+                continue  # set aside for a card of the pruned model
             if name in there:
                 if there[name] != nbytes:
                     problem = f"has {there[name]:,} bytes, the source's has {nbytes:,}"
@@ -153,7 +146,8 @@ def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings)
 class _Sameness:
     """Whether a source file and an output file of its size hold the same bytes.
 
-    A far source that stamps its files with digests is believed and not read a second time.
+    Where a remote source stamps its files with digests, the output is compared with these and the
+    source not read a second time.
     """
 
     def __init__(self, source: Checkpoint, pruned: Checkpoint, sides: RangeComparer) -> None:
@@ -176,31 +170,31 @@ class _Sameness:
 
 
 def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
-    """No weights lie about that are no part of the model: a loader might take them."""
+    """There are no weight files besides the model's own: a loader might read them."""
     shards = {shard.file for shard in pruned.shards}
     old_shards = {shard.file for shard in source.shards} | set(source.unindexed)
     copied = {file.name for file in source.files} - old_shards
     for file in pruned.files:
         name = file.name
-        if name in shards or name.startswith(_CALIBRATION):
+        if name in shards or name.startswith(CALIBRATION_FOLDER):
             continue
         if _holds_other_weights(name) or (name.endswith(".safetensors") and name not in copied):
             findings.add(name, "is a weight file that is no part of the model")
 
 
 def _moved(name: str, nbytes: int, there: dict[str, int]) -> list[str]:
-    """Where a score file that lay in the model can be: in calibration/, under its own name or,
-    where an earlier prune left one of that name, a numbered one."""
+    """Names that a score file of the source can have now: in calibration/, with a number where an
+    earlier prune left a file of that name."""
     stem = name.rpartition("/")[2].partition(".")[0]
     return [
         other
         for other, size in there.items()
-        if other.startswith(f"{_CALIBRATION}{stem}") and size == nbytes
+        if other.startswith(f"{CALIBRATION_FOLDER}{stem}") and size == nbytes
     ]
 
 
 def _holds_other_weights(name: str) -> bool:
-    """Whether a file holds weights in another format than the shards."""
+    """Whether a file holds weights in another format, which a prune leaves behind."""
     return (
         name.startswith("original/")
         or name.rpartition("/")[2].startswith("consolidated")

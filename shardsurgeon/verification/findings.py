@@ -8,7 +8,7 @@ KEPT = 20
 
 
 class Findings:
-    """Differences in the order they were found, one line each."""
+    """Differences in the order in which they were found, one line each."""
 
     def __init__(self, keep: int = KEPT) -> None:
         """keep: how many lines are kept; those that follow are only counted."""
@@ -23,7 +23,7 @@ class Findings:
             self._lines.append(f"{where}: {problem}")
 
     def lines(self) -> tuple[str, ...]:
-        """The lines kept, and one more that says how many were not."""
+        """The lines that were kept, and one more that says how many were not."""
         left = self.count - len(self._lines)
         if not left:
             return tuple(self._lines)

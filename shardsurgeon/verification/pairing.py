@@ -1,8 +1,8 @@
 """From every output tensor back to the source tensor it must be made of.
 
-Between the keep-lists and the comparing of bytes. Goes against the direction in which a prune is
-planned, and in the end accounts for every tensor of the source: surviving, pruned, or gone with
-the MTP layers.
+It uses the keep-lists and is used to compare bytes. It goes in the opposite direction to the
+planner, and in the end accounts for every tensor of the source: kept, pruned, or dropped with the
+MTP layers.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from shardsurgeon.verification.record import RetainedIds
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """How a sliced tensor lies in its source tensor.
+    """Which rows of its source tensor a sliced tensor consists of.
 
     blocks: how often the expert axis repeats; before: rows per block in the source; row_nbytes:
-    size of a row; old_rows: which of the source's rows stand in the output, in order.
+    size of a row; old_rows: the source's rows that are in the output, in order.
     """
 
     blocks: int
@@ -55,7 +55,7 @@ class Count:
 class Table:
     """A table whose values, rows of `row_length` integers of `width` bytes, are expert ids.
 
-    retained: as in Keeps.
+    retained: the layer's, as in RetainedIds.
     """
 
     width: int
@@ -163,7 +163,7 @@ def pair_tensors(
 
 
 class _Matcher:
-    """Finds the source tensor of one output tensor after the other, and remembers it."""
+    """Finds the source tensor of each output tensor, and remembers which were found."""
 
     def __init__(
         self, source: Checkpoint, anatomy: Anatomy, keeps: RetainedIds, findings: Findings
@@ -172,16 +172,16 @@ class _Matcher:
         self._anatomy = anatomy
         self._keeps = keeps
         self._findings = findings
-        # A place is a tensor's number among all of the source.
+        # A place is a tensor's number among all tensors of the source.
         self._starts = [0, *accumulate(len(shard.header.tensors) for shard in source.shards)]
-        self._places = {record.name: place for place, record in enumerate(_records(source))}
+        self._places = {record.name: place for place, record in enumerate(source.records)}
         self._used = bytearray(self._starts[-1])
         self.mtp_seen = False
 
     def match(self, shard: Shard, record: TensorRecord) -> Pair | None:
         """The pair of an output tensor; None, and a finding, where it cannot be one."""
         where = f"{shard.file} {record.name}"
-        # New ids are a part of the old ones: every output name is a name of the source, too.
+        # New ids are a subset of the old ones, so every output name exists in the source too.
         place = self._places.get(record.name)
         if place is None:
             self._findings.add(where, "is a surplus tensor: the source has none of that name")
@@ -201,10 +201,10 @@ class _Matcher:
         return self._pair(shard, record, place, role)
 
     def _old_place(self, name: str, role: ExpertTensor | Surplus) -> int | None:
-        """Where the source has what the output calls `name`; None where there is no such expert.
+        """The source tensor of an expert tensor called `name` in the output; None without one.
 
-        Behind the retained experts stand the identity experts, where the source has tensors of
-        them: they follow in their order.
+        After the retained experts come the identity experts, in their order, where the source has
+        tensors of them.
         """
         retained = self._keeps.retained[role.layer]
         if role.expert < len(retained):
@@ -218,7 +218,7 @@ class _Matcher:
     def account(self) -> bool:
         """Find what is missing; whether the MTP layers were dropped."""
         mtp_missing = False
-        for used, record in zip(self._used, _records(self._source), strict=True):
+        for used, record in zip(self._used, self._source.records, strict=True):
             if used:
                 continue
             role = self._anatomy.role(record)
@@ -229,7 +229,7 @@ class _Matcher:
         return mtp_missing
 
     def _output_name(self, name: str, role: Role) -> str | None:
-        """What a source tensor is called in the output; None where it need not be there."""
+        """The name of a source tensor in the output; None where it need not be there."""
         if isinstance(role, Carried):
             return name
         retained = self._keeps.retained.get(role.layer)
@@ -279,10 +279,6 @@ class _Matcher:
         return role.layer >= self._anatomy.num_layers
 
 
-def _records(checkpoint: Checkpoint) -> Iterator[TensorRecord]:
-    return (record for shard in checkpoint.shards for record in shard.header.tensors)
-
-
 def _rows(
     old: TensorRecord, role: Sliced, retained: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Rows]:
@@ -296,7 +292,7 @@ def _rows(
 
 
 def _row_stretches(rows: Rows) -> Iterator[tuple[int, int, int]]:
-    """Rows that lie side by side in the source are compared in one go."""
+    """Rows that follow each other in the source are compared as one stretch."""
     for block in range(rows.blocks):
         numbered = enumerate(rows.old_rows)
         for shift, run in groupby(numbered, key=lambda row: row[1] - row[0]):

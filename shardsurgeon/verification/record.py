@@ -1,20 +1,19 @@
-"""The record that a prune leaves: which expert became which, and the saliencies it publishes.
+"""The record that a prune leaves: which experts were kept, and their saliencies.
 
-Checked first: tensors and config are compared with the keep-lists that it gives, in the source's
-own numbering. What the record says about itself must hold too, and its saliencies must justify
-the choice of experts.
+It is read first: tensors and config are compared with its keep-lists, in the source's numbering.
+What the record says about itself must be true as well, and its saliencies must justify the choice
+of experts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, LayerRecord, Provenance
+from shardsurgeon.storage.formats.strict_json import as_number, parse_json
 from shardsurgeon.verification.findings import Findings
 
 _LEAST = "min_retained_saliency"
@@ -40,7 +39,7 @@ class RetainedIds:
 def read_keeps(
     source: Checkpoint, anatomy: Anatomy, pruned: Checkpoint, findings: Findings
 ) -> RetainedIds | None:
-    """The keep-lists of a pruned checkpoint; None where nothing usable is recorded.
+    """The keep-lists of a pruned checkpoint; None where its record is missing or useless.
 
     The metadata counts in ids of the first, unpruned model. Where the source is a pruned model
     itself, its own metadata translates them.
@@ -119,7 +118,7 @@ def check_layers(
 def _check_steps(
     source: Checkpoint, anatomy: Anatomy, record: Provenance, findings: Findings
 ) -> None:
-    """The recorded prunes go on from where the source stands."""
+    """The recorded prunes continue those of the source."""
     before = () if source.provenance is None else source.provenance.steps
     if record.steps[: len(before)] != before or len(record.steps) <= len(before):
         problem = f"records {len(record.steps)} prunes that do not go on from the source's own"
@@ -147,8 +146,7 @@ def check_saliencies(pruned: Checkpoint, findings: Findings) -> None:
     record = pruned.provenance
     if record is None:
         return
-    (size,) = (file.nbytes for file in pruned.files if file.name == PROVENANCE_NAME)
-    content = json.loads(pruned.source.read(PROVENANCE_NAME, 0, size))
+    content = parse_json(pruned.read_file(PROVENANCE_NAME))
     for key, fields in content["layers"].items():
         where = f"{PROVENANCE_NAME} layers.{key}"
         layer = record.layers[int(key)]
@@ -192,5 +190,4 @@ def _saliencies(layer: LayerRecord, members: Collection[int], ids: range) -> Ite
 
 
 def _number(fields: object, key: str) -> float | None:
-    value: Any = fields.get(key) if isinstance(fields, Mapping) else None
-    return float(value) if isinstance(value, int | float) else None
+    return as_number(fields.get(key)) if isinstance(fields, Mapping) else None

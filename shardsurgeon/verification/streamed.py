@@ -1,7 +1,7 @@
-"""A pruned model whose shards leave the disk one by one, checked all the same.
+"""Verification of a pruned model whose shards are uploaded and deleted one by one.
 
-The headers come from the plan and are compared with each shard before it leaves, together with a
-sample of its bytes; the whole is then judged by its headers and the files that are here.
+The headers come from the plan. Each shard's header and a sample of its bytes are compared before
+it is deleted; the whole model is then verified by its headers and the files that remain.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ShardHeader:
 
 
 class HeadersOnlySource:
-    """A Source: shards as headings, every other file as another source has it."""
+    """A Source that has the headers of shards, and every other file from another source."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class HeadersOnlySource:
         location: str,
         present: Mapping[str, Path] | None = None,
     ) -> None:
-        """rest: the other files; location: what messages call the model; present: shards that are
-        on the disk, and where.
+        """rest: the source of all other files; location: the model's name in messages; present:
+        the paths of shards that are on the disk.
         """
         self._headers = headers
         self._rest = rest
@@ -48,11 +48,11 @@ class HeadersOnlySource:
         self._present = present or {}
 
     def with_shard(self, name: str, path: Path) -> HeadersOnlySource:
-        """The same, with one shard at hand."""
+        """The same source with the data of one shard, which is at `path`."""
         return HeadersOnlySource(self._headers, self._rest, self._location, {name: path})
 
     def header(self, name: str) -> ShardHeader:
-        """What is known of a shard."""
+        """The header and the size of a shard."""
         return self._headers[name]
 
     @property
@@ -83,33 +83,33 @@ class HeadersOnlySource:
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Bytes of a header, or of another file; SourceReadError for a shard's data."""
-        heading = self._headers.get(name)
-        if heading is None:
+        header = self._headers.get(name)
+        if header is None:
             return self._rest.read(name, begin, end)
-        if end > len(heading.header):
+        if end > len(header.header):
             where = f"{self._location}/{name}"
             raise SourceReadError(where, f"its data is not here, byte {end:,} was asked for")
-        return heading.header[begin:end]
+        return header.header[begin:end]
 
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The same bytes, in one piece."""
         yield self.read(name, begin, end)
 
     def local_path(self, name: str) -> Path | None:
-        """The path of a shard at hand, or of another file."""
+        """The path of a shard that is on the disk, or of another file."""
         if name in self._headers:
             return self._present.get(name)
         return self._rest.local_path(name)
 
 
 class ShardVerifier:
-    """Proves the shards of one pruned model. For one thread at a time."""
+    """Verifies the shards of one pruned model. For one thread at a time."""
 
     def __init__(self, source: Checkpoint, pruned: HeadersOnlySource, sampling: Sampling) -> None:
-        """pruned: what every shard is to look like, and the metadata that says what was kept.
+        """pruned: the planned headers, and the metadata that says what was kept.
 
-        Raises CheckpointError where that is no model. What does not fit the source is found
-        when the shard concerned is checked, or by the proof of the whole.
+        Raises CheckpointError where that is not a model. Differences from the source are found
+        when the shard is checked, or when the whole model is verified.
         """
         self._source = source
         self._headers_only = pruned
@@ -122,18 +122,18 @@ class ShardVerifier:
         self.compared = Compared(0, 0)
 
     def differences(self, name: str, path: Path) -> tuple[str, ...]:
-        """What is wrong with a shard, its name in the model and its place on the disk given.
+        """What is wrong with a shard. name: in the model; path: on the disk.
 
         Raises SourceReadError where it or the source cannot be read.
         """
         findings = Findings()
-        heading = self._headers_only.header(name)
+        header = self._headers_only.header(name)
         with reading(path), path.open("rb") as file:
-            begins = file.read(len(heading.header))
+            begins = file.read(len(header.header))
             nbytes = file.seek(0, 2)
-        if nbytes != heading.nbytes:
-            findings.add(name, f"has {nbytes:,} bytes, expected {heading.nbytes:,}")
-        elif begins != heading.header:
+        if nbytes != header.nbytes:
+            findings.add(name, f"has {nbytes:,} bytes, expected {header.nbytes:,}")
+        elif begins != header.header:
             findings.add(name, "does not begin with the header that was planned")
         elif not self._pairs.get(name):
             findings.add(name, "holds no tensor that the source accounts for")
@@ -142,8 +142,8 @@ class ShardVerifier:
         return findings.lines()
 
     def _compare(self, name: str, path: Path, findings: Findings) -> None:
-        at_hand = replace(self._pruned, source=self._headers_only.with_shard(name, path))
+        present = replace(self._pruned, source=self._headers_only.with_shard(name, path))
         pairs = {name: self._pairs[name]}
-        found = compare_bytes(self._source, at_hand, pairs, self._sampling, 1, None, findings)
+        found = compare_bytes(self._source, present, pairs, self._sampling, 1, None, findings)
         so_far = self.compared
         self.compared = Compared(so_far.tensors + found.tensors, so_far.nbytes + found.nbytes)

@@ -30,15 +30,15 @@ def verify_checkpoint(
     workers: int = 0,
     on_progress: Progress | None = None,
 ) -> VerifyReport:
-    """Compare a pruned model, a folder or wherever it lies, with the model it was made of.
+    """Compare a pruned model, in a folder or in another source, with the model it was made of.
 
     sample: compare the bytes of so many tensors per shard, chosen by `seed`, and of each at most
     `sample_nbytes`; None compares all. Names, shapes, headers, index, config, side files and
-    metadata are compared whole in any case. workers: threads that read, 0 for as many as suit
-    the machine.
+    metadata are always compared completely. workers: threads that read, 0 for as many as suit
+    the machine. on_progress: called with the bytes compared so far and in all.
 
     What is wrong with the pruned model is in the report. Raises CheckpointError and FamilyError
-    for a source that cannot be read as a model, and where the path `pruned` is no folder.
+    for a source that cannot be read as a model, and where the path `pruned` is not a folder.
     """
     place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
     if isinstance(pruned, str | PathLike) and not Path(pruned).is_dir():
@@ -52,7 +52,7 @@ def verify_checkpoint(
         tensors = after.num_tensors
         keeps = read_keeps(before, anatomy, after, findings)
     except InputError as error:
-        # The result is what is on trial: what cannot be read is a finding, not bad input.
+        # The result is what is checked: if it cannot be read, that is a finding, not bad input.
         findings.add(error.where, error.problem)
         keeps = None
     if keeps is not None:

@@ -1,4 +1,4 @@
-"""What each tensor is: layers, experts, routers found; whatever no rule claims refused."""
+"""Layers, experts and routers are found; a tensor that no rule claims is refused."""
 
 from __future__ import annotations
 

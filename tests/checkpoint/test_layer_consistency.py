@@ -1,4 +1,4 @@
-"""MoE layers of one model compared: what one lacks is told by name, what may differ is not."""
+"""MoE layers of one model compared: a tensor that one lacks is named, unless it may differ."""
 
 from __future__ import annotations
 

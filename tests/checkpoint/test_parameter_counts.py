@@ -131,3 +131,10 @@ def test_tables_of_ids_and_scalars_of_few_bits_are_no_trouble() -> None:
         z__weight_packed=("I32", ()),
     )
     assert found == 2
+
+
+def test_a_last_group_that_is_not_full_hides_no_fp4_pairs() -> None:
+    assert count({}, w__weight=("I8", (64, 12)), w__scale=("F8_E8M0", (64, 1))) == 64 * 24
+    config = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}
+    packed = {"x__weight_packed": ("I32", (7, 5)), "x__weight_scale": ("F16", (7, 2))}
+    assert count(config, **packed) == 7 * 40

@@ -1,4 +1,4 @@
-"""A published config.json as transformers reads it: what a family's table does to it."""
+"""How a family's `[transformers]` table changes a published config.json."""
 
 from __future__ import annotations
 

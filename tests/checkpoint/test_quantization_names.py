@@ -35,7 +35,7 @@ def named(text: str, experts: int = EXPERTS, regex: bool | None = None) -> Named
         (r"-:model\.layers\.7\.mlp\.experts\.12\b", 7, 12),
         (r"+:model\.layers\.7\..*experts\.12$", 7, 12),
         (r"re:model\.layers\.7\.mlp\.experts\.12(\..*)?", 7, 12),
-        # A submodule's number, a projection's and a scale's are no expert's.
+        # Numbers of a submodule, a projection and a scale, not of an expert.
         ("model.layers.7.mlp.experts.12.0.w2_scale_2", 7, 12),
         ("model.layers.7.mlp.experts.12.*", 7, 12),
         # No layer, or no single one.

@@ -89,7 +89,7 @@ def builders() -> dict[str, Callable[[], Any]]:
 def fixture(name: str) -> Any:
     """What the named fixture's builder gives: tensors, config and files."""
     with warnings.catch_warnings():
-        # What transformers says about the published configs is no matter of ours.
+        # transformers' warnings about the published configs do not concern these tests.
         warnings.simplefilter("ignore")
         return builders()[name]()
 

@@ -1,4 +1,4 @@
-"""What stands beside stacked experts: sliced with them, said for all of them, or counting them."""
+"""Tensors beside stacked experts: sliced with them, one value for all, or counting them."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
             source = FIXTURES / name
             if not source.is_dir():
                 with warnings.catch_warnings():
-                    # What transformers says about the published configs is no matter of ours.
+                    # transformers' warnings about the published configs do not concern these tests.
                     warnings.simplefilter("ignore")
                     source = written(name, folder)
             plan = api.plan(source, source / "scores.pt", ratio=0.5, out=folder / "pruned")

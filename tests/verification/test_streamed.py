@@ -1,4 +1,4 @@
-"""Shards proven one by one, and a model of which only headers and small files are at hand."""
+"""Shards verified one by one, and a model of which only headers and small files are left."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FarSource(MemorySource):
 
 @pytest.fixture(scope="module")
 def prune(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pruning, Path]:
-    """A prune of a source in memory, and where it lies. Not to be changed."""
+    """A pruned model of a source in memory, and its folder. Tests do not change it."""
     folder = tmp_path_factory.mktemp("prune")
     scores = {layer: [float(expert) for expert in range(tiny.EXPERTS)] for layer in "123"}
     (folder / "scores.json").write_text(json.dumps({"scores": scores}))

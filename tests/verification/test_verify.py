@@ -1,4 +1,4 @@
-"""A right result holds; every way to spoil one is found and named."""
+"""A correct result passes; every kind of damage to one is found and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verification against prunes made by hand: nothing that pruned had a part in what is expected."""
+"""Verification of prunes made by hand: the expected results do not come from the planner."""
 
 from __future__ import annotations
 

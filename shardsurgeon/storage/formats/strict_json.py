@@ -1,14 +1,18 @@
-"""JSON objects from outside, read once and strictly: what Python's json lets pass is refused.
+"""JSON from outside, read once and strictly: what Python's json lets pass is refused.
 
-The header and the index are read through here. Where white space and number spelling must
-survive, documents.py reads instead.
+`read_object` reads large files and `parse_json` small ones; `CheckedJson` and the functions below
+it tell what a value is. Where white space and the spelling of numbers must survive an edit,
+`json_edit` reads instead.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn, TypeGuard
 
 from shardsurgeon.errors import InputError
 
@@ -17,7 +21,7 @@ from shardsurgeon.errors import InputError
 class Repeated:
     """Stands in the result for an inner object that names `key` twice.
 
-    Whoever knows what the object describes reports it, and can say where it is.
+    The caller, who knows what the object describes and where it is, reports it.
     """
 
     key: str
@@ -49,6 +53,114 @@ def read_object(
     return value
 
 
+def no_constant(spelling: str) -> NoReturn:
+    """Refuse NaN and the infinities, which Python's json reads and JSON does not have."""
+    raise ValueError(f"{spelling} is no JSON number")
+
+
+def parse_json(
+    text: str | bytes,
+    *,
+    parse_float: Callable[[str], Any] | None = None,
+    parse_constant: Callable[[str], Any] = no_constant,
+) -> Any:
+    """The value of a JSON text, in UTF-8 where it is bytes.
+
+    parse_float, parse_constant: as the standard library takes them. Raises ValueError for what is
+    not JSON and for a key that one object has twice, RecursionError for nesting too deep to
+    follow.
+    """
+    return json.loads(
+        text if isinstance(text, str) else text.decode("utf-8"),
+        object_pairs_hook=_each_once,
+        parse_float=parse_float,
+        parse_constant=parse_constant,
+    )
+
+
+class CheckedJson:
+    """Typed access to one JSON document; every refusal names the file and the place in it."""
+
+    def __init__(
+        self,
+        where: str,
+        error: type[InputError],
+        remedy: str = "",
+        wording: str = "{place}: found {kind}, expected {expected}",
+    ) -> None:
+        """where: the file; error, remedy: what a refusal raises, and says to do.
+
+        wording: how it says that a value is not what it must be; {value} is the value, cut short.
+        """
+        self.where = where
+        self._error = error
+        self._remedy = remedy
+        self._wording = wording
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise the error of this document."""
+        raise self._error(self.where, problem, self._remedy)
+
+    def as_object(self, value: object, place: str) -> dict[str, Any]:
+        """The value, an object. place: its path in the document, as for all of these."""
+        if not isinstance(value, dict):
+            self._mismatch(value, place, "an object")
+        return value
+
+    def member(self, fields: dict[str, Any], key: str, place: str) -> dict[str, Any]:
+        """The object under a key of another; place: that of the other, "" for the top."""
+        return self.as_object(fields.get(key), f"{place}.{key}".lstrip("."))
+
+    def items(self, value: object, place: str, what: str) -> list[Any]:
+        """The value, a list with something in it. what: what it lists."""
+        if not isinstance(value, list) or not value:
+            self.refuse(f"{place}: not a list of {what}")
+        return value
+
+    def count(self, fields: dict[str, Any], key: str, place: str) -> int:
+        """A positive whole number."""
+        value = fields.get(key)
+        if not is_whole_number(value, 1):
+            self.refuse(f"{place}.{key}: not a positive whole number".lstrip("."))
+        return value
+
+    def number(self, value: object, place: str) -> float:
+        """A finite number."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self._mismatch(value, place, "a number")
+        number = as_number(value)
+        if number is None or not math.isfinite(number):
+            self.refuse(f"{place}: too large a number")
+        return number
+
+    def text(self, fields: dict[str, Any], key: str, place: str) -> str | None:
+        """The text under a key; None where there is none, or null."""
+        value = fields.get(key)
+        if value is not None and not isinstance(value, str):
+            self._mismatch(value, f"{place}.{key}", "text")
+        return value
+
+    def _mismatch(self, value: object, place: str, expected: str) -> NoReturn:
+        kind = type(value).__name__
+        shown = {"place": place, "kind": kind, "value": brief(value), "expected": expected}
+        self.refuse(self._wording.format(**shown))
+
+
+def is_whole_number(value: object, least: int = 0) -> TypeGuard[int]:
+    """Whether it is an integer of at least so much; true and false are not."""
+    return type(value) is int and value >= least
+
+
+def as_number(value: object) -> float | None:
+    """A number as a float; None for anything else and for an integer beyond all floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
 def is_text(value: object) -> bool:
     """Whether it is a string that UTF-8 can carry: JSON escapes can spell lone surrogates."""
     if not isinstance(value, str):
@@ -63,6 +175,13 @@ def is_text(value: object) -> bool:
 def brief(value: object) -> str:
     """A value as a message shows it: however long or deep, cut to a readable length."""
     return _BRIEF.repr(value)
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = _unrepeated(pairs)
+    if isinstance(members, Repeated):
+        raise ValueError(f"the key {members.key[:80]!r} stands there twice")
+    return members
 
 
 def _unrepeated(pairs: list[tuple[str, object]]) -> dict[str, object] | Repeated:
