@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardsurgeon.cli.options import (
+    apply_destination,
     at_least,
-    destination,
     family_option,
     json_option,
     model_option,
@@ -27,11 +27,10 @@ from shardsurgeon.cli.output import (
     fact,
     print_json,
     print_lines,
-    shows_progress,
 )
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
-from shardsurgeon.errors import UsageError
+from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted, format_size, parse_size
 
@@ -128,30 +127,27 @@ def apply_command(
       shardsurgeon apply --plan plan.json --max-shard-size 5GB
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
-    from shardsurgeon.operations import prune
+    from shardsurgeon.operations import apply, prune
 
     request = only_one(requests)
-    repo_id = _repository(push_to_hub, stream_push, disk_budget)
-    place = destination(repo_id, pushed)
+    destination = apply_destination(push_to_hub, stream_push, disk_budget, pushed)
     with byte_bar(progress) as bar:
-        how: dict[str, Any] = {
-            "out": out,
-            "max_shard_nbytes": max_shard_nbytes,
-            "workers": workers,
-            "verify": verify,
-            "dry_run": dry_run,
-            "restart": restart,
-            "progress": bar.on_progress if bar else None,
-            "family": family,
-        }
-        if place is None:
-            report = prune.apply(model, scores, request, **how)
-        else:
-            from shardsurgeon.operations import push
-
-            how |= {"stream": stream_push is not None, "disk_budget": disk_budget}
-            how |= {"bars": shows_progress(progress)}
-            report = push.apply(model, scores, request, place, **how)
+        options = RunOptions(
+            workers=workers,
+            verify=verify,
+            dry_run=dry_run,
+            restart=restart,
+            progress=bar.on_progress if bar else None,
+            bars=bar is not None,
+        )
+        report = apply.apply(
+            # No variable holds the plan: its memory is needed for the check at the end.
+            prune.plan(
+                model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family
+            ),
+            options,
+            destination,
+        )
     try:
         if as_json:
             print_json(asdict(report))
@@ -161,17 +157,6 @@ def apply_command(
         if report.out is not None:
             stop.add_note(prune.complete(report.out))
         raise
-
-
-def _repository(push_to_hub: str | None, stream_push: str | None, budget: int | None) -> str | None:
-    """The repository that the words name, if they do."""
-    if budget is not None and stream_push is None:
-        problem = "is for shards that leave the disk"
-        raise UsageError("--disk-budget", problem, "say where to with --stream-push REPO_ID")
-    if push_to_hub and stream_push and push_to_hub != stream_push:
-        problem = f"says {stream_push}, --push-to-hub says {push_to_hub}"
-        raise UsageError("--stream-push", problem, "one repository is enough")
-    return stream_push if stream_push is not None else push_to_hub
 
 
 def _lines(report: ApplyReport) -> Iterator[str]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from shardsurgeon.errors import UsageError
+from shardsurgeon.operations.request import Destination, refuse_budget
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.units import parse_size
-
-if TYPE_CHECKING:
-    from shardsurgeon.operations.push import Destination
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -229,15 +227,21 @@ def push_options(command: Command) -> Command:
     return with_words  # type: ignore[return-value]
 
 
-def destination(repo_id: str | None, pushed: dict[str, Any]) -> Destination | None:
-    """Where to push to; None where no repository was named.
+def apply_destination(
+    push_to_hub: str | None,
+    stream_push: str | None,
+    disk_budget: int | None,
+    pushed: dict[str, Any],
+) -> Destination | None:
+    """Where `apply` pushes to; None where neither option names a repository.
 
-    Raises UsageError for words of a push without one, and for those that contradict each other.
+    pushed: what `push_options` gathered. Raises UsageError for options of a push without a
+    repository, and for those that contradict each other.
     """
-    if repo_id is not None:
-        from shardsurgeon.operations.push import Destination
-
-        return Destination(repo_id, **pushed)
+    place = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
+    if place is not None:
+        return place
+    refuse_budget(disk_budget, stream=False)
     for word, (flag, silent) in _SILENT.items():
         if pushed[word] != silent:
             problem = "is about a push, and nothing is pushed"
@@ -245,7 +249,7 @@ def destination(repo_id: str | None, pushed: dict[str, Any]) -> Destination | No
     return None
 
 
-# What each word is called, and what it holds where the user did not say it.
+# The flag of each option of a push, and its value where the user did not give it.
 _SILENT: dict[str, tuple[str, object]] = {
     "private": ("--private", False),
     "revision": ("--revision", None),

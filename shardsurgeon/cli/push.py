@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardsurgeon.cli.options import (
-    destination,
     family_option,
     json_option,
     progress_option,
     push_options,
 )
 from shardsurgeon.cli.output import as_typed, fact, print_json, print_lines, shows_progress
+from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ def push_command(
     """
     from shardsurgeon.operations import push
 
-    place = destination(repo_id, pushed)
-    assert place is not None
-    report = push.push(pruned, place, family=family, bars=shows_progress(progress))
+    destination = Destination(repo_id, **pushed)
+    report = push.push(pruned, destination, family=family, bars=shows_progress(progress))
     if as_json:
         print_json(asdict(report))
     else:

@@ -10,10 +10,12 @@ from typing import TypeVar
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.workers import Listener
+from shardsurgeon.operations import apply as applying
 from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
 from shardsurgeon.operations.prune import Pruning, require_apart
 from shardsurgeon.operations.reports import ApplyReport, PushReport
+from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.units import parse_size
@@ -40,6 +42,7 @@ def plan(
     allow_nonuniform: bool = False,
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
+    family: str | None = None,
 ) -> Pruning:
     """Decide which experts stay and plan every byte of the result. Writes nothing.
 
@@ -61,7 +64,7 @@ def plan(
         allow_nonuniform=allow_nonuniform,
     )
     limit = _nbytes(max_shard_size, "max_shard_size")
-    return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit)
+    return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit, family=family)
 
 
 def apply(
@@ -91,23 +94,19 @@ def apply(
     if out is not None:
         plan = replace(plan, out=Path(out))
         require_apart(plan.checkpoint, plan.out)
-    repo_id = stream_push if stream_push is not None else push_to_hub
-    if repo_id is None:
-        return prune.carry_out(
-            plan, workers=workers, verify=verify, restart=restart, progress=on_progress
-        )
-    from shardsurgeon.operations import push as publishing
-
-    return publishing.carry_out(
-        plan,
-        publishing.Destination(repo_id, private, revision, create_pr, *_card(card)),
-        stream=stream_push is not None,
+    own, with_card = _card(card)
+    destination = Destination.of(
+        push_to_hub,
+        stream_push,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        card=own,
+        with_card=with_card,
         disk_budget=_nbytes(disk_budget, "disk_budget"),
-        workers=workers,
-        verify=verify,
-        restart=restart,
-        progress=on_progress,
     )
+    options = RunOptions(workers=workers, verify=verify, restart=restart, progress=on_progress)
+    return applying.apply(plan, options, destination)
 
 
 def push(
@@ -118,6 +117,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     card: AnyPath | bool = True,
+    family: str | None = None,
 ) -> PushReport:
     """Push a folder that `apply` wrote to `org/name` on the Hub, in one commit.
 
@@ -128,8 +128,8 @@ def push(
     """
     from shardsurgeon.operations import push as publishing
 
-    place = publishing.Destination(repo_id, private, revision, create_pr, *_card(card))
-    return publishing.push(pruned, place)
+    destination = Destination(repo_id, private, revision, create_pr, *_card(card))
+    return publishing.push(pruned, destination, family=family)
 
 
 def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
@@ -138,14 +138,21 @@ def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
 
 
 def verify(
-    source: AnyPath, pruned: AnyPath, *, sample: int | None = None, architecture: bool = False
+    source: AnyPath,
+    pruned: AnyPath,
+    *,
+    sample: int | None = None,
+    architecture: bool = False,
+    family: str | None = None,
 ) -> VerifyReport:
     """Compare a pruned folder with its source, byte by byte, or `sample` tensors per shard.
 
     architecture: check as well that transformers' model of the pruned config takes exactly
     these tensors.
     """
-    return verification.verify(source, pruned, sample=sample, architecture=architecture)
+    return verification.verify(
+        source, pruned, sample=sample, architecture=architecture, family=family
+    )
 
 
 def _nbytes(size: int | str | None, option: str) -> int | None:
