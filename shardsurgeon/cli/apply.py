@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,27 +19,23 @@ from shardsurgeon.cli.options import (
     scores_argument,
     selection_options,
     shard_size,
+    size,
 )
 from shardsurgeon.cli.output import (
     as_typed,
-    byte_bar,
+    emit,
     fact,
-    print_json,
-    print_lines,
+    progress_bar,
 )
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
 from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
-from shardsurgeon.units import counted, format_size, parse_size
+from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
     from shardsurgeon.operations.reports import ApplyReport
     from shardsurgeon.verification.findings import VerifyReport
-
-
-def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    return None if text is None else parse_size(text, parameter.opts[0])
 
 
 @click.command("apply")
@@ -88,7 +83,7 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 @click.option(
     "--disk-budget",
     metavar="SIZE",
-    callback=_size,
+    callback=size,
     help="Disk for shards on their way, such as 20GB.  [default: four of the largest]",
 )
 @push_options
@@ -131,7 +126,7 @@ def apply_command(
 
     request = only_one(requests)
     destination = apply_destination(push_to_hub, stream_push, disk_budget, pushed)
-    with byte_bar(progress) as bar:
+    with progress_bar(progress) as bar:
         options = RunOptions(
             workers=workers,
             verify=verify,
@@ -149,10 +144,7 @@ def apply_command(
             destination,
         )
     try:
-        if as_json:
-            print_json(asdict(report))
-        else:
-            print_lines(_lines(report))
+        emit(report, _lines(report), as_json)
     except BaseException as stop:
         if report.out is not None:
             stop.add_note(prune.complete(report.out))

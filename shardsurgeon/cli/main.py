@@ -18,6 +18,7 @@ from shardsurgeon._version import __version__
 from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.inspect import inspect_command
+from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.output import let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
@@ -39,11 +40,8 @@ class Stopped(BaseException):
         self.command: str | None = None
 
 
-class _Commands(click.Group):
-    """The commands, in the order in which a prune uses them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+class _Commands(InOrder):
+    """The commands; one that is stopped is named in what was raised."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -17,12 +16,13 @@ from shardsurgeon.cli.options import (
 )
 from shardsurgeon.cli.output import (
     change,
+    emit,
     fact,
     facts,
+    layer_number,
+    mtp_legend,
     parameters,
     percent,
-    print_json,
-    print_lines,
     saliency,
     table,
 )
@@ -75,14 +75,10 @@ def plan_command(
 
 
 def _show(reports: Sequence[PlanReport], plan_out: str | None, as_json: bool) -> None:
-    if as_json and len(reports) > 1:
-        print_json({"plans": [asdict(report) for report in reports]})
-    elif as_json:
-        print_json(asdict(reports[0]))
-    elif len(reports) > 1:
-        print_lines(comparison_lines(reports))
+    if len(reports) > 1:
+        emit({"plans": reports}, comparison_lines(reports), as_json)
     else:
-        print_lines(_with_file(plan_lines(reports[0]), plan_out))
+        emit(reports[0], _with_file(plan_lines(reports[0]), plan_out), as_json)
 
 
 def _with_file(lines: Iterator[str], plan_out: str | None) -> Iterator[str]:
@@ -97,8 +93,7 @@ def plan_lines(report: PlanReport) -> Iterator[str]:
     yield title(report)
     yield ""
     yield from _layer_table(report.layers)
-    if any(layer.is_mtp for layer in report.layers):
-        yield "  * next-token-prediction layer"
+    yield from mtp_legend(report.layers)
     yield ""
     yield from total_lines(report)
 
@@ -168,7 +163,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
 
 def _layer_row(layer: LayerReport) -> dict[str, str]:
     return {
-        "layer": f"{layer.layer}{'*' if layer.is_mtp else ''}",
+        "layer": layer_number(layer),
         "kept": str(layer.kept),
         "pruned": str(layer.pruned),
         "never\nrouted": str(layer.never_routed),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,7 @@ from shardsurgeon.cli.options import (
     progress_option,
     push_options,
 )
-from shardsurgeon.cli.output import as_typed, fact, print_json, print_lines, shows_progress
+from shardsurgeon.cli.output import as_typed, emit, fact, shows_progress
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
 
@@ -53,10 +52,7 @@ def push_command(
 
     destination = Destination(repo_id, **pushed)
     report = push.push(pruned, destination, family=family, bars=shows_progress(progress))
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_lines(pruned, report))
+    emit(report, _lines(pruned, report), as_json)
 
 
 def _lines(pruned: str, report: PushReport) -> Iterator[str]:

@@ -81,7 +81,7 @@ def then_stopped(real: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-@pytest.mark.parametrize(("place", "name"), [(apply, "execute"), (command, "print_lines")])
+@pytest.mark.parametrize(("place", "name"), [(apply, "execute"), (command, "emit")])
 def test_a_signal_after_the_last_step_is_told_that_out_is_complete(
     place: object,
     name: str,
