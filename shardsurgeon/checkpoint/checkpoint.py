@@ -59,6 +59,10 @@ class Checkpoint:
     index does not name and that therefore are no part of the model; notes: what a user
     should know and need not mend; family: a declaration that takes the place of the shipped
     ones; unlisted: tensors of the shards that the index forgot.
+
+    >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
+    >>> checkpoint.settings["model_type"], checkpoint.shards[0].header.tensors[0].shape
+    ('kimi_k25', (64, 4))
     """
 
     source: Source
@@ -105,6 +109,10 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
 
     Raises what that raises, and CheckpointError and its children where a file is missing, broken
     or contradicts another one. Reads headers and JSON only.
+
+    >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
+    >>> len(checkpoint.shards), checkpoint.num_tensors, checkpoint.total_size
+    (5, 944, 657568)
     """
     source = open_source(model)
     files = {file.name: file for file in source.list()}
