@@ -25,10 +25,19 @@ from shardsurgeon.storage.files import write_file
 
 @dataclass(frozen=True)
 class Pruning:
-    """A prune that is decided and planned, and not yet done.
+    """A prune that is decided and planned, and not yet done: what `shardsurgeon.plan` returns.
 
     decision: which experts stay; plan: the bytes to move; out: the folder they go to;
-    max_shard_nbytes, declared: what it was planned with (declared: the words of --family).
+    max_shard_nbytes: the limit of a shard's size in bytes, None for the source's shards;
+    declared: what --family said.
+
+    >>> plan = shardsurgeon.plan("fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", keep=8)
+    >>> plan.report.total_size_before, plan.report.total_size_after
+    (597056, 372800)
+    >>> plan.write_plan("keep.json")
+    >>> again = shardsurgeon.plan("fixtures/qwen3_moe", plan_file="keep.json")
+    >>> again.report.total_size_after == plan.report.total_size_after
+    True
     """
 
     checkpoint: Checkpoint
