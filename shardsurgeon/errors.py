@@ -1,8 +1,8 @@
 """Every error a user can meet, and the exit status each one ends the command with.
 
     ShardSurgeonError
-    ├── InputError   (2)  the files or the words given cannot be worked with
-    │   ├── UsageError          the words of the command contradict each other or the model
+    ├── InputError   (2)  the files or the options given cannot be worked with
+    │   ├── UsageError          options contradict each other or the model
     │   ├── CheckpointError     a checkpoint folder is incomplete or inconsistent
     │   │   ├── HeaderError     a safetensors header breaks its format
     │   │   ├── IndexFileError  model.safetensors.index.json and the shards disagree
@@ -13,7 +13,7 @@
     │   ├── KeepListError       a keep-list file is unreadable or does not fit the model
     │   ├── DatasetError        a calibration dataset is missing, empty, or not to be understood
     │   └── OutputError         the output place is taken, or belongs to another run
-    └── WorkError    (1)  the work was right but could not be done
+    └── WorkError    (1)  the input was good, the work could not be done
         ├── SourceChangedError  a shard is no longer what it was when it was planned
         ├── SourceReadError     a shard could not be read
         ├── NetworkError        the network gave up
@@ -70,7 +70,7 @@ class InputError(ShardSurgeonError):
 
 
 class UsageError(InputError):
-    """The words of the command contradict each other or the model."""
+    """Options contradict each other or the model."""
 
 
 class CheckpointError(InputError):
@@ -104,7 +104,7 @@ class UndeclaredFamilyError(FamilyError):
         *,
         skeleton: str = "",
     ) -> None:
-        """Carry the skeleton along for whoever prints the error."""
+        """Keep the skeleton, which the command line prints after the error."""
         super().__init__(where, problem, remedy)
         self.skeleton = skeleton
 

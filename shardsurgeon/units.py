@@ -1,4 +1,4 @@
-"""Sizes and numbers as people write and read them."""
+"""Sizes and counts: from text and to text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 def parse_size(text: str, option: str = "size") -> int:
     """Turn `5GB` (10^9 based), `5GiB` (2^30 based) or a plain byte count into bytes.
 
-    Raises UsageError, naming `option`, where the text is no positive size.
+    Raises UsageError, naming `option`, where the text is not a positive size.
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].upper()) if match else None

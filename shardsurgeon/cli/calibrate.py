@@ -24,7 +24,7 @@ def _batch_size(context: click.Context, parameter: click.Parameter, text: str) -
     if text == "auto":
         return text
     if not text.isdecimal():
-        raise UsageError("--batch-size", f"'{text}' is no number", "write auto or a number")
+        raise UsageError("--batch-size", f"'{text}' is not a number", "write auto or a number")
     return int(text)
 
 
@@ -35,7 +35,7 @@ def _share(
         return None
     match = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
     if not match or int(match[1]) > int(match[2]):
-        raise UsageError("--share", f"'{text}' is no share", "write it like 1/4, 2/4, 3/4, 4/4")
+        raise UsageError("--share", f"'{text}' is not a share", "write it like 1/4, 2/4, 3/4, 4/4")
     return int(match[1]), int(match[2])
 
 
@@ -148,7 +148,7 @@ def calibrate_command(
     restart: bool,
     progress: bool | None,
     as_json: bool,
-    **words: Any,
+    **options: Any,
 ) -> None:
     """Score experts by running samples through the model.
 
@@ -168,7 +168,7 @@ def calibrate_command(
     from shardsurgeon.layerwise.settings import Settings
 
     settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
-    request = run.CalibrationRequest(settings=settings, **words)
+    request = run.CalibrationRequest(settings=settings, **options)
     with progress_bar(progress, "tok") as bar:
         report = run.calibrate(
             model,

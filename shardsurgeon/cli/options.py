@@ -115,7 +115,7 @@ def progress_option(command: Command) -> Command:
 
 
 def shard_size(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
-    """Turn the words of --max-shard-size into bytes; None keeps the source's cutting."""
+    """Turn the value of --max-shard-size into bytes; None keeps the source's shards."""
     return None if text == "source" else parse_size(text, "--max-shard-size")
 
 

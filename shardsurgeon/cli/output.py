@@ -66,13 +66,13 @@ def _plain(value: Any) -> Any:
 
 
 def let_any_text_through() -> None:
-    """File names need be no text, and consoles need not know every letter: escape those."""
+    """Escape what stdout cannot encode: a file name may be any bytes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def silence_stdout() -> None:
-    """Where stdout takes no more, point it at nothing, so that exit does not fail on it too."""
+    """Point a closed stdout at the null device, so that the flush at exit does not fail as well."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -210,5 +210,5 @@ def saliency(value: float | None) -> str:
 
 
 def as_typed(path: str) -> str:
-    """A path as it must be typed in this system's shell."""
+    """A path as it is typed in this system's shell."""
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)

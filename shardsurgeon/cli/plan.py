@@ -1,4 +1,4 @@
-"""`shardsurgeon plan`, and a plan in words: its layers, its totals, several plans side by side."""
+"""`shardsurgeon plan`, and a plan as text: its layers, its totals, several plans side by side."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def _now(report: PlanReport) -> str:
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
-    """Columns that have nothing to say are left out."""
-    told = {
+    """Columns without a value in any layer are left out."""
+    shown = {
         "never\nrouted": any(layer.never_routed for layer in layers),
         "pre-\nserved": any(layer.preserved for layer in layers),
         "lowest\nkept": any(layer.min_retained_saliency is not None for layer in layers),
@@ -156,7 +156,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
         "dropped,\nif equal": any(layer.saliency_dropped_uniform is not None for layer in layers),
         "chosen\nby": any(layer.policy != "scores" for layer in layers),
     }
-    headings = ["layer", "kept", "pruned", *(heading for heading in told if told[heading])]
+    headings = ["layer", "kept", "pruned", *(heading for heading in shown if shown[heading])]
     rows = [_layer_row(layer) for layer in layers]
     return table(headings, [[row[heading] for heading in headings] for row in rows])
 
@@ -280,5 +280,5 @@ def _narrowest_cut(layers: Sequence[LayerReport]) -> float | None:
 
 
 def _scored(layers: Sequence[LayerReport]) -> list[LayerReport]:
-    """Without the layers whose router norms stand in for a saliency they do not have."""
+    """Without the layers that were chosen by router norms, having no saliency."""
     return [layer for layer in layers if layer.policy != MtpPolicy.ROUTER_NORM]

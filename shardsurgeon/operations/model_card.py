@@ -93,13 +93,13 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
         "source_card": "" if facts.source_card is None else _SOURCE_CARD,
     }
     paragraphs = _CARD.read_text(encoding="utf-8").rstrip().split("\n\n")
-    # A paragraph that is one placeholder goes where nothing is to be said.
-    said = [text for text in paragraphs if values.get(text.removeprefix("$"), text)]
-    return str(ModelCard(Template("\n\n".join(said)).substitute(values) + "\n"))
+    # A paragraph that is one placeholder is left out where its value is empty.
+    shown = [text for text in paragraphs if values.get(text.removeprefix("$"), text)]
+    return str(ModelCard(Template("\n\n".join(shown)).substitute(values) + "\n"))
 
 
 def require_metadata(text: str, where: str | PathLike[str]) -> None:
-    """Raise UsageError, naming `where`, for a card of one's own whose metadata cannot be read."""
+    """Raise UsageError, naming `where`, for a user's card whose metadata cannot be read."""
     try:
         ModelCard(text)
     except Exception as error:  # whatever YAML and the card's own rules raise
@@ -121,20 +121,20 @@ def base_models(facts: ModelFacts) -> tuple[str, ...]:
 
 
 def _metadata(facts: ModelFacts) -> str:
-    said = facts.source_card or {}
+    source = facts.source_card or {}
     bases = base_models(facts)
     data: dict[str, Any] = {}
     if bases:
         data["base_model"] = list(bases)
         data["base_model_relation"] = _RELATION
-    data |= {key: said[key] for key in _CARRIED_OVER if said.get(key)}
-    data["library_name"] = said.get("library_name") or "transformers"
-    data["tags"] = [*dict.fromkeys((*_tags(said), *TAGS))]
+    data |= {key: source[key] for key in _CARRIED_OVER if source.get(key)}
+    data["library_name"] = source.get("library_name") or "transformers"
+    data["tags"] = [*dict.fromkeys((*_tags(source), *TAGS))]
     return ModelCardData(**data).to_yaml(original_order=[*data])
 
 
-def _tags(said: Mapping[str, Any]) -> list[str]:
-    found = said.get("tags")
+def _tags(metadata: Mapping[str, Any]) -> list[str]:
+    found = metadata.get("tags")
     return [tag for tag in found if isinstance(tag, str)] if isinstance(found, list) else []
 
 
@@ -200,14 +200,14 @@ def _layers(numbers: Sequence[int]) -> str:
 
 
 def _policies(record: Provenance) -> Iterator[str]:
-    words = {
+    reasons = {
         "router-norm": "were chosen by the norm of their router rows, having no scores",
         "last": "follow the last scored layer",
     }
-    for policy, said in words.items():
+    for policy, reason in reasons.items():
         layers = [n for n, layer in record.layers.items() if layer.policy == policy]
         if layers:
-            yield f"The experts of MTP {_layers(layers)} {said}."
+            yield f"The experts of MTP {_layers(layers)} {reason}."
     yield (
         "Which experts stayed, under their original ids, with every saliency: "
         "[calibration/reap_pruning_metadata.json](calibration/reap_pruning_metadata.json)"
@@ -216,12 +216,12 @@ def _policies(record: Provenance) -> Iterator[str]:
 
 def _calibration(calibrations: Iterable[Calibration]) -> Iterator[str]:
     for found in calibrations:
-        said = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in found.facts.items())
-        yield f"Scores: [{found.file}]({found.file})" + (f" ({said})" if said else "")
+        facts = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in found.facts.items())
+        yield f"Scores: [{found.file}]({found.file})" + (f" ({facts})" if facts else "")
 
 
 def _plain(value: object) -> str:
-    """A stranger's value, so that it stays text in Markdown and in one line."""
+    """A value from a score file as one line of code, so that Markdown in it means nothing."""
     text = f"{value:,}" if type(value) is int and value >= 10_000 else str(value)
     return f"`{' '.join(text.replace('`', '').split())}`"
 
@@ -263,10 +263,10 @@ def recipe(
     max_shard_nbytes: int | None,
     declared: str | None,
 ) -> str:
-    """The command that was given, its files under the names that the model carries them by.
+    """The command that was given, with its files by their names in the model's folder.
 
-    given: name in the model → path, of the score file and the keep-list; declared: the words of
-    --family.
+    given: name in the model → path, of the score file and the keep-list; declared: what --family
+    said.
     """
     plan = None if request.plan_file is None else str(Path(request.plan_file).absolute())
     scores = [name for name, path in given.items() if path != plan]
@@ -292,7 +292,7 @@ def recipe(
 
 
 def recipe_by_record(facts: ModelFacts) -> str:
-    """The command that goes by the keep-lists in the model's metadata."""
+    """The command that repeats the prune by the keep-lists in the model's record."""
     source = facts.provenance.steps[0].source
     words = [*_PROGRAM, "--plan", PROVENANCE_NAME, "--model", address(source)]
     words += ["--mtp", "drop"] if facts.mtp_removed and not facts.mtp_layers else []
@@ -301,13 +301,13 @@ def recipe_by_record(facts: ModelFacts) -> str:
 
 
 def with_files(command: str, repo_id: str, revision: str | None) -> tuple[str, ...]:
-    """The command behind the one that fetches the files it names."""
+    """The command that fetches calibration/ from the repository, and after it `command`."""
     words = ["hf", "download", repo_id, "--include", "calibration/*", "--local-dir", "."]
     words += ["--revision", revision] if revision else []
     return shlex.join(words), command
 
 
 def address(source: SourceIdentity) -> str:
-    """MODEL as it must be typed: a repository at its commit, or a folder's name."""
+    """MODEL as it is typed: a repository at its commit, or a folder's name."""
     at_commit = source.revision is not None and "/" in source.name
     return f"{source.name}@{source.revision}" if at_commit else source.name

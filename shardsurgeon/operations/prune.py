@@ -51,7 +51,7 @@ class Pruning:
 
     @cached_property
     def report(self) -> PlanReport:
-        """What it would do, for people."""
+        """What it would do."""
         return plan_report(
             self.checkpoint,
             self.anatomy,
@@ -65,7 +65,7 @@ class Pruning:
         """Save the keep-lists as a plan.json that `--plan` reads."""
         data = write_plan(
             self.decision.keep,
-            selection=_selection_words(self),
+            selection=_selection_settings(self),
             source={
                 "name": self.checkpoint.source.name,
                 "config_sha256": self.checkpoint.config_sha256,
@@ -130,7 +130,7 @@ def require_ready(pruning: Pruning) -> None:
 
 
 def complete(out: str) -> str:
-    """What an interrupted command says where its result is already there."""
+    """The note of an interrupted command whose result is already written."""
     return f"{out} is complete"
 
 
@@ -138,7 +138,7 @@ def _path(value: object) -> Path | None:
     return Path(value).absolute() if isinstance(value, str | os.PathLike) else None
 
 
-def _selection_words(pruning: Pruning) -> dict[str, object]:
+def _selection_settings(pruning: Pruning) -> dict[str, object]:
     request, decision = pruning.request, pruning.decision
     return {
         "selection": request.selection,
@@ -178,7 +178,7 @@ def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepLis
 
 
 def require_apart(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise OutputError where the output would lie inside the source, or the other way."""
+    """Raise OutputError where the output would be inside the source, or the source inside it."""
     home = _home(checkpoint)
     if home is None:
         return
@@ -192,9 +192,9 @@ def require_apart(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _home(checkpoint: Checkpoint) -> Path | None:
-    """The source's folder on this machine, if it has one."""
+    """The source's folder on this machine; None for a remote source."""
     path = checkpoint.source.local_path("config.json")
-    # Not resolved as a file: in a Hub cache config.json is a link to somewhere else.
+    # The folder is resolved, not the file: in a Hub cache config.json is a link to a blob.
     return None if path is None else path.absolute().parent.resolve()
 
 

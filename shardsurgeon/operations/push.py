@@ -42,7 +42,7 @@ from shardsurgeon.storage.open import hub_name
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import default_system
 
-# How many of the largest shards fit on the disk at a time where no budget is given.
+# The budget where none is given, in shards of the largest size: `--disk-budget` documents it.
 _FEW_SHARDS = 4
 
 
@@ -56,20 +56,20 @@ def push(
     """Push a folder that `apply` wrote, with a card, in one commit. The folder stays as it is.
 
     family: as for `plan`; bars: let huggingface_hub show how far the uploads are. A rerun uploads
-    nothing that is there already. Raises CheckpointError and its children where the folder is no
-    complete prune, UsageError where the Hub refuses the words or the token, PublishError where
-    the upload fails.
+    nothing that is there already. Raises CheckpointError and its children where the folder is
+    not a complete prune, UsageError where the Hub refuses the token or the repository,
+    PublishError where the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
     checkpoint, record = _complete_prune(folder, family)
-    with silence_hub(bars) as said:
+    with silence_hub(bars) as notes:
         repository, card = _repository(destination), _own_card(destination)
         repository.prepare(destination.private)
         _require_another(repository, record.steps[-1].source.name)
         if destination.with_card and card is None:
             card = _card(checkpoint, folder, repository, None)
         published = publish(repository, files_to_publish(folder, card), {})
-    return _report(repository, published, begun, said)
+    return _report(repository, published, begun, notes)
 
 
 class Shipment:
@@ -169,7 +169,7 @@ def _own_card(destination: Destination) -> bytes | None:
 
 
 def _options(destination: Destination) -> list[str]:
-    """The words of a destination, as `push` takes them."""
+    """A destination as the options of `push`."""
     words = ["--private"] if destination.private else []
     words += ["--revision", destination.revision] if destination.revision else []
     words += ["--create-pr"] if destination.create_pr else []
@@ -178,7 +178,7 @@ def _options(destination: Destination) -> list[str]:
 
 
 def _recipe(pruning: Pruning) -> str | None:
-    """The command of a prune; None where its scores came from no file."""
+    """The command of a prune; None where its scores were not read from a file."""
     given = dict(pruning.plan.score_files)
     if not given:
         return None
@@ -187,8 +187,10 @@ def _recipe(pruning: Pruning) -> str | None:
 
 
 def _card(pruned: Checkpoint, folder: Path, repository: Repository, command: str | None) -> bytes:
-    """The card of a pruned model. folder: holds its small files; command: what made it, where
-    that is known better than by its record."""
+    """The card of a pruned model.
+
+    folder: has its small files; command: the one that made it, None to derive one from its record.
+    """
     record = pruned.provenance
     assert record is not None
     facts = model_facts(pruned, read_anatomy(pruned), record, folder)
@@ -206,9 +208,9 @@ def _require_another(repository: Repository, source: str | None) -> None:
 
 
 def _complete_prune(folder: Path, family: str | None) -> tuple[Checkpoint, Provenance]:
-    """Open a folder that `apply` wrote; CheckpointError and its children where it is none."""
+    """Open a folder that `apply` wrote. Raises CheckpointError and its children for another one."""
     if not folder.is_dir():
-        raise CheckpointError(folder, "is no folder", "give the folder that apply wrote")
+        raise CheckpointError(folder, "is not a folder", "give the folder that apply wrote")
     _require_finished(folder)
     checkpoint = open_model(folder, family)
     record = checkpoint.provenance
@@ -220,7 +222,7 @@ def _complete_prune(folder: Path, family: str | None) -> tuple[Checkpoint, Prove
 
 
 def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError for unfinished work, in the folder or around it."""
+    """Raise CheckpointError where the folder, its parent or a folder in it is unfinished work."""
     journal = WorkDir(folder, default_system()).journal.name
     around = [path / journal for path in (folder, folder.absolute().parent)]
     within = (folder / file.name for file in LocalSource(folder).list())
@@ -231,7 +233,7 @@ def _require_finished(folder: Path) -> None:
 
 
 def _report(
-    repository: Repository, published: Published, begun: float, said: Sequence[str]
+    repository: Repository, published: Published, begun: float, notes: Sequence[str]
 ) -> PushReport:
     commit = published.commit
     return PushReport(
@@ -245,15 +247,15 @@ def _report(
         nbytes=published.nbytes,
         removed=published.removed,
         seconds=time.monotonic() - begun,
-        notes=tuple(said),
+        notes=tuple(notes),
     )
 
 
 def files_to_publish(folder: Path, card: bytes | None) -> dict[str, Content]:
     """Every file of a folder by its name in the repository.
 
-    card: what README.md is to say; the folder's own then goes by README.source.md, and an
-    earlier one of that name by README.source-2.md. None: every file keeps its name.
+    card: the content of README.md; the folder's own is then named README.source.md, and an earlier
+    one of that name README.source-2.md. None: every file keeps its name.
     """
     source = LocalSource(folder)
     files: dict[str, Content] = {file.name: folder / file.name for file in source.list()}

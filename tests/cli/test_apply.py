@@ -49,7 +49,7 @@ def test_the_shard_size_may_be_the_sources(run: Run, fake: FakeOperations) -> No
         (("--keep", "9", "--workers", "-1"), "--workers: -1 is less than 0"),
     ],
 )
-def test_words_that_cannot_be_meant_are_refused_before_any_file_is_read(
+def test_options_that_contradict_each_other_are_refused_before_any_file_is_read(
     run: Run, fake: FakeOperations, words: tuple[str, ...], told: str
 ) -> None:
     ended = run("apply", "scores.pt", *words)
@@ -97,7 +97,9 @@ def test_commands_to_copy_are_quoted(run: Run, fake: FakeOperations) -> None:
     assert "  vllm serve '/my models/small'\n" in run(*APPLY).stdout
 
 
-def test_nobody_is_told_to_serve_what_stock_engines_misread(run: Run, fake: FakeOperations) -> None:
+def test_what_stock_engines_misread_is_not_offered_to_be_served(
+    run: Run, fake: FakeOperations
+) -> None:
     fake.apply = replace(APPLIED, plan=replace(APPLIED.plan, stock_engines=False))
     assert "vllm serve" not in run(*APPLY).stdout
 
@@ -142,7 +144,7 @@ def test_what_an_earlier_run_left_is_done_from_the_start(run: Run, fake: FakeOpe
     assert "| 30.0G/100G [" in run(*APPLY, "--progress").stderr
 
 
-def test_there_is_no_bar_where_stderr_is_no_terminal(run: Run, fake: FakeOperations) -> None:
+def test_there_is_no_bar_where_stderr_is_not_a_terminal(run: Run, fake: FakeOperations) -> None:
     run(*APPLY)
     assert options_of(fake) == [RunOptions()]
 

@@ -85,7 +85,7 @@ def test_the_line_that_compares_every_byte_can_be_typed(shell: Shell, source: Lo
     assert "holds" in shell.good(*line.split()[1:])
 
 
-def test_a_pull_request_with_somebody_else(shell: Shell, source: LocalHub, tmp_path: Path) -> None:
+def test_a_pull_request_to_another_user(shell: Shell, source: LocalHub, tmp_path: Path) -> None:
     source.add_model("org/theirs", {"notes.txt": b"theirs"})
     said = shell.good(*words("--stream-push", "org/theirs", "--create-pr"))
     assert "(pull request)" in said and "vllm serve" not in said
