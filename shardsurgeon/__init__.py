@@ -1,4 +1,4 @@
-"""A streaming, out-of-core surgeon for Mixture-of-Experts checkpoints.
+"""Remove whole experts from Mixture-of-Experts checkpoints, without loading the model.
 
 checkpoint = shardsurgeon.open_checkpoint("Kimi-K2.5")
 plan = shardsurgeon.plan(checkpoint, "scores.pt", ratio=0.65)

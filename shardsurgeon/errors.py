@@ -30,7 +30,16 @@ from os import PathLike, fspath
 
 
 class ShardSurgeonError(Exception):
-    """The base of every error that shardsurgeon raises on purpose."""
+    """The base of every error that shardsurgeon raises on purpose.
+
+    where, problem, remedy: the parts of the message; exit_status: what the command ends with.
+
+    >>> try:
+    ...     shardsurgeon.inspect("nowhere")
+    ... except shardsurgeon.ShardSurgeonError as error:
+    ...     print(error.where, "|", error.problem, "|", error.exit_status)
+    nowhere | there is no such folder | 2
+    """
 
     exit_status = 1
 
@@ -50,7 +59,12 @@ class ShardSurgeonError(Exception):
 
 
 class InputError(ShardSurgeonError):
-    """The files or the options given cannot be used; exit status 2."""
+    """The files or the options given cannot be used; exit status 2.
+
+    >>> shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=1.5)
+    Traceback (most recent call last):
+    shardsurgeon.errors.UsageError: --ratio: 1.5 is not between 0 and 1; give the fraction ...
+    """
 
     exit_status = 2
 
@@ -112,7 +126,17 @@ class OutputError(InputError):
 
 
 class WorkError(ShardSurgeonError):
-    """The request was right but the work failed; exit status 1."""
+    """The request was right but the work failed: a full disk, a lost connection; exit status 1.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> import os
+    >>> os.utime("fixtures/kimi_k25/model-00001-of-000005.safetensors")
+    >>> try:
+    ...     shardsurgeon.apply(plan, "small")
+    ... except shardsurgeon.WorkError as error:
+    ...     print(type(error).__name__)
+    SourceChangedError
+    """
 
     exit_status = 1
 

@@ -1,4 +1,4 @@
-"""Sizes and numbers as people write and read them."""
+"""Sizes and counts: from text and to text."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _FACTORS = {
     **{f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGTP", start=1)},
     **{f"{prefix}IB": 2 ** (10 * power) for power, prefix in enumerate("KMGTP", start=1)},
 }
+_LETTERS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str, option: str = "size") -> int:
     """Turn `5GB` (10^9 based), `5GiB` (2^30 based) or a plain byte count into bytes.
 
-    Raises UsageError, naming `option`, where the text is no positive size.
+    Raises UsageError, naming `option`, where the text is not a positive size.
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].upper()) if match else None
@@ -58,11 +59,16 @@ def counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
-def parameters(count: int) -> str:
-    """`1.03T`, `35.1B`, `640M`: three digits that count."""
-    for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+def parameters(count: int, form: str = ".3g", units: str = "TBMK") -> str:
+    """A parameter count as `1.03T`, `35.1B`, `640M`: three digits that count.
+
+    form: how the number is written; units: the letters that may follow it, largest first.
+    """
+    for unit in units:
+        factor = _LETTERS[unit]
+        # What would be written as 1000 of the next unit is written as 1 of this one.
         if count >= factor - factor // 2000:
-            return f"{count / factor:.3g}{unit}"
+            return f"{count / factor:{form}}{unit}"
     return str(count)
 
 

@@ -63,6 +63,10 @@ class Checkpoint:
     index does not name and that are therefore not part of the model; notes: what a user should
     know and need not repair; family: a declaration to use in place of the shipped ones;
     unlisted: tensors of the shards that the index does not name.
+
+    >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
+    >>> checkpoint.settings["model_type"], checkpoint.shards[0].header.tensors[0].shape
+    ('kimi_k25', (64, 4))
     """
 
     source: Source
@@ -119,6 +123,10 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
 
     Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
     its subclasses where a file is missing, broken or contradicts another one.
+
+    >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
+    >>> len(checkpoint.shards), checkpoint.num_tensors, checkpoint.total_size
+    (5, 944, 657568)
     """
     source = open_source(model)
     files = {file.name: file for file in source.list()}

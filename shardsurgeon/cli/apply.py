@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from shardsurgeon.cli.options import (
+    apply_destination,
     at_least,
-    destination,
     family_option,
     json_option,
     model_option,
@@ -20,28 +19,23 @@ from shardsurgeon.cli.options import (
     scores_argument,
     selection_options,
     shard_size,
+    size,
 )
 from shardsurgeon.cli.output import (
     as_typed,
-    byte_bar,
+    emit,
     fact,
-    print_json,
-    print_lines,
-    shows_progress,
+    progress_bar,
 )
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
-from shardsurgeon.errors import UsageError
+from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
-from shardsurgeon.units import counted, format_size, parse_size
+from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
     from shardsurgeon.operations.reports import ApplyReport
     from shardsurgeon.verification.findings import VerifyReport
-
-
-def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    return None if text is None else parse_size(text, parameter.opts[0])
 
 
 @click.command("apply")
@@ -89,7 +83,7 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 @click.option(
     "--disk-budget",
     metavar="SIZE",
-    callback=_size,
+    callback=size,
     help="Disk for shards on their way, such as 20GB.  [default: four of the largest]",
 )
 @push_options
@@ -128,50 +122,33 @@ def apply_command(
       shardsurgeon apply --plan plan.json --max-shard-size 5GB
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
-    from shardsurgeon.operations import prune
+    from shardsurgeon.operations import apply, prune
 
     request = only_one(requests)
-    repo_id = _repository(push_to_hub, stream_push, disk_budget)
-    place = destination(repo_id, pushed)
-    with byte_bar(progress) as bar:
-        how: dict[str, Any] = {
-            "out": out,
-            "max_shard_nbytes": max_shard_nbytes,
-            "workers": workers,
-            "verify": verify,
-            "dry_run": dry_run,
-            "restart": restart,
-            "progress": bar.on_progress if bar else None,
-            "family": family,
-        }
-        if place is None:
-            report = prune.apply(model, scores, request, **how)
-        else:
-            from shardsurgeon.operations import push
-
-            how |= {"stream": stream_push is not None, "disk_budget": disk_budget}
-            how |= {"bars": shows_progress(progress)}
-            report = push.apply(model, scores, request, place, **how)
+    destination = apply_destination(push_to_hub, stream_push, disk_budget, pushed)
+    with progress_bar(progress) as bar:
+        options = RunOptions(
+            workers=workers,
+            verify=verify,
+            dry_run=dry_run,
+            restart=restart,
+            progress=bar.on_progress if bar else None,
+            bars=bar is not None,
+        )
+        report = apply.apply(
+            # No variable holds the plan: its memory is needed for the check at the end.
+            prune.plan(
+                model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family
+            ),
+            options,
+            destination,
+        )
     try:
-        if as_json:
-            print_json(asdict(report))
-        else:
-            print_lines(_lines(report))
+        emit(report, _lines(report), as_json)
     except BaseException as stop:
         if report.out is not None:
             stop.add_note(prune.complete(report.out))
         raise
-
-
-def _repository(push_to_hub: str | None, stream_push: str | None, budget: int | None) -> str | None:
-    """The repository that the words name, if they do."""
-    if budget is not None and stream_push is None:
-        problem = "is for shards that leave the disk"
-        raise UsageError("--disk-budget", problem, "say where to with --stream-push REPO_ID")
-    if push_to_hub and stream_push and push_to_hub != stream_push:
-        problem = f"says {stream_push}, --push-to-hub says {push_to_hub}"
-        raise UsageError("--stream-push", problem, "one repository is enough")
-    return stream_push if stream_push is not None else push_to_hub
 
 
 def _lines(report: ApplyReport) -> Iterator[str]:

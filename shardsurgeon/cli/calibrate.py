@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
-from shardsurgeon.cli.output import as_typed, fact, print_json, print_lines
+from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option, size
+from shardsurgeon.cli.output import ProgressBar, as_typed, emit, fact, progress_bar
 from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.errors import UsageError
-from shardsurgeon.units import counted, parse_size
+from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from shardsurgeon.layerwise.run import CalibrationReport
     from shardsurgeon.layerwise.settings import Progress
 
@@ -28,12 +24,8 @@ def _batch_size(context: click.Context, parameter: click.Parameter, text: str) -
     if text == "auto":
         return text
     if not text.isdecimal():
-        raise UsageError("--batch-size", f"'{text}' is no number", "write auto or a number")
+        raise UsageError("--batch-size", f"'{text}' is not a number", "write auto or a number")
     return int(text)
-
-
-def _budget(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    return None if text is None else parse_size(text, "--activation-budget")
 
 
 def _share(
@@ -43,7 +35,7 @@ def _share(
         return None
     match = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
     if not match or int(match[1]) > int(match[2]):
-        raise UsageError("--share", f"'{text}' is no share", "write it like 1/4, 2/4, 3/4, 4/4")
+        raise UsageError("--share", f"'{text}' is not a share", "write it like 1/4, 2/4, 3/4, 4/4")
     return int(match[1]), int(match[2])
 
 
@@ -109,7 +101,7 @@ def _share(
 @click.option(
     "--activation-budget",
     metavar="SIZE",
-    callback=_budget,
+    callback=size,
     help="Memory for what passes from layer to layer, such as 16GB; more than that is kept in a "
     "file in FILE.partial.  [default: half of what is free]",
 )
@@ -156,7 +148,7 @@ def calibrate_command(
     restart: bool,
     progress: bool | None,
     as_json: bool,
-    **words: Any,
+    **options: Any,
 ) -> None:
     """Score experts by running samples through the model.
 
@@ -176,62 +168,24 @@ def calibrate_command(
     from shardsurgeon.layerwise.settings import Settings
 
     settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
-    request = run.CalibrationRequest(settings=settings, **words)
-    with _token_bar(progress) as bar:
+    request = run.CalibrationRequest(settings=settings, **options)
+    with progress_bar(progress, "tok") as bar:
         report = run.calibrate(
             model,
             request,
             out,
             family=family,
             restart=restart,
-            progress=bar.on_progress if bar else None,
+            progress=partial(_show_layer, bar) if bar else None,
         )
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_lines(report))
+    emit(report, _lines(report), as_json)
 
 
-class TokenBar:
-    """A tqdm bar in tokens times layers: tokens per second, and the time that is left."""
-
-    def __init__(self) -> None:
-        """Show nothing yet."""
-        self._bar: tqdm[Any] | None = None
-
-    def on_progress(self, progress: Progress) -> None:
-        """Hear of a run. What an earlier run did counts as done, not towards the rate."""
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=progress.tokens_total,
-                initial=progress.tokens_done,
-                unit="tok",
-                unit_scale=True,
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
-        layers = f"{progress.layers_done}/{progress.layers_total} done"
-        self._bar.set_description_str(f"layer {progress.layer}, {layers}", refresh=False)
-        self._bar.update(progress.tokens_done - self._bar.n)
-
-    def close(self) -> None:
-        """Leave the bar as it is and end its line."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-@contextmanager
-def _token_bar(asked: bool | None) -> Iterator[TokenBar | None]:
-    """A bar for the time of a `with`; None where nobody would see it."""
-    shown = sys.stderr.isatty() if asked is None else asked
-    bar = TokenBar() if shown else None
-    try:
-        yield bar
-    finally:
-        if bar:
-            bar.close()
+def _show_layer(bar: ProgressBar, progress: Progress) -> None:
+    """Show how far a calibration is, in tokens times layers."""
+    layers = f"{progress.layers_done}/{progress.layers_total} done"
+    done = progress.tokens_done
+    bar.show(done, progress.tokens_total, done, f"layer {progress.layer}, {layers}")
 
 
 def _lines(report: CalibrationReport) -> Iterator[str]:

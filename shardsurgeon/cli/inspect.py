@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from shardsurgeon.cli.options import family_option, json_option
-from shardsurgeon.cli.output import facts, parameters, percent, print_json, print_lines, table
+from shardsurgeon.cli.output import emit, facts, parameters, percent, table
 from shardsurgeon.units import counted, format_size, number_ranges
 
 if TYPE_CHECKING:
@@ -35,10 +34,7 @@ def inspect_command(model: str | None, family: str | None, as_json: bool) -> Non
     from shardsurgeon.operations import inspect
 
     report = inspect.inspect(model, family=family)
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_lines(report))
+    emit(report, _lines(report), as_json)
 
 
 def _lines(report: InspectReport) -> Iterator[str]:

@@ -18,6 +18,7 @@ from shardsurgeon._version import __version__
 from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.inspect import inspect_command
+from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.output import let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
@@ -31,7 +32,7 @@ _ASK_FOR_TRACEBACK = f"set {DEBUG_VARIABLE}=1 for the traceback"
 
 
 class Stopped(BaseException):
-    """Ctrl-C or a polite kill, on its way up. No `except Exception` may hold it back."""
+    """SIGINT or SIGTERM as an exception that `except Exception` does not catch."""
 
     def __init__(self, exit_status: int) -> None:
         super().__init__(exit_status)
@@ -39,11 +40,8 @@ class Stopped(BaseException):
         self.command: str | None = None
 
 
-class _Commands(click.Group):
-    """The commands, in the order in which a prune uses them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+class _Commands(InOrder):
+    """The commands. A Stopped that leaves one of them carries its name."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -88,14 +86,14 @@ def cli(context: click.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; arguments: the words, default sys.argv[1:].
+    """Run one command and return its exit status; arguments: default sys.argv[1:].
 
     Whatever goes wrong ends here as one line on stderr. With SHARDSURGEON_DEBUG=1 the traceback
     comes before it.
     """
     let_any_text_through()
-    # A plan is made of half a million small values and no cycle: looking through all of them
-    # again and again takes a quarter of the time.
+    # A plan is made of half a million small values without a cycle; at the default threshold the
+    # collector spends a quarter of the time looking for one.
     gc.set_threshold(100_000)
     try:
         with _signals_as_stopped():
@@ -137,7 +135,7 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def _stop(stopped: Stopped) -> int:
-    # A note says that the command had just done its work.
+    # A note says that the result is complete: there is nothing to resume.
     notes = getattr(stopped, "__notes__", [])
     if stopped.command in (apply_command.name, push_command.name, calibrate_command.name):
         notes = notes or ["the same command resumes"]

@@ -3,44 +3,58 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, TypeVar, cast
 
 import click
 
 from shardsurgeon.errors import UsageError
+from shardsurgeon.operations.request import Destination, refuse_budget
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.units import parse_size
 
-if TYPE_CHECKING:
-    from shardsurgeon.operations.push import Destination
-
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-_SELECTION_WORDS = (
-    *("keep", "target_size", "plan_file", "rounding", "multiple_of"),
-    *("metric", "preserve_super_experts", "mtp", "allocate", "allow_nonuniform"),
-)
-
-_PUSH_WORDS = ("private", "revision", "create_pr", "card", "with_card")
 
 
 def selection_options(command: Command) -> Command:
     """Add SELECTION and its modifiers to a command.
 
     It receives them as `requests`: one SelectionRequest per ratio, or the only one. Raises
-    UsageError, out of the parsing, for words that contradict each other.
+    UsageError, out of the parsing, for options that contradict each other.
+    """
+
+    def requests(ratio: tuple[float, ...], **others: Any) -> tuple[SelectionRequest, ...]:
+        return tuple(SelectionRequest(ratio=value, **others) for value in ratio or (None,))
+
+    return _gathered(command, _SELECTION, "requests", requests)
+
+
+def push_options(command: Command) -> Command:
+    """Add the options that say how to push; the command receives them as `pushed`, by name."""
+    return _gathered(command, _PUSH, "pushed", dict)
+
+
+def _gathered(
+    command: Command,
+    options: Mapping[str, Callable[[Command], Command]],
+    name: str,
+    gather: Callable[..., object],
+) -> Command:
+    """Add options to a command, which receives them as one argument.
+
+    options: by the name of their value; name: of the argument; gather: makes it of the values.
     """
 
     @functools.wraps(command)
-    def with_requests(*args: Any, ratio: tuple[float | None, ...], **given: Any) -> Any:
-        words = {word: given.pop(word) for word in _SELECTION_WORDS}
-        requests = tuple(SelectionRequest(ratio=value, **words) for value in ratio)
-        return command(*args, requests=requests, **given)
+    def with_options(*args: Any, **given: Any) -> Any:
+        given[name] = gather(**{option: given.pop(option) for option in options})
+        return command(*args, **given)
 
-    for option in reversed(_SELECTION):
-        with_requests = option(with_requests)
-    return with_requests  # type: ignore[return-value]
+    decorated = cast(Command, with_options)
+    for option in reversed([*options.values()]):
+        decorated = option(decorated)
+    return decorated
 
 
 def only_one(requests: Sequence[SelectionRequest]) -> SelectionRequest:
@@ -76,6 +90,14 @@ def scores_argument(command: Command) -> Command:
     return click.argument("scores", required=False)(command)
 
 
+class InOrder(click.Group):
+    """A group that lists its commands in the order in which they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, as the group was given them."""
+        return list(self.commands)
+
+
 def json_option(command: Command) -> Command:
     """Add `--json`, received as `as_json`."""
     return click.option(
@@ -93,7 +115,7 @@ def progress_option(command: Command) -> Command:
 
 
 def shard_size(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
-    """Turn the words of --max-shard-size into bytes; None keeps the source's cutting."""
+    """Turn the value of --max-shard-size into bytes; None keeps the source's shards."""
     return None if text == "source" else parse_size(text, "--max-shard-size")
 
 
@@ -108,164 +130,54 @@ def at_least(smallest: int) -> Callable[[click.Context, click.Parameter, int | N
     return check
 
 
-def _ratios(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> tuple[float | None, ...]:
-    if text is None:
-        return (None,)
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        problem = f"'{text}' is not a number"
-        raise UsageError("--ratio", problem, "write it like 0.65") from None
+def ratios(example: str) -> Callable[[click.Context, click.Parameter, Any], tuple[float, ...]]:
+    """A callback that turns `0.25,0.5` into numbers, and no text into none.
 
-
-def _target_size(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> int | None:
-    return None if text is None else parse_size(text, "--target-size")
-
-
-def _rounding(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> Rounding | None:
-    return None if text is None else Rounding(text)
-
-
-def _mtp(context: click.Context, parameter: click.Parameter, text: str) -> MtpPolicy:
-    return MtpPolicy(text)
-
-
-def _allocate(context: click.Context, parameter: click.Parameter, text: str) -> Allocation:
-    return Allocation(text)
-
-
-_SELECTION = (
-    click.option(
-        "--ratio",
-        metavar="R",
-        callback=_ratios,
-        help="Remove this fraction of the experts of every MoE layer, 0 < R < 1.",
-    ),
-    click.option(
-        "--keep", metavar="N", type=int, help="Keep this many experts in every MoE layer."
-    ),
-    click.option(
-        "--target-size",
-        metavar="SIZE",
-        callback=_target_size,
-        help="Keep as many experts as fit a checkpoint of this size, such as 122GB.",
-    ),
-    click.option(
-        "--plan",
-        "plan_file",
-        metavar="FILE",
-        help="Take the experts from a keep-list made by `plan` or elsewhere; no SCORES then.",
-    ),
-    click.option(
-        "--rounding",
-        metavar="RULE",
-        type=click.Choice([str(rounding) for rounding in Rounding]),
-        callback=_rounding,
-        help="How ratio x experts becomes the number removed: floor (as REAP does), nearest or "
-        "ceil.  [default: floor]",
-    ),
-    click.option(
-        "--multiple-of",
-        metavar="N",
-        type=int,
-        help="Raise the kept count to the next multiple of N (even expert parallelism).",
-    ),
-    click.option(
-        "--metric",
-        metavar="NAME",
-        help="Which metric decides where SCORES holds several.  [default: reap]",
-    ),
-    click.option(
-        "--preserve-super-experts",
-        is_flag=True,
-        help="Keep experts with extreme activation norms whatever their saliency.",
-    ),
-    click.option(
-        "--mtp",
-        metavar="POLICY",
-        type=click.Choice([str(policy) for policy in MtpPolicy]),
-        default=str(MtpPolicy.ROUTER_NORM),
-        show_default=True,
-        callback=_mtp,
-        help="What becomes of next-token-prediction layers that have experts and no scores: "
-        "router-norm scores them by their router rows, last reuses the choice of the last layer, "
-        "drop removes them.",
-    ),
-    click.option(
-        "--allocate",
-        metavar="WAY",
-        type=click.Choice([str(way) for way in Allocation]),
-        default=str(Allocation.UNIFORM),
-        show_default=True,
-        callback=_allocate,
-        help="uniform keeps as many experts in every layer; global shares the same number of "
-        "experts out by the layers' shares of saliency, so that some keep more than others.",
-    ),
-    click.option(
-        "--allow-nonuniform",
-        is_flag=True,
-        help="Accept layers that keep different numbers of experts. Stock vLLM and transformers "
-        "misread such a model, except where its config has counts per block.",
-    ),
-)
-
-
-def push_options(command: Command) -> Command:
-    """Add what says how to push: the command gets it as `pushed`, name → value."""
-
-    @functools.wraps(command)
-    def with_words(*args: Any, **given: Any) -> Any:
-        pushed = {word: given.pop(word) for word in _PUSH_WORDS}
-        return command(*args, pushed=pushed, **given)
-
-    for option in reversed(_OPTIONS):
-        with_words = option(with_words)
-    return with_words  # type: ignore[return-value]
-
-
-def destination(repo_id: str | None, pushed: dict[str, Any]) -> Destination | None:
-    """Where to push to; None where no repository was named.
-
-    Raises UsageError for words of a push without one, and for those that contradict each other.
+    example: the remedy where they are not numbers.
     """
-    if repo_id is not None:
-        from shardsurgeon.operations.push import Destination
 
-        return Destination(repo_id, **pushed)
-    for word, (flag, silent) in _SILENT.items():
-        if pushed[word] != silent:
+    def parse(
+        context: click.Context, parameter: click.Parameter, text: str | None
+    ) -> tuple[float, ...]:
+        try:
+            return () if text is None else tuple(float(part) for part in text.split(","))
+        except ValueError:
+            raise UsageError("--ratio", f"'{text}' is not a number", example) from None
+
+    return parse
+
+
+def size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """A callback that turns `20GB` into bytes."""
+    return None if text is None else parse_size(text, parameter.opts[0])
+
+
+def _made(kind: type[StrEnum]) -> Callable[[click.Context, click.Parameter, Any], StrEnum | None]:
+    """A callback that turns the text of a choice into a value of `kind`."""
+    return lambda context, parameter, text: None if text is None else kind(text)
+
+
+def apply_destination(
+    push_to_hub: str | None,
+    stream_push: str | None,
+    disk_budget: int | None,
+    pushed: dict[str, Any],
+) -> Destination | None:
+    """Where `apply` pushes to; None where neither option names a repository.
+
+    pushed: what `push_options` gathered. Raises UsageError for options of a push without a
+    repository, and for those that contradict each other.
+    """
+    place = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
+    if place is not None:
+        return place
+    refuse_budget(disk_budget, stream=False)
+    unsaid = Destination("")
+    for name, flag in _PUSH_FLAGS.items():
+        if pushed[name] != getattr(unsaid, name):
             problem = "is about a push, and nothing is pushed"
             raise UsageError(flag, problem, "name a repository with --push-to-hub")
     return None
-
-
-# What each word is called, and what it holds where the user did not say it.
-_SILENT: dict[str, tuple[str, object]] = {
-    "private": ("--private", False),
-    "revision": ("--revision", None),
-    "create_pr": ("--create-pr", False),
-    "card": ("--card", None),
-    "with_card": ("--no-card", True),
-}
-_OPTIONS = [
-    click.option("--private", is_flag=True, help="Make the repository private, if it is made."),
-    click.option(
-        "--revision",
-        metavar="REV",
-        help="Branch to push to; made where it is missing.  [default: main]",
-    ),
-    click.option("--create-pr", is_flag=True, help="Open a pull request with it."),
-    click.option("--card", metavar="FILE", help="Use this README.md instead of making one."),
-    click.option(
-        "--no-card", "with_card", flag_value=False, default=True, help="Make no README.md."
-    ),
-]
 
 
 def out_option(command: Command) -> Command:
@@ -282,3 +194,105 @@ def out_option(command: Command) -> Command:
 def model_argument(command: Command) -> Command:
     """Add the optional positional MODEL."""
     return click.argument("model", required=False)(command)
+
+
+_SELECTION: dict[str, Callable[[Any], Any]] = {
+    "ratio": click.option(
+        "--ratio",
+        metavar="R",
+        callback=ratios("write it like 0.65"),
+        help="Remove this fraction of the experts of every MoE layer, 0 < R < 1.",
+    ),
+    "keep": click.option(
+        "--keep", metavar="N", type=int, help="Keep this many experts in every MoE layer."
+    ),
+    "target_size": click.option(
+        "--target-size",
+        metavar="SIZE",
+        callback=size,
+        help="Keep as many experts as fit a checkpoint of this size, such as 122GB.",
+    ),
+    "plan_file": click.option(
+        "--plan",
+        "plan_file",
+        metavar="FILE",
+        help="Take the experts from a keep-list made by `plan` or elsewhere; no SCORES then.",
+    ),
+    "rounding": click.option(
+        "--rounding",
+        metavar="RULE",
+        type=click.Choice([str(rounding) for rounding in Rounding]),
+        callback=_made(Rounding),
+        help="How ratio x experts becomes the number removed: floor (as REAP does), nearest or "
+        "ceil.  [default: floor]",
+    ),
+    "multiple_of": click.option(
+        "--multiple-of",
+        metavar="N",
+        type=int,
+        help="Raise the kept count to the next multiple of N (even expert parallelism).",
+    ),
+    "metric": click.option(
+        "--metric",
+        metavar="NAME",
+        help="Which metric decides where SCORES holds several.  [default: reap]",
+    ),
+    "preserve_super_experts": click.option(
+        "--preserve-super-experts",
+        is_flag=True,
+        help="Keep experts with extreme activation norms whatever their saliency.",
+    ),
+    "mtp": click.option(
+        "--mtp",
+        metavar="POLICY",
+        type=click.Choice([str(policy) for policy in MtpPolicy]),
+        default=str(MtpPolicy.ROUTER_NORM),
+        show_default=True,
+        callback=_made(MtpPolicy),
+        help="What becomes of next-token-prediction layers that have experts and no scores: "
+        "router-norm scores them by their router rows, last reuses the choice of the last layer, "
+        "drop removes them.",
+    ),
+    "allocate": click.option(
+        "--allocate",
+        metavar="WAY",
+        type=click.Choice([str(way) for way in Allocation]),
+        default=str(Allocation.UNIFORM),
+        show_default=True,
+        callback=_made(Allocation),
+        help="uniform keeps as many experts in every layer; global shares the same number of "
+        "experts out by the layers' shares of saliency, so that some keep more than others.",
+    ),
+    "allow_nonuniform": click.option(
+        "--allow-nonuniform",
+        is_flag=True,
+        help="Accept layers that keep different numbers of experts. Stock vLLM and transformers "
+        "misread such a model, except where its config has counts per block.",
+    ),
+}
+
+_PUSH: dict[str, Callable[[Any], Any]] = {
+    "private": click.option(
+        "--private", is_flag=True, help="Make the repository private, if it is made."
+    ),
+    "revision": click.option(
+        "--revision",
+        metavar="REV",
+        help="Branch to push to; made where it is missing.  [default: main]",
+    ),
+    "create_pr": click.option("--create-pr", is_flag=True, help="Open a pull request with it."),
+    "card": click.option(
+        "--card", metavar="FILE", help="Use this README.md instead of making one."
+    ),
+    "with_card": click.option(
+        "--no-card", "with_card", flag_value=False, default=True, help="Make no README.md."
+    ),
+}
+
+_PUSH_FLAGS = {
+    "private": "--private",
+    "revision": "--revision",
+    "create_pr": "--create-pr",
+    "card": "--card",
+    "with_card": "--no-card",
+}

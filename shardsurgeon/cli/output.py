@@ -12,9 +12,12 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+
+from shardsurgeon import units
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -25,34 +28,51 @@ WIDTH = 80
 _LABEL = 14
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    """Print a report for people."""
-    click.echo("\n".join(lines))
+class ScoredLayer(Protocol):
+    """A layer of any report that has a table of layers."""
+
+    @property
+    def layer(self) -> int | str:
+        """Its number, or its name."""
+        ...
+
+    @property
+    def is_mtp(self) -> bool | None:
+        """Whether it predicts a token beyond the next; None where no model says it."""
+        ...
 
 
-def print_json(document: Any) -> None:
-    """Print one JSON document, plain ASCII. A number that JSON lacks (inf, NaN) becomes null."""
-    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+def emit(report: object, lines: Iterable[str], as_json: bool) -> None:
+    """Print a report: as one JSON document, or for people as lines.
+
+    report: a dataclass, or a dict of those. The JSON is plain ASCII; a number that JSON lacks (inf,
+    NaN) becomes null.
+    """
+    document = json.dumps(_plain(report), indent=2, allow_nan=False) if as_json else None
+    click.echo("\n".join(lines) if document is None else document)
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """A value made of what JSON has."""
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
 def let_any_text_through() -> None:
-    """File names need be no text, and consoles need not know every letter: escape those."""
+    """Escape what stdout cannot encode: a file name may be any bytes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def silence_stdout() -> None:
-    """Where stdout takes no more, point it at nothing, so that exit does not fail on it too."""
+    """Point a closed stdout at the null device, so that the flush at exit does not fail as well."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -61,35 +81,39 @@ def silence_stdout() -> None:
         os.close(nothing)
 
 
-class ByteBar:
-    """A tqdm bar in bytes, with rate and time left; opens at the first news it hears."""
+class ProgressBar:
+    """A tqdm bar on stderr, with rate and time left. It opens at the first news."""
 
-    def __init__(self) -> None:
-        """Show nothing yet."""
+    def __init__(self, unit: str) -> None:
+        """unit: what is counted, as the bar writes it."""
+        self._unit = unit
         self._bar: tqdm[Any] | None = None
 
-    def on_progress(self, progress: Progress) -> None:
-        """Hear of a run. Bytes that an earlier run left count as done, not towards the rate."""
-        self.on_bytes(progress.done, progress.total, progress.resumed)
-        if self._bar is not None:
-            shards = f"{progress.shards_done}/{progress.shards_total} shards"
-            shards += f", {progress.shards_sent} sent" if progress.shards_sent else ""
-            self._bar.set_description_str(shards, refresh=False)
+    def show(self, done: int, total: int, resumed: int = 0, label: str = "") -> None:
+        """Show that `done` of `total` are done; label: text before the bar.
 
-    def on_bytes(self, done: int, total: int, resumed: int = 0) -> None:
-        """Hear that `done` of `total` bytes are behind us."""
+        resumed: how many an earlier run did, which count as done and not towards the rate.
+        """
         if self._bar is None:
             from tqdm import tqdm
 
             self._bar = tqdm(
                 total=total,
                 initial=resumed,
-                unit="B",
+                unit=self._unit,
                 unit_scale=True,
                 dynamic_ncols=True,
                 file=sys.stderr,
             )
+        if label:
+            self._bar.set_description_str(label, refresh=False)
         self._bar.update(done - self._bar.n)
+
+    def on_progress(self, progress: Progress) -> None:
+        """Show how far a run of `apply` is."""
+        shards = f"{progress.shards_done}/{progress.shards_total} shards"
+        shards += f", {progress.shards_sent} sent" if progress.shards_sent else ""
+        self.show(progress.done, progress.total, progress.resumed, shards)
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""
@@ -97,22 +121,25 @@ class ByteBar:
             self._bar.close()
 
 
-def shows_progress(asked: bool | None) -> bool:
-    """Whether to show bars. asked: what the user wants; None: where stderr is a terminal."""
-    return sys.stderr.isatty() if asked is None else asked
-
-
 @contextmanager
-def byte_bar(asked: bool | None) -> Iterator[ByteBar | None]:
-    """A bar for the time of a `with`; None where nobody would see it. asked: as above."""
+def progress_bar(asked: bool | None, unit: str = "B") -> Iterator[ProgressBar | None]:
+    """A bar for the time of a `with`; None where none is to be shown.
+
+    asked: whether the user wants one; None: where stderr is a terminal.
+    """
     if not shows_progress(asked):
         yield None
         return
-    bar = ByteBar()
+    bar = ProgressBar(unit)
     try:
         yield bar
     finally:
         bar.close()
+
+
+def shows_progress(asked: bool | None) -> bool:
+    """Whether to show bars; asked: as for `progress_bar`."""
+    return sys.stderr.isatty() if asked is None else asked
 
 
 def fact(label: str, text: str) -> list[str]:
@@ -151,6 +178,16 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [*out[:height], rule, *out[height:]]
 
 
+def layer_number(layer: ScoredLayer) -> str:
+    """The number of a layer in a table, with a star where `mtp_legend` explains it."""
+    return f"{layer.layer}{'*' if layer.is_mtp else ''}"
+
+
+def mtp_legend(layers: Iterable[ScoredLayer]) -> list[str]:
+    """What the star at a layer's number means, below a table that has one."""
+    return ["  * next-token-prediction layer"] if any(layer.is_mtp for layer in layers) else []
+
+
 def percent(share: float | None) -> str:
     """A share of 1 as `40.4%`; `-` where it is unknown."""
     return "-" if share is None else f"{100 * share:.1f}%"
@@ -163,13 +200,8 @@ def change(before: int, after: int, shown: Sequence[str]) -> str:
 
 
 def parameters(count: int | None) -> str:
-    """A parameter count as model cards write it, `35.1B`; `-` where it is unknown."""
-    if count is None:
-        return "-"
-    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= factor - factor // 2000:
-            return f"{count / factor:,.1f}{unit}"
-    return str(count)
+    """A parameter count with one decimal, `1,026.4B`; `-` where it is unknown."""
+    return "-" if count is None else units.parameters(count, ",.1f", "BMK")
 
 
 def saliency(value: float | None) -> str:
@@ -178,5 +210,5 @@ def saliency(value: float | None) -> str:
 
 
 def as_typed(path: str) -> str:
-    """A path as it must be typed in this system's shell."""
+    """A path as it is typed in this system's shell."""
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)

@@ -1,9 +1,8 @@
-"""`shardsurgeon plan`, and a plan in words: its layers, its totals, several plans side by side."""
+"""`shardsurgeon plan`, and a plan as text: its layers, its totals, several plans side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -17,12 +16,13 @@ from shardsurgeon.cli.options import (
 )
 from shardsurgeon.cli.output import (
     change,
+    emit,
     fact,
     facts,
+    layer_number,
+    mtp_legend,
     parameters,
     percent,
-    print_json,
-    print_lines,
     saliency,
     table,
 )
@@ -75,14 +75,10 @@ def plan_command(
 
 
 def _show(reports: Sequence[PlanReport], plan_out: str | None, as_json: bool) -> None:
-    if as_json and len(reports) > 1:
-        print_json({"plans": [asdict(report) for report in reports]})
-    elif as_json:
-        print_json(asdict(reports[0]))
-    elif len(reports) > 1:
-        print_lines(comparison_lines(reports))
+    if len(reports) > 1:
+        emit({"plans": reports}, comparison_lines(reports), as_json)
     else:
-        print_lines(_with_file(plan_lines(reports[0]), plan_out))
+        emit(reports[0], _with_file(plan_lines(reports[0]), plan_out), as_json)
 
 
 def _with_file(lines: Iterator[str], plan_out: str | None) -> Iterator[str]:
@@ -97,8 +93,7 @@ def plan_lines(report: PlanReport) -> Iterator[str]:
     yield title(report)
     yield ""
     yield from _layer_table(report.layers)
-    if any(layer.is_mtp for layer in report.layers):
-        yield "  * next-token-prediction layer"
+    yield from mtp_legend(report.layers)
     yield ""
     yield from total_lines(report)
 
@@ -151,8 +146,8 @@ def _now(report: PlanReport) -> str:
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
-    """Columns that have nothing to say are left out."""
-    told = {
+    """Columns without a value in any layer are left out."""
+    shown = {
         "never\nrouted": any(layer.never_routed for layer in layers),
         "pre-\nserved": any(layer.preserved for layer in layers),
         "lowest\nkept": any(layer.min_retained_saliency is not None for layer in layers),
@@ -161,14 +156,14 @@ def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
         "dropped,\nif equal": any(layer.saliency_dropped_uniform is not None for layer in layers),
         "chosen\nby": any(layer.policy != "scores" for layer in layers),
     }
-    headings = ["layer", "kept", "pruned", *(heading for heading in told if told[heading])]
+    headings = ["layer", "kept", "pruned", *(heading for heading in shown if shown[heading])]
     rows = [_layer_row(layer) for layer in layers]
     return table(headings, [[row[heading] for heading in headings] for row in rows])
 
 
 def _layer_row(layer: LayerReport) -> dict[str, str]:
     return {
-        "layer": f"{layer.layer}{'*' if layer.is_mtp else ''}",
+        "layer": layer_number(layer),
         "kept": str(layer.kept),
         "pruned": str(layer.pruned),
         "never\nrouted": str(layer.never_routed),
@@ -285,5 +280,5 @@ def _narrowest_cut(layers: Sequence[LayerReport]) -> float | None:
 
 
 def _scored(layers: Sequence[LayerReport]) -> list[LayerReport]:
-    """Without the layers whose router norms stand in for a saliency they do not have."""
+    """Without the layers that were chosen by router norms, having no saliency."""
     return [layer for layer in layers if layer.policy != MtpPolicy.ROUTER_NORM]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from shardsurgeon.cli.options import (
-    destination,
     family_option,
     json_option,
     progress_option,
     push_options,
 )
-from shardsurgeon.cli.output import as_typed, fact, print_json, print_lines, shows_progress
+from shardsurgeon.cli.output import as_typed, emit, fact, shows_progress
+from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
@@ -51,13 +50,9 @@ def push_command(
     """
     from shardsurgeon.operations import push
 
-    place = destination(repo_id, pushed)
-    assert place is not None
-    report = push.push(pruned, place, family=family, bars=shows_progress(progress))
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_lines(pruned, report))
+    destination = Destination(repo_id, **pushed)
+    report = push.push(pruned, destination, family=family, bars=shows_progress(progress))
+    emit(report, _lines(pruned, report), as_json)
 
 
 def _lines(pruned: str, report: PushReport) -> Iterator[str]:

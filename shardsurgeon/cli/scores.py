@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
-from shardsurgeon.cli.options import json_option, model_argument, out_option, progress_option
+from shardsurgeon.cli.options import (
+    InOrder,
+    json_option,
+    model_argument,
+    out_option,
+    progress_option,
+    ratios,
+)
 from shardsurgeon.cli.output import (
-    byte_bar,
+    emit,
     fact,
+    layer_number,
+    mtp_legend,
     percent,
-    print_json,
-    print_lines,
+    progress_bar,
     saliency,
     table,
 )
-from shardsurgeon.errors import UsageError
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
@@ -65,10 +71,7 @@ def show_command(file: str, model: str | None, metric: str | None, as_json: bool
     from shardsurgeon.operations import scores
 
     report = scores.show_scores(file, model, metric=metric)
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_shown_lines(report))
+    emit(report, _shown_lines(report), as_json)
 
 
 def _shown_lines(report: ScoresReport) -> Iterator[str]:
@@ -82,8 +85,7 @@ def _shown_lines(report: ScoresReport) -> Iterator[str]:
         yield from fact("calibration", _calibration(report.calibration))
     yield ""
     yield from table(_shown_headings(), (_shown_row(report, layer) for layer in report.layers))
-    if any(layer.is_mtp for layer in report.layers):
-        yield "  * next-token-prediction layer"
+    yield from mtp_legend(report.layers)
     yield ""
     yield from _cuts(report)
 
@@ -100,20 +102,27 @@ def _calibration(settings: dict[str, object]) -> str:
 
 def _shown_headings() -> tuple[str, ...]:
     shares = (f"can go\nat {float(share):.0%}" for share in _SHARES)
-    return "layer", "lowest", "median", "highest", "never\nrouted", "super", *shares, "widest\ngap"
+    return "layer", *_RANGE, "never\nrouted", "super", *shares, "widest\ngap"
 
 
 def _shown_row(report: ScoresReport, layer: ShownLayerReport) -> tuple[str, ...]:
     extreme = {*layer.super_experts, *layer.preserved}
     known = report.super_experts_known or extreme
     return (
-        f"{layer.layer}{'*' if layer.is_mtp else ''}",
-        *(saliency(value) for value in (layer.min, layer.median, layer.max)),
+        layer_number(layer),
+        *_range(layer),
         str(len(layer.never_routed)),
         str(len(extreme)) if known else "-",
         *(str(layer.removable.get(share, "-")) for share in _SHARES),
         _gap(layer.gap),
     )
+
+
+_RANGE = ("lowest", "median", "highest")
+
+
+def _range(layer: ShownLayerReport | ScoreLayerReport) -> Iterator[str]:
+    return (saliency(value) for value in (layer.min, layer.median, layer.max))
 
 
 def _gap(gap: Gap | None) -> str:
@@ -139,24 +148,16 @@ def _cuts(report: ScoresReport) -> Iterator[str]:
     yield from table(headings, rows)
 
 
-def _ratios(context: click.Context, parameter: click.Parameter, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        problem = f"'{text}' is not a number"
-        raise UsageError("--ratio", problem, "write it like 0.25,0.5") from None
-
-
 @click.command("compare")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(
     "--ratio",
-    "ratios",
+    "at",
     metavar="R[,R...]",
     default="0.25,0.5",
     show_default=True,
-    callback=_ratios,
+    callback=ratios("write it like 0.25,0.5"),
     help="Compare what is kept when this fraction of the experts is removed.",
 )
 @click.option(
@@ -166,7 +167,7 @@ def _ratios(context: click.Context, parameter: click.Parameter, text: str) -> tu
 )
 @json_option
 def compare_command(
-    a: str, b: str, ratios: tuple[float, ...], metric: str | None, as_json: bool
+    a: str, b: str, at: tuple[float, ...], metric: str | None, as_json: bool
 ) -> None:
     """Compare two score files of one model.
 
@@ -183,11 +184,8 @@ def compare_command(
     from shardsurgeon.operations import scores
 
     metrics = () if metric is None else tuple(metric.split(","))
-    report = scores.compare_scores(a, b, ratios=ratios, metrics=metrics)
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_comparison_lines(report))
+    report = scores.compare_scores(a, b, ratios=tuple(dict.fromkeys(at)), metrics=metrics)
+    emit(report, _comparison_lines(report), as_json)
 
 
 def _comparison_lines(report: ComparisonReport) -> Iterator[str]:
@@ -237,7 +235,8 @@ def convert_command(source: str, out: str, model: str | None, as_json: bool) -> 
     """
     from shardsurgeon.operations import scores
 
-    _show_written(scores.convert_scores(source, out, model=model), as_json)
+    report = scores.convert_scores(source, out, model=model)
+    emit(report, _written_lines(report), as_json)
 
 
 @click.command("merge")
@@ -263,14 +262,8 @@ def merge_command(files: tuple[str, ...], out: str, same_model: bool, as_json: b
     """
     from shardsurgeon.operations import scores
 
-    _show_written(scores.merge_scores(files, out, same_model=same_model), as_json)
-
-
-def _show_written(report: WrittenScoresReport, as_json: bool) -> None:
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_written_lines(report))
+    report = scores.merge_scores(files, out, same_model=same_model)
+    emit(report, _written_lines(report), as_json)
 
 
 def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
@@ -308,7 +301,8 @@ def from_router_command(model: str | None, out: str, norm: str, as_json: bool) -
     """
     from shardsurgeon.operations import scores
 
-    _show_baseline(scores.scores_from_router(model, out, norm=norm), "router", as_json)
+    report = scores.scores_from_router(model, out, norm=norm)
+    emit(report, _baseline_lines(report, "router"), as_json)
 
 
 @click.command("from-weights")
@@ -330,10 +324,9 @@ def from_weights_command(model: str | None, out: str, progress: bool | None, as_
     """
     from shardsurgeon.operations import scores
 
-    with byte_bar(progress) as bar:
-        on_bytes = bar.on_bytes if bar is not None else None
-        report = scores.scores_from_weights(model, out, on_bytes=on_bytes)
-    _show_baseline(report, "layer", as_json)
+    with progress_bar(progress) as bar:
+        report = scores.scores_from_weights(model, out, on_bytes=bar.show if bar else None)
+    emit(report, _baseline_lines(report, "layer"), as_json)
 
 
 @click.command("random")
@@ -361,43 +354,23 @@ def random_command(model: str | None, out: str, seed: int, as_json: bool) -> Non
     """
     from shardsurgeon.operations import scores
 
-    _show_baseline(scores.scores_random(model, out, seed=seed), "layer", as_json)
-
-
-def _show_baseline(report: RouterScoresReport | BaselineReport, thing: str, as_json: bool) -> None:
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_baseline_lines(report, thing))
+    report = scores.scores_random(model, out, seed=seed)
+    emit(report, _baseline_lines(report, "layer"), as_json)
 
 
 def _baseline_lines(report: RouterScoresReport | BaselineReport, thing: str) -> Iterator[str]:
     scored = counted(len(report.layers), thing)
     yield f"{report.model}: {report.metric} of {report.num_experts} experts in {scored}"
     yield ""
-    yield from table(("layer", "lowest", "median", "highest"), _baseline_rows(report.layers))
-    if any(layer.is_mtp for layer in report.layers):
-        yield "  * next-token-prediction layer"
+    yield from table(("layer", *_RANGE), ((layer_number(x), *_range(x)) for x in report.layers))
+    yield from mtp_legend(report.layers)
     yield ""
     yield f"Scores saved in {report.out}."
 
 
-def _baseline_rows(layers: Sequence[ScoreLayerReport]) -> Iterator[tuple[str, ...]]:
-    for layer in layers:
-        number = f"{layer.layer}{'*' if layer.is_mtp else ''}"
-        yield number, saliency(layer.min), saliency(layer.median), saliency(layer.max)
-
-
-class _InOrder(click.Group):
-    """The commands in the order in which they are needed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
 @click.group(
     "scores",
-    cls=_InOrder,
+    cls=InOrder,
     commands=[
         show_command,
         compare_command,

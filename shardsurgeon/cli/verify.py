@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
-from shardsurgeon.cli.output import byte_bar, facts, print_json, print_lines
+from shardsurgeon.cli.output import emit, facts, progress_bar
 from shardsurgeon.errors import VerificationError
 from shardsurgeon.units import counted, format_size, number_ranges
 
@@ -60,19 +59,16 @@ def verify_command(
     """
     from shardsurgeon.operations import verify
 
-    with byte_bar(progress) as bar:
+    with progress_bar(progress) as bar:
         report = verify.verify(
             source,
             pruned,
             sample=sample,
             architecture=architecture,
-            progress=bar.on_bytes if bar else None,
+            progress=bar.show if bar else None,
             family=family,
         )
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_lines(_lines(report))
+    emit(report, _lines(report), as_json)
     if not report.holds:
         found = counted(len(report.differences), "difference")
         problem = f"{found} from {source}"

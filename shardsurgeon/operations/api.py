@@ -10,10 +10,12 @@ from typing import TypeVar
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.workers import Listener
+from shardsurgeon.operations import apply as applying
 from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
 from shardsurgeon.operations.prune import Pruning, require_apart
 from shardsurgeon.operations.reports import ApplyReport, PushReport
+from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.units import parse_size
@@ -40,12 +42,41 @@ def plan(
     allow_nonuniform: bool = False,
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
+    family: str | None = None,
 ) -> Pruning:
-    """Decide which experts stay and plan every byte of the result. Writes nothing.
+    """Decide which experts stay and plan every byte of the result. Reads headers, writes nothing.
 
-    Exactly one of ratio (fraction removed, 0 < ratio < 1), keep (experts per MoE layer),
-    target_size (bytes or `"122GB"`) and plan_file says how many. The other arguments are the
-    options of the same names. Raises InputError and its children for whatever does not fit.
+    checkpoint: a folder, an address (`org/name`, `s3://…`) or what `open_checkpoint` returned.
+    scores: a score file or what `read_scores` returned; None with plan_file.
+
+    Exactly one of these says how many experts stay in each MoE layer:
+
+    - ratio: the fraction to remove, above 0 and below 1;
+    - keep: how many to keep;
+    - target_size: as many as fit tensor data of this size, in bytes or as `"122GB"`;
+    - plan_file: a keep-list that names them.
+
+    The rest is as on the command line:
+
+    - rounding: how ratio × experts becomes a number, `floor` (the default), `nearest` or `ceil`;
+    - multiple_of: raise the kept count to the next multiple of this number;
+    - metric: the metric that decides, where the file holds several (`reap` by default);
+    - preserve_super_experts: keep experts with extreme activations whatever their scores;
+    - mtp: what becomes of next-token-prediction layers without scores: `router-norm` scores them
+      by their router rows, `last` repeats the choice of the last layer, `drop` removes them;
+    - allocate: `uniform`, or `global` for layers that share one budget;
+    - allow_nonuniform: accept layers that keep different numbers of experts;
+    - out: the folder that `apply` writes, by default named after the model and the ratio;
+    - max_shard_size: of the result, in bytes or as `"5GB"`; None keeps the source's shards;
+    - family: the file of a declaration, or `auto` to read a model of no declared family; not
+      with a checkpoint that is already open.
+
+    Raises InputError and its children: for arguments that contradict each other or the model,
+    for a file that is missing or broken, for scores that do not fit.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> plan.report.num_experts_before, plan.report.num_experts_after
+    (32, 12)
     """
     request = SelectionRequest(
         ratio=ratio,
@@ -61,7 +92,7 @@ def plan(
         allow_nonuniform=allow_nonuniform,
     )
     limit = _nbytes(max_shard_size, "max_shard_size")
-    return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit)
+    return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit, family=family)
 
 
 def apply(
@@ -80,34 +111,44 @@ def apply(
     create_pr: bool = False,
     card: AnyPath | bool = True,
 ) -> ApplyReport:
-    """Carry a plan out, into the folder `out` or the one that the plan names.
+    """Write the pruned model, check it, and only then give its folder its name.
 
-    workers: threads, 0 for a number that suits the machine. push_to_hub: a repository to push
-    the result to; stream_push: one to send every shard to when it is finished, so that nothing
-    stays here, with at most disk_budget (bytes or `"20GB"`) of them on the disk; the others as
-    for `push`. Raises OutputError where the place is taken or belongs to another run, WorkError
-    and its children where the work fails.
+    plan: what `plan` returned. out: the folder to write, by default the one that the plan names.
+    workers: threads, 0 for a number that suits the machine. verify: compare the structure of every
+    tensor and the bytes of a sample. restart: discard what an interrupted run left, instead of
+    going on from there. on_progress: called often, by one thread at a time, with the bytes and
+    shards that are done; what it raises stops the run.
+
+    push_to_hub: a repository, `org/name`, to push the finished folder to. stream_push: one to
+    upload every shard to as soon as it is finished, so that nothing stays here; disk_budget: bytes
+    or `"20GB"` of shards that may be on the disk meanwhile, by default four of the largest.
+    private, revision, create_pr, card: as for `push`.
+
+    Raises UsageError where layers keep different numbers of experts and the plan does not allow
+    it, or where the Hub refuses; OutputError where `out` exists or belongs to another run;
+    WorkError and its children where the work fails. What is finished is kept for a rerun.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> report = shardsurgeon.apply(plan, "small")
+    >>> report.out, report.files, report.verification.holds
+    ('small', 22, True)
     """
     if out is not None:
         plan = replace(plan, out=Path(out))
         require_apart(plan.checkpoint, plan.out)
-    repo_id = stream_push if stream_push is not None else push_to_hub
-    if repo_id is None:
-        return prune.carry_out(
-            plan, workers=workers, verify=verify, restart=restart, progress=on_progress
-        )
-    from shardsurgeon.operations import push as publishing
-
-    return publishing.carry_out(
-        plan,
-        publishing.Destination(repo_id, private, revision, create_pr, *_card(card)),
-        stream=stream_push is not None,
+    own, with_card = _card(card)
+    destination = Destination.of(
+        push_to_hub,
+        stream_push,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        card=own,
+        with_card=with_card,
         disk_budget=_nbytes(disk_budget, "disk_budget"),
-        workers=workers,
-        verify=verify,
-        restart=restart,
-        progress=on_progress,
     )
+    options = RunOptions(workers=workers, verify=verify, restart=restart, progress=on_progress)
+    return applying.apply(plan, options, destination)
 
 
 def push(
@@ -118,18 +159,29 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     card: AnyPath | bool = True,
+    family: str | None = None,
 ) -> PushReport:
-    """Push a folder that `apply` wrote to `org/name` on the Hub, in one commit.
+    """Push a folder that `apply` wrote to the Hugging Face Hub, in one commit.
 
-    private: of a repository that is made; revision: the branch, made where it is missing;
-    create_pr: open a pull request instead; card: a README.md to use, False for none but the
-    source's own. A rerun uploads nothing twice. Raises CheckpointError where the folder is no
-    complete prune, UsageError where the Hub refuses, PublishError where the upload fails.
+    pruned: the folder, which stays as it is. repo_id: `org/name`, or `name` for one of your own;
+    made where it is missing. private: what a repository becomes that is made. revision: the
+    branch, made where it is missing; None for main. create_pr: open a pull request instead.
+    card: a README.md to use in place of the one that is made; False leaves the source's own.
+    family: as for `plan`. A rerun uploads nothing that is there already.
+
+    Raises CheckpointError and its children where the folder is not a complete prune, UsageError
+    where the Hub refuses the token or the repository, PublishError where the upload fails.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> written = shardsurgeon.apply(plan, "small")
+    >>> report = shardsurgeon.push("small", "me/small", private=True)
+    >>> report.repo_id, report.created
+    ('me/small', True)
     """
     from shardsurgeon.operations import push as publishing
 
-    place = publishing.Destination(repo_id, private, revision, create_pr, *_card(card))
-    return publishing.push(pruned, place)
+    destination = Destination(repo_id, private, revision, create_pr, *_card(card))
+    return publishing.push(pruned, destination, family=family)
 
 
 def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
@@ -138,14 +190,31 @@ def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
 
 
 def verify(
-    source: AnyPath, pruned: AnyPath, *, sample: int | None = None, architecture: bool = False
+    source: AnyPath,
+    pruned: AnyPath,
+    *,
+    sample: int | None = None,
+    architecture: bool = False,
+    family: str | None = None,
 ) -> VerifyReport:
-    """Compare a pruned folder with its source, byte by byte, or `sample` tensors per shard.
+    """Compare a pruned model with its source: structure, records, and the bytes of every tensor.
 
-    architecture: check as well that transformers' model of the pruned config takes exactly
-    these tensors.
+    source, pruned: folders or addresses (`org/name`, `s3://…`). sample: tensors per shard whose
+    bytes are compared, None for all. architecture: check as well, by names and shapes, that
+    transformers' model of the pruned config takes exactly these tensors. family: as for `plan`.
+
+    Differences are in the report, not raised. Raises CheckpointError and its children where a
+    model cannot be read, UsageError where the architecture cannot be checked.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> written = shardsurgeon.apply(plan, "small")
+    >>> report = shardsurgeon.verify("fixtures/kimi_k25", "small")
+    >>> report.holds, report.tensors_compared
+    (True, 404)
     """
-    return verification.verify(source, pruned, sample=sample, architecture=architecture)
+    return verification.verify(
+        source, pruned, sample=sample, architecture=architecture, family=family
+    )
 
 
 def _nbytes(size: int | str | None, option: str) -> int | None:

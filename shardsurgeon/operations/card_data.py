@@ -1,4 +1,4 @@
-"""What a model card says, gathered from a pruned checkpoint and its records."""
+"""The facts of a model card, gathered from a pruned checkpoint and its records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A score file that the model carries: its name there, and what it says beside the scores."""
+    """A score file in the model's folder: its name there, and the facts beside its scores."""
 
     file: str
     facts: Mapping[str, str | int | float | bool]
@@ -58,11 +58,11 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The pruned model, as far as its card speaks of it.
+    """What the card of a pruned model is written from.
 
-    before: the first, unpruned model without MTP layers that are gone. quantization: as the
-    config names it, None for none. mtp_removed: whether the config counts 0 MTP layers.
-    source_card: what the source's own card says in its metadata, None where it had no card.
+    before: the first, unpruned model, without MTP layers that were dropped. mtp_removed: whether
+    the config counts 0 MTP layers. source_card: the metadata of the source's own card, None where
+    it had no card.
     """
 
     provenance: Provenance
@@ -79,12 +79,12 @@ class ModelFacts:
 def model_facts(
     pruned: Checkpoint, anatomy: Anatomy, provenance: Provenance, folder: Path
 ) -> ModelFacts:
-    """Gather the facts. folder: where the pruned model's small files lie."""
+    """Gather the facts; folder: has the pruned model's small files."""
     config = pruned.settings
     records = [record for shard in pruned.shards for record in shard.header.tensors]
     return ModelFacts(
         provenance=provenance,
-        before=_extent(_with_everyone(anatomy, provenance, records), config),
+        before=_extent(_unpruned(anatomy, provenance, records), config),
         after=_extent(records, config),
         layers=len(provenance.layers),
         mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
@@ -99,13 +99,13 @@ def _extent(records: list[TensorRecord], config: Mapping[str, Any]) -> Extent:
     return Extent(sum(record.nbytes for record in records), count_parameters(records, config))
 
 
-def _with_everyone(
+def _unpruned(
     anatomy: Anatomy, provenance: Provenance, records: list[TensorRecord]
 ) -> list[TensorRecord]:
     """The tensors as they were with all the experts of the first model.
 
-    Experts of a layer are alike, so that one that is left tells what the others took. Only
-    names, shapes and sizes are right; begin and end lie anywhere.
+    Experts of a layer have the same tensors, so a survivor stands for each that was pruned. Only
+    names, shapes and sizes are meaningful; begin and end are not.
     """
     whole = []
     for record in records:
@@ -138,25 +138,25 @@ def _counts_no_mtp(anatomy: Anatomy, config: Mapping[str, Any]) -> bool:
 
 
 def _loading(anatomy: Anatomy, provenance: Provenance, config: Mapping[str, Any]) -> Loading:
-    own = config.get("auto_map")
-    own = own if isinstance(own, Mapping) else _NOTHING
+    code = config.get("auto_map")
+    code = code if isinstance(code, Mapping) else _NOTHING
     architecture = next(iter(config.get("architectures") or ()), "")
-    sees = architecture.endswith("ForConditionalGeneration")
-    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
-    offered = [name for name in own if name.startswith("AutoModel")]
+    has_vision = architecture.endswith("ForConditionalGeneration")
+    auto = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
+    offered = [name for name in code if name.startswith("AutoModel")]
     if offered and auto not in offered:
-        # Those for a task know more than the plain one.
+        # A class for a task, AutoModelForX, has a longer name than plain AutoModel.
         auto = max(offered, key=len)
     return Loading(
         auto_class=auto,
-        processor="AutoProcessor" if sees else "AutoTokenizer",
-        remote_code=bool(own),
+        processor="AutoProcessor" if has_vision else "AutoTokenizer",
+        remote_code=bool(code),
         stock_engines=provenance.is_uniform or says_per_layer(config, anatomy) != "",
     )
 
 
 def _calibrations(pruned: Checkpoint, folder: Path) -> Iterator[Calibration]:
-    """The score files in calibration/; keep-lists and records of other tools are none."""
+    """The score files in calibration/, which may also hold keep-lists and records."""
     for file in pruned.files:
         if file.name.startswith(CALIBRATION_FOLDER):
             try:
@@ -167,20 +167,20 @@ def _calibrations(pruned: Checkpoint, folder: Path) -> Iterator[Calibration]:
 
 
 def _source_card(path: Path) -> Mapping[str, Any] | None:
-    """The metadata of a card; empty where it has none that can be read."""
+    """The metadata of a card; empty where it cannot be read, None where there is no card."""
     if not path.is_file():
         return None
     return metadata_of(path.read_text(encoding="utf-8-sig", errors="replace"))
 
 
 def metadata_of(text: str) -> Mapping[str, Any]:
-    """What a card says between its first two lines of dashes; empty where that is no metadata."""
+    """The YAML between the first two `---` lines of a card; empty where it cannot be read."""
     if not text.lstrip().startswith("---"):
         return _NOTHING
     try:
         with warnings.catch_warnings(action="ignore"):
             data: Any = ModelCard(text, ignore_metadata_errors=True).data
             found = data.to_dict()
-    except Exception:  # YAML of strangers fails in many ways, and nothing hangs on it
+    except Exception:  # foreign YAML fails in many ways, and a card is written without it
         return _NOTHING
     return {key: value for key, value in found.items() if isinstance(key, str)}

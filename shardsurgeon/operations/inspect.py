@@ -17,7 +17,17 @@ RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
 
 
 def inspect(model: str | None = None, *, family: str | None = None) -> InspectReport:
-    """What a model is made of. Reads headers and JSON only; family: as for `plan`."""
+    """What a model is made of: layers, experts, sizes. Reads headers and JSON only.
+
+    model: a folder or an address (`org/name`, `s3://…`), None for the current folder; family: a
+    file with the model's declaration, `auto` to read a model of no declared family. Raises
+    CheckpointError and its children where it cannot be read, FamilyError where it is of no
+    supported family.
+
+    >>> report = shardsurgeon.inspect("fixtures/kimi_k25")
+    >>> report.family, report.num_experts, report.moe_layers
+    ('kimi_k25', 32, (1, 2, 3))
+    """
     checkpoint = open_model(model, family)
     anatomy = read_anatomy(checkpoint)
     config = checkpoint.settings

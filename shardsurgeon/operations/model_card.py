@@ -1,7 +1,8 @@
-"""The model card of a pruned model, and the commands that it tells its readers.
+"""The text of a pruned model's card, and the commands that it tells its readers.
 
-Pure text from `card_data`: the same model has the same card. Lines that people have seen in a
-card stay as they are when one is made anew, so that a second push changes nothing.
+`model_card.md` is the card with placeholders; here is what goes into them, from `card_data`. The
+same model has the same card, so that a second push of it changes nothing: what an earlier version
+wrote is kept to the letter.
 """
 
 from __future__ import annotations
@@ -11,32 +12,50 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.files import SOURCE_CARD_NAME
-from shardsurgeon.checkpoint.provenance import (
-    PROVENANCE_NAME,
-    LayerRecord,
-    Provenance,
-    SourceIdentity,
-    Step,
-)
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity, Step
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.card_data import Calibration, ModelFacts
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
 from shardsurgeon.units import counted, format_size, number_ranges, parameters, percent
 
 TAGS = ("reap", "pruned", "expert-pruning", "moe", "shardsurgeon")
-# What holds for the pruned model as it did for its source.
+# Metadata that holds for the pruned model as it did for its source.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
-# The Hub knows four relations; bytes that were neither trained nor quantized nor merged go here.
+# The Hub knows four relations: adapter, merge, quantized and finetune. A prune is none of the
+# first three.
 _RELATION = "finetune"
 _HUB = "https://huggingface.co"
 
 _PROGRAM = ("shardsurgeon", "apply")
+
+_CARD = Path(__file__).with_name("model_card.md")
+_STOCK_ENGINES = Template("""\
+```sh
+$serve
+```
+
+```python
+from transformers import $model_class, $reader_class
+
+$reader = $reader_class.from_pretrained($arguments)
+model = $model_class.from_pretrained($arguments, dtype="auto", device_map="auto")
+```""")
+_OTHER_ENGINES = (
+    "Its layers keep different numbers of experts, which `config.json` lists under "
+    "`num_routed_experts_per_layer`. Stock vLLM and transformers do not read that list "
+    "and would load this model wrong: serve it with an engine that does."
+)
+_SOURCE_CARD = f"""\
+## The original's card
+
+It is kept as [{SOURCE_CARD_NAME}]({SOURCE_CARD_NAME})."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +73,33 @@ class Placement:
 
 def model_card(facts: ModelFacts, placement: Placement) -> str:
     """The README.md."""
-    body = "\n\n".join(_sections(facts, placement))
-    return str(ModelCard(f"---\n{_metadata(facts)}\n---\n\n{body}\n"))
+    record = facts.provenance
+    experts_before = sum(layer.num_experts for layer in record.layers.values())
+    pruned = sum(len(layer.pruned) for layer in record.layers.values())
+    notes = (*_preserved(record), *_policies(record), *_calibration(facts.calibrations))
+    values = {
+        "metadata": _metadata(facts),
+        "title": placement.repo_id.rpartition("/")[2],
+        "original": _linked(base_models(facts)) or f"`{record.steps[0].source.name}`",
+        "share": percent(pruned / experts_before),
+        "counts": _counts(record),
+        "sizes": _rows(_sizes(facts, experts_before, experts_before - pruned)),
+        "steps": _rows(map(_step, record.steps)),
+        "notes": "\n".join(f"- {note}" for note in notes),
+        "layers": "" if record.is_uniform else _layer_table(record),
+        "use": _use(facts, placement),
+        "version": __version__,
+        "command": "\n".join(placement.command),
+        "source_card": "" if facts.source_card is None else _SOURCE_CARD,
+    }
+    paragraphs = _CARD.read_text(encoding="utf-8").rstrip().split("\n\n")
+    # A paragraph that is one placeholder is left out where its value is empty.
+    shown = [text for text in paragraphs if values.get(text.removeprefix("$"), text)]
+    return str(ModelCard(Template("\n\n".join(shown)).substitute(values) + "\n"))
 
 
 def require_metadata(text: str, where: str | PathLike[str]) -> None:
-    """Raise UsageError, naming `where`, for a card of one's own whose metadata cannot be read."""
+    """Raise UsageError, naming `where`, for a user's card whose metadata cannot be read."""
     try:
         ModelCard(text)
     except Exception as error:  # whatever YAML and the card's own rules raise
@@ -81,50 +121,21 @@ def base_models(facts: ModelFacts) -> tuple[str, ...]:
 
 
 def _metadata(facts: ModelFacts) -> str:
-    said = facts.source_card or {}
+    source = facts.source_card or {}
     bases = base_models(facts)
     data: dict[str, Any] = {}
     if bases:
         data["base_model"] = list(bases)
         data["base_model_relation"] = _RELATION
-    data |= {key: said[key] for key in _CARRIED_OVER if said.get(key)}
-    data["library_name"] = said.get("library_name") or "transformers"
-    data["tags"] = [*dict.fromkeys((*_tags(said), *TAGS))]
+    data |= {key: source[key] for key in _CARRIED_OVER if source.get(key)}
+    data["library_name"] = source.get("library_name") or "transformers"
+    data["tags"] = [*dict.fromkeys((*_tags(source), *TAGS))]
     return ModelCardData(**data).to_yaml(original_order=[*data])
 
 
-def _tags(said: Mapping[str, Any]) -> list[str]:
-    found = said.get("tags")
+def _tags(metadata: Mapping[str, Any]) -> list[str]:
+    found = metadata.get("tags")
     return [tag for tag in found if isinstance(tag, str)] if isinstance(found, list) else []
-
-
-def _sections(facts: ModelFacts, placement: Placement) -> Iterator[str]:
-    yield f"# {placement.repo_id.rpartition('/')[2]}"
-    yield _summary(facts)
-    yield _size_table(facts)
-    yield "## What was pruned"
-    yield from _pruned(facts)
-    yield "## Use it"
-    yield from _use(facts, placement)
-    yield "## Make it again"
-    yield from _again(facts, placement)
-    yield "## Citation"
-    yield _CITATION
-    if facts.source_card is not None:
-        yield "## The original's card"
-        yield f"It is kept as [{SOURCE_CARD_NAME}]({SOURCE_CARD_NAME})."
-
-
-def _summary(facts: ModelFacts) -> str:
-    record = facts.provenance
-    gone = sum(len(layer.pruned) for layer in record.layers.values())
-    everyone = sum(layer.num_experts for layer in record.layers.values())
-    name = _linked(base_models(facts)) or f"`{record.steps[0].source.name}`"
-    return (
-        f"{name} without {percent(gone / everyone)} of its experts: {_counts(record)}. "
-        "The weights that are left are the original's, byte for byte; nothing was trained, "
-        "merged or quantized on the way. The routers have the rows of the experts that stayed."
-    )
 
 
 def _linked(models: Iterable[str]) -> str:
@@ -142,32 +153,19 @@ def _counts(record: Provenance) -> str:
     return f"{min(kept)} to {max(kept)} of {record.num_experts_before} stay, in {layers}"
 
 
-def _size_table(facts: ModelFacts) -> str:
+def _sizes(facts: ModelFacts, experts_before: int, experts_after: int) -> Iterator[Sequence[str]]:
     before, after, record = facts.before, facts.after, facts.provenance
-    left = sum(len(layer.retained) for layer in record.layers.values())
-    had = sum(layer.num_experts for layer in record.layers.values())
-    rows = [("Weights", format_size(before.nbytes), format_size(after.nbytes))]
+    yield "Weights", format_size(before.nbytes), format_size(after.nbytes)
     if before.parameters is not None and after.parameters is not None:
-        rows.append(("Parameters", parameters(before.parameters), parameters(after.parameters)))
+        yield "Parameters", parameters(before.parameters), parameters(after.parameters)
     if record.is_uniform:
-        pair = str(record.num_experts_before), str(record.num_experts_after)
-        rows.append(("Experts per MoE layer", *pair))
-    rows.append(("Experts in all", f"{had:,}", f"{left:,}"))
-    return _table(("", "Before", "After"), rows)
+        counts = record.num_experts_before, record.num_experts_after
+        yield "Experts per MoE layer", *map(str, counts)
+    yield "Experts in all", f"{experts_before:,}", f"{experts_after:,}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _pruned(facts: ModelFacts) -> Iterator[str]:
-    record = facts.provenance
-    yield _table(("Pruned", "Experts", "How many", "Chosen by"), map(_step, record.steps))
-    notes = [*_preserved(record), *_policies(facts), *_calibration(facts.calibrations)]
-    yield "\n".join(f"- {note}" for note in notes)
-    if not record.is_uniform:
-        yield _layer_table(record)
+def _rows(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _step(step: Step) -> tuple[str, str, str, str]:
@@ -201,15 +199,15 @@ def _layers(numbers: Sequence[int]) -> str:
     return f"layer{'s' if len(numbers) > 1 else ''} {number_ranges(numbers)}"
 
 
-def _policies(facts: ModelFacts) -> Iterator[str]:
-    words = {
+def _policies(record: Provenance) -> Iterator[str]:
+    reasons = {
         "router-norm": "were chosen by the norm of their router rows, having no scores",
         "last": "follow the last scored layer",
     }
-    for policy, said in words.items():
-        layers = [n for n, layer in facts.provenance.layers.items() if layer.policy == policy]
+    for policy, reason in reasons.items():
+        layers = [n for n, layer in record.layers.items() if layer.policy == policy]
         if layers:
-            yield f"The experts of MTP {_layers(layers)} {said}."
+            yield f"The experts of MTP {_layers(layers)} {reason}."
     yield (
         "Which experts stayed, under their original ids, with every saliency: "
         "[calibration/reap_pruning_metadata.json](calibration/reap_pruning_metadata.json)"
@@ -218,83 +216,44 @@ def _policies(facts: ModelFacts) -> Iterator[str]:
 
 def _calibration(calibrations: Iterable[Calibration]) -> Iterator[str]:
     for found in calibrations:
-        said = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in found.facts.items())
-        yield f"Scores: [{found.file}]({found.file})" + (f" ({said})" if said else "")
+        facts = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in found.facts.items())
+        yield f"Scores: [{found.file}]({found.file})" + (f" ({facts})" if facts else "")
 
 
 def _plain(value: object) -> str:
-    """A stranger's value, so that it stays text in Markdown and in one line."""
+    """A value from a score file as one line of code, so that Markdown in it means nothing."""
     text = f"{value:,}" if type(value) is int and value >= 10_000 else str(value)
     return f"`{' '.join(text.replace('`', '').split())}`"
 
 
 def _layer_table(record: Provenance) -> str:
-    def row(number: int, layer: LayerRecord) -> tuple[str, str, str]:
-        return str(number), str(layer.num_experts), str(len(layer.retained))
-
-    rows = [row(number, layer) for number, layer in sorted(record.layers.items())]
-    table = _table(("Layer", "Experts before", "after"), rows)
+    head = [("Layer", "Experts before", "after"), ("---", "---", "---")]
+    counts = [
+        (str(number), str(layer.num_experts), str(len(layer.retained)))
+        for number, layer in sorted(record.layers.items())
+    ]
+    table = _rows([*head, *counts])
     return f"<details>\n<summary>Experts per layer</summary>\n\n{table}\n\n</details>"
 
 
-def _use(facts: ModelFacts, placement: Placement) -> Iterator[str]:
-    loading = facts.loading
+def _use(facts: ModelFacts, placement: Placement) -> str:
+    loading, repo_id, revision = facts.loading, placement.repo_id, placement.revision
     if not loading.stock_engines:
-        yield (
-            "Its layers keep different numbers of experts, which `config.json` lists under "
-            "`num_routed_experts_per_layer`. Stock vLLM and transformers do not read that list "
-            "and would load this model wrong: serve it with an engine that does."
-        )
-        return
-    words = ["vllm", "serve", placement.repo_id]
-    words += ["--revision", placement.revision] if placement.revision else []
-    words += ["--trust-remote-code"] if loading.remote_code else []
-    yield _code("sh", [" ".join(words)])
-    yield _code("python", _loading_lines(facts, placement))
-
-
-def _loading_lines(facts: ModelFacts, placement: Placement) -> list[str]:
-    loading = facts.loading
-    shared = ", ".join(
-        (f'"{placement.repo_id}"',)
-        + ((f'revision="{placement.revision}"',) if placement.revision else ())
-        + (("trust_remote_code=True",) if loading.remote_code else ())
+        return _OTHER_ENGINES
+    serve, arguments = [f"vllm serve {repo_id}"], [f'"{repo_id}"']
+    if revision:
+        serve.append(f"--revision {revision}")
+        arguments.append(f'revision="{revision}"')
+    if loading.remote_code:
+        serve.append("--trust-remote-code")
+        arguments.append("trust_remote_code=True")
+    return _STOCK_ENGINES.substitute(
+        serve=" ".join(serve),
+        model_class=loading.auto_class,
+        reader_class=loading.processor,
+        reader="processor" if loading.processor == "AutoProcessor" else "tokenizer",
+        arguments=", ".join(arguments),
     )
-    reader = "processor" if loading.processor == "AutoProcessor" else "tokenizer"
-    return [
-        f"from transformers import {loading.auto_class}, {loading.processor}",
-        "",
-        f"{reader} = {loading.processor}.from_pretrained({shared})",
-        f'model = {loading.auto_class}.from_pretrained({shared}, dtype="auto", device_map="auto")',
-    ]
-
-
-def _again(facts: ModelFacts, placement: Placement) -> Iterator[str]:
-    yield f"With shardsurgeon {__version__}:"
-    yield _code("sh", placement.command)
-    yield (
-        "`shardsurgeon verify ORIGINAL PRUNED` proves every surviving byte against the original."
-    )
-
-
-def _code(language: str, lines: Iterable[str]) -> str:
-    return "\n".join((f"```{language}", *lines, "```"))
-
-
-_CITATION = """\
-Pruning experts in one shot, by their saliency, is what REAP does:
-
-```bibtex
-@misc{lasby2025reap,
-  title         = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
-  author        = {Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and
-                   Ioannou, Yani and Thangarasa, Vithursan},
-  year          = {2025},
-  eprint        = {2510.13999},
-  archivePrefix = {arXiv},
-  primaryClass  = {cs.LG}
-}
-```"""
 
 
 def recipe(
@@ -304,10 +263,10 @@ def recipe(
     max_shard_nbytes: int | None,
     declared: str | None,
 ) -> str:
-    """The command that was given, its files under the names that the model carries them by.
+    """The command that was given, with its files by their names in the model's folder.
 
-    given: name in the model → path, of the score file and the keep-list; declared: the words of
-    --family.
+    given: name in the model → path, of the score file and the keep-list; declared: what --family
+    said.
     """
     plan = None if request.plan_file is None else str(Path(request.plan_file).absolute())
     scores = [name for name, path in given.items() if path != plan]
@@ -333,7 +292,7 @@ def recipe(
 
 
 def recipe_by_record(facts: ModelFacts) -> str:
-    """The command that goes by the keep-lists in the model's metadata."""
+    """The command that repeats the prune by the keep-lists in the model's record."""
     source = facts.provenance.steps[0].source
     words = [*_PROGRAM, "--plan", PROVENANCE_NAME, "--model", address(source)]
     words += ["--mtp", "drop"] if facts.mtp_removed and not facts.mtp_layers else []
@@ -342,13 +301,13 @@ def recipe_by_record(facts: ModelFacts) -> str:
 
 
 def with_files(command: str, repo_id: str, revision: str | None) -> tuple[str, ...]:
-    """The command behind the one that fetches the files it names."""
+    """The command that fetches calibration/ from the repository, and after it `command`."""
     words = ["hf", "download", repo_id, "--include", "calibration/*", "--local-dir", "."]
     words += ["--revision", revision] if revision else []
     return shlex.join(words), command
 
 
 def address(source: SourceIdentity) -> str:
-    """MODEL as it must be typed: a repository at its commit, or a folder's name."""
+    """MODEL as it is typed: a repository at its commit, or a folder's name."""
     at_commit = source.revision is not None and "/" in source.name
     return f"{source.name}@{source.revision}" if at_commit else source.name

@@ -1,9 +1,8 @@
-"""`plan` and `apply`: scores and a model become a plan, and the plan a pruned model."""
+"""Scores and a model become a plan, which `apply` carries out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +12,6 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import execute
-from shardsurgeon.execution.upload import ShardDestination
-from shardsurgeon.execution.workers import Listener
-from shardsurgeon.operations.reports import ApplyReport
-from shardsurgeon.operations.verify import SelfCheck
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_lists import KeepList, write_plan
 from shardsurgeon.pruning.output_files import assemble
@@ -27,18 +21,23 @@ from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import write_file
-from shardsurgeon.storage.open import address_of
-
-# Makes the destination of a run's shards, given the check that each of its shards has to pass.
-DestinationMaker = Callable[[Callable[[str, Path], None]], ShardDestination]
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """A prune that is decided and planned, and not yet done.
+    """A prune that is decided and planned, and not yet done: what `shardsurgeon.plan` returns.
 
     decision: which experts stay; plan: the bytes to move; out: the folder they go to;
-    max_shard_nbytes, declared: what it was planned with (declared: the words of --family).
+    max_shard_nbytes: the limit of a shard's size in bytes, None for the source's shards;
+    declared: what --family said.
+
+    >>> plan = shardsurgeon.plan("fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", keep=8)
+    >>> plan.report.total_size_before, plan.report.total_size_after
+    (597056, 372800)
+    >>> plan.write_plan("keep.json")
+    >>> again = shardsurgeon.plan("fixtures/qwen3_moe", plan_file="keep.json")
+    >>> again.report.total_size_after == plan.report.total_size_after
+    True
     """
 
     checkpoint: Checkpoint
@@ -52,7 +51,7 @@ class Pruning:
 
     @cached_property
     def report(self) -> PlanReport:
-        """What it would do, for people."""
+        """What it would do."""
         return plan_report(
             self.checkpoint,
             self.anatomy,
@@ -66,7 +65,7 @@ class Pruning:
         """Save the keep-lists as a plan.json that `--plan` reads."""
         data = write_plan(
             self.decision.keep,
-            selection=_selection_words(self),
+            selection=_selection_settings(self),
             source={
                 "name": self.checkpoint.source.name,
                 "config_sha256": self.checkpoint.config_sha256,
@@ -92,6 +91,9 @@ def plan(
     cutting; family: a file with the model's declaration, or `auto` to read a model without
     one, where that leaves no doubt. Raises InputError and its children for whatever does not fit.
     """
+    if isinstance(model, Checkpoint) and family is not None:
+        problem = "is for a model that is still to be opened"
+        raise UsageError("family", problem, "give the model's folder or address instead")
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model, family)
     anatomy = read_anatomy(checkpoint)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
@@ -112,101 +114,6 @@ def plan(
     return Pruning(checkpoint, anatomy, request, decision, plan, folder, max_shard_nbytes, family)
 
 
-def apply(
-    model: str | None,
-    scores: str | None,
-    request: SelectionRequest,
-    *,
-    out: str | None = None,
-    max_shard_nbytes: int | None = None,
-    workers: int = 0,
-    verify: bool = True,
-    dry_run: bool = False,
-    restart: bool = False,
-    progress: Listener | None = None,
-    family: str | None = None,
-) -> ApplyReport:
-    """`plan` and `carry_out` in one."""
-    return carry_out(
-        # Not kept here: what is planned takes room that the check at the end needs.
-        plan(model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family),
-        workers=workers,
-        verify=verify,
-        dry_run=dry_run,
-        restart=restart,
-        progress=progress,
-    )
-
-
-def carry_out(
-    pruning: Pruning,
-    *,
-    workers: int = 0,
-    verify: bool = True,
-    dry_run: bool = False,
-    restart: bool = False,
-    progress: Listener | None = None,
-    shard_destination: DestinationMaker | None = None,
-    disk_budget: int | None = None,
-) -> ApplyReport:
-    """Move the bytes of a plan, check the result, and only then give it its name.
-
-    workers: threads, 0 for a number that suits the machine; verify: compare the structure of
-    everything and the bytes of a sample; dry_run: say what would happen and write nothing.
-    shard_destination: where the result goes instead of a folder; disk_budget: bytes of shards that
-    may be here at a time on their way there.
-
-    Raises UsageError where layers keep different numbers and nobody allowed that, OutputError
-    where the place is taken, WorkError and its children where the work fails or the check does
-    not hold. What was finished is kept for a rerun.
-    """
-    require_ready(pruning)
-    if dry_run:
-        return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
-    report, checkpoint, out = pruning.report, pruning.checkpoint, pruning.out
-    plan = pruning.plan
-    small = len(plan.generated_files) + len(plan.copied_files) + len(plan.score_files)
-    files = len(plan.shards) + small
-    check = SelfCheck(checkpoint, plan, out, by_shard=shard_destination is not None)
-    taken = shard_destination(check.shard if verify else _unchecked) if shard_destination else None
-    # Half a trillion parameters take 40 MB to plan: whoever keeps no plan has them for the check.
-    handed = [plan]
-    del pruning, plan
-    try:
-        done = execute(
-            handed.pop(),
-            checkpoint.source,
-            out,
-            workers=workers,
-            restart=restart,
-            on_progress=progress,
-            before_delivery=(check.rest if taken else check.whole) if verify else None,
-            destination=taken,
-            disk_budget=disk_budget,
-        )
-    except BaseException as stop:
-        # A signal in the last moment: the result is there, and there is nothing to resume.
-        if os.path.lexists(out):
-            stop.add_note(complete(str(out)))
-        raise
-    return ApplyReport(
-        plan=report,
-        dry_run=False,
-        out=None if taken else str(out),
-        files=files,
-        bytes_copied=done.bytes_copied,
-        bytes_resumed=done.bytes_resumed,
-        seconds=done.seconds,
-        verification=check.report,
-        bytes_downloaded=done.bytes_downloaded,
-        source=address_of(checkpoint.source),
-    )
-
-
-def _unchecked(name: str, path: Path) -> None:
-    """What --no-verify checks of a shard."""
-
-
 def require_ready(pruning: Pruning) -> None:
     """Raise UsageError where layers keep different numbers and the request does not allow it,
     OutputError where there is an OUT already."""
@@ -223,7 +130,7 @@ def require_ready(pruning: Pruning) -> None:
 
 
 def complete(out: str) -> str:
-    """What an interrupted command says where its result is already there."""
+    """The note of an interrupted command whose result is already written."""
     return f"{out} is complete"
 
 
@@ -231,7 +138,7 @@ def _path(value: object) -> Path | None:
     return Path(value).absolute() if isinstance(value, str | os.PathLike) else None
 
 
-def _selection_words(pruning: Pruning) -> dict[str, object]:
+def _selection_settings(pruning: Pruning) -> dict[str, object]:
     request, decision = pruning.request, pruning.decision
     return {
         "selection": request.selection,
@@ -271,7 +178,7 @@ def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepLis
 
 
 def require_apart(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise OutputError where the output would lie inside the source, or the other way."""
+    """Raise OutputError where the output would be inside the source, or the source inside it."""
     home = _home(checkpoint)
     if home is None:
         return
@@ -285,9 +192,9 @@ def require_apart(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _home(checkpoint: Checkpoint) -> Path | None:
-    """The source's folder on this machine, if it has one."""
+    """The source's folder on this machine; None for a remote source."""
     path = checkpoint.source.local_path("config.json")
-    # Not resolved as a file: in a Hub cache config.json is a link to somewhere else.
+    # The folder is resolved, not the file: in a Hub cache config.json is a link to a blob.
     return None if path is None else path.absolute().parent.resolve()
 
 

@@ -16,6 +16,10 @@ class InspectReport:
     total_size: tensor data of the whole model; expert_size: one expert of one layer;
     sizes_at: ratio removed (as text) → tensor data that would stay. num_experts: of the largest
     layers; num_experts_per_layer: MoE layer → its experts, where they differ.
+
+    >>> report = shardsurgeon.inspect("fixtures/kimi_k25")
+    >>> report.total_size, report.expert_size, report.sizes_at["0.5"]
+    (657568, 3612, 484192)
     """
 
     name: str
@@ -48,6 +52,11 @@ class PushReport:
     url: where to look at it, the pull request where one was opened; revision: the branch, None
     where that is a pull request; commit: its hash; files, nbytes: of the model there; removed:
     names of an earlier model's weights that the commit took out; notes: what the Hub said.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> report = shardsurgeon.apply(plan, "small", push_to_hub="me/small").push
+    >>> report.revision, report.pull_request, report.removed
+    ('main', None, ())
     """
 
     repo_id: str
@@ -70,6 +79,11 @@ class ApplyReport:
     bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
     bytes_downloaded: what came over the network; push: where it was pushed to, if it was;
     source: the model that was pruned, as it can be named again.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> report = shardsurgeon.apply(plan, "small", verify=False)
+    >>> report.bytes_copied, report.bytes_resumed, report.verification
+    (587292, 0, None)
     """
 
     plan: PlanReport

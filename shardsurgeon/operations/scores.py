@@ -57,24 +57,24 @@ def show_scores(
     """
     scores = read_scores(file)
     calibration = find_calibration(file)
-    name, view = None, None
+    name, analysis = None, None
     if model is not None:
         checkpoint = open_model(model)
         name = checkpoint.source.name
-        view = _view_of_model(checkpoint, scores, metric)
-    view = view or view_alone(scores, metric)
-    layers = view.layers()
+        analysis = _analysis_for_model(checkpoint, scores, metric)
+    analysis = analysis or view_alone(scores, metric)
+    layers = analysis.layers()
     return ScoresReport(
         file=str(file),
         model=name,
-        metric=view.metric,
+        metric=analysis.metric,
         metrics=scores.metrics or tuple(sorted(scores.rows)),
         num_experts=max(layer.num_experts for layer in layers),
         layers=layers,
-        cuts=view.cuts(),
-        super_experts_known=view.super_experts is not None,
+        cuts=analysis.cuts(),
+        super_experts_known=analysis.super_experts is not None,
         facts=dict(scores.facts),
-        calibration=None if calibration is None else _told(calibration),
+        calibration=None if calibration is None else _settings_summary(calibration),
     )
 
 
@@ -112,11 +112,11 @@ def merge_scores(
 def compare_scores(
     a: Path, b: Path, *, ratios: Sequence[float], metrics: Sequence[str] = ()
 ) -> ComparisonReport:
-    """How far two score files rank the experts of each layer alike.
+    """How well two score files agree on the order of each layer's experts.
 
     ratios: fractions removed at which the keep-lists are compared; metrics: one for both files or
-    one for each, none for what `plan` would take. Raises ScoreError where the files have no layer
-    in common or different numbers of experts in one.
+    one for each, none for the one that `plan` would take. Raises ScoreError where the files have no
+    layer in common or different numbers of experts in one.
     """
     for ratio in ratios:
         if not 0 < ratio < 1:
@@ -130,16 +130,16 @@ def compare_scores(
 def scores_from_router(model: Path | None, out: Path, *, norm: str = "l2") -> RouterScoresReport:
     """Write router magnitudes, of MTP layers too, as a score file; norm: `l2` or `l1`.
 
-    Raises OutputError where `out` exists, UsageError where its name ends in no form of score
-    file that can be written, and whatever opening the model and reading its routers raises.
+    Raises OutputError where `out` exists, UsageError where its suffix is not one of a score file
+    that can be written, and whatever opening the model and reading its routers raises.
     """
     check_out(out)
     checkpoint = open_model(model)
     anatomy = read_anatomy(checkpoint)
     scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
     name, metric = checkpoint.source.name, f"router_{norm}"
-    _write(out, scores, metric, {"method": "router-magnitude", "model": name, "norm": norm})
-    layers = _layers(anatomy, scores)
+    facts = {"method": "router-magnitude", "model": name, "norm": norm}
+    layers = _save(out, anatomy, scores, metric, facts)
     return RouterScoresReport(name, norm, metric, anatomy.num_experts, layers, str(out))
 
 
@@ -148,16 +148,15 @@ def scores_from_weights(
 ) -> BaselineReport:
     """Write the norm of each expert's weights, of MTP layers too, as a score file.
 
-    on_bytes: hears how many bytes of how many are read. Raises what `scores_from_router` raises,
-    and FamilyError for weights stored in a form whose norm is not worked out here.
+    on_bytes: called with the bytes read and the bytes in all. Raises what `scores_from_router`
+    raises, and FamilyError for weights stored in a form whose norm is not computed here.
     """
     check_out(out)
     checkpoint = open_model(model)
     anatomy = read_anatomy(checkpoint)
     scores = weight_norms(checkpoint, anatomy, on_bytes)
     name, method, metric = checkpoint.source.name, "expert-weight-norm", "weight_l2"
-    _write(out, scores, metric, {"method": method, "model": name})
-    layers = _layers(anatomy, scores)
+    layers = _save(out, anatomy, scores, metric, {"method": method, "model": name})
     return BaselineReport(name, method, metric, anatomy.num_experts, layers, str(out))
 
 
@@ -176,17 +175,17 @@ def scores_random(model: Path | None, out: Path, *, seed: int) -> BaselineReport
         layer.index: random_scores(seed, layer.index, layer.num_experts) for layer in anatomy.layers
     }
     name, method, metric = checkpoint.source.name, "random", "random"
-    _write(out, scores, metric, {"method": method, "model": name, "seed": str(seed)})
-    layers = _layers(anatomy, scores)
+    facts = {"method": method, "model": name, "seed": str(seed)}
+    layers = _save(out, anatomy, scores, metric, facts)
     return BaselineReport(name, method, metric, anatomy.num_experts, layers, str(out), seed)
 
 
-def _write(out: Path, scores: Scored, metric: str, facts: Mapping[str, str]) -> None:
+def _save(
+    out: Path, anatomy: Anatomy, scores: Scored, metric: str, facts: Mapping[str, str]
+) -> tuple[ScoreLayerReport, ...]:
+    """Write a score file of one metric, and report each layer's range."""
     table = _keyed({layer: {metric: row} for layer, row in scores.items()})
     write_scores(out, ScoreContent(layers=table, facts=facts))
-
-
-def _layers(anatomy: Anatomy, scores: Scored) -> tuple[ScoreLayerReport, ...]:
     layers = []
     for layer in anatomy.layers:
         lowest, median, highest = np.quantile(scores[layer.index], (0, 0.5, 1)).tolist()
@@ -194,8 +193,10 @@ def _layers(anatomy: Anatomy, scores: Scored) -> tuple[ScoreLayerReport, ...]:
     return tuple(layers)
 
 
-def _view_of_model(checkpoint: Checkpoint, scores: Scores, metric: str | None) -> ScoreAnalysis:
-    """The scores as the model has its experts now."""
+def _analysis_for_model(
+    checkpoint: Checkpoint, scores: Scores, metric: str | None
+) -> ScoreAnalysis:
+    """The scores of the model's present experts."""
     anatomy = read_anatomy(checkpoint)
     check_lineage(checkpoint.provenance, anatomy.experts_per_layer)
     scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
@@ -214,14 +215,14 @@ def _view_of_model(checkpoint: Checkpoint, scores: Scores, metric: str | None) -
 
 
 def _keyed(table: Mapping[int, _Item]) -> dict[Layer, _Item]:
-    """The table with room for layers that have names."""
+    """The same table; its type allows layers that have names, as writers and views take."""
     keyed: dict[Layer, _Item] = {}
     for layer, item in table.items():
         keyed[layer] = item
     return keyed
 
 
-def _told(calibration: Calibration) -> dict[str, object]:
+def _settings_summary(calibration: Calibration) -> dict[str, object]:
     """The settings, with numbers in place of the list of samples."""
     settings = {key: item for key, item in calibration.settings.items() if key != "samples"}
     samples = calibration.samples
@@ -229,7 +230,7 @@ def _told(calibration: Calibration) -> dict[str, object]:
 
 
 def _content(scores: Scores, calibration: Calibration | None) -> ScoreContent:
-    """Everything that both know of one file."""
+    """What to write of a file: its scores, and the accumulators beside them."""
     if calibration is None:
         return ScoreContent(layers=scores.layers, rows=scores.rows, facts=scores.facts)
     added = calibration.content()

@@ -28,9 +28,9 @@ from shardsurgeon.verification.verify import verify_checkpoint
 
 SAMPLED_TENSORS = 8
 SAMPLED_NBYTES = 1 << 20
-# Of what a far source has to send for the result, so much may be sent once more for the proof.
+# The share of the result's bytes that a remote source may have to send again for the check.
 FAR_SHARE = 0.0025
-# And so much at least of a tensor, which costs a request in any case.
+# Bytes that are compared of a tensor at least: fewer would cost the same request.
 _LEAST_NBYTES = 512
 
 
@@ -43,7 +43,7 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
     family: str | None = None,
 ) -> VerifyReport:
-    """Prove a pruned model, a folder or a repository, against its source.
+    """Compare a pruned model, a folder or a repository, with its source.
 
     sample: tensors per shard whose bytes are compared, None for all; architecture: check as
     well that transformers' model of the pruned config takes exactly these tensors. Raises
@@ -61,12 +61,12 @@ def verify(
 
 
 class SelfCheck:
-    """The proof of one run's result; `report` says what was compared."""
+    """The check of one run's result; `report` says what was compared."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, out: Path, *, by_shard: bool) -> None:
-        """checkpoint: the source; plan: what is made of it; out: what reports call it;
-        by_shard: whether the shards will be gone when the rest is there, so that each is checked
-        alone; else the plan is not held on to."""
+        """checkpoint: the source; plan: what is made of it; out: its name in
+        reports; by_shard: whether each shard is checked alone, because it will be gone when the
+        rest is there. Otherwise no reference to the plan is kept."""
         self._checkpoint = checkpoint
         self._sampling = _sampling(checkpoint, plan)
         self._planned = plan if by_shard else None
@@ -88,9 +88,9 @@ class SelfCheck:
             raise _does_not_hold(str(path), found)
 
     def rest(self, folder: Path) -> None:
-        """Check what the shards, of which each was checked, are together with the other files.
+        """Check the result as a whole, after each of its shards, by the shards' planned headers.
 
-        folder: holds those. Raises VerificationError.
+        folder: has the other files. Raises VerificationError.
         """
         report = verify_checkpoint(
             self._checkpoint, headers_only(self._plan, LocalSource(folder), self._out), sample=0
@@ -132,7 +132,7 @@ def _sampling(checkpoint: Checkpoint, plan: Plan) -> Sampling:
 
 
 def headers_only(plan: Plan, rest: Source, out: Path) -> HeadersOnlySource:
-    """The result as its headers and its other files tell it; rest: has those files."""
+    """The result as a source of planned headers and real small files; rest: has those files."""
     headers = {shard.file: ShardHeader(shard.header, shard.nbytes) for shard in plan.shards}
     return HeadersOnlySource(headers, rest, str(out))
 

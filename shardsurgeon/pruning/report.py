@@ -59,6 +59,11 @@ class PlanReport:
     largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
     `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
     where the storage format hides them.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> layer = plan.report.layers[0]
+    >>> layer.layer, layer.kept, layer.pruned, round(layer.saliency_dropped, 3)
+    (1, 12, 20, 0.434)
     """
 
     model: str

@@ -84,6 +84,10 @@ def read_scores(path: str | PathLike[str]) -> Scores:
 
     Raises ScoreError where the file cannot be read, is hostile or broken, or does not hold one
     number per expert and layer.
+
+    >>> scores = shardsurgeon.read_scores("fixtures/kimi_k25/scores.pt")
+    >>> scores.metrics[:3], scores.facts
+    (('ean_mean', 'ean_sum', 'expert_frequency'), {'total_tokens': 4096})
     """
     where = str(path)
     value, notes = read_value(path)

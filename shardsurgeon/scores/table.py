@@ -42,6 +42,11 @@ class Scores:
     rows: metric → float64 [MoE layers, experts], of a file that names no layers; then layers
     is empty until `assign_rows`.
     facts: small values found beside the scores (total_tokens, dataset, seed, …).
+
+    >>> scores = shardsurgeon.read_scores("fixtures/kimi_k25/scores.pt")
+    >>> metric, layers = scores.select()
+    >>> metric, sorted(layers), layers[1].shape
+    ('reap', [1, 2, 3], (32,))
     """
 
     origin: str

@@ -39,6 +39,12 @@ class ArchitectureReport:
     experts were compared with a main layer's, because the engine does not read them;
     unchecked: tensors that the engine does not read, layer and expert numbers as `*`;
     differences: the first ones, one clear line each.
+
+    >>> plan = shardsurgeon.plan("fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", keep=8)
+    >>> written = shardsurgeon.apply(plan, "half")
+    >>> report = shardsurgeon.verify("fixtures/qwen3_moe", "half", architecture=True)
+    >>> report.architecture.model_class, report.architecture.differences
+    ('Qwen3MoeForCausalLM', ())
     """
 
     engine: str
@@ -56,6 +62,10 @@ class VerifyReport:
 
     sampled: tensors per shard whose bytes were compared, None for all of them.
     architecture: None where it was not asked for.
+
+    >>> report = shardsurgeon.verify("fixtures/kimi_k25", "fixtures/kimi_k2")
+    >>> report.holds, len(report.differences) > 0
+    (False, True)
     """
 
     source: str

@@ -6,20 +6,24 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import run as calibration
-from shardsurgeon.operations import inspect, prune, push, scores, verify
+from shardsurgeon.operations import apply, inspect, prune, push, scores, verify
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, Run
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     operations_ = FakeOperations()
-    for room, name in ((inspect, "inspect"), (prune, "plan"), (prune, "apply"), (verify, "verify")):
-        monkeypatch.setattr(room, name, operations_.answer(name))
+    for module, name in (
+        (inspect, "inspect"),
+        (prune, "plan"),
+        (apply, "apply"),
+        (verify, "verify"),
+        (push, "push"),
+    ):
+        monkeypatch.setattr(module, name, operations_.answer(name))
     for name in SCORE_OPERATIONS:
         monkeypatch.setattr(scores, name, operations_.answer(name))
     monkeypatch.setattr(calibration, "calibrate", operations_.answer("calibrate"))
-    monkeypatch.setattr(push, "push", operations_.answer("push"))
-    monkeypatch.setattr(push, "apply", operations_.answer("apply_and_push"))
     return operations_
 
 

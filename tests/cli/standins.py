@@ -112,8 +112,6 @@ PUSHED = PushReport(
     notes=(),
 )
 
-APPLIED_AND_PUSHED = replace(APPLIED, push=PUSHED)
-
 SCORED = RouterScoresReport(
     model="GLM-4.5",
     norm="l2",
@@ -223,7 +221,6 @@ class FakeOperations:
     verify: Any = VERIFIED
     calibrate: Any = CALIBRATED
     push: Any = PUSHED
-    apply_and_push: Any = APPLIED_AND_PUSHED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def answer(self, name: str) -> Callable[..., Any]:
@@ -234,14 +231,18 @@ class FakeOperations:
                 raise value
             if callable(value):
                 value = value(*args, **options)
-            return FakePruning(value) if name == "plan" else value
+            return FakePruning(value, args, options) if name == "plan" else value
 
         return operation
 
 
 @dataclass
 class FakePruning:
+    """What `plan` answers, and what `apply` is then given: how it was planned, and its report."""
+
     report: PlanReport
+    args: tuple[Any, ...]
+    options: dict[str, Any]
 
     def write_plan(self, path: str) -> None:
         Path(path).write_text("keep-lists")

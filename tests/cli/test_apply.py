@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from shardsurgeon.execution.workers import Listener, Progress
+from shardsurgeon.execution.workers import Progress
 from shardsurgeon.operations.reports import ApplyReport
+from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
 from tests.cli.standins import APPLIED, PLANNED, VERIFIED, FakeOperations, Run
 
@@ -17,35 +18,22 @@ APPLY = ("apply", "scores.pt", "--ratio", "0.65")
 
 def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations) -> None:
     run(*APPLY)
-    [(args, options)] = fake.calls
-    assert args == (None, "scores.pt", SelectionRequest(ratio=0.65))
-    assert options == {
-        "out": None,
-        "max_shard_nbytes": None,
-        "workers": 0,
-        "verify": True,
-        "dry_run": False,
-        "restart": False,
-        "progress": None,
-        "family": None,
-    }
+    planned, ((pruning, options, destination), _) = fake.calls
+    assert planned == (
+        (None, "scores.pt", SelectionRequest(ratio=0.65)),
+        {"out": None, "max_shard_nbytes": None, "family": None},
+    )
+    assert (pruning.args, pruning.options) == planned
+    assert (options, destination) == (RunOptions(), None)
 
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     words = ("--model", "/m", "-o", "/out", "--max-shard-size", "5GB", "--workers", "3")
-    run(*APPLY, *words, "--no-verify", "--dry-run", "--restart")
-    [(args, options)] = fake.calls
+    run(*APPLY, *words, "--no-verify", "--dry-run", "--restart", "--family", "auto")
+    (args, planned), ((_, options, _), _) = fake.calls
     assert args[0] == "/m"
-    assert options == {
-        "out": "/out",
-        "max_shard_nbytes": 5 * 10**9,
-        "workers": 3,
-        "verify": False,
-        "dry_run": True,
-        "restart": True,
-        "progress": None,
-        "family": None,
-    }
+    assert planned == {"out": "/out", "max_shard_nbytes": 5 * 10**9, "family": "auto"}
+    assert options == RunOptions(workers=3, verify=False, dry_run=True, restart=True)
 
 
 def test_the_shard_size_may_be_the_sources(run: Run, fake: FakeOperations) -> None:
@@ -61,7 +49,7 @@ def test_the_shard_size_may_be_the_sources(run: Run, fake: FakeOperations) -> No
         (("--keep", "9", "--workers", "-1"), "--workers: -1 is less than 0"),
     ],
 )
-def test_words_that_cannot_be_meant_are_refused_before_any_file_is_read(
+def test_options_that_contradict_each_other_are_refused_before_any_file_is_read(
     run: Run, fake: FakeOperations, words: tuple[str, ...], told: str
 ) -> None:
     ended = run("apply", "scores.pt", *words)
@@ -109,7 +97,9 @@ def test_commands_to_copy_are_quoted(run: Run, fake: FakeOperations) -> None:
     assert "  vllm serve '/my models/small'\n" in run(*APPLY).stdout
 
 
-def test_nobody_is_told_to_serve_what_stock_engines_misread(run: Run, fake: FakeOperations) -> None:
+def test_what_stock_engines_misread_is_not_offered_to_be_served(
+    run: Run, fake: FakeOperations
+) -> None:
     fake.apply = replace(APPLIED, plan=replace(APPLIED.plan, stock_engines=False))
     assert "vllm serve" not in run(*APPLY).stdout
 
@@ -132,9 +122,10 @@ def test_json_is_the_report(run: Run) -> None:
     assert document["verification"]["tensors"] == VERIFIED.tensors
 
 
-def work(*args: object, progress: Listener, **options: object) -> ApplyReport:
+def work(pruning: object, options: RunOptions, destination: object) -> ApplyReport:
+    assert options.progress is not None
     for done in (30, 60, 100):
-        progress(Progress(done * 10**9, 100 * 10**9, 30 * 10**9, done // 50, 2))
+        options.progress(Progress(done * 10**9, 100 * 10**9, 30 * 10**9, done // 50, 2))
     return APPLIED
 
 
@@ -153,9 +144,9 @@ def test_what_an_earlier_run_left_is_done_from_the_start(run: Run, fake: FakeOpe
     assert "| 30.0G/100G [" in run(*APPLY, "--progress").stderr
 
 
-def test_there_is_no_bar_where_stderr_is_no_terminal(run: Run, fake: FakeOperations) -> None:
+def test_there_is_no_bar_where_stderr_is_not_a_terminal(run: Run, fake: FakeOperations) -> None:
     run(*APPLY)
-    assert fake.calls[0][1]["progress"] is None
+    assert options_of(fake) == [RunOptions()]
 
 
 def test_there_is_a_bar_where_stderr_is_a_terminal_unless_told_otherwise(
@@ -164,6 +155,11 @@ def test_there_is_a_bar_where_stderr_is_a_terminal_unless_told_otherwise(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     run(*APPLY)
     run(*APPLY, "--no-progress")
-    first, second = [options["progress"] for _, options in fake.calls]
-    assert first is not None
-    assert second is None
+    first, second = options_of(fake)
+    assert first.progress is not None and first.bars
+    assert second == RunOptions()
+
+
+def options_of(fake: FakeOperations) -> list[RunOptions]:
+    """The options of every run."""
+    return [args[1] for args, _ in fake.calls if isinstance(args[1], RunOptions)]

@@ -174,11 +174,11 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(run: Run, fake: FakeOper
 
 
 def in_a_shell(code: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a program that has the command line and its stand-ins at hand."""
+    """Run a program with the command line, whose operations are stand-ins."""
     prelude = (
-        "import sys; from shardsurgeon.operations import inspect as room;"
+        "import sys; from shardsurgeon.operations import inspect as module;"
         "from tests.cli.standins import *;"
-        "room.inspect = lambda model, **_: INSPECTED; from shardsurgeon.cli.main import main;"
+        "module.inspect = lambda model, **_: INSPECTED; from shardsurgeon.cli.main import main;"
     )
     return in_python(prelude + code, **options)
 
@@ -204,7 +204,7 @@ def test_a_name_that_the_console_cannot_spell_is_escaped() -> None:
     code = (
         "import dataclasses;"
         "report = dataclasses.replace(INSPECTED, name='K\\udcff\\u2192');"
-        "room.inspect = lambda model, **_: report;"
+        "module.inspect = lambda model, **_: report;"
         "sys.stdout.reconfigure(encoding='cp1252'); sys.exit(main(['inspect']))"
     )
     done = in_a_shell(code, capture_output=True)

@@ -1,4 +1,4 @@
-"""`--family`: a model that nobody declared, read by a file of the user's or without one."""
+"""`--family`: a model of no declared family, read by a declaration of the user's or without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAMILIES = ROOT / "shardsurgeon" / "families"
 
 
 def undeclared(fixture: str, tmp_path: Path) -> Path:
-    """A fixture under a model type that no one knows."""
+    """A fixture under a model type that no family declares."""
     model = Path(shutil.copytree(ROOT / "fixtures" / fixture, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "novel_moe", "architectures": ["NovelForCausalLM"]}

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from shardsurgeon.operations.push import Destination
-from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.operations.request import Destination, RunOptions
 from tests.cli.standins import APPLIED, PUSHED, FakeOperations, Run
 
 APPLY = ("apply", "scores.pt", "--ratio", "0.65")
@@ -71,9 +70,7 @@ def test_json_is_the_report(run: Run) -> None:
 
 def test_apply_without_a_repository_pushes_nothing(run: Run, fake: FakeOperations) -> None:
     run(*APPLY)
-    [(args, options)] = fake.calls
-    assert args == (None, "scores.pt", SelectionRequest(ratio=0.65))
-    assert "stream" not in options
+    assert fake.calls[-1][0][2] is None
 
 
 @pytest.mark.parametrize(
@@ -89,13 +86,13 @@ def test_apply_hands_on_where_to_push(
     run: Run, fake: FakeOperations, words: tuple[str, ...], stream: bool, budget: int | None
 ) -> None:
     run(*APPLY, *words, "--private", "--no-verify")
-    [(args, options)] = fake.calls
-    assert args == (None, "scores.pt", SelectionRequest(ratio=0.65), Destination("me/x", True))
-    found = options["stream"], options["disk_budget"], options["verify"], options["bars"]
-    assert found == (stream, budget, False, False)
+    _, ((_, options, destination), _) = fake.calls
+    assert destination == Destination("me/x", True, stream=stream, disk_budget=budget)
+    assert options == RunOptions(verify=False)
 
 
 def test_the_report_of_a_push_behind_apply(run: Run, fake: FakeOperations) -> None:
+    fake.apply = replace(APPLIED, push=PUSHED)
     said = run(*APPLY, "--push-to-hub", "me/x").stdout
     assert "written       /models/Kimi-K2.5-REAP-65pct: 72 files" in said
     assert "pushed        74 files, 200.0 GB" in said
@@ -103,7 +100,7 @@ def test_the_report_of_a_push_behind_apply(run: Run, fake: FakeOperations) -> No
 
 
 def test_the_report_of_a_streamed_push(run: Run, fake: FakeOperations) -> None:
-    fake.apply_and_push = replace(APPLIED, out=None, push=PUSHED, bytes_downloaded=201_000_000_000)
+    fake.apply = replace(APPLIED, out=None, push=PUSHED, bytes_downloaded=201_000_000_000)
     said = run(*APPLY, "--stream-push", "me/x").stdout
     assert "streamed      72 files, 200.0 GB in 400.0 s" in said
     assert "downloaded    201.0 GB" in said
@@ -113,5 +110,5 @@ def test_the_report_of_a_streamed_push(run: Run, fake: FakeOperations) -> None:
 
 def test_nothing_is_served_from_a_pull_request_alone(run: Run, fake: FakeOperations) -> None:
     pushed = replace(PUSHED, revision=None, pull_request="https://hub/1")
-    fake.apply_and_push = replace(APPLIED, out=None, push=pushed)
+    fake.apply = replace(APPLIED, out=None, push=pushed)
     assert "Serve" not in run(*APPLY, "--stream-push", "me/x").stdout

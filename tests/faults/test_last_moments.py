@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.cli import apply
+from shardsurgeon.cli import apply as command
 from shardsurgeon.cli.main import Stopped, main
 from shardsurgeon.errors import OutputWriteError, SourceChangedError, VerificationError
 from shardsurgeon.execution.run import execute
-from shardsurgeon.operations import prune
+from shardsurgeon.operations import apply
 from shardsurgeon.storage import system as systems
 from shardsurgeon.storage.system import portable
 from tests.faults.checkpoint import FIXTURE
@@ -81,7 +81,7 @@ def then_stopped(real: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-@pytest.mark.parametrize(("place", "name"), [(prune, "execute"), (apply, "print_lines")])
+@pytest.mark.parametrize(("place", "name"), [(apply, "execute"), (command, "emit")])
 def test_a_signal_after_the_last_step_is_told_that_out_is_complete(
     place: object,
     name: str,

@@ -212,10 +212,10 @@ def test_super_experts_mtp_layers_and_scores_are_told(tmp_path: Path) -> None:
 
 def test_words_of_a_score_file_stay_words(half: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(half, tmp_path / "copy"))
-    scores = {"scores": {"0": [1.0, 2.0]}, "dataset": "a`b\n# Heading | <b>", "samples": 12345}
+    scores = {"scores": {"0": [1.0, 2.0]}, "dataset": "a`b\n# Heading | <b> $use", "samples": 12345}
     (copy / "calibration" / "mine.json").write_text(json.dumps(scores))
     card = card_of(copy)
-    assert "(`dataset` `ab # Heading | <b>`, `samples` `12,345`)" in card
+    assert "(`dataset` `ab # Heading | <b> $use`, `samples` `12,345`)" in card
 
 
 def test_a_prune_of_a_prune_tells_both(half: Path, tmp_path: Path) -> None:

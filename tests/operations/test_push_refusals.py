@@ -42,19 +42,19 @@ def test_a_token_that_no_header_can_carry(shell: Shell, pruned: Path, token: str
     assert "HF_TOKEN" in line and "bad" not in line.replace("bad\n", "")
 
 
-def test_somebody_elses_name(shell: Shell, pruned: Path) -> None:
+def test_the_name_of_another_user(shell: Shell, pruned: Path) -> None:
     line = shell.refused("push", str(pruned), "stranger/tiny")
     assert "may not write there (HTTP 403" in line
 
 
-def test_somebody_elses_repository(shell: Shell, pruned: Path) -> None:
+def test_a_repository_of_another_user(shell: Shell, pruned: Path) -> None:
     shell.hub.add_model("org/theirs", {"config.json": b"{}"})
     line = shell.refused("push", str(pruned), "org/theirs")
     assert "may not write there" in line and "--create-pr" in line
     assert shell.hub.uploads == {}
 
 
-def test_a_private_repository_of_somebody_else_is_as_good_as_none(
+def test_a_private_repository_of_another_user_looks_as_if_missing(
     shell: Shell, pruned: Path
 ) -> None:
     shell.hub.add_model("org/hidden", {"config.json": b"{}"}, private=True)
@@ -175,7 +175,7 @@ def test_an_original(shell: Shell) -> None:
 
 
 def test_a_folder_that_is_not_there(shell: Shell) -> None:
-    assert "is no folder" in shell.refused("push", "nothing", "me/tiny")
+    assert "is not a folder" in shell.refused("push", "nothing", "me/tiny")
 
 
 def test_unfinished_work_itself(shell: Shell, pruned: Path) -> None:

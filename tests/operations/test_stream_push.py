@@ -17,7 +17,9 @@ from huggingface_hub import snapshot_download
 
 from shardsurgeon.errors import OutputError, UsageError, VerificationError
 from shardsurgeon.execution.transfer import RangeTransfer
-from shardsurgeon.operations import api, push
+from shardsurgeon.operations import api
+from shardsurgeon.operations.apply import apply
+from shardsurgeon.operations.request import Destination, RunOptions
 from tests.operations.workbench import Shell, digests, downloaded, same_model, scores_of
 from tests.support.hub.models import fixture_folder, write_checkpoint
 from tests.support.hub.server import LocalHub
@@ -83,7 +85,7 @@ def test_the_line_that_compares_every_byte_can_be_typed(shell: Shell, source: Lo
     assert "holds" in shell.good(*line.split()[1:])
 
 
-def test_a_pull_request_with_somebody_else(shell: Shell, source: LocalHub, tmp_path: Path) -> None:
+def test_a_pull_request_to_another_user(shell: Shell, source: LocalHub, tmp_path: Path) -> None:
     source.add_model("org/theirs", {"notes.txt": b"theirs"})
     said = shell.good(*words("--stream-push", "org/theirs", "--create-pr"))
     assert "(pull request)" in said and "vllm serve" not in said
@@ -366,7 +368,7 @@ def test_an_output_that_exists_is_refused_before_the_hub_is_asked(
 ) -> None:
     plan = api.plan(fixture_folder(FAMILY), scores_of(FAMILY), ratio=0.65, out=pruned)
     with pytest.raises(OutputError, match="exists"):
-        push.carry_out(plan, push.Destination("me/small"), stream=True)
+        apply(plan, RunOptions(), Destination("me/small", stream=True))
     assert shell.hub.requests == []
 
 

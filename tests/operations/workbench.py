@@ -33,7 +33,7 @@ class Ended:
 
 
 class Shell:
-    """A folder to type commands in, as somebody whose login is for one Hub."""
+    """A folder to run commands in, with a login for one Hub."""
 
     def __init__(self, hub: LocalHub, folder: Path) -> None:
         self.hub = hub

@@ -15,6 +15,7 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError, KeepListError, UsageError
 from shardsurgeon.operations import inspect, prune, verify
+from shardsurgeon.operations.apply import apply
 from shardsurgeon.operations.prune import Pruning
 from shardsurgeon.pruning.planner import SizeEstimate
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
@@ -52,7 +53,7 @@ PEAKED = {
 
 
 def applied(source: Path, out: Path, request: SelectionRequest, table: Path | None = None) -> Path:
-    report = prune.apply(str(source), None if table is None else str(table), request, out=str(out))
+    report = apply(prune.plan(source, table, request, out=out))
     assert report.verification is not None and report.verification.holds
     return out
 
@@ -178,7 +179,7 @@ def test_a_global_allocation_is_written_only_when_allowed_and_the_same_from_its_
     request = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL)
     pruning = prune.plan(str(source), str(table), request, out=tmp_path / "no")
     with pytest.raises(UsageError, match=r"--allow-nonuniform: is needed: layers keep 2 to 6"):
-        prune.carry_out(pruning)
+        apply(pruning)
     assert not (tmp_path / "no").exists()
     pruning.write_plan(tmp_path / "plan.json")
     allowed = SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL, allow_nonuniform=True)
@@ -360,7 +361,7 @@ def test_counts_of_a_puzzle_model_are_written_where_its_engine_reads_them(tmp_pa
         assert config == expected
         assert any("block_configs.*.n_routed_experts" in note for note in pruning.report.notes)
         out = tmp_path / str(kept[0])
-        prune.carry_out(
+        apply(
             shardsurgeon.plan(
                 open_checkpoint(puzzle()),
                 tmp_path / "s.json",

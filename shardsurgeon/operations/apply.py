@@ -1,0 +1,130 @@
+"""`apply`: carry out a plan, check the result, and push it where that was asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from shardsurgeon.execution.plan import Plan
+from shardsurgeon.execution.run import execute
+from shardsurgeon.execution.upload import ShardDestination
+from shardsurgeon.operations.prune import Pruning, complete, require_ready
+from shardsurgeon.operations.reports import ApplyReport
+from shardsurgeon.operations.request import Destination, RunOptions
+from shardsurgeon.operations.verify import SelfCheck
+from shardsurgeon.storage.open import address_of
+
+# Makes the destination of a run's shards, given the check that each of its shards has to pass.
+DestinationMaker = Callable[[Callable[[str, Path], None]], ShardDestination]
+
+_DEFAULTS = RunOptions()
+
+
+def apply(
+    pruning: Pruning,
+    options: RunOptions = _DEFAULTS,
+    destination: Destination | None = None,
+) -> ApplyReport:
+    """Move the bytes of a plan, check the result, and only then give it its name.
+
+    destination: a repository to push the result to, None for no push. With `stream` nothing
+    stays here and there is no OUT.
+
+    Raises UsageError where layers keep different numbers and the request does not allow it, or
+    where the Hub refuses; OutputError where there is an OUT already; WorkError and its children
+    where the work fails or the check does not hold. What was finished is kept for a rerun.
+    """
+    require_ready(pruning)
+    if options.dry_run:
+        return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
+    if destination is None:
+        run = _Run(pruning, by_shard=False)
+        del pruning
+        return run.carry_out(options)
+    from shardsurgeon.operations.push import Shipment
+    from shardsurgeon.storage.hub.upload import silence_hub
+
+    with silence_hub(options.bars and not destination.stream) as notes:
+        shipment = Shipment(pruning, destination)
+        run = _Run(pruning, by_shard=destination.stream)
+        del pruning
+        if destination.stream:
+            report = run.carry_out(options, shipment.shard_destination, shipment.disk_budget)
+        else:
+            report = run.carry_out(options)
+            shipment.push()
+    return replace(report, push=shipment.report(notes))
+
+
+class _Run:
+    """A plan on its way to the executor, and what the report says of it.
+
+    Half a trillion parameters take 40 MB to plan. Once `carry_out` has given the plan to the
+    executor nothing here holds it, nor does a caller who let go of the Pruning: the check of the
+    result then has that memory.
+    """
+
+    def __init__(self, pruning: Pruning, *, by_shard: bool) -> None:
+        """by_shard: whether shards leave the disk, and each is checked alone."""
+        plan = pruning.plan
+        small = len(plan.generated_files) + len(plan.copied_files) + len(plan.score_files)
+        self._plan: Plan | None = plan
+        self._files = len(plan.shards) + small
+        self._report, self._out = pruning.report, pruning.out
+        self._source = pruning.checkpoint.source
+        self._check = SelfCheck(pruning.checkpoint, plan, pruning.out, by_shard=by_shard)
+
+    def carry_out(
+        self,
+        options: RunOptions,
+        shard_destination: DestinationMaker | None = None,
+        disk_budget: int | None = None,
+    ) -> ApplyReport:
+        """Execute the plan and check the result; once only.
+
+        shard_destination: where the result goes instead of a folder; disk_budget: bytes of shards
+        that may be here at a time on their way there.
+        """
+        check, out, to = self._check, self._out, shard_destination
+        taken = to(check.shard if options.verify else _unchecked) if to else None
+        try:
+            done = execute(
+                self._hand_over(),
+                self._source,
+                out,
+                workers=options.workers,
+                restart=options.restart,
+                on_progress=options.progress,
+                before_delivery=(check.rest if taken else check.whole) if options.verify else None,
+                destination=taken,
+                disk_budget=disk_budget,
+            )
+        except BaseException as stop:
+            # A signal in the last moment: the result is there, and there is nothing to resume.
+            if os.path.lexists(out):
+                stop.add_note(complete(str(out)))
+            raise
+        return ApplyReport(
+            plan=self._report,
+            dry_run=False,
+            out=None if taken else str(out),
+            files=self._files,
+            bytes_copied=done.bytes_copied,
+            bytes_resumed=done.bytes_resumed,
+            seconds=done.seconds,
+            verification=check.report,
+            bytes_downloaded=done.bytes_downloaded,
+            source=address_of(self._source),
+        )
+
+    def _hand_over(self) -> Plan:
+        """The plan, of which no reference is kept."""
+        plan, self._plan = self._plan, None
+        assert plan is not None, "a run is carried out once"
+        return plan
+
+
+def _unchecked(name: str, path: Path) -> None:
+    """The check of a shard with --no-verify: none."""

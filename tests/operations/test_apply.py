@@ -1,0 +1,131 @@
+"""`apply`: its options and its destination, and the memory that its plan takes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shardsurgeon
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.errors import FamilyError, UsageError
+from shardsurgeon.execution.plan import Plan
+from shardsurgeon.operations import prune, verify
+from shardsurgeon.operations.apply import apply
+from shardsurgeon.operations.request import Destination, RunOptions
+from shardsurgeon.pruning.request import SelectionRequest
+from tests.cli.standins import in_python
+from tests.operations.workbench import Shell, scores_of
+from tests.support.hub.models import fixture_folder
+from tests.support.hub.server import LocalHub
+
+FAMILY = "qwen3_moe"
+
+
+def planned(out: Path) -> prune.Pruning:
+    request = SelectionRequest(ratio=0.5)
+    return prune.plan(fixture_folder(FAMILY), scores_of(FAMILY), request, out=out)
+
+
+def plans_alive() -> int:
+    return sum(type(thing) is Plan for thing in gc.get_objects())
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many plans were in memory each time a result was checked."""
+    found: list[int] = []
+    real = verify.verify_checkpoint
+
+    def check(*args: Any, **options: Any) -> Any:
+        gc.collect()
+        found.append(plans_alive() - before)
+        return real(*args, **options)
+
+    gc.collect()
+    before = plans_alive()
+    monkeypatch.setattr(verify, "verify_checkpoint", check)
+    return found
+
+
+def test_the_plan_is_freed_before_the_result_is_checked(tmp_path: Path, alive: list[int]) -> None:
+    apply(planned(tmp_path / "out"))
+    assert alive == [0]
+
+
+def test_also_where_the_result_is_pushed_afterwards(
+    shell: Shell, tmp_path: Path, alive: list[int]
+) -> None:
+    apply(planned(tmp_path / "out"), RunOptions(), Destination("me/tiny"))
+    assert alive == [0]
+
+
+def test_also_on_the_command_line(tmp_path: Path, alive: list[int]) -> None:
+    from shardsurgeon.cli.main import main
+
+    model = str(fixture_folder(FAMILY))
+    words = ["apply", scores_of(FAMILY), "--model", model, "--ratio", "0.5"]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert alive == [0]
+
+
+def test_a_plan_can_be_carried_out_again(tmp_path: Path) -> None:
+    plan = shardsurgeon.plan(fixture_folder(FAMILY), scores_of(FAMILY), ratio=0.5)
+    first, second = (shardsurgeon.apply(plan, tmp_path / name) for name in ("a", "b"))
+    assert first.bytes_copied == second.bytes_copied > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"card": "c.md", "with_card": False}, "--card: and --no-card contradict each other"),
+        ({"disk_budget": 1}, "--disk-budget: is for shards that leave the disk"),
+    ],
+)
+def test_a_destination_that_makes_no_sense_cannot_be_built(
+    words: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        Destination("me/tiny", **words)
+
+
+def test_the_two_options_that_name_a_repository_become_one_destination() -> None:
+    assert Destination.of(None, None) is None
+    assert Destination.of("me/x", None, private=True) == Destination("me/x", private=True)
+    assert Destination.of(None, "me/x", disk_budget=1) == Destination(
+        "me/x", stream=True, disk_budget=1
+    )
+    assert Destination.of("me/x", "me/x") == Destination("me/x", stream=True)
+    with pytest.raises(UsageError, match="says me/y, --push-to-hub says me/x"):
+        Destination.of("me/x", "me/y")
+
+
+def test_what_is_asked_can_be_said_without_a_heavy_library() -> None:
+    code = (
+        "import sys; from shardsurgeon.operations.request import Destination, RunOptions\n"
+        "assert not {'numpy', 'huggingface_hub', 'tqdm'} & sys.modules.keys()\n"
+    )
+    in_python(code, check=True)
+
+
+# The family of a model, from Python
+
+
+def test_python_takes_a_family_too(online: LocalHub, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(fixture_folder(FAMILY), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "novel_moe", "architectures": ["NovelForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config, indent=2))
+    plan = shardsurgeon.plan(model, scores_of(FAMILY), ratio=0.5, family="auto")
+    shardsurgeon.apply(plan, tmp_path / "out")
+    report = shardsurgeon.verify(model, tmp_path / "out", family="auto")
+    assert report.holds and report.tensors_compared == report.tensors
+    with pytest.raises(FamilyError, match="'novel_moe' is not supported"):
+        shardsurgeon.push(tmp_path / "out", "me/tiny")
+    assert shardsurgeon.push(tmp_path / "out", "me/tiny", family="auto").created
+    with pytest.raises(UsageError, match="family: is for a model that is still to be opened"):
+        shardsurgeon.plan(open_checkpoint(model), scores_of(FAMILY), ratio=0.5, family="auto")
