@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from shardsurgeon.checkpoint.quantization_schemes import (
     WORD,
@@ -184,8 +184,7 @@ class CompanionNames:
         return [self.weight.removesuffix("weight")] if self.weight.endswith(".weight") else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
+class _Weight(NamedTuple):
     """What one tensor of a checkpoint stands for.
 
     name, shape: the weight's, as an engine has it. form: how it is stored, `scaled` (in its own
@@ -250,8 +249,8 @@ class _Reader:
         if record.dtype != "I32":
             return _Weight(name, (*rows, _float_width(columns, [scale])), "packed", 4)
         readings = self._readings(columns, scale.shape[-1] if scale.shape else 1)
-        order = self._records.get(f"{name}_g_idx")
-        if len(readings) > 1 and order is not None and order.shape[-1:]:
+        order = self._records.get(f"{name}_g_idx") if len(readings) > 1 else None
+        if order is not None and order.shape:
             readings = {w: b for w, b in readings.items() if w == order.shape[-1]} or readings
         fallback = self._schemes.packings[0][0]
         width, bits = next(iter(readings.items()), (columns * WORD // fallback, fallback))
