@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from shardsurgeon.storage.http import (
 )
 from shardsurgeon.storage.retry import RetryPolicy, read_pieces, retry, stream_pieces
 from shardsurgeon.storage.source import SourceFile, leads_out
+from shardsurgeon.storage.threads import map_in_threads
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
@@ -148,10 +148,9 @@ class WebSource:
 
     def _find(self, names: Iterable[str]) -> None:
         """Ask for files, several at once, and keep those that are there."""
-        with ThreadPoolExecutor(_QUESTIONS_AT_ONCE, "find") as pool:
-            for file in pool.map(self._probe, names):
-                if file is not None:
-                    self._files[file.name] = file
+        for file in map_in_threads(self._probe, names, _QUESTIONS_AT_ONCE, "find"):
+            if file is not None:
+                self._files[file.name] = file
 
     def _probe(self, name: str) -> SourceFile | None:
         """Size and stamp of a file, by its first byte; None where there is none."""
