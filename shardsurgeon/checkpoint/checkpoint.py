@@ -126,7 +126,7 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
         foreign = is_foreign(raw)
         provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
     unindexed = tuple(sorted(set(_root_safetensors(files)) - set(names)))
-    notes = list(getattr(source, "notes", ()))
+    notes = list(source.notes)
     notes += [f"{name} is not in the index and is left out" for name in unindexed]
     if foreign:
         notes.append(
