@@ -9,9 +9,9 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any
 
@@ -35,6 +35,7 @@ from shardsurgeon.storage.formats.safetensors import (
 )
 from shardsurgeon.storage.open import hub_name, open_source
 from shardsurgeon.storage.source import Source, SourceFile
+from shardsurgeon.storage.threads import map_in_threads
 
 _DIGITS = re.compile(r"(\d+)")
 _NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
@@ -147,7 +148,7 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
         foreign = is_foreign(raw)
         provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
     unindexed = tuple(sorted(set(root_safetensors(files)) - set(names)))
-    notes = list(getattr(source, "notes", ()))
+    notes = list(source.notes)
     notes += [f"{name} is not in the index and is left out" for name in unindexed]
     if foreign:
         notes.append(
@@ -241,27 +242,8 @@ def _open_shards(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ..
     if not source.is_remote:
         return tuple(_open_shard(source, file) for file in files)
     reader = _Reader(source)
-    with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
-        opened = [pool.submit(_open_shard, reader, file) for file in files]
-        try:
-            # Woken now and then, because on Windows Ctrl-C does not end a wait.
-            while not _all_done(opened):
-                pass
-            return tuple(shard.result() for shard in opened)
-        except BaseException:
-            # The pool waits for those at work: have them end soon.
-            reader.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _all_done(opened: list[Future[Shard]]) -> bool:
-    """Whether all headers are there, after a moment. Raises what went wrong with any of them."""
-    done, pending = wait(opened, timeout=0.2, return_when=FIRST_EXCEPTION)
-    for shard in opened:
-        if shard in done:
-            shard.result()
-    return not pending
+    call = partial(_open_shard, reader)
+    return tuple(map_in_threads(call, files, _HEADERS_AT_ONCE, "headers", reader.stopped.set))
 
 
 class _Reader:

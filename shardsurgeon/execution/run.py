@@ -41,7 +41,7 @@ from shardsurgeon.execution.upload import (
 from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
 from shardsurgeon.storage.files import reading, reserve_file, sync_path, writing
-from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
+from shardsurgeon.storage.source import Source, SourceFile, leads_out, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
 
@@ -149,8 +149,7 @@ def output_sizes(plan: Plan) -> dict[str, int]:
     files += [(name, len(data)) for name, data in plan.generated_files]
     sizes: dict[str, int] = {}
     for name, nbytes in files:
-        path = Path(name)
-        if path.is_absolute() or path.drive or ".." in path.parts or not path.parts:
+        if leads_out(name):
             raise OutputError(name, "is a file name that leads out of the output folder")
         if name in sizes:
             raise OutputError(name, "is the name of two output files")

@@ -7,6 +7,7 @@ a thread of its own sends them and journals the receipts.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,10 @@ from shardsurgeon.errors import OutputError
 from shardsurgeon.execution.journal import JournalState
 from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.execution.workers import ProgressMeter, Stopped
+from shardsurgeon.storage.threads import WAKE_SECONDS, wait_for
 
 # How many seconds an interrupted run waits for the shard that is being sent.
 UPLOAD_GRACE_SECONDS = 2.0
-# How often, in seconds, a waiting thread checks whether the run was stopped.
-_WAKE_SECONDS = 0.2
 
 
 class ShardDestination(Protocol):
@@ -78,7 +78,7 @@ class DiskBudget:
         with self._changed:
             while self._taken + nbytes > self._nbytes:
                 self._meter.check()
-                self._changed.wait(_WAKE_SECONDS)
+                self._changed.wait(WAKE_SECONDS)
             self._taken += nbytes
 
     def release(self, nbytes: int) -> None:
@@ -106,6 +106,7 @@ class ShardUploader:
         self._waiting: SimpleQueue[tuple[str, int] | None] = SimpleQueue()
         self._noting = threading.Lock()
         self._given_up = False
+        self._ended = threading.Event()
         # A daemon, because nothing can end a call that waits for the network.
         self._thread = threading.Thread(target=self._work, name="shardsurgeon-send", daemon=True)
 
@@ -120,10 +121,11 @@ class ShardUploader:
                 self._send(*shard)
         except Stopped:
             pass
-        except (
-            BaseException
-        ) as error:  # raised again by __exit__, or by a worker that notices it first
+        # Raised again by __exit__, or by a worker that notices it first.
+        except BaseException as error:
             self._context.meter.stop(error)
+        finally:
+            self._ended.set()
 
     def _send(self, name: str, nbytes: int) -> None:
         receipt = self._destination.send(name, self._context.workdir.files / name)
@@ -150,7 +152,7 @@ class ShardUploader:
         self._waiting.put(None)
         try:
             wants_to_leave = error is not None and not isinstance(error, Exception)
-            self._wait(UPLOAD_GRACE_SECONDS if wants_to_leave else None)
+            wait_for(self._ended, UPLOAD_GRACE_SECONDS if wants_to_leave else math.inf)
         except BaseException:
             self._context.meter.stop()
             raise
@@ -159,12 +161,3 @@ class ShardUploader:
                 self._given_up = True
         if error is None and self._context.meter.error is not None:
             raise self._context.meter.error
-
-    def _wait(self, patience: float | None) -> None:
-        """Wait for the thread to end, at most so many seconds."""
-        if patience is not None:
-            self._thread.join(patience)
-            return
-        # Woken now and then, because on Windows Ctrl-C does not end a wait.
-        while self._thread.is_alive():
-            self._thread.join(_WAKE_SECONDS)

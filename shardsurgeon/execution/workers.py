@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TypeVar
+
+from shardsurgeon.storage.threads import run_threads
 
 WorkerState = TypeVar("WorkerState")
 
@@ -114,14 +115,6 @@ def run_tasks(
         except BaseException as error:  # raised again below
             meter.stop(error)
 
-    with ThreadPoolExecutor(workers, "shardsurgeon") as pool:
-        try:
-            futures = [pool.submit(work) for _ in range(workers)]
-            # Woken now and then, because on Windows Ctrl-C does not end a wait.
-            while wait(futures, timeout=0.2).not_done:
-                pass
-        except BaseException:
-            meter.stop()
-            raise
+    run_threads(work, workers, "shardsurgeon", meter.stop)
     if meter.error is not None:
         raise meter.error

@@ -14,11 +14,25 @@ from typing import NoReturn
 
 from shardsurgeon.errors import CheckpointError
 from shardsurgeon.storage.files import read_exact, reading
-from shardsurgeon.storage.source import CHUNK_NBYTES, SKIPPED_FOLDERS, SourceFile, leads_out
+from shardsurgeon.storage.source import (
+    CHUNK_NBYTES,
+    SKIPPED_FOLDERS,
+    Source,
+    SourceFile,
+    require_inside,
+)
+
+_GIVE_FOLDER = "give the folder that holds the model"
 
 
-class LocalSource:
-    """The files below one folder. Safe to use from several threads: nothing is kept open."""
+class LocalSource(Source):
+    """The files below one folder. Safe to use from several threads: nothing is kept open.
+
+    name: the folder's own; for a snapshot in the Hub's cache, the model's. revision: the commit of
+    a snapshot.
+    """
+
+    is_remote = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """path: the folder, or one `.safetensors` file, which stands for the folder it lies in.
@@ -29,36 +43,12 @@ class LocalSource:
         if place.is_file() and place.suffix == ".safetensors":
             place = place.parent
         elif place.is_file():
-            raise CheckpointError(
-                place,
-                "is not a .safetensors file",
-                "give the folder that holds the model",
-            )
+            raise CheckpointError(place, "is not a .safetensors file", _GIVE_FOLDER)
         # Resolved once: a later change of the working directory must not move the source.
         self._folder = place.resolve()
-        self._location = str(place) if str(place) != "." else str(self._folder)
-        self._name, self._revision = _identity(self._folder)
+        self.location = str(place) if str(place) != "." else str(self._folder)
+        self.name, self.revision = _identity(self._folder)
         self._require_folder()
-
-    @property
-    def name(self) -> str:
-        """The folder's own name; for a cache snapshot, the model's."""
-        return self._name
-
-    @property
-    def location(self) -> str:
-        """The folder as it was given."""
-        return self._location
-
-    @property
-    def revision(self) -> str | None:
-        """The commit of a cache snapshot, else None."""
-        return self._revision
-
-    @property
-    def is_remote(self) -> bool:
-        """False."""
-        return False
 
     def list(self) -> tuple[SourceFile, ...]:
         """Every file below the folder, sorted by name.
@@ -86,27 +76,13 @@ class LocalSource:
 
     def local_path(self, name: str) -> Path:
         """The file's path. Raises CheckpointError where the name leads out of the folder."""
-        if leads_out(name):
-            raise CheckpointError(
-                self._location,
-                f"file name {name!r} leads out of the folder",
-                "fetch it again",
-            )
+        require_inside(name, self.location, "fetch it again")
         return self._folder / name
 
     def _require_folder(self) -> None:
-        if not self._folder.exists():
-            raise CheckpointError(
-                self._location,
-                "there is no such folder",
-                "give the folder that holds the model",
-            )
         if not self._folder.is_dir():
-            raise CheckpointError(
-                self._location,
-                "is not a folder",
-                "give the folder that holds the model",
-            )
+            problem = "is not a folder" if self._folder.exists() else "there is no such folder"
+            raise CheckpointError(self.location, problem, _GIVE_FOLDER)
 
     def _describe(self, path: Path) -> SourceFile | None:
         """Size and stamp of one file; None for what is no file, or no longer."""

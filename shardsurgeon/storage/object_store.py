@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
@@ -16,11 +15,16 @@ from shardsurgeon.storage.http import parse_address, printable
 from shardsurgeon.storage.retry import (
     RetryableError,
     RetryPolicy,
-    read_pieces,
     retry,
     stream_pieces,
 )
-from shardsurgeon.storage.source import CHUNK_NBYTES, SourceFile, is_left_behind, leads_out
+from shardsurgeon.storage.source import (
+    CHUNK_NBYTES,
+    Source,
+    SourceFile,
+    is_left_behind,
+    require_inside,
+)
 
 # What is asked of a filesystem in one go; it passes through memory.
 _PART_NBYTES = 8 << 20
@@ -33,8 +37,13 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 _RETRY_POLICY = RetryPolicy()
 
 
-class StoreSource:
-    """The files below one folder of a store. Safe to use from several threads."""
+class StoreSource(Source):
+    """The files below one folder of a store. Safe to use from several threads.
+
+    name: the folder's; location: the address without login and query.
+    """
+
+    is_remote = True
 
     def __init__(self, url: str, policy: RetryPolicy = _RETRY_POLICY) -> None:
         """url: the folder, or a safetensors file in it.
@@ -42,35 +51,15 @@ class StoreSource:
         Raises UsageError where no installed package knows such addresses. Nothing is asked yet.
         """
         parts = parse_address(url)
-        self._location = printable(url).rstrip("/")
-        self._name = parts.path.rpartition("/")[2] or parts.netloc or "model"
+        self.location = printable(url).rstrip("/")
+        self.name = parts.path.rpartition("/")[2] or parts.netloc or "model"
         self._policy = policy
         folder = url.rstrip("/")
         if folder.endswith(".safetensors"):
             folder = folder.rpartition("/")[0]
-            self._location = self._location.rpartition("/")[0]
-        self._system, root = _filesystem(folder, self._location)
+            self.location = self.location.rpartition("/")[0]
+        self._system, root = _filesystem(folder, self.location)
         self._root = root.rstrip("/")
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self._name
-
-    @property
-    def location(self) -> str:
-        """The address, without what opens doors."""
-        return self._location
-
-    @property
-    def revision(self) -> None:
-        """None: stores know no commits."""
-        return None
-
-    @property
-    def is_remote(self) -> bool:
-        """True."""
-        return True
 
     def list(self) -> tuple[SourceFile, ...]:
         """Every file below the folder as it is now, sorted by name.
@@ -78,19 +67,15 @@ class StoreSource:
         The stamp is the etag, or whatever the store has in its place. Raises CheckpointError
         where there is nothing or access is refused, NetworkError where the store is not reached.
         """
-        found = retry(self._found, self._location, self._policy.brief())
+        found = retry(self._found, self.location, self._policy.brief())
         files = [
             self._describe(path, facts) for path, facts in found.items() if not path.endswith("/")
         ]
         kept = [file for file in files if file is not None]
         if not kept:
             problem = "there is no such folder, or it is empty"
-            raise CheckpointError(self._location, problem, "give the folder that holds the model")
+            raise CheckpointError(self.location, problem, "give the folder that holds the model")
         return tuple(sorted(kept, key=lambda file: file.name))
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
-        return read_pieces(self.stream(name, begin, end), end - begin)
 
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The bytes [begin, end) of a file, in requests of 8 MiB.
@@ -99,19 +84,14 @@ class StoreSource:
         again did not help, CheckpointError where access is refused. That a file changed and is
         as long as before is seen by listing it again.
         """
-        where = f"{self._location}/{name}"
-        if leads_out(name):
-            raise CheckpointError(self._location, f"file name {name!r} leads out of the folder")
+        where = f"{self.location}/{name}"
+        require_inside(name, self.location)
 
         @contextmanager
         def request(at: int) -> Iterator[Iterator[bytes]]:
             yield self._pieces(name, where, at, end)
 
         return stream_pieces(request, where, begin, end, self._policy)
-
-    def local_path(self, name: str) -> Path | None:
-        """None: what a store keeps is not read past it."""
-        return None
 
     def _pieces(self, name: str, where: str, begin: int, end: int) -> Iterator[bytes]:
         path = f"{self._root}/{name}"
@@ -135,7 +115,7 @@ class StoreSource:
 
     def _found(self) -> dict[str, dict[str, Any]]:
         """What the store lists, by path."""
-        with _asking(self._location):
+        with _asking(self.location):
             self._system.invalidate_cache()
             try:
                 found: dict[str, dict[str, Any]] = self._system.find(self._root, detail=True)
@@ -149,10 +129,9 @@ class StoreSource:
         nbytes = facts.get("size")
         if facts.get("type") != "file" or not name or is_left_behind(name):
             return None
-        if leads_out(name):
-            raise CheckpointError(self._location, f"file name {name!r} leads out of the folder")
+        require_inside(name, self.location)
         if nbytes is None:
-            raise CheckpointError(f"{self._location}/{name}", "the store does not say its size")
+            raise CheckpointError(f"{self.location}/{name}", "the store does not say its size")
         stamps = (str(facts[key]).strip('"') for key in _STAMPS if facts.get(key))
         return SourceFile(name, int(nbytes), next(stamps, ""))
 

@@ -118,16 +118,6 @@ def stream_pieces(
             yield from _waiting(tries.pause(interruption))
 
 
-def read_pieces(pieces: Iterator[bytes], nbytes: int) -> bytes:
-    """What a stream of `nbytes` gives, in one."""
-    data = bytearray(nbytes)
-    filled = 0
-    for piece in pieces:
-        data[filled : filled + len(piece)] = piece
-        filled += len(piece)
-    return bytes(data)
-
-
 def _waiting(seconds: float) -> Iterator[bytes]:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from shardsurgeon.errors import SourceChangedError, SourceReadError
+from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
 
 # What tools leave beside a model and is no part of it.
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
@@ -31,64 +31,62 @@ class SourceFile:
     stamp: str
 
 
-class Source(Protocol):
+class Source(ABC):
     """A read-only tree of files, for several threads at once.
 
-    Implementations never write and never follow `..`. One that has something to say to the user
-    about what it found has a property `notes`, a tuple of lines, as well.
+    A new kind of place sets the attributes and has `list` and `stream`; the other methods are
+    there to be replaced where the place has a better way. None writes and none follows `..`.
+
+    name: the model's name, as the default output folder carries it: `Kimi-K2.5`.
+    location: where it is, as messages print it: `/models/Kimi-K2.5`.
+    revision: the commit it is pinned to; None where the place knows no commits.
+    is_remote: whether every read travels a network: read exactly what is needed, several at once.
+    notes: what a user should know about what was found, a line each.
     """
 
-    @property
-    def name(self) -> str:
-        """The model's name, as the default output folder carries it: `Kimi-K2.5`."""
-        ...
+    name: str
+    location: str
+    revision: str | None = None
+    is_remote: bool
+    notes: tuple[str, ...] = ()
 
-    @property
-    def location(self) -> str:
-        """Where it is, as messages print it: `/models/Kimi-K2.5`."""
-        ...
-
-    @property
-    def revision(self) -> str | None:
-        """The commit it is pinned to, where the place knows commits."""
-        ...
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether every read travels a network: read exactly what is needed, several at once."""
-        ...
-
+    @abstractmethod
     def list(self) -> tuple[SourceFile, ...]:
         """Every file, sorted by name. Raises CheckpointError where the place does not exist."""
-        ...
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
-        ...
-
+    @abstractmethod
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The bytes [begin, end) of a file, piece by piece as they arrive, 1 MiB at most.
 
         A remote place is asked for all of them at once; what is cut goes on where it stopped.
-        While it waits for another try it yields empty pieces, so that who asked can end it.
+        While it waits for another try it yields empty pieces, so that the caller can stop.
 
         Raises SourceReadError where the file is missing or shorter than `end`,
         SourceChangedError where its size or stamp is no longer the listed one, and NetworkError
         where trying again did not help.
         """
-        ...
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
+        return b"".join(self.stream(name, begin, end))
 
     def local_path(self, name: str) -> Path | None:
         """The file's path on this machine, where it has one: lets the kernel move its bytes."""
-        ...
+        return None
 
 
 def leads_out(name: str) -> bool:
-    """Whether a file name is none inside its place, on the system that this runs on."""
+    """Whether a file name is not one inside its place, on the system that this runs on."""
     path = Path(name)
     return bool(
         path.is_absolute() or path.drive or ".." in path.parts or "\0" in name or not path.parts
     )
+
+
+def require_inside(name: str, location: str, remedy: str = "") -> None:
+    """Raise CheckpointError where a file name leads out of the folder `location`."""
+    if leads_out(name):
+        raise CheckpointError(location, f"file name {name!r} leads out of the folder", remedy)
 
 
 def is_left_behind(name: str) -> bool:
@@ -96,7 +94,7 @@ def is_left_behind(name: str) -> bool:
     return not SKIPPED_FOLDERS.isdisjoint(name.split("/")[:-1])
 
 
-class MemorySource:
+class MemorySource(Source):
     """Files given as bytes. The mapping is not copied, so a test may change it under a run."""
 
     def __init__(
@@ -104,28 +102,8 @@ class MemorySource:
     ) -> None:
         """files: name (with forward slashes) → content; remote: stands for a far place."""
         self._files = files
-        self._name = name
-        self._remote = remote
-
-    @property
-    def name(self) -> str:
-        """The name it was given."""
-        return self._name
-
-    @property
-    def location(self) -> str:
-        """The name it was given: there is no other place."""
-        return self._name
-
-    @property
-    def revision(self) -> str | None:
-        """None: memory knows no commits."""
-        return None
-
-    @property
-    def is_remote(self) -> bool:
-        """What it was told to be."""
-        return self._remote
+        self.name = self.location = name
+        self.is_remote = remote
 
     def list(self) -> tuple[SourceFile, ...]:
         """Every file, sorted by name; the stamp is a digest of the content."""
@@ -136,7 +114,7 @@ class MemorySource:
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a file; SourceReadError where it has them not."""
-        where = f"{self._name}/{name}"
+        where = f"{self.location}/{name}"
         data = self._files.get(name)
         if data is None:
             raise SourceReadError(where, "there is no such file")
@@ -148,10 +126,6 @@ class MemorySource:
         """The same bytes, piece by piece."""
         for at in range(begin, end, CHUNK_NBYTES):
             yield self.read(name, at, min(at + CHUNK_NBYTES, end))
-
-    def local_path(self, name: str) -> Path | None:
-        """None: nothing here lies on a disk."""
-        return None
 
 
 def require_unchanged(source: Source, planned: Iterable[SourceFile]) -> None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlunsplit
 
@@ -31,8 +29,9 @@ from shardsurgeon.storage.http import (
     status_line,
     total_nbytes,
 )
-from shardsurgeon.storage.retry import RetryPolicy, read_pieces, retry, stream_pieces
-from shardsurgeon.storage.source import SourceFile, leads_out
+from shardsurgeon.storage.retry import RetryPolicy, retry, stream_pieces
+from shardsurgeon.storage.source import Source, SourceFile, leads_out
+from shardsurgeon.storage.threads import map_in_threads
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
@@ -52,8 +51,13 @@ _ABSENT = frozenset({401, 403, 404, 410})
 _RETRY_POLICY = RetryPolicy()
 
 
-class WebSource:
-    """The files found below one address. Safe to use from several threads."""
+class WebSource(Source):
+    """The files found below one address. Safe to use from several threads.
+
+    name: the last part of the address; location: the address without login and query.
+    """
+
+    is_remote = True
 
     def __init__(self, url: str, policy: RetryPolicy = _RETRY_POLICY) -> None:
         """url: the folder, or a safetensors file in it; a query is sent along with every request.
@@ -64,6 +68,8 @@ class WebSource:
         self._parts = parse_address(url)
         if not self._parts.hostname:
             raise UsageError(printable(url), "names no server", "write it like https://host/folder")
+        self.name = self._parts.path.rpartition("/")[2] or self._parts.hostname
+        self.location = printable(urlunsplit(self._parts))
         self._policy = policy
         self._files: dict[str, SourceFile] = {}
         self._find([_CONFIG])
@@ -72,32 +78,8 @@ class WebSource:
             raise CheckpointError(self.location, problem, "give the address of a model's folder")
         self._find([name for name in _USUAL if name != _CONFIG])
         self._find(sorted(self._named()))
-
-    @property
-    def name(self) -> str:
-        """The last part of the address."""
-        return self._parts.path.rpartition("/")[2] or str(self._parts.hostname)
-
-    @property
-    def location(self) -> str:
-        """The address, without what opens doors."""
-        return printable(urlunsplit(self._parts))
-
-    @property
-    def revision(self) -> None:
-        """None: web servers know no commits."""
-        return None
-
-    @property
-    def is_remote(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """That there is no listing, and what was found without one."""
         beside = [name for name in self._files if not name.endswith(".safetensors")]
-        return (
+        self.notes = (
             f"{self.location} cannot be listed: beside the weights {', '.join(beside)} were "
             "found, files of unusual names are left out",
         )
@@ -108,10 +90,6 @@ class WebSource:
         The stamp, its etag or its date, is compared with every answer there is later.
         """
         return tuple(self._files[name] for name in sorted(self._files))
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
-        return read_pieces(self.stream(name, begin, end), end - begin)
 
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The bytes [begin, end) of a file, by one request.
@@ -131,10 +109,6 @@ class WebSource:
 
         return stream_pieces(request, where, begin, end, self._policy)
 
-    def local_path(self, name: str) -> Path | None:
-        """None: nothing here lies on this machine."""
-        return None
-
     @contextmanager
     def _range(
         self, file: SourceFile, where: str, begin: int, end: int
@@ -148,10 +122,9 @@ class WebSource:
 
     def _find(self, names: Iterable[str]) -> None:
         """Ask for files, several at once, and keep those that are there."""
-        with ThreadPoolExecutor(_QUESTIONS_AT_ONCE, "find") as pool:
-            for file in pool.map(self._probe, names):
-                if file is not None:
-                    self._files[file.name] = file
+        for file in map_in_threads(self._probe, names, _QUESTIONS_AT_ONCE, "find"):
+            if file is not None:
+                self._files[file.name] = file
 
     def _probe(self, name: str) -> SourceFile | None:
         """Size and stamp of a file, by its first byte; None where there is none."""

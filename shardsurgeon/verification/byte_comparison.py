@@ -6,16 +6,17 @@ import random
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import chain
 from types import TracebackType
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import SourceReadError
 from shardsurgeon.storage.files import read_into, reading
 from shardsurgeon.storage.system import default_system
+from shardsurgeon.storage.threads import map_in_threads
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Count, Pair, Table
 
@@ -64,15 +65,9 @@ def compare_bytes(
     chosen = [pair for file in sorted(pairs) for pair in _picked(file, pairs[file], sampling)]
     run = _Run(source, pruned, sampling, on_progress)
     run.total = sum(min(p.nbytes, sampling.nbytes or p.nbytes) for p in chosen)
-    with ThreadPoolExecutor(max(workers, 1), "verify") as pool:
-        try:
-            for problems in pool.map(run.problems, _batches(chosen)):
-                for pair, problem in problems:
-                    findings.add(f"{pair.file} {pair.name}", problem)
-        except BaseException:
-            # The pool waits for those at work: have them end soon, also on Ctrl-C.
-            run.stopped = True
-            raise
+    found = map_in_threads(run.problems, _batches(chosen), max(workers, 1), "verify", run.stop)
+    for pair, problem in chain.from_iterable(found):
+        findings.add(f"{pair.file} {pair.name}", problem)
     return Compared(len(chosen), run.done)
 
 
@@ -113,6 +108,10 @@ class _Run:
         self.done = 0
         self.total = 0
         self.stopped = False
+
+    def stop(self) -> None:
+        """Have `problems` return soon."""
+        self.stopped = True
 
     def problems(self, batch: list[Pair]) -> list[Problem]:
         """What is wrong with the bytes of some tensors; safe for several threads."""

@@ -29,8 +29,10 @@ class ShardHeader:
     nbytes: int
 
 
-class HeadersOnlySource:
+class HeadersOnlySource(Source):
     """A Source that has the headers of shards, and every other file from another source."""
+
+    is_remote = False  # what can be read of it is on this machine
 
     def __init__(
         self,
@@ -44,36 +46,17 @@ class HeadersOnlySource:
         """
         self._headers = headers
         self._rest = rest
-        self._location = location
+        self.location = location
+        self.name = Path(location).name
         self._present = present or {}
 
     def with_shard(self, name: str, path: Path) -> HeadersOnlySource:
         """The same source with the data of one shard, which is at `path`."""
-        return HeadersOnlySource(self._headers, self._rest, self._location, {name: path})
+        return HeadersOnlySource(self._headers, self._rest, self.location, {name: path})
 
     def header(self, name: str) -> ShardHeader:
         """The header and the size of a shard."""
         return self._headers[name]
-
-    @property
-    def name(self) -> str:
-        """The last part of its place."""
-        return Path(self._location).name
-
-    @property
-    def location(self) -> str:
-        """What messages call it."""
-        return self._location
-
-    @property
-    def revision(self) -> str | None:
-        """None: it is no commit yet."""
-        return None
-
-    @property
-    def is_remote(self) -> bool:
-        """False: what can be read of it is here."""
-        return False
 
     def list(self) -> tuple[SourceFile, ...]:
         """The shards and every other file, sorted by name."""
@@ -87,7 +70,7 @@ class HeadersOnlySource:
         if header is None:
             return self._rest.read(name, begin, end)
         if end > len(header.header):
-            where = f"{self._location}/{name}"
+            where = f"{self.location}/{name}"
             raise SourceReadError(where, f"its data is not here, byte {end:,} was asked for")
         return header.header[begin:end]
 

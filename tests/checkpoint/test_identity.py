@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,10 @@ def placed(folder: Path) -> LocalSource:
 class Remote(MemorySource):
     """Stands for a repository of the Hub."""
 
-    @property
-    def location(self) -> str:
-        return f"hf://org/Tiny-1.5@{COMMIT[:12]}"
-
-    @property
-    def revision(self) -> str:
-        return COMMIT
+    def __init__(self, files: Mapping[str, bytes], *, remote: bool = False) -> None:
+        super().__init__(files, remote=remote)
+        self.location = f"hf://org/Tiny-1.5@{COMMIT[:12]}"
+        self.revision = COMMIT
 
 
 def test_a_repository_has_its_full_name_and_commit() -> None:

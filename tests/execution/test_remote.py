@@ -319,22 +319,15 @@ def test_a_shard_of_literals_needs_no_network(job: Job, out: Path) -> None:
 
 
 def test_a_commit_that_is_no_longer_the_newest_can_be_named_to_go_on(job: Job, out: Path) -> None:
-    class Pinned(FarSource):
-        commit = "a" * 40
+    def pin(commit: str) -> None:
+        source.location, source.revision = f"hf://org/name@{commit[:12]}", commit
 
-        @property
-        def location(self) -> str:
-            return f"hf://org/name@{self.commit[:12]}"
-
-        @property
-        def revision(self) -> str | None:
-            return self.commit
-
-    source = Pinned()
+    source = FarSource()
+    pin("a" * 40)
     fail_after(source, 40, gave_up)
     with pytest.raises(NetworkError):
         execute(job.plan, source, out, workers=1)
-    source.commit = "b" * 40
+    pin("b" * 40)
     newer = replace(job.plan, source_fingerprint="b" * 64)
     with pytest.raises(OutputError, match=f"--model hf://org/name@{'a' * 40} goes on with it"):
         execute(newer, source, out)

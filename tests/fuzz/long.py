@@ -28,11 +28,13 @@ MAX_NBYTES = 8192
 MAX_MEMORY_MB = 4096
 # Where the targets lead. Lines beyond their reach (files that vanish, 100 MB inputs) count too.
 FUZZED = [
-    "storage/formats/safetensors.py", "storage/formats/strict_json.py", "storage/formats/index.py",
-    "storage/formats/json_edit.py", "storage/formats/pickle_reader.py",
-    "storage/formats/torch_file.py", "storage/formats/torch_tensors.py",
-    "storage/formats/zip_reader.py", "storage/formats/npz.py", "storage/formats/dtypes.py",
-    "pruning/keep_list_files.py", "pruning/keep_lists.py", "scores/files.py", "scores/table.py",
+    *("storage/formats/" + name for name in (
+        "safetensors.py", "strict_json.py", "index.py", "json_edit.py", "pickle_reader.py",
+        "torch_file.py", "torch_objects.py", "torch_tensors.py", "zip_reader.py", "npz.py",
+        "dtypes.py",
+    )),
+    "pruning/keep_list_files.py", "pruning/keep_lists.py",
+    "scores/files.py", "scores/shapes.py", "scores/table.py",
     "checkpoint/provenance.py", "execution/journal.py",
 ]  # fmt: skip
 # What in these modules writes, or runs when they are imported.
@@ -40,7 +42,7 @@ NOT_READING = re.compile(
     r"_Editor|_removals|_check_collisions|build_header|tensor_nbytes|layout_key|write_plan|_fields"
     r"|_finite|_json$|Journal|require_same|_difference|_line|_run_as_json|_eight_bit_floats"
     r"|_powers_of_two|_string.|_number.|_bytes.|_constant|write_scores|score_file|_torch_file"
-    r"|_npz|_safetensors|_flat|_listed|_beside|_suffix|as_tree|is_torch_file"
+    r"|_npz|_safetensors|_flat|_listed|_small_values|_suffix|_tree|is_torch_file"
     r"|check_out|check_samples|check_score_file_name"
 )
 

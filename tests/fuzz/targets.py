@@ -42,7 +42,8 @@ from shardsurgeon.storage.formats.index import build_index, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.npz import read_npz
 from shardsurgeon.storage.formats.safetensors import Header, header_length, parse_header
-from shardsurgeon.storage.formats.torch_file import _CALLS, read_torch_file
+from shardsurgeon.storage.formats.torch_file import read_torch_file
+from shardsurgeon.storage.formats.torch_objects import _CALLS
 from tests.fuzz import seeds
 
 # The library reads these and we do not: files on which readers disagree.

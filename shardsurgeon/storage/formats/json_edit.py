@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -19,26 +20,22 @@ from shardsurgeon.storage.formats.strict_json import brief, is_text
 Path = tuple[str | int, ...]
 
 MAX_DEPTH = 500
+# Knowing every place takes a hundred times the memory of the text.
+MAX_NBYTES = 16 * 2**20
 
 
 class _Mark(Enum):
     DELETE = "delete"
-    KEEP = "keep"
 
 
-# Knowing every place takes a hundred times the text.
-MAX_NBYTES = 16 * 2**20
-
-DELETE: Final = _Mark.DELETE  # as a change: the member or element goes, with its comma
-KEEP: Final = _Mark.KEEP  # as Rename's value: the value stays as it is
+DELETE: Final = _Mark.DELETE  # as a change: the member or element is removed, with its comma
 
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """As a change: the member gets another key, and another value unless that is KEEP."""
+    """As a change: the member gets another key and keeps its value."""
 
     new_key: str
-    value: object = KEEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +43,26 @@ class Insert:
     """As a change of a path that does not exist yet: a new last member of that object."""
 
     value: object
+
+
+class Node:
+    """A value and its place: text[begin:end], after its key text[key_begin:key_end].
+
+    A list element and the root have an empty key that ends where they begin. children holds
+    a container's values by key or position; all scalars share an empty one.
+    """
+
+    __slots__ = ("begin", "children", "end", "key_begin", "key_end", "value")
+
+    def __init__(self, begin: int, value: object, key: tuple[int, int] | None) -> None:
+        self.begin = begin
+        self.end = begin
+        self.key_begin, self.key_end = key or (begin, begin)
+        self.value = value
+        self.children: dict[str | int, Node] = {} if isinstance(value, dict | list) else _CHILDLESS
+
+
+_CHILDLESS: dict[str | int, Node] = {}
 
 
 class Document:
@@ -78,7 +95,7 @@ class Document:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as cause:
             raise error(where, f"not UTF-8 at byte {cause.start:,}", "save it as UTF-8") from cause
-        return cls(text, read_spans(text, where, error))
+        return cls(text, _Reader(text, where, error).document())
 
     def edit(self, changes: Mapping[Path, object]) -> bytes:
         """The text with the changes made and every byte outside of them as it was.
@@ -88,8 +105,8 @@ class Document:
         order given), or the value that replaces the present one; a replacement that equals the
         present value leaves its spelling alone.
 
-        Raises KeyError for a path that does not exist, ValueError for changes that
-        contradict each other: one below a value that goes, or keys that collide.
+        Raises KeyError for a path that does not exist, ValueError for changes that contradict
+        each other: one below a value that is removed or replaced, or keys that collide.
         """
         cuts = list(_Editor(self._text, self._root, changes).cuts())
         cuts.sort(key=lambda cut: cut[:2])
@@ -128,8 +145,11 @@ class _Editor:
                     raise ValueError("the root cannot be deleted")
                 removed.setdefault(path[:-1], set()).add(path[-1])
             elif isinstance(change, Rename):
-                renamed.setdefault(path[:-1], {})[path[-1] if path else 0] = change.new_key
-                yield from self._rename(path, node, change)
+                if not path or not isinstance(path[-1], str):
+                    raise ValueError(f"{path} has no key that could be renamed")
+                renamed.setdefault(path[:-1], {})[path[-1]] = change.new_key
+                if change.new_key != path[-1]:
+                    yield node.key_begin, node.key_end, self._dump(change.new_key)
             else:
                 yield from self._replace(node, change)
         for path in {**renamed, **inserted}:
@@ -150,24 +170,15 @@ class _Editor:
 
     def _check_ancestors(self, path: Path) -> None:
         for length in range(len(path)):
-            above = self._changes.get(path[:length], KEEP)
-            value = above.value if isinstance(above, Rename) else above
-            if value is not KEEP:
-                raise ValueError(f"{path} lies below {path[:length]}, which goes")
-
-    def _rename(self, path: Path, node: Node, change: Rename) -> Iterator[tuple[int, int, str]]:
-        if not path or not isinstance(path[-1], str):
-            raise ValueError(f"{path} has no key that could be renamed")
-        if change.new_key != path[-1]:
-            yield node.key_begin, node.key_end, self._dump(change.new_key)
-        if change.value is not KEEP:
-            yield from self._replace(node, change.value)
+            above = path[:length]
+            if above in self._changes and not isinstance(self._changes[above], Rename):
+                raise ValueError(f"{path} lies below {above}, which is removed or replaced")
 
     def _check_new(self, path: Path) -> None:
         if not path or not isinstance(path[-1], str):
             raise ValueError(f"{path} names no member that could be inserted")
         if not isinstance(self._find(path[:-1]).value, dict):
-            raise ValueError(f"{path} cannot be inserted into what is no object")
+            raise ValueError(f"{path} cannot be inserted: {path[:-1]} is not an object")
 
     def _insertion(
         self, container: Node, members: Mapping[str, object], removed: set[str | int]
@@ -235,16 +246,9 @@ def _check_collisions(
     removed: set[str | int],
     inserted: Iterable[str],
 ) -> None:
-    taken: set[str | int] = set()
-    for key in container.children:
-        if key in removed:
-            continue
-        new_key = new_keys.get(key, key)
-        if new_key in taken:
-            raise ValueError(f"two members would have the key {new_key!r}")
-        taken.add(new_key)
-    for key in inserted:
-        if key in taken:
+    stay = [new_keys.get(key, key) for key in container.children if key not in removed]
+    for key, count in Counter([*stay, *inserted]).items():
+        if count > 1:
             raise ValueError(f"two members would have the key {key!r}")
 
 
@@ -266,51 +270,18 @@ def _removals(container: Node, steps: set[str | int]) -> Iterator[tuple[int, int
         yield end, child.end, ""
 
 
-def read_spans(text: str, where: str, error: type[InputError]) -> Node:
-    """The root value of a JSON text, which may begin with a byte order mark.
-
-    NaN and the infinities are read as floats. Raises `error`, naming `where`, line and column,
-    for what is not JSON, and for repeated keys, lone surrogates and nesting deeper than
-    MAX_DEPTH.
-    """
-    return _Reader(text, where, error).document()
-
-
-class Node:
-    """A value and its place: text[begin:end], after its key text[key_begin:key_end].
-
-    A list element and the root have an empty key that ends where they begin. children holds
-    a container's values by key or position; what is no container shares an empty one.
-    """
-
-    __slots__ = ("begin", "children", "end", "key_begin", "key_end", "value")
-
-    def __init__(self, begin: int, value: object, key: tuple[int, int] | None) -> None:
-        self.begin = begin
-        self.end = begin
-        self.key_begin, self.key_end = key or (begin, begin)
-        self.value = value
-        self.children: dict[str | int, Node] = {} if isinstance(value, dict | list) else _CHILDLESS
-
-
-_CHILDLESS: dict[str | int, Node] = {}
-
 _SPACE = re.compile(r"[ \t\r\n]*")
-_STRING = re.compile(r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"')
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _WORD = re.compile(r"-?[A-Za-z]+")
-_WORDS = {
-    "true": True,
-    "false": False,
-    "null": None,
-    "NaN": float("nan"),
-    "Infinity": float("inf"),
-    "-Infinity": float("-inf"),
-}
+_DIGITS = re.compile(r"-?[0-9]+")
+_DECODER = json.JSONDecoder()
 
 
 class _Reader:
-    """Reads one text from left to right, with its own stack: depth costs no recursion."""
+    """Reads one text from left to right.
+
+    Scalars are read by the standard library. Containers are read here, with a stack of their
+    own: the library tells no places, and its recursion ends before MAX_DEPTH.
+    """
 
     def __init__(self, text: str, where: str, error: type[InputError]) -> None:
         self._text = text
@@ -348,7 +319,10 @@ class _Reader:
         assert isinstance(parent.value, dict)
         self._skip_space()
         begin = self._at
-        key = self._string()
+        if not self._text.startswith('"', begin):
+            self._refuse(f"expected a string, found {self._found()}")
+        key = self._scalar()
+        assert isinstance(key, str)
         if key in parent.children:
             self._refuse(f"key {brief(key)} stands twice in one object", begin)
         span = begin, self._at
@@ -369,42 +343,28 @@ class _Reader:
             if self._takes("}" if opening == "{" else "]"):
                 node.end = self._at
             return node
-        node = Node(begin, self._scalar(opening), key)
+        node = Node(begin, self._scalar(), key)
         node.end = self._at
         return node
 
-    def _scalar(self, first: str) -> object:
-        if first == '"':
-            return self._string()
+    def _scalar(self) -> object:
         begin = self._at
-        if word := _WORD.match(self._text, begin):
-            self._at = word.end()
-            if word[0] not in _WORDS:
-                self._refuse(f"{brief(word[0])} is no JSON value", begin)
-            return _WORDS[word[0]]
-        number = _NUMBER.match(self._text, begin)
-        if not number:
-            self._refuse(f"expected a value, found {self._found()}")
-        self._at = number.end()
-        if number[1] or number[2]:
-            return float(number[0])
         try:
-            return int(number[0])
+            value, self._at = _DECODER.raw_decode(self._text, begin)
+        except json.JSONDecodeError as cause:
+            word = _WORD.match(self._text, begin)
+            if word:
+                self._refuse(f"{brief(word[0])} is no JSON value")
+            if "escape" in cause.msg:
+                self._refuse("a string with an invalid escape", cause=cause)
+            kind = "string" if self._text.startswith('"', begin) else "value"
+            self._refuse(f"expected a {kind}, found {self._found()}")
         except ValueError as cause:  # Python limits the digits it converts
-            self._refuse(f"a number of {len(number[0]):,} digits", begin, cause)
-
-    def _string(self) -> str:
-        begin = self._at
-        token = _STRING.match(self._text, begin)
-        if not token:
-            self._refuse(f"expected a string, found {self._found()}")
-        try:
-            value = json.loads(token[0])
-        except ValueError as cause:
-            self._refuse("a string with an invalid escape", begin, cause)
-        if not isinstance(value, str) or not is_text(value):
+            digits = _DIGITS.match(self._text, begin)
+            assert digits is not None
+            self._refuse(f"a number of {len(digits[0]):,} digits", cause=cause)
+        if isinstance(value, str) and not is_text(value):
             self._refuse("a string with a lone surrogate", begin)
-        self._at = token.end()
         return value
 
     def _close(self, container: Node) -> None:

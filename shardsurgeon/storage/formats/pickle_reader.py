@@ -1,173 +1,44 @@
 """A pickle interpreter that cannot run anything: opcodes in, plain values out.
 
 Python's own unpickler imports whatever a file names and calls it, and cannot bound the memory
-that a value takes. This one only stacks values: what a global, a call or a persistent id means is
-decided by a fixed list of names, and everything else is refused. Every operation is charged for
-the memory it takes before the value is made; a container inside itself and endless nesting are
-refused. The opcodes are those that torch.save writes with pickle protocols 1 to 5.
-https://docs.python.org/3/library/pickletools.html
+that a value takes. This one only stacks values: `torch_objects` has the list of names that a
+pickle may use and what becomes of them, and everything else is refused. Every operation is
+charged for the memory it takes before the value is made; a container that holds itself and
+endless nesting are refused. The opcodes are those that torch.save writes with pickle protocols
+1 to 5. https://docs.python.org/3/library/pickletools.html
 """
 
 from __future__ import annotations
 
 import pickletools
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NoReturn, Protocol, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeAlias
 
 from shardsurgeon.errors import ScoreError
-
-# The allowance: this many bytes for each of the pickle's, which honest files stay well below,
-# and a start that lets small ones be as wordy as they like.
-GROWTH = 32
-FREE_NBYTES = 4 * 2**20
-
-ITEM_NBYTES = 100
-
-MAX_DEPTH = 100
-_DAMAGED = "the file is damaged: fetch it again"
+from shardsurgeon.storage.formats.torch_objects import TorchObjects
 
 MAX_NBYTES = 16 * 2**20
 MAX_OPERATIONS = 1_000_000
+MAX_DEPTH = 100
+# The values of a pickle may take GROWTH bytes of memory for each of its bytes, which honest files
+# stay well below, and FREE_NBYTES more, so that small files may be as verbose as they like.
+GROWTH = 32
+FREE_NBYTES = 4 * 2**20
+
 _MAX_INTEGER_NBYTES = 9  # the integers of 64 bits, signed and unsigned
+_DAMAGED = "the file is damaged: fetch it again"
 
-_NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
-
-Scalar: TypeAlias = str | bytes | int | float | complex | None
-
-"""A place in a dict or a set, also for each item of an argument that a call may copy."""
-
-# A place on the stack and in the container it moves to.
-_PLACE_NBYTES = 16
-# What the value itself takes on a 64-bit machine; the bytes that strings have in the pickle are
-# covered by the allowance.
-_MADE_NBYTES = {
-    "BININT": 32,
-    "BINFLOAT": 24,
-    "LONG1": 40,
-    "LONG4": 40,
-    "INT": 40,
-    "LONG": 40,
-    "SHORT_BINUNICODE": 64,
-    "BINUNICODE": 64,
-    "BINUNICODE8": 64,
-    "SHORT_BINBYTES": 40,
-    "BINBYTES": 40,
-    "BINBYTES8": 40,
-    "BYTEARRAY8": 40,
-    "MARK": 40,
-    "TUPLE1": 56,
-    "TUPLE2": 64,
-    "TUPLE3": 72,
-    "TUPLE": 56,
-    "EMPTY_LIST": 96,
-    "EMPTY_DICT": 64,
-    "EMPTY_SET": 224,
-    "FROZENSET": 224,
-    "SETITEM": 128,
-    "SETITEMS": 128,
-    "BINPUT": ITEM_NBYTES,
-    "LONG_BINPUT": ITEM_NBYTES + 32,
-    "MEMOIZE": ITEM_NBYTES + 32,
-    "GLOBAL": 200,
-    "STACK_GLOBAL": 200,
-    "REDUCE": 600,
-    "BINPERSID": 200,
-}
-
-OPERATION_NBYTES = [0] * 256
-"""By opcode."""
-
-for _operation in pickletools.opcodes:
-    OPERATION_NBYTES[ord(_operation.code)] = _PLACE_NBYTES + _MADE_NBYTES.get(_operation.name, 0)
+_Scalar: TypeAlias = str | bytes | int | float | complex | None
 
 
-def check_nesting(root: object, leaf: Callable[[object], None], where: str) -> None:
-    """Raise ScoreError for loops and for depth beyond MAX_DEPTH; show `leaf` what is neither
-    a container nor a plain scalar.
-
-    Looks into each container once, however often it is shared.
-    """
-    heights: dict[int, int] = {}
-    open_ids = {id(root)}
-    path = [_Visit(root, _inner_containers(root, leaf))]
-    while path:
-        visit = path[-1]
-        child = next(visit.inner, None)
-        if child is None:
-            path.pop()
-            open_ids.remove(id(visit.container))
-            heights[id(visit.container)] = visit.height
-            if path:
-                path[-1].height = max(path[-1].height, visit.height + 1)
-            continue
-        known = heights.get(id(child))
-        if id(child) in open_ids:
-            raise ScoreError(where, "a container in its pickle holds itself", _DAMAGED)
-        if len(path) + (known or 1) > MAX_DEPTH:
-            raise ScoreError(where, f"its pickle nests more than {MAX_DEPTH} containers", _DAMAGED)
-        if known is None:
-            open_ids.add(id(child))
-            path.append(_Visit(child, _inner_containers(child, leaf)))
-        else:
-            visit.height = max(visit.height, known + 1)
-
-
-@dataclass(slots=True)
-class _Visit:
-    """A container being looked into; height: floors found in it so far, itself included."""
-
-    container: object
-    inner: Iterator[object]
-    height: int = 1
-
-
-def _inner_containers(container: object, leaf: Callable[[object], None]) -> Iterator[object]:
-    """The containers right inside; what is none is shown to `leaf`."""
-    values: Iterable[object] = (container,)
-    if isinstance(container, dict):
-        values = container.values()
-    elif isinstance(container, list | tuple):
-        values = container
-    for value in values:
-        if isinstance(value, dict | list | tuple):
-            yield value
-        elif not isinstance(value, str | bytes | int | float | complex | set | frozenset | None):
-            leaf(value)
-
-
-class Meaning(Protocol):
-    """What the words in a pickle stand for. Every method raises ScoreError for what it refuses."""
-
-    def named(self, module: str, name: str) -> object:
-        """What the global `module.name` becomes."""
-        ...
-
-    def called(self, function: object, arguments: tuple[object, ...]) -> object:
-        """What calling `function`, a result of `named`, on `arguments` becomes."""
-        ...
-
-    def given_state(self, target: object, state: object) -> object:
-        """What `target` becomes when the pickle sets its state."""
-        ...
-
-    def persistent(self, key: object) -> object:
-        """What the persistent id `key` stands for."""
-        ...
-
-    def leaf(self, value: object) -> None:
-        """Refuse a value made by the methods above that may not be part of the result."""
-        ...
-
-
-def interpret(raw: bytes, meaning: Meaning, where: str) -> object:
+def interpret(raw: bytes, objects: TorchObjects, where: str) -> object:
     """The value that the pickle `raw` describes.
 
     Containers come as dict, list, tuple, set and frozenset; dict keys and set members are
-    scalars; no container holds itself and none nests deeper than nesting.MAX_DEPTH. Parts may be
-    shared, so whoever walks the value must not follow it without bound. Raises ScoreError,
-    naming `where`, for anything else.
+    scalars; no container holds itself and none nests deeper than MAX_DEPTH. Parts may be shared:
+    a caller that visits a shared part every time it meets it may not come to an end. Raises
+    ScoreError, naming `where`, for anything else.
     """
     if len(raw) > MAX_NBYTES:
         raise ScoreError(
@@ -175,19 +46,16 @@ def interpret(raw: bytes, meaning: Meaning, where: str) -> object:
             f"its pickle has {len(raw):,} bytes, at most {MAX_NBYTES:,} are read",
             "save the scores as tensors, not as lists of numbers",
         )
-    machine = _Machine(raw, meaning, where)
-    value = machine.run()
-    check_nesting(value, meaning.leaf, where)
-    return value
+    return _Machine(raw, objects, where).run()
 
 
 class _Machine:
     """The stack, the marks and the memo while a pickle is read."""
 
-    def __init__(self, raw: bytes, meaning: Meaning, where: str) -> None:
+    def __init__(self, raw: bytes, objects: TorchObjects, where: str) -> None:
         self._raw = raw
         self._at = 0
-        self._meaning = meaning
+        self._objects = objects
         self._where = where
         self._stack: list[object] = []
         self._marks: list[int] = []
@@ -201,10 +69,10 @@ class _Machine:
             self._opcode = self._take(1)[0]
             if self._opcode == ord("."):
                 break
-            operation = _OPERATIONS.get(self._opcode)
-            if operation is None:
+            if self._opcode not in _OPERATIONS:
                 self._refuse_opcode()
-            self._charge(OPERATION_NBYTES[self._opcode])
+            nbytes, operation = _OPERATIONS[self._opcode]
+            self._charge(_PLACE_NBYTES + nbytes)
             operation(self)
         else:
             self._refuse(
@@ -213,6 +81,7 @@ class _Machine:
             )
         if len(self._stack) != 1 or self._marks:
             self._refuse(f"its pickle ends with {len(self._stack)} values on the stack")
+        self._height(self._stack[0], set(), {})
         return self._stack[0]
 
     def _charge(self, nbytes: int) -> None:
@@ -225,6 +94,30 @@ class _Machine:
                 "save the scores as tensors, not as lists of numbers",
             )
 
+    def _height(self, value: object, around: set[int], heights: dict[int, int]) -> int:
+        """How many containers deep a value is; 0 for a scalar or a tensor.
+
+        Refuses loops, depth beyond MAX_DEPTH and what may not be part of a result. around: ids
+        of the containers that the value lies in; heights: of the containers already seen, so
+        that one that is shared is looked into once.
+        """
+        if not isinstance(value, dict | list | tuple):
+            if not isinstance(value, _Scalar) and not isinstance(value, set | frozenset):
+                self._objects.require_result(value)
+            return 0
+        if id(value) in around:
+            self._refuse("a container in its pickle holds itself")
+        height = heights.get(id(value))
+        if len(around) + (height or 1) > MAX_DEPTH:
+            self._refuse(f"its pickle nests more than {MAX_DEPTH} containers")
+        if height is None:
+            around.add(id(value))
+            inner = value.values() if isinstance(value, dict) else value
+            height = 1 + max((self._height(item, around, heights) for item in inner), default=0)
+            around.remove(id(value))
+            heights[id(value)] = height
+        return height
+
     # Reading the stream
 
     def _take(self, nbytes: int) -> bytes:
@@ -236,9 +129,6 @@ class _Machine:
         taken = self._raw[self._at : end]
         self._at = end
         return taken
-
-    def _skip(self, nbytes: int) -> None:
-        self._take(nbytes)
 
     def _number(self, form: str) -> int | float:
         value: int | float = struct.unpack(form, self._take(struct.calcsize(form)))[0]
@@ -311,7 +201,7 @@ class _Machine:
         target = self._pop()
         if not isinstance(target, dict) or len(values) % 2:
             self._refuse("its pickle sets items of something that is no dict")
-        self._charge(ITEM_NBYTES * len(values) // 2)
+        self._charge(_ITEM_NBYTES * len(values) // 2)
         for key, value in zip(self._keys(values[::2]), values[1::2], strict=True):
             target[key] = value
         self._push(target)
@@ -321,20 +211,20 @@ class _Machine:
         target = self._pop()
         if not isinstance(target, set):
             self._refuse("its pickle adds to something that is no set")
-        self._charge(ITEM_NBYTES * len(values))
+        self._charge(_ITEM_NBYTES * len(values))
         target.update(self._keys(values))
         self._push(target)
 
     def _frozen_set(self) -> None:
         values = self._pop_to_mark()
-        self._charge(ITEM_NBYTES * len(values))
+        self._charge(_ITEM_NBYTES * len(values))
         self._push(frozenset(self._keys(values)))
 
-    def _keys(self, values: Iterable[object]) -> list[Scalar]:
-        """The values as keys. Hashing nested tuples could take forever, so they are none."""
-        keys: list[Scalar] = []
+    def _keys(self, values: Iterable[object]) -> list[_Scalar]:
+        """The values as keys. Tuples are refused: hashing nested ones could take forever."""
+        keys: list[_Scalar] = []
         for value in values:
-            if not (value is None or isinstance(value, str | bytes | int | float | complex)):
+            if not isinstance(value, _Scalar):
                 self._refuse(
                     f"its pickle uses a {type(value).__name__} as key",
                     "use layer numbers or names as keys and save it again",
@@ -370,13 +260,13 @@ class _Machine:
 
     def _global(self) -> None:
         module, name = self._line(), self._line()
-        self._push(self._meaning.named(module, name))
+        self._push(self._objects.named(module, name))
 
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(module, str) or not isinstance(name, str):
             self._refuse("its pickle names a global by something that is no string")
-        self._push(self._meaning.named(module, name))
+        self._push(self._objects.named(module, name))
 
     def _reduce(self) -> None:
         arguments, function = self._pop(), self._pop()
@@ -384,20 +274,18 @@ class _Machine:
             self._refuse("its pickle calls with something that is no tuple of arguments")
         for argument in arguments:  # calls copy them, and one that is stored can be copied often
             if isinstance(argument, str | bytes | list | tuple | dict | set | frozenset):
-                self._charge(ITEM_NBYTES * len(argument))
-        self._push(self._meaning.called(function, arguments))
+                self._charge(_ITEM_NBYTES * len(argument))
+        self._push(self._objects.called(function, arguments))
 
     def _build(self) -> None:
         state, target = self._pop(), self._pop()
-        self._push(self._meaning.given_state(target, state))
-
-    def _persistent(self) -> None:
-        self._push(self._meaning.persistent(self._pop()))
+        self._push(self._objects.given_state(target, state))
 
     # Refusals
 
     def _refuse_opcode(self) -> NoReturn:
-        name = _NAMES.get(self._opcode)
+        names = (op.name for op in pickletools.opcodes if ord(op.code) == self._opcode)
+        name = next(names, None)
         known = f"opcode {name}" if name else f"unknown opcode 0x{self._opcode:02x}"
         self._refuse(
             f"its pickle uses {known} at byte {self._at - 1:,}, "
@@ -409,7 +297,12 @@ class _Machine:
         raise ScoreError(self._where, problem, remedy)
 
 
-_Operation: TypeAlias = Callable[[_Machine], None]
+# A place on the stack and in the container that the value moves to.
+_PLACE_NBYTES = 16
+# A place in a dict or a set, also for each item of an argument that a call may copy.
+_ITEM_NBYTES = 100
+
+_Operation: TypeAlias = Callable[[_Machine], object]
 
 
 def _constant(value: object) -> _Operation:
@@ -428,54 +321,54 @@ def _bytes(length_form: str) -> _Operation:
     return lambda machine: machine._push(machine._counted(length_form))
 
 
-# By pickletools' names. EMPTY_… make a new value each time: containers are filled in place.
-_BY_NAME: dict[str, _Operation] = {
-    "PROTO": _Machine._protocol,
-    "FRAME": lambda m: m._skip(8),
-    "NONE": _constant(None),
-    "NEWTRUE": _constant(True),
-    "NEWFALSE": _constant(False),
-    "BININT": _number("<i"),
-    "BININT1": _number("<B"),
-    "BININT2": _number("<H"),
-    "BINFLOAT": _number(">d"),
-    "LONG1": lambda m: m._long("<B"),
-    "LONG4": lambda m: m._long("<i"),
-    "INT": _Machine._decimal,
-    "LONG": _Machine._decimal,
-    "SHORT_BINUNICODE": _string("<B"),
-    "BINUNICODE": _string("<I"),
-    "BINUNICODE8": _string("<Q"),
-    "SHORT_BINBYTES": _bytes("<B"),
-    "BINBYTES": _bytes("<I"),
-    "BINBYTES8": _bytes("<Q"),
-    "BYTEARRAY8": _bytes("<Q"),
-    "MARK": _Machine._mark,
-    "EMPTY_TUPLE": _constant(()),
-    "TUPLE1": lambda m: m._tuple(1),
-    "TUPLE2": lambda m: m._tuple(2),
-    "TUPLE3": lambda m: m._tuple(3),
-    "TUPLE": lambda m: m._push(tuple(m._pop_to_mark())),
-    "EMPTY_LIST": lambda m: m._push([]),
-    "APPEND": lambda m: m._extend([m._pop()]),
-    "APPENDS": lambda m: m._extend(m._pop_to_mark()),
-    "EMPTY_DICT": lambda m: m._push({}),
-    "SETITEM": _Machine._set_item,
-    "SETITEMS": lambda m: m._set_items(m._pop_to_mark()),
-    "EMPTY_SET": lambda m: m._push(set()),
-    "ADDITEMS": _Machine._add_items,
-    "FROZENSET": _Machine._frozen_set,
-    "BINPUT": lambda m: m._put(int(m._number("<B"))),
-    "LONG_BINPUT": lambda m: m._put(int(m._number("<I"))),
-    "MEMOIZE": lambda m: m._put(len(m._memo)),
-    "BINGET": lambda m: m._get(int(m._number("<B"))),
-    "LONG_BINGET": lambda m: m._get(int(m._number("<I"))),
-    "GLOBAL": _Machine._global,
-    "STACK_GLOBAL": _Machine._stack_global,
-    "REDUCE": _Machine._reduce,
-    "BUILD": _Machine._build,
-    "BINPERSID": lambda m: m._push(m._meaning.persistent(m._pop())),
+# By pickletools' names: the bytes that the value itself takes on a 64-bit machine, besides its
+# place, and what is done. What a string takes for its characters GROWTH covers. EMPTY_LIST and the
+# like make a new container each time: containers are filled in place.
+_BY_NAME: dict[str, tuple[int, _Operation]] = {
+    "PROTO": (0, _Machine._protocol),
+    "FRAME": (0, lambda m: m._take(8)),
+    "NONE": (0, _constant(None)),
+    "NEWTRUE": (0, _constant(True)),
+    "NEWFALSE": (0, _constant(False)),
+    "BININT": (32, _number("<i")),
+    "BININT1": (0, _number("<B")),
+    "BININT2": (0, _number("<H")),
+    "BINFLOAT": (24, _number(">d")),
+    "LONG1": (40, lambda m: m._long("<B")),
+    "LONG4": (40, lambda m: m._long("<i")),
+    "INT": (40, _Machine._decimal),
+    "LONG": (40, _Machine._decimal),
+    "SHORT_BINUNICODE": (64, _string("<B")),
+    "BINUNICODE": (64, _string("<I")),
+    "BINUNICODE8": (64, _string("<Q")),
+    "SHORT_BINBYTES": (40, _bytes("<B")),
+    "BINBYTES": (40, _bytes("<I")),
+    "BINBYTES8": (40, _bytes("<Q")),
+    "BYTEARRAY8": (40, _bytes("<Q")),
+    "MARK": (40, _Machine._mark),
+    "EMPTY_TUPLE": (0, _constant(())),
+    "TUPLE1": (56, lambda m: m._tuple(1)),
+    "TUPLE2": (64, lambda m: m._tuple(2)),
+    "TUPLE3": (72, lambda m: m._tuple(3)),
+    "TUPLE": (56, lambda m: m._push(tuple(m._pop_to_mark()))),
+    "EMPTY_LIST": (96, lambda m: m._push([])),
+    "APPEND": (0, lambda m: m._extend([m._pop()])),
+    "APPENDS": (0, lambda m: m._extend(m._pop_to_mark())),
+    "EMPTY_DICT": (64, lambda m: m._push({})),
+    "SETITEM": (128, _Machine._set_item),
+    "SETITEMS": (128, lambda m: m._set_items(m._pop_to_mark())),
+    "EMPTY_SET": (224, lambda m: m._push(set())),
+    "ADDITEMS": (0, _Machine._add_items),
+    "FROZENSET": (224, _Machine._frozen_set),
+    "BINPUT": (_ITEM_NBYTES, lambda m: m._put(int(m._number("<B")))),
+    "LONG_BINPUT": (_ITEM_NBYTES + 32, lambda m: m._put(int(m._number("<I")))),
+    "MEMOIZE": (_ITEM_NBYTES + 32, lambda m: m._put(len(m._memo))),
+    "BINGET": (0, lambda m: m._get(int(m._number("<B")))),
+    "LONG_BINGET": (0, lambda m: m._get(int(m._number("<I")))),
+    "GLOBAL": (200, _Machine._global),
+    "STACK_GLOBAL": (200, _Machine._stack_global),
+    "REDUCE": (600, _Machine._reduce),
+    "BUILD": (0, _Machine._build),
+    "BINPERSID": (200, lambda m: m._push(m._objects.persistent(m._pop()))),
 }
-_OPERATIONS: dict[int, _Operation] = {
-    ord(op.code): _BY_NAME[op.name] for op in pickletools.opcodes if op.name in _BY_NAME
-}
+_OPERATIONS = {ord(op.code): _BY_NAME[op.name] for op in pickletools.opcodes if op.name in _BY_NAME}

@@ -61,11 +61,10 @@ from shardsurgeon.storage.local import pieces_of
 from shardsurgeon.storage.retry import (
     RetryableError,
     RetryPolicy,
-    read_pieces,
     retry,
     stream_pieces,
 )
-from shardsurgeon.storage.source import SourceFile, is_left_behind, leads_out
+from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, leads_out
 
 # Whoever is redirected from one of these to another is still known there.
 _HUBS = ("https://huggingface.co", "https://hf.co")
@@ -86,8 +85,15 @@ class _Route:
     etag: str | None
 
 
-class HubSource:
-    """The files of one commit of a model repository. Safe to use from several threads."""
+class HubSource(Source):
+    """The files of one commit of a model repository. Safe to use from several threads.
+
+    name: the repository's without its owner; location: `hf://org/name@` and the first digits of
+    the commit; revision: the whole commit. Single files may have a local path, in the Hub's cache.
+    """
+
+    is_remote = True
+    revision: str
 
     def __init__(
         self, repo_id: str, revision: str | None = None, policy: RetryPolicy = _RETRY_POLICY
@@ -104,7 +110,9 @@ class HubSource:
         self._endpoint = constants.ENDPOINT
         asked = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
         info = retry(partial(_info, repo_id, revision, asked), asked, policy.brief())
-        self._commit = info.sha or "of no commit"
+        self.revision = info.sha or "of no commit"
+        self.name = repo_id.rpartition("/")[2]
+        self.location = f"hf://{repo_id}@{self.revision[:12]}"
         self._files = _listing(info, self.location)
         self._headers = build_hf_headers(user_agent=_AGENT)
         self._trusted = {_origin(address) for address in (self._endpoint, *_HUBS)}
@@ -112,33 +120,9 @@ class HubSource:
         self._routes: dict[str, _Route] = {}
         self._cached: dict[str, Path | None] = {}
 
-    @property
-    def name(self) -> str:
-        """The repository's name without its owner."""
-        return self._repo_id.rpartition("/")[2]
-
-    @property
-    def location(self) -> str:
-        """`hf://org/name@` and the begin of the commit's hash."""
-        return f"hf://{self._repo_id}@{self._commit[:12]}"
-
-    @property
-    def revision(self) -> str:
-        """The hash of the commit that everything is read from."""
-        return self._commit
-
-    @property
-    def is_remote(self) -> bool:
-        """True, though single files may have a local path."""
-        return True
-
     def list(self) -> tuple[SourceFile, ...]:
         """Every file of the commit, sorted by name; the stamp is its sha256 or its blob id."""
         return tuple(self._files.values())
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
-        return read_pieces(self.stream(name, begin, end), end - begin)
 
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The bytes [begin, end) of a file: from the local cache, or by one request.
@@ -166,7 +150,7 @@ class HubSource:
         """Where the local cache has this file of this commit, if it has."""
         if name not in self._cached:
             file = self._files.get(name)
-            known = None if file is None else cached_file(self._repo_id, self._commit, file)
+            known = None if file is None else cached_file(self._repo_id, self.revision, file)
             self._cached[name] = known
         return self._cached[name]
 
@@ -210,11 +194,11 @@ class HubSource:
         except EntryNotFoundError as error:
             raise SourceReadError(where, "is no longer there", "check the repository") from error
         except HfHubHTTPError as error:
-            raise refusal(error, where, self._repo_id, self._commit) from error
+            raise refusal(error, where, self._repo_id, self.revision) from error
         raise SourceReadError(where, f"cannot be read ({status_line(response)})")
 
     def _address(self, name: str) -> str:
-        return hf_hub_url(self._repo_id, name, revision=self._commit, endpoint=self._endpoint)
+        return hf_hub_url(self._repo_id, name, revision=self.revision, endpoint=self._endpoint)
 
     def _known_to(self, url: str) -> dict[str, str]:
         """The headers for an address: the login is for the Hub only."""

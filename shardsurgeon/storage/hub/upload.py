@@ -7,7 +7,6 @@ that the program does not wait for when it stops; the next run finds what they h
 from __future__ import annotations
 
 import logging as levels
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,6 +26,7 @@ from shardsurgeon.errors import PublishError
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.storage.hub.repository import Commit, Receipt, RemoteFile, Repository
+from shardsurgeon.storage.threads import map_in_threads
 
 Content = Path | bytes
 _WEIGHTS = ".safetensors"
@@ -35,8 +35,6 @@ _Result = TypeVar("_Result")
 
 # More connections do not fill a link better; Xet has several of its own for each file.
 UPLOADS_AT_ONCE = 4
-# How often, in seconds, who waits looks up: on Windows Ctrl-C does not end a wait.
-_LOOK_UP = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,37 +161,10 @@ def upload_in_parallel(
     send: Callable[[str, Path], _Result], files: Mapping[str, Path], at_once: int = UPLOADS_AT_ONCE
 ) -> dict[str, _Result]:
     """What `send` gives for every file, by name. Raises the first error that it meets."""
-    waiting = iter(files.items())
-    taking, done = threading.Lock(), dict[str, _Result]()
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            while not errors:
-                with taking:
-                    name, path = next(waiting, (None, None))
-                if name is None or path is None:
-                    return
-                done[name] = send(name, path)
-        except BaseException as error:  # raised again below
-            errors.append(error)
-
-    threads = [
-        threading.Thread(target=work, name="shardsurgeon-upload", daemon=True)
-        for _ in range(min(at_once, len(files)))
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads) and not errors:
-            for thread in threads:
-                thread.join(_LOOK_UP)
-    except BaseException as stop:
-        errors.append(stop)  # no further file is begun
-        raise
-    if errors:
-        raise errors[0]
-    return {name: done[name] for name in files}
+    results = map_in_threads(
+        lambda file: send(*file), files.items(), at_once, "upload", daemon=True
+    )
+    return dict(zip(files, results, strict=True))
 
 
 @contextmanager
