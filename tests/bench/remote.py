@@ -7,8 +7,8 @@
 The local Hub of tests/support/hub serves checkpoints of random bytes over a link of fixed
 bandwidth, so much each way. Bytes are those of the bodies of the server's answers, whatever the
 command says of itself. Disk is all that lies in the folder where a command has its output, its
-cache of the Hub and its temporary files. WORK needs room for three times the size; what is made there is removed at
-the end. The exit status is 1 where `Costs.problems` finds something.
+cache of the Hub and its temporary files. WORK needs room for three times the size; what is made
+there is removed at the end. The exit status is 1 where `Costs.problems` finds something.
 """
 
 from __future__ import annotations
