@@ -179,9 +179,9 @@ def test_a_calibration_that_does_not_know_its_samples_says_so(samples: object) -
 
 
 def test_a_name_that_is_taken_is_refused_before_any_work(tmp_path: Path) -> None:
-    (tmp_path / "s.pt").write_bytes(b"mine")
+    (tmp_path / "s.npz").write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists"):
-        check_out(tmp_path / "s.pt")
+        check_out(tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize(("name", "told"), [("scores.bin", "'.bin'"), ("scores", "no ending")])

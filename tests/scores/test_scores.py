@@ -444,7 +444,11 @@ KEYS = st.one_of(
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)))
+@given(
+    st.recursive(
+        LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=20
+    )
+)
 def test_any_json_gives_scores_or_a_score_error(tmp_path: Path, value: object) -> None:
     with contextlib.suppress(ScoreError):
         read_scores(js(tmp_path, value)).select()
