@@ -171,7 +171,7 @@ def _refusals(folder: Path) -> Iterator[str]:
             ("push", "model", "no name"),
             ("push", "model", "me/name"),
             ("scores", "convert", "scores.pt", "-o", "scores.xyz"),
-            ("scores", "merge", "scores.pt", "-o", "merged.pt"),
+            ("scores", "merge", "scores.pt", "-o", "merged.npz"),
             ("scores", "show", "model/config.json"),
         ):
             yield _run(*words)
