@@ -2,19 +2,22 @@
 
 quick, the default: what needs neither torch nor minutes. The same tests in every environment:
     those that need torch stay out where it is installed, too.
-full: everything but the marker `long`.
-long: everything. (The markers `s3`, `serving` and `triton` run only where `-m` names them.)
+full: that and what needs torch, or is slow: kills, faults, pushes cut at random, sampled.
+long: the same with every sample taken.
 
 A test needs torch where its module imports torch, or a package that does, directly or through
 our own modules; that is read from the source, because without torch such a module cannot be
 imported. Where only one test of a module does, it says so with the marker `torch` and imports
-inside of itself. A file named on the command line is run whole, in every loop, as far as torch
-is installed.
+inside of itself.
+
+What is asked for by name is run in every loop: a file named on the command line, as far as torch
+is installed, and the tests of a marker that `-m` names.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -25,7 +28,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LOOPS = ("quick", "full", "long")
 # Which markers a loop leaves out.
-LEFT_OUT = {"quick": ("torch", "slow", "long"), "full": ("long",), "long": ()}
+LEFT_OUT = {"quick": ("torch", "slow"), "full": (), "long": ()}
+# Markers of tests that all need torch: who asks for one of them asks for torch.
+WITH_TORCH = {"oracle", "serving", "triton"}
 # torch, and what imports it or is installed for the same tests only.
 HEAVY = {
     "compressed_tensors",
@@ -53,8 +58,9 @@ def loop(request: pytest.FixtureRequest) -> str:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import, in the quick loop, a test module that needs torch."""
-    quick = config.getoption("loop") == "quick"
-    return True if quick and is_test(collection_path) and needs_torch(collection_path) else None
+    if "torch" not in left_out(config) or not is_test(collection_path):
+        return None
+    return needs_torch(collection_path) or None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -67,23 +73,44 @@ def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Deselect the tests that the loop leaves out, unless their file was named."""
-    markers = set(LEFT_OUT[config.getoption("loop")])
+    markers = left_out(config)
     of_named = markers & {"torch"} if find_spec("torch") is None else set()
-    left_out = [
+    others = {
         item
         for item in items
         for out in [of_named if session.isinitpath(item.path) else markers]
         if any(map(item.get_closest_marker, out))
-    ]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    }
+    if others:
+        config.hook.pytest_deselected(items=list(others))
+        items[:] = [item for item in items if item not in others]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Say what the loop leaves out, counted from the source: what is not imported counts too."""
+    """Say what the loop leaves out."""
+    return summary(config)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say it at the end where `-q` has left the header out."""
+    if config.option.verbose < 0 and left_out(config):
+        terminalreporter.write_line(summary(config))
+
+
+def left_out(config: pytest.Config) -> set[str]:
+    """The markers that this run leaves out."""
+    asked = set(re.findall(r"(?<!not )\b\w+", config.option.markexpr))
+    if asked & WITH_TORCH:
+        asked.add("torch")
+    return set(LEFT_OUT[config.getoption("loop")]) - asked
+
+
+def summary(config: pytest.Config) -> str:
+    """What is left out, counted from the source: what is not imported counts too."""
     loop = config.getoption("loop")
-    counts = dict.fromkeys(LEFT_OUT[loop], 0)
+    counts = {marker: 0 for marker in LEFT_OUT[loop] if marker in left_out(config)}
     for folder in config.getini("testpaths"):
         for path in sorted((ROOT / folder).rglob("test_*.py")):
             for markers in functions(path):
@@ -91,12 +118,12 @@ def pytest_report_header(config: pytest.Config) -> str:
                     if marker in markers:
                         counts[marker] += 1
                         break
-    told = {"torch": "need torch", "slow": "are slow", "long": "take long"}
+    told = {"torch": "need torch", "slow": "are slow"}
     said = [f"{count} test functions {told[marker]}" for marker, count in counts.items() if count]
     if not said:
         return f"{loop} loop"
-    more = {"quick": "pip install -e '.[test]' and --loop full", "full": "--loop long"}[loop]
-    return f"{loop} loop, without some: {', '.join(said)} ({more})"
+    more = "pip install -e '.[test]', then --loop full"
+    return f"{loop} loop: {' and '.join(said)}, they are left out ({more})"
 
 
 def is_test(path: Path) -> bool:
