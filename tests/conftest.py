@@ -1,16 +1,49 @@
-"""What holds for every test: no network, and property tests that fail for their property only."""
+"""What holds for every test: which loop it is in, no network, signals as a terminal gives them."""
 
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# The local Hub, `hub` and `online`, and the S3 server, `s3`: for tests in every folder.
-pytest_plugins = ["tests.support.hub.fixture", "tests.support.stores.fixture"]
+# `--loop`; the local Hub, `hub` and `online`; the S3 server, `s3`: for tests in every folder.
+pytest_plugins = [
+    "tests.support.loops",
+    "tests.support.hub.fixture",
+    "tests.support.stores.fixture",
+]
 
 # A slow machine is no counterexample.
 settings.register_profile("shardsurgeon", deadline=None)
 settings.load_profile("shardsurgeon")
+
+# A shell ignores SIGINT for what it runs in the background, `nohup` ignores SIGHUP. Children
+# inherit what is ignored, but not a handler: they start with the system's default.
+DEFAULTS = {
+    "SIGINT": signal.default_int_handler,
+    "SIGTERM": signal.SIG_DFL,
+    "SIGHUP": signal.SIG_DFL,
+    "SIGQUIT": signal.SIG_DFL,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_of_a_foreground_process() -> Iterator[None]:
+    """Undo what the parent process ignores or blocks, so that tests end alike everywhere."""
+    numbers = {getattr(signal, name): DEFAULTS[name] for name in DEFAULTS if hasattr(signal, name)}
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, numbers[number])
+    blocked = set()
+    if hasattr(signal, "pthread_sigmask"):
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, set(numbers))
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    if blocked:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -1,4 +1,4 @@
-"""Property tests without deadlines, and the Triton tests only where `-m` names them.
+"""The Triton tests run only where `-m` names them.
 
 Where there is no GPU, Triton must be told to interpret before any kernel is defined.
 """
@@ -8,16 +8,20 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 from hypothesis import settings
 
+# A slow machine is no counterexample.
 settings.register_profile("shardsurgeon", deadline=None)
 settings.load_profile("shardsurgeon")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the interpreter in time."""
-    if "triton" in config.option.markexpr and not torch.cuda.is_available():
+    if "triton" not in config.option.markexpr:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from shardsurgeon.cli.main import main
 from tests.cli.standins import ROOT
+from tests.support import torch_file
 
 METADATA = "calibration/reap_pruning_metadata.json"
 
@@ -54,10 +55,10 @@ def test_retained_ids_are_those_of_the_first_model(original: Path) -> None:
     half = prune(original, original / "scores.pt", original.parent / "half", "--ratio", "0.5")
     kept = {layer: entry["retained"] for layer, entry in metadata(half)["layers"].items()}
     # Scores made for the pruned model: its experts 3 and 5 to 9 are the best in every layer.
-    again = torch.zeros(16)
-    again[[3, 5, 6, 7, 8, 9]] = torch.arange(1.0, 7.0)
+    again = np.zeros(16, np.float32)
+    again[[3, 5, 6, 7, 8, 9]] = np.arange(1.0, 7.0)
     scores = original.parent / "again.pt"
-    torch.save({int(layer): again for layer in kept}, scores)
+    torch_file.save({int(layer): again for layer in kept}, scores)
     last = prune(half, scores, original.parent / "last", "--keep", "6")
     for layer, entry in metadata(last)["layers"].items():
         assert entry["retained"] == [kept[layer][new] for new in (3, 5, 6, 7, 8, 9)]
@@ -69,7 +70,7 @@ def test_scores_of_a_model_in_between_are_refused(
     original: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half = prune(original, original / "scores.pt", original.parent / "half", "--ratio", "0.5")
-    torch.save({layer: torch.rand(24) for layer in (1, 2, 3)}, original.parent / "x.pt")
+    torch_file.save(dict.fromkeys((1, 2, 3), np.arange(24.0)), original.parent / "x.pt")
     words = ["apply", str(original.parent / "x.pt"), "--model", str(half), "--keep", "6"]
     assert main([*words, "-o", str(original.parent / "out")]) == 2
     assert (
@@ -79,7 +80,7 @@ def test_scores_of_a_model_in_between_are_refused(
 
 def test_every_score_file_stays_beside_the_weights(original: Path) -> None:
     half = prune(original, original / "scores.pt", original.parent / "half", "--ratio", "0.5")
-    torch.save({layer: torch.rand(16) for layer in (1, 2, 3)}, original.parent / "scores.pt")
+    torch_file.save(dict.fromkeys((1, 2, 3), np.arange(16.0)), original.parent / "scores.pt")
     last = prune(half, original.parent / "scores.pt", original.parent / "last", "--keep", "6")
     first = (original / "scores.pt").read_bytes()
     second = (original.parent / "scores.pt").read_bytes()

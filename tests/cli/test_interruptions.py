@@ -91,6 +91,7 @@ def test_a_source_that_changed_meanwhile_is_refused_by_name(
     assert shard.name in line and "changed" in line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
 def test_kills_at_random_moments_lose_nothing(model: Path, reference: dict[str, bytes]) -> None:
     numbers = random.Random(7)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from shardsurgeon.cli.main import main
 from tests.cli.standins import ROOT
+from tests.support import torch_file
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -253,14 +253,14 @@ class _Evil:
 
 
 def save_scores(scores: object) -> Spoil:
-    return lambda model: torch.save(scores, model / "scores.pt")
+    return lambda model: torch_file.save(scores, model / "scores.pt")
 
 
-def plain(experts: int = 16, layers: tuple[int, ...] = (0, 1, 2)) -> dict[int, torch.Tensor]:
-    return {layer: torch.arange(experts).float() for layer in layers}
+def plain(experts: int = 16, layers: tuple[int, ...] = (0, 1, 2)) -> dict[int, np.ndarray]:
+    return {layer: np.arange(experts, dtype=np.float32) for layer in layers}
 
 
-def spoiled_value(value: float) -> dict[int, torch.Tensor]:
+def spoiled_value(value: float) -> dict[int, np.ndarray]:
     scores = plain()
     scores[1][4] = value
     return scores
@@ -274,13 +274,13 @@ BAD_SCORES: dict[str, tuple[Spoil, str]] = {
     "NaN of an expert that was routed": (
         save_scores(
             {
-                layer: {"reap": row, "expert_frequency": torch.ones(16, dtype=torch.int64)}
+                layer: {"reap": row, "expert_frequency": np.ones(16, np.int64)}
                 for layer, row in spoiled_value(np.nan).items()
             }
         ),
         "layer 1, expert 4",
     ),
-    "nothing but NaN": (save_scores({**plain(), 1: torch.full((16,), np.nan)}), "layer 1"),
+    "nothing but NaN": (save_scores({**plain(), 1: np.full(16, np.nan)}), "layer 1"),
     "hostile pickle": (save_scores({0: _Evil()}), "print"),
     "a bare pickle": (lambda m: (m / "scores.pt").write_bytes(pickle.dumps({})), "torch.save"),
     "an empty file": (lambda m: (m / "scores.pt").write_bytes(b""), "scores.pt"),

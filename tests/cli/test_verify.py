@@ -113,7 +113,9 @@ def test_the_architecture_is_part_of_the_json(run: Run, fake: FakeOperations) ->
     assert found == json.loads(json.dumps(asdict(FITS)))
 
 
-@pytest.mark.parametrize("package", ["torch", "transformers"])
+@pytest.mark.parametrize(
+    "package", ["torch", pytest.param("transformers", marks=pytest.mark.torch)]
+)
 def test_a_missing_package_is_one_line_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:

@@ -35,19 +35,20 @@ _PASSING = [
 ]
 
 
-def transcript(folder: Path) -> str:
-    """All sessions in a new folder; each begins with a line of its own."""
+def session(name: str, folder: Path) -> str:
+    """One session in a new folder; its first line is its name."""
     folder = folder.resolve()
-    parts = [*_helps(), *_imports(folder)]
-    for family in FAMILIES:
-        parts += _family(folder / family, family)
-    parts += _scores(folder / "scores")
-    parts += _refusals(folder / "refusals")
+    parts = [f"== {name}", *SESSIONS[name](folder / name)]
     return "\n".join(parts).replace(str(folder), "FOLDER")
 
 
-def _helps() -> Iterator[str]:
-    yield "== help"
+def recorded() -> dict[str, str]:
+    """The sessions in the file, by their names."""
+    parts = f"\n{RECORDED.read_text(encoding='utf-8')}".split("\n== ")[1:]
+    return {part.partition("\n")[0]: f"== {part}" for part in parts}
+
+
+def _helps(folder: Path) -> Iterator[str]:
     words = [(), *((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
     for word in words:
         yield _run(*word, "--help")
@@ -55,7 +56,6 @@ def _helps() -> Iterator[str]:
 
 def _imports(folder: Path) -> Iterator[str]:
     """Libraries that a light command brings in; ours and the standard library's are left out."""
-    yield "== imports"
     model = ROOT / "fixtures" / "qwen3_moe"
     code = (
         "import json, sys; from shardsurgeon.cli.main import main; main(sys.argv[1:]);"
@@ -74,8 +74,9 @@ def _imports(folder: Path) -> Iterator[str]:
         yield f"{words[0]}: {' '.join(sorted(known))}"
 
 
-def _family(folder: Path, family: str) -> Iterator[str]:
-    yield f"== {family}"
+def _family(folder: Path) -> Iterator[str]:
+    """Every command on the shipped checkpoint that the folder is named after."""
+    family = folder.name
     folder.mkdir(parents=True)
     shutil.copytree(ROOT / "fixtures" / family, folder / "model", copy_function=shutil.copy2)
     take = ("scores.pt", "--model", "model")
@@ -116,7 +117,6 @@ def _family(folder: Path, family: str) -> Iterator[str]:
 
 
 def _scores(folder: Path) -> Iterator[str]:
-    yield "== scores"
     folder.mkdir(parents=True)
     for family in ("kimi_k25", "qwen3_moe"):
         shutil.copy(ROOT / "fixtures" / family / "scores.pt", folder / f"{family}.pt")
@@ -139,7 +139,6 @@ def _scores(folder: Path) -> Iterator[str]:
 
 def _refusals(folder: Path) -> Iterator[str]:
     """Words and files that no command can work with."""
-    yield "== refusals"
     folder.mkdir(parents=True)
     shutil.copytree(ROOT / "fixtures" / "qwen3_moe", folder / "model")
     shutil.copy(folder / "model" / "scores.pt", folder / "scores.pt")
@@ -172,7 +171,7 @@ def _refusals(folder: Path) -> Iterator[str]:
             ("push", "model", "no name"),
             ("push", "model", "me/name"),
             ("scores", "convert", "scores.pt", "-o", "scores.xyz"),
-            ("scores", "merge", "scores.pt", "-o", "merged.pt"),
+            ("scores", "merge", "scores.pt", "-o", "merged.npz"),
             ("scores", "show", "model/config.json"),
         ):
             yield _run(*words)
@@ -253,9 +252,17 @@ def _files(folder: Path, *names: str) -> str:
     return "".join(lines)
 
 
+SESSIONS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "help": _helps,
+    "imports": _imports,
+    **dict.fromkeys(FAMILIES, _family),
+    "scores": _scores,
+    "refusals": _refusals,
+}
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        text = transcript(Path(folder) / "t")
+        text = "\n".join(session(name, Path(folder) / "t") for name in SESSIONS)
     if "--write" in sys.argv:
         RECORDED.write_text(text, encoding="utf-8")
     else:

@@ -129,6 +129,7 @@ def test_narrow_gaps_are_read_over_rather_than_asked_around(job: Job, out: Path)
     assert report.bytes_downloaded == 25 * 1_990 + 12 * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_run_cut_at_any_piece_goes_on_from_what_was_noted(
     tmp_path: Path, job: Job, workers: int

@@ -6,7 +6,8 @@ Routers differ in where an expert can be taken out of the original:
 - routers that take a softmax over the chosen logits only: -inf as an expert's logit, and
   again nothing else changes, to the last bit;
 - routers that take a softmax over all experts and renormalise their choice: the same mask,
-  but the sum in the softmax has fewer terms: equal within 1e-5;
+  but the sum in the softmax has fewer terms: equal but for rounding, as tests/oracle/closeness.py
+  says;
 - routers that take a softmax over all experts and do not renormalise: removing experts makes
   the softmax one over the survivors, so the gate weight of expert e grows to
   p_e / (sum of p over the survivors). `relation=True` computes exactly that from the

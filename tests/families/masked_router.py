@@ -7,9 +7,10 @@ from it, and so is its correction bias, where there is one. What follows from it
   model must agree to the last bit;
 - it takes a softmax over all experts (Gemma 4, ERNIE 4.5, LongCat-Flash): the mask makes it one
   over the survivors, p_e / (sum of p over the survivors), which is what the pruned model
-  computes with fewer terms in the sum: equal within 1e-5. In ERNIE 4.5 and LongCat-Flash the
-  correction bias is added after that softmax, so the pruned model may choose otherwise than the
-  original does among the survivors; masking the choice alone would not be its oracle.
+  computes with fewer terms in the sum: equal but for rounding,
+  as tests/oracle/closeness.py says. In ERNIE 4.5 and LongCat-Flash the correction bias is added
+  after that softmax, so the pruned model may choose otherwise than the original does among the
+  survivors; masking the choice alone would not be its oracle.
 
 The summation order of the router's product and the order of an unsorted top-k are fixed, as in
 tests/oracle/logits_oracle.py.

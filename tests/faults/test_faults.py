@@ -15,7 +15,10 @@ from tests.faults.trial import Bench
 
 KILLS = 12
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="signals and limits as POSIX has them"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Past findings, and a few damaged files for every reader; `long.py` tries a million."""
+"""Past findings, and damaged files for every reader by the loop; `long.py` tries a million."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fuzz.guard import Guard
 from tests.fuzz.targets import TARGETS, Target, load_all, zipped
 
 FINDINGS = sorted(Path(__file__).with_name("findings").glob("*/*"))
-TRIES = 150
+TRIES = {"quick": 40, "full": 150, "long": 3000}
 
 
 def damaged(data: bytes, words: tuple[bytes, ...], numbers: random.Random) -> bytes:
@@ -42,7 +42,7 @@ def damaged(data: bytes, words: tuple[bytes, ...], numbers: random.Random) -> by
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_damaged_files_break_no_promise(target: Target, tmp_path: Path) -> None:
+def test_damaged_files_break_no_promise(target: Target, tmp_path: Path, loop: str) -> None:
     numbers = random.Random(target.name)
     guard = Guard(target.run, tmp_path)
     for number, seed in enumerate(target.seeds()):
@@ -50,7 +50,7 @@ def test_damaged_files_break_no_promise(target: Target, tmp_path: Path) -> None:
         if number == 0:
             guard.measured(seed)
     seeds = target.seeds()
-    for _ in range(TRIES):
+    for _ in range(TRIES[loop]):
         data = damaged(numbers.choice(seeds), target.words, numbers)
         try:
             guard(data)
@@ -133,6 +133,7 @@ JSON = {
 JSON_READERS = ["index", "provenance", "keep-list", "scores-json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", JSON_READERS)
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON.keys())
 def test_json_takes_a_small_multiple_of_its_size(reader: str, text: bytes, tmp_path: Path) -> None:
@@ -144,6 +145,7 @@ def test_json_takes_a_small_multiple_of_its_size(reader: str, text: bytes, tmp_p
     assert peak < 64 * len(text) + (1 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pickled", HUNGRY.values(), ids=HUNGRY.keys())
 def test_no_pickle_takes_more_memory_than_a_small_multiple_of_its_size(
     pickled: bytes, tmp_path: Path

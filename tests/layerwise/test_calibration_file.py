@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 from shardsurgeon.errors import OutputError, ScoreError, UsageError
 from shardsurgeon.layerwise.calibration_file import find_calibration, read_calibration
 from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
 from tests.cli.standins import in_python
 from tests.layerwise.files import calibration
+from tests.support import torch_file
 
-NAMES = ["s.pt", "s.pth", "s.safetensors", "s.npz", "s.json"]
+NAMES = [
+    *(pytest.param(name, marks=pytest.mark.torch) for name in ("s.pt", "s.pth")),
+    *("s.safetensors", "s.npz", "s.json"),
+]
 
 
 @pytest.fixture(params=NAMES)
@@ -58,6 +61,7 @@ def test_the_same_calibration_gives_the_same_bytes(file: Path) -> None:
     assert file.with_stem("again").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.torch
 def test_a_pt_file_takes_as_many_samples_as_its_reader(tmp_path: Path) -> None:
     def of(samples: int) -> ScoreContent:
         content = calibration(3).content()
@@ -73,7 +77,10 @@ def test_a_pt_file_takes_as_many_samples_as_its_reader(tmp_path: Path) -> None:
     assert len(read_calibration(tmp_path / "more.json").samples) == 100_001
 
 
+@pytest.mark.torch
 def test_torch_reads_the_tree_of_the_contract_without_running_anything(tmp_path: Path) -> None:
+    import torch
+
     write_scores(tmp_path / "s.pt", calibration(3).content())
     tree = torch.load(tmp_path / "s.pt", weights_only=True)
     assert tree.keys() == {"format", "version", "calibration", "scores", "accumulators"}
@@ -95,7 +102,7 @@ def test_the_other_formats_are_what_their_names_say(tmp_path: Path) -> None:
     content = calibration(3).content()
     for name in ("s.safetensors", "s.npz", "s.json"):
         write_scores(tmp_path / name, content)
-    tensors = safetensors.torch.load_file(tmp_path / "s.safetensors")
+    tensors = safetensors.numpy.load_file(tmp_path / "s.safetensors")
     arrays = np.load(tmp_path / "s.npz")
     document = json.loads((tmp_path / "s.json").read_text())
     counts = calibration(3).layers[5].counts.tolist()
@@ -109,7 +116,7 @@ def test_the_other_formats_are_what_their_names_say(tmp_path: Path) -> None:
 
 
 def test_scores_without_accumulators_are_no_calibration(tmp_path: Path) -> None:
-    torch.save({1: {"reap": torch.ones(4)}}, tmp_path / "s.pt")
+    torch_file.save({1: {"reap": np.ones(4)}}, tmp_path / "s.pt")
     assert find_calibration(tmp_path / "s.pt") is None
     with pytest.raises(ScoreError, match="without the accumulators") as caught:
         read_calibration(tmp_path / "s.pt")
@@ -156,9 +163,9 @@ def test_a_damaged_file_is_one_clear_line(
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
 def test_metadata_that_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
     write_scores(tmp_path / "s.safetensors", calibration(3).content())
-    tensors = safetensors.torch.load_file(tmp_path / "s.safetensors")
+    tensors = safetensors.numpy.load_file(tmp_path / "s.safetensors")
     metadata = {"format": "shardsurgeon scores", "version": "1", "calibration": text}
-    safetensors.torch.save_file(tensors, tmp_path / "s.safetensors", metadata)
+    safetensors.numpy.save_file(tensors, tmp_path / "s.safetensors", metadata)
     with pytest.raises(ScoreError, match=r"calibration is not JSON|does not say"):
         read_calibration(tmp_path / "s.safetensors")
 
@@ -172,9 +179,9 @@ def test_a_calibration_that_does_not_know_its_samples_says_so(samples: object) -
 
 
 def test_a_name_that_is_taken_is_refused_before_any_work(tmp_path: Path) -> None:
-    (tmp_path / "s.pt").write_bytes(b"mine")
+    (tmp_path / "s.npz").write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists"):
-        check_out(tmp_path / "s.pt")
+        check_out(tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize(("name", "told"), [("scores.bin", "'.bin'"), ("scores", "no ending")])
@@ -192,7 +199,7 @@ def test_without_torch_a_pt_is_refused_before_any_work_and_the_others_are_writte
         "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest);"
         "from shardsurgeon.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    torch.save({1: torch.ones(4)}, tmp_path / "in.pt")
+    torch_file.save({1: np.ones(4)}, tmp_path / "in.pt")
     done = in_python(
         code, "scores", "convert", "in.pt", "-o", "s.pth", cwd=tmp_path, capture_output=True
     )
@@ -206,11 +213,11 @@ def test_without_torch_a_pt_is_refused_before_any_work_and_the_others_are_writte
     assert read_scores(tmp_path / "s.npz").layers[1]["saliency"].tolist() == [1.0] * 4
 
 
-def test_a_table_of_rows_keeps_its_shape(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_of_rows_keeps_its_shape(tmp_path: Path, name: str) -> None:
     rows = {"saliency": np.arange(6.0).reshape(2, 3)}
-    for name in NAMES:
-        write_scores(tmp_path / name, ScoreContent(rows=rows, facts={"seed": 7}))
-        scores = read_scores(tmp_path / name)
-        assert scores.layers == {}
-        assert scores.rows["saliency"].tolist() == [[0, 1, 2], [3, 4, 5]]
-        assert str(scores.facts["seed"]) == "7"
+    write_scores(tmp_path / name, ScoreContent(rows=rows, facts={"seed": 7}))
+    scores = read_scores(tmp_path / name)
+    assert scores.layers == {}
+    assert scores.rows["saliency"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert str(scores.facts["seed"]) == "7"

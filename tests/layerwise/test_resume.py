@@ -18,6 +18,8 @@ from shardsurgeon.layerwise.resume import ActivationStore
 from tests.cli.standins import in_python
 from tests.layerwise.chats import FIXTURES, assert_same, sums, words, write_chats
 
+pytestmark = pytest.mark.torch
+
 MODEL = "qwen3_moe"
 
 # Runs a command and dies, as by `kill -9`, at the n-th call of a method.

@@ -52,6 +52,7 @@ def test_pushed_again_it_uploads_and_commits_nothing(shell: Shell, pruned: Path)
     assert not shell.hub.received(r"POST .*/commit/")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 @pytest.mark.parametrize("arrived", [1, 3])
 def test_killed_between_two_uploads_it_goes_on(
@@ -70,6 +71,7 @@ def test_killed_between_two_uploads_it_goes_on(
     same_model(digests(downloaded(hub, "me/tiny", tmp_path / "there")), digests(pruned))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("on", "fault"),
     [
@@ -101,6 +103,7 @@ def test_a_commit_whose_answer_is_lost_is_found_by_the_next_run(shell: Shell, pr
     assert set(shell.hub.uploads.values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_where_it_is_missing(shell: Shell, pruned: Path, tmp_path: Path) -> None:
     said = shell.good("push", str(pruned), "me/tiny", "--revision", "65pct")
     assert said.endswith("vllm serve me/tiny --revision 65pct\n")
@@ -122,6 +125,7 @@ def test_a_pull_request_leaves_the_branch_alone(shell: Shell, pruned: Path) -> N
     assert report["revision"] is None
 
 
+@pytest.mark.slow
 def test_a_new_repository_can_be_private(shell: Shell, pruned: Path) -> None:
     shell.good("push", str(pruned), "me/secret", "--private")
     assert HfApi().model_info("me/secret").private
@@ -129,12 +133,14 @@ def test_a_new_repository_can_be_private(shell: Shell, pruned: Path) -> None:
     shell.good("push", str(pruned), "me/secret", "--private")
 
 
+@pytest.mark.slow
 def test_a_bare_name_is_ones_own(shell: Shell, pruned: Path) -> None:
     report = json.loads(shell.good("push", str(pruned), "tiny", "--json"))
     assert report["repo_id"] == "me/tiny"
     assert "vllm serve me/tiny" in shell.hub.read("me/tiny", "README.md").decode()
 
 
+@pytest.mark.slow
 def test_the_shards_of_an_earlier_model_do_not_stay_behind(shell: Shell, pruned: Path) -> None:
     old = {"model.safetensors": b"old", "model-00001-of-00002.safetensors": b"old"}
     shell.hub.add_model("me/tiny", {**old, "notes.txt": b"mine", "sub/x.safetensors": b"mine"})
@@ -145,6 +151,7 @@ def test_the_shards_of_an_earlier_model_do_not_stay_behind(shell: Shell, pruned:
     assert {"notes.txt", "sub/x.safetensors", SHARD} <= left.keys()
 
 
+@pytest.mark.slow
 def test_what_a_gitignore_names_is_pushed_all_the_same(
     shell: Shell, pruned: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +161,7 @@ def test_what_a_gitignore_names_is_pushed_all_the_same(
     assert {"calibration/scores.pt", "tokenizer.json"} <= shell.hub.files("me/tiny").keys()
 
 
+@pytest.mark.slow
 def test_what_was_pushed_holds_there_and_downloaded(
     shell: Shell, pruned: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +175,7 @@ def test_what_was_pushed_holds_there_and_downloaded(
     assert ended.status == 1 and "README.md: has" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_prune_of_a_pushed_prune_keeps_every_card(
     shell: Shell, pruned: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +193,7 @@ def test_a_prune_of_a_pushed_prune_keeps_every_card(
     shell.good("verify", "me/first", "me/second")
 
 
+@pytest.mark.slow
 def test_the_card_can_be_ones_own_or_left_out(shell: Shell, pruned: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.md"
     card.write_text("---\nlicense: mit\n---\n# Mine\n")

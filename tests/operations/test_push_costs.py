@@ -15,6 +15,7 @@ from tests.bench import remote
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="wait4 and st_blocks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["int4", "stacked"])
 def test_what_is_kept_travels_once_and_through_half_its_disk(tmp_path: Path, layout: str) -> None:
     budget = 12_000_000

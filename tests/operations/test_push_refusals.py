@@ -88,6 +88,7 @@ def test_no_network_wanted(shell: Shell, pruned: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_no_network_there(shell: Shell, pruned: Path) -> None:
     shell.hub.stop()
     line = shell.refused("push", str(pruned), "me/tiny", status=1)

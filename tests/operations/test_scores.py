@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import OutputError, ScoreError, UsageError
@@ -18,6 +17,7 @@ from shardsurgeon.operations import prune, scores
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.scores.files import read_scores, write_scores
 from tests.layerwise.files import calibration
+from tests.support import torch_file
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 K25, V3 = FIXTURES / "kimi_k25", FIXTURES / "deepseek_v3"
@@ -25,14 +25,24 @@ NAN, INF = float("nan"), float("inf")
 
 
 def pt(path: Path, value: object) -> Path:
-    torch.save(value, path)
-    return path
+    return torch_file.save(value, path)
+
+
+def uniform(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape[-1]).random(shape, np.float32)
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
 
 
 # show
 
 
+@pytest.mark.torch
 def test_show_says_of_each_layer_what_torch_finds_in_the_file() -> None:
+    import torch
+
     report = scores.show_scores(K25 / "scores.pt")
     table = torch.load(K25 / "scores.pt", weights_only=True)
     assert (report.metric, report.num_experts, report.model) == ("reap", 32, None)
@@ -67,9 +77,9 @@ def test_a_suggested_cut_costs_what_plan_says_of_its_ratio() -> None:
 
 
 def test_super_and_preserved_experts_are_told_apart(tmp_path: Path) -> None:
-    reap = torch.rand(40)
+    reap = uniform(40)
     reap[3], reap[5] = INF, NAN
-    layers = {n: {"reap": reap, "max_activations": torch.ones(40)} for n in (1, 2, 3, 4)}
+    layers = {n: {"reap": reap, "max_activations": ones(40)} for n in (1, 2, 3, 4)}
     layers[2]["max_activations"][7] = 100.0
     report = scores.show_scores(pt(tmp_path / "s.pt", layers))
     assert [layer.super_experts for layer in report.layers] == [(), (7,), (), ()]
@@ -78,19 +88,19 @@ def test_super_and_preserved_experts_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_without_activations_super_experts_are_unknown(tmp_path: Path) -> None:
-    report = scores.show_scores(pt(tmp_path / "s.pt", {1: torch.rand(4)}))
+    report = scores.show_scores(pt(tmp_path / "s.pt", {1: uniform(4)}))
     assert not report.super_experts_known
 
 
 def test_activations_that_are_not_finite_are_refused_with_their_layer(tmp_path: Path) -> None:
-    layers = {n: {"reap": torch.ones(2), "max_activations": torch.ones(2)} for n in (3, 9)}
+    layers = {n: {"reap": ones(2), "max_activations": ones(2)} for n in (3, 9)}
     layers[9]["max_activations"][1] = NAN
     with pytest.raises(ScoreError, match="layer 9: max_activations of expert 1 is nan"):
         scores.show_scores(pt(tmp_path / "s.pt", layers))
 
 
 def test_rows_are_shown_as_rows_and_with_a_model_as_its_layers(tmp_path: Path) -> None:
-    file = pt(tmp_path / "s.pt", torch.rand(3, 32))
+    file = pt(tmp_path / "s.pt", uniform(3, 32))
     assert [n.layer for n in scores.show_scores(file).layers] == [
         "row 0",
         "row 1",
@@ -107,8 +117,8 @@ def test_scores_of_another_model_are_refused_when_one_is_named(tmp_path: Path) -
 
 
 def test_a_calibration_is_told_without_its_list_of_samples(tmp_path: Path) -> None:
-    write_scores(tmp_path / "s.pt", calibration(1).content())
-    told = scores.show_scores(tmp_path / "s.pt").calibration
+    write_scores(tmp_path / "s.npz", calibration(1).content())
+    told = scores.show_scores(tmp_path / "s.npz").calibration
     assert told is not None
     assert (told["samples"], told["tokens"], told["model"]) == (2, 100, "Tiny")
 
@@ -116,7 +126,9 @@ def test_a_calibration_is_told_without_its_list_of_samples(tmp_path: Path) -> No
 # convert
 
 
-@pytest.mark.parametrize("ending", ["pt", "safetensors", "npz", "json"])
+@pytest.mark.parametrize(
+    "ending", [pytest.param("pt", marks=pytest.mark.torch), "safetensors", "npz", "json"]
+)
 def test_a_converted_file_prunes_as_the_first_did(tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"s.{ending}"
     report = scores.convert_scores(K25 / "scores.pt", out)
@@ -131,14 +143,16 @@ def test_a_converted_file_prunes_as_the_first_did(tmp_path: Path, ending: str) -
     assert os.listdir(tmp_path) == [out.name]
 
 
+@pytest.mark.torch
 def test_marks_survive_every_format(tmp_path: Path) -> None:
-    file = pt(tmp_path / "s.pt", {3: {"reap": torch.tensor([NAN, INF, 5e-324])}})
+    file = pt(tmp_path / "s.pt", {3: {"reap": np.array([NAN, INF, 5e-324])}})
     for ending in ("safetensors", "npz", "json", "pth"):
         scores.convert_scores(file, tmp_path / f"a.{ending}")
         row = read_scores(tmp_path / f"a.{ending}").layers[3]["reap"]
         np.testing.assert_array_equal(row, read_scores(file).layers[3]["reap"])
 
 
+@pytest.mark.torch
 def test_a_converted_calibration_is_one_still(tmp_path: Path) -> None:
     write_scores(tmp_path / "a.json", calibration(1).content())
     for source, out in (("a.json", "b.npz"), ("b.npz", "c.pt"), ("c.pt", "d.json")):
@@ -148,7 +162,7 @@ def test_a_converted_calibration_is_one_still(tmp_path: Path) -> None:
 
 
 def test_rows_become_layers_where_a_model_names_them(tmp_path: Path) -> None:
-    file = pt(tmp_path / "s.pt", {"reap": torch.ones(3, 32), "ean": torch.ones(3, 32)})
+    file = pt(tmp_path / "s.pt", {"reap": ones(3, 32), "ean": ones(3, 32)})
     with pytest.raises(UsageError, match="name the layers with --model"):
         scores.convert_scores(file, tmp_path / "a.json")
     scores.convert_scores(file, tmp_path / "a.json", model=K25)
@@ -160,6 +174,7 @@ def test_rows_become_layers_where_a_model_names_them(tmp_path: Path) -> None:
 # merge
 
 
+@pytest.mark.torch
 def test_merged_files_are_a_score_file_of_the_sum(tmp_path: Path) -> None:
     for number, name in ((1, "a.pt"), (2, "b.safetensors"), (3, "c.json")):
         write_scores(tmp_path / name, calibration(number).content())
@@ -175,6 +190,7 @@ def test_merged_files_are_a_score_file_of_the_sum(tmp_path: Path) -> None:
     assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "all.pt").read_bytes()
 
 
+@pytest.mark.torch
 def test_what_cannot_be_merged_leaves_no_file(tmp_path: Path) -> None:
     write_scores(tmp_path / "a.pt", calibration(1).content())
     for other in (K25 / "scores.pt", tmp_path / "a.pt"):
@@ -189,8 +205,8 @@ def test_what_cannot_be_merged_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_agrees_with_itself_and_with_its_monotone_image(tmp_path: Path) -> None:
-    table = torch.load(K25 / "scores.pt", weights_only=True)
-    other = pt(tmp_path / "b.pt", {n: {"log": (row["reap"] + 1).log()} for n, row in table.items()})
+    layers = read_scores(K25 / "scores.pt").layers
+    other = pt(tmp_path / "b.pt", {n: {"log": np.log1p(m["reap"])} for n, m in layers.items()})
     report = scores.compare_scores(K25 / "scores.pt", other, ratios=(0.25, 0.65))
     assert (report.metric_a, report.metric_b) == ("reap", "log")
     assert [layer.layer for layer in report.layers] == [1, 2, 3]
@@ -228,15 +244,15 @@ def test_two_metrics_of_one_file_can_be_compared() -> None:
 
 
 def test_layers_of_one_file_alone_are_named(tmp_path: Path) -> None:
-    a = pt(tmp_path / "a.pt", {1: torch.rand(4), 2: torch.rand(4)})
-    b = pt(tmp_path / "b.pt", {2: torch.rand(4), 3: torch.rand(4)})
+    a = pt(tmp_path / "a.pt", {1: uniform(4), 2: uniform(4)})
+    b = pt(tmp_path / "b.pt", {2: uniform(4), 3: uniform(4)})
     report = scores.compare_scores(a, b, ratios=(0.5,))
     assert [layer.layer for layer in report.layers] == [2]
     assert (report.only_a, report.only_b) == ((1,), (3,))
 
 
 def test_a_table_of_rows_takes_the_layers_of_the_other(tmp_path: Path) -> None:
-    rows = torch.rand(3, 32)
+    rows = uniform(3, 32)
     report = scores.compare_scores(
         pt(tmp_path / "a.pt", rows),
         pt(tmp_path / "b.pt", {4: rows[0], 5: rows[1], 6: rows[2]}),
@@ -252,14 +268,14 @@ def test_a_table_of_rows_takes_the_layers_of_the_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ({9: torch.rand(4)}, "has no layer in common with"),
-        ({1: torch.rand(5)}, "layer 1 has 5 scores, in .* 4"),
+        ({9: uniform(4)}, "has no layer in common with"),
+        ({1: uniform(5)}, "layer 1 has 5 scores, in .* 4"),
     ],
 )
 def test_scores_of_different_models_are_not_compared(
     tmp_path: Path, other: object, told: str
 ) -> None:
-    a, b = pt(tmp_path / "a.pt", {1: torch.rand(4)}), pt(tmp_path / "b.pt", other)
+    a, b = pt(tmp_path / "a.pt", {1: uniform(4)}), pt(tmp_path / "b.pt", other)
     with pytest.raises(ScoreError, match=told) as caught:
         scores.compare_scores(a, b, ratios=(0.5,))
     assert caught.value.where == str(b)
@@ -292,8 +308,8 @@ def test_random_scores_are_the_seeds_on_every_machine(tmp_path: Path) -> None:
 
 def test_a_baseline_prunes_the_model_it_came_from(tmp_path: Path) -> None:
     scores.scores_random(V3, tmp_path / "r.npz", seed=0)
-    scores.scores_from_weights(V3, tmp_path / "w.pt")
-    for name, metric in (("r.npz", "random"), ("w.pt", "weight_l2")):
+    scores.scores_from_weights(V3, tmp_path / "w.safetensors")
+    for name, metric in (("r.npz", "random"), ("w.safetensors", "weight_l2")):
         report = prune.plan(V3, tmp_path / name, SelectionRequest(ratio=0.5)).report
         assert report.metric == metric
         assert {layer.policy for layer in report.layers} == {"scores"}
@@ -309,12 +325,12 @@ def test_a_seed_is_not_negative(tmp_path: Path) -> None:
     [
         (("show", "none.pt"), "none.pt: cannot be read"),
         (("show", "bad.pt"), "bad.pt: this is not a file of torch.save"),
-        (("convert", "s.pt", "-o", "s.pt"), "s.pt: exists; choose another -o"),
-        (("convert", "s.pt", "-o", "s.gguf"), "scores are not written as '.gguf'"),
-        (("merge", "s.pt", "s.pt", "-o", "m.pt"), "without the accumulators"),
-        (("merge", "s.pt", "-o", "m.pt"), "without the accumulators"),
-        (("compare", "s.pt", "none.pt"), "none.pt: cannot be read"),
-        (("compare", "s.pt", "s.pt", "--metric", "ean"), "has no metric 'ean'"),
+        (("convert", "s.npz", "-o", "s.npz"), "s.npz: exists; choose another -o"),
+        (("convert", "s.npz", "-o", "s.gguf"), "scores are not written as '.gguf'"),
+        (("merge", "s.npz", "s.npz", "-o", "m.npz"), "without the accumulators"),
+        (("merge", "s.npz", "-o", "m.npz"), "without the accumulators"),
+        (("compare", "s.npz", "none.pt"), "none.pt: cannot be read"),
+        (("compare", "s.npz", "s.npz", "--metric", "ean"), "has no metric 'ean'"),
         (("from-weights", "nowhere", "-o", "w.json"), "nowhere"),
         (("random", "-o", "w.json"), "the current folder has no config.json"),
     ],
@@ -327,10 +343,10 @@ def test_bad_input_is_one_line_and_status_2(
     told: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pt(tmp_path / "s.pt", {1: torch.rand(4)})
+    np.savez(tmp_path / "s.npz", **{"1": uniform(4)})
     (tmp_path / "bad.pt").write_bytes(b"no zip at all")
     assert main(("scores", *words)) == 2
     ended = capsys.readouterr()
     assert told in ended.err
     assert (ended.out, ended.err.count("\n")) == ("", 1)
-    assert sorted(os.listdir(tmp_path)) == ["bad.pt", "s.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["bad.pt", "s.npz"]

@@ -24,6 +24,9 @@ from tests.operations.workbench import Shell, digests, downloaded, same_model, s
 from tests.support.hub.models import fixture_folder, write_checkpoint
 from tests.support.hub.server import LocalHub
 
+# The real program in a process of its own, stopped at many places, and a Hub of many requests.
+pytestmark = pytest.mark.slow
+
 FAMILY = "kimi_k25"
 
 

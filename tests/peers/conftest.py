@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from loguru import logger
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
+    from loguru import logger
+
     logger.disable("compressed_tensors")
     yield
     logger.enable("compressed_tensors")

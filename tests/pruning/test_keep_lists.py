@@ -351,7 +351,9 @@ LEAVES = st.one_of(IDS, st.integers(0, 4), st.just("shardsurgeon-plan"), st.none
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.dictionaries(KEYS, st.recursive(LEAVES, lambda inner: st.dictionaries(KEYS, inner))),
+    st.dictionaries(
+        KEYS, st.recursive(LEAVES, lambda inner: st.dictionaries(KEYS, inner), max_leaves=20)
+    ),
     st.sampled_from([None, "kept", "dropped"]),
 )
 def test_any_json_gives_a_keep_list_or_a_refusal(

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -251,6 +250,8 @@ def test_a_share_without_meaning_is_left_out(
 
 def reference_super_experts(rows: Rows) -> set[tuple[int, int]]:
     """The rule in torch: threshold over all layers, strictly above, first three quarters."""
+    import torch
+
     layers = sorted(rows)
     stacked = torch.stack([torch.from_numpy(rows[layer]) for layer in layers])
     threshold = torch.maximum(torch.quantile(stacked.flatten(), 0.995), stacked.max() / 10)
@@ -259,6 +260,7 @@ def reference_super_experts(rows: Rows) -> set[tuple[int, int]]:
     return {(layers[int(i)], int(j)) for i, j in mask.nonzero()}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("seed", range(12))
 def test_super_experts_are_those_the_rule_gives_in_torch(seed: int) -> None:
     rng = np.random.default_rng(seed)

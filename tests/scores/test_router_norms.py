@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save
+import safetensors.numpy
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -25,24 +26,40 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 ROUTER = "model.layers.2.mlp.gate.weight"
 
 
-def checkpoint(**routers: torch.Tensor) -> Checkpoint:
-    """The tiny checkpoint in one shard, with some routers given."""
-    weights = {name: torch.from_numpy(values) for name, values in tiny.tensors().items()}
-    weights |= {f"model.layers.{key[1:]}.mlp.gate.weight": value for key, value in routers.items()}
+def checkpoint(
+    routers: dict[int, Any],
+    convert: Callable[[np.ndarray], Any] = np.asarray,
+    save: Callable[[Any], bytes] = safetensors.numpy.save,
+) -> Checkpoint:
+    """The tiny checkpoint in one shard, with the routers of some layers given."""
+    weights = {name: convert(values) for name, values in tiny.tensors().items()}
+    weights |= {f"model.layers.{n}.mlp.gate.weight": value for n, value in routers.items()}
     files = tiny.files()
     shards = {"model.safetensors": save(weights), "config.json": files["config.json"]}
     return open_checkpoint(MemorySource(shards, name="tiny"))
+
+
+def torch_checkpoint(routers: dict[int, Any]) -> Checkpoint:
+    """The same, with routers of torch's types."""
+    import safetensors.torch
+    import torch
+
+    return checkpoint(routers, torch.from_numpy, safetensors.torch.save)
 
 
 def scored(model: Checkpoint, norm: RouterNorm = RouterNorm.L2) -> dict[int, np.ndarray]:
     return router_scores(model, read_anatomy(model).layers, norm)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_norms_of_every_layer_agree_with_torch(dtype: torch.dtype, order: int) -> None:
-    router = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = scored(checkpoint(l1=router, l3=-router), RouterNorm(f"l{order}"))
+def test_norms_of_every_layer_agree_with_torch(dtype: str, order: int) -> None:
+    import torch
+
+    router = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    router = router.to(getattr(torch, dtype))
+    found = scored(torch_checkpoint({1: router, 3: -router}), RouterNorm(f"l{order}"))
     assert list(found) == [1, 2, 3]  # the MTP layer too
     expected = torch.linalg.vector_norm(router.double(), order, dim=1).numpy()
     np.testing.assert_allclose(found[1], expected, rtol=1e-14)
@@ -50,25 +67,27 @@ def test_norms_of_every_layer_agree_with_torch(dtype: torch.dtype, order: int) -
 
 
 def test_the_two_norms_rank_differently_and_are_not_mixed_up() -> None:
-    router = torch.tensor([[3.0, 0, 0, 0, 0, 0], [1.0, 1, 1, 1, 0, 0]]).repeat(4, 1)
-    model = checkpoint(l2=router)
+    model = checkpoint({2: np.float32([[3, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]] * 4)})
     assert scored(model)[2].tolist() == [3.0, 2.0] * 4
     assert scored(model, RouterNorm.L1)[2].tolist() == [3.0, 4.0] * 4
 
 
+@pytest.mark.torch
 def test_a_router_that_is_stored_without_its_scale_is_refused_by_name() -> None:
+    import torch
+
     router = torch.ones(8, 6).to(torch.float8_e4m3fn)
     with pytest.raises(FamilyError, match="F8_E4M3") as caught:
-        scored(checkpoint(l2=router))
+        scored(torch_checkpoint({2: router}))
     assert caught.value.where == ROUTER
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_is_refused_by_name(value: float) -> None:
-    router = torch.ones(8, 6)
+    router = np.ones((8, 6), np.float32)
     router[5, 2] = value
     with pytest.raises(CheckpointError, match="row 5") as caught:
-        scored(checkpoint(l2=router))
+        scored(checkpoint({2: router}))
     assert caught.value.where == ROUTER
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-import safetensors.torch
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,15 +18,25 @@ from shardsurgeon.checkpoint.layer_names import parse_layer
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores, check_values
+from tests.support import torch_file
 
 NAN = math.nan
 ROWS = {1: [0.5, 1.5, 2.5, 0.25], 2: [4.0, 3.0, 2.0, 1.0]}
-T = torch.tensor
+
+
+def tensor(values: object) -> np.ndarray:
+    """An array of the type that a tensor of these values has."""
+    array = np.array(values)
+    narrow = {"float64": np.float32, "complex128": np.complex64}
+    return array.astype(narrow.get(array.dtype.name, array.dtype))
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
 
 
 def pt(tmp_path: Path, value: object, name: str = "scores.pt") -> Path:
-    torch.save(value, tmp_path / name)
-    return tmp_path / name
+    return torch_file.save(value, tmp_path / name)
 
 
 def js(tmp_path: Path, value: object, name: str = "scores.json") -> Path:
@@ -76,8 +84,10 @@ class TestShapes:
     def test_a_table_of_layers_under_every_spelling(
         self, tmp_path: Path, key: Callable[[int], object], wrapper: str | None
     ) -> None:
-        unnamed: dict[object, object] = {key(n): T(row) for n, row in ROWS.items()}
-        with_metric: dict[object, object] = {key(n): {"reap": T(row)} for n, row in ROWS.items()}
+        unnamed: dict[object, object] = {key(n): tensor(row) for n, row in ROWS.items()}
+        with_metric: dict[object, object] = {
+            key(n): {"reap": tensor(row)} for n, row in ROWS.items()
+        }
         for table, metric in ((unnamed, "saliency"), (with_metric, "reap")):
             value = {wrapper: table, "seed": 7, "model": "x"} if wrapper else table
             scores = read_scores(pt(tmp_path, value))
@@ -87,14 +97,14 @@ class TestShapes:
     def test_the_reap_observers_file(self, tmp_path: Path) -> None:
         experts, hidden = 4, 6
         layer = {
-            "total_tokens": T(1000),
-            "expert_frequency": T([10, 0, 5, 7]),
-            "pairwise_expert_frequency": torch.ones(experts, experts, dtype=torch.int64),
-            "ean_sum": torch.ones(experts, dtype=torch.float64),
-            "reap": T([0.5, NAN, 2.5, 0.25]),
-            "max_activations": T([1.0, 0.0, 300.0, 2.0]),
-            "ttm_similarity_matrix": torch.ones(experts, experts),
-            "routed_characteristic_activation": torch.ones(experts, hidden),
+            "total_tokens": tensor(1000),
+            "expert_frequency": tensor([10, 0, 5, 7]),
+            "pairwise_expert_frequency": np.ones((experts, experts), np.int64),
+            "ean_sum": np.ones(experts),
+            "reap": tensor([0.5, NAN, 2.5, 0.25]),
+            "max_activations": tensor([1.0, 0.0, 300.0, 2.0]),
+            "ttm_similarity_matrix": ones(experts, experts),
+            "routed_characteristic_activation": ones(experts, hidden),
         }
         scores = read_scores(pt(tmp_path, {3: layer, 5: layer}))
         assert list(scores.layers) == [3, 5]
@@ -105,9 +115,14 @@ class TestShapes:
         np.testing.assert_array_equal(table[5], [0.5, NAN, 2.5, 0.25])
         assert scores.frequencies()[3].tolist() == [10, 0, 5, 7]
 
+    @pytest.mark.torch
     def test_matrices_beside_the_scores_are_never_read(self, tmp_path: Path) -> None:
+        import torch
+
         packed = torch.empty((4, 4), dtype=torch.bits8)  # whose load is refused
-        scores = read_scores(pt(tmp_path, {0: {"reap": T([1.0, 2.0]), "matrix": packed}}))
+        path = tmp_path / "scores.pt"
+        torch.save({0: {"reap": torch.tensor([1.0, 2.0]), "matrix": packed}}, path)
+        scores = read_scores(path)
         assert scores.metrics == ("reap",)
 
     def test_llama_cpp_scores_with_counts(self, tmp_path: Path) -> None:
@@ -120,23 +135,35 @@ class TestShapes:
 
     def test_layers_come_in_order_and_mtp_layers_last(self, tmp_path: Path) -> None:
         keys = ["mtp.layers.1.mlp", 10, "mtp", "2", "model.layers.7.mlp"]
-        scores = read_scores(pt(tmp_path, {key: T([1.0]) for key in keys}))
+        scores = read_scores(pt(tmp_path, {key: tensor([1.0]) for key in keys}))
         assert list(scores.layers) == [2, 7, 10, "mtp.0", "mtp.1"]
 
     @pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 3)])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int32, torch.uint16])
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32, np.int64])
     def test_rows_and_columns_of_every_number_type(
-        self, tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype
+        self, tmp_path: Path, shape: tuple[int, ...], dtype: type[np.generic]
     ) -> None:
-        tensor = T([3, 1, 2]).to(dtype).reshape(shape)
-        assert plain(read_scores(pt(tmp_path, {0: tensor}))) == {0: {"saliency": [3, 1, 2]}}
+        array = np.array([3, 1, 2], dtype).reshape(shape)
+        assert plain(read_scores(pt(tmp_path, {0: array}))) == {0: {"saliency": [3, 1, 2]}}
+
+    @pytest.mark.torch
+    @pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 3)])
+    @pytest.mark.parametrize("name", ["bfloat16", "float64", "int32", "uint16"])
+    def test_rows_and_columns_of_torchs_number_types(
+        self, tmp_path: Path, shape: tuple[int, ...], name: str
+    ) -> None:
+        import torch
+
+        tensor = torch.tensor([3, 1, 2]).to(getattr(torch, name)).reshape(shape)
+        torch.save({0: tensor}, tmp_path / "scores.pt")
+        assert plain(read_scores(tmp_path / "scores.pt")) == {0: {"saliency": [3, 1, 2]}}
 
     @pytest.mark.parametrize(
         ("value", "metric"),
         [
-            (T(list(ROWS.values())), "saliency"),
-            ({"scores": T(list(ROWS.values())), "seed": 1}, "saliency"),
-            ({"reap": T(list(ROWS.values())), "seed": 1}, "reap"),
+            (tensor(list(ROWS.values())), "saliency"),
+            ({"scores": tensor(list(ROWS.values())), "seed": 1}, "saliency"),
+            ({"reap": tensor(list(ROWS.values())), "seed": 1}, "reap"),
             (list(ROWS.values()), "saliency"),
         ],
     )
@@ -152,16 +179,16 @@ class TestShapes:
             scores.assign_rows([1, 2, 3])
 
     def test_assigning_rows_leaves_named_layers_alone(self, tmp_path: Path) -> None:
-        scores = read_scores(pt(tmp_path, {7: T([1.0])}))
+        scores = read_scores(pt(tmp_path, {7: tensor([1.0])}))
         assert scores.assign_rows([1, 2, 3]) is scores
 
 
 class TestFormats:
     def test_safetensors(self, tmp_path: Path) -> None:
         path = tmp_path / "scores.safetensors"
-        tensors = {f"model.layers.{n}.mlp.reap": T(row).bfloat16() for n, row in ROWS.items()}
-        tensors |= {f"model.layers.{n}.mlp/expert_frequency": T([1, 2, 3, 4]) for n in ROWS}
-        safetensors.torch.save_file(tensors, path, {"dataset": "c4", "seed": "1"})
+        tensors = {f"model.layers.{n}.mlp.reap": tensor(row) for n, row in ROWS.items()}
+        tensors |= {f"model.layers.{n}.mlp/expert_frequency": tensor([1, 2, 3, 4]) for n in ROWS}
+        safetensors.numpy.save_file(tensors, path, {"dataset": "c4", "seed": "1"})
         scores = read_scores(path)
         assert scores.metrics == ("expert_frequency", "reap")
         assert {n: row.tolist() for n, row in scores.select()[1].items()} == ROWS
@@ -199,7 +226,7 @@ class TestFormats:
 
     @pytest.mark.parametrize("suffix", [".pth", ".bin", "", ".PT"])
     def test_torch_files_of_any_name(self, tmp_path: Path, suffix: str) -> None:
-        path = pt(tmp_path, {1: T(ROWS[1]), 2: T(ROWS[2])}, f"scores{suffix}")
+        path = pt(tmp_path, {1: tensor(ROWS[1]), 2: tensor(ROWS[2])}, f"scores{suffix}")
         assert plain(read_scores(path)) == named("saliency")
 
     def test_other_formats_of_any_name(self, tmp_path: Path) -> None:
@@ -248,31 +275,34 @@ class TestRefusals:
             ({}, "no key names a layer"),
             ({"scores": {}}, "no key names a layer"),
             (5, "holds one number instead"),
-            ({1: T([1.0]), "1": T([2.0])}, "keys 1 and '1' are both layer 1"),
+            ({1: tensor([1.0]), "1": tensor([2.0])}, "keys 1 and '1' are both layer 1"),
             ({"model.layers.1.mlp": [1.0], "layer_1": [2.0]}, "are both layer 1"),
-            ({1: torch.ones(0)}, "shape [0]"),
+            ({1: ones(0)}, "shape [0]"),
             ({1: []}, "shape [0]"),
-            ({1: torch.ones(2, 3)}, "shape [2, 3], one number per expert"),
-            ({1: T([True, False])}, "holds true and false"),
+            ({1: ones(2, 3)}, "shape [2, 3], one number per expert"),
+            ({1: tensor([True, False])}, "holds true and false"),
             ({1: [True, False]}, "holds true or false"),
-            ({1: T([1j])}, "complex numbers"),
+            ({1: tensor([1j])}, "complex numbers"),
             ({1: [1.0, None]}, "layer 1, saliency holds null"),
             ({1: ["a"]}, "holds text"),
             ({1: [10**18, [2]]}, "holds a list"),
             ({1: [[1.0, 2.0], [3.0]]}, "rows of different lengths"),
-            ({1: {"reap": T([1.0, 2.0]), "count": T([1.0])}}, "reap 2, count 1"),
-            ({1: {"matrix": torch.ones(2, 2)}}, "no metric with one number per expert"),
+            ({1: {"reap": tensor([1.0, 2.0]), "count": tensor([1.0])}}, "reap 2, count 1"),
+            ({1: {"matrix": ones(2, 2)}}, "no metric with one number per expert"),
             ({1: {"note": "x"}}, "no metric with one number per expert"),
-            ({1: {2: T([1.0])}}, "has a metric with the key 2"),
+            ({1: {2: tensor([1.0])}}, "has a metric with the key 2"),
             ({1: 3.5}, "no metric with one number per expert"),
-            ({-1: T([1.0])}, "key -1 names no layer"),
-            ({"encoder.layers.1.layers.2": T([1.0])}, "names no layer"),
-            ({1: T([1.0]), "other": T([1.0])}, "key 'other' names no layer"),
-            ({"saliency": {1: T([1.0])}, "scores": {1: T([1.0])}}, "under 'scores' and 'saliency'"),
-            ({"scores": {1: T([1.0])}, 1: T([1.0])}, "under 'scores' and 1"),
-            ({"scores": T([1.0, 2.0])}, "[MoE layers, experts] is needed"),
-            ({"a": torch.ones(2, 2), "b": torch.ones(3, 2)}, "2 2-D tables of shapes"),
-            ({1: torch.ones(1).expand(70_000)}, "more scores than any model"),
+            ({-1: tensor([1.0])}, "key -1 names no layer"),
+            ({"encoder.layers.1.layers.2": tensor([1.0])}, "names no layer"),
+            ({1: tensor([1.0]), "other": tensor([1.0])}, "key 'other' names no layer"),
+            (
+                {"saliency": {1: tensor([1.0])}, "scores": {1: tensor([1.0])}},
+                "under 'scores' and 'saliency'",
+            ),
+            ({"scores": {1: tensor([1.0])}, 1: tensor([1.0])}, "under 'scores' and 1"),
+            ({"scores": tensor([1.0, 2.0])}, "[MoE layers, experts] is needed"),
+            ({"a": ones(2, 2), "b": ones(3, 2)}, "2 2-D tables of shapes"),
+            ({1: np.broadcast_to(ones(1), 70_000)}, "more scores than any model"),
         ],
     )
     def test_shapes_that_mean_nothing(self, tmp_path: Path, value: object, problem: str) -> None:
@@ -287,7 +317,7 @@ class TestRefusals:
         assert "beyond all floats" in refused(js(tmp_path, {"1": [10**400]})).problem
 
     def test_expanded_tensors_cannot_ask_for_endless_memory(self, tmp_path: Path) -> None:
-        wide = torch.ones(1).expand(60_000)
+        wide = np.broadcast_to(ones(1), 60_000)
         value = {n: {f"m{m}": wide for m in range(200)} for n in range(2)}
         assert "more scores than any model" in refused(pt(tmp_path, value)).problem
 
@@ -414,7 +444,11 @@ KEYS = st.one_of(
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)))
+@given(
+    st.recursive(
+        LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=20
+    )
+)
 def test_any_json_gives_scores_or_a_score_error(tmp_path: Path, value: object) -> None:
     with contextlib.suppress(ScoreError):
         read_scores(js(tmp_path, value)).select()

@@ -7,16 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import CheckpointError
 from shardsurgeon.verification.verify import verify_checkpoint
+from tests.support import stored_tensors, torch_file
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def test_a_result_holds_whose_source_had_lost_its_mtp_layers(tmp_path: Path) -> 
 def test_a_score_file_in_a_pruned_model_may_meet_an_earlier_one(tmp_path: Path) -> None:
     """Both are called scores.pt, so the later one gets another name in calibration/."""
     _, middle = _pruned("kimi_linear", tmp_path)
-    torch.save({layer: torch.rand(8) for layer in (1, 2, 3)}, middle / "scores.pt")
+    torch_file.save(dict.fromkeys((1, 2, 3), np.arange(8.0)), middle / "scores.pt")
     out = tmp_path / "last"
     words = ["--model", str(middle), "--keep", "4", "--no-verify", "-o", str(out)]
     assert main(["apply", str(middle / "scores.pt"), *words]) == 0
@@ -113,9 +113,9 @@ def _edit_tensors(tensor: str, change: Callable[[dict], object]) -> Spoil:
 
     def spoil(out: Path) -> None:
         shard = _shard_of(out, tensor)
-        tensors = load_file(shard)
+        tensors = stored_tensors.load(shard)
         change(tensors)
-        save_file(tensors, shard, metadata={"format": "pt"})
+        stored_tensors.save(tensors, shard)
         index = json.loads((out / INDEX).read_text())
         others = {n: f for n, f in index["weight_map"].items() if f != shard.name}
         index["weight_map"] = {**others, **dict.fromkeys(tensors, shard.name)}
@@ -137,7 +137,7 @@ def _swap(left: str, right: str) -> Callable[[dict], object]:
 
 
 def _roll(name: str) -> Callable[[dict], object]:
-    return lambda tensors: tensors.update({name: tensors[name].roll(1, 0)})
+    return lambda tensors: tensors.update({name: tensors[name].rolled()})
 
 
 def _misalign(out: Path) -> None:
@@ -184,12 +184,12 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     ),
     "a surplus expert": (
         _edit_tensors(
-            EXPERT.format(0), lambda t: t.update({EXPERT.format(12): t[EXPERT.format(0)].clone()})
+            EXPERT.format(0), lambda t: t.update({EXPERT.format(12): t[EXPERT.format(0)]})
         ),
         "is a surplus tensor: expert 12 of 12 kept",
     ),
     "a tensor nobody knows": (
-        _edit_tensors(GATE, lambda t: t.update({"model.oddity": t[GATE].clone()})),
+        _edit_tensors(GATE, lambda t: t.update({"model.oddity": t[GATE]})),
         "model.oddity: is a surplus tensor",
     ),
     "a count left in the config": (
@@ -288,5 +288,5 @@ def test_any_flipped_bit_of_any_weight_is_found(grouped, tmp_path_factory, data)
     finally:
         shutil.copy(shard, copy / shard.name)
     assert len(lines) == 1 and "differs from" in lines[0]
-    with safe_open(shard, "pt") as held:
+    with safe_open(shard, "np") as held:
         assert lines[0].split()[1].rstrip(":") in held.keys()  # noqa: SIM118

@@ -9,10 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import safetensors
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from shardsurgeon.errors import HeaderError
 from shardsurgeon.storage.formats.safetensors import (
@@ -74,7 +72,11 @@ def entry(dtype: str = "U8", shape: object = (2,), offsets: object = (0, 2)) -> 
     return json.dumps({"dtype": dtype, "shape": shape, "data_offsets": offsets})
 
 
+@pytest.mark.torch
 def test_what_the_library_writes_is_read() -> None:
+    import torch
+    from safetensors.torch import save
+
     file = save(
         {
             "layers.0.weight": torch.zeros(3, 5, dtype=torch.bfloat16),

@@ -54,6 +54,7 @@ def test_a_connection_may_also_be_reset(shop: LocalHub) -> None:
         ranged(0, len(SHARD))
 
 
+@pytest.mark.slow
 def test_downloads_survive_cuts_at_random_places(shop: LocalHub) -> None:
     dice = random.Random(2)
     fault = shop.fault("GET /cdn/", cut_after=lambda: dice.randrange(len(SHARD)), times=2)
