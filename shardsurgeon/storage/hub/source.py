@@ -56,7 +56,7 @@ from shardsurgeon.storage.http import (
     said,
     status_line,
 )
-from shardsurgeon.storage.hub.errors import refusal, require_sound_settings
+from shardsurgeon.storage.hub.errors import refused_read, require_sound_settings
 from shardsurgeon.storage.local import pieces_of
 from shardsurgeon.storage.retry import (
     RetryableError,
@@ -194,7 +194,7 @@ class HubSource(Source):
         except EntryNotFoundError as error:
             raise SourceReadError(where, "is no longer there", "check the repository") from error
         except HfHubHTTPError as error:
-            raise refusal(error, where, self._repo_id, self.revision) from error
+            raise refused_read(error, where, self._repo_id, self.revision) from error
         raise SourceReadError(where, f"cannot be read ({status_line(response)})")
 
     def _address(self, name: str) -> str:
@@ -217,7 +217,7 @@ def _info(repo_id: str, revision: str | None, asked: str) -> ModelInfo:
         raise UsageError(asked, "is no name of a repository", "write it like org/name") from error
     except HfHubHTTPError as error:
         raise_if_passing(error.response)
-        raise refusal(error, asked, repo_id, revision) from error
+        raise refused_read(error, asked, repo_id, revision) from error
     except HTTP_ERROR as error:
         raise RetryableError(f"{constants.ENDPOINT}: {said(error)}") from error
     except (ValueError, TypeError, KeyError) as error:
