@@ -46,7 +46,7 @@ from shardsurgeon.storage.formats.safetensors import (
 )
 from shardsurgeon.storage.formats.strict_json import read_object
 from shardsurgeon.storage.formats.torch_file import read_torch_file
-from shardsurgeon.storage.formats.zip_reader import ZipReader, read_range
+from shardsurgeon.storage.formats.zip_reader import ZipReader, file_nbytes, read_range
 
 _MAX_JSON = 128 * 2**20
 
@@ -115,7 +115,7 @@ def _read_json(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
 
 
 def _read_safetensors(path: Path, where: str) -> tuple[object, Mapping[str, str]]:
-    nbytes = _file_nbytes(path, where)
+    nbytes = file_nbytes(path, where)
     try:
         length = header_length(read_range(path, 0, PREFIX_NBYTES, where), nbytes, where)
         raw = read_range(path, PREFIX_NBYTES, length, where)
@@ -138,13 +138,6 @@ def _stored(path: Path, where: str, data_begin: int, record: TensorRecord) -> St
         return decode(record.dtype, raw).reshape(record.shape)
 
     return StoredArray(record.dtype, record.shape, load)
-
-
-def _file_nbytes(path: Path, where: str) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise ScoreError(where, f"cannot be read ({error.strerror or error})") from error
 
 
 def _recognised(path: Path, where: str) -> _Reading:
