@@ -36,7 +36,7 @@ from shardsurgeon.storage.formats.safetensors import (
 )
 from shardsurgeon.storage.formats.strict_json import read_object
 from shardsurgeon.storage.formats.torch_file import read_torch_file
-from shardsurgeon.storage.formats.zip_reader import ZipReader, read_range
+from shardsurgeon.storage.formats.zip_reader import ZipReader, file_nbytes, read_range
 
 # What a file says of itself that a calibration made.
 FORMAT = "shardsurgeon scores"
@@ -187,7 +187,7 @@ def _read_json(path: Path, where: str) -> _Held:
 
 
 def _read_safetensors(path: Path, where: str) -> _Held:
-    nbytes = _file_nbytes(path, where)
+    nbytes = file_nbytes(path, where)
     try:
         length = header_length(read_range(path, 0, PREFIX_NBYTES, where), nbytes, where)
         raw = read_range(path, PREFIX_NBYTES, length, where)
@@ -210,13 +210,6 @@ def _stored(path: Path, where: str, data_begin: int, record: TensorRecord) -> St
         return decode(record.dtype, raw).reshape(record.shape)
 
     return StoredArray(record.dtype, record.shape, load)
-
-
-def _file_nbytes(path: Path, where: str) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise ScoreError(where, f"cannot be read ({error.strerror or error})") from error
 
 
 def _recognised(path: Path, where: str) -> Callable[[Path, str], _Held]:

@@ -36,7 +36,7 @@ def read_object(
     for bytes that are not UTF-8 or not JSON, for nesting too deep to follow, and for anything
     but an object whose keys differ. -0 is read as a float, as other readers do.
     """
-    # Asked about every number only where there may be such a one: it doubles the time.
+    # A hook for integers doubles the time: only where there may be a -0.
     parse_int = _integer if b"-0" in raw else None
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated, parse_int=parse_int)

@@ -1,15 +1,17 @@
 """The zip container of `.pt` and `.npz` files, read with every check and no extraction.
 
-The standard library's reader believes the sizes a file claims and reads its whole directory
+The standard library's reader believes the sizes that a file claims and reads its whole directory
 first. Score files come from strangers: here the directory is bounded before it is read,
 entries may not overlap, and nothing is inflated past the size that was announced.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ _DAMAGED = "the file is damaged or incomplete: fetch it again"
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """One member: where its local header lies, and where it must end at the latest.
+    """One member: where its local header begins, and where the member must end at the latest.
 
     packed: bytes in the file; nbytes: bytes when unpacked; crc: 0 where the writer left it out
     (torch.save can be told to).
@@ -49,10 +51,10 @@ class ZipReader:
     """The members of a zip file. Opens the file for each read and keeps no handle."""
 
     def __init__(self, path: Path, where: str) -> None:
-        """Read the directory. Raises ScoreError where it is broken or not to be trusted."""
+        """Read the directory. Raises ScoreError where it is broken or contradicts the file."""
         self.path = path
         self.where = where
-        self.file_nbytes = _file_nbytes(path, where)
+        self.file_nbytes = file_nbytes(path, where)
         self.entries = self._read_directory()
 
     def read(self, name: str, limit: int | None = None) -> bytes:
@@ -213,22 +215,26 @@ def _zip64_values(extra: bytes, fields: tuple[int, int, int]) -> tuple[int, int,
     return first, second, third
 
 
+@contextmanager
+def _as_score_error(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ScoreError(where, f"cannot be read ({error.strerror or error})") from error
+
+
 def read_range(path: Path, begin: int, nbytes: int, where: str) -> bytes:
     """Up to `nbytes` bytes of a score file from byte `begin`, fewer at its end.
 
     Raises ScoreError where the file cannot be read.
     """
-    try:
-        held = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(min(begin, held))
-            return file.read(min(nbytes, max(0, held - begin)))
-    except OSError as error:
-        raise ScoreError(where, f"cannot be read ({error.strerror or error})") from error
+    with _as_score_error(where), path.open("rb") as file:
+        held = os.fstat(file.fileno()).st_size
+        file.seek(min(begin, held))
+        return file.read(min(nbytes, max(0, held - begin)))
 
 
-def _file_nbytes(path: Path, where: str) -> int:
-    try:
+def file_nbytes(path: Path, where: str) -> int:
+    """Size of a score file in bytes. Raises ScoreError where the system does not tell it."""
+    with _as_score_error(where):
         return path.stat().st_size
-    except OSError as error:
-        raise ScoreError(where, f"cannot be read ({error.strerror or error})") from error

@@ -1,7 +1,7 @@
-"""The Hub's answers, and the network's, as errors with a remedy.
+"""The Hub's answers, and the network's, as errors with a remedy: for reading and for writing.
 
-Nothing else looks at huggingface_hub's exceptions. Nothing here ever holds a token: what is quoted
-is what the server says about the request, not the request.
+The same status means different things to the two. No token gets into a message: quoted is what the
+server says about a request, never the request.
 """
 
 from __future__ import annotations
@@ -35,26 +35,38 @@ from shardsurgeon.errors import (
 from shardsurgeon.storage.http import HTTP_ERROR, raise_if_passing, status_line
 from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry
 
-LOG_IN_TO_PUSH = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`"
+LOG_IN_TO_PUSH = f"{LOG_IN}, or set HF_TOKEN"
 _AGAIN = "run the same command again: what has been uploaded is not uploaded twice"
-# What a server says that has not begun to do what it was asked for.
+# The statuses of a server that has not begun to do what it was asked for.
 _UNDONE = (429, 503)
 # huggingface_hub tries uploads again by itself, before we do.
 RETRY_POLICY = RetryPolicy(tries=5)
 
 _Answer = TypeVar("_Answer")
 
-LOG_IN = "log in with `hf auth login`"
-_BAD_TOKEN = "Invalid credentials"
+_BAD_TOKEN = "Invalid credentials"  # what the Hub says of a token that it does not know
 _PLAIN = re.compile(r"[\x21-\x7e]+")
+
+
+def require_sound_settings() -> None:
+    """Raise UsageError for a token or an endpoint that no request could be made with."""
+    token = get_token()
+    if token is not None and not _PLAIN.fullmatch(token):
+        problem = "the token holds characters that no token has"
+        raise UsageError("HF_TOKEN", problem, f"correct it, or {LOG_IN} again")
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        problem = f"{constants.ENDPOINT!r} is not a web address"
+        raise UsageError("HF_ENDPOINT", problem, "write it like https://huggingface.co")
 
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn whatever talking to the Hub about `repo_id` raises into one clear error.
+    """Turn what a push to `repo_id` raises into one of our errors.
 
-    UsageError for what the user can mend (token, permission, names), PublishError for the rest.
-    A bug of ours keeps its own exception.
+    UsageError for what the user can correct (token, permission, names), PublishError for the rest.
+    An exception that comes from neither the Hub nor the network is a bug and passes unchanged.
     """
     try:
         yield
@@ -70,8 +82,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
 def with_retries(call: Callable[[], _Answer], repo_id: str, *, repeatable: bool = True) -> _Answer:
     """The result of `call`, tried again while the server is busy or the connection breaks.
 
-    repeatable: whether it does no harm to do it twice; where not, it is tried again only if the
-    server says that nothing was done. Raises NetworkError where trying again did not help.
+    repeatable: whether `call` may be done twice; where not, it is tried again only if the server
+    says that nothing was done. Raises NetworkError where trying again did not help.
     """
 
     def once() -> _Answer:
@@ -85,7 +97,7 @@ def with_retries(call: Callable[[], _Answer], repo_id: str, *, repeatable: bool 
 
 
 def _raise_if_passing(error: Exception, repeatable: bool) -> None:
-    """Raise Interrupted where another try may come to something else."""
+    """Raise RetryableError where another try may succeed."""
     response = _response(error)
     if response is None:
         if repeatable and _is_broken_connection(error):
@@ -105,13 +117,13 @@ def _response(error: BaseException | None) -> Any:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether it is one, or is what came of one in huggingface_hub's threads."""
+    """Whether a connection broke, also behind an error of huggingface_hub's threads."""
     if isinstance(error, OfflineModeIsEnabled):
         return False
     # The HTTP library's own errors, and the system's.
     if isinstance(error, HTTP_ERROR | ConnectionError | TimeoutError):
         return True
-    # Where one request fails, huggingface_hub closes the client of all.
+    # When one request fails, huggingface_hub closes the client that all of them share.
     closed = isinstance(error, RuntimeError) and "closed" in str(error)
     return closed or (error.__cause__ is not None and _is_broken_connection(error.__cause__))
 
@@ -122,15 +134,15 @@ def _translated(error: Exception, repo_id: str) -> ShardSurgeonError | None:
     if isinstance(error, OfflineModeIsEnabled):
         return UsageError("HF_HUB_OFFLINE", "is set, and pushing needs the network", "unset it")
     if isinstance(error, HFValidationError):
-        return UsageError(repo_id, "is no repository id", "write it like org/name")
+        return UsageError(repo_id, "is not a repository id", "write it like org/name")
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _translated(error.__cause__, repo_id) or _gave_up(error, repo_id)
     if isinstance(error, ValueError) and "README.md" in str(error):
         problem = f"the Hub does not take its metadata: {_last_line(error)}"
-        return UsageError("README.md", problem, "mend the card, or push with --no-card")
+        return UsageError("README.md", problem, "correct the card, or push with --no-card")
     response = _response(error)
     if response is not None:
-        return _refusal(error, response.status_code, repo_id)
+        return _refused_write(error, response.status_code, repo_id)
     if isinstance(error, OSError) and error.filename:
         return PublishError(str(error.filename), f"cannot be read ({error.strerror})", _AGAIN)
     # The answers of the LFS server come as ValueError; hf_xet has RuntimeErrors of its own.
@@ -140,56 +152,10 @@ def _translated(error: Exception, repo_id: str) -> ShardSurgeonError | None:
     return None
 
 
-def _refusal(error: Exception, status: int, repo_id: str) -> ShardSurgeonError:
-    """What a status means when one wants to write."""
-    said = _said(error)
-    if isinstance(error, RevisionNotFoundError):
-        return UsageError(repo_id, f"has no such revision{said}", "look at its branches")
-    if isinstance(error, RepositoryNotFoundError):
-        problem = f"is not there, or the token may not see it (HTTP {status})"
-        return UsageError(repo_id, problem, "check the name and the token's permissions")
-    if status == 401:
-        return UsageError(repo_id, f"the Hub refused the token (HTTP 401{said})", LOG_IN_TO_PUSH)
-    if status == 403:
-        problem = f"the token may not write there (HTTP 403{said})"
-        remedy = "use a token with write access, a repository of your own, or --create-pr"
-        return UsageError(repo_id, problem, remedy)
-    if status in (400, 404, 409, 422):
-        return UsageError(repo_id, f"the Hub refused (HTTP {status}{said})", "see what it says")
-    return PublishError(
-        repo_id, f"the Hub did not answer as it should (HTTP {status}{said})", _AGAIN
-    )
-
-
-def _gave_up(error: Exception, repo_id: str) -> PublishError:
-    what = _last_line(error) or type(error).__name__
-    return PublishError(repo_id, f"the upload broke off ({what})", _AGAIN)
-
-
-def _said(error: BaseException) -> str:
-    """The server's own words, as far as they are short."""
-    message = getattr(error, "server_message", None)
-    if not message and isinstance(error.__cause__, Exception):
-        return _said(error.__cause__)
-    words = without_token(" ".join(str(message or "").split()))
-    return f": {words[:200]}" if words else ""
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_token(lines[-1][:200]) if lines else ""
-
-
-def without_token(text: str) -> str:
-    """The text, should the user's token have got into it, without it."""
-    token = get_token()
-    return text.replace(token, "[token]") if token else text
-
-
-def refusal(
+def refused_read(
     error: HfHubHTTPError, where: str, repo_id: str, revision: str | None = None
 ) -> InputError:
-    """The error for an answer that no other try would change.
+    """The error for an answer to a reader that trying again would not change.
 
     where: the repository or the file that was asked for; revision: the one that was asked for.
     """
@@ -218,18 +184,6 @@ def refusal(
     return CheckpointError(where, f"the Hub refuses it ({_words(error)})", remedy)
 
 
-def require_sound_settings() -> None:
-    """Raise UsageError for a token or an endpoint that no request could be made with."""
-    token = get_token()
-    if token is not None and not _PLAIN.fullmatch(token):
-        problem = "the token holds characters that none has"
-        raise UsageError("HF_TOKEN", problem, f"correct it, or {LOG_IN} again")
-    address = urlsplit(constants.ENDPOINT)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        problem = f"{constants.ENDPOINT!r} is no web address"
-        raise UsageError("HF_ENDPOINT", problem, "write it like https://huggingface.co")
-
-
 def _unseen() -> tuple[str, str]:
     """The Hub does not tell a missing repository from one that must not be seen."""
     seen = "this login may see" if get_token() else "can be seen without a login"
@@ -242,3 +196,49 @@ def _words(error: HfHubHTTPError) -> str:
     line = status_line(error.response)
     words = (error.server_message or "").strip()
     return f"{line}: {words}" if words else line
+
+
+def _refused_write(error: Exception, status: int, repo_id: str) -> ShardSurgeonError:
+    """The error for an answer to a push."""
+    said = _said(error)
+    if isinstance(error, RevisionNotFoundError):
+        return UsageError(repo_id, f"has no such revision{said}", "look at its branches")
+    if isinstance(error, RepositoryNotFoundError):
+        problem = f"is not there, or the token may not see it (HTTP {status})"
+        return UsageError(repo_id, problem, "check the name and the token's permissions")
+    if status == 401:
+        return UsageError(repo_id, f"the Hub refused the token (HTTP 401{said})", LOG_IN_TO_PUSH)
+    if status == 403:
+        problem = f"the token may not write there (HTTP 403{said})"
+        remedy = "use a token with write access, a repository of your own, or --create-pr"
+        return UsageError(repo_id, problem, remedy)
+    if status in (400, 404, 409, 422):
+        return UsageError(repo_id, f"the Hub refused (HTTP {status}{said})", "see what it says")
+    return PublishError(
+        repo_id, f"the Hub did not answer as it should (HTTP {status}{said})", _AGAIN
+    )
+
+
+def _gave_up(error: Exception, repo_id: str) -> PublishError:
+    what = _last_line(error) or type(error).__name__
+    return PublishError(repo_id, f"the upload broke off ({what})", _AGAIN)
+
+
+def _said(error: BaseException) -> str:
+    """What the server says, cut to a readable length."""
+    message = getattr(error, "server_message", None)
+    if not message and isinstance(error.__cause__, Exception):
+        return _said(error.__cause__)
+    words = without_token(" ".join(str(message or "").split()))
+    return f": {words[:200]}" if words else ""
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return without_token(lines[-1][:200]) if lines else ""
+
+
+def without_token(text: str) -> str:
+    """The text with the user's token, should it be in there, replaced."""
+    token = get_token()
+    return text.replace(token, "[token]") if token else text
