@@ -36,12 +36,14 @@ def test_a_prune_arrives_in_one_commit_byte_for_byte(
     assert digests(pruned) == before
 
 
+@pytest.mark.slow
 def test_the_report_says_where_it_is_and_how_to_serve_it(shell: Shell, pruned: Path) -> None:
     said = shell.good("push", str(pruned), "me/tiny")
     assert f"{shell.hub.endpoint}/me/tiny (new repository)" in said
     assert said.endswith("Serve:\n  vllm serve me/tiny\n")
 
 
+@pytest.mark.slow
 def test_pushed_again_it_uploads_and_commits_nothing(shell: Shell, pruned: Path) -> None:
     first = json.loads(shell.good("push", str(pruned), "me/tiny", "--json"))
     shell.hub.reset_counts()
@@ -115,6 +117,7 @@ def test_a_branch_is_made_where_it_is_missing(shell: Shell, pruned: Path, tmp_pa
     assert 'revision="65pct"' in (there / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_pull_request_leaves_the_branch_alone(shell: Shell, pruned: Path) -> None:
     shell.hub.add_model("org/theirs", {"config.json": b"{}"})
     report = json.loads(shell.good("push", str(pruned), "org/theirs", "--create-pr", "--json"))

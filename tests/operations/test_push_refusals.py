@@ -36,6 +36,7 @@ def test_a_token_that_may_only_read(shell: Shell, pruned: Path) -> None:
     assert "may only read" in line and token not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ["hf_bad token", "hf_b\u00e4d", "hf_bad\x01"])
 def test_a_token_that_no_header_can_carry(shell: Shell, pruned: Path, token: str) -> None:
     line = shell.refused("push", str(pruned), "me/tiny", HF_TOKEN=token)
@@ -187,6 +188,7 @@ def test_unfinished_work_itself(shell: Shell, pruned: Path) -> None:
         assert "unfinished work of an apply" in shell.refused("push", folder, "me/tiny")
 
 
+@pytest.mark.slow
 def test_the_repository_that_was_pruned(shell: Shell) -> None:
     shell.hub.add_model("me/original", fixture_folder("kimi_linear"))
     words = ("apply", scores_of("kimi_linear"), "--model", "me/original", "--ratio", "0.5")
@@ -200,6 +202,7 @@ def test_the_repository_that_was_pruned(shell: Shell) -> None:
     shell.good("push", "out", "me/original", "--revision", "half")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_the_token_is_in_no_word_and_no_file(
     shell: Shell, pruned: Path, debug: str, tmp_path: Path

@@ -349,11 +349,13 @@ KEYS = st.sampled_from([*WORDS, "retained", "pruned", "num_experts", "num_expert
 LEAVES = st.one_of(IDS, st.integers(0, 4), st.just("shardsurgeon-plan"), st.none())
 
 
+def tables(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    return st.dictionaries(KEYS, inner, max_size=4)
+
+
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.dictionaries(
-        KEYS, st.recursive(LEAVES, lambda inner: st.dictionaries(KEYS, inner), max_leaves=20)
-    ),
+    st.dictionaries(KEYS, st.recursive(LEAVES, tables, max_leaves=10), max_size=4),
     st.sampled_from([None, "kept", "dropped"]),
 )
 def test_any_json_gives_a_keep_list_or_a_refusal(

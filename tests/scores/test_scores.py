@@ -446,7 +446,9 @@ KEYS = st.one_of(
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.recursive(
-        LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=20
+        LEAVES,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+        max_leaves=12,
     )
 )
 def test_any_json_gives_scores_or_a_score_error(tmp_path: Path, value: object) -> None:

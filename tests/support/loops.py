@@ -135,7 +135,9 @@ def functions(path: Path) -> list[set[str]]:
     """The markers of a test module's functions, as far as the source shows them."""
     of_all = {"torch"} if needs_torch(path) else set()
     found = []
-    for node in ast.walk(parsed(path)):
+    top = parsed(path).body
+    classes = [node for node in top if isinstance(node, ast.ClassDef)]
+    for node in [*top, *(inner for one in classes for inner in one.body)]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
             of_all |= _markers(node.value)
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -153,7 +155,9 @@ def _markers(node: ast.expr) -> set[str]:
     return {
         one.attr
         for one in ast.walk(node)
-        if isinstance(one, ast.Attribute) and ast.unparse(one.value) == "pytest.mark"
+        if isinstance(one, ast.Attribute)
+        and isinstance(one.value, ast.Attribute)
+        and one.value.attr == "mark"
     }
 
 
@@ -193,6 +197,8 @@ def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.expr):
             continue
         yield child
         yield from _run_at_import(child)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import httpx2
 import pytest
 from huggingface_hub import (
     CommitOperationAdd,
@@ -15,8 +16,12 @@ from huggingface_hub import (
     hf_hub_url,
     snapshot_download,
 )
+from huggingface_hub.errors import HfHubHTTPError
 
 from tests.support.hub.server import LocalHub
+
+# The HTTP library of huggingface_hub: httpx with its version 1, httpx2 with its version 2.
+httpx = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 
 SHARD = random.Random(1).randbytes(1 << 20)
 FILES = {"config.json": b"{}", "model.safetensors": SHARD}
@@ -29,7 +34,7 @@ def shop(online: LocalHub) -> LocalHub:
     return online
 
 
-def ranged(begin: int, end: int) -> httpx2.Response:
+def ranged(begin: int, end: int) -> Any:
     headers = {"Range": f"bytes={begin}-{end - 1}"}
     return get_session().get(hf_hub_url("org/tiny", NAME), headers=headers)
 
@@ -38,7 +43,7 @@ def test_a_connection_is_cut_after_so_many_bytes(shop: LocalHub) -> None:
     shop.fault("GET /cdn/", cut_after=300_000)
     got = b""
     with (
-        pytest.raises(httpx2.RemoteProtocolError),
+        pytest.raises(httpx.RemoteProtocolError),
         get_session().stream("GET", hf_hub_url("org/tiny", NAME)) as answer,
     ):
         for piece in answer.iter_bytes():
@@ -50,7 +55,7 @@ def test_a_connection_is_cut_after_so_many_bytes(shop: LocalHub) -> None:
 
 def test_a_connection_may_also_be_reset(shop: LocalHub) -> None:
     shop.fault("GET /cdn/", cut_after=300_000, reset=True)
-    with pytest.raises((httpx2.ReadError, httpx2.RemoteProtocolError)):
+    with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
         ranged(0, len(SHARD))
 
 
@@ -106,9 +111,9 @@ def test_a_restart_keeps_ports_and_repositories(shop: LocalHub) -> None:
     shop.fault("GET /cdn/", skip=1, do=shop.restart)
     with get_session().stream("GET", hf_hub_url("org/tiny", NAME)) as answer:
         # The second request brings the server down, and the first with it.
-        with pytest.raises(httpx2.TransportError):
+        with pytest.raises(httpx.TransportError):
             ranged(0, 1)
-        with pytest.raises(httpx2.TransportError):
+        with pytest.raises(httpx.TransportError):
             answer.read()
     shop.limit_bandwidth(None)
     # Waits for the restart to be over.
@@ -119,7 +124,7 @@ def test_a_restart_keeps_ports_and_repositories(shop: LocalHub) -> None:
 
 def test_a_stopped_server_refuses_connections(shop: LocalHub) -> None:
     shop.stop()
-    with pytest.raises(httpx2.ConnectError):
+    with pytest.raises(httpx.ConnectError):
         ranged(0, 1)
     shop.start()
     assert ranged(0, 1).content == SHARD[:1]
@@ -140,7 +145,7 @@ def test_a_commit_whose_answer_is_lost_has_been_made(online: LocalHub) -> None:
     HfApi().create_repo("me/out")
     online.fault("POST .*/commit/", lose_answer=True)
     operations = [CommitOperationAdd("x.txt", b"x")]
-    with pytest.raises(httpx2.RemoteProtocolError):
+    with pytest.raises(httpx.RemoteProtocolError):
         HfApi().create_commit("me/out", operations, commit_message="Once")
     assert online.commits("me/out") == ["Once", "initial commit"]
 
