@@ -23,7 +23,6 @@ from shardsurgeon.layerwise.model import Model, MtpLayer
 from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.samples import Sample
 from shardsurgeon.layerwise.settings import LayerSink, Listener, Progress, Settings
-from shardsurgeon.layerwise.tensors import ReadAhead
 
 Chunk = list[list[int]]
 """Batches whose tokens each expert is read for once; a batch is the positions of its samples."""
@@ -52,8 +51,7 @@ def calibrate_layers(
         model = Model(checkpoint, anatomy, settings)
         cutting = _Cutting(model, samples, settings, chunk_tokens)
         run = _Run(model, anatomy, samples, settings, store, sink, on_progress, cutting)
-        with ReadAhead(checkpoint.source, _read_ahead_nbytes()) as ahead:
-            run.go(ahead)
+        run.go()
 
 
 class _Cutting:
@@ -86,7 +84,7 @@ class _Cutting:
     def _portions(self, reserved: int) -> BatchSizes:
         device = self._settings.device
         free = free_memory(device)
-        if free is not None and device == "cpu":
+        if device == "cpu":
             free -= reserved
         return batch_sizes(
             self._footprint, self._lengths, self._settings.batch_size, self._chunk, free, device
@@ -127,7 +125,7 @@ class _Run:
         tokens = sum(sample.num_tokens for sample in samples)
         self._progress = Progress(0, 0, layers, 0, layers * tokens)
 
-    def go(self, ahead: ReadAhead) -> None:
+    def go(self) -> None:
         """Every group of layers that is not done yet."""
         done = self._sink.done_layers()
         if self._experts.keys() <= done:
@@ -143,7 +141,7 @@ class _Run:
             if number < self._store.generation:
                 self._count(group)
                 continue
-            self._work(number, group, ahead)
+            self._work(number, group)
         if self._mtp is not None and self._mtp.index not in done:
             self._work_mtp(self._mtp)
 
@@ -160,13 +158,13 @@ class _Run:
         each: int = state.numel() // len(state) * state.element_size()
         return each * sum(sample.num_tokens for sample in self._samples)
 
-    def _work(self, number: int, group: range, ahead: ReadAhead) -> None:
+    def _work(self, number: int, group: range) -> None:
         """Lead all samples through one group of layers, and keep what it added up to."""
         recorders: dict[int, Recorder] = {}
         is_last = self._mtp is None and number + 1 == len(self._groups)
         with self._model.filled(group):
-            following = self._groups[number + 1 :][:1]
-            ahead.begin(self._model.ranges(*following) if following else ())
+            for following in self._groups[number + 1 :][:1]:
+                self._model.read_ahead(following)
             work = {
                 layer: self._at_work(layer, recorders) for layer in group if layer in self._experts
             }
@@ -264,11 +262,6 @@ def _batches(lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list
             batch = []
         batch.append(position)
     yield batch
-
-
-def _read_ahead_nbytes() -> int:
-    free = free_memory("cpu")
-    return free // 2 if free is not None else 1 << 30
 
 
 def _require_device(device: str) -> None:

@@ -42,9 +42,9 @@ from shardsurgeon.layerwise.loading import (
     layer_weights,
     sort_weights,
 )
-from shardsurgeon.layerwise.memory import LayerMemory, layer_memory
+from shardsurgeon.layerwise.memory import LayerMemory, free_memory, layer_memory
 from shardsurgeon.layerwise.settings import DTYPES, Settings
-from shardsurgeon.layerwise.tensors import ByteRange, TensorReader
+from shardsurgeon.layerwise.tensors import TensorReader
 from shardsurgeon.layerwise.text_model import TextModel
 
 # Norm of the embedding, norm of the state, projection of both: inside the layer, or beside it.
@@ -294,13 +294,11 @@ class Model:
             raise _missing(min(missing))
         return StreamedExperts(module, num_experts, recipe.make, recorder)
 
-    def ranges(self, group: range) -> Iterable[ByteRange]:
-        """Where the tensors of some layers lie."""
-        return [
-            self._reader.range_of(record.name)
-            for layer in group
-            for record in self._records.get(layer, ())
-        ]
+    def read_ahead(self, group: range) -> None:
+        """Let the system read the tensors of some layers before they are needed."""
+        names = [record.name for layer in group for record in self._records.get(layer, ())]
+        # The other half of the memory is for what computes meanwhile.
+        self._reader.read_ahead(names, free_memory("cpu") // 2)
 
     def _layer(self, layer: int) -> LayerWeights:
         return layer_weights(self._records.get(layer, []), self._anatomy, self._settings)

@@ -41,9 +41,6 @@ from shardsurgeon.scores.files import check_out, check_samples, write_scores
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 
-# Where the machine does not say what it has.
-_SMALL_BUDGET = 4 * 10**9
-
 DEFAULT_MAX_LENGTH = 2048
 
 _POSITIONS = ("max_position_embeddings", "model_max_length", "max_sequence_length", "seq_length")
@@ -227,7 +224,7 @@ def _work(
 
     heard, budget = progress or unheard, request.activation_budget
     if budget is None:
-        budget = (free_memory("cpu") or 2 * _SMALL_BUDGET) // 2
+        budget = free_memory("cpu") // 2
     lengths = [sample.num_tokens for sample in samples]
     with ActivationStore(partial.activations, lengths, budget) as store:
         calibrate_layers(checkpoint, samples, request.settings, store, partial.layers, heard)

@@ -17,7 +17,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 INSTALL = "pip install 'shardsurgeon[calibrate]'"
-_NEEDED = ("torch", "transformers")
+# The numbers of a calibration depend on these; the score file names their versions.
+_ENGINES = ("torch", "transformers")
+_NEEDED = (*_ENGINES, "psutil")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +99,4 @@ def require_packages() -> None:
 
 def versions() -> dict[str, str]:
     """Package → version, of those that the numbers of a calibration depend on."""
-    return {name: str(require(name).__version__) for name in _NEEDED}
+    return {name: str(require(name).__version__) for name in _ENGINES}

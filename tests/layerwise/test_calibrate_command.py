@@ -226,7 +226,7 @@ def test_a_layer_that_does_not_fit_is_said_before_anything_is_read(
     assert "one layer takes" in line and "1.0 kB are free" in line
 
 
-@pytest.mark.parametrize("missing", ["torch", "transformers", "datasets"])
+@pytest.mark.parametrize("missing", ["torch", "transformers", "psutil", "datasets"])
 def test_a_missing_package_is_one_line_that_says_what_to_install(
     tmp_path: Path,
     chats: Path,
