@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATE = "activations.json"
-_PORTIONS = "portions.json"
+_BATCH_SIZES = "portions.json"
 
 _LAYER = re.compile(r"layer-(\d{5,})\.json")
 
@@ -186,13 +186,13 @@ class ActivationStore:
         self._current, self._next = self._next, None
         self._written.clear()
 
-    def batch_sizes(self, batch_size: int, chunk: int) -> tuple[int, int]:
+    def keep_batch_sizes(self, batch_size: int, chunk: int) -> tuple[int, int]:
         """How samples pass a layer: as an earlier run had them pass, else as given, which is kept.
 
         A machine that has another amount of memory free than before would cut them differently,
         and float sums be rounded differently. Raises OutputWriteError.
         """
-        path = self._folder / _PORTIONS
+        path = self._folder / _BATCH_SIZES
         with suppress(OSError, ValueError):
             match json.loads(path.read_bytes()):
                 case [int(before), int(size)] if before > 0 and size > 0:

@@ -156,11 +156,11 @@ def test_a_failure_on_its_way_up_hides_no_other(tmp_path: Path) -> None:
         raise KeyError("first")
 
 
-def test_samples_pass_as_they_did_when_the_run_began(tmp_path: Path) -> None:
+def test_batches_stay_as_large_as_they_were_when_the_run_began(tmp_path: Path) -> None:
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.batch_sizes(4, 1000) == (4, 1000)
+        assert store.keep_batch_sizes(4, 1000) == (4, 1000)
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.batch_sizes(2, 50) == (4, 1000)
+        assert store.keep_batch_sizes(2, 50) == (4, 1000)
     (tmp_path / "portions.json").write_text("[0]")
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.batch_sizes(2, 50) == (2, 50)
+        assert store.keep_batch_sizes(2, 50) == (2, 50)
