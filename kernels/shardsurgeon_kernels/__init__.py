@@ -1,8 +1,8 @@
 """INT4 group-quantized arithmetic on compressed-tensors' pack-quantized layout.
 
-Stands beside shardsurgeon and knows nothing of checkpoints: tensors in, tensors out. Four
-functions, each a readable reference with faster twins of the same signature; `dispatch` chooses
-by device. Pruning never needs this package, calibration does.
+Independent of shardsurgeon and of checkpoints: tensors in, tensors out. Each operation has a
+readable reference and faster implementations of the same signature; `dispatch` chooses one by
+device. Calibration needs this package, pruning does not.
 """
 
 from shardsurgeon_kernels.dispatch import dequantize, implementation_name, linear, unpack

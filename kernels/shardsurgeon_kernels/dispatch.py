@@ -1,8 +1,8 @@
-"""The one place where an implementation is chosen: by the device that the tensors lie on.
+"""The one place where an implementation is chosen, by the device of the tensors.
 
 cuda (also ROCm) with Triton installed: the Triton kernels. cpu with a C compiler: the native
-path. Anything else: plain torch operations. `SHARDSURGEON_KERNELS`, read at each call, names one
-of reference, eager, native, triton instead.
+implementation. All others: plain torch operations. The environment variable
+`SHARDSURGEON_KERNELS`, read at each call, chooses one of reference, eager, native, triton instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = ("reference", "eager", "native", "triton")
 
 
 class Implementation(Protocol):
-    """What every implementation is: a module with these names."""
+    """An implementation is a module with these names."""
 
     NAME: str
 
@@ -39,7 +39,7 @@ class Implementation(Protocol):
 def unpack(packed: Tensor, in_features: int) -> Tensor:
     """Unpack int32 [out, ceil(in / 8)] to int8 [out, in], values in -8..7.
 
-    Raises ValueError for another dtype, or a width that does not belong to `in_features`.
+    Raises ValueError for another dtype, or a width that does not fit `in_features`.
     """
     return choose(packed.device).unpack(packed, in_features)
 
@@ -47,8 +47,8 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
     """The weight as [out, in] of `dtype`: `(q - zero_point) * scale`, rounded once.
 
-    The same bits from every implementation; with `dtype` the scale's own, those of
-    compressed-tensors' decompression. Raises ValueError for a dtype that is no float.
+    Every implementation gives the same bits; where `dtype` is that of the scale, they are those
+    of compressed-tensors' decompression. Raises ValueError for a dtype that is not a float.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"weights dequantize to a floating-point dtype, not to {dtype}")
@@ -58,8 +58,8 @@ def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x · Wᵀ + bias`: x [.., in] -> [.., out] in x's dtype, with W as `dequantize` gives it.
 
-    bias: [out] of x's dtype, or None. For inference: no gradient flows through. Raises ValueError
-    where x's last dimension is not `in`, x is no float, or x lies on another device.
+    bias: [out] of x's dtype, or None. For inference only: it has no gradient. Raises ValueError
+    where x's last dimension is not `in`, x is not a float, or x is on another device.
     """
     if not x.dtype.is_floating_point or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         expected = f"a float tensor [.., {weight.shape[1]}]"
@@ -71,12 +71,12 @@ def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
 
 
 def implementation_name(device: torch.device) -> str:
-    """Which implementation tensors on this device go through, for reports."""
+    """The name of the implementation for a device, one of NAMES; for reports."""
     return choose(device).NAME
 
 
 def choose(device: torch.device) -> Implementation:
-    """The implementation for a device. Raises ValueError where the variable names none."""
+    """The implementation for a device. Raises ValueError for an unknown name in the variable."""
     asked = os.environ.get(VARIABLE, "")
     if asked:
         return named(asked)
@@ -88,7 +88,7 @@ def choose(device: torch.device) -> Implementation:
 
 
 def named(name: str) -> Implementation:
-    """The implementation of that name; Triton is imported only when it is asked for."""
+    """The implementation of a name. Triton is imported only when this function asks for it."""
     if name == "triton":
         from shardsurgeon_kernels import gpu
 

@@ -1,8 +1,8 @@
-"""Plain torch operations, arranged for speed: for machines without a compiler, and any device.
+"""Plain torch operations, arranged for speed: for any device, and for CPUs without a compiler.
 
-Two things make it faster than the obvious code. A byte's two nibbles become two int8 values by
-three operations on int16 words, without a strided store; and rows go through in blocks that stay
-in the cache from the packed word to the product.
+Two things make it faster than the obvious code. The two nibbles of a byte become two int8 values
+by three operations on int16 words, without a strided store; and rows are processed in blocks small
+enough to stay in the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shardsurgeon_kernels import reference
 from shardsurgeon_kernels.weight import LOWEST, PackedInt4, expect_words
 
 NAME = "eager"
-# Elements of one block: with their int8, int16 and float forms they fit a core's second cache.
+# Elements of one block, whose int8, int16 and float forms fit into a core's second-level cache.
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -25,7 +25,7 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
     expect_words(packed, packed.shape[0], in_features)
     if sys.byteorder == "big":
         return reference.unpack(packed, in_features)
-    # A tensor of one column calls itself contiguous with any stride, but has no view as bytes.
+    # A tensor of one column counts as contiguous with any stride, but then has no view as bytes.
     if not packed.is_contiguous() or packed.stride(-1) != 1:
         packed = packed.clone(memory_format=torch.contiguous_format)
     octets = packed.view(torch.uint8).to(torch.int16)
@@ -62,7 +62,7 @@ def _dequantize_rows(weight: PackedInt4, rows: slice, out: Tensor) -> None:
         values -= weight.zeros[rows].unsqueeze(-1)
     scale = weight.scale[rows].unsqueeze(-1)
     if scale.dtype is out.dtype:
-        # Small integers are exact in every float dtype, so this product too is rounded once.
+        # Small integers are exact in every float dtype, so this product is rounded only once, too.
         out.view(in_groups).copy_(values).mul_(scale)
     else:
         out.view(in_groups).copy_(values.to(torch.float32).mul_(scale.to(torch.float32)))

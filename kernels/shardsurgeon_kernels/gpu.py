@@ -1,9 +1,9 @@
-"""The GPU path: which Triton kernel runs, over which tiles. Needs Triton; import it only then.
+"""The GPU implementation: which Triton kernel runs, over which tiles. Imports Triton.
 
 Few tokens: one fused kernel reads every packed word once and never writes the dequantized
-matrix; its sum is split along the input so that all processors are busy. Many tokens: the
-arithmetic is the limit, so the weight is dequantized once and the vendor's matrix product does
-the rest. Results do not depend on timing: no atomics, and tiles chosen by shape alone.
+matrix; its sum is split along the input so that all processors are busy. Many tokens: arithmetic
+is the limit, so the weight is dequantized once and the vendor's matrix product multiplies.
+Results do not depend on timing: no atomic additions, and tiles depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ __all__ = ["NAME", "dequantize", "linear", "unpack"]
 
 NAME = "triton"
 HALVES = (torch.float16, torch.bfloat16)
-# From here on a separate dequantization is repaid by the faster product.
+# For more tokens, the vendor's faster product makes up for a separate dequantization.
 FUSED_TOKENS = 128
-# Programs that fill a large GPU about three times over; more splits only cost a longer sum.
+# Fills a large GPU about three times; more splits only make the final sum longer.
 PROGRAMS_WANTED = 400
 MOST_SPLITS = 16
 REDUCE_BLOCK = 1024
 
 
-# Triton's interpreter, which tests use, multiplies no bfloat16.
+# Triton's interpreter, which tests use, cannot multiply bfloat16.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The shape of one launch of the fused kernel. `words_per_split` is in whole blocks."""
+    """The shape of one launch of the fused kernel.
+
+    tokens, rows, words: of one block; splits: parts of the sum along the input;
+    words_per_split: a multiple of `words`; stages: of Triton's software pipeline.
+    """
 
     tokens: int
     rows: int
@@ -154,12 +158,12 @@ def _words_per_group(weight: PackedInt4) -> int:
 
 
 def _pointers(weight: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed words, scales and zero points; without zero points the scales stand in, unread."""
+    """Packed words, scales and zero points; without these the scales again, which is not read."""
     scale = weight.scale.contiguous()
     zeros = scale if weight.zeros is None else weight.zeros.contiguous()
     return weight.packed.contiguous(), scale, zeros
 
 
 def _device_of(tensor: Tensor) -> torch.cuda.device:
-    # Triton launches on the current device; for a CPU tensor (the interpreter) it changes nothing.
+    # Triton launches on the current device; -1 changes nothing, for CPU tensors (interpreter).
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

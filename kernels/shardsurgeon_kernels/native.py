@@ -1,8 +1,8 @@
-"""The CPU path: int4.c, compiled once per process by the compiler that the machine has.
+"""The CPU implementation: int4.c, compiled once per process by the machine's C compiler.
 
 Compiling takes a fraction of a second and is for exactly this processor, so nothing is cached
-and nothing stale can be loaded. Where there is no compiler, `available` says no and `reason` why,
-and the dispatch takes the eager path.
+and nothing outdated can be loaded. Without a compiler, `available` is False, `reason` says why,
+and the dispatch chooses the eager implementation.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ __all__ = ["NAME", "available", "dequantize", "linear", "reason", "unpack"]
 NAME = "native"
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BASE = ["-O3", "-std=gnu11", "-fPIC", "-shared"]
-# OpenMP shares torch's own threads; not every compiler has it, or knows its own processor.
+# Tried in this order: some compilers have no OpenMP, or do not know `native`.
 FLAGS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], [])
 COMPILE_SECONDS = 60
 # A block of the dequantized weight: 8 MB of bfloat16. Smaller ones make the matmul slow.
 BLOCK_ELEMENTS = 1 << 22
 FEW_TOKENS = 256
-# Below this, waking threads costs more than they save.
+# With fewer elements, starting a thread costs more than it saves.
 ELEMENTS_PER_THREAD = 1 << 16
 
 
 @dataclass(frozen=True)
 class Build:
-    """The loaded library with the command that made it, or why there is none."""
+    """The loaded library. reason: the command that compiled it, or why there is none."""
 
     library: ctypes.CDLL | None
     reason: str
@@ -56,7 +56,7 @@ def available() -> bool:
 
 
 def reason() -> str:
-    """The compiler and flags in use, or the reason why there is no native path."""
+    """The compiler and flags in use, or why there is no native implementation."""
     return build().reason
 
 
@@ -73,9 +73,9 @@ def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x · Wᵀ + bias`: [.., in] -> [.., out], with W dequantized to x's dtype.
 
-    For few tokens W exists one block of rows at a time, in a buffer that is used again: memory
-    that was just written is still in the cache, and fresh memory costs page faults. For many the
-    matmul is what takes the time, and it is best done in one piece.
+    For few tokens, W is dequantized one block of rows at a time into one buffer, which is still
+    in the cache when it is multiplied, and costs no page faults when it is used again. For many
+    tokens most of the time goes into the matmul, which is fastest over the whole weight.
     """
     rows = _rows_of(weight, x.dtype)
     out_features, in_features = weight.shape
@@ -95,7 +95,7 @@ def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A weight's tensors as int4.c wants them: contiguous, scales in float32."""
+    """A weight's tensors as int4.c needs them: contiguous, scales in float32."""
 
     function: Callable[..., int]
     weight: PackedInt4
@@ -161,7 +161,7 @@ def _compilers() -> Iterator[list[str]]:
 
 
 def _compile(command: list[str], source: bytes) -> ctypes.CDLL:
-    # The file may go as soon as it is loaded; where the system forbids that it stays behind.
+    # The file may be deleted once it is loaded; where the system forbids that, it is left.
     with tempfile.TemporaryDirectory(prefix="shardsurgeon-", ignore_cleanup_errors=True) as folder:
         target = Path(folder) / "int4.so"
         subprocess.run(
@@ -182,6 +182,6 @@ def _compile(command: list[str], source: bytes) -> ctypes.CDLL:
 
 
 def _first_line(error: Exception) -> str:
-    said = getattr(error, "stderr", None)
-    text = said.decode(errors="replace") if said else str(error)
+    stderr = getattr(error, "stderr", None)
+    text = stderr.decode(errors="replace") if stderr else str(error)
     return text.strip().partition("\n")[0]

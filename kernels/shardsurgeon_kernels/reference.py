@@ -1,6 +1,6 @@
-"""The meaning of every kernel, in as few lines of torch as it takes. Any device, no speed.
+"""The definition of every operation, in few lines of torch; for any device, not fast.
 
-What the faster twins must equal: `unpack` and `dequantize` bit for bit, `linear` within the
+Other implementations must equal `unpack` and `dequantize` bit for bit, and `linear` within the
 rounding of a sum in another order.
 """
 
@@ -23,8 +23,8 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
     """`(q - zero_point) * scale` as [out, in] of `dtype`.
 
-    The product is taken in float32 at least and rounded once. With `dtype` the scale's own this
-    is compressed-tensors' decompression, bit for bit.
+    The product is computed in float32 at least and rounded once. Where `dtype` is that of the
+    scale, this is compressed-tensors' decompression, bit for bit.
     """
     wide = torch.promote_types(dtype, torch.float32)
     column = torch.arange(weight.shape[1], device=weight.packed.device)

@@ -1,4 +1,4 @@
-"""The device code of the GPU path: three Triton kernels, launched by gpu.py.
+"""The device code of the GPU implementation: three Triton kernels, launched by gpu.py.
 
 All work on whole words: a tile of int32 words is loaded once, coalesced, and each word is spread
 to its eight values by three interleavings, which stay in registers. A scale is loaded per word,
@@ -109,8 +109,8 @@ def matmul_kernel(
     """A share of the sum for one tile of y. Grid: (row blocks, token blocks, splits).
 
     x: [tokens, columns]; partial: float32 [splits, tokens, rows]. Each split sums its own words
-    and writes its own plane, so that the result does not depend on who comes first. The weight is
-    the left operand: it has rows enough for the wide matrix instructions when tokens are few.
+    and writes its own plane, so that the result does not depend on their order. The weight is the
+    left operand, because it has enough rows for wide matrix instructions when tokens are few.
     """
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     token = tl.program_id(1).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)

@@ -1,6 +1,6 @@
-"""What a pack-quantized INT4 weight is: its tensors, checked once, and how values become words.
+"""A pack-quantized INT4 weight: its tensors, checked once, and how values are packed into words.
 
-First in the flow: everything else takes a `PackedInt4` and checks nothing again.
+All other modules take a `PackedInt4` and do not check it again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PackedInt4:
     group_size: int | None
 
     def __post_init__(self) -> None:
-        """Refuse tensors that do not fit each other, so that no kernel reads past an end."""
+        """Refuse tensors that do not fit each other: kernels would read past their ends."""
         out_features, in_features = self.shape
         if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; expected a positive number or None")
@@ -64,7 +64,7 @@ class PackedInt4:
 
     @property
     def groups_begin_on_bytes(self) -> bool:
-        """Whether no group begins in the middle of a byte, which the byte-wise kernels need."""
+        """Whether no group begins in the middle of a byte, which byte-wise kernels need."""
         return self.columns_per_scale % 2 == 0 or self.groups < 2
 
     @property

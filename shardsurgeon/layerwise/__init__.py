@@ -1,1 +1,1 @@
-"""The model run one decoder layer at a time. The one room where torch is at home."""
+"""The model run one decoder layer at a time. Only this package computes with torch."""

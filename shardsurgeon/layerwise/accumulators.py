@@ -1,8 +1,8 @@
-"""What a calibration adds up for the experts of one layer, and the metrics that follow from it.
+"""The sums of a calibration for the experts of one layer, and the metrics computed from them.
 
-Between the engine, which fills one of these per layer, and the score file, which keeps it so that
-a calibration can be extended or merged with another. Sums over tokens only, so that two parts of
-a calibration add up to the whole; every mean is taken at the end. numpy only.
+The engine fills one of these per layer; the score file keeps it, so that a calibration can be
+extended or merged with another. It holds sums over tokens only, so that the parts of a calibration
+add up to the whole; means are taken at the end. numpy only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Vector: TypeAlias = NDArray[np.float64]
 Counts: TypeAlias = NDArray[np.int64]
 
 TOTAL_TOKENS = "total_tokens"
-# A router may weigh an expert's output by less than nothing.
+# Gate weights may be negative.
 _SIGNED = ("weight_sum", "weighted_norm_sum")
 _DAMAGED = "the file is damaged: fetch it again or calibrate anew"
 
@@ -29,16 +29,16 @@ _DAMAGED = "the file is damaged: fetch it again or calibrate anew"
 class Accumulators:
     """Sums over the tokens of a calibration, for the E routed experts of one layer.
 
-    With X_j the tokens whose router chose expert j, g_j(x) the weight by which the model
-    multiplies the expert's output, f_j(x) that output before it is multiplied, padding left out:
+    X_j are the tokens, padding left out, for which the router chose expert j; g_j(x) is the gate
+    weight by which the model multiplies the expert's output, f_j(x) the output before that:
 
-    total_tokens: tokens that passed the layer, each counted once.
+    total_tokens: tokens that went through the layer, each counted once.
     counts: int64 [E], |X_j|.
     weight_sum: float64 [E], Σ g_j(x).
     norm_sum: float64 [E], Σ ‖f_j(x)‖₂.
     weighted_norm_sum: float64 [E], Σ g_j(x)·‖f_j(x)‖₂.
-    max_activation: float64 [E], the largest component of any f_j(x), signed and never below 0,
-    as REAP's observer has it.
+    max_activation: float64 [E], the largest component of any f_j(x), or 0 where all are
+    negative, as in REAP's observer.
     """
 
     total_tokens: int
@@ -50,7 +50,7 @@ class Accumulators:
 
     @classmethod
     def zeros(cls, num_experts: int) -> Accumulators:
-        """Accumulators of a layer that no token has passed."""
+        """Accumulators of a layer before its first token."""
         sums = [np.zeros(num_experts) for _ in range(4)]
         return cls(0, np.zeros(num_experts, np.int64), *sums)
 
@@ -58,10 +58,10 @@ class Accumulators:
     def from_arrays(
         cls, arrays: Mapping[str, NDArray[np.generic]], where: str, layer: int | str
     ) -> Accumulators:
-        """What `arrays` gave, checked. Numbers of any type are taken that fit exactly.
+        """The accumulators whose `arrays` these are, as copies of any numeric dtype.
 
-        where, layer: as messages name them. Raises ScoreError for a name that is missing,
-        vectors of different lengths, and numbers that no calibration can have added up.
+        where, layer: as messages name them. Raises ScoreError for a missing name, vectors of
+        different lengths, and numbers that cannot be sums of a calibration.
         """
         place = f"layer {layer}, "
         missing = [field.name for field in fields(cls) if field.name not in arrays]
@@ -87,11 +87,11 @@ class Accumulators:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """How many routed experts the layer has."""
         return len(self.counts)
 
     def add(self, other: Accumulators) -> None:
-        """Take in what another part of the calibration added up, for as many experts."""
+        """Add the sums of another part of the calibration, for the same number of experts."""
         self.total_tokens += other.total_tokens
         self.counts += other.counts
         self.weight_sum += other.weight_sum
@@ -100,7 +100,7 @@ class Accumulators:
         np.maximum(self.max_activation, other.max_activation, out=self.max_activation)
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Name → array, as a file keeps them: int64 [E], float64 [E]; total_tokens is 0-d."""
+        """Name → array, as files keep them: int64 or float64 [E]; total_tokens is int64 []."""
         named: dict[str, NDArray[np.generic]] = {
             field.name: np.asarray(getattr(self, field.name)) for field in fields(self)
         }
@@ -108,10 +108,11 @@ class Accumulators:
         return named
 
     def metrics(self) -> dict[str, Vector]:
-        """Metric → float64 [E], by the names of REAP's observer.
+        """Metric → float64 [E], by the names and formulas of REAP's observer (arXiv 2510.13999).
 
-        A mean over no token is 0, the lowest there is, as the observer has it.
-        `expert_frequency` counts the tokens routed to each expert.
+        reap: Σ g_j(x)·‖f_j(x)‖₂ / |X_j|; ean_mean: Σ ‖f_j(x)‖₂ / |X_j|; ean_sum, weighted_ean_sum
+        and weighted_expert_frequency_sum: Σ ‖f_j(x)‖₂, Σ g_j(x)·‖f_j(x)‖₂ and Σ g_j(x);
+        expert_frequency: |X_j|. A mean over no token is 0, the lowest value.
         """
         return {
             "reap": self._mean(self.weighted_norm_sum),

@@ -1,8 +1,8 @@
-"""A calibration as a score file, and several of them added up.
+"""A calibration as a score file, and several calibrations merged.
 
-A file holds the accumulated sums, which samples they are over, and the scores that follow from
-them. Merged, several give what one calibration over all their samples would have given, up to
-the rounding of float64 sums, in whatever order they come.
+A file holds the accumulated sums, the samples that they are over, and the scores computed from
+them. A merge gives what one calibration over all samples would have given, up to the rounding of
+float64 sums; the order of its parts makes no difference.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _SAMPLES, _PARTS = "samples", "parts"
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What one or several calibrations of a model found.
+    """The result of one calibration of a model, or of several merged.
 
-    origin: the file it came from or goes to, as messages name it.
+    origin: the file that it was read from or will be written to, as messages name it.
     layers: layer number (MTP layer j is num_hidden_layers + j) → its accumulators.
-    settings: plain values, as JSON has them. Known here are `model` (its name), `revision`
-    (text or None), `config_sha256` and `samples`, a list of [source, index, tokens]; all others
-    (dataset, seed, max_length, dtype, versions, …) are kept as they are.
+    settings: values of JSON types. Used here are `model` (its name), `revision` (text or None),
+    `config_sha256`, `samples`, a list of [source, index, tokens], and `parts`, the settings of
+    merged calibrations; all others (dataset, seed, dtype, versions, …) are kept unchanged.
     """
 
     origin: str
@@ -52,8 +52,8 @@ class Calibration:
 
     @property
     def samples(self) -> list[SampleEntry]:
-        """The samples, in the order of the file. Raises ScoreError where they are no samples."""
-        listed = self.settings.get("samples")
+        """The samples, in the order of the file. Raises ScoreError where the list is malformed."""
+        listed = self.settings.get(_SAMPLES)
         if not isinstance(listed, list) or not listed:
             problem = "does not say which samples its accumulators were added up from"
             raise ScoreError(self.origin, problem, "calibrate again")
@@ -92,35 +92,35 @@ def read_calibration(path: str | PathLike[str]) -> Calibration:
 
 
 def find_calibration(path: str | PathLike[str]) -> Calibration | None:
-    """The same; None for a score file without accumulators."""
+    """As `read_calibration`, but None for a score file without accumulators."""
     where = str(path)
-    value, notes = read_value(path)
+    value, texts = read_value(path)
     if not isinstance(value, dict):
         return None
-    beside = _beside(value, notes, where)
+    metadata = _metadata(value, texts, where)
     layers = _layers(value, where)
     if not layers:
         return None
-    settings = beside.get(CALIBRATION)
-    if beside.get("format") != FORMAT or not isinstance(settings, dict):
+    settings = metadata.get(CALIBRATION)
+    if metadata.get("format") != FORMAT or not isinstance(settings, dict):
         problem = f"has accumulators and does not say that it is of the format {FORMAT!r}"
         raise ScoreError(where, problem, _DAMAGED)
-    if beside.get("version") != VERSION:
-        problem = f"is of version {str(beside.get('version'))[:20]}, this program reads {VERSION}"
+    if metadata.get("version") != VERSION:
+        problem = f"is of version {str(metadata.get('version'))[:20]}, this program reads {VERSION}"
         raise ScoreError(where, problem, "use the shardsurgeon that wrote it")
     return Calibration(where, dict(sorted(layers.items())), settings)
 
 
-def _beside(
-    value: Mapping[object, object], notes: Mapping[str, str], where: str
+def _metadata(
+    value: Mapping[object, object], texts: Mapping[str, str], where: str
 ) -> Mapping[object, object]:
-    """What the file says beside its arrays: in its tree, or as text in its metadata."""
-    if not notes:
+    """Format, version and settings of a file: entries of its tree, or `texts` of its metadata."""
+    if not texts:
         return value
-    texts = {key: notes[key] for key in ("version", CALIBRATION) if key in notes}
-    found: dict[object, object] = {"format": notes.get("format")}
-    for key, text in texts.items():
-        found[key] = _parsed(text, where)
+    found: dict[object, object] = {"format": texts.get("format")}
+    for key in ("version", CALIBRATION):
+        if key in texts:
+            found[key] = _parsed(texts[key], where)
     return found
 
 
@@ -132,7 +132,7 @@ def _parsed(text: str, where: str) -> object:
 
 
 def _layers(value: Mapping[object, object], where: str) -> dict[int, Accumulators]:
-    """Layer → accumulators, from a tree or from arrays with long names."""
+    """Layer → accumulators, from a tree or from arrays named `accumulators.layers.3.counts`."""
     found: dict[int, dict[str, Callable[[], NDArray[np.generic]]]] = {}
     tree = value.get(ACCUMULATORS)
     if isinstance(tree, dict):
@@ -163,7 +163,7 @@ def _layer(key: object, where: str) -> int:
 
 
 def _loader(item: object, where: str) -> Callable[[], NDArray[np.generic]]:
-    """How to read one accumulator; refuses what is no list of numbers before reading it."""
+    """How to read one accumulator; anything but a list of numbers is refused without reading."""
     if isinstance(item, StoredArray) and item.dtype[0] in "FBIU" and item.dtype != "BOOL":
         if math.prod(item.shape) <= _MAX_EXPERTS:
             return item.load
@@ -184,19 +184,20 @@ def _array(item: object, where: str) -> NDArray[np.generic]:
 
 
 def merge(parts: Sequence[Calibration], origin: str, *, any_name: bool = False) -> Calibration:
-    """Add up calibrations of one model over samples of their own; origin: where the sum goes.
+    """Add up calibrations of one model that have no sample in common.
 
-    Settings that all parts share stay; where they differ (dataset, seed, …) each part's own are
-    listed under `parts`. The samples are sorted by source and index. any_name: whether models of
-    one config under two names are taken for one. Raises UsageError for fewer
-    than two parts; ScoreError, naming two files, where models differ or a sample is in both.
+    origin: the file that the sum will be written to; any_name: accept different model names
+    where the configs are equal. Settings that all parts share are kept; others (dataset, seed,
+    …) are listed under `parts`, part by part. Samples are sorted by source and index. Raises
+    UsageError for fewer than two parts; ScoreError, naming two files, where the models differ or
+    a sample is in both.
     """
     if len(parts) < 2:
         raise UsageError("scores merge", f"{len(parts)} file to merge", "give at least two")
     for other in parts[1:]:
         _require_same_model(parts[0], other, any_name)
     samples = _disjoint([(part, part.samples) for part in parts])
-    # Added in an order of their own, so that the sums have the same rounding in any other.
+    # Rounding depends on the order of additions: sorted, any order of parts gives the same bits.
     ordered = sorted(parts, key=lambda part: min(_key(sample) for sample in part.samples))
     layers: dict[int, Accumulators] = deepcopy(ordered[0].layers)
     for part in ordered[1:]:
@@ -209,7 +210,7 @@ def merge(parts: Sequence[Calibration], origin: str, *, any_name: bool = False) 
 def _require_same_model(first: Calibration, other: Calibration, any_name: bool) -> None:
     for key in _MODEL[1:] if any_name else _MODEL:
         values = [part.settings.get(key) for part in (first, other)]
-        # One of them may have come from a place that knows no revisions.
+        # A model read from a folder has no revision.
         if values[0] != values[1] and (key != "revision" or None not in values):
             shown = [str(value)[:40] for value in values]
             problem = f"was made with {key} {shown[1]}, {first.origin} with {shown[0]}"
@@ -224,7 +225,7 @@ def _require_same_model(first: Calibration, other: Calibration, any_name: bool) 
 
 
 def _disjoint(parts: Sequence[tuple[Calibration, list[SampleEntry]]]) -> list[SampleEntry]:
-    """All samples, sorted. Raises ScoreError where one record went into two calibrations."""
+    """All samples, sorted. Raises ScoreError where two calibrations have a sample in common."""
     seen: dict[tuple[str, int], Calibration] = {}
     for part, samples in parts:
         twice = [sample for sample in samples if _key(sample) in seen]
@@ -243,7 +244,7 @@ def _key(sample: SampleEntry) -> tuple[str, int]:
 
 
 def _settings(parts: Sequence[Calibration]) -> dict[str, object]:
-    """The settings of all parts: those they share, and each part's own."""
+    """The settings that all parts share, and under `parts` those of each part."""
     own = [entry for part in parts for entry in _own(part.settings)]
     common = {
         key: value
@@ -258,7 +259,7 @@ def _settings(parts: Sequence[Calibration]) -> dict[str, object]:
 
 
 def _own(settings: Mapping[str, object]) -> list[dict[str, object]]:
-    """What is special to one calibration, or to each that was merged before."""
+    """The settings apart from the model and the samples, of each part of a merged calibration."""
     parts = settings.get(_PARTS)
     if isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts):
         return list(parts)

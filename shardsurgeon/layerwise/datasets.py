@@ -1,14 +1,14 @@
-"""Datasets: the words of `--dataset`, and the records that they name.
+"""Datasets: what `--dataset` names, and the records of it.
 
     name            a dataset of the Hub, a local folder, or a .jsonl, .json, .parquet or .txt file
     name[subset]    one of its subsets
     name(split)     one of its splits
     name@revision   as it was at a commit or tag of the Hub
-    name:n          n samples of it; parts without a number share what is left of --samples
+    name:n          n samples of it; parts without a number share the rest of --samples
 
 Parts are separated by commas. Local .jsonl, .json and .txt files are read here, one record at a
-time, and identified by their content, which is the same on every machine. Parquet files, folders
-and datasets of the Hub go through the `datasets` library.
+time; the name of such a file contains its SHA-256, so that it is the same on every machine.
+Parquet files, folders and datasets of the Hub are read by the `datasets` library.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ _NAME = re.compile(
     r"(?:\[(?P<subset>[^\[\]]+)\])?(?:\((?P<split>[^()]+)\))?"
 )
 _GRAMMAR = "write it like name:256, name[subset]:256, name(split):256 or file.jsonl:256"
-# Commas inside of brackets belong to a name.
+# Parts are separated by commas; those inside brackets belong to a name. Empty parts count.
 _PARTS = re.compile(r"(?:[^,\[(]|\[[^\]]*\]?|\([^)]*\)?)+|(?<=,)(?=,|\Z)|\A(?=,|\Z)")
 
 _PARQUET = ".parquet"
-# Either of them makes a folder one that `save_to_disk` wrote.
+# `save_to_disk` writes one of these into its folder.
 _SAVED = ("state.json", "dataset_dict.json")
 _DEFAULT_SPLIT = "train"
 
 Record: TypeAlias = dict[str, Any] | str
+"""The fields of a record, or a line of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class DatasetPart:
 
     @property
     def words(self) -> str:
-        """How the spec names it, its number left out."""
+        """How the spec names it, without the number of samples."""
         words = self.name
         words += f"@{self.revision}" if self.revision else ""
         words += f"[{self.subset}]" if self.subset else ""
@@ -71,9 +72,9 @@ class DatasetPart:
 def parse_spec(text: str, samples: int | None = None) -> tuple[DatasetPart, ...]:
     """The parts of a spec, each with its count.
 
-    samples: of all parts together; None: what the spec says, or DEFAULT_SAMPLES where a part
-    does not say. Raises UsageError for words that are no spec, a dataset named twice, and
-    numbers that do not go together.
+    samples: of all parts together; None for the sum of the parts' numbers or, where a part has
+    none, DEFAULT_SAMPLES. Raises UsageError for a text that is not a spec, a dataset named twice,
+    and numbers that contradict each other.
     """
     parts = [_part(piece.strip()) for piece in _PARTS.findall(text)]
     names = [part.words for part in parts]
@@ -88,7 +89,7 @@ def _part(piece: str) -> DatasetPart:
     name, count = (counted["name"], int(counted["count"])) if counted else (piece, None)
     if count == 0:
         raise UsageError(OPTION, f"'{piece}' asks for no sample", _GRAMMAR)
-    # What exists is a file or a folder, whatever signs its name has.
+    # The name of an existing file or folder may contain any character.
     if name and Path(name).exists():
         return DatasetPart(name, count=count)
     match = _NAME.fullmatch(name)
@@ -98,28 +99,39 @@ def _part(piece: str) -> DatasetPart:
 
 
 def _share_out(parts: Sequence[DatasetPart], samples: int | None) -> tuple[DatasetPart, ...]:
-    said = sum(part.count or 0 for part in parts)
-    silent = sum(part.count is None for part in parts)
-    if not silent:
-        if samples not in (None, said):
-            problem = f"the parts ask for {said:,} samples together, --samples for {samples:,}"
+    """The parts, those without a number with an equal share of the samples that are left."""
+    counted = sum(part.count or 0 for part in parts)
+    uncounted = sum(part.count is None for part in parts)
+    if not uncounted:
+        if samples not in (None, counted):
+            problem = f"the parts ask for {counted:,} samples together, --samples for {samples:,}"
             raise UsageError(OPTION, problem, "leave one of them out")
         return tuple(parts)
-    left = (DEFAULT_SAMPLES if samples is None else samples) - said
-    if left < silent:
-        problem = f"of --samples {said + left:,} the parts with a number take {said:,}, {left:,}"
-        problem += f" are left for {silent}"
+    left = (DEFAULT_SAMPLES if samples is None else samples) - counted
+    if left < uncounted:
+        problem = (
+            f"of --samples {counted + left:,} the parts with a number take {counted:,}, {left:,}"
+        )
+        problem += f" are left for {uncounted}"
         raise UsageError(OPTION, problem, "ask for more samples")
-    share, more = divmod(left, silent)
-    counts = iter([share + (number < more) for number in range(silent)])
+    share, more = divmod(left, uncounted)
+    counts = iter([share + (number < more) for number in range(uncounted)])
     return tuple(
         replace(part, count=next(counts)) if part.count is None else part for part in parts
     )
 
 
+class Records(Protocol):
+    """The records of a dataset, by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
 @dataclass(frozen=True, slots=True)
 class OpenDataset:
-    """A part of a spec, opened. source: the name that samples carry."""
+    """A part of a spec, opened. source: the name that score files give it."""
 
     part: DatasetPart
     source: str
@@ -127,7 +139,7 @@ class OpenDataset:
 
 
 def open_dataset(part: DatasetPart) -> OpenDataset:
-    """Open one part. Raises DatasetError where there is no such dataset, or nothing in it."""
+    """Open one part. Raises DatasetError where the dataset does not exist or is empty."""
     path = Path(part.name).expanduser()
     suffix = path.suffix.lower()
     if path.is_file() or suffix in (*_READERS, _PARQUET):
@@ -159,12 +171,12 @@ def _open_with_library(part: DatasetPart, path: Path) -> tuple[str, Records]:
         dataset, split = _load_from_disk(part, path)
     else:
         dataset, split = _load(part, str(path) if path.is_dir() else part.name)
-    # The split is named even where the spec does not, so that one dataset has one name.
+    # With the split, even where the spec leaves it out, so that one dataset has one name.
     return replace(part, split=split).words, LibraryRecords(dataset, part.words)
 
 
 class LibraryRecords:
-    """A `datasets.Dataset`, seen as records."""
+    """The records of a `datasets.Dataset`."""
 
     def __init__(self, dataset: Any, where: str) -> None:
         """where: its name, for messages."""
@@ -210,12 +222,12 @@ def _load_from_disk(part: DatasetPart, path: Path) -> tuple[Any, str | None]:
 
 @contextmanager
 def _as_dataset_error(where: str) -> Iterator[None]:
-    """What the library, or whatever it reads with, says of a dataset, as one line."""
+    """Turn an error of the library, or of what it reads with, into a DatasetError of one line."""
     try:
         yield
     except (DatasetError, MemoryError):
         raise
-    # It lets through whatever its readers and its downloader raise.
+    # The library does not translate errors of its readers and its downloader.
     except Exception as error:
         name = type(error).__name__
         reason = textwrap.shorten(str(error), 300, placeholder=" …") or name
@@ -227,7 +239,7 @@ def _as_dataset_error(where: str) -> Iterator[None]:
 
 @contextmanager
 def _quietly(library: Any) -> Iterator[None]:
-    """The library without its bars and warnings."""
+    """Run the library without progress bars and warnings."""
     logging = library.logging
     verbosity, bars = logging.get_verbosity(), library.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -240,22 +252,11 @@ def _quietly(library: Any) -> Iterator[None]:
             library.enable_progress_bars()
 
 
-"""The fields of a record, or a line of text."""
-
-
-class Records(Protocol):
-    """The records of a dataset, by their number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
-
-
 class Lines:
-    """Lines of a file that are not blank. Holds 24 bytes a line."""
+    """The lines of a file that are not blank. Holds 24 bytes of memory a line."""
 
     def __init__(self, path: Path, parse: Callable[[str, str], Record]) -> None:
-        """parse: a line and where it stands, for messages → a record."""
+        """parse: (a line, its place for messages) → a record."""
         self._path = path
         self._parse = parse
         self._begins, self._ends, self._numbers = array("Q"), array("Q"), array("Q")
@@ -283,7 +284,7 @@ class Lines:
 
 
 def json_lines(path: Path) -> Records:
-    """A file with a JSON object a line."""
+    """A file with one JSON object a line. Raises DatasetError for a record of another form."""
     return Lines(path, _json_object)
 
 
@@ -293,7 +294,7 @@ def text_lines(path: Path) -> Records:
 
 
 def json_list(path: Path) -> Sequence[Record]:
-    """A file that holds one JSON list of objects. Raises DatasetError for anything else."""
+    """A file that holds one JSON list of objects or texts. Raises DatasetError for another."""
     with reading(path):
         raw = path.read_bytes()
     try:
@@ -309,7 +310,7 @@ def json_list(path: Path) -> Sequence[Record]:
 
 
 def content_name(path: Path) -> str:
-    """A file's name with the beginning of its SHA-256: `chats.jsonl@sha256:1f0c9ad2b4e6`."""
+    """A file's name with 12 digits of its SHA-256: `chats.jsonl@sha256:1f0c9ad2b4e6`."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
         while block := file.read(BUFFER_NBYTES):

@@ -1,9 +1,9 @@
 """Stored weights as numbers: plain, FP8, INT8, packed integers, FP4, FP6.
 
 A storage form is recognised by its names and dtypes, as in `checkpoint.quantization`. Activations
-are not quantized: a layer computes with its weights as they are and with inputs at full width. A
-packed INT4 weight can stay packed while transformers' own code multiplies with it, by the kernels
-of this project.
+are not quantized: a layer computes with dequantized weights and unquantized inputs. A packed INT4
+weight can stay packed while transformers' own code multiplies with it: `shardsurgeon_kernels` does
+the multiplication.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from shardsurgeon.storage.formats.safetensors import TensorRecord
 if TYPE_CHECKING:
     from shardsurgeon_kernels import PackedInt4
 
+# The values of FP4 (E2M1) without sign, by the OCP Microscaling Formats specification.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Where AutoAWQ puts the eight values of a word, from its lowest bits.
+# AutoAWQ interleaves the eight values of a word: value i is the nibble _AWQ_PLACES[i].
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -39,10 +40,10 @@ _EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8")
 class PackedInteger:
     """A weight in compressed-tensors' pack-quantized layout.
 
-    packed: int32 [..., out, words]; scale: [..., out, groups]; zero_point: as the format stores
-    it, packed along the outputs, or None; order: int64 [in], the group of each input, or None
-    where groups are runs of group_size inputs (None: the whole row); shape: the weight's,
-    [..., out, in].
+    packed: int32 [..., out, words], the lowest bits of a word first; scale: [..., out, groups];
+    zero_point: as the format stores it, int32 packed along the outputs or int8 [..., out,
+    groups], or None; order: int64 [in], the group of each input, or None where a group is
+    group_size consecutive inputs (None: the whole row); shape: the weight's, [..., out, in].
     """
 
     packed: Tensor
@@ -55,11 +56,11 @@ class PackedInteger:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the kernels know the layout: four bits, groups in runs, one matrix."""
+        """Whether the kernels know the layout: four bits, consecutive groups, one matrix."""
         return self.bits == 4 and self.order is None and math.prod(self.shape[:-2]) == 1
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight."""
+        """The weight (q - zero_point) · scale, [..., out, in] of `dtype`."""
         if self.has_kernel:
             from shardsurgeon_kernels import dequantize
 
@@ -78,7 +79,7 @@ class PackedInteger:
         return (values * self.scale.float()[..., order]).to(dtype)
 
     def for_kernels(self) -> PackedInt4:
-        """The same as the kernels take it."""
+        """The same weight as the kernels take it; only where `has_kernel`."""
         from shardsurgeon_kernels import PackedInt4
 
         out, inputs = self.shape[-2:]
@@ -93,23 +94,23 @@ class PackedInteger:
 
 
 def _unpacked(words: Tensor, bits: int, width: int) -> Tensor:
-    """Signed integers [..., width] of words along the last axis, the lowest bits first."""
+    """Signed integers [..., width] from words along the last axis, the lowest bits first."""
     shifts = torch.arange(0, 32, bits, device=words.device)
     values = (words[..., None] >> shifts) & ((1 << bits) - 1)
     return values.flatten(-2)[..., :width] - (1 << (bits - 1))
 
 
 def fp4(stored: Tensor) -> Tensor:
-    """FP4 (E2M1) pairs in bytes [..., n], the first value in the low half: [..., 2n]."""
+    """FP4 (E2M1) pairs in bytes [..., n], the first value in the low half → float32 [..., 2n]."""
     table = torch.tensor([*_FP4, *(-value for value in _FP4)], device=stored.device)
-    # Through the bytes of it: int8 and float8 containers hold the same pairs.
+    # Some checkpoints store the same bytes as int8 or float8.
     codes = stored.view(torch.uint8)
     pairs = torch.stack([codes & 15, codes >> 4], dim=-1)
     return table[pairs.flatten(-2).int()]
 
 
 def fp6(packed: Tensor) -> Tensor:
-    """FP6 (E2M3), four values in three bytes: [..., 3n] → [..., 4n]."""
+    """FP6 (E2M3), four values in three bytes: uint8 [..., 3n] → float32 [..., 4n]."""
     parts = packed.unflatten(-1, (-1, 3)).int()
     word = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16
     codes = torch.stack([word >> shift & 63 for shift in (0, 6, 12, 18)], dim=-1).flatten(-2)
@@ -118,19 +119,20 @@ def fp6(packed: Tensor) -> Tensor:
 
 @cache
 def _fp6_values() -> Tensor:
-    below = [step / 8 for step in range(8)]
+    subnormal = [step / 8 for step in range(8)]
     normal = [(1 + step / 8) * 2**power for power in range(3) for step in range(8)]
-    positive = [*below, *normal]
+    positive = [*subnormal, *normal]
     return torch.tensor([*positive, *(-value for value in positive)])
 
 
 def powers(exponents: Tensor) -> Tensor:
-    """E8M0 scales held as bytes: powers of two, 127 being the zeroth."""
+    """E8M0 scales stored as bytes: 2^(byte - 127)."""
     return torch.exp2(exponents.float() - 127)
 
 
 def awq(qweight: Tensor, qzeros: Tensor | None, scales: Tensor) -> Tensor:
-    """AutoAWQ: words [in, out / 8], zero points [groups, out / 8], scales [groups, out]."""
+    """AutoAWQ: int32 words [in, out / 8], zero points [groups, out / 8], scales [groups, out] →
+    (q - zero_point) · scale, float32 [out, in]. qzeros: None for 8."""
     inputs, groups = qweight.shape[0], scales.shape[0]
     values = _awq_integers(qweight)
     order = torch.arange(inputs, device=values.device) // -(-inputs // groups)
@@ -152,8 +154,12 @@ def gptq(
     *,
     plus_one: bool,
 ) -> Tensor:
-    """GPTQ: words [in · bits / 32, out], zero points [groups, out · bits / 32], scales
-    [groups, out]. plus_one: zero points are stored less 1."""
+    """GPTQ: (q - zero_point) · scale, float32 [out, in].
+
+    qweight: int32 words [in · bits / 32, out]; qzeros: int32 words [groups, out · bits / 32],
+    None for 2^(bits - 1); scales: [groups, out]; order: int64 [in], the group of each input,
+    None for consecutive groups; plus_one: whether 1 is to be added to the stored zero points.
+    """
     shifts = torch.arange(0, 32, bits, device=qweight.device)
     top = (1 << bits) - 1
     values = ((qweight[:, None, :] >> shifts[:, None]) & top).flatten(0, 1).float()
@@ -169,9 +175,10 @@ def gptq(
 
 
 class PackedWeight:
-    """Packed matrices `[out, in]`, one below the other, in the place of a parameter [1, out, in].
+    """Packed matrices, one below the other, used instead of a parameter [1, out, in].
 
-    Stands for `linear`'s weight [out, in] as well, whatever it is indexed with.
+    Indexed with anything, it is the weight [out, in] of `torch.nn.functional.linear`, which then
+    multiplies by the packed matrices; any other function of torch gets the unpacked weight.
     """
 
     def __init__(self, parts: Sequence[PackedInteger], dtype: torch.dtype) -> None:
@@ -181,7 +188,7 @@ class PackedWeight:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the parameter: one expert."""
+        """The parameter's shape, [1, out, in]."""
         return 1, sum(part.shape[0] for part in self._parts), self._parts[0].shape[1]
 
     def __getitem__(self, expert: object) -> PackedWeight:
@@ -215,33 +222,33 @@ class PackedWeight:
 
 
 class Decoder:
-    """Reads weights by the names that an engine has for them."""
+    """Reads weights by the names that they have in an unquantized checkpoint."""
 
     def __init__(self, reader: TensorReader, config: Mapping[str, Any]) -> None:
-        """config: config.json, whose quantization sections say how finely scales lie."""
+        """config: config.json, whose quantization sections give group and block sizes."""
         self._reader = reader
-        self._grain = QuantizationSchemes.of(config)
+        self._schemes = QuantizationSchemes.of(config)
         self._gptq_v2 = _says_gptq_v2(config)
 
     def weight(self, name: str, shape: Shape, expert: int | None = None) -> Tensor:
-        """A weight in float32, or as it is stored where that is a wider or a plain type.
+        """A weight, dequantized to float32, or in its stored dtype where it is not quantized.
 
-        shape: the weight's, [..., out, in]; expert: only that row of the first axis, kept as
+        shape: the weight's, [..., out, in]; expert: only that row of the first axis, as
         [1, ...]. Raises FamilyError where the form is not known.
         """
         found = self.stored(name, shape, expert)
         return found.dequantize(torch.float32) if isinstance(found, PackedInteger) else found
 
     def stored(self, name: str, shape: Shape, expert: int | None = None) -> Tensor | PackedInteger:
-        """As `weight`, but integers of four bits that are packed in rows stay so."""
+        """As `weight`, but pack-quantized integers stay packed."""
         rows = _Rows(self._reader, shape[0] if expert is not None else 0, expert)
         logical = (1, *shape[1:]) if expert is not None else shape
-        return _Form(rows, name, logical, self._grain, self._gptq_v2).read()
+        return _Form(rows, name, logical, self._schemes, self._gptq_v2).read()
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A reader that gives one expert's rows of everything that has an axis of experts."""
+    """A reader that returns one expert's rows of every tensor with an axis of experts."""
 
     reader: TensorReader
     experts: int
@@ -259,18 +266,18 @@ class _Rows:
 
 @dataclass
 class _Form:
-    """One weight, and how it is stored."""
+    """One weight, read by the form that it is stored in."""
 
     rows: _Rows
     name: str
     shape: Shape
-    grain: QuantizationSchemes
+    schemes: QuantizationSchemes
     gptq_v2: bool
     stems: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Companions of `down_proj.weight` stand beside it; those of the stacked `down_proj`
-        # under either spelling.
+        # The scale of `x.weight` is `x.weight_scale`; that of a stacked `x` may be `x_scale` or
+        # `x_weight_scale`.
         module = self.name.endswith(".weight")
         self.stems = [self.name] if module else [self.name, f"{self.name}_weight"]
 
@@ -322,9 +329,9 @@ class _Form:
         )
 
     def _packing(self, words: int, groups: int) -> tuple[int, int]:
-        """(bits, group size) of a row that takes so many words and scales; 0: one group."""
+        """(bits, group size) of a row with this many words and scales; size 0: one group."""
         width = self.shape[-1]
-        for bits, group in self.grain.packings:
+        for bits, group in self.schemes.packings:
             scales = -(-width // group) if group else 1
             if packed_words(width, bits) == words and scales == groups:
                 return bits, group
@@ -339,7 +346,7 @@ class _Form:
         return values / self._constant("global_scale", 1.0)
 
     def _words(self, stem: str) -> Tensor:
-        """AWQ's words along the outputs, GPTQ's along the inputs."""
+        """AWQ, packed along the outputs, or GPTQ, packed along the inputs."""
         qweight, scales = self.rows.read(f"{stem}qweight"), self.rows.read(f"{stem}scales")
         qzeros = self.rows.read(f"{stem}qzeros") if self.rows.record(f"{stem}qzeros") else None
         order = self.rows.read(f"{stem}g_idx").long() if self.rows.record(f"{stem}g_idx") else None
@@ -352,7 +359,7 @@ class _Form:
         return gptq(qweight, qzeros, scales, order, bits, plus_one=not self.gptq_v2)
 
     def _blocks(self) -> Tensor:
-        """MXFP4 in blocks of 32, `[E, rows, blocks, 16]`: engines hold it columns by rows."""
+        """MXFP4 in blocks of 32: uint8 [E, out, blocks, 16] → float32 [E, in, out]."""
         blocks = self.rows.read(f"{self.name}_blocks")
         exponents = self.rows.read(f"{self.name}_scales")
         values = fp4(blocks) * powers(exponents)[..., None]
@@ -373,7 +380,7 @@ class _Form:
         return self.rows.read(self.name + end)
 
     def _constant(self, end: str, absent: float) -> Tensor | float:
-        """One number, or one per expert of those that are read."""
+        """A scale of the whole weight, or one per expert, shaped to broadcast."""
         for stem in self.stems:
             if self.rows.record(f"{stem}_{end}"):
                 value = self.rows.read(f"{stem}_{end}").float()
@@ -386,13 +393,13 @@ class _Form:
         return values * self._spread(scale.float())
 
     def _spread(self, scale: Tensor) -> Tensor:
-        """A scale with one value per element, or that broadcasts to them."""
+        """A scale with one value per element, or one that broadcasts to the elements."""
         *lead, rows, columns = self.shape
         if scale.numel() == 1:
             return scale.float().reshape(1)
         for tall, wide in self._tiles(rows, columns):
             grid = (-(-rows // tall), -(-columns // wide))
-            if math.prod(scale.shape) == math.prod(lead) * math.prod(grid) and _spells(
+            if math.prod(scale.shape) == math.prod(lead) * math.prod(grid) and _may_be_written(
                 tuple(scale.shape), tuple(lead), grid
             ):
                 spread = scale.float().reshape(*lead, *grid)
@@ -401,17 +408,17 @@ class _Form:
         raise self._unknown(f"a scale {list(scale.shape)} fits no weight {list(self.shape)}")
 
     def _tiles(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Sizes of the tiles that may share a scale, in elements."""
-        tiles = [(tall or rows, wide or columns) for tall, wide in self.grain.tiles]
-        # Stacked weights may be input by output: a scale per output is one per column there.
+        """(rows, columns) of the tiles that may share a scale."""
+        tiles = [(tall or rows, wide or columns) for tall, wide in self.schemes.tiles]
+        # Stacked weights may be stored [in, out], where a scale per output is one per column.
         return [*tiles, (rows, 1)] if len(self.shape) > 2 else tiles
 
     def _unknown(self, problem: str) -> FamilyError:
         return FamilyError(self.name, problem, "calibrate the checkpoint it was quantized from")
 
 
-def _spells(shape: Shape, lead: Shape, grid: tuple[int, int]) -> bool:
-    """Whether a shape is a grid's, axes of size 1 left out or not."""
+def _may_be_written(shape: Shape, lead: Shape, grid: tuple[int, int]) -> bool:
+    """Whether a shape is [*lead, *grid], with or without the grid's axes of size 1."""
     rows, columns = grid
     spellings = {(*lead, rows, columns)}
     if columns == 1:
@@ -422,7 +429,7 @@ def _spells(shape: Shape, lead: Shape, grid: tuple[int, int]) -> bool:
 
 
 def _says_gptq_v2(config: Mapping[str, Any]) -> bool:
-    """Whether zero points are stored as they are: GPTQ's first format stores them less 1."""
+    """Whether zero points are stored unchanged; GPTQ's first format stores them minus 1."""
     return any(
         str(section.get("checkpoint_format") or section.get("packing_format")).endswith("v2")
         for _, section in quantization_sections(config)

@@ -1,8 +1,7 @@
-"""The calibration itself: layer after layer, all samples through each.
+"""The calibration itself: all samples through one decoder layer after another.
 
-Above every other room of `calibration` that touches the model. Takes a checkpoint and samples,
-gives accumulators layer by layer to a sink and hidden states to a store, so that a run that was
-stopped goes on behind its last whole group of layers.
+Takes a checkpoint and samples; gives the accumulators of each layer to a sink and the hidden
+states to a store, so that an interrupted run continues after its last finished group of layers.
 """
 
 from __future__ import annotations
@@ -16,17 +15,16 @@ from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.errors import UsageError
-from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
+from shardsurgeon.layerwise.experts import Recorder
 from shardsurgeon.layerwise.forward import Batch
 from shardsurgeon.layerwise.memory import MOST_BATCHES, BatchSizes, batch_sizes, free_memory
 from shardsurgeon.layerwise.model import Model, MtpLayer
 from shardsurgeon.layerwise.resume import ActivationStore
-from shardsurgeon.layerwise.samples import Sample
+from shardsurgeon.layerwise.samples import Sample, total_tokens
 from shardsurgeon.layerwise.settings import LayerSink, Listener, Progress, Settings
-from shardsurgeon.layerwise.tensors import ReadAhead
 
 Chunk = list[list[int]]
-"""Batches whose tokens each expert is read for once; a batch is the positions of its samples."""
+"""Batches for which each expert is read once; a batch is a list of sample positions."""
 
 
 def calibrate_layers(
@@ -39,236 +37,19 @@ def calibrate_layers(
     *,
     chunk_tokens: int | None = None,
 ) -> None:
-    """Push samples through a model and hand what they add up to, layer by layer, to the sink.
+    """Run samples through a model and give each layer's accumulators to the sink.
 
-    chunk_tokens: for how many tokens an expert is read at once, None for what memory allows.
-    Raises UsageError where transformers cannot build the model, the device is not there or a
-    layer does not fit; FamilyError where the model's experts or the form of its weights are not
-    known; WorkError where outputs overflow.
+    settings: with a dtype; store: for samples of these lengths; chunk_tokens: for how many tokens
+    an expert is read once, None for what memory allows. Raises UsageError where transformers
+    cannot build the model, the device does not exist or a layer does not fit into memory;
+    FamilyError where experts or weights have an unknown form; WorkError where an expert's
+    outputs are not finite; OutputWriteError where hidden states or results cannot be written.
     """
     _require_device(settings.device)
     anatomy = read_anatomy(checkpoint)
     with silence_hub(), torch.inference_mode():
         model = Model(checkpoint, anatomy, settings)
-        cutting = _Cutting(model, samples, settings, chunk_tokens)
-        run = _Run(model, anatomy, samples, settings, store, sink, on_progress, cutting)
-        with ReadAhead(checkpoint.source, _read_ahead_nbytes()) as ahead:
-            run.go(ahead)
-
-
-class _Cutting:
-    """Samples cut into chunks and batches, as memory allows."""
-
-    def __init__(
-        self, model: Model, samples: Sequence[Sample], settings: Settings, chunk: int | None
-    ) -> None:
-        """Raises UsageError where one layer and one batch do not fit."""
-        self._lengths = [sample.num_tokens for sample in samples]
-        self._footprint = model.layer_memory()
-        self._mixed = model.may_pad
-        self._settings = settings
-        self._chunk = chunk
-        self._portions(0)
-
-    def chunks(self) -> list[Chunk]:
-        """As this moment's memory allows."""
-        return _chunks(self._lengths, self._portions(0), mixed=self._mixed)
-
-    def lasting_chunks(self, store: ActivationStore, reserved: int) -> list[Chunk]:
-        """The same at every resumption of a run, because sums are rounded as batches are cut.
-
-        reserved: bytes of the free memory that the hidden states will take.
-        """
-        fit = self._portions(reserved)
-        kept = BatchSizes(*store.batch_sizes(fit.batch_size, fit.chunk))
-        return _chunks(self._lengths, kept, mixed=self._mixed)
-
-    def _portions(self, reserved: int) -> BatchSizes:
-        device = self._settings.device
-        free = free_memory(device)
-        if free is not None and device == "cpu":
-            free -= reserved
-        return batch_sizes(
-            self._footprint, self._lengths, self._settings.batch_size, self._chunk, free, device
-        )
-
-
-class _Run:
-    """One calibration on its way."""
-
-    def __init__(
-        self,
-        model: Model,
-        anatomy: Anatomy,
-        samples: Sequence[Sample],
-        settings: Settings,
-        store: ActivationStore,
-        sink: LayerSink,
-        on_progress: Listener,
-        cutting: _Cutting,
-    ) -> None:
-        self._model = model
-        self._anatomy = anatomy
-        self._samples = samples
-        self._device = settings.device
-        self._store = store
-        self._sink = sink
-        self._listener = on_progress
-        self._cutting = cutting
-        self._chunks = cutting.chunks()
-        self._experts = {layer.index: layer.num_experts for layer in anatomy.main_layers}
-        last = max(self._experts)
-        self._groups = [group for group in model.groups() if group.start <= last]
-        self._mtp = model.mtp
-        if self._mtp is not None:
-            self._experts[self._mtp.index] = anatomy.mtp_layers[0].num_experts
-            self._groups = model.groups()
-        layers = self._groups[-1].stop + (self._mtp is not None)
-        tokens = sum(sample.num_tokens for sample in samples)
-        self._progress = Progress(0, 0, layers, 0, layers * tokens)
-
-    def go(self, ahead: ReadAhead) -> None:
-        """Every group of layers that is not done yet."""
-        done = self._sink.done_layers()
-        if self._experts.keys() <= done:
-            return
-        self._model.prepare(self._samples[0].ids)
-        if self._store.generation is None:
-            self._embed()
-        # The next generation will be as large as this one.
-        reserved = self._state_nbytes() if self._store.in_memory else 0
-        self._chunks = self._cutting.lasting_chunks(self._store, reserved)
-        for number, group in enumerate(self._groups):
-            assert self._store.generation is not None
-            if number < self._store.generation:
-                self._count(group)
-                continue
-            self._work(number, group, ahead)
-        if self._mtp is not None and self._mtp.index not in done:
-            self._work_mtp(self._mtp)
-
-    def _embed(self) -> None:
-        """The states in front of the first layer."""
-        for positions in (batch for chunk in self._chunks for batch in chunk):
-            batch = self._batch(positions)
-            self._model.passage.embed(batch)
-            self._keep(positions, batch)
-        self._store.advance()
-
-    def _state_nbytes(self) -> int:
-        state = self._store.read(0)
-        each: int = state.numel() // len(state) * state.element_size()
-        return each * sum(sample.num_tokens for sample in self._samples)
-
-    def _work(self, number: int, group: range, ahead: ReadAhead) -> None:
-        """Lead all samples through one group of layers, and keep what it added up to."""
-        recorders: dict[int, Recorder] = {}
-        is_last = self._mtp is None and number + 1 == len(self._groups)
-        with self._model.filled(group):
-            following = self._groups[number + 1 :][:1]
-            ahead.begin(self._model.ranges(*following) if following else ())
-            work = {
-                layer: self._at_work(layer, recorders) for layer in group if layer in self._experts
-            }
-            for chunk in self._chunks:
-                self._pass(chunk, group, work, keep=not is_last)
-        for layer, recorder in recorders.items():
-            self._sink.finished_layer(layer, False, recorder.result())
-        if not is_last:
-            # Behind the sink: what the store has done, the sink has.
-            self._store.advance()
-        self._count(group, tokens=False)
-
-    def _work_mtp(self, mtp: MtpLayer) -> None:
-        """Lead all samples through the MTP layer, from what the main layers gave."""
-        experts = self._experts[mtp.index]
-        recorder = Recorder(f"MTP layer {mtp.index}", experts, self._device)
-        twin = range(mtp.twin, mtp.twin + 1)
-        with self._model.filled_mtp(mtp):
-            work = {mtp.twin: self._model.mtp_experts(mtp, experts, recorder)}
-            for chunk in self._chunks:
-                batches = [self._batch_with_states(positions) for positions in chunk]
-                # One token has none behind it to predict from.
-                entered = [
-                    self._model.enter_mtp(mtp, batch) for batch in batches if batch.ids.shape[1] > 1
-                ]
-                if entered:
-                    self._model.passage.run(entered, twin, work)
-                self._told(mtp.index, sum(batch.num_tokens for batch in batches))
-        self._sink.finished_layer(mtp.index, True, recorder.result())
-        self._count(range(mtp.index, mtp.index + 1), tokens=False)
-
-    def _at_work(self, layer: int, recorders: dict[int, Recorder]) -> StreamedExperts:
-        where = f"layer {layer}"
-        recorders[layer] = Recorder(where, self._experts[layer], self._device)
-        return self._model.experts(layer, self._experts[layer], recorders[layer])
-
-    def _pass(
-        self, chunk: Chunk, group: range, work: dict[int, StreamedExperts], *, keep: bool
-    ) -> None:
-        batches = [self._batch_with_states(positions) for positions in chunk]
-        self._model.passage.run(batches, group, work)
-        for positions, batch in zip(chunk, batches, strict=True):
-            if keep:
-                self._keep(positions, batch)
-            self._told(group.start, batch.num_tokens * len(group))
-
-    def _batch(self, positions: list[int]) -> Batch:
-        return Batch.of([self._samples[position].ids for position in positions], self._device)
-
-    def _batch_with_states(self, positions: list[int]) -> Batch:
-        batch = self._batch(positions)
-        batch.take([self._store.read(position) for position in positions])
-        return batch
-
-    def _keep(self, positions: list[int], batch: Batch) -> None:
-        for position, states in zip(positions, batch.give(), strict=True):
-            self._store.write(position, states)
-
-    def _told(self, layer: int, tokens: int) -> None:
-        done = self._progress.tokens_done + tokens
-        self._progress = replace(self._progress, layer=layer, tokens_done=done)
-        self._listener(self._progress)
-
-    def _count(self, group: range, *, tokens: bool = True) -> None:
-        """Note that a group is done; tokens: whether its tokens were not counted yet."""
-        layers = self._progress.layers_done + len(group)
-        self._progress = replace(self._progress, layers_done=layers)
-        every = sum(sample.num_tokens for sample in self._samples) * len(group)
-        self._told(group[-1], every if tokens else 0)
-
-
-def _chunks(lengths: Sequence[int], shares: BatchSizes, *, mixed: bool) -> list[Chunk]:
-    """Cut samples into batches of like lengths, and batches into chunks of at most so many
-    tokens, padding counted. mixed: whether lengths of a batch may differ."""
-    chunks: list[Chunk] = []
-    room = 0
-    for batch in _batches(lengths, shares.batch_size, mixed=mixed):
-        size = lengths[batch[0]] * len(batch)
-        if not chunks or size > room or len(chunks[-1]) == MOST_BATCHES:
-            chunks.append([])
-            room = shares.chunk
-        chunks[-1].append(batch)
-        room -= size
-    return chunks
-
-
-def _batches(lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list[int]]:
-    """Positions of samples, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    batch: list[int] = []
-    for position in order:
-        other = batch and not mixed and lengths[position] != lengths[batch[0]]
-        if other or len(batch) == size:
-            yield batch
-            batch = []
-        batch.append(position)
-    yield batch
-
-
-def _read_ahead_nbytes() -> int:
-    free = free_memory("cpu")
-    return free // 2 if free is not None else 1 << 30
+        _Run(model, anatomy, samples, settings, store, sink, on_progress, chunk_tokens).run()
 
 
 def _require_device(device: str) -> None:
@@ -280,3 +61,197 @@ def _require_device(device: str) -> None:
     if number >= count:
         problem = f"torch {torch.__version__} finds {count} CUDA devices"
         raise UsageError(f"--device {device}", problem, "give another device, such as cpu")
+
+
+class _Run:
+    """One calibration: which layers are left, how samples are grouped, how far it is."""
+
+    def __init__(
+        self,
+        model: Model,
+        anatomy: Anatomy,
+        samples: Sequence[Sample],
+        settings: Settings,
+        store: ActivationStore,
+        sink: LayerSink,
+        on_progress: Listener,
+        chunk_tokens: int | None,
+    ) -> None:
+        """Raises UsageError where one layer and one batch do not fit into memory."""
+        self._model = model
+        self._samples = samples
+        self._settings = settings
+        self._store = store
+        self._sink = sink
+        self._listener = on_progress
+        self._chunk_tokens = chunk_tokens
+        self._layer_memory = model.layer_memory()
+        self._chunks = self._cut(self._fitting_sizes())
+        self._num_experts = {layer.index: layer.num_experts for layer in anatomy.main_layers}
+        self._groups = model.groups()
+        if model.mtp is None:
+            # Nothing needs the output of dense layers behind the last MoE layer.
+            last = max(self._num_experts)
+            self._groups = [group for group in self._groups if group.start <= last]
+        else:
+            self._num_experts[model.mtp.index] = anatomy.mtp_layers[0].num_experts
+        self._tokens = total_tokens(samples)
+        layers = self._groups[-1].stop + (model.mtp is not None)
+        self._progress = Progress(0, 0, layers, 0, layers * self._tokens)
+
+    def run(self) -> None:
+        """Run every group of layers that an earlier run has not finished."""
+        done = self._sink.done_layers()
+        if self._num_experts.keys() <= done:
+            return
+        self._model.prepare(self._samples[0].ids)
+        if self._store.generation is None:
+            self._embed()
+        # The states of the next generation take as much memory as those of this one.
+        reserved = self._states_nbytes() if self._store.in_memory else 0
+        fitting = self._fitting_sizes(reserved)
+        kept = self._store.keep_batch_sizes(fitting.batch_size, fitting.chunk)
+        self._chunks = self._cut(BatchSizes(*kept))
+        for number, group in enumerate(self._groups):
+            assert self._store.generation is not None
+            if number < self._store.generation:
+                self._report_group(group)
+            else:
+                self._run_group(number, group)
+        mtp = self._model.mtp
+        if mtp is not None and mtp.index not in done:
+            self._run_mtp(mtp)
+
+    def _embed(self) -> None:
+        """Store the states that enter the first layer."""
+        for positions in (batch for chunk in self._chunks for batch in chunk):
+            batch = self._batch(positions)
+            self._model.runner.embed(batch)
+            self._keep_states(positions, batch)
+        self._store.advance()
+
+    def _run_group(self, number: int, group: range) -> None:
+        """Run all samples through one group of layers, and keep what its experts added up."""
+        is_last = self._model.mtp is None and number + 1 == len(self._groups)
+        with self._model.filled(group):
+            for following in self._groups[number + 1 :][:1]:
+                self._model.read_ahead(following)
+            recorders = {
+                layer: self._recorder(layer, f"layer {layer}")
+                for layer in group
+                if layer in self._num_experts
+            }
+            experts = {
+                layer: self._model.experts(layer, self._num_experts[layer], recorder)
+                for layer, recorder in recorders.items()
+            }
+            for chunk in self._chunks:
+                batches = [self._batch_with_states(positions) for positions in chunk]
+                self._model.runner.run(batches, group, experts)
+                for positions, batch in zip(chunk, batches, strict=True):
+                    if not is_last:
+                        self._keep_states(positions, batch)
+                    self._report(group.start, batch.num_tokens * len(group))
+        for layer, recorder in recorders.items():
+            self._sink.finished_layer(layer, False, recorder.result())
+        if not is_last:
+            # After the sink: a layer that the store counts as done must not lack its results.
+            self._store.advance()
+        self._report_group(group, tokens_counted=True)
+
+    def _run_mtp(self, mtp: MtpLayer) -> None:
+        """Run all samples through the MTP layer, from the output of the main layers."""
+        recorder = self._recorder(mtp.index, f"MTP layer {mtp.index}")
+        twin = range(mtp.twin, mtp.twin + 1)
+        with self._model.filled_mtp(mtp):
+            experts = {
+                mtp.twin: self._model.mtp_experts(mtp, self._num_experts[mtp.index], recorder)
+            }
+            for chunk in self._chunks:
+                batches = [self._batch_with_states(positions) for positions in chunk]
+                # The layer sees pairs of a state and the next token: a single token has no pair.
+                entered = [
+                    self._model.enter_mtp(mtp, batch) for batch in batches if batch.ids.shape[1] > 1
+                ]
+                if entered:
+                    self._model.runner.run(entered, twin, experts)
+                self._report(mtp.index, sum(batch.num_tokens for batch in batches))
+        self._sink.finished_layer(mtp.index, True, recorder.result())
+        self._report_group(range(mtp.index, mtp.index + 1), tokens_counted=True)
+
+    def _recorder(self, layer: int, name: str) -> Recorder:
+        return Recorder(name, self._num_experts[layer], self._settings.device)
+
+    def _batch(self, positions: list[int]) -> Batch:
+        ids = [self._samples[position].ids for position in positions]
+        return Batch.of(ids, self._settings.device)
+
+    def _batch_with_states(self, positions: list[int]) -> Batch:
+        batch = self._batch(positions)
+        batch.set_states([self._store.read(position) for position in positions])
+        return batch
+
+    def _keep_states(self, positions: list[int], batch: Batch) -> None:
+        for position, states in zip(positions, batch.unpadded_states(), strict=True):
+            self._store.write(position, states)
+
+    def _states_nbytes(self) -> int:
+        state = self._store.read(0)
+        nbytes: int = state.numel() // len(state) * state.element_size() * self._tokens
+        return nbytes
+
+    def _fitting_sizes(self, reserved: int = 0) -> BatchSizes:
+        """What fits into the memory that is free now.
+
+        reserved: bytes of the host's free memory that the hidden states will take.
+        """
+        device = self._settings.device
+        free = free_memory(device) - (reserved if device == "cpu" else 0)
+        lengths = [sample.num_tokens for sample in self._samples]
+        asked = self._settings.batch_size
+        return batch_sizes(self._layer_memory, lengths, asked, self._chunk_tokens, free, device)
+
+    def _cut(self, sizes: BatchSizes) -> list[Chunk]:
+        lengths = [sample.num_tokens for sample in self._samples]
+        return _chunks(lengths, sizes, mixed=self._model.may_pad)
+
+    def _report(self, layer: int, tokens: int) -> None:
+        done = self._progress.tokens_done + tokens
+        self._progress = replace(self._progress, layer=layer, tokens_done=done)
+        self._listener(self._progress)
+
+    def _report_group(self, group: range, *, tokens_counted: bool = False) -> None:
+        """Report that a group is done; tokens_counted: whether its tokens were reported."""
+        layers = self._progress.layers_done + len(group)
+        self._progress = replace(self._progress, layers_done=layers)
+        self._report(group[-1], 0 if tokens_counted else self._tokens * len(group))
+
+
+def _chunks(lengths: Sequence[int], sizes: BatchSizes, *, mixed: bool) -> list[Chunk]:
+    """Group batches into chunks of at most `sizes.chunk` tokens, padding included.
+
+    mixed: whether samples of different lengths may be in one batch.
+    """
+    chunks: list[Chunk] = []
+    left = 0
+    for batch in _batches(lengths, sizes.batch_size, mixed=mixed):
+        tokens = lengths[batch[0]] * len(batch)
+        if not chunks or tokens > left or len(chunks[-1]) == MOST_BATCHES:
+            chunks.append([])
+            left = sizes.chunk
+        chunks[-1].append(batch)
+        left -= tokens
+    return chunks
+
+
+def _batches(lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list[int]]:
+    """Positions of samples of similar lengths, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    batch: list[int] = []
+    for position in order:
+        differs = batch and not mixed and lengths[position] != lengths[batch[0]]
+        if differs or len(batch) == size:
+            yield batch
+            batch = []
+        batch.append(position)
+    yield batch

@@ -1,7 +1,7 @@
-"""A layer's experts, read one by one: what they give to the tokens routed to them, and the sums.
+"""A layer's experts, read one by one: their outputs for the routed tokens, and the sums of these.
 
-Below `passing`. The model's router has decided; here every expert that was chosen by any token
-of the chunk is read once, computes its tokens, is recorded, and is let go.
+The model's router has chosen. Each expert that any token of the chunk chose is read once,
+computes its tokens, and is dropped; a recorder adds up its outputs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Parameters: TypeAlias = Mapping[str, Tensor | PackedWeight]
 
 @dataclass(slots=True)
 class Routing:
-    """What one batch brings to a layer's experts.
+    """The tokens of one batch, and which experts of a layer they go to.
 
-    layer: its number; inputs: [N, H]; index: int64 [N, K]; weights: [N, K], the router's gate
-    weights; real: bool [N], False for padding, None where there is none.
+    layer: the layer's number; inputs: [N, H]; index: int64 [N, K], expert ids; weights: [N, K],
+    gate weights; real: bool [N], False for padding, None where there is no padding.
     """
 
     layer: int
@@ -41,7 +41,7 @@ class Routing:
     real: Tensor | None
 
     def choices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, expert, gate weight) of every choice of a token that is no padding."""
+        """(token, expert, gate weight) of every choice, padding left out; three vectors."""
         index, weights = self.index, self.weights
         tokens = torch.arange(len(index), device=index.device)
         if self.real is not None:
@@ -51,26 +51,29 @@ class Routing:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are no padding."""
+        """Tokens without padding."""
         return len(self.inputs) if self.real is None else int(self.real.sum())
 
 
 class Recorder:
-    """Sums over the tokens of one layer, in float64 where the tensors are."""
+    """Adds up the outputs of one layer's experts, in float64 on the device of the tensors.
+
+    layer: its name in messages.
+    """
 
     def __init__(self, layer: str, num_experts: int, device: str) -> None:
         self._layer = layer
         self._num_experts = num_experts
         self._tokens = 0
-        # counts, gate weights, norms, their products, the largest component
+        # Rows: counts, gate weights, norms, norms times gate weights, the largest component.
         self._sums = torch.zeros(5, num_experts, dtype=torch.float64, device=device)
 
-    def saw(self, tokens: int) -> None:
-        """Note that so many tokens passed the layer."""
+    def add_tokens(self, tokens: int) -> None:
+        """Count tokens that went through the layer."""
         self._tokens += tokens
 
     def add(self, expert: int, outputs: Tensor, weights: Tensor) -> None:
-        """Note an expert's outputs [n, H] and their gate weights [n]."""
+        """Add an expert's outputs [n, H], before they are multiplied by the gate weights [n]."""
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
         gates = weights.double()
         sums = self._sums
@@ -81,7 +84,7 @@ class Recorder:
         sums[4, expert] = torch.maximum(sums[4, expert], outputs.amax().double())
 
     def result(self) -> Accumulators:
-        """The sums. Raises WorkError where an expert's outputs were no finite numbers."""
+        """The sums. Raises WorkError where an expert's outputs were not finite."""
         sums = self._sums.cpu().numpy()
         wrong = ~np.isfinite(sums).all(0)
         if wrong.any():
@@ -91,41 +94,43 @@ class Recorder:
 
 
 class StreamedExperts:
-    """The experts of one layer. expert: reads an expert's parameters by its id."""
+    """The experts of one layer."""
 
     def __init__(
         self,
         module: ExpertModule,
         num_experts: int,
-        expert: Callable[[int], Parameters],
+        read_expert: Callable[[int], Parameters],
         recorder: Recorder,
     ) -> None:
+        """read_expert: an expert's parameters by its id; it runs in another thread."""
         self._module = module
         self._num_experts = num_experts
-        self._expert = expert
+        self._read_expert = read_expert
         self._recorder = recorder
 
     def compute(self, routings: list[Routing]) -> list[Tensor]:
-        """The outputs [N, H] for each batch; what padding gets is 0."""
+        """The outputs [N, H] for each batch; those of padding are 0."""
         inputs = torch.cat([routing.inputs for routing in routings])
-        kinds = (routings[0].inputs.dtype, routings[0].weights.dtype)
-        outputs = torch.zeros_like(inputs, dtype=torch.promote_types(*kinds))
+        dtypes = (routings[0].inputs.dtype, routings[0].weights.dtype)
+        outputs = torch.zeros_like(inputs, dtype=torch.promote_types(*dtypes))
         sizes = [len(routing.inputs) for routing in routings]
-        tokens, experts, weights = _together(routings, sizes)
-        self._recorder.saw(sum(routing.num_tokens for routing in routings))
+        tokens, experts, weights = _sorted_by_expert(routings, sizes)
+        self._recorder.add_tokens(sum(routing.num_tokens for routing in routings))
         counts = torch.bincount(experts, minlength=self._num_experts).tolist()
-        pieces = zip(counts, tokens.split(counts), weights.split(counts), strict=True)
-        chosen = {
-            expert: (own, gates) for expert, (count, own, gates) in enumerate(pieces) if count
-        }
+        parts = zip(counts, tokens.split(counts), weights.split(counts), strict=True)
+        chosen = {expert: (own, gates) for expert, (count, own, gates) in enumerate(parts) if count}
         for expert, parameters in self._read(chosen):
             self._compute(expert, parameters, inputs, outputs, *chosen[expert])
         self._module.clear()
-        return [part.to(kinds[0]) for part in outputs.split(sizes)]
+        return [part.to(dtypes[0]) for part in outputs.split(sizes)]
 
     def _read(self, chosen: Iterable[int]) -> Iterator[tuple[int, Parameters | None]]:
-        """Experts with their parameters, None for one that copies; the next one is read while
-        this one computes. Ids behind the last expert stand for none."""
+        """(expert, parameters), None for an expert that copies its input.
+
+        The next expert is read while this one computes. Some routers choose ids after the last
+        expert, which stand for no expert.
+        """
         known = self._num_experts + (self._module.copies or 0)
         wanted = [expert for expert in chosen if expert < known]
         with ThreadPoolExecutor(1, thread_name_prefix="expert") as pool:
@@ -139,7 +144,7 @@ class StreamedExperts:
                     ahead.append(pool.submit(self._parameters, wanted[position + 2]))
 
     def _parameters(self, expert: int) -> Parameters | None:
-        return self._expert(expert) if expert < self._num_experts else None
+        return self._read_expert(expert) if expert < self._num_experts else None
 
     def _compute(
         self,
@@ -150,22 +155,22 @@ class StreamedExperts:
         tokens: Tensor,
         weights: Tensor,
     ) -> None:
-        """Add what one expert gives to its tokens, a number of them at a time."""
+        """Add one expert's outputs for its tokens to `outputs`, MOST_ROWS tokens at a time."""
         if parameters is not None:
             self._module.load(parameters)
         for chosen, gates in zip(tokens.split(MOST_ROWS), weights.split(MOST_ROWS), strict=True):
-            given = inputs[chosen]
-            made = given if parameters is None else self._outputs(given)
+            own = inputs[chosen]
+            made = own if parameters is None else self._outputs(own)
             if parameters is not None:
                 self._recorder.add(expert, made, gates)
             if self._module.scales_inputs:
-                made = self._outputs(given * gates[:, None])
+                made = self._outputs(own * gates[:, None])
             else:
                 made = made * gates[:, None]
             outputs.index_add_(0, chosen, made.to(outputs.dtype))
 
     def _outputs(self, inputs: Tensor) -> Tensor:
-        """The expert's outputs [n, H], computed for a few rows more where that helps."""
+        """The expert's outputs [n, H], computed on the CPU for a few rows more."""
         rows = len(inputs)
         even = _even_rows(rows) if inputs.device.type == "cpu" else rows
         if even > rows:
@@ -174,18 +179,20 @@ class StreamedExperts:
 
 
 def _even_rows(rows: int) -> int:
-    """The next of eight numbers between a power of two and the next.
+    """`rows` rounded up to one of eight numbers between two powers of two.
 
-    Every expert gets another number of tokens, and torch keeps code for every shape of a
-    product that it has met: of few shapes there is little to keep.
+    Every expert gets another number of tokens, and on the CPU torch keeps compiled code for each
+    shape of a matrix product: few shapes keep that memory small.
     """
     step = max(1, 1 << (rows - 1).bit_length() >> 4)
     return -(-rows // step) * step
 
 
-def _together(routings: list[Routing], sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, expert, gate weight) of all batches' choices, sorted by expert; tokens are counted
-    through the batches."""
+def _sorted_by_expert(routings: list[Routing], sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, expert, gate weight) of all batches' choices, sorted by expert.
+
+    sizes: rows of each batch; tokens are numbered through the batches.
+    """
     parts = [routing.choices() for routing in routings]
     begins = np.cumsum([0, *sizes[:-1]]).tolist()
     tokens = torch.cat([part[0] + begin for part, begin in zip(parts, begins, strict=True)])

@@ -1,9 +1,9 @@
 """Batches of samples run through some layers of the text model.
 
-A batch is one call of the model's own `forward`: the layers before those at work are skipped, the
-first one at work is given the stored hidden states as its input, and what the last one returns is
-kept. All batches of a chunk wait for one another at the experts, so that each expert is read once
-and serves them all. Each batch has a thread, which can be paused in the middle of the model's own
+A batch is one call of the model's own `forward`: layers before the active ones are skipped, the
+first active one gets the stored hidden states as its input, and the output of the last one is
+kept. The batches of a chunk wait for one another at the experts, so that each expert is read once
+for all of them. Each batch runs in a thread, which can be paused in the middle of the model's own
 code; only one thread runs at a time.
 """
 
@@ -24,22 +24,254 @@ from torch import Tensor
 from shardsurgeon.layerwise.experts import Routing, StreamedExperts
 from shardsurgeon.layerwise.text_model import TextModel
 
-Task = Callable[[Callable[[Any], Any]], None]
-
 Embed = Callable[[str, Tensor], Tensor]
-
-"""A computation. It is given `request_experts`, which takes a request and gives its answer."""
+"""(name of an embedding's weight, token ids ascending) → their rows [ids, width]."""
+Task = Callable[[Callable[[Any], Any]], None]
+"""A computation; its argument, `request_experts`, takes a request and returns the answer."""
 Compute = Callable[[list[Any]], list[Any]]
-"""Requests of all computations that wait → their answers, in the same order."""
+"""Requests of all waiting tasks → their answers, in the same order."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Samples of one forward pass, padded at their ends, where causal attention ignores padding.
+
+    ids: int64 [B, S]; lengths: tokens of each sample; states: hidden states [B, S, ...], the
+    input of the next layers to run; None before the first layer.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    states: Tensor | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[NDArray[np.int64]], device: str) -> Batch:
+        """Pad samples, each int64 [tokens], to the longest of them."""
+        longest = max(len(ids) for ids in samples)
+        padded = np.zeros((len(samples), longest), np.int64)
+        for row, ids in zip(padded, samples, strict=True):
+            row[: len(ids)] = ids
+        return cls(torch.from_numpy(padded).to(device), [len(ids) for ids in samples])
+
+    def set_states(self, states: Sequence[Tensor]) -> None:
+        """Set the hidden states, one tensor [tokens, ...] a sample."""
+        shape = (*self.ids.shape, *states[0].shape[1:])
+        padded = torch.zeros(shape, dtype=states[0].dtype, device=self.ids.device)
+        for row, state in zip(padded, states, strict=True):
+            row[: len(state)] = state
+        self.states = padded
+
+    def unpadded_states(self) -> list[Tensor]:
+        """The hidden states of each sample, [tokens, ...], without the padding."""
+        assert self.states is not None
+        return [row[:length] for row, length in zip(self.states, self.lengths, strict=True)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths)
+
+    def real(self) -> Tensor | None:
+        """Which positions are not padding, bool [B · S]; None where none is padding."""
+        width = self.ids.shape[1]
+        if self.num_tokens == self.ids.numel():
+            return None
+        lengths = torch.tensor(self.lengths, device=self.ids.device)
+        positions = torch.arange(width, device=self.ids.device)
+        return (positions < lengths[:, None]).reshape(-1)
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of the model's `forward`.
+
+    layers: the active ones; request_experts: has the experts compute; embeds: whether embeddings
+    are looked up; real: as `Batch.real`; seen: a list that receives the layers' arguments other
+    than the hidden states, or None.
+    """
+
+    batch: Batch
+    layers: range
+    request_experts: Callable[[Any], Any]
+    embeds: bool
+    real: Tensor | None = None
+    seen: list[Any] | None = None
+
+
+class LayerRunner:
+    """Runs batches through a text model, whose layers and experts it takes over."""
+
+    def __init__(self, text: TextModel, embed: Embed, dtype: torch.dtype) -> None:
+        """embed: looks up rows of embeddings; dtype: of embedded tokens."""
+        self._text = text
+        self._dtype = dtype
+        self._lookup = embed
+        # The call that each thread is in.
+        self._local = threading.local()
+        # Learned by `probe`.
+        self._extra_outputs = 0
+        self._layers_see_embeddings = True
+        text.take_over(self._visit, self._route)
+        for name, module in text.embeddings.items():
+            module.padding_idx = None
+            module.forward = partial(self._embed, name, module)
+
+    def probe(self, ids: Tensor) -> None:
+        """Find out how the model calls its layers. ids: int64 [1, S], any tokens.
+
+        That is: how many values a layer returns beside the hidden states, and whether layers
+        depend on the embeddings in another way than through the hidden states.
+        """
+        for extra in range(4):
+            self._extra_outputs = extra
+            # A skipped layer returns as many values as the model's code unpacks.
+            try:
+                found = self._layer_arguments(ids, embeds=True)
+            except ValueError as error:
+                if "unpack" not in str(error):
+                    raise
+            else:
+                break
+        self._layers_see_embeddings = not _same(found, self._layer_arguments(ids, embeds=False))
+
+    def embed(self, batch: Batch) -> None:
+        """Set a batch's states to the input of the first layer."""
+        self._forward(_Call(batch, range(0), _unexpected_request, embeds=True))
+
+    def run(
+        self, batches: Sequence[Batch], layers: range, experts: dict[int, StreamedExperts]
+    ) -> None:
+        """Run batches that have states through some layers, which replaces their states.
+
+        layers: filled with their weights; experts: of those layers that have some, by layer.
+        Each expert is read once for all batches.
+        """
+
+        def compute(routings: list[Any]) -> list[Any]:
+            with torch.inference_mode(), _current(routings[0].inputs):
+                return list(experts[routings[0].layer].compute(routings))
+
+        run_interleaved([partial(self._task, batch, layers) for batch in batches], compute)
+
+    def finish(self, batch: Batch) -> Tensor:
+        """The output of the model's final norm for states behind the last layer: [B, S, H]."""
+        done: Tensor = self._forward(
+            _Call(batch, range(0), _unexpected_request, self._layers_see_embeddings)
+        ).last_hidden_state
+        return done
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The embeddings [B, S, H] of token ids [B, S]."""
+        self._local.call = _Call(Batch(ids, []), range(0), _unexpected_request, embeds=True)
+        try:
+            with torch.inference_mode():
+                rows: Tensor = self._text.text.get_input_embeddings()(ids)
+                return rows
+        finally:
+            self._local.call = None
+
+    def _task(self, batch: Batch, layers: range, request_experts: Callable[[Any], Any]) -> None:
+        self._forward(
+            _Call(batch, layers, request_experts, self._layers_see_embeddings, batch.real())
+        )
+
+    def _forward(self, call: _Call) -> Any:
+        self._local.call = call
+        try:
+            with torch.inference_mode(), _current(call.batch.ids):
+                return self._text.text(input_ids=call.batch.ids, use_cache=False)
+        finally:
+            self._local.call = None
+
+    def _visit(
+        self,
+        index: int,
+        forward: Callable[..., Any],
+        hidden_states: Tensor,
+        *more: Any,
+        **named: Any,
+    ) -> Any:
+        """Called instead of a layer's forward: runs it where the layer is active."""
+        call: _Call = self._local.call
+        batch, layers = call.batch, call.layers
+        if index not in layers:
+            if index == 0 and batch.states is None:
+                batch.states = hidden_states
+            elif index == 0:
+                hidden_states = batch.states
+            if call.seen is not None:
+                call.seen.append((more, named))
+            if self._extra_outputs:
+                return (hidden_states, *[None] * self._extra_outputs)
+            return hidden_states
+        if index == layers.start:
+            assert batch.states is not None
+            hidden_states, batch.states = batch.states, None
+        result = forward(hidden_states, *more, **named)
+        if index == layers[-1]:
+            batch.states = result[0] if isinstance(result, tuple) else result
+        return result
+
+    def _route(self, layer: int, inputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Called instead of the forward of a layer's experts."""
+        call: _Call = self._local.call
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        choice = (index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
+        outputs: Tensor = call.request_experts(Routing(layer, flat, *choice, call.real))
+        return outputs.reshape(inputs.shape)
+
+    def _embed(self, name: str, module: Any, ids: Tensor) -> Tensor:
+        """Called instead of an embedding's forward: runs it on the rows of these ids alone."""
+        if not self._local.call.embeds:
+            # The stored states replace the result; the model looks at its shape only.
+            shape = (*ids.shape, module.embedding_dim)
+            return torch.zeros(1, dtype=self._dtype, device=ids.device).expand(shape)
+        wanted, places = ids.unique(return_inverse=True)
+        weight = module._parameters["weight"]
+        module._parameters["weight"] = self._lookup(f"{name}.weight", wanted)
+        try:
+            embedded: Tensor = type(module).forward(module, places)
+        finally:
+            module._parameters["weight"] = weight
+        return embedded
+
+    def _layer_arguments(self, ids: Tensor, *, embeds: bool) -> list[Any]:
+        """The arguments of all layers, hidden states left out."""
+        seen: list[Any] = []
+        batch = Batch(ids, [ids.shape[1]])
+        self._forward(_Call(batch, range(0), _unexpected_request, embeds, seen=seen))
+        return seen
+
+
+def _current(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make a tensor's device the current one of this thread, on which kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _unexpected_request(request: Any) -> Any:
+    """Stands for `request_experts` in calls without active layers."""
+    raise AssertionError(request)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the tensors in two nested structures are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_same(left, right) for left, right in pairs)
+    return True
 
 
 def run_interleaved(tasks: Sequence[Task], compute: Compute) -> None:
-    """Run all tasks to their end, in turns; whenever all of them wait, serve their requests.
+    """Run all tasks to their end, in turns; whenever all of them wait, answer their requests.
 
-    What a task or `compute` raises stops all of them and is raised here.
+    An exception of a task or of `compute` stops all tasks and is raised here.
     """
     if len(tasks) == 1:
-        # No need to leave it in the middle.
+        # A single task has no other to wait for: it needs no thread.
         tasks[0](lambda request: compute([request])[0])
         return
     runners = [_Runner(task) for task in tasks]
@@ -51,6 +283,7 @@ def run_interleaved(tasks: Sequence[Task], compute: Compute) -> None:
             for runner in waiting:
                 runner.request = None
             for position, runner in enumerate(waiting):
+                # No reference may stay here: an answer is as large as a layer's activations.
                 answer, answers[position] = answers[position], None
                 runner.step(answer)
     finally:
@@ -59,7 +292,7 @@ def run_interleaved(tasks: Sequence[Task], compute: Compute) -> None:
 
 
 class _Abandoned(BaseException):
-    """Unwinds a task that will not be answered."""
+    """Ends a task that waits for an answer it will not get."""
 
 
 class _Runner:
@@ -78,7 +311,7 @@ class _Runner:
         self._thread.start()
 
     def step(self, answer: Any) -> None:
-        """Let it run, with the answer it waits for, until it waits again or has ended."""
+        """Give it the answer it waits for, and return when it waits again or has ended."""
         self._answer, self.waits = answer, False
         del answer
         self._turn.release()
@@ -87,7 +320,7 @@ class _Runner:
             raise self._failure
 
     def abandon(self) -> None:
-        """End it where it stands, and wait for that."""
+        """End the task where it waits, and join its thread."""
         self._stop = True
         self._turn.release()
         self._thread.join()
@@ -96,7 +329,7 @@ class _Runner:
         self._turn.acquire()
         try:
             if not self._stop:
-                self._task(self._meet)
+                self._task(self._request)
         except _Abandoned:
             pass
         except BaseException as error:
@@ -104,7 +337,7 @@ class _Runner:
         finally:
             self._done.release()
 
-    def _meet(self, request: Any) -> Any:
+    def _request(self, request: Any) -> Any:
         self.request, self.waits = request, True
         del request
         self._done.release()
@@ -113,227 +346,3 @@ class _Runner:
             raise _Abandoned
         answer, self._answer = self._answer, None
         return answer
-
-
-"""(name of an embedding's weight, token ids ascending) → their rows [ids, width]."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """Samples that pass together, padded at their ends: what comes later changes nothing before.
-
-    ids: int64 [B, S]; lengths: tokens of each sample; states: what the layers take, [B, S, ...],
-    and after a pass what they give; None before the first layer.
-    """
-
-    ids: Tensor
-    lengths: list[int]
-    states: Tensor | None = None
-
-    @classmethod
-    def of(cls, samples: Sequence[NDArray[np.int64]], device: str) -> Batch:
-        """Pad samples to the longest of them."""
-        longest = max(len(ids) for ids in samples)
-        padded = np.zeros((len(samples), longest), np.int64)
-        for row, ids in zip(padded, samples, strict=True):
-            row[: len(ids)] = ids
-        return cls(torch.from_numpy(padded).to(device), [len(ids) for ids in samples])
-
-    def take(self, states: Sequence[Tensor]) -> None:
-        """Set the hidden states, one tensor [tokens, ...] a sample."""
-        shape = (*self.ids.shape, *states[0].shape[1:])
-        padded = torch.zeros(shape, dtype=states[0].dtype, device=self.ids.device)
-        for row, state in zip(padded, states, strict=True):
-            row[: len(state)] = state
-        self.states = padded
-
-    def give(self) -> list[Tensor]:
-        """The hidden states of each sample, [tokens, ...], without the padding."""
-        assert self.states is not None
-        return [row[:length] for row, length in zip(self.states, self.lengths, strict=True)]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are no padding."""
-        return sum(self.lengths)
-
-    def real(self) -> Tensor | None:
-        """Which positions are tokens, bool [B · S]; None where all are."""
-        width = self.ids.shape[1]
-        if self.num_tokens == self.ids.numel():
-            return None
-        lengths = torch.tensor(self.lengths, device=self.ids.device)
-        positions = torch.arange(width, device=self.ids.device)
-        return (positions < lengths[:, None]).reshape(-1)
-
-
-@dataclass(slots=True)
-class _Pass:
-    """What a running `forward` belongs to.
-
-    layers: those at work; meet: asks the experts; embeds: whether embeddings are looked up;
-    seen: a list for what the layers are given beside the hidden states, or None.
-    """
-
-    batch: Batch
-    layers: range
-    request_experts: Callable[[Any], Any]
-    embeds: bool
-    real: Tensor | None = None
-    seen: list[Any] | None = None
-
-
-class LayerRunner:
-    """Leads batches through a text model, whose layers and experts it takes over."""
-
-    def __init__(self, text: TextModel, embed: Embed, hidden: torch.dtype) -> None:
-        """embed: looks rows of embeddings up; hidden: the dtype of what they give."""
-        self._text = text
-        self._dtype = hidden
-        self._here = threading.local()
-        self._extra = 0
-        self._embeds_everywhere = True
-        self._lookup = embed
-        text.take_over(self._visit, self._route)
-        for name, module in text.embeddings.items():
-            module.padding_idx = None
-            module.forward = partial(self._embed, name, module)
-
-    def probe(self, ids: Tensor) -> None:
-        """Learn how the model deals with its layers. ids: int64 [1, S].
-
-        That is how many values each layer gives, and whether its layers are told of the
-        embeddings by another way than through the hidden states.
-        """
-        for extra in range(4):
-            self._extra = extra
-            try:
-                found = self._calls(ids, embeds=True)
-            except ValueError as error:
-                if "unpack" not in str(error):
-                    raise
-            else:
-                break
-        self._embeds_everywhere = not _same(found, self._calls(ids, embeds=False))
-
-    def embed(self, batch: Batch) -> None:
-        """Set a batch's states to what reaches the first layer."""
-        self._forward(_Pass(batch, range(0), _unexpected_request, embeds=True))
-
-    def run(
-        self, batches: Sequence[Batch], layers: range, experts: dict[int, StreamedExperts]
-    ) -> None:
-        """Lead batches that have states through some layers, each expert read once for all."""
-
-        def compute(routings: list[Any]) -> list[Any]:
-            with torch.inference_mode(), _current(routings[0].inputs):
-                return list(experts[routings[0].layer].compute(routings))
-
-        run_interleaved([partial(self._task, batch, layers) for batch in batches], compute)
-
-    def finish(self, batch: Batch) -> Tensor:
-        """What the model makes of a batch's states behind its layers: the final norm."""
-        done: Tensor = self._forward(
-            _Pass(batch, range(0), _unexpected_request, self._embeds_everywhere)
-        ).last_hidden_state
-        return done
-
-    def embedded(self, ids: Tensor) -> Tensor:
-        """The embeddings of token ids."""
-        self._here.job = _Pass(Batch(ids, []), range(0), _unexpected_request, embeds=True)
-        try:
-            with torch.inference_mode():
-                rows: Tensor = self._text.text.get_input_embeddings()(ids)
-                return rows
-        finally:
-            self._here.job = None
-
-    def _task(self, batch: Batch, layers: range, request_experts: Callable[[Any], Any]) -> None:
-        self._forward(_Pass(batch, layers, request_experts, self._embeds_everywhere, batch.real()))
-
-    def _forward(self, job: _Pass) -> Any:
-        self._here.job = job
-        try:
-            with torch.inference_mode(), _current(job.batch.ids):
-                return self._text.text(input_ids=job.batch.ids, use_cache=False)
-        finally:
-            self._here.job = None
-
-    def _visit(
-        self,
-        index: int,
-        forward: Callable[..., Any],
-        hidden_states: Tensor,
-        *more: Any,
-        **named: Any,
-    ) -> Any:
-        """A layer's place: its own code where it is at work, else what arrived."""
-        job: _Pass = self._here.job
-        batch, layers = job.batch, job.layers
-        if index not in layers:
-            if index == 0 and batch.states is None:
-                batch.states = hidden_states
-            elif index == 0:
-                hidden_states = batch.states
-            if job.seen is not None:
-                job.seen.append((more, named))
-            return (hidden_states, *[None] * self._extra) if self._extra else hidden_states
-        if index == layers.start:
-            assert batch.states is not None
-            hidden_states, batch.states = batch.states, None
-        result = forward(hidden_states, *more, **named)
-        if index == layers[-1]:
-            batch.states = result[0] if isinstance(result, tuple) else result
-        return result
-
-    def _route(self, layer: int, inputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The place of a layer's experts."""
-        job: _Pass = self._here.job
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        choice = (index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
-        outputs: Tensor = job.request_experts(Routing(layer, flat, *choice, job.real))
-        return outputs.reshape(inputs.shape)
-
-    def _embed(self, name: str, module: Any, ids: Tensor) -> Tensor:
-        """An embedding's own forward on the rows that are asked for, and no others."""
-        if not self._here.job.embeds:
-            # The states are put in place of it; only its shape is looked at.
-            shape = (*ids.shape, module.embedding_dim)
-            return torch.zeros(1, dtype=self._dtype, device=ids.device).expand(shape)
-        wanted, places = ids.unique(return_inverse=True)
-        weight = module._parameters["weight"]
-        module._parameters["weight"] = self._lookup(f"{name}.weight", wanted)
-        try:
-            embedded: Tensor = type(module).forward(module, places)
-        finally:
-            module._parameters["weight"] = weight
-        return embedded
-
-    def _calls(self, ids: Tensor, *, embeds: bool) -> list[Any]:
-        """What the layers are given beside the hidden states."""
-        seen: list[Any] = []
-        batch = Batch(ids, [ids.shape[1]])
-        self._forward(_Pass(batch, range(0), _unexpected_request, embeds, seen=seen))
-        return seen
-
-
-def _current(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A tensor's device as the current one of this thread, where kernels look for it."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _unexpected_request(request: Any) -> Any:
-    """Where no layer is at work, nobody asks experts."""
-    raise AssertionError(request)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two nests of tensors are equal to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        pairs = zip(one, other, strict=False)
-        return len(one) == len(other) and all(_same(left, right) for left, right in pairs)
-    return True

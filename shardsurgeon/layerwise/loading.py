@@ -1,8 +1,8 @@
-"""A layer's parameters from the checkpoint's tensors, and one expert's at a time.
+"""A layer's parameters, and one expert's at a time, made from the checkpoint's tensors.
 
-What is not an expert goes through transformers' own loader; an expert's tensors go through the
-same conversion rules, as if it were the only one. The rules are followed for one name at a time,
-so that a layer is filled without passing every tensor of the model through the loader.
+All weights except those of experts go through transformers' own loader. An expert's weights go
+through the same conversion rules, as if it were the only expert. The rules are applied to one
+name at a time, so that one layer can be filled without the rest of the model.
 """
 
 from __future__ import annotations
@@ -38,12 +38,17 @@ from shardsurgeon.layerwise.decoding import Decoder, PackedInteger, PackedWeight
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 OUTSIDE = -1
-"""Stands for the layer of tensors that are in none."""
+"""The layer number of tensors that are in no layer."""
+_REMEDY = "its scores cannot be calibrated"
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPart:
-    """One weight of an expert. stacked: it is a row of a tensor of all experts."""
+    """One weight of every expert of a layer.
+
+    before, after: its name before and after the expert's id; shape: the weight's; stacked: one
+    tensor, named `before`, holds it for all experts along its first axis.
+    """
 
     before: str
     after: str
@@ -57,12 +62,11 @@ class ExpertPart:
 
 @dataclass
 class LayerWeights:
-    """The weights of one layer. records: of its tensors, as they are stored.
+    """The weights of one layer.
 
-    dense: name → shape of what is not an expert; parts: of its experts.
+    dense: name → shape of the weights that are not of experts; parts: the weights of an expert.
     """
 
-    records: list[TensorRecord] = field(default_factory=list)
     dense: dict[str, Shape] = field(default_factory=dict)
     parts: list[ExpertPart] = field(default_factory=list)
 
@@ -80,11 +84,11 @@ def sort_weights(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[int, list[Ten
 def layer_weights(
     records: list[TensorRecord], anatomy: Anatomy, config: Mapping[str, Any]
 ) -> LayerWeights:
-    """What a layer's tensors stand for. Raises FamilyError where that cannot be told."""
+    """The weights that a layer's tensors store. Raises FamilyError for an unknown form."""
     weights = read_weights(records, config)
     for name, problem in weights.problems.items():
         raise FamilyError(name, problem, "calibrate the checkpoint it was quantized from")
-    layer = LayerWeights(records=records)
+    layer = LayerWeights()
     for name, shape in weights.shapes.items():
         role = anatomy.reader.role(TensorRecord(name, "", shape, 0, 0))
         if isinstance(role, ExpertTensor):
@@ -98,8 +102,72 @@ def layer_weights(
     return layer
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a weight becomes: a parameter, or one of the parts that a converter makes it of.
+
+    parameter: its full name; converter, part: None where the weight is the whole parameter.
+    """
+
+    parameter: str
+    converter: WeightConverter | None
+    part: str | None
+
+
+class ParameterNames:
+    """Maps names of a checkpoint's weights to those of a model's parameters.
+
+    rules: transformers' conversion rules, as its loader takes them.
+    """
+
+    def __init__(
+        self, meta_model: MetaModel, view: TransformersView, alias: tuple[str, str] = ("", "")
+    ) -> None:
+        """alias: a prefix of names, and the prefix that replaces it."""
+        self._meta_model = meta_model
+        self._view = view
+        self._alias = alias
+        self._prefix: str = meta_model.model.base_model_prefix
+        self._expected: Mapping[str, Any] = meta_model.expected
+        self.rules = meta_model.rules()
+        self._renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
+        self._by_part = {
+            part: converter for converter in self._converters for part in converter.source_patterns
+        }
+
+    def for_loader(self, name: str) -> str:
+        """The name that transformers' rules are written for."""
+        own, other = self._alias
+        if own and name.startswith(own):
+            name = other + name.removeprefix(own)
+        return name_in_transformers(name, self._view)
+
+    def renamed(self, own: str, other: str) -> ParameterNames:
+        """A mapping in which the prefix `own` stands for the prefix `other`."""
+        return ParameterNames(self._meta_model, self._view, (own, other))
+
+    def target(self, name: str) -> Target | None:
+        """What a weight becomes, None where the model has no place for it."""
+        known = self.for_loader(name)
+        renamed, part = self._renamed(known, self._renamings, self._converters)
+        if renamed not in self._expected and known in self._expected:
+            renamed, part = self._renamed(known, [], [])
+        if renamed not in self._expected:
+            return None
+        return Target(renamed, self._by_part[part] if part is not None else None, part)
+
+    def _renamed(
+        self, name: str, renamings: list[Any], converters: list[Any]
+    ) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rename_source_key(
+            name, renamings, converters, self._prefix, self._expected
+        )
+        return renamed
+
+
 class _OnDemand:
-    """A weight that is read when transformers' loader takes all of it, in a thread of its own."""
+    """A weight that is read when transformers' loader, in one of its threads, slices it."""
 
     def __init__(self, decoder: Decoder, name: str, shape: Shape) -> None:
         self._decoder, self._name, self._shape = decoder, name, shape
@@ -109,7 +177,7 @@ class _OnDemand:
 
 
 class Loader:
-    """Fills parameters of one model that stands on the meta device."""
+    """Fills parameters of one model on the meta device."""
 
     def __init__(
         self,
@@ -126,13 +194,13 @@ class Loader:
         self._device = device
 
     def named(self, names: ParameterNames) -> Loader:
-        """The same, with another way from names to parameters."""
+        """A loader of the same model that maps names in another way."""
         return Loader(self._model, names, self._decoder, self._dtype, self._device)
 
     def fill(self, weights: Mapping[str, Shape]) -> set[str]:
-        """Read weights into their parameters; the names of the parameters that were filled.
+        """Read weights into their parameters, and return the names of these parameters.
 
-        Raises FamilyError where a weight does not fit.
+        weights: name → shape. Raises FamilyError where a weight does not fit.
         """
         wanted = {
             self._names.for_loader(name): _OnDemand(self._decoder, name, shape)
@@ -153,12 +221,12 @@ class Loader:
         return filled
 
     def recipe(self, parts: Iterable[ExpertPart]) -> ExpertRecipe:
-        """How an expert's parameters come about from its parts."""
+        """How an expert's parameters are made of its parts."""
         return ExpertRecipe(self._model, self._names, self._decoder, self._dtype, parts)
 
 
 class ExpertRecipe:
-    """Puts the parameters of one expert together, those of the model's class with one expert."""
+    """Makes the parameters of one expert, for the model's class with a single expert."""
 
     def __init__(
         self,
@@ -187,14 +255,8 @@ class ExpertRecipe:
         """Full names of the parameters it makes."""
         return set(self._parameters)
 
-    def names(self, expert: int) -> Iterable[str]:
-        """The weights that it reads for an expert."""
-        for entries in self._parameters.values():
-            for part, _ in entries:
-                yield part.name(expert)
-
     def make(self, expert: int) -> dict[str, Tensor | PackedWeight]:
-        """Parameter → its value for one expert, [1, ...]; packed where it can stay so."""
+        """Parameter → its value for one expert, [1, ...]; left packed where kernels allow it."""
         made: dict[str, Tensor | PackedWeight] = {}
         for parameter, entries in self._parameters.items():
             made |= self._convert(parameter, entries, expert)
@@ -241,20 +303,16 @@ def _place_in_converter(entry: tuple[ExpertPart, Target]) -> int:
 
 
 def _may_stay_packed(parts: list[PackedInteger], converter: WeightConverter | None) -> bool:
-    """Whether a parameter is nothing but its parts, as the kernels take them, one below the
-    other. `entries` are in the order of the converter's parts."""
+    """Whether a parameter consists of its parts' rows, in a packing that the kernels know."""
     if not all(part.has_kernel for part in parts):
         return False
     for operation in converter.operations if converter else ():
         merges = isinstance(operation, MergeModulelist) and operation.dim == 0
-        # Behind the axis of experts: below one another.
+        # Axis 0 is that of experts: along axis 1 the parts' rows follow one another.
         below = isinstance(operation, Concatenate) and operation.dim == 1
         if not (merges or (below and operation.num_shards_attribute is None)):
             return False
     return True
-
-
-_REMEDY = "its scores cannot be calibrated"
 
 
 def _require_fit(info: LoadStateDictInfo) -> None:
@@ -268,69 +326,3 @@ def _require_fit(info: LoadStateDictInfo) -> None:
         raise FamilyError(name, problem, _REMEDY)
     for name in sorted(info.unexpected_keys):
         raise FamilyError(name, "transformers' model has no place for it", _REMEDY)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A parameter by its full name, the rule that makes it, and which of its parts is meant.
-
-    converter, part: None where the tensor is the parameter itself, under another name perhaps.
-    """
-
-    parameter: str
-    converter: WeightConverter | None
-    part: str | None
-
-
-class ParameterNames:
-    """The way from a checkpoint's names to a model's."""
-
-    def __init__(
-        self, meta_model: MetaModel, view: TransformersView, alias: tuple[str, str] = ("", "")
-    ) -> None:
-        """alias: a beginning of names, and what stands for it."""
-        self._blueprint = meta_model
-        self._view = view
-        self._alias = alias
-        self._prefix: str = meta_model.model.base_model_prefix
-        self._expected: Mapping[str, Any] = meta_model.expected
-        self._rules = meta_model.rules()
-        self._renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
-        self._by_part = {
-            part: converter for converter in self._converters for part in converter.source_patterns
-        }
-
-    @property
-    def rules(self) -> list[Any]:
-        """transformers' rules, as its loader takes them."""
-        return self._rules
-
-    def for_loader(self, name: str) -> str:
-        """The name as transformers' rules know it."""
-        own, other = self._alias
-        if own and name.startswith(own):
-            name = other + name.removeprefix(own)
-        return name_in_transformers(name, self._view)
-
-    def renamed(self, own: str, other: str) -> ParameterNames:
-        """The same, names that begin with `own` taken for such that begin with `other`."""
-        return ParameterNames(self._blueprint, self._view, (own, other))
-
-    def target(self, name: str) -> Target | None:
-        """What a weight becomes, None where the model has no place for it."""
-        known = self.for_loader(name)
-        renamed, part = self._renamed(known, self._renamings, self._converters)
-        if renamed not in self._expected and known in self._expected:
-            renamed, part = self._renamed(known, [], [])
-        if renamed not in self._expected:
-            return None
-        return Target(renamed, self._by_part[part] if part is not None else None, part)
-
-    def _renamed(
-        self, name: str, renamings: list[Any], converters: list[Any]
-    ) -> tuple[str, str | None]:
-        renamed: tuple[str, str | None] = rename_source_key(
-            name, renamings, converters, self._prefix, self._expected
-        )
-        return renamed

@@ -1,7 +1,7 @@
-"""A checkpoint as a model that runs in layers, next-token-prediction layers included.
+"""A checkpoint as a model that runs layer by layer, its MTP layer included.
 
 Builds transformers' model from the config, sorts the checkpoint's tensors by layer, fills layers
-and frees them again.
+with weights and empties them again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,124 +41,38 @@ from shardsurgeon.layerwise.loading import (
     layer_weights,
     sort_weights,
 )
-from shardsurgeon.layerwise.memory import LayerMemory, layer_memory
-from shardsurgeon.layerwise.settings import DTYPES, Settings
-from shardsurgeon.layerwise.tensors import ByteRange, TensorReader
+from shardsurgeon.layerwise.memory import LayerMemory, free_memory, layer_memory
+from shardsurgeon.layerwise.settings import Settings
+from shardsurgeon.layerwise.tensors import TensorReader
 from shardsurgeon.layerwise.text_model import TextModel
 
-# Norm of the embedding, norm of the state, projection of both: inside the layer, or beside it.
+_ELSEWHERE = "use scores that were made with the model's engine"
+# Names of the weights that lead into an MTP layer: norm of the embedding, norm of the state,
+# projection of both. DeepSeek-V3 and its relatives; Qwen3-Next.
 _FORMS = (
     ("enorm.weight", "hnorm.weight", "eh_proj.weight"),
     ("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "fc.weight"),
 )
 
-_ELSEWHERE = "use scores that were made with the model's engine"
-
-
-@dataclass(frozen=True, slots=True)
-class Entrance:
-    """Names of the weights by which an MTP layer is entered."""
-
-    embedding_norm: str
-    state_norm: str
-    projection: str
-
-
-@dataclass(frozen=True)
-class MtpLayer:
-    """An MTP layer that can be run.
-
-    index: its number; twin: the main layer in whose place it runs; entrance: its way in;
-    dense: the weights of the layer itself that are not experts; names: its own way from names
-    to the twin's parameters.
-    """
-
-    index: int
-    twin: int
-    entrance: Entrance
-    dense: Mapping[str, Shape]
-    names: ParameterNames
-
-    def enter(
-        self, read: Callable[[str], Tensor], norm: nn.Module, states: Tensor, embedded: Tensor
-    ) -> Tensor:
-        """What the layer takes, [B, S, H].
-
-        read: reads a weight; norm: one of the model's norms, for its kind; states: of the main
-        model behind its final norm; embedded: of the tokens one further on.
-        """
-        parts = [
-            _normed(norm, read(self.entrance.embedding_norm), embedded),
-            _normed(norm, read(self.entrance.state_norm), states),
-        ]
-        return functional.linear(torch.cat(parts, dim=-1), read(self.entrance.projection))
-
-
-def find_mtp_layer(
-    weights: LayerWeights,
-    outside: Mapping[str, Shape],
-    anatomy: Anatomy,
-    text: TextModel,
-    names: ParameterNames,
-) -> MtpLayer | None:
-    """The first MTP layer with experts, where it is built like a main layer; else None.
-
-    weights: its own; outside: weights in no layer.
-    """
-    layer = anatomy.mtp_layers[0]
-    prefix = _prefix(layer.router, anatomy)
-    entrance = _entrance(prefix, {**outside, **weights.dense})
-    if entrance is None or layer.index != anatomy.num_layers:
-        return None
-    for twin in reversed(anatomy.main_layers):
-        if twin.num_experts != layer.num_experts or text.borrows(twin.index):
-            continue
-        own = names.renamed(prefix, _prefix(twin.router, anatomy))
-        placed = {name: own.target(name) for name in weights.dense}
-        dense = {name: weights.dense[name] for name, target in placed.items() if target}
-        filled = {target.parameter for target in placed.values() if target}
-        if filled == text.parameters_of(twin.index):
-            return MtpLayer(layer.index, twin.index, entrance, dense, own)
-    return None
-
-
-def _prefix(router: str, anatomy: Anatomy) -> str:
-    place = anatomy.reader.place(router)
-    assert place is not None
-    return router[: place[1]]
-
-
-def _entrance(prefix: str, weights: Mapping[str, Shape]) -> Entrance | None:
-    """The way into a layer; prefix: of its tensors' names."""
-    beside = prefix.split("layers.")[0]
-    for stem in (prefix, beside):
-        for form in _FORMS:
-            if all(stem + part in weights for part in form):
-                embedding_norm, state_norm, projection = (stem + part for part in form)
-                return Entrance(embedding_norm, state_norm, projection)
-    return None
-
-
-def _normed(norm: nn.Module, weight: Tensor, states: Tensor) -> Tensor:
-    own = copy.copy(norm)
-    own._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-    result: Tensor = own(states)
-    return result
-
 
 class Model:
-    """One model whose layers are filled when they are needed."""
+    """One model whose layers are filled when they are needed.
+
+    runner: runs batches through it.
+    """
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, settings: Settings) -> None:
-        """Build it, and read no weight. Raises UsageError where transformers cannot build it,
-        FamilyError where its tensors do not fit."""
-        self._config = config = _config(checkpoint, anatomy)
-        self._dtype_name = settings.dtype or _dtype_of(config)
-        self._dtype: torch.dtype = getattr(torch, self._dtype_name)
+        """Build it without reading a weight. settings: with a dtype.
+
+        Raises UsageError where transformers cannot build it, FamilyError where its tensors do
+        not fit.
+        """
+        assert settings.dtype is not None
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._device = settings.device
-        self._settings = checkpoint.settings
+        self._config = checkpoint.settings
         self._anatomy = anatomy
-        meta_model = _blueprint(config, checkpoint.location, self._dtype_name)
+        meta_model = _meta_model(checkpoint, anatomy, settings.dtype)
         self._shapes = meta_model.expected
         self._names = ParameterNames(meta_model, anatomy.family.transformers)
         self._text = TextModel(meta_model, self._names, anatomy)
@@ -169,9 +82,9 @@ class Model:
             meta_model.model, self._names, self._decoder, self._dtype, settings.device
         )
         self._records = sort_weights(checkpoint, anatomy)
-        self._location = checkpoint.location
-        self._outside = self._fitting(OUTSIDE)
-        self.passage = LayerRunner(self._text, self._rows, self._dtype)
+        self._embeddings: dict[str, tuple[str, Shape]] = {}
+        self._outside = self._weights_outside()
+        self.runner = LayerRunner(self._text, self._rows, self._dtype)
 
     def groups(self) -> list[range]:
         """Layers that must run together, in their order."""
@@ -179,12 +92,12 @@ class Model:
 
     @property
     def may_pad(self) -> bool:
-        """Whether samples of different lengths may pass in one batch."""
+        """Whether samples of different lengths may be in one batch."""
         return self._text.may_pad
 
     def layer_memory(self) -> LayerMemory:
-        """What the largest group of layers takes."""
-        size, text = self._dtype.itemsize, self._text.text.config
+        """The memory that the largest group of layers takes."""
+        text = self._text.text.config
         largest = max(
             sum(self._nbytes(self._text.parameters_of(layer)) for layer in group)
             for group in self._text.groups()
@@ -198,7 +111,7 @@ class Model:
             weights=self._nbytes(self._text.resident()) + largest,
             expert=expert,
             config=text.to_dict(),
-            itemsize=size,
+            itemsize=self._dtype.itemsize,
             eager=eager,
         )
 
@@ -207,7 +120,10 @@ class Model:
         return size * sum(math.prod(self._shapes[name]) for name in parameters)
 
     def prepare(self, ids: NDArray[np.int64]) -> None:
-        """Read what every layer needs; ids: tokens of some sample, to try the model with."""
+        """Read the weights outside of layers, and find out how the model calls its layers.
+
+        ids: int64 [tokens] of any sample, for a trial call.
+        """
         wanted = self._text.resident()
         with torch.no_grad():
             self._fill(self._loader, self._outside, wanted)
@@ -215,48 +131,49 @@ class Model:
                 if not name.startswith("layers."):
                     self._make_buffers(module)
             for module in self._text.embeddings.values():
-                # Models ask it for its device; rows are put in for a call each.
+                # Models ask it for its device; each call brings the rows that it needs.
                 none = torch.empty(0, module.embedding_dim, dtype=self._dtype, device=self._device)
                 module._parameters["weight"] = nn.Parameter(none, requires_grad=False)
-        self.passage.probe(torch.from_numpy(ids[:64].copy())[None].to(self._device))
+        self.runner.probe(torch.from_numpy(ids[:64].copy())[None].to(self._device))
 
     @cached_property
     def mtp(self) -> MtpLayer | None:
-        """The MTP layer that can be run, where there is one."""
+        """The MTP layer that can be run, None where there is none."""
         layers = self._anatomy.mtp_layers
         if not layers:
             return None
-        outside = layer_weights(self._records[OUTSIDE], self._anatomy, self._settings).dense
-        weights = self._layer(layers[0].index)
-        return find_mtp_layer(weights, outside, self._anatomy, self._text, self._names)
+        weights, outside = self._layer(layers[0].index), self._layer(OUTSIDE).dense
+        return _find_mtp_layer(weights, outside, self._anatomy, self._text, self._names)
 
     def enter_mtp(self, mtp: MtpLayer, batch: Batch) -> Batch:
-        """A batch at the entrance of an MTP layer: one token shorter."""
+        """A batch with the states that enter an MTP layer, one token shorter than `batch`.
+
+        batch: with the states behind the last main layer, and at least two tokens wide.
+        """
         read = cache(lambda name: self._reader.read(name).to(self._dtype))
         norm = self._text.layers[mtp.twin].input_layernorm
         with torch.inference_mode():
-            states = self.passage.finish(batch)[:, :-1]
-            embedded = self.passage.embedded(batch.ids[:, 1:])
-            taken = mtp.enter(read, norm, states, embedded)
+            states = self.runner.finish(batch)[:, :-1]
+            embedded = self.runner.embedded(batch.ids[:, 1:])
+            entered = mtp.enter(read, norm, states, embedded)
         lengths = [max(0, length - 1) for length in batch.lengths]
-        return Batch(batch.ids[:, :-1], lengths, taken)
+        return Batch(batch.ids[:, :-1], lengths, entered)
 
     @contextmanager
     def filled_mtp(self, mtp: MtpLayer) -> Iterator[None]:
-        """An MTP layer's weights in the place of its twin, their experts' left out."""
-        loader = self._loader.named(mtp.names)
-        with self._filled([(loader, mtp.twin, mtp.dense)]):
+        """Fill an MTP layer's twin with its weights, experts left out; empty it at the end."""
+        with self._filled([(self._loader.named(mtp.names), mtp.twin, mtp.dense)]):
             yield
 
     @contextmanager
     def filled(self, group: range) -> Iterator[None]:
-        """Some layers with their weights, their experts' left out."""
+        """Fill some layers with their weights, experts left out; empty them at the end."""
         with self._filled([(self._loader, layer, self._layer(layer).dense) for layer in group]):
             yield
 
     @contextmanager
     def _filled(self, work: list[tuple[Loader, int, Mapping[str, Shape]]]) -> Iterator[None]:
-        """Layers filled by these loaders with these weights, and emptied again."""
+        """Fill layers, given as (loader, layer, weights); empty them at the end."""
         before = [
             (owner, name, value)
             for _, layer, _ in work
@@ -276,16 +193,16 @@ class Model:
                 owner[name] = value
 
     def experts(self, layer: int, num_experts: int, recorder: Recorder) -> StreamedExperts:
-        """A layer's experts, ready to be asked."""
+        """A filled layer's experts; recorder: receives what they put out."""
         recipe = self._loader.recipe(self._layer(layer).parts)
-        return self._at_work(layer, recipe, num_experts, recorder)
+        return self._streamed(layer, recipe, num_experts, recorder)
 
     def mtp_experts(self, mtp: MtpLayer, num_experts: int, recorder: Recorder) -> StreamedExperts:
-        """An MTP layer's experts, in the place of its twin's."""
+        """An MTP layer's experts, which run in its twin."""
         recipe = self._loader.named(mtp.names).recipe(self._layer(mtp.index).parts)
-        return self._at_work(mtp.twin, recipe, num_experts, recorder)
+        return self._streamed(mtp.twin, recipe, num_experts, recorder)
 
-    def _at_work(
+    def _streamed(
         self, layer: int, recipe: ExpertRecipe, num_experts: int, recorder: Recorder
     ) -> StreamedExperts:
         module = self._text.experts[layer]
@@ -294,43 +211,37 @@ class Model:
             raise _missing(min(missing))
         return StreamedExperts(module, num_experts, recipe.make, recorder)
 
-    def ranges(self, group: range) -> Iterable[ByteRange]:
-        """Where the tensors of some layers lie."""
-        return [
-            self._reader.range_of(record.name)
-            for layer in group
-            for record in self._records.get(layer, ())
-        ]
+    def read_ahead(self, group: range) -> None:
+        """Let the system read the tensors of some layers before they are needed."""
+        names = [record.name for layer in group for record in self._records.get(layer, ())]
+        # The other half of the memory is for what computes meanwhile.
+        self._reader.read_ahead(names, free_memory("cpu") // 2)
 
     def _layer(self, layer: int) -> LayerWeights:
-        return layer_weights(self._records.get(layer, []), self._anatomy, self._settings)
+        return layer_weights(self._records.get(layer, []), self._anatomy, self._config)
 
-    def _fitting(self, layer: int) -> dict[str, Shape]:
-        """The weights outside of layers that belong to the text model."""
+    def _weights_outside(self) -> dict[str, Shape]:
+        """The weights of the text model that are in no layer; embeddings are set apart."""
         wanted = self._text.resident() | {f"{name}.weight" for name in self._text.embeddings}
-        dense = layer_weights(self._records.get(layer, []), self._anatomy, self._settings).dense
-        self._embeddings: dict[str, str] = {}
-        self._embedding_shapes: dict[str, Shape] = {}
-        fitting = {}
-        for name, shape in dense.items():
+        outside = {}
+        for name, shape in self._layer(OUTSIDE).dense.items():
             target = self._names.target(name)
             if target is None or target.parameter not in wanted:
                 continue
             if target.parameter.removesuffix(".weight") in self._text.embeddings:
-                self._embeddings[target.parameter] = name
-                self._embedding_shapes[name] = shape
+                self._embeddings[target.parameter] = (name, shape)
             else:
-                fitting[name] = shape
-        return fitting
+                outside[name] = shape
+        return outside
 
     def _fill(self, loader: Loader, weights: Mapping[str, Shape], wanted: set[str]) -> None:
-        """Read weights. Raises FamilyError where a parameter that is wanted gets none."""
+        """Read weights. Raises FamilyError where a wanted parameter gets no value."""
         filled = loader.fill(weights)
         if missing := wanted - filled:
             raise _missing(min(missing))
 
     def _make_buffers(self, module: nn.Module) -> None:
-        """Compute the buffers that no checkpoint holds, such as rotary frequencies."""
+        """Compute the buffers that are in no checkpoint, such as rotary frequencies."""
         own = [
             name
             for name in module._non_persistent_buffers_set
@@ -344,47 +255,129 @@ class Model:
             self._text.text._init_weights(module)
 
     def _rows(self, parameter: str, ids: Tensor) -> Tensor:
-        """Rows of an embedding, read from its shard."""
-        name = self._embeddings[parameter]
+        """Rows of an embedding, [ids, width], read from its shard."""
+        name, shape = self._embeddings[parameter]
         record = self._reader.record(name)
         if record is not None and record.dtype in ("BF16", "F16", "F32", "F64"):
             return self._reader.rows(name, ids.tolist()).to(self._dtype)
-        return self._whole(name)[ids].to(self._dtype)
+        return self._whole(name, shape)[ids].to(self._dtype)
 
     @cache  # noqa: B019 (a model lives as long as its calibration)
-    def _whole(self, name: str) -> Tensor:
-        """An embedding that is quantized, decoded once."""
-        return self._decoder.weight(name, self._embedding_shapes[name])
+    def _whole(self, name: str, shape: Shape) -> Tensor:
+        """A quantized embedding, which is decoded once."""
+        return self._decoder.weight(name, shape)
 
 
-def _config(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Any]:
-    """The config as transformers reads it. Raises UsageError where it has no such model."""
+def _meta_model(checkpoint: Checkpoint, anatomy: Anatomy, dtype: str) -> MetaModel:
+    """The model without weights. Raises UsageError where transformers cannot build it."""
     settings, view = checkpoint.settings, anatomy.family.transformers
     config = as_transformers_reads(settings, view, is_known)
     if config is None:
         reason = view.unknown or f"it does not know model type {settings.get('model_type')!r}"
         problem = f"{engine_name()} cannot run {checkpoint.location}: {reason}"
         raise UsageError("calibrate", problem, _ELSEWHERE)
-    return config
-
-
-def _blueprint(config: dict[str, Any], location: str, dtype: str) -> MetaModel:
-    """The model without weights. Raises UsageError where transformers cannot build it."""
     try:
-        return MetaModel(config, location, attention=None, dtype=dtype)
+        return MetaModel(config, checkpoint.location, attention=None, dtype=dtype)
     except UsageError as error:
         raise UsageError("calibrate", error.problem, _ELSEWHERE) from error
 
 
-def _dtype_of(config: Any) -> str:
-    """The dtype that a config names, for its text model where it has one; else bfloat16."""
-    for node in (config, *(config.get(key) for key in ("text_config", "thinker_config"))):
-        if isinstance(node, dict):
-            name = str(node.get("torch_dtype", node.get("dtype", ""))).removeprefix("torch.")
-            if name in DTYPES:
-                return name
-    return "bfloat16"
-
-
 def _missing(name: str) -> FamilyError:
     return FamilyError(name, "transformers' model needs it and the checkpoint lacks it")
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """Names of the weights that combine hidden states and embeddings into an MTP layer's input."""
+
+    embedding_norm: str
+    state_norm: str
+    projection: str
+
+
+@dataclass(frozen=True)
+class MtpLayer:
+    """An MTP layer that can be run.
+
+    index: its number; twin: the main layer of the same structure, which is filled with its
+    weights to run it; entrance: the weights that make its input; dense: its own weights, experts
+    left out; names: maps its names to the twin's parameters.
+    """
+
+    index: int
+    twin: int
+    entrance: Entrance
+    dense: Mapping[str, Shape]
+    names: ParameterNames
+
+    def enter(
+        self, read: Callable[[str], Tensor], norm: nn.Module, states: Tensor, embedded: Tensor
+    ) -> Tensor:
+        """The layer's input, [B, S, H]: projection · [norm(embedded); norm(states)].
+
+        Section 2.2 of the DeepSeek-V3 report (arXiv 2412.19437); published projections take the
+        embedding first.
+
+        read: reads a weight by its name; norm: a norm of the kind that the model uses; states:
+        [B, S, H] of the main model behind its final norm; embedded: [B, S, H] of each position's
+        next token.
+        """
+        parts = [
+            _normed(norm, read(self.entrance.embedding_norm), embedded),
+            _normed(norm, read(self.entrance.state_norm), states),
+        ]
+        return functional.linear(torch.cat(parts, dim=-1), read(self.entrance.projection))
+
+
+def _find_mtp_layer(
+    weights: LayerWeights,
+    outside: Mapping[str, Shape],
+    anatomy: Anatomy,
+    text: TextModel,
+    names: ParameterNames,
+) -> MtpLayer | None:
+    """The first MTP layer with experts, None where it is not built like a main layer.
+
+    weights: the MTP layer's; outside: name → shape of the weights in no layer.
+    """
+    layer = anatomy.mtp_layers[0]
+    prefix = _prefix(layer.router, anatomy)
+    entrance = _entrance(prefix, {**outside, **weights.dense})
+    if entrance is None or layer.index != anatomy.num_layers:
+        return None
+    for twin in reversed(anatomy.main_layers):
+        if twin.num_experts != layer.num_experts or text.borrows(twin.index):
+            continue
+        own = names.renamed(prefix, _prefix(twin.router, anatomy))
+        placed = {name: own.target(name) for name in weights.dense}
+        dense = {name: weights.dense[name] for name, target in placed.items() if target}
+        filled = {target.parameter for target in placed.values() if target}
+        if filled == text.parameters_of(twin.index):
+            return MtpLayer(layer.index, twin.index, entrance, dense, own)
+    return None
+
+
+def _prefix(router: str, anatomy: Anatomy) -> str:
+    """How the names of a router's layer begin."""
+    place = anatomy.reader.place(router)
+    assert place is not None
+    return router[: place[1]]
+
+
+def _entrance(prefix: str, weights: Mapping[str, Shape]) -> Entrance | None:
+    """The entrance of a layer; prefix: how its tensors' names begin."""
+    # In the layer, or beside the list of layers.
+    for stem in (prefix, prefix.split("layers.")[0]):
+        for form in _FORMS:
+            if all(stem + part in weights for part in form):
+                embedding_norm, state_norm, projection = (stem + part for part in form)
+                return Entrance(embedding_norm, state_norm, projection)
+    return None
+
+
+def _normed(norm: nn.Module, weight: Tensor, states: Tensor) -> Tensor:
+    """The states normalized with another weight than the norm's own."""
+    own = copy.copy(norm)
+    own._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    result: Tensor = own(states)
+    return result

@@ -1,4 +1,8 @@
-"""What a calibration keeps on disk: hidden states over the memory budget, and finished layers."""
+"""What a calibration keeps on disk, so that an interrupted run can be resumed.
+
+Hidden states between layers, which stay in memory as well where they fit, and the accumulators of
+finished layers. Both are in the folder OUT.partial.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +37,16 @@ from shardsurgeon.units import format_size
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STATE = "activations.json"
-_PORTIONS = "portions.json"
-
-_LAYER = re.compile(r"layer-(\d{5,})\.json")
+_LAYOUT = "activations.json"
+_BATCH_SIZES = "portions.json"
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a generation lies: its number, dtype, the shape of one token's state, bytes of it."""
+    """One generation: the input of one group of layers, for all samples.
+
+    generation: its number; dtype: its name in torch; row_shape, row_nbytes: of one token's state.
+    """
 
     generation: int
     dtype: str
@@ -50,7 +55,7 @@ class _Layout:
 
 
 class _InMemory:
-    """A generation as one tensor a sample."""
+    """A generation as one tensor per sample, [tokens, *row_shape]."""
 
     def __init__(self, layout: _Layout) -> None:
         self.layout = layout
@@ -62,7 +67,7 @@ class _InMemory:
     def write(self, sample: int, states: Tensor) -> None:
         import torch
 
-        # A copy, for a view of a batch would hold all of the batch.
+        # A copy: a view would keep the whole batch in memory.
         self.states[sample] = states.detach().to(
             "cpu", copy=True, memory_format=torch.contiguous_format
         )
@@ -72,7 +77,10 @@ class _InMemory:
 
 
 class _InFile:
-    """A generation as one file, sample after sample."""
+    """A generation as one file, sample after sample.
+
+    begins: the number of tokens before each sample, and of all; new: reserve space for it.
+    """
 
     def __init__(
         self, layout: _Layout, begins: Sequence[int], path: Path, system: System, new: bool
@@ -110,10 +118,10 @@ class _InFile:
 
 
 class ActivationStore:
-    """What the samples are between two layers. For one thread at a time; a context manager.
+    """The hidden states of all samples between two groups of layers; a context manager.
 
-    generation: None while nothing is there; g once the input of decoder layer g is there for
-    every sample, be it from this run or from one before it.
+    Holds the current generation, which is read, and the next one, which is written. In memory,
+    the current one is also saved to a file in the background. For one thread at a time.
     """
 
     def __init__(
@@ -123,10 +131,11 @@ class ActivationStore:
         budget_nbytes: int,
         system: System | None = None,
     ) -> None:
-        """Take up what an earlier run left in the folder, which must exist.
+        """Load what an earlier run left in the folder, which must exist.
 
-        lengths: tokens of each sample; budget_nbytes: two generations larger than that are kept
-        in files. Raises OutputWriteError and SourceReadError where the files cannot be used.
+        lengths: tokens of each sample; budget_nbytes: memory for two generations, which are kept
+        in files only where they need more. Raises OutputWriteError and SourceReadError where the
+        files cannot be used.
         """
         self._folder = folder
         self._begins = _sums(lengths)
@@ -140,24 +149,24 @@ class ActivationStore:
 
     @property
     def generation(self) -> int | None:
-        """Which decoder layer's input is there."""
+        """The group of layers whose input is the current generation, None before the first."""
         return self._current.layout.generation if self._current else None
 
     @property
     def in_memory(self) -> bool:
-        """Whether the states that are there are in memory."""
+        """Whether the current generation is in memory."""
         return isinstance(self._current, _InMemory)
 
     def read(self, sample: int) -> Tensor:
-        """A sample's states of this generation, on the CPU: [tokens, ...]. Not to be changed."""
+        """A sample's states of the current generation, [tokens, ...], on the CPU; do not modify."""
         assert self._current is not None
         return self._current.read(sample)
 
     def write(self, sample: int, states: Tensor) -> None:
         """Keep a sample's states for the next generation: [tokens, ...], on any device.
 
-        All samples of a generation have one dtype and, behind the tokens, one shape. Raises
-        OutputWriteError, also where the disk lacks the room for all samples.
+        All samples of a generation have one dtype and, after the first axis, one shape. Raises
+        OutputWriteError, also where the disk has no space for all samples.
         """
         if self._next is None:
             self._next = self._begin(states)
@@ -169,9 +178,9 @@ class ActivationStore:
         self._written.add(sample)
 
     def advance(self) -> None:
-        """Go on to the next generation, which is whole now; the one before it is let go.
+        """Make the next generation, which must be complete, the current one.
 
-        Raises OutputWriteError where this or an earlier generation could not be kept.
+        Raises OutputWriteError where this or an earlier generation could not be written.
         """
         assert self._next is not None
         assert len(self._written) == len(self._begins) - 1
@@ -186,13 +195,13 @@ class ActivationStore:
         self._current, self._next = self._next, None
         self._written.clear()
 
-    def batch_sizes(self, batch_size: int, chunk: int) -> tuple[int, int]:
-        """How samples pass a layer: as an earlier run had them pass, else as given, which is kept.
+    def keep_batch_sizes(self, batch_size: int, chunk: int) -> tuple[int, int]:
+        """The batch size and chunk tokens of an earlier run, or the given ones, which are kept.
 
-        A machine that has another amount of memory free than before would cut them differently,
-        and float sums be rounded differently. Raises OutputWriteError.
+        Float sums are rounded as samples are grouped into batches; with another amount of free
+        memory, a resumed run would group them differently. Raises OutputWriteError.
         """
-        path = self._folder / _PORTIONS
+        path = self._folder / _BATCH_SIZES
         with suppress(OSError, ValueError):
             match json.loads(path.read_bytes()):
                 case [int(before), int(size)] if before > 0 and size > 0:
@@ -201,7 +210,7 @@ class ActivationStore:
         return batch_size, chunk
 
     def close(self) -> None:
-        """Wait until what is whole is on the disk. Raises OutputWriteError where it cannot be."""
+        """Wait until the current generation is on disk. Raises OutputWriteError if that fails."""
         try:
             self._wait()
         finally:
@@ -218,7 +227,7 @@ class ActivationStore:
         if kind is None:
             self.close()
         else:
-            # The failure on its way up is the one that counts.
+            # The exception that ends the block is reported, not a second one.
             with suppress(OutputWriteError):
                 self.close()
 
@@ -261,12 +270,12 @@ class ActivationStore:
 
     def _record(self, layout: _Layout) -> None:
         content = {**asdict(layout), "tokens": self._begins[-1]}
-        write_file(self._folder / _STATE, json.dumps(content).encode(), self._system)
+        write_file(self._folder / _LAYOUT, json.dumps(content).encode(), self._system)
 
     def _resume(self) -> _InMemory | _InFile | None:
-        """The generation that was recorded last; None where none is there whole."""
+        """The generation that was recorded last, None where none is complete."""
         try:
-            content = json.loads((self._folder / _STATE).read_bytes())
+            content = json.loads((self._folder / _LAYOUT).read_bytes())
             tokens = content.pop("tokens")
             layout = _Layout(**{**content, "row_shape": tuple(content["row_shape"])})
             nbytes = self._path(layout).stat().st_size
@@ -287,7 +296,7 @@ class ActivationStore:
 
 
 def _reserve(path: Path, nbytes: int, system: System) -> None:
-    """Make the file that long, or say how much room is missing. Raises OutputWriteError."""
+    """Reserve disk space for a file. Raises OutputWriteError where there is not enough."""
     held = path.stat().st_size if path.exists() else 0
     free = free_space(path.parent, system) + held
     if free < nbytes:
@@ -301,7 +310,7 @@ def _reserve(path: Path, nbytes: int, system: System) -> None:
 
 
 def _bytes(states: Tensor) -> memoryview:
-    """The bytes of a tensor in order, whatever its dtype: numpy has no bfloat16."""
+    """The bytes of a tensor of any dtype, in order; numpy has no bfloat16 to go through."""
     import torch
 
     flat = states.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
@@ -313,42 +322,45 @@ def _dtype_name(states: Tensor) -> str:
 
 
 def _sums(lengths: Sequence[int]) -> list[int]:
-    """Where each sample begins, in tokens, and at the end where the last one ends."""
+    """The number of tokens before each sample, and of all samples."""
     begins = [0]
     for length in lengths:
         begins.append(begins[-1] + length)
     return begins
 
 
+_LAYER = re.compile(r"layer-(\d{5,})\.json")
+
+
 class FinishedLayers:
-    """The layers that are done, on the disk. What `engine` knows as a LayerSink."""
+    """The accumulators of finished layers, on disk and in memory; a LayerSink of the engine."""
 
     def __init__(self, folder: Path, system: System) -> None:
-        """Take up what an earlier run left. Raises OutputError for a file that is broken."""
+        """Load what an earlier run left. Raises OutputError for a malformed file."""
         self._folder = folder
         self._system = system
         self._layers: dict[int, Accumulators] = {}
         for path in sorted(folder.iterdir()):
             match = _LAYER.fullmatch(path.name)
             if match:
-                self._layers[int(match[1])] = _read(path, int(match[1]))
+                self._layers[int(match[1])] = _read_layer(path, int(match[1]))
 
     def finished_layer(self, index: int, is_mtp: bool, accumulators: Accumulators) -> None:
-        """Keep the results of a layer; those of one that is kept already change nothing.
+        """Keep the sums of a layer; for a layer that is kept, do nothing.
 
         Raises OutputWriteError.
         """
         if index in self._layers:
             return
         sums = {name: array.tolist() for name, array in accumulators.arrays().items()}
-        # Python writes floats with as many digits as it takes to read them back unchanged.
+        # json writes a float with as many digits as it takes to read the same float back.
         content = {"layer": index, "is_mtp": is_mtp, "accumulators": sums}
         path = self._folder / f"layer-{index:05d}.json"
         write_file(path, json.dumps(content).encode(), self._system)
         self._layers[index] = accumulators
 
     def done_layers(self) -> set[int]:
-        """Their numbers."""
+        """Numbers of the layers that are kept."""
         return set(self._layers)
 
     @property
@@ -358,41 +370,42 @@ class FinishedLayers:
 
 
 class PartialCalibration:
-    """An OUT.partial while it is held: the finished layers, and the place of the activations."""
+    """A locked OUT.partial: the finished layers, and the folder for activations."""
 
-    def __init__(self, place: WorkDir) -> None:
-        """place: held, with its journal open."""
-        self._place = place
-        self.layers = FinishedLayers(place.files, place.system)
+    def __init__(self, workdir: WorkDir) -> None:
+        """workdir: locked, with its journal open."""
+        self._files = workdir.files
+        self.layers = FinishedLayers(workdir.files, workdir.system)
 
     @property
     def activations(self) -> Path:
         """The folder for the activations."""
-        return self._place.files
+        return self._files
 
     def clear(self) -> None:
-        """Remove everything: the score file is there, and nothing is left to resume."""
-        with writing(self._place.files):
-            shutil.rmtree(self._place.files)
+        """Remove everything; to be called once the score file is written."""
+        with writing(self._files):
+            shutil.rmtree(self._files)
 
 
 @contextmanager
 def partial_calibration(
     out: Path, run: Run, *, restart: bool = False, system: System | None = None
 ) -> Iterator[PartialCalibration]:
-    """Hold OUT.partial for one run.
+    """Lock OUT.partial for one run.
 
-    restart: throw away what an earlier run left, whosever it was. Raises OutputError where OUT
-    exists, where another run holds the place, and where it belongs to another command.
+    run: identifies the command and the source; restart: discard what an earlier run left. Raises
+    OutputError where OUT exists, where another process has locked the folder, and where it
+    belongs to another command.
     """
     with (
-        lock_workdir(out, system or default_system()) as place,
-        place.open_journal(run, restart),
+        lock_workdir(out, system or default_system()) as workdir,
+        workdir.open_journal(run, restart),
     ):
-        yield PartialCalibration(place)
+        yield PartialCalibration(workdir)
 
 
-def _read(path: Path, index: int) -> Accumulators:
+def _read_layer(path: Path, index: int) -> Accumulators:
     try:
         content = json.loads(path.read_bytes())
         sums = {name: np.array(values) for name, values in content["accumulators"].items()}

@@ -1,4 +1,4 @@
-"""`calibrate` from its request to its report: samples, limits, layers, score file."""
+"""`calibrate` from its request to its report: samples, checks, layers, score file."""
 
 from __future__ import annotations
 
@@ -41,9 +41,6 @@ from shardsurgeon.scores.files import check_out, check_samples, write_scores
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 
-# Where the machine does not say what it has.
-_SMALL_BUDGET = 4 * 10**9
-
 DEFAULT_MAX_LENGTH = 2048
 
 _POSITIONS = ("max_position_embeddings", "model_max_length", "max_sequence_length", "seq_length")
@@ -53,14 +50,15 @@ _FALLBACK_DTYPE = "bfloat16"
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRequest:
-    """What a calibration is asked for.
+    """What a calibration is to do.
 
-    dataset: the spec; samples: of all parts together, None for what the spec says or the
-    default; max_length: tokens a sample is cut to, None for the default or less where the model
-    allows less; share: (k, n), this run takes every n-th sample from the k-th on; extend: a
-    score file whose samples are left out and whose sums are added; activation_budget: bytes of
-    memory for hidden states between layers, None for half of what is free; field: the only
-    field of a record to look at; tokenizer: a folder or a model of the Hub, None for the model's.
+    dataset: as `--dataset` writes it; samples: of all parts together, None for what the dataset
+    says, or 512; max_length: tokens that a sample is cut to, None for 2048 or less where the
+    model allows less; share: (k, n), this run takes every n-th sample, beginning with the k-th;
+    extend: a score file whose samples are left out and whose sums are added; activation_budget:
+    bytes of memory for hidden states between layers, None for half of what is free; field: the
+    only field of a record to look at; tokenizer: a folder or a model of the Hub, None for the
+    model's own; trust_remote_code: whether a tokenizer may run code of the model.
     """
 
     dataset: str
@@ -79,10 +77,10 @@ class CalibrationRequest:
 class CalibrationReport:
     """What a calibration did.
 
-    samples, tokens: of this run; total_samples: of the file, those that it extends included;
-    layers: MoE layers in the file, of which `mtp_layers` predict tokens further ahead;
-    layers_resumed: those that an earlier run had finished; never_routed: experts that no token
-    was sent to, over all layers.
+    samples, tokens: of this run; total_samples: of the file, those of an extended file included;
+    layers: MoE layers in the file; mtp_layers: how many of them are MTP layers; layers_resumed:
+    layers that an earlier run had finished; never_routed: experts, over all layers, that no token
+    was routed to; seconds: wall time.
     """
 
     model: str
@@ -110,47 +108,68 @@ def calibrate(
     restart: bool = False,
     progress: Listener | None = None,
 ) -> CalibrationReport:
-    """Run samples through a model, layer by layer, and write what its experts did as scores.
+    """Run samples through a model, layer by layer, and write scores of its experts.
 
-    model: a folder, None for the current one; out: the score file; family: as for `plan`;
-    restart: do not go on from what an earlier run left. Raises InputError and its children for
-    whatever does not fit, before the work starts, WorkError and its children where it fails.
+    model: a folder or an address, None for the current folder; out: the score file, whose ending
+    decides its format; family: as for `plan`; restart: discard what an earlier run left. Raises
+    subclasses of InputError, before the work starts, for a request, a model or a dataset that
+    cannot be used, and subclasses of WorkError where the work fails.
     """
     begin = time.monotonic()
     check_out(out)
     require_packages()
     checkpoint = open_model(model, family)
     anatomy = read_anatomy(checkpoint)
-    request = _settled(request, checkpoint, anatomy)
+    request = _with_defaults(request, checkpoint, anatomy)
     earlier = _earlier(request, checkpoint)
     samples = _samples(request, checkpoint, earlier)
     check_samples(out, len(samples) + (len(earlier.samples) if earlier else 0))
-    check_vocabulary(checkpoint, anatomy, samples)
-    run = _run(request, checkpoint, samples)
+    _check_vocabulary(checkpoint, anatomy, samples)
+    run = _run_identity(request, checkpoint, samples)
     with partial_calibration(Path(out), run, restart=restart) as partial:
         resumed = len(partial.layers.done_layers())
-        _work(request, checkpoint, samples, partial, progress)
-        found = Calibration(str(out), partial.layers.layers, _facts(request, checkpoint, samples))
+        _run_layers(request, checkpoint, samples, partial, progress)
+        found = Calibration(
+            str(out), partial.layers.layers, _calibration_settings(request, checkpoint, samples)
+        )
         whole = merge([earlier, found], str(out)) if earlier else found
         write_scores(out, whole.content())
         partial.clear()
     return _report(request, checkpoint, anatomy, whole, samples, resumed, time.monotonic() - begin)
 
 
-def _settled(
+def _with_defaults(
     request: CalibrationRequest, checkpoint: Checkpoint, anatomy: Anatomy
 ) -> CalibrationRequest:
-    """The request with what it left to the model."""
+    """The request with values for what it leaves to the model."""
     settings = request.settings
     return replace(
         request,
-        max_length=sample_length(checkpoint, anatomy, request.max_length),
-        settings=replace(settings, dtype=settings.dtype or own_dtype(checkpoint, anatomy)),
+        max_length=_sample_length(checkpoint, anatomy, request.max_length),
+        settings=replace(settings, dtype=settings.dtype or _own_dtype(checkpoint, anatomy)),
     )
 
 
+def _sample_length(checkpoint: Checkpoint, anatomy: Anatomy, asked: int | None) -> int:
+    """Tokens that a sample is cut to. Raises UsageError where the model allows fewer."""
+    allowed = next(_numbers(checkpoint, anatomy, _POSITIONS), None)
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, allowed or DEFAULT_MAX_LENGTH)
+    if allowed is not None and asked > allowed:
+        problem = f"samples of {asked:,} tokens are longer than the {allowed:,} that "
+        problem += f"{checkpoint.source.name} allows"
+        raise UsageError("--max-length", problem, f"give {allowed} or less")
+    return asked
+
+
+def _own_dtype(checkpoint: Checkpoint, anatomy: Anatomy) -> str:
+    """The dtype that the config names, or bfloat16 where it is none of DTYPES."""
+    named = (value for value in _values(checkpoint, anatomy, _DTYPE) if value in DTYPES)
+    return str(next(named, _FALLBACK_DTYPE))
+
+
 def _earlier(request: CalibrationRequest, checkpoint: Checkpoint) -> Calibration | None:
-    """The calibration to extend, if any, whose model must be this one."""
+    """The calibration to extend, if any. Raises ScoreError where it is of another model."""
     if request.extend is None:
         return None
     earlier = read_calibration(request.extend)
@@ -169,8 +188,8 @@ def _samples(
     parts = parse_spec(request.dataset, request.samples)
     tokenizer = _tokenizer(request, checkpoint)
     taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
-    draw = SamplingOptions(request.settings.seed, request.max_length, request.field, taken)
-    samples = draw_samples(parts, tokenizer, draw)
+    options = SamplingOptions(request.settings.seed, request.max_length, request.field, taken)
+    samples = draw_samples(parts, tokenizer, options)
     if request.share is None:
         return samples
     k, n = request.share
@@ -188,8 +207,21 @@ def _tokenizer(request: CalibrationRequest, checkpoint: Checkpoint) -> Tokenizer
         return Tokenizer(folder, name=checkpoint.location, trust_remote_code=trust)
 
 
-def _run(request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]) -> Run:
-    """Whose work it is: what was asked for, apart from the source's state, and that state."""
+def _check_vocabulary(checkpoint: Checkpoint, anatomy: Anatomy, samples: Sequence[Sample]) -> None:
+    """Raise UsageError where a sample has a token outside the model's vocabulary."""
+    size = next(_numbers(checkpoint, anatomy, ("vocab_size",)), None)
+    for sample in samples:
+        highest = int(sample.ids.max())
+        if size is not None and highest >= size:
+            problem = f"gives token {highest:,} in {sample.source}, record {sample.index:,}, and "
+            problem += f"the model has {size:,}"
+            raise UsageError("--tokenizer", problem, "give the tokenizer of this model")
+
+
+def _run_identity(
+    request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]
+) -> Run:
+    """What a partial result belongs to: digests of the request and of the source's state."""
     settings = asdict(request.settings)
     asked = {
         "version": __version__,
@@ -212,7 +244,7 @@ def _sha256(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _work(
+def _run_layers(
     request: CalibrationRequest,
     checkpoint: Checkpoint,
     samples: Sequence[Sample],
@@ -222,21 +254,23 @@ def _work(
     from shardsurgeon.layerwise.engine import calibrate_layers
     from shardsurgeon.layerwise.memory import free_memory
 
-    def unheard(progress: Progress) -> None:
-        """Nobody asked."""
+    def ignore(progress: Progress) -> None:
+        """Report no progress."""
 
-    heard, budget = progress or unheard, request.activation_budget
+    budget = request.activation_budget
     if budget is None:
-        budget = (free_memory("cpu") or 2 * _SMALL_BUDGET) // 2
+        budget = free_memory("cpu") // 2
     lengths = [sample.num_tokens for sample in samples]
     with ActivationStore(partial.activations, lengths, budget) as store:
-        calibrate_layers(checkpoint, samples, request.settings, store, partial.layers, heard)
+        calibrate_layers(
+            checkpoint, samples, request.settings, store, partial.layers, progress or ignore
+        )
 
 
-def _facts(
+def _calibration_settings(
     request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]
 ) -> dict[str, object]:
-    """What the score file says beside its numbers."""
+    """The settings that the score file records."""
     return {
         "model": checkpoint.source.name,
         "revision": checkpoint.source.revision,
@@ -283,35 +317,6 @@ def _report(
     )
 
 
-def sample_length(checkpoint: Checkpoint, anatomy: Anatomy, asked: int | None) -> int:
-    """Tokens that a sample is cut to. Raises UsageError where the model allows fewer."""
-    allowed = next(_numbers(checkpoint, anatomy, _POSITIONS), None)
-    if asked is None:
-        return min(DEFAULT_MAX_LENGTH, allowed or DEFAULT_MAX_LENGTH)
-    if allowed is not None and asked > allowed:
-        problem = f"samples of {asked:,} tokens are longer than the {allowed:,} that "
-        problem += f"{checkpoint.source.name} allows"
-        raise UsageError("--max-length", problem, f"give {allowed} or less")
-    return asked
-
-
-def check_vocabulary(checkpoint: Checkpoint, anatomy: Anatomy, samples: Sequence[Sample]) -> None:
-    """Raise UsageError where a sample has a token that the model does not know."""
-    size = next(_numbers(checkpoint, anatomy, ("vocab_size",)), None)
-    for sample in samples:
-        highest = int(sample.ids.max())
-        if size is not None and highest >= size:
-            problem = f"gives token {highest:,} in {sample.source}, record {sample.index:,}, and "
-            problem += f"the model has {size:,}"
-            raise UsageError("--tokenizer", problem, "give the tokenizer of this model")
-
-
-def own_dtype(checkpoint: Checkpoint, anatomy: Anatomy) -> str:
-    """The dtype that the config says the model is of; bfloat16 where it says none of ours."""
-    said = (value for value in _values(checkpoint, anatomy, _DTYPE) if value in DTYPES)
-    return str(next(said, _FALLBACK_DTYPE))
-
-
 def _numbers(checkpoint: Checkpoint, anatomy: Anatomy, keys: Sequence[str]) -> Iterator[int]:
     for value in _values(checkpoint, anatomy, keys):
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -319,7 +324,7 @@ def _numbers(checkpoint: Checkpoint, anatomy: Anatomy, keys: Sequence[str]) -> I
 
 
 def _values(checkpoint: Checkpoint, anatomy: Anatomy, keys: Sequence[str]) -> Iterator[object]:
-    """Values of the keys, in the sections of the language model first, then at the top."""
+    """Values of the keys in the config: in the language model's sections first, then at the top."""
     for at in (*anatomy.family.config.at, ""):
         section = config_section(checkpoint.settings, at) or {}
         yield from (section[key] for key in keys if key in section)

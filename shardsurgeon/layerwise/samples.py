@@ -1,4 +1,4 @@
-"""Samples: records drawn by a seed, turned into text by the chat template, and tokenized."""
+"""Samples: records chosen by a seed, turned into text by the chat template, and tokenized."""
 
 from __future__ import annotations
 
@@ -25,6 +25,123 @@ from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.source import Source
 
 SampleEntry: TypeAlias = tuple[str, int, int]
+"""(source, record index, tokens): how a score file lists a sample."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One sequence of tokens.
+
+    ids: int64 [tokens], at least one, without padding; source: the dataset, as
+    `OpenDataset.source` names it; index: the record's number there, from 0.
+    """
+
+    ids: NDArray[np.int64]
+    source: str
+    index: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has."""
+        return len(self.ids)
+
+    @property
+    def entry(self) -> SampleEntry:
+        """How a score file lists it."""
+        return self.source, self.index, self.num_tokens
+
+
+def total_tokens(samples: Iterable[Sample]) -> int:
+    """Tokens of all samples together."""
+    return sum(sample.num_tokens for sample in samples)
+
+
+def samples_sha256(samples: Iterable[Sample]) -> str:
+    """SHA-256 of sources, record indices and tokens, in their order, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.source}\n{sample.index}\n{sample.num_tokens}\n".encode())
+        digest.update(sample.ids.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How samples are chosen from records and made of them.
+
+    seed: of the order of records; max_length: tokens that a sample is cut to; field: the only
+    field to look at, None for the known ones; taken: (source, record index) of records to skip,
+    which another calibration has used.
+    """
+
+    seed: int
+    max_length: int
+    field: str | None = None
+    taken: Collection[tuple[str, int]] = ()
+
+
+def draw_samples(
+    parts: Sequence[DatasetPart], tokenizer: Tokenizer, options: SamplingOptions
+) -> list[Sample]:
+    """The samples of all parts, in the order of the parts.
+
+    Records without a token are skipped. Raises DatasetError for a dataset that is missing or
+    empty, that holds a record of unknown form, or that has fewer records than asked for, and
+    UsageError where a conversation meets a tokenizer without a chat template.
+    """
+    samples: list[Sample] = []
+    for part in parts:
+        samples += _draw_part(open_dataset(part), tokenizer, options)
+    return samples
+
+
+def _draw_part(
+    dataset: OpenDataset, tokenizer: Tokenizer, options: SamplingOptions
+) -> list[Sample]:
+    count = dataset.part.count
+    assert count is not None
+    samples: list[Sample] = []
+    for sample in _in_order(dataset, tokenizer, options):
+        samples.append(sample)
+        if len(samples) == count:
+            return samples
+    raise _too_few(dataset, len(samples), options)
+
+
+def _in_order(
+    dataset: OpenDataset, tokenizer: Tokenizer, options: SamplingOptions
+) -> Iterator[Sample]:
+    for index in _order(len(dataset.records), options.seed, dataset.source).tolist():
+        if (dataset.source, index) in options.taken:
+            continue
+        where = f"{dataset.part.words}, record {index:,}"
+        content = read_record(dataset.records[index], where, options.field)
+        ids = tokenizer.encode(content, where)[: options.max_length]
+        if len(ids):
+            yield Sample(ids, dataset.source, index)
+
+
+def _order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
+    """Every record once, shuffled. numpy promises that a bit generator's raw output stays the
+    same in later versions; it promises no such thing for its shuffle."""
+    digest = np.frombuffer(hashlib.sha256(source.encode()).digest(), "<u4")
+    bits = np.random.PCG64([seed, *digest.tolist()])
+    return np.argsort(bits.random_raw(num_records), kind="stable").astype(np.int64)
+
+
+def _too_few(dataset: OpenDataset, found: int, options: SamplingOptions) -> DatasetError:
+    part, records = dataset.part, len(dataset.records)
+    taken = sum(source == dataset.source for source, _ in options.taken)
+    problem = f"has {records:,} records, of which {found:,} can be drawn"
+    if taken:
+        problem += f" ({taken:,} are in the calibration that is extended)"
+    problem += f"; {part.count:,} samples were asked for"
+    if not found:
+        return DatasetError(part.words, problem, "give another dataset")
+    return DatasetError(part.words, problem, f"ask for {found:,} (--samples, or name:{found})")
+
+
+Message: TypeAlias = dict[str, Any]
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _PAIRS = (
@@ -40,137 +157,17 @@ _PAIRS = (
     ("input", "output"),
 )
 _TEXTS = ("text", "content", "code", "raw_content", "prompt")
-# Of two answers the better one: messages, or both sides in one text.
+# The better one of two answers: messages, or the whole conversation as one text.
 _PREFERENCES = ("chosen",)
-# Behind an instruction, what it is about.
-_ABOUT = ("input", "context")
+# The text that an instruction is about; it is added to the instruction.
+_CONTEXT = ("input", "context")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _FIELD = "--field"
-
-Message = dict[str, Any]
-
-_OPTION = "--tokenizer"
-_TRUST = "--trust-remote-code"
-
-# Vocabularies, merges, templates and the code of some tokenizers; sizes from sentencepiece
-# models down. Weights have other endings.
-_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
-
-"""Source, record index, tokens: how a score file lists a sample."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One sequence of tokens.
-
-    ids: int64 [tokens], at least one, no padding; source: the dataset it came from, as its spec
-    names it; index: the record's number there, from 0.
-    """
-
-    ids: NDArray[np.int64]
-    source: str
-    index: int
-
-    @property
-    def num_tokens(self) -> int:
-        """How long it is."""
-        return len(self.ids)
-
-    @property
-    def entry(self) -> SampleEntry:
-        """How a score file lists it."""
-        return self.source, self.index, self.num_tokens
-
-
-def total_tokens(samples: Iterable[Sample]) -> int:
-    """Tokens of all samples together."""
-    return sum(sample.num_tokens for sample in samples)
-
-
-def samples_sha256(samples: Iterable[Sample]) -> str:
-    """The fingerprint of sources, indices and tokens, in their order."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.source}\n{sample.index}\n{sample.num_tokens}\n".encode())
-        digest.update(sample.ids.astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """How samples are made of records.
-
-    seed: decides the order; max_length: tokens that a sample is cut to; field: the only field
-    to look at, None for those that are known; taken: (source, record index) of samples that
-    another calibration has already.
-    """
-
-    seed: int
-    max_length: int
-    field: str | None = None
-    taken: Collection[tuple[str, int]] = ()
-
-
-def draw_samples(
-    parts: Sequence[DatasetPart], tokenizer: Tokenizer, draw: SamplingOptions
-) -> list[Sample]:
-    """The samples of all parts, in order of the parts.
-
-    Records without a single token are passed over. Raises DatasetError for a dataset that is
-    missing, empty, not to be understood, or has fewer records than are asked of it.
-    """
-    samples: list[Sample] = []
-    for part in parts:
-        samples += _draw_part(open_dataset(part), tokenizer, draw)
-    return samples
-
-
-def _draw_part(dataset: OpenDataset, tokenizer: Tokenizer, draw: SamplingOptions) -> list[Sample]:
-    count = dataset.part.count
-    assert count is not None
-    samples: list[Sample] = []
-    for sample in _in_order(dataset, tokenizer, draw):
-        samples.append(sample)
-        if len(samples) == count:
-            return samples
-    raise _too_few(dataset, len(samples), draw)
-
-
-def _in_order(
-    dataset: OpenDataset, tokenizer: Tokenizer, draw: SamplingOptions
-) -> Iterator[Sample]:
-    for index in _order(len(dataset.records), draw.seed, dataset.source).tolist():
-        if (dataset.source, index) in draw.taken:
-            continue
-        where = f"{dataset.part.words}, record {index:,}"
-        said = read_record(dataset.records[index], where, draw.field)
-        ids = tokenizer.encode(said, where)[: draw.max_length]
-        if len(ids):
-            yield Sample(ids, dataset.source, index)
-
-
-def _order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
-    """Every record once. Made of raw bits, which numpy promises to be the same for ever."""
-    digest = np.frombuffer(hashlib.sha256(source.encode()).digest(), "<u4")
-    bits = np.random.PCG64([seed, *digest.tolist()])
-    return np.argsort(bits.random_raw(num_records), kind="stable").astype(np.int64)
-
-
-def _too_few(dataset: OpenDataset, found: int, draw: SamplingOptions) -> DatasetError:
-    part, records = dataset.part, len(dataset.records)
-    taken = sum(source == dataset.source for source, _ in draw.taken)
-    problem = f"has {records:,} records, of which {found:,} can be drawn"
-    if taken:
-        problem += f" ({taken:,} are in the calibration that is extended)"
-    problem += f"; {part.count:,} samples were asked for"
-    if not found:
-        return DatasetError(part.words, problem, "give another dataset")
-    return DatasetError(part.words, problem, f"ask for {found:,} (--samples, or name:{found})")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages as chat templates take them, and the tools that they may call, if any."""
+    """Messages as chat templates take them, and the tools that a model may call, if any."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -179,8 +176,8 @@ class Conversation:
 def read_record(record: Record, where: str, field: str | None = None) -> Conversation | str:
     """The conversation or the text of a record.
 
-    where: the record, for messages; field: the only field to look at. Raises DatasetError where
-    none of the known fields is there, or one holds what it should not.
+    where: the record, as error messages name it; field: the only field to look at. Raises
+    DatasetError where no known field exists, or where its value has an unknown form.
     """
     if isinstance(record, str):
         return record
@@ -216,14 +213,14 @@ def _one_field(record: dict[str, Any], field: str, where: str) -> Conversation |
 
 
 def _pair(record: dict[str, Any], first: str, second: str, where: str) -> list[Message]:
-    """What is asked and what is answered; either may be messages already."""
+    """A question and its answer as messages; either may be a list of messages already."""
     asked = _messages_or_text(record[first], "user", first, where)
     answered = _messages_or_text(record[second], "assistant", second, where)
-    about = next(
-        (record[name] for name in _ABOUT if name not in (first, second) and name in record), ""
+    context = next(
+        (record[name] for name in _CONTEXT if name not in (first, second) and name in record), ""
     )
-    if isinstance(about, str) and about.strip() and len(asked) == 1:
-        asked = [{**asked[0], "content": f"{asked[0]['content']}\n\n{about}"}]
+    if isinstance(context, str) and context.strip() and len(asked) == 1:
+        asked = [{**asked[0], "content": f"{asked[0]['content']}\n\n{context}"}]
     system = record.get("system") or record.get("system_prompt")
     opening = [{"role": "system", "content": system}] if isinstance(system, str) else []
     return [*opening, *asked, *answered]
@@ -239,7 +236,7 @@ def _messages_or_text(value: Any, role: str, name: str, where: str) -> list[Mess
 
 
 def _messages(value: Any, name: str, where: str) -> list[Message]:
-    """Messages in the form of templates, from either of the two forms that datasets use."""
+    """Messages with `role` and `content`, from these or from `from` and `value`."""
     listed = _unpacked(value)
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         kind = type(listed).__name__
@@ -251,7 +248,7 @@ def _message(item: dict[str, Any], name: str, where: str) -> Message:
     role = item.get("role") or item.get("from")
     if not isinstance(role, str):
         raise DatasetError(where, f"field '{name}' holds a message without a role")
-    # Tables give every message every field; those that a message lacks are None.
+    # In a table every message has every field; those that it lacks are None.
     kept = {key: part for key, part in item.items() if part is not None}
     content = kept.pop("content", kept.pop("value", ""))
     kept.pop("from", None)
@@ -263,7 +260,7 @@ def _message(item: dict[str, Any], name: str, where: str) -> Message:
 
 
 def _plain(content: Any) -> Any:
-    """A content of nothing but parts of text as one text: few templates take parts."""
+    """A content that consists of text parts as one text: few templates accept parts."""
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
@@ -272,7 +269,7 @@ def _plain(content: Any) -> Any:
 
 
 def _tool_call(call: Any) -> Any:
-    """A call whose arguments are an object, as templates write them out."""
+    """A call with its arguments as an object, which templates expect, not as JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
@@ -297,7 +294,7 @@ def _are_messages(value: Any) -> bool:
 
 
 def _unpacked(value: Any) -> Any:
-    """A list that a dataset stores as the text of its JSON; any other value as it is."""
+    """A list of objects that a dataset stores as JSON text, parsed; any other value unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             unpacked = json.loads(value)
@@ -308,15 +305,27 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
+_OPTION = "--tokenizer"
+_TRUST = "--trust-remote-code"
+
+# Vocabularies, merges, templates and the code of some tokenizers; sizes from sentencepiece
+# models down. Weights have other endings.
+_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
+
+
 class Tokenizer:
-    """A tokenizer of transformers with its chat template."""
+    """A tokenizer of transformers with its chat template.
+
+    place: what messages call it.
+    """
 
     def __init__(
         self, place: str | PathLike[str], *, name: str = "", trust_remote_code: bool = False
     ) -> None:
-        """place: a folder, or a model of the Hub; name: what messages call it instead.
+        """Load it. place: a folder, or a model of the Hub; name: what messages call it instead.
 
-        Raises UsageError where there is no tokenizer, or it cannot be read.
+        Raises UsageError where there is no tokenizer, where it cannot be read, and where it is
+        code of the model that trust_remote_code does not allow to run.
         """
         transformers = require("transformers")
         self.place = name or str(place)
@@ -325,19 +334,19 @@ class Tokenizer:
             raise UsageError(_OPTION, problem, f"read it, then allow it with {_TRUST}")
         with silence_hub():
             self._tokenizer = _load(transformers, str(place), self.place, trust_remote_code)
-        # Where the config names a known model, a missing tokenizer is made up, and knows no word.
+        # Without tokenizer files, transformers makes an empty tokenizer for a known model type.
         if not self._tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise _unreadable(self.place)
 
-    def encode(self, said: Conversation | str, where: str) -> NDArray[np.int64]:
-        """The ids of a conversation, by the chat template, or of a text, as the model reads it.
+    def encode(self, content: Conversation | str, where: str) -> NDArray[np.int64]:
+        """The token ids, int64 [tokens], of a conversation in the chat template, or of a text.
 
-        where: the record, for messages. Raises DatasetError where the template refuses the
-        conversation, UsageError where there is no template.
+        where: the record, as messages name it. Raises DatasetError where the template refuses
+        the conversation, UsageError where there is no template.
         """
-        is_chat = isinstance(said, Conversation)
-        text = self._render(said, where) if isinstance(said, Conversation) else said
-        # A template writes the special tokens itself.
+        is_chat = isinstance(content, Conversation)
+        text = self._render(content, where) if isinstance(content, Conversation) else content
+        # The template's text contains the special tokens already.
         encoded = self._tokenizer(text, add_special_tokens=not is_chat, verbose=False)
         return np.asarray(encoded["input_ids"], np.int64)
 
@@ -349,7 +358,7 @@ class Tokenizer:
             text: str = self._tokenizer.apply_chat_template(
                 conversation.messages, tools=conversation.tools, tokenize=False
             )
-        # A template is a program, and raises what it likes.
+        # A template is a program that may raise anything.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             problem = f"does not go through the chat template ({reason})"
@@ -361,9 +370,9 @@ def _load(transformers: Any, place: str, name: str, trust_remote_code: bool) -> 
     load = transformers.AutoTokenizer.from_pretrained
     try:
         return load(place, trust_remote_code=trust_remote_code)
-    # Tokenizers, and the configs beside them, are read by whatever code their classes have.
+    # Each tokenizer class reads its files, and the config, with code that may raise anything.
     except Exception as error:
-        # A config that transformers cannot read is no fault of the tokenizer: try without.
+        # The config may be what transformers cannot read, not the tokenizer: try an empty one.
         with suppress(Exception):
             empty = transformers.PreTrainedConfig()
             return load(place, config=empty, trust_remote_code=trust_remote_code)
@@ -371,10 +380,10 @@ def _load(transformers: Any, place: str, name: str, trust_remote_code: bool) -> 
 
 
 def _is_code(folder: Path) -> bool:
-    """Whether a folder's tokenizer is a class of its own, without a form that needs none."""
+    """Whether a folder's tokenizer needs code from the folder: no tokenizer.json replaces it."""
     try:
-        said = json.loads((folder / "tokenizer_config.json").read_bytes())
-        own = "AutoTokenizer" in said.get("auto_map", {})
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        own = "AutoTokenizer" in config.get("auto_map", {})
     except (OSError, ValueError, AttributeError, TypeError):
         return False
     return own and not (folder / "tokenizer.json").exists()
@@ -383,16 +392,16 @@ def _is_code(folder: Path) -> bool:
 def _unreadable(place: str, error: Exception | None = None) -> UsageError:
     problem = f"{place} has no tokenizer that transformers can read"
     if error is not None:
-        said = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
-        problem += f" ({said})"
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+        problem += f" ({reason})"
     return UsageError(_OPTION, problem, f"name a folder that has one with {_OPTION}")
 
 
 @contextmanager
 def tokenizer_folder(source: Source) -> Iterator[Path]:
-    """The model's own folder or, where it is far, copies of its small files for a while.
+    """The model's folder or, where the model is remote, temporary copies of its small files.
 
-    Raises what reading the source raises, and OutputWriteError where there is no room for them.
+    Raises what reading the source raises, and OutputWriteError where the copies do not fit.
     """
     config = source.local_path(CONFIG_NAME)
     if config is not None:

@@ -1,4 +1,4 @@
-"""What decides the result of a calibration, and the packages that it needs."""
+"""What decides the result of a calibration, what it reports to, and the packages it needs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 INSTALL = "pip install 'shardsurgeon[calibrate]'"
-_NEEDED = ("torch", "transformers")
+# The numbers of a calibration depend on these; the score file names their versions.
+_ENGINES = ("torch", "transformers")
+_NEEDED = (*_ENGINES, "psutil")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides how the numbers come about, samples apart.
+    """What decides the numbers of a calibration, apart from its samples.
 
-    device: `cpu`, `cuda` or `cuda:<n>`; dtype: what the arithmetic is done in, one of DTYPES,
-    None for the checkpoint's own; batch_size: samples that pass a layer together, or `auto`
-    for what fits; seed: of the draw of samples.
+    device: `cpu`, `cuda` or `cuda:<n>`; dtype: of weights and activations, one of DTYPES, None
+    for the checkpoint's own; batch_size: samples of one forward pass, or `auto` for what fits;
+    seed: of the choice of samples. Raises UsageError for other values.
     """
 
     device: str = "cpu"
@@ -49,8 +51,8 @@ class Settings:
 class Progress:
     """How far a calibration is.
 
-    layer: the one that computes now; layers_done, layers_total: whole ones, MTP layers too;
-    tokens_done, tokens_total: each token counts once in every layer.
+    layer: the one that computes now; layers_done, layers_total: MTP layers included;
+    tokens_done, tokens_total: each token is counted once in every layer.
     """
 
     layer: int
@@ -64,17 +66,17 @@ Listener: TypeAlias = Callable[[Progress], None]
 
 
 class LayerSink(Protocol):
-    """Where the results of whole layers go."""
+    """Receives the results of finished layers."""
 
     def finished_layer(self, index: int, is_mtp: bool, accumulators: Accumulators) -> None:
-        """Keep what all samples added up in a layer. Again for a layer it has: nothing changes.
+        """Keep the sums over all samples in a layer; for a layer that is kept, do nothing.
 
         index: the layer's number; MTP layer j is num_hidden_layers + j.
         """
         ...
 
     def done_layers(self) -> set[int]:
-        """The layers that are kept already, by an earlier run too."""
+        """Numbers of the layers that are kept, those of earlier runs included."""
         ...
 
 
@@ -97,4 +99,4 @@ def require_packages() -> None:
 
 def versions() -> dict[str, str]:
     """Package → version, of those that the numbers of a calibration depend on."""
-    return {name: str(require(name).__version__) for name in _NEEDED}
+    return {name: str(require(name).__version__) for name in _ENGINES}

@@ -1,19 +1,21 @@
-"""Tensors read from shards, whole or in part, with the next ones read ahead."""
+"""Tensors read from shards, whole or in part; the system is told what will be read next."""
 
 from __future__ import annotations
 
 import math
-import threading
+import os
+import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
 from io import FileIO
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
 from shardsurgeon.storage.formats.safetensors import TensorRecord
-from shardsurgeon.storage.source import Source
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -33,11 +35,11 @@ DTYPES = {
     "F64": torch.float64,
 }
 
-_PIECE = 8 << 20
+_ADVICE_NBYTES = 128 << 10
+"""Linux reads at most the device's largest request per advice; 128 KiB is its smallest default."""
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRange:
+class _ByteRange(NamedTuple):
     """Bytes [begin, end) of a file of the source."""
 
     file: str
@@ -48,7 +50,7 @@ class ByteRange:
 class TensorReader:
     """Reads tensors of a checkpoint to a device, whole or some of their rows.
 
-    Safe to use from several threads.
+    Safe to use from several threads. Raises what the source raises where it cannot be read.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str) -> None:
@@ -61,18 +63,13 @@ class TensorReader:
         }
 
     def record(self, name: str) -> TensorRecord | None:
-        """What the tensor is, None where there is none of the name."""
+        """The header's entry of a tensor, None where there is no tensor of this name."""
         place = self._places.get(name)
         return place[1] if place else None
 
-    def range_of(self, name: str) -> ByteRange:
-        """Where the tensor lies."""
-        shard, record = self._places[name]
-        begin = shard.header.data_begin
-        return ByteRange(shard.file, begin + record.begin, begin + record.end)
-
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        """A tensor as it is stored; row: only that row, its axis kept: [1, ...]."""
+        """A tensor in its stored dtype and shape; row: only that row of the first axis, as
+        [1, ...]."""
         shape = self._places[name][1].shape
         if row is None:
             return self._elements(name, 0, math.prod(shape), shape)
@@ -80,8 +77,8 @@ class TensorReader:
         return self._elements(name, row * each, (row + 1) * each, (1, *shape[1:]))
 
     def rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
-        """Some rows of a matrix: [rows, width]."""
-        place, (_, record) = self.range_of(name), self._places[name]
+        """Some rows of a matrix, in their stored dtype: [rows, width]."""
+        place, (_, record) = self._range(name), self._places[name]
         dtype = DTYPES[record.dtype]
         each = math.prod(record.shape[1:]) * dtype.itemsize
         begins = [place.begin + row * each for row in rows]
@@ -89,9 +86,39 @@ class TensorReader:
         raw = b"".join(read(place.file, begin, begin + each) for begin in begins)
         return self._tensor(raw, dtype, (len(begins), *record.shape[1:]))
 
+    def read_ahead(self, names: Iterable[str], most_nbytes: int) -> None:
+        """Ask the system to read tensors into its file cache, and do not wait for that.
+
+        most_nbytes: where to stop, what the cache can hold. Linux only, and only where the
+        source is a local folder; elsewhere nothing happens.
+        """
+        if sys.platform != "linux":
+            return
+        # Whatever is wrong with a file is reported when its tensors are read.
+        with suppress(OSError):
+            ranges = sorted(map(self._range, names))
+            for name, parts in groupby(ranges, key=lambda part: part.file):
+                path = self._source.local_path(name)
+                if path is None:
+                    return
+                with FileIO(path) as file:
+                    for part in parts:
+                        for begin in range(part.begin, part.end, _ADVICE_NBYTES):
+                            nbytes = min(_ADVICE_NBYTES, part.end - begin, most_nbytes)
+                            if nbytes <= 0:
+                                return
+                            os.posix_fadvise(file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
+                            most_nbytes -= nbytes
+
+    def _range(self, name: str) -> _ByteRange:
+        """Where a tensor lies."""
+        shard, record = self._places[name]
+        begin = shard.header.data_begin
+        return _ByteRange(shard.file, begin + record.begin, begin + record.end)
+
     def _elements(self, name: str, first: int, last: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Elements [first, last) of a tensor."""
-        place = self.range_of(name)
+        place = self._range(name)
         dtype = DTYPES[self._places[name][1].dtype]
         begin = place.begin + first * dtype.itemsize
         raw = self._source.read(place.file, begin, place.begin + last * dtype.itemsize)
@@ -101,61 +128,8 @@ class TensorReader:
         if not raw:
             return torch.empty(shape, dtype=dtype, device=self._device)
         with warnings.catch_warnings():
-            # The bytes cannot be written to, and nobody does.
+            # torch warns that `bytes` are read-only; nothing writes to this tensor.
             warnings.simplefilter("ignore")
             flat = torch.frombuffer(raw, dtype=torch.uint8)
         # An offset within bytes need not be a multiple of the element size.
         return flat.view(dtype).reshape(shape).to(self._device)
-
-
-class ReadAhead:
-    """A thread that reads byte ranges, one list of them at a time; a context manager."""
-
-    def __init__(self, source: Source, most_nbytes: int) -> None:
-        """most_nbytes: how much of a list is read, what the system may keep in memory."""
-        self._source = source
-        self._most = most_nbytes
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
-
-    def begin(self, ranges: Iterable[ByteRange]) -> None:
-        """Read these from now on, and no longer what was asked for before."""
-        self.end()
-        wanted = sorted(ranges, key=lambda part: (part.file, part.begin))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read, args=(wanted, self._stop), daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """Stop reading."""
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
-            self._thread = None
-
-    def __enter__(self) -> ReadAhead:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.end()
-
-    def _read(self, ranges: list[ByteRange], stop: threading.Event) -> None:
-        buffer = memoryview(bytearray(_PIECE))
-        left = self._most
-        try:
-            for part in ranges:
-                path = self._source.local_path(part.file)
-                if path is None or stop.is_set() or left <= 0:
-                    return
-                with FileIO(path) as file:
-                    file.seek(part.begin)
-                    at = part.begin
-                    while at < part.end and not stop.is_set():
-                        count = file.readinto(buffer[: min(_PIECE, part.end - at)])
-                        if not count:
-                            return
-                        at += count
-                left -= part.end - part.begin
-        except OSError:
-            # Whoever needs the bytes reads them again, and reports what is wrong.
-            return

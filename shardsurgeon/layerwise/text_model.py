@@ -1,9 +1,9 @@
 """transformers' text model on the meta device, of which a few layers at a time are real.
 
-Between `loading`, which reads weights, and `passing`, which runs samples. The model is built
-whole, without weights. Every decoder layer's `forward` is replaced: a layer that is not at work
-hands on what it was given, so that masks, positions and whatever else a model prepares for its
-layers come from its own code. Every module of experts is replaced by one with a single expert.
+Between `loading`, which reads weights, and `forward`, which runs samples. The whole model is
+built, without weights. Every decoder layer's `forward` is replaced: a layer that is not active
+returns its input, so that masks, positions and whatever else a model prepares for its layers come
+from its own code. Every module of experts is replaced by one with a single expert.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from shardsurgeon.errors import FamilyError
 from shardsurgeon.layerwise.decoding import PackedWeight
 from shardsurgeon.layerwise.loading import ParameterNames
 
-# What classes call the number of their experts, and of those that only copy their input.
+# Attributes for the number of experts, of experts that only copy their input, and of both.
 _COUNTS = ("num_experts", "num_routed_experts", "num_local_experts")
 _COPIES, _ALL = "zero_expert_num", "total_experts"
 
 Visit = Callable[..., Any]
-"""(layer, the layer's own forward, hidden states, whatever else it is given) → what it gives."""
+"""(layer, the layer's own forward, its arguments, hidden states first) → the layer's output."""
 Route = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, inputs [N, H], expert ids [N, K], gate weights [N, K]) → outputs [N, H]."""
 
 
 @dataclass(frozen=True)
 class ExpertModule:
-    """The experts of one layer, shrunk to one.
+    """The module of one layer's experts, reduced to one expert.
 
-    path: its name in the model; module: it; empty: its parameters without values.
-    copies: how many experts behind the routed ones give back what they are given, None where
-    the class knows no such experts; scales_inputs: whether the model multiplies an expert's
-    input by its gate weight, and not its output.
+    path: its name in the model; module: the module; empty: its parameters on the meta device;
+    copies: how many experts, numbered after the routed ones, return their input, None where the
+    class has no such experts; scales_inputs: whether the model multiplies an expert's input by
+    the gate weight instead of its output.
     """
 
     path: str
@@ -56,15 +56,17 @@ class ExpertModule:
         forward = type(self.module).forward
         if self.scales_inputs:
             return forward(self.module, inputs)
-        # Classes that know copies want two choices at least: the copy's weight is 0.
+        # Classes with copying experts need at least two choices a token: the copy gets weight 0.
         width = 1 if self.copies is None else 2
         index = torch.arange(width, device=inputs.device).expand(len(inputs), width)
         weights = (index == 0).to(inputs.dtype)
         return forward(self.module, inputs, index, weights)
 
     def load(self, parameters: Mapping[str, Tensor | PackedWeight]) -> None:
-        """Give it an expert's parameters, by their full names. Raises FamilyError where they do
-        not have its shapes."""
+        """Set an expert's parameters, by their full names.
+
+        Raises FamilyError where a shape is not the one that the config gives.
+        """
         own = self.module._parameters
         for name, value in parameters.items():
             leaf = name.rpartition(".")[2]
@@ -76,7 +78,7 @@ class ExpertModule:
             own[leaf] = value if packed else nn.Parameter(value, requires_grad=False)
 
     def clear(self) -> None:
-        """Let the expert's weights go."""
+        """Drop the expert's weights."""
         self.module._parameters.update(self.empty)
 
 
@@ -84,9 +86,9 @@ class TextModel:
     """The part of a model that reads text, and its decoder layers."""
 
     def __init__(self, meta_model: MetaModel, names: ParameterNames, anatomy: Anatomy) -> None:
-        """Find the text model and take its layers and experts over.
+        """Find the text model and reduce each layer's experts to one.
 
-        Raises FamilyError where its experts are not built in a way that is known.
+        Raises FamilyError where the experts have an unknown form.
         """
         self.model: Any = meta_model.model
         self.model.eval()
@@ -106,13 +108,13 @@ class TextModel:
         }
 
     def take_over(self, visit: Visit, route: Route) -> None:
-        """Let every layer's calls go through `visit`, and those of experts through `route`."""
+        """Replace the forward of every layer by `visit`, and that of experts by `route`."""
         for index, layer in enumerate(self.layers):
             layer.forward = partial(visit, index, layer.forward)
         for index, experts in self.experts.items():
             if experts.scales_inputs:
                 block = self.model.get_submodule(experts.path.rpartition(".")[0])
-                block.forward = partial(_weighing_block, block, partial(route, index))
+                block.forward = partial(_input_scaling_block, block, partial(route, index))
             else:
                 experts.module.forward = partial(route, index)
 
@@ -132,7 +134,7 @@ class TextModel:
         }
 
     def parameters_of(self, layer: int) -> set[str]:
-        """Parameters and buffers that a checkpoint gives a layer, its experts' left out."""
+        """A layer's parameters and buffers that are in a checkpoint, experts left out."""
         prefix = self.layer_prefix(layer)
         experts = f"{self.experts[layer].path}." if layer in self.experts else "\0"
         return {
@@ -145,17 +147,17 @@ class TextModel:
     def may_pad(self) -> bool:
         """Whether padding at the end of a sample changes nothing before it.
 
-        A choice of some keys among all does not look at those behind, but breaks ties among the
-        rest by how many there are.
+        Attention that selects keys by an indexer ignores keys after a token, but breaks ties
+        among the others by how many keys there are.
         """
         names = (name for layer in self.layers for name, _ in layer.named_modules())
         return not any(name.rpartition(".")[2] == "indexer" for name in names)
 
     def groups(self) -> list[range]:
-        """Runs of layers that pass more than hidden states to one another, in their order.
+        """Layers that must be filled together, in their order.
 
-        An attention that borrows the choice of keys, or the keys, of a layer before it cannot
-        run without that layer; experts are read one by one all the same.
+        Attention that uses the keys of an earlier layer, or its selection of keys, cannot run
+        without that layer. All other groups are single layers.
         """
         total = len(self.layers)
         shares = [i for i in range(total) if self._attention(i, "store_full_length_kv")]
@@ -168,7 +170,7 @@ class TextModel:
         return [range(begin, end) for begin, end in zip(starts, [*starts[1:], total], strict=True)]
 
     def borrows(self, layer: int) -> bool:
-        """Whether a layer's attention uses what one before it chose or stored."""
+        """Whether a layer's attention uses keys, or a selection of keys, of an earlier layer."""
         facts = ("skip_topk", "is_kv_shared_layer")
         return any(self._attention(layer, fact) for fact in facts)
 
@@ -183,7 +185,7 @@ class TextModel:
                 yield (self.prefix + name).rstrip("."), module
 
     def _shrink(self, layer: int, experts: int) -> ExpertModule:
-        """Replace a layer's experts by one expert of their class."""
+        """Replace a layer's module of experts by one of the same class with one expert."""
         path, module = self._find_experts(layer)
         one = copy.copy(module)
         one._parameters = {}
@@ -222,7 +224,7 @@ class TextModel:
 
 
 def _prefix(names: ParameterNames, anatomy: Anatomy) -> str:
-    """What the names of the text model's parameters begin with: `model.` or `model.text.`."""
+    """How the names of the text model's parameters begin, such as `model.`."""
     router = anatomy.main_layers[0].router
     target = names.target(router)
     match = re.match(r"(.*?)layers\.\d+\.", target.parameter) if target else None
@@ -231,10 +233,10 @@ def _prefix(names: ParameterNames, anatomy: Anatomy) -> str:
     return match[1]
 
 
-def _weighing_block(block: Any, route: Callable[..., Tensor], hidden_states: Tensor) -> Any:
-    """An MoE block whose experts take inputs that are multiplied by their gate weights.
+def _input_scaling_block(block: Any, route: Callable[..., Tensor], hidden_states: Tensor) -> Any:
+    """The forward of an MoE block (Llama 4) that multiplies experts' inputs by gate weights.
 
-    The block's own router decides; scores of experts that were not chosen are 0.
+    The block's own router chooses; it gives a score of 0 to experts that are not chosen.
     """
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     scores, logits = block.router(flat)

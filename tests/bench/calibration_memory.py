@@ -149,7 +149,12 @@ def calibrate(folder: Path, tokens: int) -> None:
         ActivationStore(Path(scratch), [len(s.ids) for s in samples], 1 << 30) as store,
     ):
         calibrate_layers(
-            open_checkpoint(folder), samples, Settings(), store, _Forget(), lambda progress: None
+            open_checkpoint(folder),
+            samples,
+            Settings(dtype="bfloat16"),
+            store,
+            _Forget(),
+            lambda progress: None,
         )
 
 

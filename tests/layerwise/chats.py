@@ -36,13 +36,13 @@ def write_chats(path: Path, count: int = 12, seed: int = 1) -> Path:
     """Conversations of 3 to 20 words a side."""
     numbers = random.Random(seed)
 
-    def said() -> str:
+    def sentence() -> str:
         return " ".join(numbers.choices(WORDS, k=numbers.randint(3, 20)))
 
     lines = []
     for _ in range(count):
         roles = ("user", "assistant")
-        lines.append({"messages": [{"role": role, "content": said()} for role in roles]})
+        lines.append({"messages": [{"role": role, "content": sentence()} for role in roles]})
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 

@@ -1,4 +1,4 @@
-"""Calibrations that no engine made, for tests of their files."""
+"""Made-up calibrations, for tests of their files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXPERTS = 6
 
 
 def sums(seed: int, tokens: int = 100, experts: int = EXPERTS) -> Accumulators:
-    """Numbers as a calibration leaves them; expert 2 is never routed to."""
+    """Plausible sums of a layer; no token is routed to expert 2."""
     numbers = np.random.default_rng(seed)
     counts = numbers.integers(1, tokens, experts)
     counts[2] = 0

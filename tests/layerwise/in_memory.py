@@ -1,4 +1,4 @@
-"""What a calibration must give, worked out with the whole model in memory and hooks on it.
+"""The sums that a calibration must find, from the whole model in memory and hooks on it.
 
 Knows nothing of the engine: transformers loads the checkpoint by `from_pretrained`, samples run
 one by one, and for every token x that chose expert j the formulas are followed to the letter:
@@ -47,7 +47,7 @@ Ids = NDArray[np.int64]
 
 @dataclass
 class Sums:
-    """What one layer adds up, as plain lists of numbers over the tokens of each expert."""
+    """The numbers of one layer, as a list over the tokens of each expert."""
 
     tokens: int = 0
     gates: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -136,7 +136,7 @@ def save(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path)
 
 
 def sums(model: Any, samples: Sequence[Ids]) -> dict[int, Sums]:
-    """Layer → what all samples add up there."""
+    """Layer → its numbers over all samples."""
     found: dict[int, Sums] = defaultdict(Sums)
     hooks = []
     for name, module in model.named_modules():
@@ -144,8 +144,8 @@ def sums(model: Any, samples: Sequence[Ids]) -> dict[int, Sums]:
         if place is None or name.startswith("talker"):
             continue
         layer = found[int(place[1])] if _has_experts(name, module) else None
-        if layer is not None and _weighs_inputs(module):
-            hooks.append(module.register_forward_pre_hook(_on_weighing_block(layer)))
+        if layer is not None and _scales_inputs(module):
+            hooks.append(module.register_forward_pre_hook(_on_input_scaling_block(layer)))
         elif layer is not None:
             hooks.append(module.register_forward_pre_hook(on_experts(layer)))
     with torch.inference_mode():
@@ -158,12 +158,12 @@ def sums(model: Any, samples: Sequence[Ids]) -> dict[int, Sums]:
 
 def _has_experts(name: str, module: Any) -> bool:
     last = name.rpartition(".")[2]
-    return _weighs_inputs(module) or (
+    return _scales_inputs(module) or (
         last == "experts" and "Llama4" not in type(module).__name__ and hasattr(module, "down_proj")
     )
 
 
-def _weighs_inputs(module: Any) -> bool:
+def _scales_inputs(module: Any) -> bool:
     return type(module).__name__ == "Llama4TextMoe"
 
 
@@ -192,7 +192,7 @@ def _output(module: Any, expert: int, inputs: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def _on_weighing_block(layer: Sums) -> Any:
+def _on_input_scaling_block(layer: Sums) -> Any:
     """Llama 4 multiplies inputs by gate weights: f_j is taken of the input as it is."""
 
     def hook(module: Any, given: tuple[Any, ...]) -> None:

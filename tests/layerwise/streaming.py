@@ -1,4 +1,4 @@
-"""The engine run on a folder, and what it gave, for tests."""
+"""The engine run on a folder, with a sink that keeps its results, for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTHS = (40, 33, 40, 12, 1, 27)
 
 
 class Sink:
-    """Keeps what layers gave."""
+    """Keeps the results of layers in memory."""
 
     def __init__(self, done: dict[int, Accumulators] | None = None) -> None:
         self.layers = dict(done or {})

@@ -1,4 +1,4 @@
-"""The eight metrics from sums, against token-by-token arithmetic in Python; parts add up."""
+"""The metrics from sums, against token-by-token arithmetic in Python; parts add up."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Token:
-    """What one token did: expert → (gate weight, output of the expert)."""
+    """One token: chosen expert → (gate weight, output of the expert)."""
 
     chosen: dict[int, tuple[float, tuple[float, ...]]]
 
 
 def added(tokens: list[Token]) -> Accumulators:
-    """What an engine has after these tokens, one at a time."""
+    """The sums over these tokens, added one at a time."""
     sums = Accumulators.zeros(EXPERTS)
     for token in tokens:
         one = Accumulators.zeros(EXPERTS)
@@ -71,7 +71,7 @@ def test_the_metrics_are_those_worked_out_by_hand() -> None:
     }
 
 
-def test_every_metric_is_float64_and_there_are_no_others() -> None:
+def test_every_metric_is_there_in_float64() -> None:
     metrics = Accumulators.zeros(3).metrics()
     assert metrics.keys() == METRICS
     assert all(row.dtype == np.float64 and row.tolist() == [0, 0, 0] for row in metrics.values())
@@ -120,14 +120,14 @@ def test_arrays_are_those_of_the_file_and_come_back() -> None:
         np.testing.assert_array_equal(again.arrays()[name], array)
 
 
-def test_what_came_from_arrays_is_apart_from_them() -> None:
+def test_accumulators_do_not_share_memory_with_their_arrays() -> None:
     arrays = added(TOKENS).arrays()
     Accumulators.from_arrays(arrays, "s.pt", 3).add(added(TOKENS))
     np.testing.assert_array_equal(arrays["counts"], [2, 1, 0, 1])
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("counts", None, "no accumulator 'counts'"),
         ("total_tokens", None, "no accumulator 'total_tokens'"),
@@ -141,14 +141,14 @@ def test_what_came_from_arrays_is_apart_from_them() -> None:
         ("counts", [0.5, 0, 0, 0], "counts 0.5 of 2.0 tokens"),
     ],
 )
-def test_what_no_calibration_adds_up_is_refused_by_name(
-    name: str, value: list[float] | None, told: str
+def test_numbers_that_cannot_be_sums_are_refused_by_name(
+    name: str, value: list[float] | None, message: str
 ) -> None:
     arrays = added(TOKENS).arrays()
     if value is None:
         del arrays[name]
     else:
         arrays[name] = np.array(value)
-    with pytest.raises(ScoreError, match=f"layer 7, .*{told}") as caught:
+    with pytest.raises(ScoreError, match=f"layer 7, .*{message}") as caught:
         Accumulators.from_arrays(arrays, "s.pt", 7)
     assert caught.value.where == "s.pt"

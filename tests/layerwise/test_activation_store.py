@@ -1,4 +1,4 @@
-"""Activations between layers: in memory, in files, and taken up again."""
+"""Activations between layers: in memory, in files, and resumed."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def test_a_view_of_a_batch_does_not_keep_the_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [MUCH, LITTLE])
 @pytest.mark.parametrize("after", [MUCH, LITTLE])
-def test_the_last_whole_generation_is_taken_up_again(
-    tmp_path: Path, before: int, after: int
-) -> None:
+def test_the_last_complete_generation_is_resumed(tmp_path: Path, before: int, after: int) -> None:
     with ActivationStore(tmp_path, LENGTHS, before) as store:
         fill(store, states(0))
         fill(store, states(1))
@@ -97,11 +95,11 @@ def test_the_last_whole_generation_is_taken_up_again(
         assert holds(store, states(2))
 
 
-def test_a_run_that_dies_within_a_generation_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_run_that_ends_within_a_generation_leaves_the_one_before(tmp_path: Path) -> None:
     store = ActivationStore(tmp_path, LENGTHS, LITTLE)
     fill(store, states(0))
     fill(store, states(1))
-    store.write(0, states(2)[0])  # over generation 0, and then nothing more is heard of it
+    store.write(0, states(2)[0])  # Overwrites generation 0, and the run ends here.
     with ActivationStore(tmp_path, LENGTHS, LITTLE) as again:
         assert again.generation == 1
         assert holds(again, states(1))
@@ -118,7 +116,7 @@ def test_a_run_that_dies_within_a_generation_leaves_the_one_before(tmp_path: Pat
         lambda folder: (folder / "activations.0").write_bytes(b"short"),
     ],
 )
-def test_what_is_not_whole_is_not_taken_up(tmp_path: Path, spoil: object) -> None:
+def test_an_incomplete_generation_is_not_resumed(tmp_path: Path, spoil: object) -> None:
     with ActivationStore(tmp_path, LENGTHS, LITTLE) as store:
         fill(store, states(0))
     assert callable(spoil)
@@ -127,7 +125,7 @@ def test_what_is_not_whole_is_not_taken_up(tmp_path: Path, spoil: object) -> Non
         assert store.generation is None
 
 
-def test_other_samples_are_not_taken_up(tmp_path: Path) -> None:
+def test_a_generation_of_other_samples_is_not_resumed(tmp_path: Path) -> None:
     with ActivationStore(tmp_path, LENGTHS, LITTLE) as store:
         fill(store, states(0))
     assert json.loads((tmp_path / "activations.json").read_bytes())["tokens"] == 9
@@ -140,7 +138,7 @@ def cramped(nbytes: int) -> System:
 
 
 @pytest.mark.parametrize("budget", [MUCH, LITTLE])
-def test_a_disk_without_room_is_named_with_the_numbers(tmp_path: Path, budget: int) -> None:
+def test_a_disk_without_space_is_named_with_the_numbers(tmp_path: Path, budget: int) -> None:
     says = "activations between two layers take 72 B, 71 B are free there"
     store = ActivationStore(tmp_path, LENGTHS, budget, cramped(71))
     with pytest.raises(OutputWriteError, match=says), store:
@@ -149,18 +147,18 @@ def test_a_disk_without_room_is_named_with_the_numbers(tmp_path: Path, budget: i
         fill(store, states(0))
 
 
-def test_a_failure_on_its_way_up_hides_no_other(tmp_path: Path) -> None:
+def test_the_first_failure_is_the_one_that_is_raised(tmp_path: Path) -> None:
     store = ActivationStore(tmp_path, LENGTHS, MUCH, cramped(0))
     with pytest.raises(KeyError, match="first"), store:
         fill(store, states(0))
         raise KeyError("first")
 
 
-def test_samples_pass_as_they_did_when_the_run_began(tmp_path: Path) -> None:
+def test_batches_stay_as_large_as_they_were_when_the_run_began(tmp_path: Path) -> None:
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.batch_sizes(4, 1000) == (4, 1000)
+        assert store.keep_batch_sizes(4, 1000) == (4, 1000)
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.batch_sizes(2, 50) == (4, 1000)
+        assert store.keep_batch_sizes(2, 50) == (4, 1000)
     (tmp_path / "portions.json").write_text("[0]")
     with ActivationStore(tmp_path, LENGTHS, MUCH) as store:
-        assert store.batch_sizes(2, 50) == (2, 50)
+        assert store.keep_batch_sizes(2, 50) == (2, 50)

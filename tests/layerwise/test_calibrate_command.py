@@ -1,4 +1,4 @@
-"""`shardsurgeon calibrate`: what it reports, what it refuses, and the recipe that it begins."""
+"""`shardsurgeon calibrate`: what it reports and refuses, and `apply` with its scores."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def only(retained: list[int]) -> object:
     return hook
 
 
-def test_the_report_and_the_file_say_what_was_done(
+def test_the_report_and_the_file_describe_the_run(
     tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.safetensors"
@@ -92,7 +92,7 @@ def test_the_report_and_the_file_say_what_was_done(
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: list[str], status: int = 2) -> str:
-    """The one line that a refused command prints; nothing is left where it would have worked."""
+    """The one line that a refused command prints; it leaves no OUT.partial."""
     capsys.readouterr()
     assert main(command) == status
     captured = capsys.readouterr()
@@ -122,7 +122,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: list[str], status: int 
         (["--tokenizer", "nowhere"], "nowhere has no tokenizer that transformers can read"),
     ],
 )
-def test_words_that_do_not_fit_are_one_line(
+def test_options_that_cannot_be_used_are_one_line(
     tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
 ) -> None:
     assert says in refused(capsys, words(MODEL, chats, tmp_path / "scores.pt", *more))
@@ -138,13 +138,13 @@ def test_datasets_that_are_missing_or_empty_are_one_line(
 
 
 @pytest.mark.parametrize("name", ["scores", "scores.csv"])
-def test_a_score_file_of_no_known_form_is_refused(
+def test_a_score_file_of_unknown_format_is_refused(
     tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     refused(capsys, words(MODEL, chats, tmp_path / name))
 
 
-def test_what_is_there_is_not_overwritten(
+def test_an_existing_file_is_not_overwritten(
     tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores.pt"
@@ -192,7 +192,7 @@ def test_a_model_without_a_tokenizer_is_one_line(
     assert main([*command, "--tokenizer", str(FIXTURES / MODEL)]) == 0
 
 
-def test_tokens_that_the_model_does_not_know_are_one_line(
+def test_tokens_outside_the_vocabulary_are_one_line(
     tmp_path: Path, model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((model / "config.json").read_bytes())
@@ -213,7 +213,7 @@ def test_a_family_that_transformers_does_not_know_is_one_line(
     assert "hitherto_unknown" in refused(capsys, command)
 
 
-def test_a_layer_that_does_not_fit_is_said_before_anything_is_read(
+def test_a_layer_that_does_not_fit_is_refused_before_anything_is_read(
     tmp_path: Path,
     chats: Path,
     capsys: pytest.CaptureFixture[str],
@@ -226,7 +226,7 @@ def test_a_layer_that_does_not_fit_is_said_before_anything_is_read(
     assert "one layer takes" in line and "1.0 kB are free" in line
 
 
-@pytest.mark.parametrize("missing", ["torch", "transformers", "datasets"])
+@pytest.mark.parametrize("missing", ["torch", "transformers", "psutil", "datasets"])
 def test_a_missing_package_is_one_line_that_says_what_to_install(
     tmp_path: Path,
     chats: Path,

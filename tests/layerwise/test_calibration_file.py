@@ -1,4 +1,4 @@
-"""Files of a calibration: read back to the last bit by us, by their own libraries, and by plan."""
+"""Files of a calibration, read back to the last bit by us, their own libraries, and `plan`."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_other_formats_are_what_their_names_say(tmp_path: Path) -> None:
     assert json.loads(metadata["calibration"]) == calibration(3).settings
 
 
-def test_scores_without_accumulators_are_no_calibration(tmp_path: Path) -> None:
+def test_scores_without_accumulators_are_not_a_calibration(tmp_path: Path) -> None:
     torch_file.save({1: {"reap": np.ones(4)}}, tmp_path / "s.pt")
     assert find_calibration(tmp_path / "s.pt") is None
     with pytest.raises(ScoreError, match="without the accumulators") as caught:
@@ -130,7 +130,7 @@ def document(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         (("version",), 2, "is of version 2, this program reads 1"),
         (("format",), "other", "does not say that it is of the format"),
@@ -147,7 +147,7 @@ def document(tmp_path: Path) -> dict[str, Any]:
     ],
 )
 def test_a_damaged_file_is_one_clear_line(
-    tmp_path: Path, path: tuple[str, ...], value: object, told: str
+    tmp_path: Path, path: tuple[str, ...], value: object, message: str
 ) -> None:
     tree = document(tmp_path)
     node = tree
@@ -155,13 +155,13 @@ def test_a_damaged_file_is_one_clear_line(
         node = node[key]
     node[path[-1]] = value
     (tmp_path / "s.json").write_text(json.dumps(tree))
-    with pytest.raises(ScoreError, match=told) as caught:
+    with pytest.raises(ScoreError, match=message) as caught:
         read_calibration(tmp_path / "s.json")
     assert caught.value.where == str(tmp_path / "s.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
-def test_metadata_that_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
+def test_malformed_metadata_is_refused(tmp_path: Path, text: str) -> None:
     write_scores(tmp_path / "s.safetensors", calibration(3).content())
     tensors = safetensors.numpy.load_file(tmp_path / "s.safetensors")
     metadata = {"format": "shardsurgeon scores", "version": "1", "calibration": text}
@@ -171,24 +171,24 @@ def test_metadata_that_is_no_calibration_is_refused(tmp_path: Path, text: str) -
 
 
 @pytest.mark.parametrize("samples", [None, [], "c4", [["c4", 1]], [["c4", "1", 2]], [[1, 1, 1]]])
-def test_a_calibration_that_does_not_know_its_samples_says_so(samples: object) -> None:
+def test_a_calibration_without_a_list_of_samples_is_refused(samples: object) -> None:
     made = calibration(3)
     made.settings["samples"] = samples
     with pytest.raises(ScoreError, match="samples"):
         _ = made.samples
 
 
-def test_a_name_that_is_taken_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_an_existing_file_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "s.npz").write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists"):
         check_out(tmp_path / "s.npz")
 
 
-@pytest.mark.parametrize(("name", "told"), [("scores.bin", "'.bin'"), ("scores", "no ending")])
-def test_other_endings_are_refused_with_those_that_work(name: str, told: str) -> None:
+@pytest.mark.parametrize(("name", "message"), [("scores.bin", "'.bin'"), ("scores", "no ending")])
+def test_other_endings_are_refused_with_those_that_work(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=r"\.pt, \.safetensors, \.npz or \.json") as caught:
         check_out(name)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_without_torch_a_pt_is_refused_before_any_work_and_the_others_are_written(

@@ -1,4 +1,4 @@
-"""The words of --dataset."""
+"""What --dataset may name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_composite_spec_names_subsets_splits_revisions_and_counts() -> None:
     )
 
 
-def test_words_are_the_spec_without_its_number() -> None:
+def test_the_name_of_a_part_is_the_spec_without_its_number() -> None:
     assert parse_spec("d@v1[x](t):7")[0].words == "d@v1[x](t)"
 
 
@@ -51,13 +51,13 @@ def test_parts_without_a_number_share_what_is_left() -> None:
         ("a:8,b", 8, "0 are left for 1"),
     ],
 )
-def test_what_is_no_spec_is_refused(text: str, samples: int | None, says: str) -> None:
+def test_a_malformed_spec_is_refused(text: str, samples: int | None, says: str) -> None:
     with pytest.raises(UsageError) as raised:
         parse_spec(text, samples)
     assert says in str(raised.value)
 
 
-def test_a_path_that_exists_is_taken_as_it_is(
+def test_an_existing_path_is_a_name_whatever_its_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,7 @@ def test_a_drive_letter_is_not_a_count() -> None:
 
 
 @given(st.text("ab[](),:@0123 ", max_size=20), st.none() | st.integers(1, 9))
-def test_any_words_are_a_spec_or_refused(text: str, samples: int | None) -> None:
+def test_any_text_is_a_spec_or_refused(text: str, samples: int | None) -> None:
     try:
         parts = parse_spec(text, samples)
     except UsageError:

@@ -1,4 +1,4 @@
-"""Datasets opened: local files, folders, and what the datasets library says of the rest."""
+"""Datasets opened: local files, folders, and errors of the datasets library."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_kind_of_local_dataset_gives_its_records(make: Callable[[], str]) 
     assert texts(opened(make())) == [f"text {n}" for n in range(5)]
 
 
-def test_a_file_is_known_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_file_is_named_by_its_content_in_any_folder(tmp_path: Path) -> None:
     first = opened(jsonl()).source
     assert first.startswith("a.jsonl@sha256:")
     (tmp_path / "elsewhere").mkdir()
@@ -142,7 +142,7 @@ def test_a_broken_line_is_named_by_its_number(line: bytes, says: str) -> None:
         ("a.jsonl(train)", "is a file, and files have no subset, split or revision"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(spec: str, says: str) -> None:
+def test_a_missing_dataset_is_one_line(spec: str, says: str) -> None:
     with_two_splits(), in_a_folder(), saved_alone(), jsonl()
     with pytest.raises(DatasetError) as raised:
         opened(spec)

@@ -1,4 +1,4 @@
-"""How the engine behaves: resuming, cutting, refusing, reading no more than it needs."""
+"""How the engine resumes, groups samples, refuses, and reads no more than it needs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError, UsageError, WorkError
-from shardsurgeon.layerwise import engine as engine_room
-from shardsurgeon.layerwise import model as model_room
+from shardsurgeon.layerwise import engine, model
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.engine import calibrate_layers
 from shardsurgeon.layerwise.memory import LayerMemory, batch_sizes
 from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.settings import Progress, Settings
+from shardsurgeon.layerwise.tensors import TensorReader
 from shardsurgeon.storage.local import LocalSource
 from tests.families.specimens import fixture, written
 from tests.layerwise.streaming import Sink, as_samples, stream, token_ids
@@ -41,11 +41,11 @@ def assert_same(one: dict[int, Accumulators], other: dict[int, Accumulators]) ->
 
 
 class Killed(BaseException):
-    """What a run dies of in these tests."""
+    """Ends a run in these tests, as a signal would."""
 
 
 class DyingSink(Sink):
-    """Takes the results of a layer and dies, or dies before it has taken them."""
+    """Ends the run after it keeps the results of a layer or, with `first`, before."""
 
     def __init__(self, layer: int, *, first: bool) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class DyingSink(Sink):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 @pytest.mark.parametrize("budget", [0, 1 << 30])
-def test_a_killed_run_goes_on_to_the_same_numbers(
+def test_a_killed_run_resumes_to_the_same_numbers(
     folder: Path, tmp_path: Path, layer: int, first: bool, budget: int
 ) -> None:
     ids = token_ids()
@@ -103,7 +103,7 @@ def test_two_halves_add_up_to_the_whole(folder: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_the_same_cut_gives_the_same_bits(folder: Path, tmp_path: Path) -> None:
+def test_the_same_batches_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
     ids = token_ids()
     one = stream(folder, ids, tmp_path / "one", batch_size=2, chunk_tokens=100)
     assert_same(one, stream(folder, ids, tmp_path / "two", batch_size=2, chunk_tokens=100))
@@ -113,14 +113,13 @@ def test_only_experts_that_tokens_went_to_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[str] = set()
-    read = model_room.Model.__init__.__globals__["TensorReader"].read
+    read = TensorReader.read
 
     def noted(self: Any, name: str, row: int | None = None) -> torch.Tensor:
         asked.add(name)
         return read(self, name, row)
 
-    reader = model_room.Model.__init__.__globals__["TensorReader"]
-    monkeypatch.setattr(reader, "read", noted)
+    monkeypatch.setattr(TensorReader, "read", noted)
     layers = stream(folder, token_ids((2,)), tmp_path / "store")
     for layer, sums in layers.items():
         routed = set(np.flatnonzero(sums.counts).tolist())
@@ -132,15 +131,14 @@ def test_only_experts_that_tokens_went_to_are_read(
 def test_an_expert_is_read_once_for_all_batches_of_a_chunk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = model_room.Model.__init__.__globals__["TensorReader"]
     asked: list[str] = []
-    read = reader.read
+    read = TensorReader.read
 
     def noted(self: Any, name: str, row: int | None = None) -> torch.Tensor:
         asked.append(name)
         return read(self, name, row)
 
-    monkeypatch.setattr(reader, "read", noted)
+    monkeypatch.setattr(TensorReader, "read", noted)
     stream(folder, token_ids((20,) * 6), tmp_path / "store", batch_size=1, chunk_tokens=10_000)
     experts = [name for name in asked if re.search(r"layers\.[12]\.mlp\.experts\.\d+\.", name)]
     assert experts
@@ -183,8 +181,8 @@ def test_a_device_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> 
 def test_a_layer_that_does_not_fit_is_refused_before_a_weight_is_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_room, "free_memory", lambda device: 100_000)
-    monkeypatch.setattr(model_room.Model, "prepare", None)
+    monkeypatch.setattr(engine, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(model.Model, "prepare", None)
     with pytest.raises(UsageError, match=r"one layer takes [\d.]+ .B, .*100.0 kB are free"):
         stream(folder, token_ids(), tmp_path / "store")
 
@@ -198,7 +196,7 @@ def test_a_missing_parameter_is_refused_by_name(tmp_path: Path) -> None:
         stream(folder, token_ids((5,)), tmp_path / "store")
 
 
-def test_outputs_that_are_no_numbers_stop_the_run(tmp_path: Path) -> None:
+def test_outputs_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
     made = fixture("qwen3_moe")
     tensors = {
         name: tensor * 1e30 if re.search(r"layers\.0\.mlp\.experts\.\d+\.", name) else tensor
@@ -220,13 +218,13 @@ def test_bfloat16_is_close_to_float32(folder: Path, tmp_path: Path) -> None:
 
 def test_a_small_memory_makes_small_batches_and_chunks() -> None:
     # 1,000 for weights, 10 for a token; samples of 100 tokens.
-    need = LayerMemory(weights=900, expert=100, row=0, token=10, pair=0)
-    roomy = batch_sizes(need, [100] * 8, "auto", None, 21_000, "cpu")
+    memory = LayerMemory(weights=900, expert=100, row=0, token=10, pair=0)
+    roomy = batch_sizes(memory, [100] * 8, "auto", None, 21_000, "cpu")
     # Half of the 20,000 left: 1,000 tokens in a chunk, half of those in a batch.
     assert (roomy.batch_size, roomy.chunk) == (5, 1000)
-    tight = batch_sizes(need, [100] * 8, "auto", None, 2_100, "cpu")
+    tight = batch_sizes(memory, [100] * 8, "auto", None, 2_100, "cpu")
     assert (tight.batch_size, tight.chunk) == (1, 55)
     with pytest.raises(
         UsageError, match=r"a batch of 3 of 100 tokens 3\.0 kB, and 2\.1 kB are free"
     ):
-        batch_sizes(need, [100] * 8, 3, None, 2_100, "cpu")
+        batch_sizes(memory, [100] * 8, 3, None, 2_100, "cpu")

@@ -1,4 +1,4 @@
-"""Streamed layer by layer, every family gives what the whole model gives in memory."""
+"""Run layer by layer, every family has the sums of the whole model in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning"),
 ]
 
-# Run by no class of transformers, or only by remote code.
+# transformers has no class for these, or only remote code runs them.
 NOT_IN_TRANSFORMERS = {
     "bailing_moe",
     "bailing_moe_v2",
@@ -48,7 +48,7 @@ FAMILIES = sorted(builders().keys() - NOT_IN_TRANSFORMERS - SCHEMES.keys())
 
 
 def whole_model(name: str, folder: Path, scratch: Path) -> Any:
-    """The model in memory, of the fixture that has the same weights where it is another one."""
+    """The model in memory, from the fixture with the same weights that `from_pretrained` reads."""
     twin = TWINS.get(name)
     if twin is None:
         return in_memory.load(name, folder, scratch)

@@ -1,4 +1,4 @@
-"""An MTP layer's scores are those of the layer run behind the whole model, built by hand."""
+"""An MTP layer's sums are those of the layer run after the whole model, set up by hand."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.oracle
 Tensors = dict[str, torch.Tensor]
 
 
-class Aside(nn.Module):
-    """A layer that does nothing."""
+class Identity(nn.Module):
+    """A layer that returns its input."""
 
     def forward(self, hidden: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         return hidden
@@ -47,7 +47,7 @@ def with_experts_stacked(layer: Tensors) -> Tensors:
 
 
 CASES = {
-    # name: beginning of the layer's names, of the entrance's, names of norms and projection
+    # fixture: prefix of the layer's names, prefix of the entrance's names, norms and projection
     "deepseek_v3": ("model.layers.3.", "model.layers.3.", ("enorm", "hnorm", "eh_proj")),
     "glm4_moe": ("model.layers.3.", "model.layers.3.", ("enorm", "hnorm", "eh_proj")),
     "qwen3_next": (
@@ -83,7 +83,7 @@ def test_the_mtp_layers_sums_are_those_of_a_layer_behind_the_final_norm(
     expected_names = set(layer.state_dict())
     own = {n: t for n, t in with_experts_stacked(own).items() if n in expected_names}
     layer.load_state_dict(own)
-    others = [Aside() for _ in model.model.layers[:-1]]
+    others = [Identity() for _ in model.model.layers[:-1]]
     for other, before in zip(others, model.model.layers, strict=False):
         other.__dict__["layer_type"] = getattr(before, "layer_type", None)
     model.model.layers = nn.ModuleList([*others, layer])
@@ -102,7 +102,7 @@ def test_the_mtp_layers_sums_are_those_of_a_layer_behind_the_final_norm(
     in_memory.assert_equal({index: sink.layers[index]}, {index: expected})
 
 
-def test_an_mtp_layer_that_is_built_like_no_main_layer_has_no_scores(tmp_path: Path) -> None:
+def test_an_mtp_layer_with_a_structure_of_its_own_has_no_scores(tmp_path: Path) -> None:
     folder, sink = written(fixture("deepseek_v4"), tmp_path), Sink()
     stream(folder, token_ids((9,)), tmp_path / "store", sink=sink)
     anatomy = read_anatomy(open_checkpoint(folder))

@@ -1,4 +1,4 @@
-"""Quantized experts, streamed, give what the weights that they stand for give in memory."""
+"""Quantized experts, streamed, have the sums of the decoded weights in memory."""
 
 from __future__ import annotations
 

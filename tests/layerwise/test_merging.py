@@ -1,4 +1,4 @@
-"""Merged calibrations: the sums of one, whatever the order; what must not be added is refused."""
+"""Merged calibrations have the sums of one, in any order; others are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_order_of_the_parts_does_not_matter_to_the_last_bit() -> None:
                 assert other.layers[layer].arrays()[name].tobytes() == array.tobytes()
 
 
-def test_a_merge_of_a_merge_says_the_same_as_one_of_all() -> None:
+def test_a_merge_of_a_merge_equals_one_of_all_parts() -> None:
     a, b, c = calibration(1), calibration(2, seed=7), calibration(3, dataset="code:2")
     once, twice = merge([a, b, c], "s.pt"), merge([merge([b, c], "bc.pt"), a], "s.pt")
     assert twice.settings == once.settings
@@ -49,7 +49,7 @@ def test_a_merge_of_a_merge_says_the_same_as_one_of_all() -> None:
             np.testing.assert_allclose(found, array, rtol=1e-12, atol=0)
 
 
-def test_the_parts_stay_as_they_were() -> None:
+def test_the_parts_are_not_changed() -> None:
     parts = [calibration(1), calibration(2)]
     merge(parts, "s.pt")
     assert parts[0].settings == calibration(1).settings
@@ -58,7 +58,7 @@ def test_the_parts_stay_as_they_were() -> None:
             np.testing.assert_array_equal(part.layers[layer].norm_sum, before.norm_sum)
 
 
-def test_settings_that_differ_are_told_of_each_part() -> None:
+def test_settings_that_differ_are_listed_for_each_part() -> None:
     settings = merge([calibration(1), calibration(2, seed=7)], "s.pt").settings
     assert {key: settings[key] for key in ("model", "dataset", "config_sha256")} == {
         "model": "Tiny",
@@ -72,7 +72,7 @@ def test_settings_that_differ_are_told_of_each_part() -> None:
     ]
 
 
-def test_a_revision_that_only_one_part_knows_stays() -> None:
+def test_a_revision_that_only_one_part_has_is_kept() -> None:
     merged = merge([calibration(1), calibration(2, revision="abc")], "s.pt")
     assert merged.settings["revision"] == "abc"
 
@@ -83,7 +83,7 @@ def with_layers(layers: dict[int, Accumulators]) -> Calibration:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         (calibration(2, model="Other"), "made with model Other, 1.pt with Tiny; --same-model"),
         (calibration(2, config_sha256="cd"), "made with config_sha256 cd, 1.pt with abab"),
@@ -99,8 +99,8 @@ def with_layers(layers: dict[int, Accumulators]) -> Calibration:
         (calibration(1), r"2 of its 2 samples are in 1.pt as well, such as c4\[2\]"),
     ],
 )
-def test_what_cannot_be_added_is_refused_with_both_files(other: Calibration, told: str) -> None:
-    with pytest.raises(ScoreError, match=told):
+def test_what_cannot_be_added_is_refused_with_both_files(other: Calibration, message: str) -> None:
+    with pytest.raises(ScoreError, match=message):
         merge([calibration(1), other], "s.pt")
 
 
@@ -109,11 +109,11 @@ def test_revisions_that_differ_are_two_models() -> None:
         merge([calibration(1, revision="a"), calibration(2, revision="b")], "s.pt")
 
 
-def test_one_model_under_two_names_is_one_where_that_is_said() -> None:
+def test_one_model_under_two_names_is_accepted_on_request() -> None:
     parts = [calibration(1), calibration(2, model="Other")]
     assert len(merge(parts, "s.pt", any_name=True).samples) == 4
 
 
-def test_one_file_is_nothing_to_merge() -> None:
+def test_one_file_cannot_be_merged() -> None:
     with pytest.raises(UsageError, match="at least two"):
         merge([calibration(1)], "s.pt")

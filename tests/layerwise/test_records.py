@@ -14,9 +14,9 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
 
 
 def messages(record: Any, field: str | None = None) -> list[dict[str, Any]]:
-    said = read_record(record, "here", field)
-    assert isinstance(said, Conversation)
-    return said.messages
+    found = read_record(record, "here", field)
+    assert isinstance(found, Conversation)
+    return found.messages
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_conversations_in_the_forms_that_datasets_use(record: dict[str, Any]) ->
     assert messages(record) == [USER, ASSISTANT]
 
 
-def test_what_an_instruction_is_about_follows_it() -> None:
-    said = messages({"instruction": "Sum up.", "input": "A story.", "output": "Short."})
-    assert said[0] == {"role": "user", "content": "Sum up.\n\nA story."}
+def test_the_context_of_an_instruction_follows_it() -> None:
+    found = messages({"instruction": "Sum up.", "input": "A story.", "output": "Short."})
+    assert found[0] == {"role": "user", "content": "Sum up.\n\nA story."}
 
 
 def test_a_system_prompt_comes_first() -> None:
-    said = messages({"system": "Be brief.", "prompt": "hi", "response": "ho"})
-    assert said == [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]
+    found = messages({"system": "Be brief.", "prompt": "hi", "response": "ho"})
+    assert found == [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]
 
 
 def test_tools_and_the_arguments_of_calls_become_objects() -> None:
@@ -58,10 +58,10 @@ def test_tools_and_the_arguments_of_calls_become_objects() -> None:
         "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}],
         "tools": json.dumps([tool]),
     }
-    said = read_record(record, "here")
-    assert isinstance(said, Conversation)
-    assert said.tools == [tool]
-    assert said.messages[1]["tool_calls"] == [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    found = read_record(record, "here")
+    assert isinstance(found, Conversation)
+    assert found.tools == [tool]
+    assert found.messages[1]["tool_calls"] == [{"function": {"name": "add", "arguments": {"a": 1}}}]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_named_field_is_the_only_one_looked_at() -> None:
         ({"a": 3}, "a", "field 'a' holds int"),
     ],
 )
-def test_what_cannot_be_understood_is_refused(
+def test_records_of_unknown_form_are_refused(
     record: dict[str, Any], field: str | None, says: str
 ) -> None:
     with pytest.raises(DatasetError) as raised:

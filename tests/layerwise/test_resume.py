@@ -1,4 +1,4 @@
-"""A calibration that is killed, refused, split or extended adds up to the same sums."""
+"""A calibration that is killed, stopped, split or extended has the same sums in the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.torch
 
 MODEL = "qwen3_moe"
 
-# Runs a command and dies, as by `kill -9`, at the n-th call of a method.
+# Runs a command and kills itself at the n-th call of a method.
 KILLED = """
 import os, signal, sys
 from shardsurgeon.layerwise.resume import ActivationStore, FinishedLayers
@@ -32,7 +32,7 @@ name, call, after = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "after"
 owner = FinishedLayers if name == "finished_layer" else ActivationStore
 method, calls = getattr(owner, name), []
 
-def deadly(self, *arguments):
+def killing(self, *arguments):
     calls.append(name)
     if len(calls) == call and not after:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -40,7 +40,7 @@ def deadly(self, *arguments):
     if len(calls) == call:
         os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(owner, name, deadly)
+setattr(owner, name, killing)
 sys.exit(main(sys.argv[4:]))
 """
 
@@ -51,15 +51,15 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_one_go(chats: Path) -> dict[int, Accumulators]:
+def uninterrupted(chats: Path) -> dict[int, Accumulators]:
     out = chats.with_name("whole.json")
     assert main(words(MODEL, chats, out, "--dtype", "float32")) == 0
     return sums(out)
 
 
 @pytest.fixture(scope="module")
-def exactly(chats: Path) -> Path:
-    """In one go, in float64: what batches a sample was in makes no difference that shows."""
+def in_float64(chats: Path) -> Path:
+    """A whole run in float64, where the grouping into batches changes no visible digit."""
     out = chats.with_name("exact.json")
     assert main(words(MODEL, chats, out, "--dtype", "float64")) == 0
     return out
@@ -78,10 +78,10 @@ def kill(command: list[str], name: str, call: int, when: str) -> None:
         ("finished_layer", 2, "after", "1GB"),  # between two layers, states in memory
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_sums(
+def test_a_killed_run_resumes_to_the_same_sums(
     tmp_path: Path,
     chats: Path,
-    in_one_go: dict[int, Accumulators],
+    uninterrupted: dict[int, Accumulators],
     name: str,
     call: int,
     when: str,
@@ -94,12 +94,12 @@ def test_a_killed_run_goes_on_to_the_same_sums(
     left = {path.name for path in (tmp_path / "scores.json.partial" / "files").iterdir()}
     assert "layer-00000.json" in left
     assert main(command) == 0
-    assert_same(sums(out), in_one_go, rtol=1e-12)
+    assert_same(sums(out), uninterrupted, rtol=1e-12)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str], after: int = 1) -> None:
-    """Stop the command, as by Ctrl-C, behind its n-th generation of activations."""
+    """Stop the command, as Ctrl-C would, after its n-th generation of activations."""
     advance, calls = ActivationStore.advance, []
 
     def stop(self: ActivationStore) -> None:
@@ -116,7 +116,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str], after: int = 
 def test_finished_layers_are_not_computed_again(
     tmp_path: Path,
     chats: Path,
-    in_one_go: dict[int, Accumulators],
+    uninterrupted: dict[int, Accumulators],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -126,18 +126,18 @@ def test_finished_layers_are_not_computed_again(
     written: list[int] = []
     write = ActivationStore.write
     monkeypatch.setattr(
-        ActivationStore, "write", lambda store, *said: (written.append(1), write(store, *said))[1]
+        ActivationStore, "write", lambda store, *given: (written.append(1), write(store, *given))[1]
     )
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["layers_resumed"] == 2
-    assert not written  # only the last of three layers was left, and nothing comes behind it
-    assert_same(sums(tmp_path / "scores.json"), in_one_go, rtol=0)
+    assert not written  # Only the last of three layers was left, whose output is not needed.
+    assert_same(sums(tmp_path / "scores.json"), uninterrupted, rtol=0)
 
 
 @pytest.mark.parametrize(
     "more", [["--dtype", "float64"], ["--seed", "43"], ["--batch-size", "1"], ["--samples", "8"]]
 )
-def test_another_command_is_refused_until_it_says_restart(
+def test_another_command_is_refused_without_restart(
     tmp_path: Path,
     chats: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -189,7 +189,7 @@ def test_a_broken_layer_is_refused(
     assert "layer-00000.json: is not what a calibration wrote" in capsys.readouterr().err
 
 
-def test_two_shares_merged_are_the_whole(tmp_path: Path, chats: Path, exactly: Path) -> None:
+def test_two_shares_merged_are_the_whole(tmp_path: Path, chats: Path, in_float64: Path) -> None:
     parts = []
     for share in ("1/2", "2/2"):
         out = tmp_path / f"{share[0]}.pt"
@@ -197,25 +197,25 @@ def test_two_shares_merged_are_the_whole(tmp_path: Path, chats: Path, exactly: P
         assert main(words(MODEL, chats, out, *more)) == 0
         parts.append(read_calibration(out))
     whole = merge(parts, "whole")
-    assert_same(whole.layers, sums(exactly), rtol=1e-12)
-    assert sorted(whole.samples) == sorted(read_calibration(exactly).samples)
+    assert_same(whole.layers, sums(in_float64), rtol=1e-12)
+    assert sorted(whole.samples) == sorted(read_calibration(in_float64).samples)
 
 
 def test_an_extended_calibration_is_the_longer_one(
-    tmp_path: Path, chats: Path, exactly: Path
+    tmp_path: Path, chats: Path, in_float64: Path
 ) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.pt"
     few = ["--dtype", "float64", "--samples", "5"]
     more = ["--dtype", "float64", "--samples", "7", "--extend", str(first)]
     assert main(words(MODEL, chats, first, *few)) == 0
     assert main(words(MODEL, chats, second, *more)) == 0
-    assert_same(sums(second), sums(exactly), rtol=1e-12)
-    assert sorted(read_calibration(second).samples) == sorted(read_calibration(exactly).samples)
+    assert_same(sums(second), sums(in_float64), rtol=1e-12)
+    assert sorted(read_calibration(second).samples) == sorted(read_calibration(in_float64).samples)
 
 
 def test_only_the_same_model_is_extended(
-    tmp_path: Path, chats: Path, exactly: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, chats: Path, in_float64: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = words("deepseek_v3", chats, tmp_path / "a.pt", "--extend", str(exactly))
+    command = words("deepseek_v3", chats, tmp_path / "a.pt", "--extend", str(in_float64))
     assert main(command) == 2
     assert "was made for qwen3_moe, config" in capsys.readouterr().err

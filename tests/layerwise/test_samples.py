@@ -51,7 +51,7 @@ def indices(samples: Sequence[Sample]) -> list[int]:
     return [sample.index for sample in samples]
 
 
-def test_the_same_seed_draws_the_same_samples_and_another_seed_others(
+def test_a_seed_decides_which_samples_are_drawn(
     tokenizer: Tokenizer,
 ) -> None:
     first = drawn(tokenizer, "a.txt", 10)
@@ -62,7 +62,7 @@ def test_the_same_seed_draws_the_same_samples_and_another_seed_others(
     assert len(set(indices(first))) == 10
 
 
-def test_the_order_is_the_one_that_it_has_always_been(tokenizer: Tokenizer) -> None:
+def test_the_order_of_a_seed_stays_the_same_in_every_version(tokenizer: Tokenizer) -> None:
     # By hand: argsort of the raw words of PCG64, seeded with 42 and the SHA-256 of the name.
     assert indices(drawn(tokenizer, "a.txt", 5)) == [5, 23, 10, 38, 29]
 
@@ -74,7 +74,7 @@ def test_a_longer_draw_begins_with_the_shorter_one(tokenizer: Tokenizer) -> None
     assert indices(mixed[10:]) == indices(drawn(tokenizer, "b.txt", 5))
 
 
-def test_what_is_taken_is_passed_over(tokenizer: Tokenizer) -> None:
+def test_samples_of_an_earlier_calibration_are_skipped(tokenizer: Tokenizer) -> None:
     whole = drawn(tokenizer, "a.txt", 20)
     taken = frozenset((sample.source, sample.index) for sample in whole[:12])
     assert indices(drawn(tokenizer, "a.txt", 8, taken=taken)) == indices(whole[12:])
@@ -98,7 +98,7 @@ def test_conversations_go_through_the_chat_template(tokenizer: Tokenizer) -> Non
     assert sample.ids.tolist() == plain(text, add_special_tokens=False)["input_ids"]
 
 
-def test_records_without_a_token_are_passed_over(tokenizer: Tokenizer) -> None:
+def test_records_without_a_token_are_skipped(tokenizer: Tokenizer) -> None:
     Path("gaps.jsonl").write_text('{"text": ""}\n{"text": "word"}\n{"text": ""}\n')
     assert indices(drawn(tokenizer, "gaps.jsonl", 1)) == [1]
     with pytest.raises(DatasetError, match="has 3 records, of which 1 can be drawn; 2 samples"):
@@ -115,7 +115,7 @@ def test_more_samples_than_records_are_refused(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("family", ["kimi_k2", "kimi_k25", "kimi_linear", "deepseek_v3"])
-def test_a_config_that_transformers_cannot_read_is_no_hindrance(family: str) -> None:
+def test_a_config_that_transformers_cannot_read_does_not_matter(family: str) -> None:
     plain = tokenizers.Tokenizer.from_file(str(MODEL.parent / family / "tokenizer.json"))
     ids = Tokenizer(MODEL.parent / family).encode("some words", "here")
     assert ids.tolist() == plain.encode("some words", add_special_tokens=True).ids
@@ -149,7 +149,7 @@ def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
         tokenizer.encode(Conversation([{"role": "user", "content": "x"}]), "here")
 
 
-def test_what_a_template_refuses_is_one_line(tmp_path: Path) -> None:
+def test_a_conversation_that_the_template_refuses_is_one_line(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, tmp_path)
     template = "{{ raise_exception('roles must alternate') }}"

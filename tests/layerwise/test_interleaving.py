@@ -1,4 +1,4 @@
-"""Tasks that wait for one another: served together, one at a time, stopped together."""
+"""Tasks that wait for one another: answered together, one running at a time, stopped together."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shardsurgeon.layerwise.forward import run_interleaved
 RequestExperts = Callable[[Any], Any]
 
 
-def test_requests_of_all_tasks_are_served_together() -> None:
+def test_requests_of_all_tasks_are_answered_together() -> None:
     rounds: list[list[Any]] = []
     results: dict[str, list[Any]] = {}
 
-    def task(name: str, meetings: int) -> Callable[[RequestExperts], None]:
+    def task(name: str, requests: int) -> Callable[[RequestExperts], None]:
         def run(request_experts: RequestExperts) -> None:
-            results[name] = [request_experts((name, number)) for number in range(meetings)]
+            results[name] = [request_experts((name, number)) for number in range(requests)]
 
         return run
 
@@ -32,7 +32,7 @@ def test_requests_of_all_tasks_are_served_together() -> None:
     assert results == {"a": ["a0!", "a1!"], "b": ["b0!"], "c": ["c0!", "c1!"]}
 
 
-def test_never_do_two_tasks_run_at_a_time() -> None:
+def test_two_tasks_never_run_at_the_same_time() -> None:
     running, most = 0, 0
 
     def task(request_experts: RequestExperts) -> None:
@@ -48,7 +48,7 @@ def test_never_do_two_tasks_run_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_what_a_task_raises_comes_out_and_ends_the_others(number: int) -> None:
+def test_an_exception_of_a_task_is_raised_and_ends_the_others(number: int) -> None:
     def good(request_experts: RequestExperts) -> None:
         request_experts(1)
         raise AssertionError("was not stopped")
@@ -62,7 +62,7 @@ def test_what_a_task_raises_comes_out_and_ends_the_others(number: int) -> None:
     assert threading.active_count() == before
 
 
-def test_what_serving_raises_comes_out_and_ends_all_tasks() -> None:
+def test_an_exception_of_the_answer_is_raised_and_ends_all_tasks() -> None:
     def task(request_experts: RequestExperts) -> None:
         request_experts(1)
         raise AssertionError("was not stopped")
