@@ -43,7 +43,7 @@ _READ_REMEDIES = {
 
 @contextmanager
 def reading(where: str | Path) -> Iterator[None]:
-    """Turn what the system says while `where` is read into a SourceReadError."""
+    """Turn an OSError while `where` is read into a SourceReadError."""
     try:
         yield
     except OSError as error:
@@ -53,7 +53,7 @@ def reading(where: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(where: str | Path) -> Iterator[None]:
-    """Turn what the system says while `where` is written into an OutputWriteError."""
+    """Turn an OSError while `where` is written into an OutputWriteError."""
     try:
         yield
     except OSError as error:
@@ -68,7 +68,7 @@ def _said(error: OSError) -> str:
 def read_exact(
     file: FileIO, begin: int, end: int, where: str | Path, system: System | None = None
 ) -> bytes:
-    """The bytes [begin, end) of an open file, however few the system hands over at a time.
+    """The bytes [begin, end) of an open file, however few the system returns at a time.
 
     Raises SourceReadError, naming `where`, if the file ends before `end`.
     """
@@ -112,7 +112,7 @@ class FileCopier:
     """Copies ranges between open files. One per worker: it owns the worker's only buffer."""
 
     def __init__(self, system: System, advance: Callable[[int], None]) -> None:
-        """advance: hears the size, in bytes, of every step that was copied."""
+        """advance: called with the bytes of every step that was copied."""
         self._system = system
         self._advance = advance
         self._buffer = memoryview(bytearray(BUFFER_NBYTES))
@@ -152,14 +152,14 @@ def write_file(path: Path, data: bytes, system: System | None = None) -> None:
 
 
 def publish(temporary: Path, path: Path, system: System) -> None:
-    """Give a synced file (or folder) its final name, and make the name last."""
+    """Give a synced file (or folder) its final name, and sync the name."""
     with writing(path):
         system.rename(temporary, path)
         system.sync_folder(path.parent)
 
 
 def make_folder(path: Path, system: System) -> None:
-    """Make a folder and those above it, and make their names last. Raises OutputWriteError."""
+    """Make a folder and those above it, and sync their names. Raises OutputWriteError."""
     with writing(path):
         if path.is_dir():
             return
@@ -176,7 +176,7 @@ def reserve_file(path: Path, nbytes: int, system: System) -> None:
 
 
 def sync_path(path: Path, system: System) -> None:
-    """Return when the content of a file that others wrote is on the disk, not in memory."""
+    """Return when the content of a file that another library wrote is on the disk."""
     with writing(path), FileIO(path, "r+") as file:
         system.sync_file(file)
         system.let_go(file, 0, os.fstat(file.fileno()).st_size)

@@ -27,7 +27,7 @@ from shardsurgeon.storage.source import SourceFile
 
 _SECRET_PARTS = re.compile(r"\?[^\s'\"]*|(?<=//)[^/\s'\"]*@")
 
-# The base of every transport error, from whichever of the two libraries it is.
+# The base of every transport error of either library.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MOST_REDIRECTS = 10
@@ -37,7 +37,7 @@ _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 _LIMIT_RESET = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
 # A server without ranges sends files whole: up to here, what was not asked for is thrown away.
 _WHOLE_NBYTES = 16 << 20
-# Reading so much is quicker than opening another connection.
+# Reading so many bytes is quicker than opening another connection.
 _SHORT_NBYTES = 64 << 10
 _FETCH_FIRST = "download the model and give its folder"
 
@@ -45,13 +45,13 @@ _FETCH_FIRST = "download the model and give its folder"
 def parse_address(url: str) -> SplitResult:
     """The parts of a folder's address; a safetensors file stands for the folder it lies in.
 
-    Raises UsageError where it is none.
+    Raises UsageError where it is not an address.
     """
     try:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError as error:
-        raise UsageError(printable(url), f"is no address ({error})") from None
+        raise UsageError(printable(url), f"is not an address ({error})") from None
     folder = parts.path.rstrip("/")
     if folder.endswith(".safetensors"):
         folder = folder.rpartition("/")[0]
@@ -59,13 +59,13 @@ def parse_address(url: str) -> SplitResult:
 
 
 def printable(text: str) -> str:
-    """An address, or a text that quotes some, on one line and without what opens doors."""
+    """An address, or a text that quotes some, on one line and without logins and queries."""
     return _SECRET_PARTS.sub("", " ".join(text.split()))
 
 
 @functools.cache
 def plain_client() -> Any:
-    """The client for everybody else's servers: without the Hub's login and rules."""
+    """The client for servers other than the Hub's: without the Hub's login and rules."""
     client = sys.modules[HTTP_ERROR.__module__.partition(".")[0]].Client()
     atexit.register(client.close)
     return client
@@ -77,8 +77,8 @@ def answer(
 ) -> Iterator[Any]:
     """The response to a GET, its body unread. follow: go where redirects lead.
 
-    Raises Interrupted, also while the body is read, for whatever may pass: a server that is
-    busy, a connection that is refused, cut or silent for huggingface_hub's download timeout.
+    Raises RetryableError, also while the body is read, where another try may succeed: a server is
+    busy, a connection is refused, cut or silent for huggingface_hub's download timeout.
     """
     try:
         with client.stream(
@@ -102,14 +102,14 @@ def answer(
 
 
 def drain(response: Any) -> None:
-    """Read the body that nobody wants, if it is short: the connection can be used again then."""
+    """Read an unwanted body, if it is short, so that the connection can be used again."""
     length = response.headers.get("Content-Length", "")
     if length.isdigit() and int(length) <= _SHORT_NBYTES:
         response.read()
 
 
 def raise_if_passing(response: Any) -> None:
-    """Raise Interrupted where a server says that it is busy or has a bad moment."""
+    """Raise RetryableError where a server says that it is busy or fails for the moment."""
     if response.status_code in _PASSING:
         raise RetryableError(status_line(response), _asked_wait(response.headers))
 
@@ -151,7 +151,7 @@ def body(response: Any, file: SourceFile, where: str, begin: int, end: int) -> I
     """The bytes [begin, end) of a file out of the answer to a request for them.
 
     Raises SourceChangedError where the file is of another size by now, SourceReadError where
-    the answer is no such range.
+    the answer is not that range.
     """
     total = total_nbytes(response)
     if total is not None and total != file.nbytes:
@@ -178,7 +178,7 @@ def changed(where: str, problem: str) -> SourceChangedError:
 
 
 def _part(response: Any, skip: int, nbytes: int) -> Iterator[bytes]:
-    """`nbytes` of a body after its first `skip`; what follows is not read."""
+    """`nbytes` of a body after its first `skip`; the rest is not read."""
     for piece in response.iter_raw():
         part = piece[skip : skip + nbytes]
         skip = max(skip - len(piece), 0)

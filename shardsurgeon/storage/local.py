@@ -1,6 +1,6 @@
 """A checkpoint in a local folder, be it downloaded, copied or a snapshot in the Hugging Face cache.
 
-The source that most runs read from; what its bytes mean is for `checkpoint` to say.
+The source that most runs read from. What its bytes mean, `checkpoint` knows.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class LocalSource(Source):
     def list(self) -> tuple[SourceFile, ...]:
         """Every file below the folder, sorted by name.
 
-        Links to files count as files, links to folders are left alone, and so is everything
-        that is no file at all. Raises CheckpointError where the folder is gone or a link leads
+        Links to files count as files; links to folders and everything that is neither a file nor a
+        folder are left out. Raises CheckpointError where the folder is gone or a link leads
         to nothing, SourceReadError where a folder may not be listed.
         """
         self._require_folder()
@@ -65,7 +65,7 @@ class LocalSource(Source):
         return tuple(sorted(filter(None, found), key=lambda file: file.name))
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file; SourceReadError where it has them not."""
+        """Exactly the bytes [begin, end) of a file; SourceReadError where it is shorter."""
         path = self.local_path(name)
         with reading(path), FileIO(path) as file:
             return read_exact(file, begin, end, path)
@@ -85,7 +85,7 @@ class LocalSource(Source):
             raise CheckpointError(self.location, problem, _GIVE_FOLDER)
 
     def _describe(self, path: Path) -> SourceFile | None:
-        """Size and stamp of one file; None for what is no file, or no longer."""
+        """Size and stamp of one file; None where it is not a file or has just been removed."""
         try:
             status = path.stat()
         except OSError as error:

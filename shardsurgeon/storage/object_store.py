@@ -1,7 +1,7 @@
 """A model in an object store or any other place that fsspec has a filesystem for.
 
 `s3://bucket/model`, `gs://…`, `memory://…`: listed by the filesystem, read by its byte ranges.
-The filesystems try again by themselves; what they give up on is tried again here, too.
+The filesystems retry by themselves; what they give up on is retried here.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from shardsurgeon.storage.source import (
     require_inside,
 )
 
-# What is asked of a filesystem in one go; it passes through memory.
+# Bytes that are asked of a filesystem at once; they pass through memory.
 _PART_NBYTES = 8 << 20
-# What filesystems call the thing that changes with a file's content, the surest first.
+# What filesystems call the value that changes with a file's content, the most reliable first.
 _STAMPS = (
     *("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum"),
     *("LastModified", "last_modified", "mtime", "updated", "modified", "created"),
@@ -82,7 +82,7 @@ class StoreSource(Source):
 
         Raises SourceReadError where the file is missing or shorter, NetworkError where trying
         again did not help, CheckpointError where access is refused. That a file changed and is
-        as long as before is seen by listing it again.
+        as long as before is found only by listing it again.
         """
         where = f"{self.location}/{name}"
         require_inside(name, self.location)
@@ -120,11 +120,11 @@ class StoreSource(Source):
             try:
                 found: dict[str, dict[str, Any]] = self._system.find(self._root, detail=True)
             except FileNotFoundError:
-                return {}  # what has no folders says so here, what has them there
+                return {}  # some filesystems raise for a folder that is not there, some do not
             return found
 
     def _describe(self, path: str, facts: dict[str, Any]) -> SourceFile | None:
-        """A listed file; None for what is no file of the model."""
+        """A listed file; None for what is not a file of the model."""
         name = path.removeprefix(self._root).lstrip("/")
         nbytes = facts.get("size")
         if facts.get("type") != "file" or not name or is_left_behind(name):
@@ -148,14 +148,14 @@ def _filesystem(url: str, location: str) -> tuple[Any, str]:
         remedy = f"pip install {package}" if package else printable(str(error))
         raise UsageError(location, f"no package for {scheme}:// is installed", remedy) from error
     except ValueError as error:
-        problem = f"{scheme}:// is no kind of address that is known"
+        problem = f"{scheme}:// is not a known kind of address"
         raise UsageError(location, problem, "give a folder, org/name, or a URL") from error
     return system, str(root)
 
 
 @contextmanager
 def _asking(where: str) -> Iterator[None]:
-    """Turn what a filesystem says into our errors; what may pass, into Interrupted."""
+    """Turn what a filesystem raises into our errors, or into RetryableError where that may help."""
     try:
         yield
     except FileNotFoundError as error:
@@ -166,7 +166,7 @@ def _asking(where: str) -> Iterator[None]:
         kind = type(error)
         if "Credential" in kind.__name__:
             raise _refused(where, error) from error
-        # A builtin error that is none of the system's is a bug, and not the network's.
+        # A builtin error other than OSError is a bug, not a failure of the network.
         if kind.__module__ == "builtins" and not isinstance(error, OSError):
             raise
         raise RetryableError(printable(str(error)) or kind.__name__) from error

@@ -1,8 +1,8 @@
-"""A user's words for a model, made into the source that they mean, and back.
+"""From what a user types for a model to the source that it means, and back.
 
-The network's libraries are imported only for a model that lies behind one. In records, a
-repository of the Hub goes by its full name, so that it can be found again, whether its bytes came
-over the network or from the Hub's cache; anything else goes by the name of its folder.
+Network libraries are imported only for a model behind a network. Records name a repository of the
+Hub by its full name, so that it can be found again, whether its bytes came over the network or from
+the Hub's cache, and anything else by the name of its folder.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _IN_CACHE = "models--"
 
 
 def open_source(model: str | PathLike[str] | Source) -> Source:
-    """The source that a user's words mean.
+    """The source that a user means by `model`.
 
     A path that exists is that folder (or file, which stands for its folder), whatever else it
-    may look like. Then `hf://org/name[@revision]`, and `org/name[@revision]` without a scheme,
+    may look like. Otherwise `hf://org/name[@revision]`, and `org/name[@revision]` without a scheme,
     is a model on the Hugging Face Hub, pinned to a commit; with HF_HUB_OFFLINE=1 its newest
     complete snapshot in the local cache. `https://` is a folder of a web server, and any other
     scheme a folder of an fsspec filesystem. A PathLike is a local path, and a Source is itself.
 
-    Raises InputError and its children, with what to do, where there is no such place or it may
-    not be read, and NetworkError where it cannot be reached.
+    Raises InputError or a subclass, with what to do, where there is no such place or it may not be
+    read, and NetworkError where it cannot be reached.
     """
     if not isinstance(model, str | PathLike):
         return model
@@ -50,7 +50,7 @@ def open_source(model: str | PathLike[str] | Source) -> Source:
     if scheme == "hf":
         found = _HUB_URL.fullmatch(model)
         if found is None or found["id"].startswith(("datasets/", "spaces/", "buckets/")):
-            raise UsageError(model, "is no model on the Hub", _HOW)
+            raise UsageError(model, "is not a model on the Hub", _HOW)
         return _hub(found["id"], unquote(found["revision"] or "") or None)
     if scheme == "file":
         return LocalSource(url2pathname(urlsplit(model).path))
@@ -58,14 +58,14 @@ def open_source(model: str | PathLike[str] | Source) -> Source:
 
 
 def _unmarked(model: str) -> Source:
-    """What is neither there nor a URL: the name of a repository, or a mistyped folder."""
+    """What is neither a path nor a URL: the name of a repository, or a mistyped folder."""
     found = _REPOSITORY.fullmatch(model)
     if found is None:
         return LocalSource(model)
     try:
         return _hub(found["id"], found["revision"])
     except CheckpointError as error:
-        problem = f"is no folder here, and {error.problem}"
+        problem = f"is not a folder here, and {error.problem}"
         raise CheckpointError(model, problem, error.remedy) from error
 
 

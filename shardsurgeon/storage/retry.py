@@ -1,8 +1,8 @@
-"""Trying again, with patience: what every remote source does about a bad network.
+"""Retries: what every remote source does about a bad network.
 
 A request that fails for a passing reason raises `RetryableError`. Here that becomes a pause and
-another try, which asks only for what is still missing, and in the end a NetworkError. Tries are
-counted anew with every byte that arrives: a slow or shaky line gets there, a dead one does not.
+another try, which asks only for what is still missing, and in the end a NetworkError. Every byte
+that arrives resets the count of tries: a slow or shaky connection gets there, a dead one does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 # Given the first byte that is missing: the bytes from there on, as they arrive.
 Request = Callable[[int], AbstractContextManager[Iterator[bytes]]]
 
-# How long a pause lasts before whoever waits is heard of.
+# How often, in seconds, a stream that pauses yields an empty piece, so that its reader can stop it.
 _HEARTBEAT_SECONDS = 0.25
 _AGAIN = "check the connection, then run the same command again"
 
@@ -28,8 +28,7 @@ _AGAIN = "check the connection, then run the same command again"
 class RetryableError(Exception):
     """A request failed, but may succeed the next time.
 
-    said: why, without addresses or secrets; wait: for how many seconds the server asked to be
-    left alone.
+    said: why, without addresses or secrets; wait: the seconds that the server asked to wait.
     """
 
     def __init__(self, said: str, wait: float = 0.0) -> None:
@@ -40,11 +39,11 @@ class RetryableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often is tried, and how long is waited in between, in seconds.
+    """How many tries there are and how many seconds are waited between them.
 
     tries: failures in a row, without a byte in between, after which it is given up; first_wait
-    doubles with each of them up to longest_wait; longest_asked: a server that asks to be left
-    alone for longer is not waited for.
+    doubles with each of them up to longest_wait; longest_asked: a server that asks for a longer
+    wait is not waited for.
     """
 
     tries: int = 10
@@ -53,7 +52,7 @@ class RetryPolicy:
     longest_asked: float = 600.0
 
     def brief(self) -> RetryPolicy:
-        """For the first question to a place: who mistyped it should not wait for minutes."""
+        """For the first request to a place: a mistyped address should not cost minutes."""
         return replace(self, tries=min(self.tries, 4))
 
 
@@ -66,7 +65,7 @@ class _Tries:
         self.failed = 0
 
     def pause(self, interruption: RetryableError) -> float:
-        """For how many seconds to wait now. Raises NetworkError where it is time to give up."""
+        """How many seconds to wait now. Raises NetworkError where it is time to give up."""
         self.failed += 1
         policy, said = self._policy, interruption.said
         if interruption.wait > policy.longest_asked:
@@ -78,12 +77,12 @@ class _Tries:
             problem = f"gave up after {self.failed} tries in a row ({said})"
             raise NetworkError(self._where, problem, _AGAIN) from interruption
         backoff = min(policy.first_wait * 2.0 ** (self.failed - 1), policy.longest_wait)
-        # Spread out, so that those who were cut together do not come back together.
+        # Spread out, so that connections that were cut together do not come back together.
         return max(backoff * random.uniform(0.5, 1.0), interruption.wait * random.uniform(1, 1.05))
 
 
 def retry(call: Callable[[], Result], where: str, policy: RetryPolicy) -> Result:
-    """What `call` returns, at the first try that is not Interrupted. Raises NetworkError."""
+    """What `call` returns at the first try without a RetryableError. Raises NetworkError."""
     tries = _Tries(where, policy)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a place that holds a checkpoint can do: list, read a range, say where it is."""
+"""Where a checkpoint lies: what can be listed, what ranges of it can be read, what it is called."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
 
-# What tools leave beside a model and is no part of it.
+# Folders that tools leave beside a model; they are not part of it.
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
-# What a stream hands over at most at a time.
+# The largest piece of a stream.
 CHUNK_NBYTES = 1 << 20
 
 
@@ -100,7 +100,7 @@ class MemorySource(Source):
     def __init__(
         self, files: Mapping[str, bytes], name: str = "memory", *, remote: bool = False
     ) -> None:
-        """files: name (with forward slashes) → content; remote: stands for a far place."""
+        """files: name (with forward slashes) → content; remote: pretends to be remote."""
         self._files = files
         self.name = self.location = name
         self.is_remote = remote
@@ -113,7 +113,7 @@ class MemorySource(Source):
         )
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file; SourceReadError where it has them not."""
+        """Exactly the bytes [begin, end) of a file; SourceReadError where it is shorter."""
         where = f"{self.location}/{name}"
         data = self._files.get(name)
         if data is None:

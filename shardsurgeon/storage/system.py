@@ -1,8 +1,8 @@
-"""Calls that only some operating systems have, each beside a twin that works anywhere.
+"""Calls that only some operating systems have, each beside a portable one that works anywhere.
 
-The choice between kernel and portable ways is made once, in `native`; tests run both and inject
-faults. Files are unbuffered `FileIO` objects; offsets and sizes are bytes. Every call raises plain
-`OSError`, which `files` translates.
+The choice between the two is made once, in `native`; tests run both and inject faults. Files are
+unbuffered `FileIO` objects; offsets and sizes are bytes. Every call raises plain `OSError`, which
+`files` translates.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ RENAME_TRIES = 8
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One way to ask for each thing.
+    """The calls of one kind of system.
 
     read_at(file, buffer, offset): fill the buffer from the file; how many bytes came, 0 at its end.
     write_at(file, data, offset): how many bytes were taken.
     kernel_copy(source, source_offset, target, target_offset, nbytes): how many bytes the kernel
     moved without us; 0 where it declines or the source ends.
     reserve(file, nbytes): make the file that long and, where that is of use, claim its blocks.
-    in_memory(file, offset): whether reading that byte needs no disk; True where it cannot be told.
-    let_go(file, begin, end): these bytes need not stay in memory. Those that are not on the disk
-    yet begin their way there.
+    in_memory(file, offset): whether that byte is in the page cache; True where it cannot be told.
+    let_go(file, begin, end): these bytes need not stay in the page cache. Those that are not on the
+    disk yet begin to be written.
     sync_file(file), sync_folder(path): return when content, or names, are on the disk.
     rename(old, new): replace file `new`, or move a folder to a name that is free.
-    lock(file): hold the file until it is closed or the process dies; False where another does.
+    lock(file): lock the file until it is closed or the process dies; False where another process
+    has it locked.
     free_space(folder): bytes this user may still write there.
     """
 
@@ -56,24 +57,24 @@ class System:
 
 
 def portable() -> System:
-    """The twin of every call, from what Python has on all systems."""
+    """Every call, from what Python has on all systems."""
     return System(
         read_at=_seek_and_read,
         write_at=_seek_and_write,
         kernel_copy=_decline,
         reserve=_extend,
-        in_memory=_in_memory_for_all_we_know,
+        in_memory=_unknown_in_memory,
         let_go=_let_stay,
         sync_file=_sync_file,
         sync_folder=_sync_nothing,
-        rename=_rename_patiently,
+        rename=_rename_with_retries,
         lock=_lock,
         free_space=_free_space,
     )
 
 
 def native() -> System:
-    """The best call this machine has for each; the portable twin for what it lacks."""
+    """The best call this machine has for each; the portable one for what it lacks."""
     system = portable()
     if sys.platform == "linux":
         system = replace(system, reserve=_reserve, in_memory=_in_memory, let_go=_let_go)
@@ -85,7 +86,7 @@ def native() -> System:
 
 
 def default_system() -> System:
-    """What is used where nothing is asked for: native, unless SHARDSURGEON_PORTABLE=1 is set."""
+    """The default: native, unless SHARDSURGEON_PORTABLE=1 is set."""
     return portable() if os.environ.get("SHARDSURGEON_PORTABLE") == "1" else native()
 
 
@@ -103,8 +104,8 @@ def _decline(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -
     return 0
 
 
-# What `statfs` calls the file systems whose server can copy by itself, so that no byte travels:
-# NFS, SMB (two numbers), Ceph, and FUSE, behind which the same ones may stand.
+# The numbers by which `statfs` knows the file systems whose server can copy by itself, so that no
+# byte travels: NFS, SMB (two numbers), Ceph, and FUSE, behind which may be one of them.
 _SERVED = frozenset({0x6969, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x65735546})
 
 
@@ -112,12 +113,12 @@ def _copy_file_range(source: FileIO, begin: int, target: FileIO, at: int, nbytes
     """Let a file server copy.
 
     On a disk of this machine the kernel would move page after page through a pipe, and a copy
-    through a buffer is faster (tests/bench); blocks that two files may share lie at no fit place,
-    because a pruned shard's tensors move by odd amounts.
+    through a buffer is faster (tests/bench). Blocks cannot be shared between the two files either:
+    a pruned shard's tensors move by amounts that are not multiples of a block.
 
-    It refuses for many reasons that mean nothing (two file systems, an old kernel, an odd mount)
-    and does not say which of the two files is at fault when it fails. So any failure counts as
-    declining: the copy through a buffer goes on from there and meets a real fault by itself.
+    The call fails for many harmless reasons (two file systems, an old kernel, an unusual mount) and
+    does not say which of the two files is at fault. So any failure counts as declining: the copy
+    through a buffer goes on from there and finds a real fault by itself.
     """
     if sys.platform != "linux" or _file_system(target) not in _SERVED:
         return 0
@@ -131,8 +132,8 @@ def _extend(file: FileIO, nbytes: int) -> None:
     file.truncate(nbytes)
 
 
-# What `statfs` calls the file systems that write every block to a new place: btrfs, ZFS, bcachefs,
-# F2FS. Blocks claimed there are of no use, and btrfs does not compress what is written to them.
+# The numbers of the file systems that write every block to a new place: btrfs, ZFS, bcachefs, F2FS.
+# Blocks claimed there are of no use, and btrfs does not compress what is written to them.
 _COPY_ON_WRITE = frozenset({0x9123683E, 0x2FC12FC1, 0xCA451A4E, 0xF2F52010})
 
 
@@ -187,12 +188,12 @@ def _kind_of_device(device: int, descriptor: int) -> int:
     return _KINDS[device]
 
 
-def _in_memory_for_all_we_know(file: FileIO, offset: int) -> bool:
+def _unknown_in_memory(file: FileIO, offset: int) -> bool:
     return True
 
 
 def _let_stay(file: FileIO, begin: int, end: int) -> None:
-    """What is written stays in memory until the system needs the room."""
+    """What is written stays in the page cache until the system needs the memory."""
 
 
 def _in_memory(file: FileIO, offset: int) -> bool:
@@ -236,7 +237,7 @@ def _rename(old: Path, new: Path) -> None:
     os.replace(old, new)
 
 
-def _rename_patiently(old: Path, new: Path) -> None:
+def _rename_with_retries(old: Path, new: Path) -> None:
     """Rename, waiting a little for virus scanners and indexers, which hold new files on Windows."""
     for attempt in range(RENAME_TRIES):
         try:

@@ -1,8 +1,8 @@
 """A model in a folder of a web server, read by byte ranges.
 
-A web server lists nothing. What is asked for: the config, the index, every shard that it names,
-the code that the config names, and the files that models usually have beside their weights. What
-has another name cannot be found, and a note says so.
+A web server lists nothing. Asked for are the config, the index, every shard that the index names,
+the code that the configs name, and the files that models usually have beside their weights. Files
+of other names cannot be found, and a note says so.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class WebSource(Source):
     def __init__(self, url: str, policy: RetryPolicy = _RETRY_POLICY) -> None:
         """url: the folder, or a safetensors file in it; a query is sent along with every request.
 
-        Raises UsageError for what is no address, CheckpointError where there is no model, and
-        NetworkError where nobody answers.
+        Raises UsageError where `url` is not an address, CheckpointError where there is no model,
+        and NetworkError where no server answers.
         """
         self._parts = parse_address(url)
         if not self._parts.hostname:
@@ -140,11 +140,11 @@ class WebSource(Source):
             if response.status_code not in (200, 206, 416):
                 raise CheckpointError(where, f"cannot be read ({status_line(response)})")
             nbytes = total_nbytes(response)
-            # What has no size is a page that was made for the occasion: no file.
+            # An answer without a size is a page that the server generates, not a file.
             return None if nbytes is None else SourceFile(name, nbytes, _stamp(response))
 
     def _named(self) -> set[str]:
-        """The files that the index and the configs speak of."""
+        """The files that the index and the configs name."""
         index = self._json(INDEX_NAME).get("weight_map")
         names = set(index.values()) if isinstance(index, dict) else set()
         for config in _NAMING_CODE:
@@ -157,14 +157,14 @@ class WebSource(Source):
         return {name for name in names if isinstance(name, str) and not leads_out(name)}
 
     def _json(self, name: str) -> dict[str, Any]:
-        """A JSON object among the files; an empty one where it is not there or none."""
+        """A JSON object among the files; an empty one where the file is missing or holds none."""
         file = self._files.get(name)
         if file is None:
             return {}
         try:
             value = json.loads(self.read(name, 0, file.nbytes))
         except (ValueError, RecursionError):
-            return {}  # whoever opens the model will say what is wrong with it
+            return {}  # opening the model reports what is wrong with it
         return value if isinstance(value, dict) else {}
 
     def _address(self, name: str) -> str:

@@ -77,7 +77,7 @@ def test_a_pull_request_against_a_branch_that_is_not_there(shell: Shell, pruned:
 @pytest.mark.parametrize("repo_id", ["a/b/c", "me/ti ny", "", "me/tiny.git", "-x/y"])
 def test_no_repository_id(shell: Shell, pruned: Path, repo_id: str) -> None:
     line = shell.refused("push", "--", str(pruned), repo_id)
-    assert "is no repository id" in line
+    assert "is not a repository id" in line
     assert shell.hub.requests == []
 
 
@@ -222,5 +222,5 @@ def test_bad_input_is_told_before_the_hub_is_asked(shell: Shell, tmp_path: Path)
 
 
 def test_python_refuses_alike(online: object, pruned: Path) -> None:
-    with pytest.raises(errors.UsageError, match="is no repository id"):
+    with pytest.raises(errors.UsageError, match="is not a repository id"):
         api.push(pruned, "a/b/c")

@@ -347,7 +347,7 @@ def test_python_does_the_same(shell: Shell, pruned: Path, tmp_path: Path) -> Non
     report = api.apply(plan, stream_push="me/small", disk_budget="1MB", private=True)
     assert report.out is None and report.push is not None
     same_model(digests(downloaded(shell.hub, "me/small", tmp_path / "there")), digests(pruned))
-    with pytest.raises(UsageError, match="is no repository id"):
+    with pytest.raises(UsageError, match="is not a repository id"):
         api.apply(plan, stream_push="a/b/c")
 
 

@@ -95,7 +95,7 @@ def test_a_scheme_is_a_store_and_a_web_address_a_web_server(online: LocalHub) ->
 
 
 def test_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"nosuch:// is no kind of address that is known; give a"):
+    with pytest.raises(UsageError, match=r"nosuch:// is not a known kind of address; give a"):
         open_source("nosuch://bucket/model")
 
 

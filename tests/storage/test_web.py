@@ -163,10 +163,10 @@ def test_a_folder_without_a_model_is_refused(hub: LocalHub) -> None:
         WebSource(f"{hub.endpoint}/org/nothing/resolve/main")
 
 
-def test_an_address_of_nobody_is_refused(hub: LocalHub) -> None:
+def test_an_address_without_a_server_is_refused(hub: LocalHub) -> None:
     with pytest.raises(UsageError, match="names no server"):
         WebSource("https:///models/tiny")
-    with pytest.raises(UsageError, match="is no address"):
+    with pytest.raises(UsageError, match="is not an address"):
         WebSource("https://[half/models/tiny")
     hub.stop()
     with pytest.raises(NetworkError, match="gave up after 4 tries"):

@@ -17,7 +17,7 @@ class FarSource(MemorySource):
     """Bytes that come in small pieces.
 
     requests: every stream that was begun. nbytes: what was sent. on_piece: called with the file's
-    name before each piece. lists: how often somebody wanted to know all files.
+    name before each piece. lists: how often all files were listed.
     """
 
     def __init__(self, files: Mapping[str, bytes] = FILES, piece: int = 700) -> None:

@@ -24,7 +24,7 @@ class StoredArray:
     dtype: the spelling of safetensors headers (`F32`, `BF16`, …), `C32` and `C128` beside
     them, or the file's own name for a type that is not a plain number (`bits8`).
     load: reads it, as float64, int64, uint64, bool or complex128 in `shape`; raises
-    ScoreError where the file does not hold what it promised.
+    ScoreError where the file does not hold what it says.
     """
 
     dtype: str

@@ -1,6 +1,6 @@
-"""A checkpoint opened: every header, the index, the config, the names of the rest. No weights.
+"""The index, model.safetensors.index.json: read with every check, and written.
 
-Reads a source through its headers and hands one frozen value to `anatomy`.
+It says which shard has which tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from shardsurgeon.errors import IndexFileError
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
 
 CONFIG_NAME = "config.json"
-
 INDEX_NAME = "model.safetensors.index.json"
 
 _SUFFIX = ".safetensors"
@@ -37,9 +36,9 @@ class Index:
 def parse_index(raw: bytes, where: str) -> Index:
     """Turn the index's bytes into an Index.
 
-    where: the file, as messages name it. Raises IndexFileError for what is no such JSON
-    object, for names that stand twice, and for shards that are not a plain path to a
-    .safetensors file inside the checkpoint.
+    where: the file, as messages name it. Raises IndexFileError for what is not such a JSON object,
+    for repeated names, and for shards that are not a plain path to a .safetensors file inside the
+    checkpoint.
     """
     members = read_object(raw, where, "the index", IndexFileError, _REMEDY)
     weight_map = _member(members, "weight_map", where)
@@ -67,7 +66,7 @@ def parse_index(raw: bytes, where: str) -> Index:
 def build_index(weight_map: Mapping[str, str], metadata: Mapping[str, object]) -> bytes:
     """The index's bytes as transformers writes them: indented by 2, keys sorted, newline."""
     content = {"metadata": dict(metadata), "weight_map": weight_map}
-    # Piece by piece: the text of a trillion-parameter model's index need not be there twice.
+    # Piece by piece: the text of a trillion-parameter model's index should not be in memory twice.
     text = BytesIO()
     for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(content):
         text.write(piece.encode())
@@ -92,7 +91,7 @@ def _is_plain(value: object, levels: int) -> bool:
 
 
 def _check_path(shard: str, name: str, where: str) -> None:
-    """Refuse what leaves the folder on any system, or spells a path that a listing does not."""
+    """Refuse paths that leave the folder on any system, and spellings that no listing has."""
     parts = shard.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(mark in shard for mark in "\\:"):
         problem = "not a plain path inside the folder"

@@ -354,7 +354,7 @@ class _Reader:
         except json.JSONDecodeError as cause:
             word = _WORD.match(self._text, begin)
             if word:
-                self._refuse(f"{brief(word[0])} is no JSON value")
+                self._refuse(f"{brief(word[0])} is not a JSON value")
             if "escape" in cause.msg:
                 self._refuse("a string with an invalid escape", cause=cause)
             kind = "string" if self._text.startswith('"', begin) else "value"

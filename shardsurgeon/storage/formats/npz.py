@@ -25,7 +25,8 @@ _DTYPES = {
     **{f"c{n}": f"C{8 * n}" for n in (8, 16)},
     **{f"{kind}{n}": f"{kind.upper()}{8 * n}" for kind in "iu" for n in (1, 2, 4, 8)},
 }
-# The header is a Python dict as text. Evaluating it, even as a literal, is more than is needed.
+# The header is a Python dict as text. numpy evaluates it as a literal and then accepts negative and
+# boolean sizes; three patterns are stricter, and hostile text does not reach Python's parser.
 _DESCR = re.compile(r"'descr'\s*:\s*'([^']*)'")
 _FORTRAN = re.compile(r"'fortran_order'\s*:\s*(True|False)")
 _SHAPE = re.compile(r"'shape'\s*:\s*\(((?:\s*[0-9]{1,19}\s*,)*(?:\s*[0-9]{1,19}\s*)?)\)")
@@ -35,7 +36,7 @@ _DAMAGED = "the file is damaged: save it again with np.savez"
 def read_npz(path: Path, where: str) -> dict[str, StoredArray]:
     """The arrays of an `.npz` file by name, unread.
 
-    Raises ScoreError for a file that is no such archive, for arrays of Python objects, records
+    Raises ScoreError for a file that is not such an archive, for arrays of Python objects, records
     or other types that are not numbers, and for members that are not arrays.
     """
     archive = ZipReader(path, where)
@@ -74,7 +75,7 @@ class _Member:
         """The array, unread; its size is compared with the member's."""
         head = self._archive.read(self._name, len(_MAGIC) + 6 + _MAX_HEADER)
         if not head.startswith(_MAGIC) or len(head) < len(_MAGIC) + 6:
-            raise self._fault("is no numpy array")
+            raise self._fault("is not a numpy array")
         wide = head[len(_MAGIC)] > 1
         begin = len(_MAGIC) + (6 if wide else 4)
         (length,) = struct.unpack_from("<I" if wide else "<H", head, len(_MAGIC) + 2)

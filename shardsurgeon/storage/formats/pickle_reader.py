@@ -189,7 +189,7 @@ class _Machine:
     def _extend(self, values: list[object]) -> None:
         target = self._pop()
         if not isinstance(target, list):
-            self._refuse("its pickle appends to something that is no list")
+            self._refuse("its pickle appends to something that is not a list")
         target.extend(values)
         self._push(target)
 
@@ -200,7 +200,7 @@ class _Machine:
     def _set_items(self, values: list[object]) -> None:
         target = self._pop()
         if not isinstance(target, dict) or len(values) % 2:
-            self._refuse("its pickle sets items of something that is no dict")
+            self._refuse("its pickle sets items of something that is not a dict")
         self._charge(_ITEM_NBYTES * len(values) // 2)
         for key, value in zip(self._keys(values[::2]), values[1::2], strict=True):
             target[key] = value
@@ -210,7 +210,7 @@ class _Machine:
         values = self._pop_to_mark()
         target = self._pop()
         if not isinstance(target, set):
-            self._refuse("its pickle adds to something that is no set")
+            self._refuse("its pickle adds to something that is not a set")
         self._charge(_ITEM_NBYTES * len(values))
         target.update(self._keys(values))
         self._push(target)
@@ -265,13 +265,13 @@ class _Machine:
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            self._refuse("its pickle names a global by something that is no string")
+            self._refuse("its pickle names a global by something that is not a string")
         self._push(self._objects.named(module, name))
 
     def _reduce(self) -> None:
         arguments, function = self._pop(), self._pop()
         if not isinstance(arguments, tuple):
-            self._refuse("its pickle calls with something that is no tuple of arguments")
+            self._refuse("its pickle calls with something that is not a tuple of arguments")
         for argument in arguments:  # calls copy them, and one that is stored can be copied often
             if isinstance(argument, str | bytes | list | tuple | dict | set | frozenset):
                 self._charge(_ITEM_NBYTES * len(argument))

@@ -176,7 +176,7 @@ def _check_length(length: int, file_nbytes: int, where: str) -> None:
         raise HeaderError(
             where,
             f"the header is said to be {length:,} bytes long, at most {MAX_HEADER:,} are allowed",
-            "this is no safetensors file; " + _FETCH_AGAIN,
+            "this is not a safetensors file; " + _FETCH_AGAIN,
         )
     if length > file_nbytes - PREFIX_NBYTES:
         raise HeaderError(

@@ -1,7 +1,7 @@
-"""JSON objects from outside, read once and strictly: what Python's json lets pass is refused.
+"""JSON objects from outside, read once and strictly: repeated keys, for one, are refused.
 
-The header and the index are read through here. Where white space and number spelling must
-survive, documents.py reads instead.
+Headers and indexes are read here. Where white space and the spelling of numbers must survive,
+json_edit reads instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardsurgeon.errors import InputError
 class Repeated:
     """Stands in the result for an inner object that names `key` twice.
 
-    Whoever knows what the object describes reports it, and can say where it is.
+    The caller, who knows what the object describes, reports it and can say where it is.
     """
 
     key: str
@@ -32,7 +32,7 @@ def read_object(
     for bytes that are not UTF-8 or not JSON, for nesting too deep to follow, and for anything
     but an object whose keys differ. -0 is read as a float, as other readers do.
     """
-    # Asked about every number only where there may be such a one: it doubles the time.
+    # A hook for integers doubles the time: only where there may be a -0.
     parse_int = _integer if b"-0" in raw else None
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated, parse_int=parse_int)

@@ -36,7 +36,7 @@ _TENSOR_CLASSES = frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"})
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A name that is understood where it is called or passed on, never as part of the value."""
+    """A name that may be called or passed to a call, but may not be part of the value."""
 
     name: str
 
@@ -69,7 +69,7 @@ class TorchObjects:
         self._tensors = TensorReader(archive)
 
     def named(self, module: str, name: str) -> object:
-        """A dtype as its name, anything else as a mark that `called` and `persistent` know."""
+        """A dtype as its name, any other listed name as a _Name or a _StorageType."""
         full = f"{module}.{name}"
         if module == "torch" and name in STORAGE_DTYPES:
             return _StorageType(STORAGE_DTYPES[name])
@@ -87,14 +87,14 @@ class TorchObjects:
     def called(self, function: object, arguments: tuple[object, ...]) -> object:
         """The value that the call would have made, made by us."""
         if not isinstance(function, _Name) or function.name not in _CALLS:
-            raise self._fault("its pickle calls something that is no function")
+            raise self._fault("its pickle calls something that is not a function")
         value = _CALLS[function.name](self, arguments)
         if value is None:
             raise self._fault(f"its pickle calls {function.name} with malformed arguments")
         return value
 
     def given_state(self, target: object, state: object) -> object:
-        """The target itself: only states that change nothing here are let pass."""
+        """The target itself: only states that change nothing here are accepted."""
         if isinstance(target, dict) and isinstance(state, dict):
             return target  # attributes of an OrderedDict, such as a state dict's _metadata
         if isinstance(target, _NumpyDtype) and isinstance(state, tuple) and len(state) > 1:
@@ -106,7 +106,7 @@ class TorchObjects:
     def persistent(self, key: object) -> object:
         """A storage: ("storage", class, member, device, number of elements)."""
         if not isinstance(key, tuple) or len(key) != 5 or key[0] != "storage":
-            raise self._fault("its pickle refers to something outside that is no storage")
+            raise self._fault("its pickle refers to something outside that is not a storage")
         _, kind, name, _, elements = key
         if (
             not isinstance(kind, _StorageType)
@@ -265,7 +265,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:
-    """Whether it could be a shape; a long tuple is not looked through, call after call."""
+    """Whether it could be a shape. A long tuple is refused unread: many calls could share it."""
     if not isinstance(value, tuple) or len(value) > _MAX_COUNTS:
         return False
     return all(_is_count(item) for item in value)

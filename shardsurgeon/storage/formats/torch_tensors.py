@@ -58,7 +58,7 @@ TORCH_DTYPES = {
     "bool": "BOOL",
     **{name: name for name in _OPAQUE},
 }
-"""torch's dtypes → ours. Packed types, which are no numbers to numpy, keep torch's name."""
+"""torch's dtypes → ours. Packed types, which numpy cannot calculate with, keep torch's name."""
 
 _MAX_DIMENSIONS = 32
 _MAX_KEPT_NBYTES = 64 * 2**20
@@ -175,7 +175,7 @@ class TensorReader:
         return placed.tobytes()
 
     def _storage(self, member: str) -> bytes:
-        """A member's content; what was kept makes room once it is too much."""
+        """A member's content. Members are kept up to _MAX_KEPT_NBYTES, then all are dropped."""
         if member not in self._kept:
             content = self._archive.read(member)
             if len(content) + sum(map(len, self._kept.values())) > _MAX_KEPT_NBYTES:

@@ -1,6 +1,6 @@
 """The zip container of `.pt` and `.npz` files, read with every check and no extraction.
 
-The standard library's reader believes the sizes a file claims and reads its whole directory
+The standard library's reader believes the sizes that a file claims and reads its whole directory
 first. Score files come from strangers: here the directory is bounded before it is read,
 entries may not overlap, and nothing is inflated past the size that was announced.
 """
@@ -32,7 +32,7 @@ _DAMAGED = "the file is damaged or incomplete: fetch it again"
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """One member: where its local header lies, and where it must end at the latest.
+    """One member: where its local header begins, and where the member must end at the latest.
 
     packed: bytes in the file; nbytes: bytes when unpacked; crc: 0 where the writer left it out
     (torch.save can be told to).
@@ -51,7 +51,7 @@ class ZipReader:
     """The members of a zip file. Opens the file for each read and keeps no handle."""
 
     def __init__(self, path: Path, where: str) -> None:
-        """Read the directory. Raises ScoreError where it is broken or not to be trusted."""
+        """Read the directory. Raises ScoreError where it is broken or contradicts the file."""
         self.path = path
         self.where = where
         self.file_nbytes = file_nbytes(path, where)

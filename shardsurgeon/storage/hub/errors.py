@@ -53,11 +53,11 @@ def require_sound_settings() -> None:
     """Raise UsageError for a token or an endpoint that no request could be made with."""
     token = get_token()
     if token is not None and not _PLAIN.fullmatch(token):
-        problem = "the token holds characters that none has"
+        problem = "the token holds characters that no token has"
         raise UsageError("HF_TOKEN", problem, f"correct it, or {LOG_IN} again")
     address = urlsplit(constants.ENDPOINT)
     if address.scheme not in ("http", "https") or not address.hostname:
-        problem = f"{constants.ENDPOINT!r} is no web address"
+        problem = f"{constants.ENDPOINT!r} is not a web address"
         raise UsageError("HF_ENDPOINT", problem, "write it like https://huggingface.co")
 
 
@@ -134,12 +134,12 @@ def _translated(error: Exception, repo_id: str) -> ShardSurgeonError | None:
     if isinstance(error, OfflineModeIsEnabled):
         return UsageError("HF_HUB_OFFLINE", "is set, and pushing needs the network", "unset it")
     if isinstance(error, HFValidationError):
-        return UsageError(repo_id, "is no repository id", "write it like org/name")
+        return UsageError(repo_id, "is not a repository id", "write it like org/name")
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _translated(error.__cause__, repo_id) or _gave_up(error, repo_id)
     if isinstance(error, ValueError) and "README.md" in str(error):
         problem = f"the Hub does not take its metadata: {_last_line(error)}"
-        return UsageError("README.md", problem, "mend the card, or push with --no-card")
+        return UsageError("README.md", problem, "correct the card, or push with --no-card")
     response = _response(error)
     if response is not None:
         return _refused_write(error, response.status_code, repo_id)

@@ -1,10 +1,9 @@
 """One model repository on the Hub: prepare it, upload to it, commit.
 
-Knows names, sizes and digests, and nothing of what the files mean. Authentication, endpoints, Xet
-and LFS belong to huggingface_hub; the token stays with it and is neither read here nor kept. A
-commit names large files by size and sha256 alone; which of them have been uploaded is kept in
-attributes of CommitOperationAdd that are not public, and a test holds each of them to its
-meaning.
+Knows names, sizes and digests, not what the files mean. Authentication, endpoints, Xet and LFS are
+left to huggingface_hub; the token is not kept here. A commit names large files by size and sha256
+alone. Which of them have been uploaded is kept in attributes of CommitOperationAdd that are not
+public; a test checks that each of them still means what is assumed here.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ MAIN = "main"
 _Answer = TypeVar("_Answer")
 _TOKENS = "https://huggingface.co/settings/tokens"
 
-# Larger files are not looked at twice.
+# Larger files are not hashed to find out whether two are equal.
 _TWIN_NBYTES = 1 << 26
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -65,7 +64,7 @@ class Repository:
         """repo_id: `org/name`, or `name` for one of the user's own; revision: the branch, None
         for main; create_pr: commit to a new pull request against it.
 
-        Raises UsageError where `repo_id` is no repository id.
+        Raises UsageError where `repo_id` is not a repository id.
         """
         with hub_errors(repo_id or "REPO_ID"):
             validate_repo_id(repo_id)
@@ -85,7 +84,7 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """Where people look at it."""
+        """Its page, for people."""
         place = f"{self.endpoint}/{self.repo_id}"
         return place if self.revision == MAIN else f"{place}/tree/{self.revision}"
 
@@ -93,8 +92,8 @@ class Repository:
         """Check the token, make the repository and the branch where they are missing, and make
         sure that they may be written to.
 
-        private: what a new repository becomes. Raises UsageError where anything of that is
-        refused, or where the repository is there, public, and was asked to be private.
+        private: whether a new repository is to be private. Raises UsageError where the Hub refuses
+        any of that, and where the repository exists, is public, and was asked to be private.
         """
         with hub_errors(self.repo_id):
             self._sign_in()
@@ -143,7 +142,7 @@ class Repository:
             )
 
     def _require_writable(self) -> None:
-        """Ask how a small file would be uploaded: only who may write is told."""
+        """Ask how a small file would be uploaded: the Hub answers only those who may write."""
         probe = CommitOperationAdd(path_in_repo="config.json", path_or_fileobj=b"{}")
         self._preupload([probe])
 
@@ -179,8 +178,8 @@ class Repository:
     ) -> Commit:
         """Add files of this machine and files sent ahead, remove others, in one commit.
 
-        What the branch has already is neither uploaded nor committed again; where that is all,
-        the result is the commit that the branch is at.
+        What the branch has already is neither uploaded nor committed again; where it has
+        everything, the result is the commit that the branch is at.
         """
         with hub_errors(self.repo_id):
             additions = [
@@ -197,7 +196,7 @@ class Repository:
         return Commit(info.oid, str(info.commit_url), info.pr_url)
 
     def _preupload(self, additions: Iterable[Any]) -> None:
-        """Upload what is large; gitignore_content: a model's own .gitignore hides nothing here."""
+        """Upload large files. gitignore_content: empty, so that a model's .gitignore hides none."""
         additions = list(additions)
         if not additions:
             return
@@ -213,7 +212,8 @@ class Repository:
         )
 
     def _commit(self, operations: list[Any], message: str) -> Any:
-        # Not repeated where the connection broke: there may be a commit, and the next run will see.
+        # Not repeated where the connection broke: the commit may have been made, and the next run
+        # finds out.
         return self._with_retries(
             lambda: self._api.create_commit(
                 self.repo_id,
@@ -237,7 +237,7 @@ class Receipt:
     nbytes: int
 
     def to_text(self) -> str:
-        """The receipt as a line of a journal."""
+        """The receipt as one line, for the journal."""
         return json.dumps({"sha256": self.sha256, "nbytes": self.nbytes})
 
     @classmethod
@@ -250,15 +250,15 @@ class Receipt:
         match value:
             case {"sha256": str(sha256), "nbytes": int(nbytes)} if _SHA256.fullmatch(sha256):
                 return cls(sha256, nbytes)
-        problem = "its receipt in the journal is of no upload"
+        problem = "its receipt in the journal is not that of an upload"
         raise OutputError(where, problem, "--restart starts over")
 
 
 def without_twins(additions: Sequence[CommitOperationAdd]) -> list[CommitOperationAdd]:
-    """The additions but for those whose bytes another one of them has.
+    """The additions without those whose bytes another one of them has.
 
-    In one request they would be uploaded twice; asked for later, the Hub has them. Looks at
-    files that can be hashed in no time, and that weights are not.
+    Equal files in one request would be uploaded twice; in a later request, the Hub has them.
+    Compares small files only, whose hash costs no time.
     """
     found: dict[object, CommitOperationAdd] = {}
     sizes = Counter(addition.upload_info.size for addition in additions)
@@ -272,7 +272,7 @@ def without_twins(additions: Sequence[CommitOperationAdd]) -> list[CommitOperati
 def to_upload_ahead(name: str, path: Path) -> CommitOperationAdd:
     """A file that is uploaded as a large one whatever the server would choose for its size.
 
-    A small file would otherwise travel inside the commit, when it is no longer on the disk.
+    A small file would otherwise be sent inside the commit, when it is no longer on the disk.
     """
     addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
     addition._upload_mode = "lfs"
@@ -288,7 +288,7 @@ def receipt_of(addition: CommitOperationAdd) -> Receipt:
 
 
 def uploaded_before(name: str, receipt: Receipt) -> CommitOperationAdd:
-    """A file whose bytes the Hub has, for a commit to name; it need be on no disk any more."""
+    """A file whose bytes the Hub has, for a commit to name. It need not be on this disk."""
     addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=b"")
     addition.upload_info.size = receipt.nbytes
     addition.upload_info.sha256 = bytes.fromhex(receipt.sha256)

@@ -1,13 +1,13 @@
 """A model on the Hugging Face Hub, read by byte ranges and pinned to one commit.
 
-huggingface_hub gives the address, the login, the session and the local cache; the bytes come by
-plain range requests. Its other way, hf_xet, can stream a range as well, but it transfers whole
-compressed blocks whose sizes it does not tell, so a promise about bytes downloaded could be
-neither kept nor checked; and it retries by its own rules. Plain ranges work with every endpoint.
+huggingface_hub provides the address, the login, the session and the local cache; the bytes come by
+plain range requests. hf_xet can stream a range as well, but it transfers whole compressed blocks
+whose sizes it does not tell, so a promise about bytes downloaded could be neither kept nor checked;
+and it retries by its own rules. Plain ranges work with every endpoint.
 
-A large file's address on the Hub leads, by a redirect that says size and hash, to a signed one
-elsewhere. That one is used for every range until it expires: one request to the Hub per file, not
-per range. The token never goes to another host.
+A large file's address on the Hub redirects, with size and hash in the headers, to a signed address
+on another host. That one is used for every range until it expires: one request to the Hub per file,
+not per range. The token is sent to the Hub's hosts only.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ from shardsurgeon.storage.retry import (
 )
 from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, leads_out
 
-# Whoever is redirected from one of these to another is still known there.
+# The Hub's own hosts: a redirect from one to another keeps the login.
 _HUBS = ("https://huggingface.co", "https://hf.co")
 _AGENT = "shardsurgeon"
 _RETRY_POLICY = RetryPolicy()
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _OF_TOTAL = re.compile(r"-\d+-of-(\d+)\.safetensors$")
-# A snapshot without these is complete: what prunes leaves them behind.
+# A snapshot without these is complete: they are not part of a result.
 _NOT_NEEDED = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
 
 
@@ -101,7 +101,7 @@ class HubSource(Source):
         """Ask the Hub which commit a revision is, and what is in it.
 
         repo_id: `org/name`; revision: a branch, a tag or a commit hash, None for main.
-        Raises CheckpointError or UsageError, with what to do, where the Hub says no, and
+        Raises CheckpointError or UsageError, with what to do, where the Hub refuses, and
         NetworkError where it does not answer.
         """
         require_sound_settings()
@@ -116,7 +116,7 @@ class HubSource(Source):
         self._files = _listing(info, self.location)
         self._headers = build_hf_headers(user_agent=_AGENT)
         self._trusted = {_origin(address) for address in (self._endpoint, *_HUBS)}
-        # File → where its bytes are. Written by several threads: each entry is as good as another.
+        # File → where its bytes are. Several threads may write an entry; any of them will do.
         self._routes: dict[str, _Route] = {}
         self._cached: dict[str, Path | None] = {}
 
@@ -184,7 +184,7 @@ class HubSource(Source):
         raise SourceReadError(where, f"leads to more than {MOST_REDIRECTS} other addresses")
 
     def _raise(self, response: Any, where: str, name: str, is_hubs: bool) -> None:
-        """Raise what an answer that is no part of a file means."""
+        """Raise the error for an answer that is not part of a file."""
         if not is_hubs and "X-Error-Code" not in response.headers:
             # A signed address expires; the next try asks the Hub for a new one.
             self._routes.pop(name, None)
@@ -208,13 +208,15 @@ class HubSource(Source):
 
 
 def _info(repo_id: str, revision: str | None, asked: str) -> ModelInfo:
-    """What the Hub says about a revision. Raises Interrupted where another try may help."""
+    """What the Hub says about a revision. Raises RetryableError where another try may succeed."""
     try:
         timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         api = HfApi(user_agent=_AGENT)
         return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     except HFValidationError as error:
-        raise UsageError(asked, "is no name of a repository", "write it like org/name") from error
+        raise UsageError(
+            asked, "is not the name of a repository", "write it like org/name"
+        ) from error
     except HfHubHTTPError as error:
         raise_if_passing(error.response)
         raise refused_read(error, asked, repo_id, revision) from error
@@ -260,7 +262,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def cached_file(repo_id: str, commit: str, file: SourceFile) -> Path | None:
-    """A file of a commit in the local cache, where it is there and as large as it must be."""
+    """A file of a commit in the local cache, where it is there and of the right size."""
     found = try_to_load_from_cache(repo_id, file.name, revision=commit)
     if not isinstance(found, str):
         return None
@@ -271,7 +273,7 @@ def cached_file(repo_id: str, commit: str, file: SourceFile) -> Path | None:
 def offline_snapshot(repo_id: str, revision: str | None) -> Path:
     """The newest complete snapshot of a model in the local cache that is of a revision.
 
-    revision: a branch, a tag, a commit hash or the begin of one; None means main's and, where
+    revision: a branch, a tag, a commit hash or its first digits; None means main's and, where
     that is not complete, any. Raises CheckpointError where there is none.
     """
     where = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
@@ -289,7 +291,7 @@ def offline_snapshot(repo_id: str, revision: str | None) -> Path:
 
 
 def _candidates(repo_id: str, revision: str | None) -> Iterator[Path]:
-    """The snapshots of a revision, the likeliest first."""
+    """The snapshots that may be of a revision, the most likely first."""
     store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
     snapshots = [path for path in _inside(store / "snapshots") if path.is_dir()]
     named = _ref(store, revision or constants.DEFAULT_REVISION)
@@ -302,14 +304,14 @@ def _candidates(repo_id: str, revision: str | None) -> Iterator[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What lies in a folder, the newest first; nothing where there is no such folder."""
+    """The entries of a folder, the newest first; none where there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _ref(store: Path, revision: str) -> str | None:
-    """The commit that a branch or a tag stood for when it was last fetched."""
+    """The commit of a branch or a tag when it was last fetched."""
     path = store / "refs" / revision
     if ".." in Path(revision).parts or not path.is_file():
         return None
@@ -317,7 +319,7 @@ def _ref(store: Path, revision: str) -> str | None:
 
 
 def _missing(snapshot: Path) -> str:
-    """The first file that a checkpoint cannot do without and that is not there, or ""."""
+    """The first file that a checkpoint needs and that is missing, or ""."""
     index = snapshot / INDEX_NAME
     shards = [path.name for path in snapshot.glob("*.safetensors")]
     needed = ["config.json"]
@@ -325,7 +327,7 @@ def _missing(snapshot: Path) -> str:
         try:
             needed += sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
-            return ""  # whoever opens it will say what is wrong with it
+            return ""  # opening the model reports what is wrong with it
     elif not shards:
         needed.append("model.safetensors")
     elif (total := _OF_TOTAL.search(shards[0])) and len(shards) < int(total[1]):
@@ -334,7 +336,7 @@ def _missing(snapshot: Path) -> str:
 
 
 def _unlisted(repo_id: str, snapshot: Path) -> str:
-    """What huggingface_hub knows to be missing beside the weights; its older versions do not."""
+    """What huggingface_hub reports missing beside the weights; older versions report nothing."""
     try:
         snapshot_download(
             repo_id,

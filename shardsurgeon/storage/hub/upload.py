@@ -1,7 +1,7 @@
 """A pruned model's files as one commit of a repository, uploaded together or one by one.
 
-Works for a whole folder and for one whose shards have been sent ahead. Uploads run on threads
-that the program does not wait for when it stops; the next run finds what they had sent.
+For a whole folder and for one whose shards have been sent ahead. Uploads run on threads that the
+program does not wait for when it stops; the next run finds what they have sent.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ UPLOADS_AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a push came to. files, nbytes: what the model consists of there; removed: names of
-    another model's weights that the commit took out."""
+    """The result of a push. files, nbytes: what the model consists of there; removed: names of
+    another model's weights that the commit removed."""
 
     commit: Commit
     files: int
@@ -51,10 +51,10 @@ class Published:
 def publish(
     repository: Repository, files: Mapping[str, Content], sent: Mapping[str, Receipt]
 ) -> Published:
-    """Commit files of this machine and shards that were sent ahead, and look whether it holds.
+    """Commit files of this machine and shards that were sent ahead, and check the commit.
 
-    What the branch has already goes no second time. Weights there that are no part of this model
-    are removed by the same commit: a loader might take them. Raises PublishError, UsageError.
+    What the branch has already is not sent again. Weights there that do not belong to this model
+    are removed by the same commit: a loader might load them. Raises PublishError, UsageError.
     """
     there = repository.files()
     weights = _weights(files)
@@ -70,7 +70,7 @@ def publish(
 
 
 def _weights(files: Mapping[str, Content]) -> dict[str, Path]:
-    """The files that are too large for a commit; an empty one is none."""
+    """The files that are too large for a commit; an empty one is not."""
     return {
         name: content
         for name, content in files.items()
@@ -107,7 +107,7 @@ def _nbytes(content: Content) -> int:
 def _require_published(
     repository: Repository, commit: Commit, sizes: Mapping[str, int], sent: Mapping[str, Receipt]
 ) -> None:
-    """Raise PublishError unless the commit has every file, and of those sent ahead the bytes."""
+    """Raise PublishError unless the commit has every file, and the bytes of those sent ahead."""
     there = repository.files(commit.oid)
     for name, nbytes in sorted(sizes.items()):
         found = there.get(name)
@@ -131,8 +131,8 @@ class HubDestination:
         check_shard: Callable[[str, Path], None],
         rest: Callable[[Path], Mapping[str, Content]],
     ) -> None:
-        """repository: prepared; check_shard: raises where a shard, by its name and its path, is
-        not what it should be; rest: given the folder of the files that stayed, says what of them
+        """repository: prepared; check_shard: raises where a shard, given its name and its path, is
+        not what it should be; rest: given the folder of the files that stayed, says which of them
         to publish under which names.
         """
         self._repository = repository
@@ -160,7 +160,7 @@ class HubDestination:
 def upload_in_parallel(
     send: Callable[[str, Path], _Result], files: Mapping[str, Path], at_once: int = UPLOADS_AT_ONCE
 ) -> dict[str, _Result]:
-    """What `send` gives for every file, by name. Raises the first error that it meets."""
+    """What `send` returns for every file, by name. Raises the first error of any."""
     results = map_in_threads(
         lambda file: send(*file), files.items(), at_once, "upload", daemon=True
     )
@@ -169,11 +169,11 @@ def upload_in_parallel(
 
 @contextmanager
 def silence_hub(bars: bool) -> Iterator[list[str]]:
-    """For the time of a `with`, let huggingface_hub show its upload bars or nothing.
+    """Within a `with`, let huggingface_hub show its upload bars or nothing at all.
 
-    What it warns of meanwhile is in the list, a line each. Holds for the whole process.
+    Its warnings meanwhile are in the list, a line each. Affects the whole process.
     """
-    # Made once and for all: uploads on several threads would make and delete it in turns.
+    # Made once here: uploads on several threads would make and delete it by turns.
     bar: Any = tqdm
     bar.get_lock()
     level = logging.get_verbosity()

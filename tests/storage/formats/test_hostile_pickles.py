@@ -132,14 +132,14 @@ class TestHostileFiles:
             (b"Pos\n.", "opcode PERSID"),
             (b"N2.", "opcode DUP"),
             (b"\x97.", "opcode NEXT_BUFFER"),
-            (b"K\x01K\x02\x93.", "by something that is no string"),
+            (b"K\x01K\x02\x93.", "by something that is not a string"),
             (b"\x8c\x02os\x8c\x06system\x93.", "names os.system"),
             (b"\x8c\x05torch\x8c\x0cnn.Module.to\x93.", "names torch.nn.Module.to"),
-            (b"NQ.", "no storage"),
-            (b"X\x01\x00\x00\x00/Q.", "no storage"),
-            (b"N)R.", "no function"),
-            (b"ctorch\nFloatStorage\n)R.", "no function"),
-            (b"ctorch\nSize\nNR.", "no tuple of arguments"),
+            (b"NQ.", "not a storage"),
+            (b"X\x01\x00\x00\x00/Q.", "not a storage"),
+            (b"N)R.", "not a function"),
+            (b"ctorch\nFloatStorage\n)R.", "not a function"),
+            (b"ctorch\nSize\nNR.", "not a tuple of arguments"),
             (b"ctorch\nSize\n)R.", "torch.Size with malformed arguments"),
             (b"ctorch._utils\n_rebuild_tensor_v2\n)R.", "malformed arguments"),
             (b"ctorch\nSize\n.", "a class or a bare storage"),
@@ -173,7 +173,7 @@ class TestHostileFiles:
         assert problem in hostile(tmp_path, pickled).problem
 
     def test_shared_parts_are_walked_once(self, tmp_path: Path) -> None:
-        # t = (t, t), ninety times: 2^90 leaves for whoever follows every path.
+        # t = (t, t), ninety times: 2^90 leaves for a reader that follows every path.
         doubled = b")q\x00" + b"h\x00\x86q\x00" * 90 + b"."
         assert isinstance(read(archive(tmp_path / "a.pt", doubled)), tuple)
 
@@ -224,7 +224,7 @@ class TestHostileFiles:
             (("0", "cpu", -1), "malformed storage"),
             (("0", "cpu", 2**90), "integer of 12 bytes"),
             ((0, "cpu", 3), "malformed storage"),
-            (("0", "cpu"), "no storage"),
+            (("0", "cpu"), "not a storage"),
         ],
     )
     def test_storages_that_are_not_there(

@@ -261,7 +261,7 @@ def test_changes_that_contradict_each_other_are_a_defect_of_the_caller(
         ('["a', "expected a string"),
         ('["\\x"]', "invalid escape"),
         ('["\\ud800"]', "lone surrogate"),
-        ("[True]", "'True' is no JSON value"),
+        ("[True]", "'True' is not a JSON value"),
         ("[1, // one\n2]", "expected a value, found '/'"),
         ("{", "expected a string, found the end of the file"),
         ("[", "expected a value, found the end of the file"),

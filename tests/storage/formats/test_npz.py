@@ -91,9 +91,9 @@ def test_arrays_that_are_not_numbers(tmp_path: Path, array: np.ndarray, problem:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "is no numpy array"),
-        (b"\x93NUMPY", "is no numpy array"),
-        (b"{'descr': '<f4'}" * 3, "is no numpy array"),
+        (b"", "is not a numpy array"),
+        (b"\x93NUMPY", "is not a numpy array"),
+        (b"{'descr': '<f4'}" * 3, "is not a numpy array"),
         (b"\x93NUMPY\x01\x00\xff\xff  ", "header of 65,535 bytes"),
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "header of 4,294,967,295 bytes"),
         (member("{'descr': '<f4'}"), "header that is not numpy's"),

@@ -123,7 +123,7 @@ def test_without_a_complete_snapshot_it_is_said_what_is_missing(
     assert main(["inspect", "org/tiny"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
-        "shardsurgeon: error: org/tiny: is no folder here, and is not in the Hub"
+        "shardsurgeon: error: org/tiny: is not a folder here, and is not in the Hub"
     )
     assert said.count("\n") == 1
 

@@ -41,7 +41,7 @@ WRONG = "hf_" + "x" * 34
     [
         ("hf://org/nothing", nothing, CheckpointError, r"has no such model that this login may"),
         ("hf://org/nothing", token(""), CheckpointError, r"without a login; .*`hf auth login`"),
-        ("org/nothing", nothing, CheckpointError, r"^org/nothing: is no folder here, and http"),
+        ("org/nothing", nothing, CheckpointError, r"^org/nothing: is not a folder here, and http"),
         ("org/tiny@v9", nothing, CheckpointError, r"no revision v9; name a branch, a tag or"),
         ("me/private", STRANGER, CheckpointError, r"has no such model that this login may see"),
         ("me/private", token(""), CheckpointError, r"if it is private, log in with `hf auth"),
@@ -55,10 +55,15 @@ WRONG = "hf_" + "x" * 34
         ("org/tiny", token(WRONG), InputError, r"does not accept the token.*HF_TOKEN, or log in"),
         ("org/tiny", token("hf_ token"), UsageError, r"^HF_TOKEN: the token holds characters"),
         ("org/tiny", token("hf_tokén"), UsageError, r"^HF_TOKEN: the token holds characters"),
-        ("org/tiny", endpoint("hub.local"), UsageError, r"^HF_ENDPOINT: 'hub\.local' is no web"),
-        ("hf://org/tiny/sub/folder", nothing, UsageError, r"is no model on the Hub; write it like"),
-        ("hf://datasets/org/tiny", nothing, UsageError, r"is no model on the Hub"),
-        ("hf://or--g/tiny", nothing, UsageError, r"is no name of a repository"),
+        ("org/tiny", endpoint("hub.local"), UsageError, r"^HF_ENDPOINT: 'hub\.local' is not a web"),
+        (
+            "hf://org/tiny/sub/folder",
+            nothing,
+            UsageError,
+            r"is not a model on the Hub; write it like",
+        ),
+        ("hf://datasets/org/tiny", nothing, UsageError, r"is not a model on the Hub"),
+        ("hf://or--g/tiny", nothing, UsageError, r"is not the name of a repository"),
         (
             "org/pickled",
             nothing,
@@ -94,7 +99,7 @@ def test_one_line_and_what_to_do(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_whoever_may_read_a_private_or_gated_model_reads_it(online: LocalHub) -> None:
+def test_a_login_that_may_read_a_private_or_gated_model_reads_it(online: LocalHub) -> None:
     online.add_model("me/private", FOLDER, private=True)
     online.add_model("me/gated", FOLDER, gated=True)
     for model in ("me/private", "hf://me/gated@main"):

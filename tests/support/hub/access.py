@@ -42,8 +42,10 @@ def require_login(account: Account | None) -> Account:
     return account
 
 
-def require_pen(account: Account | None, repository: Repository, *, as_pull: bool = False) -> None:
-    """Refuse who may not write here. Whoever may read and write may open a pull request."""
+def require_write_access(
+    account: Account | None, repository: Repository, *, as_pull: bool = False
+) -> None:
+    """Refuse those who may not write here. Every write token may open a pull request."""
     account = require_login(account)
     if not account.may_write or not (as_pull or _is_owner(account, repository)):
         raise refusals.forbidden(

@@ -11,7 +11,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.support.hub import refusals
-from tests.support.hub.access import require_files, require_login, require_namespace, require_pen
+from tests.support.hub.access import (
+    require_files,
+    require_login,
+    require_namespace,
+    require_write_access,
+)
 from tests.support.hub.contents import Blob, Commit, Repository, lfs_pointer
 from tests.support.hub.store import Store, segment
 
@@ -95,7 +100,7 @@ class ApiRoutes:
 
     async def change_settings(self, request: Request) -> Response:
         account, repository = self.store.sight(request)
-        require_pen(account, repository)
+        require_write_access(account, repository)
         body = await request.json()
         if "private" in body or "visibility" in body:
             repository.private = bool(body.get("private")) or body.get("visibility") == "private"
@@ -175,7 +180,7 @@ class ApiRoutes:
 
     async def create_branch(self, request: Request) -> Response:
         account, repository = self.store.sight(request)
-        require_pen(account, repository)
+        require_write_access(account, repository)
         branch = segment(request, "branch")
         if branch.startswith("refs/"):
             raise refusals.bad_request("Invalid reference for a branch")
@@ -187,7 +192,7 @@ class ApiRoutes:
 
     async def delete_branch(self, request: Request) -> Response:
         account, repository = self.store.sight(request)
-        require_pen(account, repository)
+        require_write_access(account, repository)
         branch = segment(request, "branch")
         if branch == "main":
             raise refusals.forbidden("Cannot delete the main branch")
@@ -197,7 +202,7 @@ class ApiRoutes:
 
     async def create_tag(self, request: Request) -> Response:
         account, repository = self.store.sight(request)
-        require_pen(account, repository)
+        require_write_access(account, repository)
         tag = (await request.json())["tag"]
         if tag in repository.tags:
             raise refusals.conflict("Tag reference exists already")
@@ -206,7 +211,7 @@ class ApiRoutes:
 
     async def delete_tag(self, request: Request) -> Response:
         account, repository = self.store.sight(request)
-        require_pen(account, repository)
+        require_write_access(account, repository)
         if repository.tags.pop(segment(request, "revision"), None) is None:
             raise refusals.revision_not_found(segment(request, "revision"))
         return JSONResponse({})

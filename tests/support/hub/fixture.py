@@ -20,8 +20,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     hub = LocalHub(tmp_path_factory.mktemp("hub"))
     hub.start()
     yield hub
-    # Its last fifth of a second is nobody's business.
-    hub.stop(wait=False)
+    hub.stop(wait=False)  # waiting would cost a fifth of a second
 
 
 @pytest.fixture
@@ -57,6 +56,6 @@ def set_up(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None
     }
     for constant, setting in values.items():
         monkeypatch.setattr(constants, constant, setting)
-    # A connection kept from an earlier test leads to a server that is no more.
+    # A connection kept from an earlier test leads to a server that has ended.
     close_session()
     HfFileSystem.clear_instance_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Refusal(Exception):
-    """An answer that is no success: status, X-Error-Code (or none), message, further headers."""
+    """An answer that refuses: status, X-Error-Code (or none), message, further headers."""
 
     def __init__(
         self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None

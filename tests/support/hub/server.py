@@ -198,7 +198,7 @@ class LocalHub:
         """Change what storage has behind the links of a file; the Hub itself does not know."""
         repository = self.store.repositories[id]
         old = repository.file(revision, path)[1]
-        assert old.sha256 is not None, f"{path} is no LFS object"
+        assert old.sha256 is not None, f"{path} is not an LFS object"
         repository.objects[old.sha256] = _blob(path, content, hashed=True)
 
     def expire_links(self) -> None:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.support.hub.access import require_pen
+from tests.support.hub.access import require_write_access
 from tests.support.hub.contents import (
     SAMPLE_NBYTES,
     Blob,
@@ -57,7 +57,7 @@ class UploadRoutes:
     async def preupload(self, request: Request) -> Response:
         account, repository = self.store.sight(request)
         as_pull = bool(request.query_params.get("create_pr"))
-        require_pen(account, repository, as_pull=as_pull)
+        require_write_access(account, repository, as_pull=as_pull)
         commit = repository.resolve(segment(request, "revision"))
         attributes = commit.tree.get(".gitattributes")
         files = []
@@ -81,7 +81,7 @@ class UploadRoutes:
         account, repository = self.store.sight(request)
         body = await request.json()
         # A pull request may be opened without the right to write; its objects carry no ref.
-        require_pen(account, repository, as_pull="ref" not in body)
+        require_write_access(account, repository, as_pull="ref" not in body)
         objects = [
             self._instructions(repository, one["oid"], one["size"]) for one in body["objects"]
         ]
@@ -166,7 +166,7 @@ class UploadRoutes:
     async def commit(self, request: Request) -> Response:
         account, repository = self.store.sight(request)
         as_pull = bool(request.query_params.get("create_pr"))
-        require_pen(account, repository, as_pull=as_pull)
+        require_write_access(account, repository, as_pull=as_pull)
         assert account is not None
         lines = [json.loads(line) for line in (await request.body()).splitlines()]
         header = lines.pop(0)["value"]

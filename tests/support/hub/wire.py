@@ -280,7 +280,7 @@ def _answer(fault: Fault) -> ASGIApp:
 
 
 async def _elsewhere(do: Callable[[], object]) -> None:
-    """Run it in a thread that nobody waits for at shutdown: it may itself restart the server."""
+    """Run it in a thread that the shutdown does not wait for: it may itself restart the server."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
