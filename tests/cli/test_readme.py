@@ -31,7 +31,8 @@ INSTALL_AND_PRUNE = (
     "(cd fixtures/kimi_k25 && ../../.venv/bin/shardsurgeon apply scores.pt --ratio 0.65)"
 )
 INSTALL_AND_TEST = (
-    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest"
+    "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
+    ".venv/bin/python -m pytest --loop full -n 2"
 )
 
 

@@ -11,12 +11,15 @@ import pytest
 import shardsurgeon
 from tests.support.hub.models import ROOT
 
-# What the examples need beside the package: a Hub to push to, transformers to compare with.
+# These examples need a Hub to push to; that of ArchitectureReport needs transformers.
 PUSHING = {"push", "PushReport"}
-COMPARING = {"ArchitectureReport"}
+NAMES = [
+    pytest.param(name, marks=pytest.mark.torch if name == "ArchitectureReport" else ())
+    for name in shardsurgeon.__all__
+]
 
 
-@pytest.mark.parametrize("name", shardsurgeon.__all__)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_example_of_every_public_name_runs(
     name: str,
     request: pytest.FixtureRequest,
@@ -25,8 +28,6 @@ def test_the_example_of_every_public_name_runs(
 ) -> None:
     if name in PUSHING:
         request.getfixturevalue("online")
-    if name in COMPARING:
-        pytest.importorskip("transformers")
     for fixture in ("kimi_k25", "kimi_k2", "qwen3_moe"):
         shutil.copytree(ROOT / "fixtures" / fixture, tmp_path / "fixtures" / fixture)
     monkeypatch.chdir(tmp_path)
