@@ -7,6 +7,7 @@ llama.cpp does. A name that could mean two layers is not taken for any.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,3 +58,17 @@ def layer_order(layer: Layer) -> tuple[bool, int]:
     if isinstance(layer, int):
         return False, layer
     return True, int(layer.removeprefix("mtp."))
+
+
+def layer_number(layer: Layer, first_mtp: int) -> int:
+    """The number of a layer that a file names: MTP layers count on behind the main ones.
+
+    first_mtp: the number of the MTP layer `mtp.0`.
+    """
+    return layer if isinstance(layer, int) else first_mtp + int(layer.removeprefix("mtp."))
+
+
+def listed_layers(layers: Collection[int]) -> str:
+    """Layer numbers for a message, ascending, at most five of them."""
+    shown = ", ".join(map(str, sorted(layers)[:5]))
+    return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"

@@ -21,12 +21,7 @@ from shardsurgeon.cli.options import (
     shard_size,
     size,
 )
-from shardsurgeon.cli.output import (
-    as_typed,
-    emit,
-    fact,
-    progress_bar,
-)
+from shardsurgeon.cli.output import as_typed, emit, fact, progress_bar
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
 from shardsurgeon.operations.request import RunOptions

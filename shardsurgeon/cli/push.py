@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardsurgeon.cli.options import (
-    family_option,
-    json_option,
-    progress_option,
-    push_options,
-)
+from shardsurgeon.cli.options import family_option, json_option, progress_option, push_options
 from shardsurgeon.cli.output import as_typed, emit, fact, shows_progress
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size

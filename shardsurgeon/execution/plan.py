@@ -71,11 +71,11 @@ class Plan:
     """Everything the executor needs.
 
     shards: the weight files to write.
-    documents: small files whose whole content the plan holds (config.json, the index,
+    generated_files: small files whose whole content the plan holds (config.json, the index,
     metadata): (name, bytes), in the order of writing.
-    copied_files: source files copied byte for byte, by name.
-    score_files: (output name, absolute path) of files from outside the source, such as the
-    score file.
+    copied_files: files of the source that are copied byte for byte, by name.
+    score_files: (output name, absolute path) of files from outside the source: the scores or the
+    keep-list that the plan was made from.
     source_files: size and stamp of every source file the plan reads, as they were when it
     was planned.
     request_fingerprint: sha256 hex of what was asked for (all but the source's state).

@@ -9,8 +9,8 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.reports import InspectReport
 from shardsurgeon.pruning.config_edits import quantization_name
 from shardsurgeon.pruning.counts import uniform_counts
-from shardsurgeon.pruning.decide import main_facts, routing_facts
 from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.routing import main_facts, routing_facts
 from shardsurgeon.pruning.selection import mtp_counts
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)

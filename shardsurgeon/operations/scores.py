@@ -29,14 +29,11 @@ from shardsurgeon.operations.reports import (
     WrittenScoresReport,
 )
 from shardsurgeon.pruning.agreement import ComparisonReport, compare
-from shardsurgeon.pruning.analysis import SUPER_METRIC, ScoreAnalysis, view_alone
-from shardsurgeon.pruning.decide import (
-    model_super_experts,
-    model_values,
-    never_routed_experts,
-    routing_facts,
-)
+from shardsurgeon.pruning.analysis import ScoreAnalysis, view_alone
+from shardsurgeon.pruning.decide import model_super_experts, model_values, never_routed_experts
 from shardsurgeon.pruning.lineage import check_lineage
+from shardsurgeon.pruning.routing import routing_facts
+from shardsurgeon.pruning.selection import SUPER_METRIC
 from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
 from shardsurgeon.scores.router_norms import RouterNorm, random_scores, router_scores
 from shardsurgeon.scores.table import Scores

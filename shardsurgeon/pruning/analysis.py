@@ -16,7 +16,7 @@ from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.pruning.request import removed_count
 from shardsurgeon.pruning.routing import RoutingFacts, fewest_kept
-from shardsurgeon.pruning.selection import super_experts
+from shardsurgeon.pruning.selection import SUPER_METRIC, super_experts
 from shardsurgeon.scores.table import Scores, check_values
 
 Values = NDArray[np.float64]
@@ -30,8 +30,6 @@ _ROUNDING = 1e-12
 _GAP_FROM, _GAP_TO = 0.1, 0.9
 # With as many digits a float64 is spelled exactly: no shorter ratio is left to be found.
 _MAX_DIGITS = 17
-# The metric that super experts are found by: the largest output norm seen of each expert.
-SUPER_METRIC = "max_activations"
 
 
 @dataclass(frozen=True, slots=True)

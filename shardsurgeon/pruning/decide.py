@@ -14,22 +14,16 @@ from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.layer_names import Layer
+from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.pruning.analysis import SUPER_METRIC
 from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_counts
 from shardsurgeon.pruning.keep_list_files import KeepListFile
-from shardsurgeon.pruning.keep_lists import (
-    KeepList,
-    layer_number,
-    listed_layers,
-    read_keeplist,
-    resolve,
-)
+from shardsurgeon.pruning.keep_lists import KeepList, read_keeplist, resolve
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
-from shardsurgeon.pruning.routing import RoutingFacts
+from shardsurgeon.pruning.routing import RoutingFacts, main_facts, routing_facts
 from shardsurgeon.pruning.selection import (
+    SUPER_METRIC,
     check_keep_list,
     check_mtp_counts,
     check_order,
@@ -197,23 +191,6 @@ def _from_file(
     keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
     check_mtp_counts(keep, anatomy, listed.origin)
     return Decision(keep, drop_mtp, None, {**policies, **others}, {}, ())
-
-
-def routing_facts(anatomy: Anatomy) -> RoutingFacts:
-    """What the selection must know of a model's routers, in its largest layers."""
-    return RoutingFacts(
-        num_experts=anatomy.num_experts,
-        top_k=anatomy.top_k,
-        n_group=anatomy.n_group,
-        topk_group=anatomy.topk_group,
-        group_score_top=anatomy.family.group_score_top,
-    )
-
-
-def main_facts(anatomy: Anatomy) -> dict[int, RoutingFacts]:
-    """Main layer → what the selection must know of its own router."""
-    facts = routing_facts(anatomy)
-    return {layer.index: facts.of_layer(layer.num_experts) for layer in anatomy.main_layers}
 
 
 def model_values(

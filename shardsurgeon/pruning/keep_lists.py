@@ -10,13 +10,13 @@ import json
 import math
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 
-from shardsurgeon.checkpoint.layer_names import Layer
+from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
 from shardsurgeon.errors import KeepListError
 from shardsurgeon.pruning.keep_list_files import (
     PLAN_FORMAT,
@@ -127,20 +127,6 @@ def resolve(
             for number in sorted(listed)
         },
     )
-
-
-def layer_number(layer: Layer, first_mtp: int) -> int:
-    """The number of a layer that a file names: MTP layers count on behind the main ones.
-
-    first_mtp: the number of the MTP layer `mtp.0`.
-    """
-    return layer if isinstance(layer, int) else first_mtp + int(layer.removeprefix("mtp."))
-
-
-def listed_layers(layers: Collection[int]) -> str:
-    """Layer numbers for a message, ascending, at most five of them."""
-    shown = ", ".join(map(str, sorted(layers)[:5]))
-    return shown if len(layers) <= 5 else f"{shown} and {len(layers) - 5} more"
 
 
 def write_plan(

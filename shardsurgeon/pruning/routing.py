@@ -1,15 +1,32 @@
-"""What the router of a model needs to stay able to choose, and whether a kept count leaves it.
+"""From a model and its scores (or a keep-list file) to the keep-lists of every layer.
 
-A token is sent to top-k experts. Where routing is group-limited (DeepSeek), the experts are split
-into groups of consecutive ids, a token may use a few of the groups only, and a group is scored by
-its best experts: then all groups must keep the same number, and none may keep too few.
+First the counts, then the experts, then the MTP layers, then the check that no pruned expert beats
+a retained one. Of the model's weights only the routers of MTP layers without scores are read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.errors import ConfigError, InputError, UsageError
+
+
+def routing_facts(anatomy: Anatomy) -> RoutingFacts:
+    """What the selection must know of a model's routers, in its largest layers."""
+    return RoutingFacts(
+        num_experts=anatomy.num_experts,
+        top_k=anatomy.top_k,
+        n_group=anatomy.n_group,
+        topk_group=anatomy.topk_group,
+        group_score_top=anatomy.family.group_score_top,
+    )
+
+
+def main_facts(anatomy: Anatomy) -> dict[int, RoutingFacts]:
+    """Main layer → what the selection must know of its own router."""
+    facts = routing_facts(anatomy)
+    return {layer.index: facts.of_layer(layer.num_experts) for layer in anatomy.main_layers}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,6 @@
-"""Which experts stay: one saliency per expert and a kept count become keep-lists. Pure.
+"""`scores show`: what a score file says of each layer, and where the layers could be cut.
 
-MTP layers (next-token prediction) mostly come without scores. How many of their experts stay
-follows from the main layers, because engines build both with the one count of the config; which
-of them stay is decided by the policy of --mtp. The checks at the end hold for any keep-list,
-whether chosen here or read from a file.
+What a cut costs is the share of a layer's saliency that goes with the pruned experts.
 """
 
 from __future__ import annotations
@@ -23,6 +20,9 @@ from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.request import MtpPolicy
 from shardsurgeon.pruning.routing import RoutingFacts, check_routing, fewest_kept
 from shardsurgeon.scores.router_norms import router_scores
+
+# The metric that super experts are found by: the largest output norm seen of each expert.
+SUPER_METRIC = "max_activations"
 
 # The numbers of REAP's rule for super experts.
 _SUPER_QUANTILE = 0.995

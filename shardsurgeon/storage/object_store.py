@@ -12,12 +12,7 @@ from typing import Any
 
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
 from shardsurgeon.storage.http import parse_address, printable
-from shardsurgeon.storage.retry import (
-    RetryableError,
-    RetryPolicy,
-    retry,
-    stream_pieces,
-)
+from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry, stream_pieces
 from shardsurgeon.storage.source import (
     CHUNK_NBYTES,
     Source,

@@ -58,12 +58,7 @@ from shardsurgeon.storage.http import (
 )
 from shardsurgeon.storage.hub.errors import refused_read, require_sound_settings
 from shardsurgeon.storage.local import pieces_of
-from shardsurgeon.storage.retry import (
-    RetryableError,
-    RetryPolicy,
-    retry,
-    stream_pieces,
-)
+from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry, stream_pieces
 from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, leads_out
 
 # The Hub's own hosts: a redirect from one to another keeps the login.
