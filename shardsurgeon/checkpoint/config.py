@@ -139,7 +139,7 @@ def _per_layer(
 ) -> dict[int, int]:
     """Layer → experts, of the layers for which the config says it."""
     if not isinstance(section.get(PER_LAYER_KEY, []), list):
-        raise ConfigError(where, f"{PER_LAYER_KEY} is no list", "say a number for every layer")
+        raise ConfigError(where, f"{PER_LAYER_KEY} is not a list", "say a number for every layer")
     found: dict[int, int] = {}
     for template, first in per_layer_paths(keys, num_layers):
         for path, value in config_values(section, template):

@@ -116,7 +116,7 @@ class _FamilyGuess:
         self._counts = [key for key in _COUNTS if key in self._section]
         self._experts = self._section[self._counts[0]] if self._counts else 0
         if not isinstance(self._experts, int) or isinstance(self._experts, bool):
-            self._doubt(f"{self._counts[0]} is no single number")
+            self._doubt(f"{self._counts[0]} is not a single number")
             self._experts = 0
         self._shapes = {record.name: record.shape for record in checkpoint.records}
         self._prefix, self._block = self._place()

@@ -193,7 +193,7 @@ class _Reader(CheckedJson):
         after = self.count(top, "num_experts_after", "")
         differ = top["format"] == FORMATS[1]
         if not 0 < after < before + differ:
-            self.refuse(f"{after} of {before} experts are left, which is no prune")
+            self.refuse(f"{after} of {before} experts are left, which prunes nothing")
         layers: dict[int, LayerRecord] = {}
         groups: set[int] = set()
         for key, fields in self.member(top, "layers", "").items():

@@ -335,7 +335,9 @@ class _Form:
             scales = -(-width // group) if group else 1
             if packed_words(width, bits) == words and scales == groups:
                 return bits, group
-        raise self._unknown(f"{words} words and {groups} scales are no row of {width} weights")
+        raise self._unknown(
+            f"{words} words and {groups} scales do not make a row of {width} weights"
+        )
 
     def _packed_floats(self) -> Tensor:
         packed = self.rows.read(f"{self.name}_packed")
@@ -355,7 +357,7 @@ class _Form:
             return awq(qweight, qzeros, scales)
         bits = 32 * qweight.shape[0] // inputs
         if bits not in (2, 4, 8) or qweight.shape[1] != outputs:
-            raise self._unknown(f"qweight {list(qweight.shape)} is no AWQ or GPTQ of 2, 4, 8 bits")
+            raise self._unknown(f"qweight {list(qweight.shape)} is not AWQ or GPTQ of 2, 4, 8 bits")
         return gptq(qweight, qzeros, scales, order, bits, plus_one=not self.gptq_v2)
 
     def _blocks(self) -> Tensor:

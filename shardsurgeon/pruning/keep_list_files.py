@@ -180,7 +180,7 @@ class _Shapes:
     def _number(self, value: object, place: str) -> float | None:
         number = as_number(value)
         if number is None and value is not None:
-            raise self._fault(f"{place}: {brief(value)} is no saliency")
+            raise self._fault(f"{place}: {brief(value)} is not a saliency")
         return number
 
     def _maybe_no_ids(self, value: object, place: str, count: int | None) -> Ids:
@@ -272,7 +272,7 @@ class _Shapes:
         for old_id in value:
             if not is_whole_number(old_id) or (count is not None and old_id >= count):
                 limit = "" if count is None else f" between 0 and {count - 1}"
-                raise self._fault(f"{place}: {brief(old_id)} is no expert id{limit}")
+                raise self._fault(f"{place}: {brief(old_id)} is not an expert id{limit}")
         ids = tuple(sorted(value))
         for before, after in pairwise(ids):
             if before == after:

@@ -191,7 +191,7 @@ def _slice(
     inner_bits = math.prod(record.shape[role.axis + 1 :]) * DTYPE_BITS[record.dtype]
     row_nbytes, ragged = divmod(inner_bits, 8)
     if ragged:
-        problem = f"an expert's row takes {inner_bits:,} bits, which are no whole bytes"
+        problem = f"an expert's row takes {inner_bits:,} bits, which do not fill whole bytes"
         raise FamilyError(record.name, problem, "its experts cannot be taken apart")
     runs = list(_runs((*retained, *range(rows - role.tail, rows))))
     pieces = tuple(

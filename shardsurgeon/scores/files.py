@@ -226,7 +226,7 @@ def _recognised(path: Path, where: str) -> Callable[[Path, str], _Held]:
         return _read_torch  # which says what kind of pickle it is
     raise ScoreError(
         where,
-        "this is no score file: neither torch.save's, nor safetensors, npz or JSON",
+        "this is not a score file: not torch.save's, safetensors, npz or JSON",
         "give a file that ends in .pt, .pth, .safetensors, .npz or .json",
     )
 

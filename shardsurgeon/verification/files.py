@@ -179,7 +179,7 @@ def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
         if name in shards or name.startswith(CALIBRATION_FOLDER):
             continue
         if _holds_other_weights(name) or (name.endswith(".safetensors") and name not in copied):
-            findings.add(name, "is a weight file that is no part of the model")
+            findings.add(name, "is a weight file that is not part of the model")
 
 
 def _moved(name: str, nbytes: int, there: dict[str, int]) -> list[str]:

@@ -251,7 +251,7 @@ class _Matcher:
         if isinstance(role, Sliced):
             shape, cut = _rows(old, role, self._keeps.retained[role.layer])
             if cut.row_nbytes * cut.blocks * cut.before != old.nbytes:
-                self._findings.add(where, "was cut, though its rows are no whole bytes")
+                self._findings.add(where, "was cut, though its rows do not fill whole bytes")
                 return None
         elif isinstance(role, Counted):
             cut = Count(DTYPE_BITS[old.dtype] // 8, len(self._keeps.retained[role.layer]))

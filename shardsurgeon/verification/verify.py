@@ -42,7 +42,7 @@ def verify_checkpoint(
     """
     place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
     if isinstance(pruned, str | PathLike) and not Path(pruned).is_dir():
-        raise CheckpointError(pruned, "is no folder", "give the folder that apply wrote")
+        raise CheckpointError(pruned, "is not a folder", "give the folder that apply wrote")
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     anatomy = read_anatomy(before)
     findings = Findings()

@@ -267,7 +267,7 @@ def test_a_record_that_is_not_whole_is_refused_with_its_place(
         (b"", "is not valid JSON"),
         (b"\xff{}", "is not valid JSON"),
         (b'{"format": 1, "format": 1}', "the key 'format' stands there twice"),
-        (b'{"format": 1, "ratio": NaN}', "NaN is no JSON number"),
+        (b'{"format": 1, "ratio": NaN}', "NaN is not a JSON number"),
         (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "the document: found list, expected an object"),
         (b'{"format": 1' + b"0" * 5000 + b"}", "is not valid JSON"),

@@ -265,13 +265,13 @@ def test_a_model_whose_layers_differ_is_pruned_again(tmp_path: Path) -> None:
             {"num_routed_experts_per_layer": [0, 8, 7, 8]},
             "has 8 experts in dimension 0, expected 7",
         ),
-        ({"num_routed_experts_per_layer": 8}, "num_routed_experts_per_layer is no list"),
+        ({"num_routed_experts_per_layer": 8}, "num_routed_experts_per_layer is not a list"),
         ({"num_routed_experts_per_layer": [0, "8"]}, "expected a list of whole numbers"),
         (
             {"num_routed_experts_per_layer": [0, 8, 8, 8], "n_routed_experts": 9},
             "says 9 experts, the largest",
         ),
-        ({"num_routed_experts_per_layer": {"1": 8}}, "is no list"),
+        ({"num_routed_experts_per_layer": {"1": 8}}, "is not a list"),
     ],
 )
 def test_a_list_that_contradicts_the_model_is_refused(changes: dict[str, Any], says: str) -> None:

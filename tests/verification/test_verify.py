@@ -265,7 +265,7 @@ def test_a_spoiled_result_ends_the_command_with_status_1(
 
 
 def test_a_pruned_path_that_is_no_folder_is_bad_input(grouped, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         verify_checkpoint(grouped[0], tmp_path / "nowhere")
 
 

@@ -414,7 +414,9 @@ def test_rows_that_are_no_whole_bytes_cannot_have_been_cut(tmp_path: Path) -> No
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         shard.write_bytes(len(text).to_bytes(8, "little") + text + raw[begin:] + data * 3)
-    assert f"{names[0]}: was cut, though its rows are no whole bytes" in differences(source, out)
+    assert f"{names[0]}: was cut, though its rows do not fill whole bytes" in differences(
+        source, out
+    )
 
 
 def test_save_file_is_the_layout_that_is_promised(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def read_object(
 
 def no_constant(spelling: str) -> NoReturn:
     """Refuse NaN and the infinities, which Python's json reads and JSON does not have."""
-    raise ValueError(f"{spelling} is no JSON number")
+    raise ValueError(f"{spelling} is not a JSON number")
 
 
 def parse_json(

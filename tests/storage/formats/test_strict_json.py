@@ -21,7 +21,7 @@ from shardsurgeon.storage.formats.strict_json import (
         (b"", "Expecting value"),
         (b"\xff{}", "can't decode"),
         (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands there twice"),
-        ("[-Infinity]", "-Infinity is no JSON number"),
+        ("[-Infinity]", "-Infinity is not a JSON number"),
     ],
 )
 def test_what_is_not_json_is_refused(text: str | bytes, says: str) -> None:
