@@ -241,8 +241,8 @@ class TestFormats:
     @pytest.mark.parametrize(
         ("name", "content", "problem"),
         [
-            ("a", b"hello", "no score file"),
-            ("a", b"", "no score file"),
+            ("a", b"hello", "not a score file"),
+            ("a", b"", "not a score file"),
             ("a", b"\x80\x04N.", "a plain pickle"),
             ("a.json", b"", "not JSON"),
             ("a.json", b"3", "not a JSON object"),
