@@ -194,6 +194,17 @@ class TestFormats:
         assert {n: row.tolist() for n, row in scores.select()[1].items()} == ROWS
         assert scores.facts == {"dataset": "c4", "seed": "1"}
 
+    @pytest.mark.torch
+    def test_safetensors_of_bfloat16(self, tmp_path: Path) -> None:
+        import safetensors.torch
+        import torch
+
+        path = tmp_path / "scores.safetensors"
+        rows = {n: torch.tensor(row, dtype=torch.bfloat16) for n, row in ROWS.items()}
+        safetensors.torch.save_file({f"layers.{n}.mlp.reap": row for n, row in rows.items()}, path)
+        expected = {n: row.double().tolist() for n, row in rows.items()}
+        assert {n: row.tolist() for n, row in read_scores(path).select()[1].items()} == expected
+
     @pytest.mark.parametrize("key", ["{}", "layers.{}", "model.layers.{}.mlp", "{}.saliency"])
     @pytest.mark.parametrize("save", [safetensors.numpy.save_file, None], ids=["st", "npz"])
     def test_unnamed_arrays(
