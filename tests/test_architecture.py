@@ -34,7 +34,7 @@ RANKS = [
 # functions (`scores.files` to write a .pt file).
 ENGINES = {"torch", "transformers"}
 ENGINE_ROOMS = ("layerwise.", "checkpoint.transformers_model", "scores.files")
-# Decides and plans; what goes beside the weights is read and hashed in `output_files` alone.
+# All else in pruning/ decides and plans: these read what goes beside the weights, and keep-lists.
 MAY_OPEN_FILES = {"pruning.output_files", "pruning.keep_list_files"}
 CARDS = {"operations.card_data", "operations.model_card"}
 
@@ -137,12 +137,11 @@ def test_the_executor_knows_no_experts() -> None:
 def test_what_decides_touches_no_files(module: str) -> None:
     if module in MAY_OPEN_FILES:
         return
-    names = {
-        node.func.id
-        for node in ast.walk(tree(module))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    assert "open" not in names
+    calls = [node.func for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    names = {call.id for call in calls if isinstance(call, ast.Name)}
+    names |= {call.attr for call in calls if isinstance(call, ast.Attribute)}
+    assert not names & {"open", "fdopen", "FileIO", "stat"}
+    assert not names & {"read_bytes", "read_text", "write_bytes", "write_text"}
     assert not outside_imports(module) & {"io", "shutil", "time"}
     assert not imports(module) & {"storage.files", "storage.local", "storage.system"}
 

@@ -17,8 +17,8 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_counts
-from shardsurgeon.pruning.keep_list_files import KeepListFile
-from shardsurgeon.pruning.keep_lists import KeepList, read_keeplist, resolve
+from shardsurgeon.pruning.keep_list_files import KeepListFile, read_keeplist
+from shardsurgeon.pruning.keep_lists import KeepList, resolve
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
 from shardsurgeon.pruning.routing import RoutingFacts, main_facts, routing_facts

@@ -7,9 +7,13 @@ of ids under layer numbers is refused rather than guessed.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from os import PathLike
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from shardsurgeon.checkpoint.layer_names import Layer, layer_order, parse_layer
@@ -20,6 +24,7 @@ from shardsurgeon.storage.formats.strict_json import (
     as_number,
     brief,
     is_whole_number,
+    read_object,
 )
 
 PLAN_KIND = "shardsurgeon-plan"
@@ -31,6 +36,8 @@ Ids: TypeAlias = tuple[int, ...]
 _SAY_IT = 'say which in the file: {"kept": {layer: [ids]}} or {"dropped": {layer: [ids]}}'
 _SHAPES = 'a keep-list is {"kept": {layer: [ids]}}, {layer: {"kept": [ids]}} or a plan.json'
 _COUNT_KEYS = ("num_experts", "n_expert")
+
+_MAX_NBYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,3 +315,25 @@ def _is_module_path(key: str) -> bool:
     """`model.layers.3.mlp`: a layer and a module in it."""
     name = parse_layer(key)
     return name is not None and name.rest != "" and not key[0].isdigit()
+
+
+def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> KeepListFile:
+    """Read a keep-list file: JSON of any accepted shape.
+
+    meaning: what bare lists of ids under layer numbers are, which otherwise are refused.
+    Raises KeepListError naming the file, the layer and the id at fault.
+    """
+    where = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            # Python reserves as many bytes as are asked for, so no more than the file has.
+            status = os.fstat(file.fileno())
+            nbytes = status.st_size if stat.S_ISREG(status.st_mode) else _MAX_NBYTES
+            raw = file.read(min(nbytes, _MAX_NBYTES) + 1)
+    except OSError as error:
+        raise KeepListError(where, f"cannot be read ({error.strerror or error})") from error
+    if len(raw) > _MAX_NBYTES:
+        raise KeepListError(where, f"has more than {_MAX_NBYTES:,} bytes: no keep-list is so large")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    value = read_object(raw, where, "the keep-list", KeepListError, "save it again as JSON")
+    return recognise(value, where, meaning)

@@ -8,27 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from types import MappingProxyType
 
 from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
 from shardsurgeon.errors import KeepListError
-from shardsurgeon.pruning.keep_list_files import (
-    PLAN_FORMAT,
-    PLAN_KIND,
-    Ids,
-    KeepListFile,
-    Meaning,
-    recognise,
-)
-from shardsurgeon.storage.formats.strict_json import read_object
+from shardsurgeon.pruning.keep_list_files import PLAN_FORMAT, PLAN_KIND, Ids, KeepListFile
 
-_MAX_NBYTES = 64 * 2**20
 _SAME_EVERYWHERE: Mapping[int, int] = MappingProxyType({})
 
 
@@ -67,28 +54,6 @@ class KeepList:
     def is_uniform(self) -> bool:
         """Whether every layer keeps the same number."""
         return len({len(keep.retained) for keep in self.layers.values()}) == 1
-
-
-def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> KeepListFile:
-    """Read a keep-list file: JSON of any accepted shape.
-
-    meaning: what bare lists of ids under layer numbers are, which otherwise are refused.
-    Raises KeepListError naming the file, the layer and the id at fault.
-    """
-    where = str(path)
-    try:
-        with Path(path).open("rb") as file:
-            # Python reserves as many bytes as are asked for, so no more than the file has.
-            status = os.fstat(file.fileno())
-            nbytes = status.st_size if stat.S_ISREG(status.st_mode) else _MAX_NBYTES
-            raw = file.read(min(nbytes, _MAX_NBYTES) + 1)
-    except OSError as error:
-        raise KeepListError(where, f"cannot be read ({error.strerror or error})") from error
-    if len(raw) > _MAX_NBYTES:
-        raise KeepListError(where, f"has more than {_MAX_NBYTES:,} bytes: no keep-list is so large")
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    value = read_object(raw, where, "the keep-list", KeepListError, "save it again as JSON")
-    return recognise(value, where, meaning)
 
 
 def resolve(

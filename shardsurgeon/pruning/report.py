@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
@@ -17,6 +16,7 @@ from shardsurgeon.checkpoint.files import is_other_weight_format
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
+from shardsurgeon.execution.run import output_sizes
 from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer
 from shardsurgeon.pruning.decide import Decision
@@ -124,7 +124,7 @@ def plan_report(
         total_parameters_after=count_parameters(tensors, config),
         shards_before=len(checkpoint.shards),
         shards_after=len(plan.shards),
-        space_needed=_space_needed(checkpoint, plan),
+        space_needed=sum(output_sizes(plan).values()),
         out=out,
         allocate=request.allocate,
         stock_engines=decision.keep.is_uniform or says_per_layer(config, anatomy) != "",
@@ -155,17 +155,6 @@ def _layer_report(layer: int, keep: LayerKeep, anatomy: Anatomy, decision: Decis
         saliency_dropped=dropped_share(keep),
         policy=decision.policies.get(layer, "scores"),
         saliency_dropped_uniform=None if uniform is None else dropped_share(uniform),
-    )
-
-
-def _space_needed(checkpoint: Checkpoint, plan: Plan) -> int:
-    """Bytes that the finished folder takes."""
-    sizes = {file.name: file.nbytes for file in checkpoint.files}
-    return (
-        sum(shard.nbytes for shard in plan.shards)
-        + sum(len(content) for _, content in plan.generated_files)
-        + sum(sizes[name] for name in plan.copied_files)
-        + sum(Path(path).stat().st_size for _, path in plan.score_files)
     )
 
 

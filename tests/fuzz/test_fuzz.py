@@ -10,7 +10,7 @@ import pytest
 import safetensors
 
 from shardsurgeon.errors import ConfigError, HeaderError, ScoreError
-from shardsurgeon.pruning.keep_lists import read_keeplist
+from shardsurgeon.pruning.keep_list_files import read_keeplist
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import header_length, parse_header
 from shardsurgeon.storage.formats.torch_file import read_torch_file

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import KeepListError
-from shardsurgeon.pruning.keep_list_files import KeepListFile
-from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep, read_keeplist, resolve, write_plan
+from shardsurgeon.pruning.keep_list_files import KeepListFile, read_keeplist
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep, resolve, write_plan
 
 KEPT = {1: (0, 2), 2: (1, 3)}
 DROPPED = {1: (1, 3), 2: (0, 2)}
