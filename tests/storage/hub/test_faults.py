@@ -85,17 +85,17 @@ def test_a_silent_connection_is_left_for_another(
     tiny: LocalHub, source: HubSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    tiny.fault(STORAGE, delay=5)
+    tiny.fault(STORAGE, delay=60)
     begun = time.monotonic()
     assert whole(source) == WEIGHTS
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 30
 
 
 def test_a_slow_connection_is_not_silent(
     tiny: LocalHub, source: HubSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    tiny.fault(STORAGE, bytes_per_second=100_000)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.5)
+    tiny.fault(STORAGE, bytes_per_second=45_000)
     assert source.read(SHARD, 0, 90_000) == WEIGHTS[:90_000]
     assert sum(request.status == 206 for request in tiny.requests) == 1
 
@@ -108,7 +108,7 @@ def in_seconds(seconds: float) -> str:
     "how",
     [
         lambda: {"status": 503, "retry_after": 1},
-        lambda: {"status": 429, "retry_after": in_seconds(2)},
+        lambda: {"status": 429, "retry_after": in_seconds(3)},
         lambda: {"status": 429, "ratelimit_reset": 1},
     ],
     ids=["seconds", "date", "rate-limit"],
@@ -189,4 +189,4 @@ def test_one_header_that_cannot_be_had_ends_the_waiting_for_the_others(tiny: Loc
     begun = time.monotonic()
     with pytest.raises(NetworkError, match="00003-of"):
         open_checkpoint(source)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
