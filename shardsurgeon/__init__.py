@@ -14,8 +14,8 @@ from shardsurgeon._version import __version__ as __version__
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 
 if TYPE_CHECKING:
-    from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
-    from shardsurgeon.operations.api import apply, plan, push, verify
+    from shardsurgeon.checkpoint.checkpoint import Checkpoint
+    from shardsurgeon.operations.api import apply, open_checkpoint, plan, push, verify
     from shardsurgeon.operations.inspect import inspect
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import ApplyReport, InspectReport, PushReport
@@ -59,7 +59,7 @@ _HOMES = {
     "VerifyReport": "verification.findings",
     "apply": "operations.api",
     "inspect": "operations.inspect",
-    "open_checkpoint": "checkpoint.checkpoint",
+    "open_checkpoint": "operations.api",
     "plan": "operations.api",
     "push": "operations.api",
     "read_scores": "scores.files",

@@ -124,10 +124,6 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
 
     Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
     its subclasses where a file is missing, broken or contradicts another one.
-
-    >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
-    >>> len(checkpoint.shards), checkpoint.num_tensors, checkpoint.total_size
-    (5, 944, 657568)
     """
     source = open_source(model)
     files = {file.name: file for file in source.list()}

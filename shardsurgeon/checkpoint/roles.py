@@ -79,6 +79,8 @@ class Surplus:
         return f"{name[: self.begin]}{expert}{name[self.end :]}"
 
 
+# Types in which a tensor may hold the number of experts → how numpy names them.
+COUNT_TYPES = {"I32": "<i4", "I64": "<i8", "U32": "<u4", "U64": "<u8"}
 _INTEGERS = ("I32", "I64")
 
 Role = Carried | ExpertTensor | Sliced | Counted | Tabled | Surplus
@@ -199,7 +201,7 @@ class NameReader:
                 return role
         for regex, _ in self._counts:
             if regex.fullmatch(name, start) and record.shape != () and math.prod(record.shape) > 2:
-                return Counted(layer)
+                return _counted(record, layer)
         for regex, _ in self._ids:
             if regex.fullmatch(name, start):
                 return Tabled(layer)
@@ -250,8 +252,15 @@ class NameReader:
         self, record: TensorRecord, layer: int, rule: Rule, *, is_router: bool = False
     ) -> Sliced:
         tail = self._tail if is_router else 0
-        rows = record.shape[rule.axis] if rule.axis < len(record.shape) else None
         expected = self.experts_of(layer) + tail
+        if rule.axis >= len(record.shape):
+            raise FamilyError(
+                record.name,
+                f"shape {list(record.shape)} has no dimension {rule.axis}, where the family says "
+                f"that {expected} experts are counted",
+                "the family's declaration is not for this tensor",
+            )
+        rows = record.shape[rule.axis]
         if rows != expected:
             raise FamilyError(
                 record.name,
@@ -295,6 +304,16 @@ class NameReader:
             f"shape {shape} {what} and no rule of family {family} claims it",
             "see 'Adding a family' in CONTRIBUTING.md",
         )
+
+
+def _counted(record: TensorRecord, layer: int) -> Counted:
+    if record.dtype not in COUNT_TYPES:
+        raise FamilyError(
+            record.name,
+            f"is {record.dtype}, and a number of experts is one of {', '.join(COUNT_TYPES)}",
+            "the family's entry expert_counts is not for this tensor",
+        )
+    return Counted(layer)
 
 
 _Rules = tuple[tuple[re.Pattern[str], Rule], ...]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardsurgeon.cli.options import (
-    apply_destination,
     at_least,
     family_option,
     json_option,
@@ -24,7 +23,7 @@ from shardsurgeon.cli.options import (
 from shardsurgeon.cli.output import as_typed, emit, fact, progress_bar
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
-from shardsurgeon.operations.request import RunOptions
+from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted, format_size
 
@@ -120,7 +119,7 @@ def apply_command(
     from shardsurgeon.operations import apply, prune
 
     request = only_one(requests)
-    destination = apply_destination(push_to_hub, stream_push, disk_budget, pushed)
+    destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
     with progress_bar(progress) as bar:
         options = RunOptions(
             workers=workers,

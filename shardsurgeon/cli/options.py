@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 import click
 
 from shardsurgeon.errors import UsageError
-from shardsurgeon.operations.request import Destination, refuse_budget
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
 from shardsurgeon.units import parse_size
 
@@ -157,29 +156,6 @@ def _made(kind: type[StrEnum]) -> Callable[[click.Context, click.Parameter, Any]
     return lambda context, parameter, text: None if text is None else kind(text)
 
 
-def apply_destination(
-    push_to_hub: str | None,
-    stream_push: str | None,
-    disk_budget: int | None,
-    pushed: dict[str, Any],
-) -> Destination | None:
-    """Where `apply` pushes to; None where neither option names a repository.
-
-    pushed: what `push_options` gathered. Raises UsageError for options of a push without a
-    repository, and for those that contradict each other.
-    """
-    place = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
-    if place is not None:
-        return place
-    refuse_budget(disk_budget, stream=False)
-    unsaid = Destination("")
-    for name, flag in _PUSH_FLAGS.items():
-        if pushed[name] != getattr(unsaid, name):
-            problem = "is about a push, and nothing is pushed"
-            raise UsageError(flag, problem, "name a repository with --push-to-hub")
-    return None
-
-
 def out_option(command: Command) -> Command:
     """Add the required `-o FILE`, received as `out`."""
     return click.option(
@@ -287,12 +263,4 @@ _PUSH: dict[str, Callable[[Any], Any]] = {
     "with_card": click.option(
         "--no-card", "with_card", flag_value=False, default=True, help="Make no README.md."
     ),
-}
-
-_PUSH_FLAGS = {
-    "private": "--private",
-    "revision": "--revision",
-    "create_pr": "--create-pr",
-    "card": "--card",
-    "with_card": "--no-card",
 }

@@ -37,11 +37,17 @@ _TOKEN = re.compile("|".join(re.escape(token) for token in _PLACEHOLDERS))
 class Rule:
     """One tensor name of a layer, relative to the layer's prefix.
 
-    axis: which dimension counts the experts, where the tensor has one.
+    axis: which dimension counts the experts, from 0, where the tensor has one. Raises FamilyError
+    for one below: counted from the end, it would say another thing for each shape.
     """
 
     name: str
     axis: int = 0
+
+    def __post_init__(self) -> None:
+        if self.axis < 0:
+            problem = f"axis = {self.axis}: dimensions are counted from 0"
+            raise FamilyError(self.name, problem, "give the number from the front")
 
 
 @dataclass(frozen=True, slots=True)

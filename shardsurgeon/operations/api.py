@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.workers import Listener
 from shardsurgeon.operations import apply as applying
@@ -23,6 +24,20 @@ from shardsurgeon.verification.findings import VerifyReport
 
 AnyPath = str | PathLike[str]
 _Choice = TypeVar("_Choice", Rounding, MtpPolicy, Allocation)
+
+
+def open_checkpoint(model: AnyPath, *, family: str | None = None) -> Checkpoint:
+    """Open a model: its headers and JSON files, no weights.
+
+    model: a folder or an address (`org/name`, `s3://…`). family: as for `plan`. Raises
+    CheckpointError or one of its subclasses where a file is missing, broken or contradicts
+    another one, FamilyError where the declaration cannot be used.
+
+    >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
+    >>> len(checkpoint.shards), checkpoint.num_tensors, checkpoint.total_size
+    (5, 944, 657568)
+    """
+    return open_model(model, family)
 
 
 def plan(
@@ -125,8 +140,9 @@ def apply(
     private, revision, create_pr, card: as for `push`.
 
     Raises UsageError where layers keep different numbers of experts and the plan does not allow
-    it, or where the Hub refuses; OutputError where `out` exists or belongs to another run;
-    WorkError and its children where the work fails. What is finished is kept for a rerun.
+    it, for options of a push where nothing is pushed, or where the Hub refuses; OutputError where
+    `out` exists or belongs to another run; WorkError and its children where the work fails. What
+    is finished is kept for a rerun.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small")

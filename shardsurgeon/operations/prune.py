@@ -15,7 +15,12 @@ from shardsurgeon.execution.plan import Plan
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_lists import KeepList, write_plan
 from shardsurgeon.pruning.output_files import assemble
-from shardsurgeon.pruning.planner import SizeEstimate, expert_id_tables, plan_shards
+from shardsurgeon.pruning.planner import (
+    SizeEstimate,
+    check_expert_counts,
+    expert_id_tables,
+    plan_shards,
+)
 from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
 from shardsurgeon.scores.files import read_scores
@@ -100,6 +105,7 @@ def plan(
     given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
     estimate = SizeEstimate(checkpoint, anatomy, drop_mtp=request.mtp is MtpPolicy.DROP)
     decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
+    check_expert_counts(checkpoint, anatomy)
     shards = plan_shards(
         checkpoint,
         anatomy,

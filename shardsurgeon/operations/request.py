@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from shardsurgeon.execution.workers import Progress
 
 
+# Fields of Destination that say how to push, and their words on the command line.
+PUSH_FLAGS = {
+    "private": "--private",
+    "revision": "--revision",
+    "create_pr": "--create-pr",
+    "card": "--card",
+    "with_card": "--no-card",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """How a plan is carried out.
@@ -66,15 +76,23 @@ class Destination:
     def of(cls, push_to_hub: str | None, stream_push: str | None, **how: Any) -> Destination | None:
         """Where `apply` pushes to, of the two options that name a repository; None for neither.
 
-        how: the other fields. Raises UsageError where the two name different repositories, and
-        whatever the constructor raises.
+        how: the other fields. Raises UsageError where the two name different repositories or
+        neither names one that the other fields could be about, and whatever the constructor raises.
         """
         if push_to_hub and stream_push and push_to_hub != stream_push:
             problem = f"says {stream_push}, --push-to-hub says {push_to_hub}"
             raise UsageError("--stream-push", problem, "one repository is enough")
         if stream_push is not None:
             return cls(stream_push, stream=True, **how)
-        return None if push_to_hub is None else cls(push_to_hub, **how)
+        if push_to_hub is not None:
+            return cls(push_to_hub, **how)
+        refuse_budget(how.get("disk_budget"), stream=False)
+        unsaid = cls("")
+        for name, flag in PUSH_FLAGS.items():
+            if name in how and how[name] != getattr(unsaid, name):
+                problem = "is about a push, and nothing is pushed"
+                raise UsageError(flag, problem, "name a repository with --push-to-hub")
+        return None
 
 
 def refuse_budget(disk_budget: int | None, stream: bool) -> None:

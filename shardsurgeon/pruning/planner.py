@@ -16,6 +16,7 @@ import numpy as np
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
 from shardsurgeon.checkpoint.roles import (
+    COUNT_TYPES,
     Carried,
     Counted,
     ExpertTensor,
@@ -34,8 +35,6 @@ from shardsurgeon.storage.formats.safetensors import (
     layout_key,
 )
 
-# Types of a tensor whose first element is the expert count → bytes of that element.
-_COUNT_NBYTES = {"I32": 4, "I64": 8, "U32": 4, "U64": 8}
 # Types of a table of expert ids, as numpy names them.
 _ID_TYPES = {"I32": "<i4", "I64": "<i8"}
 
@@ -173,7 +172,7 @@ class _Planner:
 
 def _recounted(record: TensorRecord, whole: Segment, kept: int) -> OutputTensor:
     """The tensor with its first element, the expert count, made new."""
-    width = _COUNT_NBYTES[record.dtype]
+    width = np.dtype(COUNT_TYPES[record.dtype]).itemsize
     rest = Segment(whole.file, whole.begin + width, record.nbytes - width)
     count = Literal(kept.to_bytes(width, "little"))
     return OutputTensor(record.name, record.dtype, record.shape, (count, rest))
@@ -217,6 +216,34 @@ def _runs(ids: tuple[int, ...]) -> Iterator[tuple[int, int]]:
             first = current
         previous = current
     yield first, previous
+
+
+def check_expert_counts(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
+    """Refuse a tensor whose first element is taken for the number of experts and is not.
+
+    Raises FamilyError, which names it, and SourceReadError where it cannot be read.
+    """
+    names = anatomy.family.tensors
+    if not names.expert_counts and not names.stacked:
+        return
+    for shard in checkpoint.shards:
+        for record in shard.header.tensors:
+            role = anatomy.role(record)
+            if not isinstance(role, Counted):
+                continue
+            number = np.dtype(COUNT_TYPES[record.dtype])
+            begin = shard.header.data_begin + record.begin
+            raw = checkpoint.source.read(shard.file, begin, begin + number.itemsize)
+            count, experts = (
+                int(np.frombuffer(raw, number)[0]),
+                anatomy.experts_per_layer[role.layer],
+            )
+            if count != experts:
+                raise FamilyError(
+                    record.name,
+                    f"begins with {count}, where the number of experts, {experts}, should stand",
+                    "the tensor is damaged, or the family's declaration is not for this model",
+                )
 
 
 def expert_id_tables(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> dict[str, bytes]:

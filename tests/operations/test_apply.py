@@ -104,6 +104,33 @@ def test_the_two_options_that_name_a_repository_become_one_destination() -> None
         Destination.of("me/x", "me/y")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"disk_budget": "1GB"}, "--disk-budget: is for shards that leave the disk"),
+        ({"private": True}, "--private: is about a push, and nothing is pushed"),
+        ({"revision": "65pct"}, "--revision: is about a push"),
+        ({"create_pr": True}, "--create-pr: is about a push"),
+        ({"card": "c.md"}, "--card: is about a push"),
+        ({"card": False}, "--no-card: is about a push"),
+        (
+            {"push_to_hub": "me/x", "disk_budget": "1GB"},
+            "--disk-budget: is for shards that leave the disk",
+        ),
+        (
+            {"push_to_hub": "me/x", "stream_push": "me/y"},
+            "--stream-push: says me/y, --push-to-hub says me/x",
+        ),
+    ],
+)
+def test_python_refuses_words_of_a_push_that_would_go_unheard(
+    words: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        shardsurgeon.apply(planned(tmp_path / "out"), **words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_asked_can_be_said_without_a_heavy_library() -> None:
     code = (
         "import sys; from shardsurgeon.operations.request import Destination, RunOptions\n"
@@ -120,7 +147,10 @@ def test_python_takes_a_family_too(online: LocalHub, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "novel_moe", "architectures": ["NovelForCausalLM"]}
     (model / "config.json").write_text(json.dumps(config, indent=2))
-    plan = shardsurgeon.plan(model, scores_of(FAMILY), ratio=0.5, family="auto")
+    checkpoint = shardsurgeon.open_checkpoint(model, family="auto")
+    plan = shardsurgeon.plan(checkpoint, scores_of(FAMILY), ratio=0.5)
+    again = shardsurgeon.plan(model, scores_of(FAMILY), ratio=0.5, family="auto")
+    assert plan.decision == again.decision
     shardsurgeon.apply(plan, tmp_path / "out")
     report = shardsurgeon.verify(model, tmp_path / "out", family="auto")
     assert report.holds and report.tensors_compared == report.tensors
