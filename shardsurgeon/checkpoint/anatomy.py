@@ -92,10 +92,22 @@ class Anatomy:
         """MoE layer → its experts."""
         return {layer.index: layer.num_experts for layer in self.layers}
 
+    @property
+    def apart(self) -> frozenset[int]:
+        """The MTP layers, where the config says of them alone how many experts they have."""
+        return frozenset(layer.index for layer in self.mtp_layers if self.own_mtp_count)
+
+    def is_uniform(self, left: Mapping[int, int]) -> bool:
+        """Whether one count, and one for the MTP layers where the config has that, says it all.
+
+        left: MoE layer → its experts.
+        """
+        counts = {(layer in self.apart, count) for layer, count in left.items()}
+        return len(counts) == len({apart for apart, _ in counts})
+
     def shares_count(self, layer: MoELayer) -> bool:
         """Whether engines build a layer with the count that the config says of all layers."""
-        own = layer.is_mtp and self.own_mtp_count
-        return not own and layer.num_experts == self.shared_count
+        return layer.index not in self.apart and layer.num_experts == self.shared_count
 
     @property
     def layout(self) -> str:

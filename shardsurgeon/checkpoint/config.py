@@ -101,10 +101,11 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     num_layers = number(keys.num_layers, None)
     n_group = max(number(keys.n_group, 1), 1)
     own = (*keys.mtp_num_experts, *filter(None, (keys.per_mtp_layer,)))
+    # 0 says, as an absent key does, that MTP layers have as many experts as the others.
     return Numbers(
         num_layers=num_layers,
         experts=_experts(section, keys, num_layers, where),
-        own_mtp_count=any(_values_at(section, name) for name in own),
+        own_mtp_count=any(value for name in own for value in _values_at(section, name)),
         top_k=number(keys.top_k, None),
         n_group=n_group,
         topk_group=max(number(keys.topk_group, n_group), 1),
@@ -131,7 +132,8 @@ def _experts(
             problem = f"says {every} and {other!r} experts ({name})"
             remedy = "make the spellings agree"
             raise ConfigError(where, problem, remedy)
-    return ExpertCounts(every, per_layer, _number(section, keys.mtp_num_experts, every, where))
+    of_mtp = _number(section, keys.mtp_num_experts, every, where)
+    return ExpertCounts(every, per_layer, of_mtp or every)
 
 
 def _per_layer(

@@ -7,7 +7,7 @@ llama.cpp does. A name that could mean two layers is not taken for any.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -60,12 +60,19 @@ def layer_order(layer: Layer) -> tuple[bool, int]:
     return True, int(layer.removeprefix("mtp."))
 
 
-def layer_number(layer: Layer, first_mtp: int) -> int:
+def layer_number(layer: Layer, first_mtp: int, with_experts: Sequence[int]) -> int:
     """The number of a layer that a file names: MTP layers count on behind the main ones.
 
-    first_mtp: the number of the MTP layer `mtp.0`.
+    first_mtp: the number of the MTP layer `mtp.0`; with_experts: the MTP layers that have experts,
+    ascending. Where a step of MTP is several layers, `mtp.0` may mean the first of these.
     """
-    return layer if isinstance(layer, int) else first_mtp + int(layer.removeprefix("mtp."))
+    if isinstance(layer, int):
+        return layer
+    count = int(layer.removeprefix("mtp."))
+    number = first_mtp + count
+    if number not in with_experts and count < len(with_experts):
+        return with_experts[count]
+    return number
 
 
 def listed_layers(layers: Collection[int]) -> str:

@@ -227,7 +227,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         callback=_made(MtpPolicy),
         help="What becomes of next-token-prediction layers that have experts and no scores: "
         "router-norm scores them by their router rows, last reuses the choice of the last layer, "
-        "drop removes them.",
+        "keep leaves them whole where the config has a count for them alone, drop removes them.",
     ),
     "allocate": click.option(
         "--allocate",

@@ -78,7 +78,8 @@ def plan(
     - metric: the metric that decides, where the file holds several (`reap` by default);
     - preserve_super_experts: keep experts with extreme activations whatever their scores;
     - mtp: what becomes of next-token-prediction layers without scores: `router-norm` scores them
-      by their router rows, `last` repeats the choice of the last layer, `drop` removes them;
+      by their router rows, `last` repeats the choice of the last layer, `keep` leaves them whole
+      where the config has a count for them alone, `drop` removes them;
     - allocate: `uniform`, or `global` for layers that share one budget;
     - allow_nonuniform: accept layers that keep different numbers of experts;
     - out: the folder that `apply` writes, by default named after the model and the ratio;

@@ -61,7 +61,8 @@ class ModelFacts:
     """What the card of a pruned model is written from.
 
     before: the first, unpruned model, without MTP layers that were dropped. mtp_removed: whether
-    the config counts 0 MTP layers. source_card: the metadata of the source's own card, None where
+    the config counts 0 MTP layers. uniform: as
+    `Anatomy.is_uniform`. source_card: the metadata of the source's own card, None where
     it had no card.
     """
 
@@ -71,6 +72,7 @@ class ModelFacts:
     layers: int
     mtp_layers: tuple[int, ...]
     mtp_removed: bool
+    uniform: bool
     loading: Loading
     calibrations: tuple[Calibration, ...]
     source_card: Mapping[str, Any] | None
@@ -82,6 +84,8 @@ def model_facts(
     """Gather the facts; folder: has the pruned model's small files."""
     config = pruned.settings
     records = [record for shard in pruned.shards for record in shard.header.tensors]
+    left = {layer: len(record.retained) for layer, record in provenance.layers.items()}
+    uniform = anatomy.is_uniform(left)
     return ModelFacts(
         provenance=provenance,
         before=_extent(_unpruned(anatomy, provenance, records), config),
@@ -89,7 +93,8 @@ def model_facts(
         layers=len(provenance.layers),
         mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
         mtp_removed=_counts_no_mtp(anatomy, config),
-        loading=_loading(anatomy, provenance, config),
+        uniform=uniform,
+        loading=_loading(config, uniform or says_per_layer(config, anatomy) != ""),
         calibrations=tuple(_calibrations(pruned, folder)),
         source_card=_source_card(folder / CARD_NAME),
     )
@@ -137,7 +142,7 @@ def _counts_no_mtp(anatomy: Anatomy, config: Mapping[str, Any]) -> bool:
     return any(section.get(name) == 0 for section in sections for name in keys.mtp_layers)
 
 
-def _loading(anatomy: Anatomy, provenance: Provenance, config: Mapping[str, Any]) -> Loading:
+def _loading(config: Mapping[str, Any], stock_engines: bool) -> Loading:
     code = config.get("auto_map")
     code = code if isinstance(code, Mapping) else _NOTHING
     architecture = next(iter(config.get("architectures") or ()), "")
@@ -151,7 +156,7 @@ def _loading(anatomy: Anatomy, provenance: Provenance, config: Mapping[str, Any]
         auto_class=auto,
         processor="AutoProcessor" if has_vision else "AutoTokenizer",
         remote_code=bool(code),
-        stock_engines=provenance.is_uniform or says_per_layer(config, anatomy) != "",
+        stock_engines=stock_engines,
     )
 
 

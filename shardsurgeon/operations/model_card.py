@@ -296,7 +296,7 @@ def recipe_by_record(facts: ModelFacts) -> str:
     source = facts.provenance.steps[0].source
     words = [*_PROGRAM, "--plan", PROVENANCE_NAME, "--model", address(source)]
     words += ["--mtp", "drop"] if facts.mtp_removed and not facts.mtp_layers else []
-    words += [] if facts.provenance.is_uniform else ["--allow-nonuniform"]
+    words += [] if facts.uniform else ["--allow-nonuniform"]
     return shlex.join(words)
 
 

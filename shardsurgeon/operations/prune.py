@@ -22,7 +22,7 @@ from shardsurgeon.pruning.planner import (
     plan_shards,
 )
 from shardsurgeon.pruning.report import PlanReport, plan_report
-from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import write_file
@@ -103,7 +103,7 @@ def plan(
     anatomy = read_anatomy(checkpoint)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
     given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
-    estimate = SizeEstimate(checkpoint, anatomy, drop_mtp=request.mtp is MtpPolicy.DROP)
+    estimate = SizeEstimate(checkpoint, anatomy, mtp=request.mtp)
     decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
     check_expert_counts(checkpoint, anatomy)
     shards = plan_shards(
@@ -164,7 +164,7 @@ def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepLis
     folder; where that is the model itself, beside the model, because nothing is ever written into
     a source. Raises OutputError where that would be inside a Hub cache.
     """
-    counts = [len(layer.retained) for layer in keep.layers.values()]
+    counts = [len(layer.retained) for n, layer in keep.layers.items() if n not in keep.apart]
     what = (
         f"{round(sum(counts) / len(counts))}e"
         if request.ratio is None

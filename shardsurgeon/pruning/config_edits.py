@@ -151,7 +151,7 @@ def _own_counts(
     of_mtp = [count for layer, count in kept.items() if layer >= anatomy.num_layers]
     for dotted in anatomy.family.config.mtp_num_experts:
         for path, value in config_values(section, tuple(dotted.split("."))):
-            yield path, max(of_mtp) if of_mtp else value
+            yield path, max(of_mtp) if of_mtp and value else value
     for template, first in per_layer_paths(anatomy.family.config, anatomy.num_layers):
         for path, value in config_values(section, template):
             layer = first + int(path[template.index("*")])

@@ -61,7 +61,7 @@ class Decision:
 
     @property
     def kept(self) -> int:
-        """Experts per MoE layer afterwards, of the largest layers."""
+        """Experts per MoE layer afterwards, of the largest layers, as `KeepList.kept`."""
         return self.keep.kept
 
 
@@ -107,7 +107,7 @@ def _from_scores(
     scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
     metric, values = model_values(checkpoint, anatomy, scores, request.metric)
     drop_mtp = request.mtp is MtpPolicy.DROP
-    if drop_mtp:
+    if request.mtp.overrules:
         values = {layer: row for layer, row in values.items() if layer < anatomy.num_layers}
     never_routed = never_routed_experts(checkpoint, anatomy, scores, values)
     preserved: dict[int, tuple[int, ...]] = {}
@@ -180,16 +180,17 @@ def _from_file(
         [layer.index for layer in anatomy.mtp_layers],
         num_layers=anatomy.num_layers,
         per_layer=anatomy.experts_per_layer,
+        apart=anatomy.apart,
     )
-    if drop_mtp:
+    if request.mtp.overrules:
         layers = {n: kept for n, kept in keep.layers.items() if n < anatomy.num_layers}
         keep = KeepList(keep.num_experts, layers)
     check_keep_list(keep, facts, listed.origin)
+    check_mtp_counts(keep, anatomy, listed.origin)
     if not request.allow_nonuniform:
         check_uniform(keep, listed.origin)
     policies = dict.fromkeys(keep.layers, "plan")
     keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
-    check_mtp_counts(keep, anatomy, listed.origin)
     return Decision(keep, drop_mtp, None, {**policies, **others}, {}, ())
 
 
@@ -250,8 +251,9 @@ def _by_number(
 ) -> dict[int, NDArray[np.float64]]:
     """The table by layer number; every main MoE layer must be there, and no other layer."""
     values: dict[int, NDArray[np.float64]] = {}
+    mtp = [layer.index for layer in anatomy.mtp_layers]
     for key, row in table.items():
-        number = layer_number(key, anatomy.num_layers)
+        number = layer_number(key, anatomy.num_layers, mtp)
         if number in values:
             raise ScoreError(origin, f"has two tables for layer {number} ({key})")
         values[number] = row
@@ -268,4 +270,5 @@ def _by_number(
 def _numbered(
     table: Mapping[Layer, NDArray[np.float64]], anatomy: Anatomy
 ) -> dict[int, NDArray[np.float64]]:
-    return {layer_number(layer, anatomy.num_layers): row for layer, row in table.items()}
+    mtp = [layer.index for layer in anatomy.mtp_layers]
+    return {layer_number(layer, anatomy.num_layers, mtp): row for layer, row in table.items()}

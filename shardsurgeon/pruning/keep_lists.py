@@ -40,20 +40,30 @@ class LayerKeep:
 
 @dataclass(frozen=True, slots=True)
 class KeepList:
-    """layer → its keep-list; num_experts: experts per layer before, of the largest layers."""
+    """layer → its keep-list; num_experts: experts per layer before, of the largest layers.
+
+    apart: layers whose number of experts the config says on its own, MTP layers of some families.
+    """
 
     num_experts: int
     layers: dict[int, LayerKeep]
+    apart: frozenset[int] = frozenset()
 
     @property
     def kept(self) -> int:
-        """Experts that the largest layers keep."""
+        """Experts that the largest layers keep, of those not apart."""
+        return max(len(keep.retained) for n, keep in self.layers.items() if n not in self.apart)
+
+    @property
+    def most(self) -> int:
+        """Experts that any layer keeps at most."""
         return max(len(keep.retained) for keep in self.layers.values())
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every layer keeps the same number."""
-        return len({len(keep.retained) for keep in self.layers.values()}) == 1
+        """Whether every layer keeps the same number, and those apart one of their own."""
+        counts = {(n in self.apart, len(keep.retained)) for n, keep in self.layers.items()}
+        return len(counts) == len({apart for apart, _ in counts}) > 0
 
 
 def resolve(
@@ -64,15 +74,16 @@ def resolve(
     *,
     num_layers: int | None = None,
     per_layer: Mapping[int, int] = _SAME_EVERYWHERE,
+    apart: frozenset[int] = frozenset(),
 ) -> KeepList:
     """The keep-list that a file means for a model.
 
     layers: the model's MoE layers, all of which the file must list; mtp_layers: its MTP layers
     with experts, which the file may leave out; num_layers: the number of the first MTP layer
     (None: the first of mtp_layers); per_layer: the experts of layers that have fewer than
-    num_experts. How many experts stay may differ between layers: that is for the caller to
-    judge (`check_uniform`). Raises KeepListError for missing and surplus layers, ids beyond the
-    experts, and layers without survivors.
+    num_experts; apart: as in KeepList. How many experts stay may differ between layers: that is
+    for the caller to judge (`check_uniform`). Raises KeepListError for missing and surplus layers,
+    ids beyond the experts, and layers without survivors.
     """
     if file.num_experts not in (None, num_experts):
         raise KeepListError(
@@ -91,6 +102,7 @@ def resolve(
             number: _layer_keep(file, number, listed[number], per_layer.get(number, num_experts))
             for number in sorted(listed)
         },
+        apart.intersection(listed),
     )
 
 
@@ -154,7 +166,7 @@ def _by_number(
         if isinstance(layer, str) and first_mtp is None:
             problem = f"lists layer {layer}, the model has no MTP layer with experts"
             raise KeepListError(file.origin, problem, "remove it from the list")
-        number = layer_number(layer, first_mtp or 0)
+        number = layer_number(layer, first_mtp or 0, mtp_layers)
         if number in listed:
             problem = f"lists layer {number} twice, also as {layer}"
             raise KeepListError(file.origin, problem, "keep the one that is meant")

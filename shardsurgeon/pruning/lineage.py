@@ -115,7 +115,7 @@ def step_of(
     """
     return Step(
         num_experts_before=keep_list.num_experts,
-        num_experts_after=keep_list.kept,
+        num_experts_after=keep_list.most,
         ratio=request.ratio if request.ratio is not None else _removed_share(keep_list),
         rounding=request.effective_rounding,
         metric=metric,

@@ -28,6 +28,7 @@ from shardsurgeon.checkpoint.roles import (
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment
 from shardsurgeon.pruning.keep_lists import KeepList
+from shardsurgeon.pruning.request import MtpPolicy
 from shardsurgeon.storage.formats.safetensors import (
     DTYPE_BITS,
     TensorRecord,
@@ -318,10 +319,10 @@ class SizeEstimate:
     ids and offsets are at least as large.
     """
 
-    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, *, drop_mtp: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, mtp: MtpPolicy) -> None:
         self._checkpoint = checkpoint
         self._anatomy = anatomy
-        self._drop_mtp = drop_mtp
+        self._mtp = mtp
 
     @cached_property
     def _entries(self) -> dict[int, int]:
@@ -336,14 +337,20 @@ class SizeEstimate:
 
     def nbytes(self, kept: int | Mapping[int, int]) -> int:
         """Bytes of all weight files with `kept` experts in every MoE layer, or kept[layer]."""
-        data = self._anatomy.total_nbytes(kept, drop_mtp=self._drop_mtp)
+        counts = {
+            layer.index: kept if isinstance(kept, int) else kept.get(layer.index, layer.num_experts)
+            for layer in self._anatomy.layers
+        }
+        if self._mtp is MtpPolicy.KEEP:
+            counts |= {layer.index: layer.num_experts for layer in self._anatomy.mtp_layers}
+        data = self._anatomy.total_nbytes(counts, drop_mtp=self._mtp is MtpPolicy.DROP)
         headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
         others = headers - sum(self._entries.values())
         entries = 0
         for layer in self._anatomy.layers:
             whole = self._entries[layer.index]
-            count = kept if isinstance(kept, int) else kept.get(layer.index, layer.num_experts)
-            entries += -(-whole * min(count, layer.num_experts) // layer.num_experts)
+            count = min(counts[layer.index], layer.num_experts)
+            entries += -(-whole * count // layer.num_experts)
         return data + others + entries
 
 

@@ -26,7 +26,13 @@ class MtpPolicy(StrEnum):
 
     ROUTER_NORM = "router-norm"
     LAST = "last"
+    KEEP = "keep"
     DROP = "drop"
+
+    @property
+    def overrules(self) -> bool:
+        """Whether it holds as well for MTP layers that have scores or a keep-list."""
+        return self in (MtpPolicy.KEEP, MtpPolicy.DROP)
 
 
 class Allocation(StrEnum):

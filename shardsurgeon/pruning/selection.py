@@ -138,7 +138,8 @@ def with_mtp(
 
     keep: has all main layers. Gives also layer → policy, of the layers added; with
     MtpPolicy.DROP none is. Raises UsageError where the last main layer's choice does not fit
-    (MtpPolicy.LAST), and what `router_scores` raises.
+    (MtpPolicy.LAST) or the config has no place for a count of its own (MtpPolicy.KEEP), and what
+    `router_scores` raises.
     """
     open_layers = [layer for layer in anatomy.mtp_layers if layer.index not in keep.layers]
     if policy is MtpPolicy.DROP or not open_layers:
@@ -147,13 +148,17 @@ def with_mtp(
     counts = mtp_counts(anatomy, facts, {n: len(kept.retained) for n, kept in main.items()})
     layers = dict(keep.layers)
     for layer in open_layers:
-        if policy is MtpPolicy.LAST:
+        if policy is MtpPolicy.KEEP:
+            _require_apart(layer, anatomy, counts[layer.index])
+            layers[layer.index] = LayerKeep(tuple(range(layer.num_experts)), ())
+        elif policy is MtpPolicy.LAST:
             layers[layer.index] = _like(main[max(main)], layer, counts[layer.index], facts)
         else:
             norms = router_scores(checkpoint, [layer])
             layers.update(select(norms, counts, facts).layers)
     policies = {layer.index: str(policy) for layer in open_layers}
-    return KeepList(keep.num_experts, dict(sorted(layers.items()))), policies
+    apart = anatomy.apart.intersection(layers)
+    return KeepList(keep.num_experts, dict(sorted(layers.items())), apart), policies
 
 
 def mtp_counts(anatomy: Anatomy, facts: RoutingFacts, main: Counts) -> dict[int, int]:
@@ -172,6 +177,15 @@ def mtp_counts(anatomy: Anatomy, facts: RoutingFacts, main: Counts) -> dict[int,
         whole_groups = -(-count // facts.n_group) * facts.n_group
         counts[layer.index] = min(whole_groups, layer.num_experts)
     return counts
+
+
+def _require_apart(layer: MoELayer, anatomy: Anatomy, shared: int) -> None:
+    """Raise UsageError where an MTP layer that keeps all its experts would be built with fewer."""
+    if anatomy.shares_count(layer):
+        problem = f"keep leaves MTP layer {layer.index} its {layer.num_experts} experts, and this "
+        problem += f"config has one count for all layers, of which the others keep {shared}"
+        remedy = "give --mtp router-norm, last or drop"
+        raise UsageError("--mtp", problem, remedy)
 
 
 def _like(last: LayerKeep, layer: MoELayer, count: int, facts: RoutingFacts) -> LayerKeep:
@@ -248,9 +262,14 @@ def check_keep_list(keep_list: KeepList, facts: RoutingFacts, where: str) -> Non
 
 
 def check_uniform(keep_list: KeepList, where: str) -> None:
-    """Raise KeepListError, naming `where`, unless every layer keeps the same number."""
-    first, *others = sorted(keep_list.layers) or [0]
+    """Raise KeepListError, naming `where`, unless one count says how many each layer keeps."""
+    if keep_list.is_uniform:
+        return
+    alone = keep_list.apart
+    first, *others = sorted(keep_list.layers, key=lambda layer: (layer in alone, layer)) or [0]
     for layer in others:
+        if layer in alone and first not in alone:
+            first = layer
         kept = [len(keep_list.layers[each].retained) for each in (first, layer)]
         if kept[0] != kept[1]:
             problem = f"layer {first} keeps {kept[0]} experts, layer {layer} {kept[1]}"
@@ -261,16 +280,20 @@ def check_uniform(keep_list: KeepList, where: str) -> None:
 def check_mtp_counts(keep: KeepList, anatomy: Anatomy, where: str) -> None:
     """Raise KeepListError, naming `where`, unless MTP layers fit the count of the config.
 
-    The config will say what the largest layers keep; MTP layers without a count of their own
-    are built with it.
+    It will say what the main layers keep, and MTP layers without a count of their own are built
+    with it. Where main layers differ, it says what the largest layer keeps, and a list in the
+    config what each of them does.
     """
+    main = {len(keep.layers[layer.index].retained) for layer in anatomy.main_layers}
+    others, expected = ("the others", *main) if len(main) == 1 else ("the largest layer", keep.kept)
     for layer in anatomy.mtp_layers:
         kept = keep.layers.get(layer.index)
-        if kept is None or len(kept.retained) == keep.kept or not anatomy.shares_count(layer):
+        if kept is None or len(kept.retained) == expected or not anatomy.shares_count(layer):
             continue
-        problem = f"MTP layer {layer.index} keeps {len(kept.retained)} experts, the largest layer "
-        problem += f"{keep.kept}, and engines build both with one count"
-        raise KeepListError(where, problem, f"keep {keep.kept} there, or leave the layer out")
+        problem = f"MTP layer {layer.index} keeps {len(kept.retained)} experts, {others} "
+        problem += f"{expected}: engines build both with one count, and this config has no other"
+        remedy = f"keep {expected} there, leave the layer out of the list, or give --mtp drop"
+        raise KeepListError(where, problem, remedy)
 
 
 def saliency_cut(keep: LayerKeep) -> tuple[float | None, float | None]:

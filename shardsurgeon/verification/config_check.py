@@ -255,6 +255,7 @@ class ExpectedCounts:
         self._keys = keys
         self._anatomy = anatomy
         self._mtp_dropped = mtp_dropped
+        self._keeps = keeps
         self._left = {layer: len(ids) for layer, ids in keeps.retained.items()}
         self._every = {_last_name(dotted) for dotted in (*keys.num_experts, *keys.also)}
         self._of_mtp = {_last_name(dotted) for dotted in keys.mtp_num_experts}
@@ -262,7 +263,7 @@ class ExpectedCounts:
         own = (config_section(config, at) for at in keys.at) if keys.per_layer else ()
         path = tuple(keys.per_layer.split("."))
         native = any(value is not None for each in own for _, value in config_values(each, path))
-        self._adds = not keeps.is_uniform and not native
+        self._adds = not anatomy.is_uniform(self._left) and not native
 
     def of(self, path: Path, value: int) -> int | None:
         """The new value of the number at a path; None where it does not count experts."""
@@ -275,8 +276,8 @@ class ExpectedCounts:
                 return self._left.get(first + int(position), value)
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
         if name in self._every and value == self._anatomy.shared_count:
-            return self._most(mtp=not self._anatomy.own_mtp_count)
-        if name in self._of_mtp and not self._mtp_dropped:
+            return self._shared()
+        if name in self._of_mtp and value and not self._mtp_dropped:
             first_mtp = self._anatomy.num_layers
             return max((n for layer, n in self._left.items() if layer >= first_mtp), default=value)
         return None
@@ -302,9 +303,9 @@ class ExpectedCounts:
         length = max(self._anatomy.num_layers + mtp, max(self._left, default=0) + 1)
         return {PER_LAYER_KEY: [self._left.get(layer, 0) for layer in range(length)]}
 
-    def _most(self, *, mtp: bool) -> int:
-        first_mtp = self._anatomy.num_layers
-        counts = [n for layer, n in self._left.items() if mtp or layer < first_mtp]
+    def _shared(self) -> int:
+        """The one count: of all main layers, or where they differ of the largest layer."""
+        counts = self._keeps.shared_counts(self._anatomy)
         # Without any keep-list, which is a finding of its own, the count is not known.
         return max(counts, default=self._anatomy.shared_count)
 

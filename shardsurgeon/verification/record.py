@@ -30,10 +30,16 @@ class RetainedIds:
 
     retained: dict[int, tuple[int, ...]]
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every layer has the same number of experts left."""
-        return len(set(map(len, self.retained.values()))) <= 1
+    def shared_counts(self, anatomy: Anatomy) -> set[int]:
+        """How many experts are left in the layers that the config's one count speaks of.
+
+        MTP layers are built with it too, so that where main layers agree theirs is what it must be.
+        """
+        left = {
+            layer: len(ids) for layer, ids in self.retained.items() if layer not in anatomy.apart
+        }
+        main = {count for layer, count in left.items() if layer < anatomy.num_layers}
+        return main if len(main) == 1 else set(left.values())
 
 
 def read_keeps(
@@ -99,7 +105,7 @@ def check_layers(
     if fewest is not None and len(fewest[1]) < min(anatomy.top_k, before[fewest[0]]):
         problem = f"{len(fewest[1])} experts are left in layer {fewest[0]}, the router chooses "
         findings.add(PROVENANCE_NAME, f"{problem}{anatomy.top_k} for each token")
-    most = max(map(len, keeps.retained.values()), default=0)
+    most = max(keeps.shared_counts(anatomy), default=0)
     for mtp in anatomy.mtp_layers:
         left = len(keeps.retained.get(mtp.index, range(most)))
         if left != most and anatomy.shares_count(mtp):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 import shardsurgeon
 from shardsurgeon.checkpoint.anatomy import read_anatomy
@@ -149,11 +151,42 @@ def test_mtp_layers_end_with_the_count_that_the_config_says(tmp_path: Path) -> N
     swapped = {1: KEPT[2], 2: KEPT[1]}
     with pytest.raises(UsageError, match=r"layer 3 keeps 5 of 8 experts, the last main layer 3"):
         planned(swapped, MtpPolicy.LAST)
-    with pytest.raises(KeepListError, match=r"MTP layer 3 keeps 3 experts, the largest layer 5"):
+    with pytest.raises(KeepListError, match=r"MTP layer 3 keeps 3 experts, the largest layer 5: "):
         planned({**KEPT, 3: [0, 1, 2]}, MtpPolicy.ROUTER_NORM)
     dropped = planned(KEPT, MtpPolicy.DROP)
     config = json.loads(dict(dropped.plan.generated_files)["config.json"])
     assert config["num_routed_experts_per_layer"] == [0, 3, 5]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_full_mtp_layer_is_refused_where_it_would_share_the_count(
+    tmp_path: Path, allowed: bool
+) -> None:
+    source = model(tmp_path / "m")
+    plan = keep_list(tmp_path / "keep.json", {1: KEPT[1], 2: KEPT[1], 3: [*range(8)]})
+    request = SelectionRequest(plan_file=plan, allow_nonuniform=allowed)
+    with pytest.raises(KeepListError, match=r"MTP layer 3 keeps 8 experts, the others 3: .* one"):
+        prune.plan(str(source), None, request)
+    table = scores(tmp_path / "s.json", PEAKED)
+    with pytest.raises(UsageError, match=r"--mtp: keep leaves MTP layer 3 its 8 .* others keep 4"):
+        prune.plan(str(source), str(table), SelectionRequest(keep=4, mtp=MtpPolicy.KEEP))
+
+
+def test_verification_finds_an_mtp_count_that_stands_for_the_main_layers(tmp_path: Path) -> None:
+    source = model(tmp_path / "m")
+    plan = keep_list(tmp_path / "keep.json", {layer: [0, 2, 5] for layer in (1, 2, 3)})
+    out = applied(source, tmp_path / "out", SelectionRequest(plan_file=plan))
+    path = out / "calibration" / "reap_pruning_metadata.json"
+    record = json.loads(path.read_text())
+    mtp = record["layers"]["3"]
+    mtp["retained"], mtp["pruned"] = [*range(8)], []
+    record |= {"format": 2, "num_experts_after": 8}
+    record["steps"][0]["num_experts_after"] = 8
+    path.write_text(json.dumps(record))
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    found = verify.verify(str(source), str(out)).differences
+    assert any("n_routed_experts is 8, expected 3" in difference for difference in found)
+    assert any("8 experts are left in MTP layer 3" in difference for difference in found)
 
 
 def test_a_global_allocation_gives_the_budget_to_the_layers_that_need_it(tmp_path: Path) -> None:
@@ -224,7 +257,7 @@ def test_a_target_size_is_kept_to_by_a_global_allocation(tmp_path: Path, spare: 
 
     # As large as a uniform four of eight may get at most, and a little more.
     four = SizeEstimate(
-        (checkpoint := open_checkpoint(source)), read_anatomy(checkpoint), drop_mtp=False
+        (checkpoint := open_checkpoint(source)), read_anatomy(checkpoint), MtpPolicy.ROUTER_NORM
     ).nbytes(4)
     fitting = planned(target_size=four + spare, allocate=Allocation.GLOBAL)
     assert weight_files(fitting) <= four + spare
@@ -315,11 +348,12 @@ def puzzle_config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def puzzle(**changes: Any) -> MemorySource:
+def puzzle(others: Mapping[str, int] = MappingProxyType({}), **changes: Any) -> MemorySource:
+    """The model; others: layers with another number of experts, which `changes` must say too."""
     numbers = np.random.default_rng(1)
     found: tiny.Tensors = {"backbone.layers.0.mixer.D": np.ones(6, np.float32)}
     found["mtp.layers.0.mixer.q_proj.weight"] = np.ones((6, 6), np.float32)
-    blocks = {"backbone.layers.1": 6, "backbone.layers.2": 4, "mtp.layers.1": 4}
+    blocks = {"backbone.layers.1": 6, "backbone.layers.2": 4, "mtp.layers.1": 4, **others}
     for prefix, experts in blocks.items():
         for expert in range(experts):
             for part in ("up_proj", "down_proj"):
@@ -374,3 +408,79 @@ def test_counts_of_a_puzzle_model_are_written_where_its_engine_reads_them(tmp_pa
         for prefix, count in zip(("backbone.layers.1", "backbone.layers.2"), kept, strict=False):
             assert names[f"{prefix}.mixer.gate.weight"].shape == (count, 5)
             assert f"{prefix}.mixer.experts.{count}.up_proj.weight" not in names
+
+
+# An MTP layer that stays whole beside a pruned trunk, where the config has a count for it.
+
+
+def like_layers() -> dict[str, Any]:
+    """A puzzle config whose main layers and MTP layer begin with six experts each."""
+    config = puzzle_config()
+    for block in (config["block_configs"][2], config["mtp_block_configs"][1]):
+        block["n_routed_experts"] = 6
+    return config | {"mtp_n_routed_experts": 6}
+
+
+def alike(**changes: Any) -> MemorySource:
+    config = like_layers() | changes
+    return puzzle({"backbone.layers.2": 6, "mtp.layers.1": 6}, **config)
+
+
+SIX = {1: [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 2: [1.0, 2.0, 3.0, 4.0, 6.0, 5.0]}
+
+
+@pytest.mark.parametrize("by", ["policy", "keep-list", "mtp.0", "policy over scores"])
+def test_an_mtp_layer_stays_whole_where_the_config_counts_it_apart(tmp_path: Path, by: str) -> None:
+    source, table = alike(), scores(tmp_path / "s.json", SIX)
+    request = SelectionRequest(keep=2, mtp=MtpPolicy.KEEP)
+    kept: dict[Any, list[int]] = {1: [0, 1], 2: [4, 5]}
+    if by == "policy over scores":
+        scores(table, SIX | {4: SIX[1]})
+    elif by != "policy":
+        listed = kept | {4 if by == "keep-list" else "mtp.0": [*range(6)]}
+        request = SelectionRequest(plan_file=keep_list(tmp_path / "keep.json", listed))
+    plan = prune.plan(open_checkpoint(source), str(table), request, out=tmp_path / "out")
+    assert {n: keep.retained for n, keep in plan.decision.keep.layers.items()} == {
+        1: (0, 1),
+        2: (4, 5),
+        4: (0, 1, 2, 3, 4, 5),
+    }
+    report = apply(plan)
+    assert report.plan.num_experts_after == 2 and report.plan.stock_engines
+    expected = like_layers()
+    for block in expected["block_configs"][1:]:
+        block["n_routed_experts"] = 2
+    assert config_of(tmp_path / "out") == expected
+    assert verify.verify(source, tmp_path / "out").holds
+    nbytes = next(file.nbytes for file in source.list() if file.name == "model.safetensors")
+    before, after = load(source.read("model.safetensors", 0, nbytes)), tensors_of(tmp_path / "out")
+    mtp = {name for name in before if name.startswith("mtp.")}
+    assert mtp == {name for name in after if name.startswith("mtp.")}
+    assert all(np.array_equal(before[name], after[name]) for name in mtp)
+
+
+def test_a_target_size_counts_an_mtp_layer_that_stays_whole(tmp_path: Path) -> None:
+    checkpoint, table = open_checkpoint(alike()), scores(tmp_path / "s.json", SIX)
+    anatomy = read_anatomy(checkpoint)
+
+    def size(kept: int, mtp: MtpPolicy) -> int:
+        return SizeEstimate(checkpoint, anatomy, mtp).nbytes(kept)
+
+    assert size(4, MtpPolicy.ROUTER_NORM) < size(4, MtpPolicy.KEEP) < size(5, MtpPolicy.KEEP)
+    limit = size(4, MtpPolicy.KEEP)
+    request = SelectionRequest(target_size=limit, mtp=MtpPolicy.KEEP)
+    plan = prune.plan(checkpoint, str(table), request)
+    assert sum(shard.nbytes for shard in plan.plan.shards) <= limit
+    assert [len(keep.retained) for keep in plan.decision.keep.layers.values()] == [4, 4, 6]
+
+
+def test_a_count_of_0_for_mtp_layers_means_that_of_the_others(tmp_path: Path) -> None:
+    source = alike(mtp_n_routed_experts=0, mtp_block_configs=None)
+    assert read_anatomy(open_checkpoint(source)).experts_per_layer == {1: 6, 2: 6, 4: 6}
+    table = scores(tmp_path / "s.json", SIX)
+    plan = prune.plan(open_checkpoint(source), str(table), SelectionRequest(keep=2))
+    config = json.loads(dict(plan.plan.generated_files)["config.json"])
+    assert config["mtp_n_routed_experts"] == 0
+    with pytest.raises(UsageError, match="--mtp: keep leaves MTP layer 4"):
+        request = SelectionRequest(keep=2, mtp=MtpPolicy.KEEP)
+        prune.plan(open_checkpoint(source), str(table), request)
