@@ -2,19 +2,21 @@
 
 `read_anatomy` makes an Anatomy of a Checkpoint: the MoE layers with their experts' sizes, the
 routing numbers, and `role`, which says what removing experts does to a tensor. Every tensor in an
-MoE block is claimed by a rule of the family, or refused by name. All layers must have the same
-tensors: an engine leaves a missing scale or router bias uninitialised, so a checkpoint that lost
-one is not pruned.
+MoE block is claimed by a rule of the family, or refused by name.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import read_numbers
+from shardsurgeon.checkpoint.layer_consistency import (
+    Incomplete,
+    LayerTensors,
+    check_layers_consistent,
+)
 from shardsurgeon.checkpoint.roles import (
     Carried,
     ExpertTensor,
@@ -59,7 +61,8 @@ class Anatomy:
     layers; mtp_nbytes: bytes outside of experts that are removed with the MTP layers. num_layers:
     decoder layers without MTP. num_experts: of the largest layers. shared_count: the count that
     the config gives for all layers; own_mtp_count: whether it gives the MTP layers another one.
-    uneven: layers whose experts differ in dtype or shape.
+    uneven: layers whose experts differ in dtype or shape. incomplete: experts that lack a tensor
+    which others of their layer have; such an expert can be pruned, not kept.
     """
 
     family: Family
@@ -75,6 +78,7 @@ class Anatomy:
     shared_count: int
     own_mtp_count: bool
     uneven: frozenset[int]
+    incomplete: Incomplete
     reader: NameReader = field(repr=False)
 
     @property
@@ -140,8 +144,8 @@ class Anatomy:
 def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     """Read a checkpoint's layers and experts.
 
-    Raises FamilyError where the family is unknown, the model is dense, an expert or a tensor
-    is missing, or a tensor in an MoE block is claimed by no rule; ConfigError where
+    Raises FamilyError where the family is unknown, the model is dense, an expert or a layer's
+    tensor is missing, or a tensor in an MoE block is claimed by no rule; ConfigError where
     config.json lacks a count or contradicts the tensors.
     """
     where = f"{checkpoint.location}/{CONFIG_NAME}"
@@ -179,6 +183,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
         shared_count=most,
         own_mtp_count=own_mtp,
         uneven=frozenset(census.uneven),
+        incomplete=census.incomplete,
     )
 
 
@@ -196,6 +201,7 @@ class _Census:
         self._parts: dict[tuple[str, str], int] = {}
         self._stored: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
         self.uneven: set[int] = set()
+        self.incomplete: dict[int, dict[int, str]] = {}
         self._blocks: dict[int, LayerTensors] = {}
         self._experts: dict[int, dict[int, int]] = {}
         self._own_nbytes: dict[int, dict[int, int]] = {}
@@ -269,7 +275,7 @@ class _Census:
                 self._carry(record.nbytes, self._reader.is_mtp(role.layer))
 
     def check(self) -> None:
-        """Every MoE layer has a router and experts 0..E-1 with the same tensors each."""
+        """Every MoE layer has a router and experts 0..E-1; experts that lack a tensor are noted."""
         if not self._experts and not self._stacked:
             raise FamilyError(
                 self._location, "has no expert tensors: a dense model has none to prune"
@@ -319,11 +325,7 @@ class _Census:
             if mask != full:
                 lacks = full & ~mask
                 head, tail = next(part for part, bit in self._parts.items() if lacks >> bit & 1)
-                raise FamilyError(
-                    self._location,
-                    f"tensor {head}{expert}{tail} is missing",
-                    "every expert needs the same tensors; fetch the checkpoint again",
-                )
+                self.incomplete.setdefault(layer, {})[expert] = f"{head}{expert}{tail}"
 
     def layers(self) -> tuple[MoELayer, ...]:
         """The layers found, with the sizes of their experts."""
@@ -348,70 +350,3 @@ class _Census:
             self.mtp += nbytes
         else:
             self.carried += nbytes
-
-
-@dataclass(slots=True)
-class LayerTensors:
-    """The tensors of one layer's MoE block, by their names behind `prefix`.
-
-    An expert's number stands as `{}`. routers: what chooses experts; weights: name → dtype of
-    everything else.
-    """
-
-    prefix: str
-    routers: set[str] = field(default_factory=set)
-    weights: dict[str, str] = field(default_factory=dict)
-
-    def name(self, rest: str) -> str:
-        """The whole name of one of its tensors; of expert 0 where it is every expert's."""
-        return self.prefix + rest.replace("{}", "0")
-
-
-def check_layers_consistent(
-    blocks: Mapping[int, LayerTensors],
-    main: Callable[[int], bool],
-    varies: Callable[[str], bool],
-    location: str,
-) -> None:
-    """Refuse an MoE layer that lacks what the others have.
-
-    main: whether a layer's number is one of the main model's; an MTP layer may be stored in
-    another way. varies: names of router tensors that only some layers have. Raises FamilyError
-    naming the first tensor that is missing.
-    """
-    routers = {n: frozenset((name, "") for name in block.routers) for n, block in blocks.items()}
-    weights = {n: frozenset(block.weights.items()) for n, block in blocks.items()}
-    for kinds in (routers, weights):
-        for layer, other in _pairs(kinds):
-            extra, lacks = kinds[layer] - kinds[other], kinds[other] - kinds[layer]
-            missing = sorted(name for name, _ in lacks if not varies(name))
-            if missing and not extra:
-                problem = f"is missing: layer {other} has one, layer {layer} not"
-                raise _unlike(location, f"tensor {blocks[layer].name(missing[0])} {problem}")
-    of_main = {layer: kind for layer, kind in weights.items() if main(layer)}
-    for layer, other in _pairs(of_main):
-        extra, lacks = of_main[layer] - of_main[other], of_main[other] - of_main[layer]
-        # Another quantization has other names and dtypes; the same dtypes are renamed tensors.
-        if Counter(dtype for _, dtype in extra) == Counter(dtype for _, dtype in lacks):
-            mine, theirs = blocks[layer].name(min(extra)[0]), blocks[other].name(min(lacks)[0])
-            problem = f"layer {layer} has {mine} where layer {other} has {theirs}"
-            raise _unlike(location, problem)
-
-
-_Kind = frozenset[tuple[str, str]]
-
-
-def _pairs(kinds: Mapping[int, _Kind]) -> Iterator[tuple[int, int]]:
-    """(layer, another that differs from it), one pair for each two kinds of layers."""
-    examples: dict[_Kind, int] = {}
-    for layer, kind in sorted(kinds.items()):
-        examples.setdefault(kind, layer)
-    for mine, layer in examples.items():
-        for theirs, other in examples.items():
-            if mine != theirs:
-                yield layer, other
-
-
-def _unlike(location: str, problem: str) -> FamilyError:
-    remedy = "MoE layers need the same tensors; fetch the checkpoint again"
-    return FamilyError(location, problem, remedy)

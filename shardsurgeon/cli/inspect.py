@@ -44,6 +44,13 @@ def _lines(report: InspectReport) -> Iterator[str]:
     if report.sizes_at:
         yield ""
         yield from table(("experts\nremoved", "tensor\ndata left", "share\nleft"), _sizes(report))
+    if report.incomplete_experts:
+        yield from [
+            "",
+            "Experts that lack a tensor which others have: they can be pruned, not kept",
+        ]
+        rows = report.incomplete_experts.items()
+        yield from table(("layer", "experts"), ((str(n), number_ranges(ids)) for n, ids in rows))
     yield from ["", *facts(("note", note) for note in report.notes)] if report.notes else []
 
 

@@ -14,6 +14,7 @@ from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import config_section
+from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.execution.journal import Run
@@ -120,6 +121,7 @@ def calibrate(
     require_packages()
     checkpoint = open_model(model, family)
     anatomy = read_anatomy(checkpoint)
+    require_complete(anatomy.incomplete, None, checkpoint.location)
     request = _with_defaults(request, checkpoint, anatomy)
     earlier = _earlier(request, checkpoint)
     samples = _samples(request, checkpoint, earlier)

@@ -53,6 +53,8 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
         expert_size=anatomy.expert_nbytes,
         sizes_at=_sizes_at(anatomy),
         notes=checkpoint.notes,
+        incomplete_experts={n: tuple(sorted(found)) for n, found in anatomy.incomplete.items()}
+        or None,
         num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution.plan import Plan
@@ -106,6 +107,8 @@ def plan(
     estimate = SizeEstimate(checkpoint, anatomy, mtp=request.mtp)
     decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
     check_expert_counts(checkpoint, anatomy)
+    stay = {layer: kept.retained for layer, kept in decision.keep.layers.items()}
+    require_complete(anatomy.incomplete, stay, checkpoint.location)
     shards = plan_shards(
         checkpoint,
         anatomy,

@@ -15,7 +15,8 @@ class InspectReport:
 
     total_size: tensor data of the whole model; expert_size: one expert of one layer;
     sizes_at: ratio removed (as text) → tensor data that would stay. num_experts: of the largest
-    layers; num_experts_per_layer: MoE layer → its experts, where they differ.
+    layers; num_experts_per_layer: MoE layer → its experts, where they differ. incomplete_experts:
+    layer → experts that lack a tensor which others have, where there are any.
 
     >>> report = shardsurgeon.inspect("fixtures/kimi_k25")
     >>> report.total_size, report.expert_size, report.sizes_at["0.5"]
@@ -43,6 +44,7 @@ class InspectReport:
     sizes_at: dict[str, int]
     notes: tuple[str, ...]
     num_experts_per_layer: dict[int, int] | None = None
+    incomplete_experts: dict[int, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

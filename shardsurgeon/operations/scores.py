@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import UsageError
@@ -151,6 +152,7 @@ def scores_from_weights(
     check_out(out)
     checkpoint = open_model(model)
     anatomy = read_anatomy(checkpoint)
+    require_complete(anatomy.incomplete, None, checkpoint.location)
     scores = weight_norms(checkpoint, anatomy, on_bytes)
     name, method, metric = checkpoint.source.name, "expert-weight-norm", "weight_l2"
     layers = _save(out, anatomy, scores, metric, {"method": method, "model": name})

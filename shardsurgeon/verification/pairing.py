@@ -24,6 +24,7 @@ from shardsurgeon.checkpoint.roles import (
     Surplus,
     Tabled,
 )
+from shardsurgeon.errors import FamilyError
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, TensorRecord
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.record import RetainedIds
@@ -181,12 +182,11 @@ class _Matcher:
     def match(self, shard: Shard, record: TensorRecord) -> Pair | None:
         """The pair of an output tensor; None, and a finding, where it cannot be one."""
         where = f"{shard.file} {record.name}"
-        # New ids are a subset of the old ones, so every output name exists in the source too.
         place = self._places.get(record.name)
-        if place is None:
+        role = self._role(record, place)
+        if role is None:
             self._findings.add(where, "is a surplus tensor: the source has none of that name")
             return None
-        role = self._anatomy.role(self._record(place))
         self.mtp_seen |= self._is_mtp(role)
         if not isinstance(role, Carried) and role.layer not in self._keeps.retained:
             return None
@@ -194,11 +194,25 @@ class _Matcher:
             place = self._old_place(record.name, role)
             if place is None:
                 kept = len(self._keeps.retained[role.layer])
-                problem = f"is a surplus tensor: expert {role.expert} of {kept} kept"
-                self._findings.add(where, problem)
+                what = f"expert {role.expert} of {kept} kept"
+                if isinstance(role, ExpertTensor) and role.expert < kept:
+                    what = "the source has none for that expert"
+                self._findings.add(where, f"is a surplus tensor: {what}")
                 return None
+        if place is None:
+            raise AssertionError(f"{record.name} has a role and no place")
         self._used[place] = True
         return self._pair(shard, record, place, role)
+
+    def _role(self, record: TensorRecord, place: int | None) -> Role | None:
+        """The role of the source tensor of the same name, or of an expert's that lacks it."""
+        if place is not None:
+            return self._anatomy.role(self._record(place))
+        try:
+            role = self._anatomy.role(record)
+        except FamilyError:
+            return None
+        return role if isinstance(role, ExpertTensor) else None
 
     def _old_place(self, name: str, role: ExpertTensor | Surplus) -> int | None:
         """The source tensor of an expert tensor called `name` in the output; None without one.
@@ -208,7 +222,7 @@ class _Matcher:
         """
         retained = self._keeps.retained[role.layer]
         if role.expert < len(retained):
-            return self._places[role.renamed(name, retained[role.expert])]
+            return self._places.get(role.renamed(name, retained[role.expert]))
         removed = self._anatomy.reader.experts_of(role.layer) - len(retained)
         place = self._places.get(role.renamed(name, role.expert + removed))
         if place is None or not isinstance(self._anatomy.role(self._record(place)), Surplus):

@@ -100,6 +100,10 @@ def check_layers(
         findings.add(PROVENANCE_NAME, f"has no entry for MoE layer {layer}")
     for layer in sorted(recorded - expected):
         findings.add(PROVENANCE_NAME, f"has an entry for layer {layer}, which has no experts")
+    for layer, experts in anatomy.incomplete.items():
+        for old_id in experts.keys() & set(keeps.retained.get(layer, ())):
+            problem = f"keeps expert {old_id}, whose tensor {experts[old_id]} the source lacks"
+            findings.add(f"{PROVENANCE_NAME} layers.{layer}", problem)
     groups, before = anatomy.n_group, anatomy.experts_per_layer
     fewest = min(keeps.retained.items(), key=lambda item: len(item[1]), default=None)
     if fewest is not None and len(fewest[1]) < min(anatomy.top_k, before[fewest[0]]):

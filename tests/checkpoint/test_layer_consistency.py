@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from shardsurgeon.checkpoint.anatomy import LayerTensors, check_layers_consistent
+from shardsurgeon.checkpoint.layer_consistency import LayerTensors, check_layers_consistent
 from shardsurgeon.errors import FamilyError
 
 PLAIN = {"experts.{}.up.weight": "BF16", "experts.{}.down.weight": "BF16", "shared.up": "BF16"}

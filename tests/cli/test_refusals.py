@@ -19,7 +19,7 @@ from tests.support import torch_file
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
-EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.6.up_proj.weight"
 
 Spoil = Callable[[Path], object]
 
@@ -215,9 +215,9 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     "experts not dense": (
         with_tensors(
             lambda t: [
-                t.update({n.replace("experts.3.", "experts.99."): t.pop(n)})
+                t.update({n.replace("experts.6.", "experts.99."): t.pop(n)})
                 for n in list(t)
-                if "layers.1.mlp.experts.3." in n
+                if "layers.1.mlp.experts.6." in n
             ]
         ),
         "expert",
