@@ -15,6 +15,7 @@ from pathlib import Path
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of, open_checkpoint
 from shardsurgeon.checkpoint.files import CARD_NAME, set_aside
+from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
@@ -217,7 +218,9 @@ def _complete_prune(folder: Path, family: str | None) -> tuple[Checkpoint, Prove
     if record is None:
         problem = f"was not pruned by shardsurgeon, which leaves its {PROVENANCE_NAME} there"
         raise CheckpointError(folder, problem, "`hf upload` pushes any folder")
-    check_lineage(record, read_anatomy(checkpoint).experts_per_layer)
+    anatomy = read_anatomy(checkpoint)
+    check_lineage(record, anatomy.experts_per_layer)
+    require_complete(anatomy.incomplete, None, checkpoint.location)
     return checkpoint, record
 
 

@@ -14,6 +14,7 @@ from os import PathLike
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.quantization import read_weights
 from shardsurgeon.checkpoint.quantization_schemes import Shape
 from shardsurgeon.checkpoint.roles import Carried
@@ -32,6 +33,8 @@ from shardsurgeon.families.schema import Family, pattern
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.verification.findings import ArchitectureReport, Findings
 
+# Kinds of differences that leave a parameter without a value.
+_UNFILLED = ("missing", "mismatched", "unbuilt")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 AnyCheckpoint = Checkpoint | str | PathLike[str]
@@ -41,8 +44,9 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
     """Whether the model that `pruned`'s config describes takes exactly its tensors.
 
     A difference that the source has as well was not made by pruning: its tensors are reported as
-    not checked. Raises UsageError where transformers is not installed
-    or cannot build the source's model, and whatever reading the source as a model raises.
+    not checked, but for those that leave a parameter without a value, which stay differences.
+    Raises UsageError where transformers is not installed or cannot build the source's model, and
+    whatever reading the source as a model raises.
     """
     before = _opened(source)
     anatomy = read_anatomy(before)
@@ -52,7 +56,7 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
         after = replace(_opened(pruned), family=anatomy.family)
         try:
             # Checks names and counts, also of tensors that transformers does not read.
-            read_anatomy(after)
+            require_complete(read_anatomy(after).incomplete, None, after.location)
         except InputError as error:
             findings.add(error.where, error.problem)
         meta_model = _meta_model(after, anatomy.family)
@@ -63,10 +67,14 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
     known = _try(before, anatomy, original) if trial.found else _Trial()
     excused: set[str] = set()
     for (kind, name), text in sorted(trial.found.items()):
-        if (kind, name) in known.found:
-            excused.add(name)
-        else:
+        if (kind, name) not in known.found:
             findings.add(name, text)
+        elif kind.endswith(_UNFILLED):
+            # Pruning did not do it, and the parameter has no value all the same.
+            what = ": missing, in" if kind.endswith("missing") else ", in"
+            findings.add(name, f"{text}{what} the source too")
+        else:
+            excused.add(name)
     return ArchitectureReport(
         engine=engine_name(),
         model_class=meta_model.model_class,

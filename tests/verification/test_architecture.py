@@ -261,6 +261,43 @@ def test_a_tensor_far_from_the_experts_that_is_not_there_is_found(
     assert found.startswith(f"{tensor}: Qwen3MoeForCausalLM {words}")
 
 
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("deepseek_v3", r".*\.gate\.e_score_correction_bias"),
+        ("deepseek_v3", r".*\.input_layernorm\.weight"),
+        ("deepseek_v3", r".*\.shared_experts\.down_proj\.weight"),
+        ("gpt_oss", r".*\.mlp\.experts\.down_proj_bias"),
+        ("qwen3_moe", r"model\.norm\.weight"),
+    ],
+)
+def test_what_the_source_lacks_too_is_found_and_said_to_be_so(
+    name: str, lost: str, pairs: Pairs
+) -> None:
+    pair = pairs(name)
+    whole = Pair(pair.source, pair.source).pruned()
+    gone = [tensor for tensor in pair.pruned().tensors if re.fullmatch(lost, tensor)]
+    source, pruned = whole, pair.pruned()
+    for tensor in gone:
+        source, pruned = source.without(tensor), pruned.without(tensor)
+    report = check_architecture(source.checkpoint(), pruned.checkpoint())
+    assert gone and report.differences
+    assert all("in the source too" in line for line in report.differences)
+    named = {line.partition(":")[0] for line in report.differences}
+    assert named & set(gone) or all(".experts" in line for line in named)
+
+
+def test_a_shape_that_is_wrong_in_the_source_too_is_found(pairs: Pairs) -> None:
+    pair = pairs("qwen3_moe")
+    wrong = ("model.norm.weight", "BF16", 63)
+    source = Pair(pair.source, pair.source).pruned().having(*wrong)
+    report = check_architecture(source.checkpoint(), pair.pruned().having(*wrong).checkpoint())
+    (found,) = report.differences
+    assert found == (
+        "model.norm.weight: shape [63], and the config makes it [64], in the source too"
+    )
+
+
 def test_a_tensor_that_nothing_takes_is_found(pairs: Pairs) -> None:
     pair = pairs("qwen3_moe")
     report = pair.check(pair.pruned().having("model.extra.weight", "BF16", 3, 3))
