@@ -74,8 +74,8 @@ class Plan:
     generated_files: small files whose whole content the plan holds (config.json, the index,
     metadata): (name, bytes), in the order of writing.
     copied_files: files of the source that are copied byte for byte, by name.
-    score_files: (output name, absolute path) of files from outside the source: the scores or the
-    keep-list that the plan was made from.
+    score_files: (output name, absolute path, sha256 hex) of files from outside the source: the
+    scores or the keep-list that the plan was made from, with the digest of what was read.
     source_files: size and stamp of every source file the plan reads, as they were when it
     was planned.
     request_fingerprint: sha256 hex of what was asked for (all but the source's state).
@@ -85,7 +85,7 @@ class Plan:
     shards: tuple[OutputShard, ...]
     generated_files: tuple[tuple[str, bytes], ...]
     copied_files: tuple[str, ...]
-    score_files: tuple[tuple[str, str], ...]
+    score_files: tuple[tuple[str, str, str], ...]
     source_files: tuple[SourceFile, ...]
     request_fingerprint: str
     source_fingerprint: str

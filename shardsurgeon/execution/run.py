@@ -3,7 +3,7 @@
 It obeys the plan, decides nothing, and knows no experts. The order of a run:
 
  1. OUT must not exist; OUT.partial is locked and must be empty or belong to this very run.
- 2. The source must be what it was when it was planned, and the disk must have room.
+ 2. Source and score files must be what they were when planned, and the disk must have room.
  3. Every unfinished shard is reserved, written by the workers, synced, renamed, journalled.
  4. Copied files, score files and generated files follow, those generated in the plan's order.
  5. The caller may check the finished files; then their folder is renamed to OUT.
@@ -26,7 +26,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shardsurgeon.errors import OutputError, OutputWriteError, ShardSurgeonError, UsageError
+from shardsurgeon.errors import (
+    OutputError,
+    OutputWriteError,
+    ShardSurgeonError,
+    SourceChangedError,
+    UsageError,
+)
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
 from shardsurgeon.execution.ranges import CopyRange, batches
@@ -40,7 +46,7 @@ from shardsurgeon.execution.upload import (
 )
 from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
-from shardsurgeon.storage.files import reading, reserve_file, sync_path, writing
+from shardsurgeon.storage.files import reading, reserve_file, sha256_of, sync_path, writing
 from shardsurgeon.storage.source import Source, SourceFile, leads_out, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
@@ -105,6 +111,8 @@ def execute(
         require_budget(budget, sizes)
     with lock_workdir(out, system) as workdir:
         require_unchanged(source, plan.source_files)
+        for _, origin, sha256 in plan.score_files:
+            _require_read(Path(origin), sha256, origin)
         with workdir.open_journal(_run(plan, source), restart) as journal:
             require_receipts(destination, journal.done, workdir)
             found = find_resume_state(plan.shards, workdir, journal.done)
@@ -145,7 +153,7 @@ def output_sizes(plan: Plan) -> dict[str, int]:
     source_sizes = {file.name: file.nbytes for file in plan.source_files}
     files = [(shard.file, shard.nbytes) for shard in plan.shards]
     files += [(name, source_sizes[name]) for name in plan.copied_files]
-    files += [(name, _size_on_disk(path)) for name, path in plan.score_files]
+    files += [(name, _size_on_disk(path)) for name, path, _ in plan.score_files]
     files += [(name, len(data)) for name, data in plan.generated_files]
     sizes: dict[str, int] = {}
     for name, nbytes in files:
@@ -302,12 +310,21 @@ def write_small_files(context: RunContext, sizes: dict[str, int], workers: int) 
     tasks = (partial(_carry_over, context, name, sizes[name]) for name in context.plan.copied_files)
     run_tasks(tasks, new_mover, workers, context.meter)
     transfer = new_mover()
-    for name, origin in context.plan.score_files:
+    for name, origin, sha256 in context.plan.score_files:
         with _new_file(context, name, sizes[name]) as path:
             transfer.copy_file(Path(origin), sizes[name], path)
+            _require_read(path, sha256, origin)
     for name, data in context.plan.generated_files:
         with _new_file(context, name, 0) as path:
             transfer.write([CopyRange(Literal(data), 0)], path)
+
+
+def _require_read(path: Path, sha256: str, origin: str) -> None:
+    """Raise SourceChangedError, naming `origin`, unless `path` holds what was planned with."""
+    if (found := sha256_of(path)) != sha256:
+        problem = f"had SHA-256 {sha256[:12]} when the run was planned, has {found[:12]}"
+        remedy = "restore it, or run the command again with --restart"
+        raise SourceChangedError(origin, problem, remedy)
 
 
 def _carry_over(context: RunContext, name: str, nbytes: int, transfer: RangeTransfer) -> None:

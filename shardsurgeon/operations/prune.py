@@ -26,7 +26,7 @@ from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
-from shardsurgeon.storage.files import write_file
+from shardsurgeon.storage.files import sha256_of, write_file
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def plan(
         raise UsageError("family", problem, "give the model's folder or address instead")
     checkpoint = model if isinstance(model, Checkpoint) else open_model(model, family)
     anatomy = read_anatomy(checkpoint)
+    given = _digests(scores, request.plan_file)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
-    given = [path for path in (_path(scores), _path(request.plan_file)) if path is not None]
     estimate = SizeEstimate(checkpoint, anatomy, mtp=request.mtp)
     decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
     check_expert_counts(checkpoint, anatomy)
@@ -143,8 +143,14 @@ def complete(out: str) -> str:
     return f"{out} is complete"
 
 
-def _path(value: object) -> Path | None:
-    return Path(value).absolute() if isinstance(value, str | os.PathLike) else None
+def _digests(*files: object) -> dict[Path, str]:
+    """SHA-256 of the files among `files`, by absolute path, before anything reads them.
+
+    What changes after that is noticed when the file is copied. A pipe can be read but once and is
+    not among them; of a file that cannot be read, its reader says so.
+    """
+    paths = [Path(file).absolute() for file in files if isinstance(file, str | os.PathLike)]
+    return {path: sha256_of(path) for path in paths if path.is_file() and os.access(path, os.R_OK)}
 
 
 def _selection_settings(pruning: Pruning) -> dict[str, object]:

@@ -180,7 +180,7 @@ def _options(destination: Destination) -> list[str]:
 
 def _recipe(pruning: Pruning) -> str | None:
     """The command of a prune; None where its scores were not read from a file."""
-    given = dict(pruning.plan.score_files)
+    given = {name: path for name, path, _ in pruning.plan.score_files}
     if not given:
         return None
     origin = identity_of(pruning.checkpoint)

@@ -1,15 +1,14 @@
 """The files beside the shards, and with them the whole plan.
 
 Written anew are config, index, quantization lists and the record of the prune; everything else of
-the source is copied. Quantization lists and another tool's record are read here, and the score
-file is hashed.
+the source is copied. Quantization lists and another tool's record are read here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from shardsurgeon.storage.source import SourceFile
 
 # Where another tool's file of our record's name is kept.
 _FOREIGN_PROVENANCE = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source.json"
+# Files that the result has new ones of.
+_WRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
 
 
 def assemble(
@@ -43,15 +44,15 @@ def assemble(
     request: SelectionRequest,
     decision: Decision,
     shards: tuple[OutputShard, ...],
-    given: Sequence[Path],
+    given: Mapping[Path, str],
     max_shard_nbytes: int | None,
 ) -> Plan:
     """The whole plan.
 
-    shards: what `plan_shards` made; given: the score or keep-list file of this run;
-    max_shard_nbytes: what the shards were repacked to, None where they were not. Raises
-    ConfigError and HeaderError where config or quantization lists cannot be rewritten,
-    SourceReadError where they cannot be read.
+    shards: what `plan_shards` made; given: the score or keep-list file of this run → its SHA-256
+    (hex) when it was read; max_shard_nbytes: what the shards were repacked to, None where they
+    were not. Raises ConfigError and HeaderError where config or quantization lists cannot be
+    rewritten, SourceReadError where they cannot be read.
     """
     step = step_of(request, decision.keep, decision.metric, identity_of(checkpoint))
     provenance = compose(
@@ -124,30 +125,29 @@ def _total_parameters(
 
 
 def _copied_files(
-    checkpoint: Checkpoint, given: Sequence[Path]
-) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """(source files to copy as they are, (output name, path) of files from elsewhere).
+    checkpoint: Checkpoint, given: Mapping[Path, str]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
+    """(source files to copy as they are, (output name, path, sha256) of files from elsewhere).
 
     given: the score or keep-list file of this run. It goes to calibration/ and, should it lie
     in the source, nowhere else.
     """
-    written = {CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES}
     weights = {shard.file for shard in checkpoint.shards} | set(checkpoint.unindexed)
     elsewhere = {path.resolve() for path in given}
     copied = tuple(
         file.name
         for file in checkpoint.files
-        if file.name not in written | weights
+        if file.name not in _WRITTEN | weights
         and not is_other_weight_format(file.name)
         and not _is_one_of(checkpoint.source.local_path(file.name), elsewhere)
     )
     # A metadata file given as --plan must not take the place of the one that is written.
     taken = {*copied, PROVENANCE_NAME, _FOREIGN_PROVENANCE}
     score_files = []
-    for path in given:
+    for path, sha256 in given.items():
         name = _free_name(f"{CALIBRATION_FOLDER}{path.name}", taken)
         taken.add(name)
-        score_files.append((name, str(path)))
+        score_files.append((name, str(path), sha256))
     return copied, tuple(score_files)
 
 
@@ -167,8 +167,8 @@ def _free_name(name: str, taken: Collection[str]) -> str:
 
 
 def _source_files(checkpoint: Checkpoint, copied: tuple[str, ...]) -> tuple[SourceFile, ...]:
-    """Every source file whose bytes end up in the result."""
-    read = {shard.file for shard in checkpoint.shards} | set(copied) | {CONFIG_NAME}
+    """Every source file that is copied, in part or whole, or that a new one was written from."""
+    read = {shard.file for shard in checkpoint.shards} | set(copied) | _WRITTEN
     return tuple(file for file in checkpoint.files if file.name in read)
 
 
@@ -176,7 +176,7 @@ def _request_fingerprint(
     decision: Decision,
     max_shard_nbytes: int | None,
     step: Step,
-    score_files: Sequence[tuple[str, str]],
+    score_files: Sequence[tuple[str, str, str]],
 ) -> str:
     """A hash of what was asked for: an interrupted run goes on only with the same request."""
     asked = {
@@ -186,10 +186,7 @@ def _request_fingerprint(
         "retained": {n: layer.retained for n, layer in decision.keep.layers.items()},
         "drop_mtp": decision.drop_mtp,
         "max_shard_nbytes": max_shard_nbytes,
-        "extra": [
-            (name, hashlib.sha256(Path(path).read_bytes()).hexdigest())
-            for name, path in score_files
-        ],
+        "extra": [(name, sha256) for name, _, sha256 in score_files],
     }
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 

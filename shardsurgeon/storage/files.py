@@ -8,6 +8,7 @@ short under a map kills the process with SIGBUS, a read returns an error that ca
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,12 @@ class FileCopier:
             write_all(target, part, at + done, str(target.name), self._system)
             done += len(part)
             self._advance(len(part))
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hex. Raises SourceReadError."""
+    with reading(path), FileIO(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_file(path: Path, data: bytes, system: System | None = None) -> None:

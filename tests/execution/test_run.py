@@ -318,6 +318,29 @@ def test_a_source_that_changed_since_it_was_planned_is_named(job: Job, out: Path
     assert sorted(os.listdir(out.parent)) == ["Tiny-MoE", "scores.pt"]
 
 
+def test_a_score_file_that_changed_since_it_was_read_is_never_delivered(
+    job: Job, out: Path
+) -> None:
+    scores = out.parent / "scores.pt"
+    scores.write_bytes(b"SCORES")
+    with pytest.raises(SourceChangedError, match=r"scores\.pt: had SHA-256 .* has") as refused:
+        execute(job.plan, job.source, out)
+    assert refused.value.exit_status == 1
+    assert not out.with_name("OUT.partial").joinpath("files").exists()
+    scores.write_bytes(b"scores")
+
+    def listen(progress: Progress) -> None:
+        if progress.shards_done == 3:
+            scores.write_bytes(b"SCORES")
+
+    with pytest.raises(SourceChangedError, match=r"scores\.pt: had SHA-256"):
+        execute(job.plan, job.source, out, workers=1, on_progress=listen)
+    assert not out.exists()
+    scores.write_bytes(b"scores")
+    execute(job.plan, job.source, out)
+    assert content(out) == job.expected
+
+
 def _replace_in_place(path: Path) -> None:
     path.write_bytes(B[::-1])
     os.utime(path, ns=(1, 1))

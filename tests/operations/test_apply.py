@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 
 import shardsurgeon
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
-from shardsurgeon.errors import FamilyError, UsageError
+from shardsurgeon.errors import FamilyError, SourceChangedError, UsageError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.operations import prune, verify
 from shardsurgeon.operations.apply import apply
@@ -33,6 +36,54 @@ def planned(out: Path) -> prune.Pruning:
 
 def plans_alive() -> int:
     return sum(type(thing) is Plan for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("which", ["scores", "keep-list"])
+def test_the_file_that_decided_is_the_file_that_is_delivered(tmp_path: Path, which: str) -> None:
+    scores, keep = tmp_path / "scores.pt", tmp_path / "keep.json"
+    shutil.copy(scores_of(FAMILY), scores)
+    planned(tmp_path / "out").write_plan(keep)
+    model = fixture_folder(FAMILY)
+    if which == "scores":
+        given, pruning = scores, shardsurgeon.plan(model, scores, ratio=0.5)
+    else:
+        given, pruning = keep, shardsurgeon.plan(model, plan_file=keep)
+    read = given.read_bytes()
+    given.write_bytes(read[:-2] + b"  ")
+    with pytest.raises(SourceChangedError, match=f"{given.name}: had SHA-256"):
+        shardsurgeon.apply(pruning, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    given.write_bytes(read)
+    shardsurgeon.apply(pruning, tmp_path / "out")
+    assert (tmp_path / "out" / "calibration" / given.name).read_bytes() == read
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_a_keep_list_from_a_pipe_decides_and_leaves_no_empty_file(tmp_path: Path) -> None:
+    planned(tmp_path / "out").write_plan(tmp_path / "keep.json")
+    data = (tmp_path / "keep.json").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    pruning = shardsurgeon.plan(fixture_folder(FAMILY), plan_file=tmp_path / "pipe")
+    writer.join()
+    shardsurgeon.apply(pruning, tmp_path / "out")
+    record = "reap_pruning_metadata.json"
+    assert [path.name for path in (tmp_path / "out" / "calibration").iterdir()] == [record]
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "model.safetensors.index.json"])
+def test_a_file_that_was_written_anew_must_not_have_changed_meanwhile(
+    tmp_path: Path, name: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(fixture_folder(FAMILY), model)
+    (model / "quantize_config.json").write_bytes(b'{"bits": 4}')
+    pruning = shardsurgeon.plan(model, scores_of(FAMILY), ratio=0.5)
+    path = model / name
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(SourceChangedError, match=f"{name}: had "):
+        shardsurgeon.apply(pruning, tmp_path / "out")
 
 
 @pytest.fixture

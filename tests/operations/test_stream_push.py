@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
-from shardsurgeon.errors import OutputError, UsageError, VerificationError
+from shardsurgeon.errors import OutputError, SourceChangedError, UsageError, VerificationError
 from shardsurgeon.execution.transfer import RangeTransfer
+from shardsurgeon.execution.workers import Progress
 from shardsurgeon.operations import api
 from shardsurgeon.operations.apply import apply
 from shardsurgeon.operations.request import Destination, RunOptions
@@ -61,6 +62,23 @@ def test_the_repository_is_byte_identical_to_a_local_prune(
     assert report["verification"]["tensors_compared"] > 0
     assert set(source.uploads.values()) == {1}
     assert list(shell.folder.iterdir()) == []
+
+
+def test_scores_that_change_during_the_run_reach_no_commit(
+    shell: Shell, source: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = tmp_path / "scores.pt"
+    scores.write_bytes(Path(scores_of(FAMILY)).read_bytes())
+    pruning = api.plan("org/Tiny", scores, ratio=0.65, out=tmp_path / "out")
+
+    def listen(progress: Progress) -> None:
+        if progress.shards_done == 1:
+            scores.write_bytes(scores.read_bytes()[::-1])
+
+    monkeypatch.setenv("HF_TOKEN", source.token)
+    with pytest.raises(SourceChangedError, match=r"scores\.pt: had SHA-256"):
+        api.apply(pruning, stream_push="me/small", workers=1, on_progress=listen)
+    assert source.commits("me/small") == ["initial commit"]
 
 
 def test_the_report_names_the_repository(shell: Shell, source: LocalHub) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
+from shardsurgeon.storage.files import sha256_of
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source
 
@@ -59,7 +60,7 @@ def make_plan(source: Source, scores: Path) -> Plan:
         ),
         generated_files=(("calibration/metadata.json", b"{ }"), ("config.json", b"{}\n")),
         copied_files=tuple(sorted(SIDE)),
-        score_files=(("calibration/scores.pt", str(scores)),),
+        score_files=(("calibration/scores.pt", str(scores), sha256_of(scores)),),
         source_files=source.list(),
         request_fingerprint="1" * 64,
         source_fingerprint="2" * 64,
