@@ -130,7 +130,7 @@ def test_the_verifier_can_reach_neither_the_planner_nor_the_executor() -> None:
 
 
 def test_the_executor_knows_no_experts() -> None:
-    assert reachable("execution") == {"execution", "storage", "units", "errors"}
+    assert reachable("execution") == {"execution", "storage", "units", "errors", "_version"}
 
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("pruning.")))

@@ -4,7 +4,7 @@ One JSON value per line: first which run it belongs to, then what was done. A li
 when what it says is on the disk, or has arrived at the destination:
 
     {"finished": name, "nbytes": n}             the output file is whole and has its name
-    {"begun": name, "layout": digest}           a download of it begins, none of it is written
+    {"begun": name}                             a download of it begins, none of it is written
     {"filled": name, "ranges": [[0, 9], ...]}   these bytes of it are written
     {"sent": name, "to": place, "receipt": text}    it has been sent, and may be removed here
 
@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Self
 
+from shardsurgeon._version import __version__
 from shardsurgeon.errors import OutputError
 from shardsurgeon.storage.files import write_all, write_file, writing
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.storage.system import System
 
 FORMAT = "shardsurgeon journal"
-VERSION = 2
+VERSION = 3
 _START_OVER = "--restart starts over"
 
 
@@ -36,39 +37,32 @@ _START_OVER = "--restart starts over"
 class Run:
     """Which run a journal belongs to.
 
-    request, source: the plan's two fingerprints. source_files: what the second one was taken
-    from, so that a changed file can be named. origin: the exact source, if a name leads to it
-    again (`hf://org/name@` and a commit), else "".
+    result, source: digests of what the run is to make and of what it makes it from; a run with
+    the same two goes on, whatever program wrote the journal. The rest names what differs. asked:
+    the command, in words and values; source_files: what `source` was taken from; origin: the
+    exact source, if a name leads to it again (`hf://org/name@` and a commit), else ""; program:
+    the version of shardsurgeon.
     """
 
-    request: str
+    result: str
     source: str
     source_files: tuple[SourceFile, ...]
     origin: str = ""
-
-
-@dataclass(slots=True)
-class Part:
-    """An output file that is written in part.
-
-    layout: digest of the header that says where each of its tensors lies. ranges: (first, one
-    past the last) byte of every range that is on the disk, in the order of arrival.
-    """
-
-    layout: str
-    ranges: list[tuple[int, int]]
+    asked: Mapping[str, str] = field(default_factory=dict)
+    program: str = __version__
 
 
 @dataclass(slots=True)
 class JournalState:
     """What the lines of a journal add up to; an output file is in at most one of the three.
 
-    finished: name -> size in bytes. parts: name -> the part that is written. sent: name -> receipt;
+    finished: name -> size in bytes. parts: name -> (first, one past the last) byte of every range
+    that is on the disk, in the order of arrival. sent: name -> receipt;
     address: where those were sent.
     """
 
     finished: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     sent: dict[str, str] = field(default_factory=dict)
     address: str = ""
 
@@ -78,12 +72,12 @@ class JournalState:
             case {"finished": str(name), "nbytes": int(nbytes)}:
                 self._forget(name)
                 self.finished[name] = nbytes
-            case {"begun": str(name), "layout": str(layout)}:
+            case {"begun": str(name)}:
                 self._forget(name)
-                self.parts[name] = Part(layout, [])
+                self.parts[name] = []
             case {"filled": str(name), "ranges": list(ranges)} if name in self.parts:
                 pairs = [pair for pair in map(_pair, ranges) if pair]
-                self.parts[name].ranges += pairs
+                self.parts[name] += pairs
                 return len(pairs) == len(ranges)
             case {"sent": str(name), "to": str(address), "receipt": str(receipt)}:
                 self._forget(name)
@@ -138,9 +132,9 @@ class Journal:
         """Record that the output file is on the disk under its name."""
         self._add({"finished": name, "nbytes": nbytes})
 
-    def begin(self, name: str, layout: str) -> None:
+    def begin(self, name: str) -> None:
         """Record that the output file starts over: what was written of it is void."""
-        self._add({"begun": name, "layout": layout})
+        self._add({"begun": name})
 
     def fill(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
         """Record that these bytes of a file that was begun are on the disk."""
@@ -195,13 +189,17 @@ def read_journal(path: Path) -> JournalFile | None:
 
 def require_same(found: Run, wanted: Run, where: Path) -> None:
     """Raise OutputError, naming the difference, unless the folder `where` belongs to this run."""
-    if found.request != wanted.request:
-        raise OutputError(
-            where,
-            "belongs to an interrupted run of a different command "
-            f"(request {found.request[:12]}, this one is {wanted.request[:12]})",
-            f"repeat that command, choose another -o, or {_START_OVER}",
-        )
+    if (found.result, found.source) == (wanted.result, wanted.source):
+        return
+    for name in [*wanted.asked, *found.asked]:
+        before, now = found.asked.get(name, "unsaid"), wanted.asked.get(name, "unsaid")
+        if before != now:
+            raise OutputError(
+                where,
+                "belongs to an interrupted run of a different command "
+                f"({name}: {before}, this one {now})",
+                f"repeat that command, choose another -o, or {_START_OVER}",
+            )
     if found.source != wanted.source:
         can_go_on = found.origin not in ("", wanted.origin)
         raise OutputError(
@@ -209,6 +207,13 @@ def require_same(found: Run, wanted: Run, where: Path) -> None:
             f"the source changed since the interrupted run: {_difference(found, wanted)}",
             (f"--model {found.origin} goes on with it, " if can_go_on else "") + _START_OVER,
         )
+
+    raise OutputError(
+        where,
+        f"was begun by shardsurgeon {found.program}, and this one, {wanted.program}, would write "
+        "other bytes for the same command",
+        f"finish with that version, choose another -o, or {_START_OVER}",
+    )
 
 
 def _difference(found: Run, wanted: Run) -> str:
@@ -234,8 +239,10 @@ def _line(value: dict[str, object]) -> bytes:
 def _run_as_json(run: Run) -> dict[str, object]:
     files = [[file.name, file.nbytes, file.stamp] for file in run.source_files]
     return {
-        "request": run.request,
+        "result": run.result,
         "source": run.source,
+        "asked": dict(run.asked),
+        "program": run.program,
         "origin": run.origin,
         "source_files": files,
     }
@@ -252,13 +259,15 @@ def _run_from_json(value: object, path: Path) -> Run:
             )
         case {
             "format": "shardsurgeon journal",
-            "request": str(request),
+            "result": str(result),
             "source": str(source),
+            "asked": dict(asked),
+            "program": str(program),
             "origin": str(origin),
             "source_files": list(files),
-        }:
+        } if all(isinstance(value, str) for value in asked.values()):
             described = tuple(_source_file(file, path) for file in files)
-            return Run(request, source, described, origin)
+            return Run(result, source, described, origin, asked, program)
     raise _garbled(path, 1)
 
 

@@ -7,6 +7,8 @@ A plan knows nothing about experts, and its execution decides nothing: it only m
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from shardsurgeon.storage.source import SourceFile
@@ -78,7 +80,7 @@ class Plan:
     scores or the keep-list that the plan was made from, with the digest of what was read.
     source_files: size and stamp of every source file the plan reads, as they were when it
     was planned.
-    request_fingerprint: sha256 hex of what was asked for (all but the source's state).
+    asked: what the user asked for, (name, value), to name a difference between two runs.
     source_fingerprint: sha256 hex of names, sizes, stamps and headers of the source.
     """
 
@@ -87,5 +89,28 @@ class Plan:
     copied_files: tuple[str, ...]
     score_files: tuple[tuple[str, str, str], ...]
     source_files: tuple[SourceFile, ...]
-    request_fingerprint: str
+    asked: tuple[tuple[str, str], ...]
     source_fingerprint: str
+
+    def digest(self) -> str:
+        """sha256 hex of the result: every byte that is written here and where the others lie."""
+        found = hashlib.sha256()
+        # Another order of the shards writes the same files.
+        for shard in sorted(self.shards, key=lambda shard: shard.file):
+            found.update(_joined(shard.file.encode(), shard.header))
+            for tensor in shard.tensors:
+                for piece in tensor.pieces:
+                    if isinstance(piece, Literal):
+                        found.update(_joined(piece.data))
+                    else:
+                        found.update(f"{piece.file}\0{piece.begin}\0{piece.nbytes}\0".encode())
+        for name, data in self.generated_files:
+            found.update(_joined(name.encode(), data))
+        beside = [self.copied_files, [(name, sha256) for name, _, sha256 in self.score_files]]
+        found.update(json.dumps(beside).encode())
+        return found.hexdigest()
+
+
+def _joined(*parts: bytes) -> bytes:
+    """Parts behind their lengths, so that no two sequences give the same bytes."""
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)

@@ -184,7 +184,8 @@ def _require_space(needed: int, workdir: WorkDir) -> None:
 def _run(plan: Plan, source: Source) -> Run:
     pinned = source.is_remote and source.revision is not None
     origin = f"{source.location.partition('@')[0]}@{source.revision}" if pinned else ""
-    return Run(plan.request_fingerprint, plan.source_fingerprint, plan.source_files, origin)
+    source_files = plan.source_files
+    return Run(plan.digest(), plan.source_fingerprint, source_files, origin, dict(plan.asked))
 
 
 def require_budget(budget: int, sizes: dict[str, int]) -> None:

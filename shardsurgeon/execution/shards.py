@@ -7,7 +7,6 @@ there. The journal says what was done; what is on the disk must agree with it.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,7 +62,7 @@ class ShardWriter:
             return
         if self._context.source.is_remote:
             # Before the file: the new one is empty, whatever the journal says of an older one.
-            self._context.journal.begin(shard.file, layout(shard))
+            self._context.journal.begin(shard.file)
         path = self._context.workdir.begin_file(shard.file)
         reserve_file(path, shard.nbytes, self._context.workdir.system)
 
@@ -198,11 +197,5 @@ def find_resume_state(
     return found
 
 
-def layout(shard: OutputShard) -> str:
-    """Digest of the header: shards with the same one have their tensors at the same offsets."""
-    return hashlib.sha256(shard.header).hexdigest()[:16]
-
-
 def _written(shard: OutputShard, done: JournalState) -> list[Range]:
-    part = done.parts.get(shard.file)
-    return joined(part.ranges) if part and part.layout == layout(shard) else []
+    return joined(done.parts.get(shard.file, []))

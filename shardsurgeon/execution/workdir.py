@@ -173,7 +173,7 @@ class WorkDir:
         if self._journal is None:
             return
         done = self._journal.done
-        parts = [name for name, part in done.parts.items() if part.ranges]
+        parts = [name for name, ranges in done.parts.items() if ranges]
         _remove_tree(self.writing, parts)
         if not parts and not done.sent and not any(_files_below(self.files)):
             _remove_tree(self.files)

@@ -47,6 +47,8 @@ DEFAULT_MAX_LENGTH = 2048
 _POSITIONS = ("max_position_embeddings", "model_max_length", "max_sequence_length", "seq_length")
 _DTYPE = ("dtype", "torch_dtype")
 _FALLBACK_DTYPE = "bfloat16"
+# Counted up where the same request would give other numbers: a partial result then starts over.
+_RESULTS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,7 @@ def _run_identity(
     """What a partial result belongs to: digests of the request and of the source's state."""
     settings = asdict(request.settings)
     asked = {
-        "version": __version__,
+        "results": _RESULTS,
         "dataset": request.dataset,
         "samples": samples_sha256(samples),
         "settings": settings,
@@ -238,7 +240,10 @@ def _run_identity(
     files = tuple(file for file in checkpoint.files if file.name in shards)
     source = [[(file.name, file.nbytes, file.stamp) for file in files], headers]
     digests = [hashlib.sha256(json.dumps(what).encode()).hexdigest() for what in (asked, source)]
-    return Run(digests[0], digests[1], files)
+    words = {f"--{name.replace('_', '-')}": str(value) for name, value in settings.items()}
+    words |= {"--dataset": str(asked["dataset"]), "--max-length": str(asked["max_length"])}
+    words |= {"--extend": str(asked["extend"]), "samples": str(asked["samples"])[:12]}
+    return Run(digests[0], digests[1], files, asked=words)
 
 
 def _sha256(path: Path) -> str:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
 from shardsurgeon.checkpoint.files import (
@@ -65,7 +63,7 @@ def assemble(
         copied_files=copied,
         score_files=score_files,
         source_files=_source_files(checkpoint, copied),
-        request_fingerprint=_request_fingerprint(decision, max_shard_nbytes, step, score_files),
+        asked=_asked(decision, max_shard_nbytes, step, score_files),
         source_fingerprint=_source_fingerprint(checkpoint),
     )
 
@@ -172,23 +170,25 @@ def _source_files(checkpoint: Checkpoint, copied: tuple[str, ...]) -> tuple[Sour
     return tuple(file for file in checkpoint.files if file.name in read)
 
 
-def _request_fingerprint(
+def _asked(
     decision: Decision,
     max_shard_nbytes: int | None,
     step: Step,
     score_files: Sequence[tuple[str, str, str]],
-) -> str:
-    """A hash of what was asked for: an interrupted run goes on only with the same request."""
-    asked = {
-        "version": __version__,
-        # The source has a fingerprint of its own, so that a message can say which one differs.
-        "step": {**asdict(step), "source": None},
-        "retained": {n: layer.retained for n, layer in decision.keep.layers.items()},
-        "drop_mtp": decision.drop_mtp,
-        "max_shard_nbytes": max_shard_nbytes,
-        "extra": [(name, sha256) for name, _, sha256 in score_files],
-    }
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+) -> tuple[tuple[str, str], ...]:
+    """What was asked for, so that a message can say how two commands differ."""
+    selection = f"{step.selection} {step.ratio:g}" if step.selection == "ratio" else step.selection
+    rounding = f", rounding {step.rounding}" if step.rounding else ""
+    metric = f", metric {step.metric}" if step.metric else ""
+    retained = {layer: kept.retained for layer, kept in decision.keep.layers.items()}
+    return (
+        ("selection", f"{selection}{rounding}{metric}"),
+        ("experts kept", f"up to {decision.keep.most} per layer"),
+        ("MTP", "dropped" if decision.drop_mtp else "as the other layers"),
+        ("shards", "as the source's" if max_shard_nbytes is None else f"{max_shard_nbytes} bytes"),
+        *((name, f"SHA-256 {sha256[:12]}") for name, _, sha256 in score_files),
+        ("keep-lists", hashlib.sha256(json.dumps(retained).encode()).hexdigest()[:12]),
+    )
 
 
 def _source_fingerprint(checkpoint: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -74,8 +75,46 @@ def test_another_command_is_refused_until_it_says_restart(
     capsys.readouterr()
     assert main(words(model, "0.25")) == 2
     line = capsys.readouterr().err
-    assert "different command" in line and "--restart" in line and line.count("\n") == 1
+    assert (
+        "different command (selection: ratio 0.5, rounding floor, metric saliency, this one ratio"
+        in line
+    )
+    assert "--restart" in line and line.count("\n") == 1
     assert main([*words(model, "0.25"), "--restart"]) == 0
+
+
+def upgraded(model: Path, **changed: object) -> None:
+    """Make the journal look as if an earlier version had written it."""
+    journal = model.parent / "out.partial" / "shardsurgeon.journal"
+    head, rest = journal.read_text().split("\n", 1)
+    journal.write_text(json.dumps(json.loads(head) | {"program": "0.0.1", **changed}) + "\n" + rest)
+
+
+def test_an_upgrade_meanwhile_costs_nothing(
+    model: Path,
+    reference: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    interrupt(model, monkeypatch)
+    upgraded(model, asked={"other": "words for it"})
+    capsys.readouterr()
+    assert main([*words(model), "--json"]) == 0
+    shards = sum(path.stat().st_size for path in (model.parent / "out").glob("*.safetensors"))
+    assert json.loads(capsys.readouterr().out)["bytes_resumed"] == shards
+    assert contents(model.parent / "out") == reference
+
+
+def test_an_upgrade_that_writes_other_bytes_is_told_from_another_command(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(model, monkeypatch)
+    upgraded(model, result="0" * 64)
+    capsys.readouterr()
+    assert main(words(model)) == 2
+    line = capsys.readouterr().err
+    assert "was begun by shardsurgeon 0.0.1, and this one, " in line and "--restart" in line
+    assert "different command" not in line and line.count("\n") == 1
 
 
 def test_a_source_that_changed_meanwhile_is_refused_by_name(

@@ -11,7 +11,6 @@ from shardsurgeon.errors import OutputError
 from shardsurgeon.execution.journal import (
     Journal,
     JournalState,
-    Part,
     Run,
     read_journal,
     require_same,
@@ -20,7 +19,8 @@ from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.storage.system import native
 
 FILES = (SourceFile("a.safetensors", 10, "t1"), SourceFile("b.safetensors", 20, "t2"))
-RUN = Run("1" * 64, "2" * 64, FILES, "hf://org/name@abc")
+ASKED = {"selection": "ratio 0.5", "MTP": "dropped"}
+RUN = Run("1" * 64, "2" * 64, FILES, "hf://org/name@abc", ASKED)
 
 
 def begun(path: Path) -> Path:
@@ -44,9 +44,9 @@ def test_no_journal_is_no_record(tmp_path: Path) -> None:
 def test_a_file_is_begun_filled_finished_and_sent(tmp_path: Path) -> None:
     seen = []
     with Journal(tmp_path / "journal", RUN, None, native()) as journal:
-        journal.begin("a", "layout")
+        journal.begin("a")
         journal.fill("a", [(0, 5), (90, 100)])
-        journal.begin("b", "layout")
+        journal.begin("b")
         journal.fill("a", [(5, 7)])
         seen.append(deepcopy(journal.done))
         journal.finish("a", 100)
@@ -54,9 +54,9 @@ def test_a_file_is_begun_filled_finished_and_sent(tmp_path: Path) -> None:
         seen.append(deepcopy(journal.done))
         journal.send("a", "there", "receipt of a")
         seen.append(deepcopy(journal.done))
-    part = Part("layout", [(0, 5), (90, 100), (5, 7)])
+    part = [(0, 5), (90, 100), (5, 7)]
     assert seen == [
-        JournalState(parts={"a": part, "b": Part("layout", [])}),
+        JournalState(parts={"a": part, "b": []}),
         JournalState(finished={"a": 100, "b": 50}),
         JournalState(finished={"b": 50}, sent={"a": "receipt of a"}, address="there"),
     ]
@@ -68,21 +68,21 @@ def test_a_file_is_begun_filled_finished_and_sent(tmp_path: Path) -> None:
 @pytest.mark.parametrize("before", ["fill", "finish", "send"])
 def test_a_file_that_is_begun_again_has_nothing_of_the_old_one(tmp_path: Path, before: str) -> None:
     with Journal(tmp_path / "journal", RUN, None, native()) as journal:
-        journal.begin("a", "old")
+        journal.begin("a")
         steps = {
             "fill": lambda: journal.fill("a", [(0, 5)]),
             "finish": lambda: journal.finish("a", 5),
             "send": lambda: journal.send("a", "there", ""),
         }
         steps[before]()
-        journal.begin("a", "new")
-        assert journal.done.parts == {"a": Part("new", [])}
+        journal.begin("a")
+        assert journal.done.parts == {"a": []}
         assert not journal.done.finished and not journal.done.sent
 
 
 def test_many_threads_may_write_lines(tmp_path: Path) -> None:
     def work(name: str) -> None:
-        journal.begin(name, "")
+        journal.begin(name)
         for at in range(20):
             journal.fill(name, [(at, at + 1)])
 
@@ -93,7 +93,7 @@ def test_many_threads_may_write_lines(tmp_path: Path) -> None:
         list(pool.map(work, "abcd"))
     record = read_journal(tmp_path / "journal")
     assert record is not None
-    assert record.done.parts == dict.fromkeys("abcd", Part("", [(n, n + 1) for n in range(20)]))
+    assert record.done.parts == {name: [(n, n + 1) for n in range(20)] for name in "abcd"}
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,15 @@ def test_a_new_journal_forgets_the_old_one(tmp_path: Path) -> None:
 
 HEAD = {
     "format": "shardsurgeon journal",
-    "version": 2,
-    "request": "1",
+    "version": 3,
+    "result": "1",
+    "asked": {},
+    "program": "0.1",
     "source": "2",
     "origin": "",
     "source_files": [["a", 1, "t"]],
 }
-BEGUN = b'\n{"begun": "a", "layout": ""}\n'
+BEGUN = b'\n{"begun": "a"}\n'
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,8 @@ BEGUN = b'\n{"begun": "a", "layout": ""}\n'
         b"\xff\xfe\n",
         b"[]\n",
         json.dumps({**HEAD, "format": "other"}).encode() + b"\n",
-        json.dumps({**HEAD, "request": 1}).encode() + b"\n",
+        json.dumps({**HEAD, "result": 1}).encode() + b"\n",
+        json.dumps({**HEAD, "asked": {"selection": 1}}).encode() + b"\n",
         json.dumps({**HEAD, "origin": None}).encode() + b"\n",
         json.dumps({**HEAD, "source_files": [["a", "1", "t"]]}).encode() + b"\n",
         json.dumps(HEAD).encode() + b'\nnot json\n{"finished": "x", "nbytes": 1}\n',
@@ -162,7 +165,7 @@ def test_a_garbled_journal_is_refused_with_the_way_out(tmp_path: Path, content: 
 
 def test_another_version_is_refused_by_number(tmp_path: Path) -> None:
     (tmp_path / "journal").write_text(json.dumps({**HEAD, "version": 1}) + "\n")
-    with pytest.raises(OutputError, match=r"journal version 1, this one writes 2.*--restart"):
+    with pytest.raises(OutputError, match=r"journal version 1, this one writes 3.*--restart"):
         read_journal(tmp_path / "journal")
 
 
@@ -170,9 +173,30 @@ def test_the_same_run_is_let_through(tmp_path: Path) -> None:
     require_same(RUN, Run("1" * 64, "2" * 64, FILES), tmp_path)
 
 
-def test_a_different_command_is_told_before_a_different_source(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"different command \(request 111111111111, .*--restart"):
-        require_same(RUN, Run("9" * 64, "8" * 64, ()), tmp_path)
+def test_the_same_run_of_another_version_is_let_through(tmp_path: Path) -> None:
+    newer = Run("1" * 64, "2" * 64, FILES, asked={"other words": "for it"}, program="99.0")
+    require_same(RUN, newer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (ASKED | {"selection": "keep"}, r"\(selection: ratio 0\.5, this one keep\)"),
+        (ASKED | {"shards": "5GB"}, r"\(shards: unsaid, this one 5GB\)"),
+        ({"selection": "ratio 0.5"}, r"\(MTP: dropped, this one unsaid\)"),
+    ],
+)
+def test_a_different_command_is_told_before_a_different_source(
+    tmp_path: Path, asked: dict[str, str], said: str
+) -> None:
+    with pytest.raises(OutputError, match=rf"different command {said}.*--restart"):
+        require_same(RUN, Run("9" * 64, "8" * 64, (), asked=asked), tmp_path)
+
+
+def test_a_version_that_would_write_other_bytes_is_told(tmp_path: Path) -> None:
+    newer = Run("9" * 64, "2" * 64, FILES, asked=ASKED, program="99.0")
+    with pytest.raises(OutputError, match=r"begun by shardsurgeon .*, and this one, 99\.0, would"):
+        require_same(RUN, newer, tmp_path)
 
 
 A, B = FILES
@@ -192,12 +216,12 @@ def test_a_changed_source_is_told_by_its_first_changed_file(
     tmp_path: Path, files: tuple[SourceFile, ...], said: str
 ) -> None:
     with pytest.raises(OutputError) as caught:
-        require_same(RUN, Run("1" * 64, "8" * 64, files, RUN.origin), tmp_path)
+        require_same(RUN, Run("1" * 64, "8" * 64, files, RUN.origin, ASKED), tmp_path)
     assert f"the source changed since the interrupted run: {said}; --restart" in str(caught.value)
 
 
 def test_a_commit_that_was_pruned_is_named_where_another_is_there_now(tmp_path: Path) -> None:
-    now = Run("1" * 64, "8" * 64, (A,), "hf://org/name@def")
+    now = Run("1" * 64, "8" * 64, (A,), "hf://org/name@def", ASKED)
     said = r"gone; --model hf://org/name@abc goes on with it, --restart starts over$"
     with pytest.raises(OutputError, match=said):
         require_same(RUN, now, tmp_path)

@@ -247,11 +247,14 @@ def test_a_part_that_is_not_as_it_was_left_is_fetched_anew(
     assert content(out) == job.expected
 
 
-def test_a_part_laid_out_otherwise_is_not_gone_on_with(job: Job, out: Path) -> None:
+def test_a_part_of_another_layout_is_not_gone_on_with(job: Job, out: Path) -> None:
     cut_once(job, out)
     one, two, three = job.plan.shards
     other = replace(two, header=b"9" * 72, tensors=two.tensors[::-1])
-    execute(replace(job.plan, shards=(one, other, three)), FarSource(), out)
+    plan = replace(job.plan, shards=(one, other, three))
+    with pytest.raises(OutputError, match=r"would write other bytes .*--restart"):
+        execute(plan, FarSource(), out)
+    execute(plan, FarSource(), out, restart=True)
     data = job.expected["model-2.safetensors"][72:]
     assert (out / other.file).read_bytes() == b"9" * 72 + data[39_000:] + data[:39_000]
 

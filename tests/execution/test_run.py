@@ -277,7 +277,7 @@ def test_another_command_or_source_is_refused_until_it_restarts(job: Job, out: P
     changed = replace(job.plan, source_fingerprint="3" * 64)
     with pytest.raises(OutputError, match=r"source changed since .*--restart starts over"):
         execute(changed, job.source, out)
-    other = replace(job.plan, request_fingerprint="3" * 64, shards=job.plan.shards[1:])
+    other = replace(job.plan, asked=(("selection", "keep"),), shards=job.plan.shards[1:])
     with pytest.raises(OutputError, match=r"a different command .*--restart starts over"):
         execute(other, job.source, out)
     assert execute(other, job.source, out, restart=True).shards_resumed == 0

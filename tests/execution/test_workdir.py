@@ -99,7 +99,7 @@ def test_the_place_of_another_command_is_refused_untouched(tmp_path: Path) -> No
     (folder / "writing").mkdir()
     (folder / "writing" / "two").write_bytes(b"half")
     before = tree(folder)
-    other = Run("9" * 64, "2" * 64, ())
+    other = Run("9" * 64, "2" * 64, (), asked={"selection": "keep"})
     with (
         pytest.raises(OutputError, match="different command"),
         lock_workdir(tmp_path / "OUT", native()) as place,

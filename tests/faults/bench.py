@@ -67,7 +67,7 @@ class RemoteBench(Bench):
         record = read_journal(self.place / "out.partial" / "shardsurgeon.journal")
         if record is None:
             return 0
-        parts = (pair for part in record.done.parts.values() for pair in part.ranges)
+        parts = (pair for part in record.done.parts.values() for pair in part)
         return sum(record.done.finished.values()) + sum(end - begin for begin, end in parts)
 
     def kill_when(self, due: Callable[[], bool], *more: str) -> Ended:

@@ -105,12 +105,13 @@ def provenances() -> list[bytes]:
 
 def journals() -> list[bytes]:
     """An interrupted run's journal."""
-    head = {"format": "shardsurgeon journal", "version": 2, "request": "r", "source": "s",
+    head = {"format": "shardsurgeon journal", "version": 3, "result": "r", "source": "s",
+            "asked": {"a": "b"}, "program": "0.1",
             "origin": "", "source_files": [["a.safetensors", 5, "1:2"]]}  # fmt: skip
     done = {"finished": "a.safetensors", "nbytes": 3}
     line, more = json.dumps(head).encode() + b"\n", json.dumps(done).encode() + b"\n"
     steps: list[dict[str, Any]] = [
-        {"begun": "b", "layout": "0f"},
+        {"begun": "b"},
         {"filled": "b", "ranges": [[0, 3], [7, 9]]},
         {"sent": "a.safetensors", "to": "hf://me/pruned", "receipt": "r"},
     ]

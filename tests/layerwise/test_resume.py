@@ -134,6 +134,21 @@ def test_finished_layers_are_not_computed_again(
     assert_same(sums(tmp_path / "scores.json"), uninterrupted, rtol=0)
 
 
+def test_an_upgrade_meanwhile_costs_nothing(
+    tmp_path: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "scores.json"
+    command = words(MODEL, chats, out, "--dtype", "float32")
+    interrupt(monkeypatch, command)
+    capsys.readouterr()
+    monkeypatch.setattr("shardsurgeon.layerwise.run.__version__", "99.0")
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers_resumed"] > 0
+
+
 @pytest.mark.parametrize(
     "more", [["--dtype", "float64"], ["--seed", "43"], ["--batch-size", "1"], ["--samples", "8"]]
 )

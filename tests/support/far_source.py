@@ -55,7 +55,7 @@ def noted(out: Path) -> int:
     record = read_journal(Path(f"{out}.partial") / "shardsurgeon.journal")
     if record is None:
         return 0
-    parts = (pair for part in record.done.parts.values() for pair in part.ranges)
+    parts = (pair for part in record.done.parts.values() for pair in part)
     return sum(record.done.finished.values()) + sum(end - begin for begin, end in parts)
 
 

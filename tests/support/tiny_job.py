@@ -62,7 +62,7 @@ def make_plan(source: Source, scores: Path) -> Plan:
         copied_files=tuple(sorted(SIDE)),
         score_files=(("calibration/scores.pt", str(scores), sha256_of(scores)),),
         source_files=source.list(),
-        request_fingerprint="1" * 64,
+        asked=(("selection", "ratio 0.5"),),
         source_fingerprint="2" * 64,
     )
 
