@@ -6,16 +6,13 @@ Reads what a source has besides weights into one frozen value, which `anatomy` i
 from __future__ import annotations
 
 import hashlib
-import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
-from shardsurgeon.checkpoint.files import SINGLE_SHARD, other_formats, root_safetensors
+from shardsurgeon.checkpoint.files import other_formats, root_safetensors
 from shardsurgeon.checkpoint.provenance import (
     PROVENANCE_NAME,
     Provenance,
@@ -23,34 +20,23 @@ from shardsurgeon.checkpoint.provenance import (
     is_foreign,
     parse_provenance,
 )
-from shardsurgeon.errors import CheckpointError, ConfigError, HeaderError, IndexFileError
-from shardsurgeon.families.schema import Family
-from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, Index, parse_index
-from shardsurgeon.storage.formats.json_edit import Document
-from shardsurgeon.storage.formats.safetensors import (
-    Header,
-    TensorRecord,
-    header_length,
-    parse_header,
+from shardsurgeon.checkpoint.shards import (
+    Settled,
+    Shard,
+    are_one_set,
+    open_shards,
+    settle,
+    shard_names,
+    some,
+    without_strangers,
 )
+from shardsurgeon.errors import CheckpointError, ConfigError
+from shardsurgeon.families.schema import Family
+from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, parse_index
+from shardsurgeon.storage.formats.json_edit import Document
+from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.open import hub_name, open_source
 from shardsurgeon.storage.source import Source, SourceFile
-from shardsurgeon.storage.threads import map_in_threads
-
-_DIGITS = re.compile(r"(\d+)")
-_NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
-# Over a network each header takes two round trips; a model has up to a few hundred shards.
-_HEADERS_AT_ONCE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One safetensors file: its name in the source, its size in bytes, its parsed header."""
-
-    file: str
-    nbytes: int
-    header: Header
-    header_sha256: str
 
 
 @dataclass(frozen=True)
@@ -60,10 +46,10 @@ class Checkpoint:
     files: every file of the source; shards: the weight files, in order of their names;
     config: config.json; index_metadata: the index's `metadata`, or None for a checkpoint
     without an index (its weight map is checked against the shards and not kept); provenance:
-    what an earlier prune by this tool wrote, or None; unindexed: safetensors files that the
-    index does not name and that are therefore not part of the model; notes: what a user should
-    know and need not repair; family: a declaration to use in place of the shipped ones;
-    unlisted: tensors of the shards that the index does not name.
+    what an earlier prune by this tool wrote, or None; unindexed: safetensors files that are not
+    part of the model; notes: what a user should know and need not repair; family: a declaration
+    to use in place of the shipped ones; unlisted: tensors of the shards that the index does not
+    name; superseded: (file, tensor) of those in a shard that the index says are in another.
 
     >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
     >>> checkpoint.settings["model_type"], checkpoint.shards[0].header.tensors[0].shape
@@ -80,6 +66,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     family: Family | None = None
     unlisted: tuple[str, ...] = ()
+    superseded: tuple[tuple[str, str], ...] = ()
 
     @property
     def location(self) -> str:
@@ -135,36 +122,50 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
     index = None
     if INDEX_NAME in files:
         index = parse_index(_read_whole(source, files[INDEX_NAME]), _at(source, INDEX_NAME))
-    names = _shard_names(source, files, index)
-    shards = _open_shards(source, [files[name] for name in names])
-    unlisted = _check_tensors(source, shards, index)
+    names = shard_names(source, files, index)
+    shards = open_shards(source, [files[name] for name in names])
+    if index is None and len(shards) > 1:
+        shards = without_strangers(shards)
+    settled = settle(source, shards, index)
     provenance, foreign = None, False
     if PROVENANCE_NAME in files:
         raw = _read_whole(source, files[PROVENANCE_NAME])
         foreign = is_foreign(raw)
         provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
-    unindexed = tuple(sorted(set(root_safetensors(files)) - set(names)))
-    notes = list(source.notes)
-    notes += [f"{name} is not in the index and is left out" for name in unindexed]
+    unindexed = tuple(sorted(set(root_safetensors(files)) - {shard.file for shard in shards}))
+    notes = [*source.notes, *_weight_notes(settled, unindexed, index is not None)]
     if foreign:
         notes.append(
             f"{PROVENANCE_NAME} was written by another tool: expert ids are counted from this "
             "checkpoint on"
         )
-    if unlisted:
-        notes.append(f"{len(unlisted)} tensors that the index does not list are part of the model")
-    metadata = index.metadata if index is not None else None
     return Checkpoint(
         source,
         tuple(files.values()),
-        shards,
+        settled.shards,
         config,
-        metadata,
+        index.metadata if index is not None else None,
         provenance,
         unindexed,
         tuple(notes),
-        unlisted=unlisted,
+        unlisted=settled.unlisted,
+        superseded=settled.superseded,
     )
+
+
+def _weight_notes(settled: Settled, unindexed: tuple[str, ...], has_index: bool) -> Iterator[str]:
+    """What a user should know of weight files and tensors that no index tells of."""
+    for name in unindexed:
+        yield f"{name} is not in the index and is left out"
+    if not has_index and len(settled.shards) > 1 and not are_one_set(settled.shards):
+        files = ", ".join(shard.file for shard in settled.shards)
+        yield f"there is no index: {files} together are taken for the model"
+    if settled.unlisted:
+        yield f"{len(settled.unlisted)} tensors that the index does not list are part of the model"
+    if settled.superseded:
+        files = ", ".join(dict.fromkeys(file for file, _ in settled.superseded))
+        names = [name for _, name in settled.superseded]
+        yield f"{some(names)} of {files} left out: the index says that another shard has them"
 
 
 def _no_model(source: Source, files: Mapping[str, SourceFile]) -> CheckpointError:
@@ -187,117 +188,6 @@ def _at(source: Source, name: str) -> str:
 
 def _read_whole(source: Source, file: SourceFile) -> bytes:
     return source.read(file.name, 0, file.nbytes)
-
-
-def _shard_names(source: Source, files: Mapping[str, SourceFile], index: Index | None) -> list[str]:
-    if index is not None:
-        names = sorted(set(index.weight_map.values()), key=_natural)
-        for name in names:
-            if name not in files:
-                raise IndexFileError(
-                    _at(source, INDEX_NAME),
-                    f"names the shard {name}, which is not there",
-                    "fetch the missing shard",
-                )
-        if not names:
-            raise IndexFileError(_at(source, INDEX_NAME), "weight_map is empty")
-        return names
-    if SINGLE_SHARD in files:
-        return [SINGLE_SHARD]
-    return _shards_without_index(source, root_safetensors(files))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts `model-2-of-12` before `model-10-of-12`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in _DIGITS.split(name)]
-
-
-def _shards_without_index(source: Source, names: list[str]) -> list[str]:
-    """One file, or a complete numbered set, can do without an index; anything else cannot."""
-    if not names:
-        raise CheckpointError(source.location, "holds no .safetensors file")
-    if len(names) == 1:
-        return names
-    numbered = [_NUMBERED.fullmatch(name) for name in names]
-    sets = {(match["stem"], int(match["total"])) for match in numbered if match}
-    if all(numbered) and len(sets) == 1:
-        ((_, total),) = sets
-        if {int(match["number"]) for match in numbered if match} == set(range(1, total + 1)):
-            return sorted(names, key=_natural)
-        problem = f"has {len(names)} of the {total} shards and no {INDEX_NAME}"
-        raise CheckpointError(source.location, problem, "fetch the missing files")
-    raise CheckpointError(
-        source.location,
-        f"has {len(names)} .safetensors files and no {INDEX_NAME} to say which of them belong",
-        "fetch the index",
-    )
-
-
-def _open_shards(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...]:
-    """The shards of some files, in their order; over a network, many headers at once."""
-    if not source.is_remote:
-        return tuple(_open_shard(source, file) for file in files)
-    reader = _Reader(source)
-    call = partial(_open_shard, reader)
-    return tuple(map_in_threads(call, files, _HEADERS_AT_ONCE, "headers", reader.stopped.set))
-
-
-class _Reader:
-    """Reads from a remote source until it is stopped."""
-
-    def __init__(self, source: Source) -> None:
-        self.location = source.location
-        self.stopped = threading.Event()
-        self._source = source
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Exactly the bytes [begin, end) of a file. Raises CancelledError once it is stopped."""
-        data = bytearray()
-        for piece in self._source.stream(name, begin, end):
-            if self.stopped.is_set():
-                raise CancelledError
-            data += piece
-        return bytes(data)
-
-
-def _open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
-    where = f"{source.location}/{file.name}"
-    if file.nbytes < 8:
-        raise HeaderError(
-            where, f"has {file.nbytes} bytes, too few for a safetensors header", "fetch it again"
-        )
-    length = header_length(source.read(file.name, 0, 8), file.nbytes, where)
-    raw = source.read(file.name, 8, 8 + length)
-    digest = hashlib.sha256(raw).hexdigest()
-    return Shard(file.name, file.nbytes, parse_header(raw, file.nbytes, where), digest)
-
-
-def _check_tensors(
-    source: Source, shards: tuple[Shard, ...], index: Index | None
-) -> tuple[str, ...]:
-    """Refuse a tensor that is in two shards, or not where the index says.
-
-    Returns the tensors that the index does not list: loaders read whole shards, so these are part
-    of the model.
-    """
-    home: dict[str, str] = {}
-    for shard in shards:
-        for record in shard.header.tensors:
-            other = home.setdefault(record.name, shard.file)
-            if other != shard.file:
-                raise CheckpointError(
-                    _at(source, shard.file),
-                    f"holds tensor {record.name}, which {other} holds too",
-                    "remove the shard that does not belong",
-                )
-    if index is None:
-        return ()
-    where = _at(source, INDEX_NAME)
-    for name, file in index.weight_map.items():
-        if home.get(name) != file:
-            remedy = "fetch the index and the shards again, from one revision"
-            raise IndexFileError(where, f"says {file} holds {name}, but it does not", remedy)
-    return tuple(name for name in home if name not in index.weight_map)
 
 
 def identity_of(checkpoint: Checkpoint) -> SourceIdentity:

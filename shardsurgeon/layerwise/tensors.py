@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 DTYPES = {

@@ -30,6 +30,9 @@ from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, build_in
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.source import SourceFile
 
+# What some writers of an index note beside its sizes: how many shards, how many tensors.
+_SHARD_COUNTS = ("total_shards", "num_shards")
+_TENSOR_COUNTS = ("total_tensors", "num_tensors")
 # Where another tool's file of our record's name is kept.
 _FOREIGN_PROVENANCE = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source.json"
 # Files that the result has new ones of.
@@ -101,20 +104,22 @@ def _generated_files(
 def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     metadata: dict[str, Any] = dict(checkpoint.index_metadata or {})
-    parameters = _total_parameters(checkpoint, shards, metadata.get("total_parameters"))
+    counts = dict.fromkeys(_SHARD_COUNTS, len(shards)) | dict.fromkeys(_TENSOR_COUNTS, len(tensors))
+    metadata |= {key: count for key, count in counts.items() if key in metadata}
     metadata["total_size"] = sum(tensor.nbytes for tensor in tensors)
     metadata.pop("total_parameters", None)
-    if parameters is not None:
+    if (parameters := total_parameters(checkpoint, shards)) is not None:
         metadata["total_parameters"] = parameters
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     return build_index(weight_map, metadata)
 
 
-def _total_parameters(
-    checkpoint: Checkpoint, shards: tuple[OutputShard, ...], before: object
-) -> int | None:
-    """Counted as the source's own number was, where it has one."""
-    config = checkpoint.settings
+def total_parameters(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> int | None:
+    """What the result's index says of its parameters, None where that cannot be known.
+
+    Counted as the source's own number was, where it has one.
+    """
+    config, before = checkpoint.settings, (checkpoint.index_metadata or {}).get("total_parameters")
     records = [record for shard in checkpoint.shards for record in shard.header.tensors]
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     if before is not None and before == count_stored_elements(records):

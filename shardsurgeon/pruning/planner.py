@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.roles import (
     COUNT_TYPES,
     Carried,
@@ -25,6 +25,7 @@ from shardsurgeon.checkpoint.roles import (
     Surplus,
     Tabled,
 )
+from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment
 from shardsurgeon.pruning.keep_lists import KeepList

@@ -21,8 +21,10 @@ from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.output_files import total_parameters
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.selection import dropped_share, saliency_cut
+from shardsurgeon.storage.formats.index import INDEX_NAME
 
 # Rest of an expert tensor's name, dtype and shape.
 _Kind = tuple[str, str, tuple[int, ...]]
@@ -135,6 +137,7 @@ def plan_report(
             *_nonuniform(config, anatomy, decision.keep),
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
             *_rewritten(tensors),
+            *_uncounted(checkpoint, plan),
             *_left_out(checkpoint),
         ),
     )
@@ -191,6 +194,17 @@ def _rewritten(tensors: Sequence[OutputTensor]) -> list[str]:
     names = [t.name for t in tensors if any(isinstance(piece, Literal) for piece in t.pieces)]
     what = "hold expert counts or ids and get new values"
     return [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
+
+
+def _uncounted(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Says that a number of the index is left out: it cannot be made anew."""
+    said = (checkpoint.index_metadata or {}).get("total_parameters")
+    if said is None or len(plan.shards) == 1:
+        return []
+    if total_parameters(checkpoint, plan.shards) is not None:
+        return []
+    what = "the way the weights are packed hides how many parameters they are"
+    return [f"total_parameters is left out of {INDEX_NAME}: {what}"]
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.anatomy import MoELayer
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
 from shardsurgeon.storage.formats.safetensors import TensorRecord

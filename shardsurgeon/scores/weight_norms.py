@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.quantization_schemes import block_size
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
+from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
 from shardsurgeon.storage.formats.safetensors import TensorRecord

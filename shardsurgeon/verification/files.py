@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from itertools import pairwise
 
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES, set_aside
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
+from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
@@ -29,6 +31,13 @@ _HEADER_UNIT = 8
 # Remote sources may stamp files with their digest: SHA-256, or git's blob hash of small files.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+# Numbers in an index that count what is there now; some writers note them.
+_INDEX_COUNTS: dict[str, Callable[[Checkpoint], int]] = {
+    "total_shards": lambda model: len(model.shards),
+    "num_shards": lambda model: len(model.shards),
+    "total_tensors": lambda model: model.num_tensors,
+    "num_tensors": lambda model: model.num_tensors,
+}
 _REWRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
 
 
@@ -41,6 +50,8 @@ def check_structure(
     the index names no tensor that is missing.
     """
     _check_names(pruned, findings)
+    for file, name in pruned.superseded:
+        findings.add(f"{file} {name}", "is in another shard too")
     for shard in pruned.shards:
         _check_layout(shard, findings)
         _check_order(pairs.get(shard.file, []), findings)
@@ -101,19 +112,23 @@ def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
         return
     for name in pruned.unlisted:
         findings.add(INDEX_NAME, f"does not list {name}")
-    said = {**(source.index_metadata or {}), "total_size": pruned.total_size}
-    if (parameters := _parameters(source, pruned)) is not None:
-        said["total_parameters"] = parameters
+    before = source.index_metadata or {}
+    said: dict[str, object] = {**before, "total_size": pruned.total_size}
+    said |= {key: count(pruned) for key, count in _INDEX_COUNTS.items() if key in before}
+    said["total_parameters"] = _parameters(source, pruned)
     for key, value in said.items():
         found = pruned.index_metadata.get(key)
         # Where the source is silent about parameters, the output may be.
-        silent = found is None and key not in (source.index_metadata or {}) and key != "total_size"
+        silent = found is None and key == "total_parameters" and key not in before
         if (type(found), found) != (type(value), value) and not silent:
             findings.add(INDEX_NAME, f"{key} is {found!r}, expected {value!r}")
 
 
 def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
-    """Counted as the source's index counts them: stored elements, or unpacked weights."""
+    """Counted as the source's index counts them: stored elements, or unpacked weights.
+
+    None where packing hides their number, which the index then does not have.
+    """
     said = (source.index_metadata or {}).get("total_parameters")
     if said is not None and said == count_stored_elements(source.records):
         return count_stored_elements(pruned.records)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.roles import (
     Carried,
     Counted,
@@ -25,6 +25,7 @@ from shardsurgeon.checkpoint.roles import (
     Tabled,
 )
 from shardsurgeon.errors import FamilyError
+from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, TensorRecord
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.record import RetainedIds

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import CheckpointError, ConfigError, IndexFileError
@@ -99,17 +101,17 @@ def without_index_and(name: str) -> dict[str, bytes]:
         (
             {**without_index_and(FIRST), "other.safetensors": tiny.files()[FIRST]},
             CheckpointError,
-            "no model.safetensors.index.json to say which of them belong",
+            "has 1 of the 2 shards of model and no model.safetensors.index.json",
         ),
         (
             with_index(tiny.files(), lambda names: names.update({"model.norm.weight": SECOND})),
             IndexFileError,
-            f"says {SECOND} holds model.norm.weight, but it does not",
+            f"says {SECOND} holds tensor model.norm.weight, but it does not: {FIRST} does",
         ),
         (
             with_index(tiny.files(), lambda names: names.update({"ghost": FIRST})),
             IndexFileError,
-            f"says {FIRST} holds ghost, but it does not",
+            f"says {FIRST} holds tensor ghost, but it does not; fetch",
         ),
         (
             with_index(tiny.files(), lambda names: names.update({"x": "../x.safetensors"})),
@@ -132,9 +134,89 @@ def test_what_does_not_fit_together_is_refused_by_name(files, error, says) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_a_tensor_in_two_shards_is_refused() -> None:
+GATE = "model.layers.2.mlp.gate.weight"
+
+
+def overlaid() -> tuple[dict[str, bytes], np.ndarray]:
+    """The checkpoint with a stale copy of GATE in the first shard; and what the index means."""
     files = tiny.files()
-    twice = tiny.files(shard_of=lambda name: 1)
-    files[FIRST] = twice[FIRST]
-    with pytest.raises(CheckpointError, match=f"which {FIRST} holds too"):
+    held = load(files[FIRST])
+    files[FIRST] = save({**held, GATE: np.full((8, 6), -1, np.float32)}, {"format": "pt"})
+    return files, tiny.tensors()[GATE]
+
+
+def test_of_two_tensors_of_one_name_the_index_decides() -> None:
+    files, meant = overlaid()
+    checkpoint = opened(files)
+    assert checkpoint.num_tensors == len(tiny.tensors())
+    assert checkpoint.total_size == sum(t.nbytes for t in tiny.tensors().values())
+    ((shard, record),) = [
+        (shard, record)
+        for shard in checkpoint.shards
+        for record in shard.header.tensors
+        if record.name == GATE
+    ]
+    begin = shard.header.data_begin + record.begin
+    assert shard.file == SECOND
+    assert files[SECOND][begin : begin + record.nbytes] == meant.tobytes()
+    assert checkpoint.superseded == ((FIRST, GATE),)
+    assert f"tensor {GATE} of {FIRST} left out" in checkpoint.notes[0]
+
+
+def test_a_superseded_tensor_does_not_move_its_neighbours() -> None:
+    files, _ = overlaid()
+    shard = opened(files).shards[0]
+    stored = load(files[FIRST])
+    for record in shard.header.tensors:
+        begin = shard.header.data_begin + record.begin
+        assert files[FIRST][begin : begin + record.nbytes] == stored[record.name].tobytes()
+
+
+@pytest.mark.parametrize("how", ["no index", "an index that lists neither"])
+def test_two_tensors_of_one_name_are_refused_where_no_index_decides(how: str) -> None:
+    files, _ = overlaid()
+    if how == "no index":
+        del files[INDEX]
+    else:
+        files = with_index(files, lambda names: names.pop(GATE))
+    with pytest.raises(CheckpointError) as caught:
         opened(files)
+    assert f"{SECOND}: holds tensor {GATE}, which {FIRST} holds too" in str(caught.value)
+
+
+def test_a_wrong_index_is_told_by_every_tensor_and_by_the_shard_that_has_it() -> None:
+    moved = [f"model.layers.2.mlp.experts.{n}.up_proj.weight" for n in range(5)]
+    files = with_index(tiny.files(), lambda names: names.update(dict.fromkeys(moved, FIRST)))
+    with pytest.raises(IndexFileError) as caught:
+        opened(files)
+    named = f"says {FIRST} holds tensors {', '.join(moved[:3])} and 2 more, but it does not"
+    assert f"{named}: {SECOND} does" in str(caught.value)
+
+
+def test_without_an_index_files_of_any_names_are_the_model_where_each_tensor_occurs_once() -> None:
+    files = without(INDEX)
+    files["trunk.safetensors"], files["rest.safetensors"] = files.pop(FIRST), files.pop(SECOND)
+    files["scores.safetensors"] = save({"model.layers.1.mlp": np.ones(8, np.float32)})
+    files["adapters.safetensors"] = save({"model.layers.1.q.lora_a": np.ones((2, 8), np.float32)})
+    checkpoint = opened(files)
+    assert [shard.file for shard in checkpoint.shards] == ["rest.safetensors", "trunk.safetensors"]
+    assert {record.name for record in checkpoint.records} == set(tiny.tensors())
+    assert checkpoint.unindexed == ("adapters.safetensors", "scores.safetensors")
+    (note,) = [note for note in checkpoint.notes if "there is no index" in note]
+    assert "rest.safetensors, trunk.safetensors together are taken for the model" in note
+
+
+def test_a_numbered_set_beside_another_file_is_the_model_together_with_it() -> None:
+    files = without(INDEX)
+    files["vision.safetensors"] = save({"visual.patch.weight": np.ones((2, 2), np.float32)})
+    assert opened(files).num_tensors == len(tiny.tensors()) + 1
+
+
+@pytest.mark.parametrize("index", [b"\xef\xbb\xbf%s", b"%s"])
+def test_a_byte_order_mark_and_a_null_for_metadata_change_nothing(index: bytes) -> None:
+    files = tiny.files()
+    content = json.loads(files[INDEX])
+    content["metadata"] = None
+    checkpoint = opened({**files, INDEX: index % json.dumps(content).encode()})
+    assert checkpoint.num_tensors == len(tiny.tensors())
+    assert checkpoint.index_metadata == {}

@@ -172,6 +172,7 @@ def shard_twice(model: Path) -> None:
     tensors = {**load_file_names(model / first)}
     other = next(n for n in tensors if n != EXPERT)
     index["weight_map"][other] = "again.safetensors"
+    del index["weight_map"][EXPERT]  # so that it does not say which one is meant
     (model / INDEX).write_text(json.dumps(index))
 
 

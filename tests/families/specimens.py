@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, Shard
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import Header, TensorRecord
 from shardsurgeon.storage.source import MemorySource

@@ -6,6 +6,7 @@ It says which shard has which tensor.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,6 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _REMEDY = "fetch the index again"
 _MAX_DEPTH = 50  # of metadata, which json must be able to write again
+_DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,19 @@ class Index:
     weight_map: dict[str, str]
     metadata: dict[str, object]
 
+    @property
+    def shards(self) -> list[str]:
+        """Every shard once, in the order of their numbers."""
+        return sorted(set(self.weight_map.values()), key=natural_order)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `model-2-of-12` before `model-10-of-12`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
+
 
 def parse_index(raw: bytes, where: str) -> Index:
-    """Turn the index's bytes into an Index.
+    """Turn the index's bytes (UTF-8, with or without a byte order mark) into an Index.
 
     where: the file, as messages name it. Raises IndexFileError for what is not such a JSON object,
     for repeated names, and for shards that are not a plain path to a .safetensors file inside the
@@ -55,6 +67,8 @@ def parse_index(raw: bytes, where: str) -> Index:
             _check_path(shard, name, where)
             shards[shard] = shard
         checked[name] = shards[shard]
+    if members.get("metadata") is None:  # some writers say null where they note nothing
+        members["metadata"] = {}
     metadata = _member(members, "metadata", where)
     if not _is_plain(metadata, _MAX_DEPTH):
         raise IndexFileError(

@@ -32,14 +32,16 @@ def read_object(
 ) -> dict[str, object]:
     """The members of a JSON object, in order.
 
-    raw: the whole text; subject: what messages call it, such as "the header". Raises `error`
-    for bytes that are not UTF-8 or not JSON, for nesting too deep to follow, and for anything
-    but an object whose keys differ. -0 is read as a float, as other readers do.
+    raw: the whole text, a byte order mark before it or not; subject: what messages call it, such
+    as "the header". Raises `error` for bytes that are not UTF-8 or not JSON, for nesting too deep
+    to follow, and for anything but an object whose keys differ. -0 is read as a float, as other
+    readers do.
     """
     # A hook for integers doubles the time: only where there may be a -0.
     parse_int = _integer if b"-0" in raw else None
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated, parse_int=parse_int)
+        text = raw.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unrepeated, parse_int=parse_int)
     except UnicodeDecodeError as cause:
         raise error(where, f"{subject} is not UTF-8 at byte {cause.start:,}", remedy) from cause
     except RecursionError as cause:
@@ -64,14 +66,14 @@ def parse_json(
     parse_float: Callable[[str], Any] | None = None,
     parse_constant: Callable[[str], Any] = no_constant,
 ) -> Any:
-    """The value of a JSON text, in UTF-8 where it is bytes.
+    """The value of a JSON text, in UTF-8 (a byte order mark before it or not) where it is bytes.
 
     parse_float, parse_constant: as the standard library takes them. Raises ValueError for what is
     not JSON and for a key that one object has twice, RecursionError for nesting too deep to
     follow.
     """
     return json.loads(
-        text if isinstance(text, str) else text.decode("utf-8"),
+        text if isinstance(text, str) else text.decode("utf-8-sig"),
         object_pairs_hook=_each_once,
         parse_float=parse_float,
         parse_constant=parse_constant,

@@ -36,6 +36,17 @@ def test_an_index_may_have_no_metadata() -> None:
     assert parse_index(b'{"weight_map":{"a":"m.safetensors"}}', INDEX_NAME).metadata == {}
 
 
+def test_metadata_may_be_null_and_a_byte_order_mark_stands_before_it() -> None:
+    raw = b'\xef\xbb\xbf{"metadata": null, "weight_map":{"a":"m.safetensors"}}'
+    assert parse_index(raw, INDEX_NAME) == Index({"a": "m.safetensors"}, {})
+
+
+def test_shards_are_listed_in_the_order_of_their_numbers() -> None:
+    names = ["m-10.safetensors", "m-2.safetensors", "²1.safetensors", "m.safetensors"]
+    index = Index({str(n): name for n, name in enumerate([*names, names[0]])}, {})
+    assert index.shards == ["m-2.safetensors", "m-10.safetensors", "m.safetensors", names[2]]
+
+
 def test_tensors_of_one_shard_share_its_name() -> None:
     raw = b'{"weight_map":{"a":"m.safetensors","b":"m.safetensors"}}'
     first, second = parse_index(raw, INDEX_NAME).weight_map.values()

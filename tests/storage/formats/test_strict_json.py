@@ -12,6 +12,7 @@ from shardsurgeon.storage.formats.strict_json import (
     as_number,
     is_whole_number,
     parse_json,
+    read_object,
 )
 
 
@@ -27,6 +28,14 @@ from shardsurgeon.storage.formats.strict_json import (
 def test_what_is_not_json_is_refused(text: str | bytes, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse_json(text)
+
+
+def test_a_byte_order_mark_before_the_text_is_passed_over() -> None:
+    marked = b'\xef\xbb\xbf{"a": 1}'
+    assert parse_json(marked) == {"a": 1}
+    assert read_object(marked, "x.json", "the file", ScoreError, "") == {"a": 1}
+    with pytest.raises(ScoreError, match="not JSON"):
+        read_object(b"\xef\xbb\xbf" + marked, "x.json", "the file", ScoreError, "")
 
 
 def test_numbers_are_read_as_the_caller_says() -> None:

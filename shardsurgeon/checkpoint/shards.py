@@ -1,0 +1,228 @@
+"""Which safetensors files are a model, and which of their tensors count. Headers only.
+
+An index decides: which files there are, and which of two tensors of one name is meant. Without an
+index the names of the files have to tell, and every tensor has to occur once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, replace
+from functools import partial
+
+from shardsurgeon.checkpoint.files import SINGLE_SHARD, root_safetensors
+from shardsurgeon.errors import CheckpointError, HeaderError, IndexFileError
+from shardsurgeon.storage.formats.index import INDEX_NAME, Index, natural_order
+from shardsurgeon.storage.formats.safetensors import (
+    Header,
+    TensorRecord,
+    header_length,
+    parse_header,
+)
+from shardsurgeon.storage.source import Source, SourceFile
+from shardsurgeon.storage.threads import map_in_threads
+
+_NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+# Over a network each header takes two round trips; a model has up to a few hundred shards.
+_HEADERS_AT_ONCE = 16
+_NAMED = 3  # tensors that a message names before it counts the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its name in the source, its size in bytes, its parsed header.
+
+    header: without tensors that the model has from another file; header_sha256: of all of it.
+    """
+
+    file: str
+    nbytes: int
+    header: Header
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Shards of which every tensor is in one only.
+
+    unlisted: tensors that the index does not name. superseded: (file, tensor) of those that the
+    index says are in another file.
+    """
+
+    shards: tuple[Shard, ...]
+    unlisted: tuple[str, ...]
+    superseded: tuple[tuple[str, str], ...]
+
+
+def shard_names(source: Source, files: Mapping[str, SourceFile], index: Index | None) -> list[str]:
+    """The files that make up a model, in the order of their numbers.
+
+    Raises IndexFileError where the index names a file that is not there, CheckpointError where
+    there is no index and the files are not all of a model.
+    """
+    if index is not None:
+        names = index.shards
+        for name in names:
+            if name not in files:
+                raise IndexFileError(
+                    f"{source.location}/{INDEX_NAME}",
+                    f"names the shard {name}, which is not there",
+                    "fetch the missing shard",
+                )
+        return names
+    if SINGLE_SHARD in files:
+        return [SINGLE_SHARD]
+    names = sorted(root_safetensors(files), key=natural_order)
+    if not names:
+        raise CheckpointError(source.location, "holds no .safetensors file")
+    _require_complete(source, names)
+    return names
+
+
+def _require_complete(source: Source, names: Sequence[str]) -> None:
+    """Refuse `model-00001-of-00003.safetensors` without the other two."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, names)):
+        sets.setdefault((match["stem"], int(match["total"])), set()).add(int(match["number"]))
+    for (stem, total), numbers in sets.items():
+        if numbers != set(range(1, total + 1)):
+            problem = f"has {len(numbers)} of the {total} shards of {stem} and no {INDEX_NAME}"
+            raise CheckpointError(source.location, problem, "fetch the missing files")
+
+
+def open_shards(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...]:
+    """The shards of some files, in their order; over a network, many headers at once."""
+    if not source.is_remote:
+        return tuple(open_shard(source, file) for file in files)
+    reader = _Reader(source)
+    call = partial(open_shard, reader)
+    return tuple(map_in_threads(call, files, _HEADERS_AT_ONCE, "headers", reader.stopped.set))
+
+
+class _Reader:
+    """Reads from a remote source until it is stopped."""
+
+    def __init__(self, source: Source) -> None:
+        self.location = source.location
+        self.stopped = threading.Event()
+        self._source = source
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Exactly the bytes [begin, end) of a file. Raises CancelledError once it is stopped."""
+        data = bytearray()
+        for piece in self._source.stream(name, begin, end):
+            if self.stopped.is_set():
+                raise CancelledError
+            data += piece
+        return bytes(data)
+
+
+def open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
+    """A file with its header. Raises HeaderError where it is not a safetensors file."""
+    where = f"{source.location}/{file.name}"
+    if file.nbytes < 8:
+        raise HeaderError(
+            where, f"has {file.nbytes} bytes, too few for a safetensors header", "fetch it again"
+        )
+    length = header_length(source.read(file.name, 0, 8), file.nbytes, where)
+    raw = source.read(file.name, 8, 8 + length)
+    digest = hashlib.sha256(raw).hexdigest()
+    return Shard(file.name, file.nbytes, parse_header(raw, file.nbytes, where), digest)
+
+
+def without_strangers(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Of files that no index lists, those that may be a model's: no adapters, no score tables.
+
+    Numbered shards are a model's whatever they hold.
+    """
+    return tuple(
+        shard
+        for shard in shards
+        if _NUMBERED.fullmatch(shard.file)
+        or (
+            any(len(record.shape) > 1 for record in shard.header.tensors)
+            and not any(".lora_" in record.name for record in shard.header.tensors)
+        )
+    )
+
+
+def are_one_set(shards: Sequence[Shard]) -> bool:
+    """Whether the names alone say that the files belong together: all of one numbered set."""
+    matches = [_NUMBERED.fullmatch(shard.file) for shard in shards]
+    return all(matches) and len({(m["stem"], m["total"]) for m in matches if m}) == 1
+
+
+def settle(source: Source, shards: Sequence[Shard], index: Index | None) -> Settled:
+    """Have every tensor in one shard: the one that the index says.
+
+    Tensors that the index does not list are part of the model, since loaders read whole shards.
+    Raises IndexFileError where a tensor is not in the shard that the index says, CheckpointError
+    where one is in two shards and no index says which is meant.
+    """
+    listed = index.weight_map if index is not None else {}
+    home: dict[str, str] = {}
+    superseded: list[tuple[str, str]] = []
+    twice: dict[tuple[str, str], list[str]] = {}
+    for shard in shards:
+        for record in shard.header.tensors:
+            name = record.name
+            if listed.get(name, shard.file) != shard.file:
+                superseded.append((shard.file, name))
+            elif (other := home.setdefault(name, shard.file)) != shard.file:
+                twice.setdefault((shard.file, other), []).append(name)
+    if missing := [name for name in listed if name not in home]:
+        raise _misplaced(source, listed, missing, {name: file for file, name in superseded})
+    for (file, other), names in twice.items():
+        raise held_twice(source, file, other, names)
+    unlisted = tuple(name for name in home if name not in listed) if listed else ()
+    return Settled(_without(shards, superseded), unlisted, tuple(superseded))
+
+
+def _without(shards: Sequence[Shard], left_out: Iterable[tuple[str, str]]) -> tuple[Shard, ...]:
+    gone: dict[str, set[str]] = {}
+    for file, name in left_out:
+        gone.setdefault(file, set()).add(name)
+    return tuple(
+        with_tensors(shard, (r for r in shard.header.tensors if r.name not in gone[shard.file]))
+        if shard.file in gone
+        else shard
+        for shard in shards
+    )
+
+
+def with_tensors(shard: Shard, tensors: Iterable[TensorRecord]) -> Shard:
+    """The shard with those of its tensors that count."""
+    return replace(shard, header=replace(shard.header, tensors=tuple(tensors)))
+
+
+def _misplaced(
+    source: Source, listed: Mapping[str, str], missing: Sequence[str], elsewhere: Mapping[str, str]
+) -> IndexFileError:
+    """The error for tensors that are not in the shard that the index says."""
+    file, holder = listed[missing[0]], elsewhere.get(missing[0])
+    alike = [n for n in missing if listed[n] == file and elsewhere.get(n) == holder]
+    problem = f"says {file} holds {some(alike)}, but it does not"
+    if holder is not None:
+        problem += f": {holder} does"
+    if more := len(missing) - len(alike):
+        problem += f"; {more:,} others are not where it says either"
+    remedy = "fetch the index and the shards again, from one revision"
+    return IndexFileError(f"{source.location}/{INDEX_NAME}", problem, remedy)
+
+
+def held_twice(source: Source, file: str, other: str, names: Sequence[str]) -> CheckpointError:
+    """The error for tensors of which no index says in which of two files they are meant."""
+    problem = f"holds {some(names)}, which {other} holds too, and no index says which is meant"
+    remedy = "remove the file that does not belong"
+    return CheckpointError(f"{source.location}/{file}", problem, remedy)
+
+
+def some(names: Sequence[str]) -> str:
+    """`tensor a`, `tensors a, b`, or `tensors a, b, c and 12 more`."""
+    shown = ", ".join(names[:_NAMED])
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f"{'tensor' if len(names) == 1 else 'tensors'} {shown}{more}"
