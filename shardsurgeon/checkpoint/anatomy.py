@@ -59,7 +59,8 @@ class Anatomy:
 
     layers: ascending by index, MTP layers last. carried_nbytes: bytes outside of experts and MTP
     layers; mtp_nbytes: bytes outside of experts that are removed with the MTP layers. num_layers:
-    decoder layers without MTP. num_experts: of the largest layers. shared_count: the count that
+    decoder layers without MTP. num_mtp_layers: as the config counts them; absent_mtp_layers: how
+    many of these have no tensors. num_experts: of the largest layers. shared_count: the count that
     the config gives for all layers; own_mtp_count: whether it gives the MTP layers another one.
     uneven: layers whose experts differ in dtype or shape. incomplete: experts that lack a tensor
     which others of their layer have; such an expert can be pruned, not kept.
@@ -73,6 +74,7 @@ class Anatomy:
     n_group: int
     topk_group: int
     num_mtp_layers: int
+    absent_mtp_layers: int
     carried_nbytes: int
     mtp_nbytes: int
     shared_count: int
@@ -177,6 +179,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
         n_group=numbers.n_group,
         topk_group=numbers.topk_group,
         num_mtp_layers=numbers.mtp_layers,
+        absent_mtp_layers=census.absent(numbers.mtp_layers),
         carried_nbytes=census.carried,
         mtp_nbytes=census.mtp,
         reader=reader,
@@ -212,6 +215,7 @@ class _Census:
         self._rows: dict[int, int] = {}
         self.carried = 0
         self.mtp = 0
+        self._has_mtp = False
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -273,6 +277,13 @@ class _Census:
                 self._carry(record.nbytes, role.mtp)
             elif not isinstance(role, ExpertTensor):
                 self._carry(record.nbytes, self._reader.is_mtp(role.layer))
+
+    def absent(self, mtp_layers: int) -> int:
+        """How many of so many MTP layers have no tensors, once everything is weighed."""
+        present = sum(self._reader.is_mtp(layer) for layer in self._blocks)
+        if not present and self._has_mtp:
+            return 0  # the family does not number them
+        return max(mtp_layers - present, 0)
 
     def check(self) -> None:
         """Every MoE layer has a router and experts 0..E-1; experts that lack a tensor are noted."""
@@ -347,6 +358,7 @@ class _Census:
 
     def _carry(self, nbytes: int, mtp: bool) -> None:
         if mtp:
+            self._has_mtp = True
             self.mtp += nbytes
         else:
             self.carried += nbytes

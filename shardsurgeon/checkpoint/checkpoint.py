@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -24,14 +24,17 @@ from shardsurgeon.checkpoint.shards import (
     Settled,
     Shard,
     are_one_set,
+    open_readable,
     open_shards,
+    require_listed,
     settle,
     shard_names,
     some,
     without_strangers,
 )
+from shardsurgeon.checkpoint.unlisted import forgotten_parts
 from shardsurgeon.errors import CheckpointError, ConfigError
-from shardsurgeon.families.schema import Family
+from shardsurgeon.families.schema import Family, family_for, is_declared
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
@@ -106,11 +109,14 @@ class Checkpoint:
         return sum(record.nbytes for record in self.records)
 
 
-def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
+def open_checkpoint(
+    model: str | PathLike[str] | Source, family: Family | None = None
+) -> Checkpoint:
     """Open a checkpoint; model: anything that `open_source` takes, or a Source.
 
-    Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
-    its subclasses where a file is missing, broken or contradicts another one.
+    family: a declaration to use in place of the shipped ones. Reads headers and JSON only. Raises
+    what `open_source` raises, and CheckpointError or one of its subclasses where a file is
+    missing, broken or contradicts another one.
     """
     source = open_source(model)
     files = {file.name: file for file in source.list()}
@@ -126,7 +132,9 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
     shards = open_shards(source, [files[name] for name in names])
     if index is None and len(shards) > 1:
         shards = without_strangers(shards)
-    settled = settle(source, shards, index)
+    settled = settle(source, shards, index.weight_map if index is not None else {})
+    if index is not None:
+        require_listed(source, settled, index)
     provenance, foreign = None, False
     if PROVENANCE_NAME in files:
         raw = _read_whole(source, files[PROVENANCE_NAME])
@@ -139,7 +147,7 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
             f"{PROVENANCE_NAME} was written by another tool: expert ids are counted from this "
             "checkpoint on"
         )
-    return Checkpoint(
+    checkpoint = Checkpoint(
         source,
         tuple(files.values()),
         settled.shards,
@@ -148,15 +156,65 @@ def open_checkpoint(model: str | PathLike[str] | Source) -> Checkpoint:
         provenance,
         unindexed,
         tuple(notes),
-        unlisted=settled.unlisted,
+        unlisted=settled.unlisted if index is not None else (),
         superseded=settled.superseded,
     )
+    if family is not None:
+        return with_family(checkpoint, family)
+    if is_declared(checkpoint.settings):
+        return _with_parts(checkpoint, family_for(checkpoint.settings, ""))
+    return checkpoint
+
+
+def with_family(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint, to be read by a declaration, and with it the files that only that knows."""
+    return _with_parts(replace(checkpoint, family=family), family)
+
+
+def _with_parts(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint with the files that no index lists and that are parts of it.
+
+    Raises CheckpointError where two of them hold the same tensor.
+    """
+    if not checkpoint.unindexed:
+        return checkpoint
+    files = [file for file in checkpoint.files if file.name in checkpoint.unindexed]
+    readable = open_readable(checkpoint.source, files)
+    found = forgotten_parts(checkpoint.shards, readable, family, checkpoint.settings)
+    held = {r.name: shard.file for shard in checkpoint.shards for r in shard.header.tensors}
+    parts = settle(checkpoint.source, found, held)
+    damaged = {file.name for file in files} - {shard.file for shard in readable}
+    taken = {shard.file for shard in parts.shards}
+    said = {_left_out(name): _unreadable(name) for name in damaged}
+    said |= {_left_out(shard.file): _taken_in(shard) for shard in parts.shards}
+    listing = checkpoint.index_metadata is not None
+    return replace(
+        checkpoint,
+        shards=(*checkpoint.shards, *parts.shards),
+        unindexed=tuple(name for name in checkpoint.unindexed if name not in taken),
+        notes=tuple(said.get(note, note) for note in checkpoint.notes),
+        unlisted=checkpoint.unlisted + (parts.unlisted if listing else ()),
+        superseded=checkpoint.superseded + parts.superseded,
+    )
+
+
+def _left_out(file: str) -> str:
+    return f"{file} is not in the index and is left out"
+
+
+def _unreadable(file: str) -> str:
+    return f"{file} is not in the index, is not a whole safetensors file and is left out"
+
+
+def _taken_in(shard: Shard) -> str:
+    count = len(shard.header.tensors)
+    return f"{shard.file} is not in the index and is taken in: its {count} tensors are the model's"
 
 
 def _weight_notes(settled: Settled, unindexed: tuple[str, ...], has_index: bool) -> Iterator[str]:
     """What a user should know of weight files and tensors that no index tells of."""
     for name in unindexed:
-        yield f"{name} is not in the index and is left out"
+        yield _left_out(name)
     if not has_index and len(settled.shards) > 1 and not are_one_set(settled.shards):
         files = ", ".join(shard.file for shard in settled.shards)
         yield f"there is no index: {files} together are taken for the model"

@@ -114,6 +114,12 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     )
 
 
+def counts_no_mtp(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether the config has a count of MTP layers, and it is 0."""
+    sections = (config_section(config, at) or {} for at in family.config.at)
+    return any(s.get(name) == 0 for s in sections for name in family.config.mtp_layers)
+
+
 def per_layer_paths(keys: ConfigKeys, num_layers: int) -> list[tuple[tuple[str, ...], int]]:
     """(path, first layer) of every place with experts per layer, which counts from that layer."""
     places = ((f"{PER_LAYER_KEY}.*", 0), (keys.per_layer, 0), (keys.per_mtp_layer, num_layers))

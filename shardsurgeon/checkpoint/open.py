@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint, with_family
 from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS
 from shardsurgeon.errors import UndeclaredFamilyError, UsageError
 from shardsurgeon.families.schema import Family, is_declared, parse_family, read_family
@@ -47,15 +47,13 @@ def open_model(model: str | os.PathLike[str] | None, family: str | None = None) 
     and config leave no doubt; None for the shipped declarations. Raises UsageError where the
     current folder is not a model, and whatever opening a checkpoint raises.
     """
-    checkpoint = open_checkpoint(_named(model))
-    if family is None:
-        return checkpoint
-    if family != "auto":
-        return replace(checkpoint, family=read_family(family))
-    if is_declared(checkpoint.settings):
+    declared = read_family(family) if family not in (None, "auto") else None
+    checkpoint = open_checkpoint(_named(model), declared)
+    if family != "auto" or is_declared(checkpoint.settings):
         return checkpoint
     guess = guess_family(checkpoint)
-    return replace(checkpoint, family=guess.family, notes=(*checkpoint.notes, *guess.notes))
+    checkpoint = with_family(checkpoint, guess.family)
+    return replace(checkpoint, notes=(*checkpoint.notes, *guess.notes))
 
 
 def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:

@@ -157,6 +157,10 @@ class NameReader:
         """Whether a layer number belongs to an MTP layer."""
         return layer >= self._num_layers
 
+    def counts_apart(self, name: str) -> bool:
+        """Whether a layer's tensor is of an MTP layer whose number counts from 0 on its own."""
+        return self._main.match(name) is None
+
     @property
     def router_name(self) -> str:
         """The name of the router's matrix in this family, behind a layer's prefix."""

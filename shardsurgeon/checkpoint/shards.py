@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 from shardsurgeon.checkpoint.files import SINGLE_SHARD, root_safetensors
 from shardsurgeon.errors import CheckpointError, HeaderError, IndexFileError
 from shardsurgeon.storage.formats.index import INDEX_NAME, Index, natural_order
 from shardsurgeon.storage.formats.safetensors import (
     Header,
-    TensorRecord,
     header_length,
     parse_header,
 )
@@ -29,6 +29,7 @@ from shardsurgeon.storage.threads import map_in_threads
 _NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 # Over a network each header takes two round trips; a model has up to a few hundred shards.
 _HEADERS_AT_ONCE = 16
+_Opened = TypeVar("_Opened")
 _NAMED = 3  # tensors that a message names before it counts the rest
 
 
@@ -49,8 +50,8 @@ class Shard:
 class Settled:
     """Shards of which every tensor is in one only.
 
-    unlisted: tensors that the index does not name. superseded: (file, tensor) of those that the
-    index says are in another file.
+    unlisted: tensors that are not listed. superseded: (file, tensor) of those that are listed as
+    another file's.
     """
 
     shards: tuple[Shard, ...]
@@ -95,12 +96,27 @@ def _require_complete(source: Source, names: Sequence[str]) -> None:
 
 
 def open_shards(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...]:
-    """The shards of some files, in their order; over a network, many headers at once."""
+    """The shards of some files, in their order; over a network, many headers at once.
+
+    Raises HeaderError where one is not a safetensors file.
+    """
+    return tuple(_map(_open_shard, source, files))
+
+
+def open_readable(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...]:
+    """The same without those that are not safetensors files."""
+    return tuple(filter(None, _map(_shard_or_none, source, files)))
+
+
+def _map(
+    call: Callable[..., _Opened], source: Source, files: Sequence[SourceFile]
+) -> list[_Opened]:
     if not source.is_remote:
-        return tuple(open_shard(source, file) for file in files)
+        return [call(source, file) for file in files]
     reader = _Reader(source)
-    call = partial(open_shard, reader)
-    return tuple(map_in_threads(call, files, _HEADERS_AT_ONCE, "headers", reader.stopped.set))
+    return map_in_threads(
+        partial(call, reader), files, _HEADERS_AT_ONCE, "headers", reader.stopped.set
+    )
 
 
 class _Reader:
@@ -121,8 +137,14 @@ class _Reader:
         return bytes(data)
 
 
-def open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
-    """A file with its header. Raises HeaderError where it is not a safetensors file."""
+def _shard_or_none(source: Source | _Reader, file: SourceFile) -> Shard | None:
+    try:
+        return _open_shard(source, file)
+    except HeaderError:
+        return None
+
+
+def _open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
     where = f"{source.location}/{file.name}"
     if file.nbytes < 8:
         raise HeaderError(
@@ -156,14 +178,12 @@ def are_one_set(shards: Sequence[Shard]) -> bool:
     return all(matches) and len({(m["stem"], m["total"]) for m in matches if m}) == 1
 
 
-def settle(source: Source, shards: Sequence[Shard], index: Index | None) -> Settled:
-    """Have every tensor in one shard: the one that the index says.
+def settle(source: Source, shards: Sequence[Shard], listed: Mapping[str, str]) -> Settled:
+    """Have every tensor in one shard: the one that `listed`, tensor → file, says.
 
-    Tensors that the index does not list are part of the model, since loaders read whole shards.
-    Raises IndexFileError where a tensor is not in the shard that the index says, CheckpointError
-    where one is in two shards and no index says which is meant.
+    Tensors that are not listed count, since loaders read whole shards. Raises CheckpointError
+    where one of these is in two shards.
     """
-    listed = index.weight_map if index is not None else {}
     home: dict[str, str] = {}
     superseded: list[tuple[str, str]] = []
     twice: dict[tuple[str, str], list[str]] = {}
@@ -174,35 +194,23 @@ def settle(source: Source, shards: Sequence[Shard], index: Index | None) -> Sett
                 superseded.append((shard.file, name))
             elif (other := home.setdefault(name, shard.file)) != shard.file:
                 twice.setdefault((shard.file, other), []).append(name)
-    if missing := [name for name in listed if name not in home]:
-        raise _misplaced(source, listed, missing, {name: file for file, name in superseded})
     for (file, other), names in twice.items():
-        raise held_twice(source, file, other, names)
-    unlisted = tuple(name for name in home if name not in listed) if listed else ()
+        problem = f"holds {some(names)}, which {other} holds too, and no index says which is meant"
+        remedy = "remove the file that does not belong"
+        raise CheckpointError(f"{source.location}/{file}", problem, remedy)
+    unlisted = tuple(name for name in home if name not in listed)
     return Settled(_without(shards, superseded), unlisted, tuple(superseded))
 
 
-def _without(shards: Sequence[Shard], left_out: Iterable[tuple[str, str]]) -> tuple[Shard, ...]:
-    gone: dict[str, set[str]] = {}
-    for file, name in left_out:
-        gone.setdefault(file, set()).add(name)
-    return tuple(
-        with_tensors(shard, (r for r in shard.header.tensors if r.name not in gone[shard.file]))
-        if shard.file in gone
-        else shard
-        for shard in shards
-    )
-
-
-def with_tensors(shard: Shard, tensors: Iterable[TensorRecord]) -> Shard:
-    """The shard with those of its tensors that count."""
-    return replace(shard, header=replace(shard.header, tensors=tuple(tensors)))
-
-
-def _misplaced(
-    source: Source, listed: Mapping[str, str], missing: Sequence[str], elsewhere: Mapping[str, str]
-) -> IndexFileError:
-    """The error for tensors that are not in the shard that the index says."""
+def require_listed(source: Source, settled: Settled, index: Index) -> None:
+    """Raise IndexFileError unless every tensor is in the shard that the index says."""
+    listed = index.weight_map
+    present = sum(len(shard.header.tensors) for shard in settled.shards) - len(settled.unlisted)
+    if present == len(listed):
+        return
+    found = {record.name for shard in settled.shards for record in shard.header.tensors}
+    missing = [name for name in listed if name not in found]
+    elsewhere = {name: file for file, name in settled.superseded}
     file, holder = listed[missing[0]], elsewhere.get(missing[0])
     alike = [n for n in missing if listed[n] == file and elsewhere.get(n) == holder]
     problem = f"says {file} holds {some(alike)}, but it does not"
@@ -211,14 +219,21 @@ def _misplaced(
     if more := len(missing) - len(alike):
         problem += f"; {more:,} others are not where it says either"
     remedy = "fetch the index and the shards again, from one revision"
-    return IndexFileError(f"{source.location}/{INDEX_NAME}", problem, remedy)
+    raise IndexFileError(f"{source.location}/{INDEX_NAME}", problem, remedy)
 
 
-def held_twice(source: Source, file: str, other: str, names: Sequence[str]) -> CheckpointError:
-    """The error for tensors of which no index says in which of two files they are meant."""
-    problem = f"holds {some(names)}, which {other} holds too, and no index says which is meant"
-    remedy = "remove the file that does not belong"
-    return CheckpointError(f"{source.location}/{file}", problem, remedy)
+def _without(shards: Sequence[Shard], left_out: Iterable[tuple[str, str]]) -> tuple[Shard, ...]:
+    gone: dict[str, set[str]] = {}
+    for file, name in left_out:
+        gone.setdefault(file, set()).add(name)
+
+    def rest(shard: Shard) -> Shard:
+        if shard.file not in gone:
+            return shard
+        tensors = (r for r in shard.header.tensors if r.name not in gone[shard.file])
+        return replace(shard, header=replace(shard.header, tensors=tuple(tensors)))
+
+    return tuple(rest(shard) for shard in shards)
 
 
 def some(names: Sequence[str]) -> str:

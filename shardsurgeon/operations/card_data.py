@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.config import config_section
+from shardsurgeon.checkpoint.config import counts_no_mtp
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, CARD_NAME
 from shardsurgeon.checkpoint.provenance import Provenance
 from shardsurgeon.checkpoint.quantization import count_parameters
@@ -92,7 +92,7 @@ def model_facts(
         after=_extent(records, config),
         layers=len(provenance.layers),
         mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
-        mtp_removed=_counts_no_mtp(anatomy, config),
+        mtp_removed=counts_no_mtp(anatomy.family, config),
         uniform=uniform,
         loading=_loading(config, uniform or says_per_layer(config, anatomy) != ""),
         calibrations=tuple(_calibrations(pruned, folder)),
@@ -133,13 +133,6 @@ def _longer(record: TensorRecord, axis: int, more: int) -> TensorRecord:
     rows = record.shape[axis]
     shape = (*record.shape[:axis], rows + more, *record.shape[axis + 1 :])
     return replace(record, shape=shape, end=record.begin + record.nbytes // rows * (rows + more))
-
-
-def _counts_no_mtp(anatomy: Anatomy, config: Mapping[str, Any]) -> bool:
-    """Whether the config has a count of MTP layers, and it is 0."""
-    keys = anatomy.family.config
-    sections = (config_section(config, at) or _NOTHING for at in keys.at)
-    return any(section.get(name) == 0 for section in sections for name in keys.mtp_layers)
 
 
 def _loading(config: Mapping[str, Any], stock_engines: bool) -> Loading:

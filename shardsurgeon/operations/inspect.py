@@ -9,6 +9,7 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.reports import InspectReport
 from shardsurgeon.pruning.config_edits import quantization_name
 from shardsurgeon.pruning.counts import uniform_counts
+from shardsurgeon.pruning.report import absent_mtp_notes
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.routing import main_facts, routing_facts
 from shardsurgeon.pruning.selection import mtp_counts
@@ -52,7 +53,7 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
         total_parameters=count_parameters(records, config),
         expert_size=anatomy.expert_nbytes,
         sizes_at=_sizes_at(anatomy),
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *absent_mtp_notes(anatomy)),
         incomplete_experts={n: tuple(sorted(found)) for n, found in anatomy.incomplete.items()}
         or None,
         num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,

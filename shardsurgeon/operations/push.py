@@ -9,7 +9,6 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
@@ -136,7 +135,7 @@ class Shipment:
         return files_to_publish(folder, self._card_for(pruned, folder))
 
     def _opened(self, source: Source) -> Checkpoint:
-        return replace(open_checkpoint(source), family=self._family)
+        return open_checkpoint(source, self._family)
 
     def _card_for(self, pruned: Checkpoint, folder: Path) -> bytes | None:
         if self._card is not None or not self._destination.with_card:

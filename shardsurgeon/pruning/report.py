@@ -138,6 +138,7 @@ def plan_report(
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
             *_rewritten(tensors),
             *_uncounted(checkpoint, plan),
+            *([] if decision.drop_mtp else absent_mtp_notes(anatomy)),
             *_left_out(checkpoint),
         ),
     )
@@ -205,6 +206,19 @@ def _uncounted(checkpoint: Checkpoint, plan: Plan) -> list[str]:
         return []
     what = "the way the weights are packed hides how many parameters they are"
     return [f"total_parameters is left out of {INDEX_NAME}: {what}"]
+
+
+def absent_mtp_notes(anatomy: Anatomy) -> list[str]:
+    """Says that the config promises MTP layers of which there are no tensors."""
+    absent, counted = anatomy.absent_mtp_layers, anatomy.num_mtp_layers
+    if not absent:
+        return []
+    layers = "1 MTP layer" if counted == 1 else f"{counted} MTP layers"
+    return [
+        f"config.json counts {layers} ({' or '.join(anatomy.family.config.mtp_layers)}), the "
+        f"shards have {counted - absent or 'none'}: an engine that is to predict further tokens "
+        "will miss them; --mtp drop sets the count to 0"
+    ]
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:

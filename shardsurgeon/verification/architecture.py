@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
-from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint, with_family
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.quantization import read_weights
 from shardsurgeon.checkpoint.quantization_schemes import Shape
@@ -53,7 +53,7 @@ def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> Architec
     original = meta_model = _meta_model(before, anatomy.family)
     findings, trial = Findings(), _Trial()
     try:
-        after = replace(_opened(pruned), family=anatomy.family)
+        after = with_family(_opened(pruned), anatomy.family)
         try:
             # Checks names and counts, also of tensors that transformers does not read.
             require_complete(read_anatomy(after).incomplete, None, after.location)

@@ -96,7 +96,7 @@ class ShardVerifier:
         """
         self._source = source
         self._headers_only = pruned
-        self._pruned = open_checkpoint(pruned)
+        self._pruned = open_checkpoint(pruned, source.family)
         self._sampling = sampling
         anatomy, ignored = read_anatomy(source), Findings()
         keeps = read_keeps(source, anatomy, self._pruned, ignored)

@@ -48,7 +48,7 @@ def verify_checkpoint(
     findings = Findings()
     tensors, compared = 0, Compared(0, 0)
     try:
-        after = open_checkpoint(pruned)
+        after = open_checkpoint(pruned, before.family)
         tensors = after.num_tensors
         keeps = read_keeps(before, anatomy, after, findings)
     except InputError as error:

@@ -171,3 +171,58 @@ def test_shards_under_several_names_and_no_index(tmp_path: Path) -> None:
     del files[INDEX]
     files["trunk.safetensors"], files["rest.safetensors"] = files.pop(FIRST), files.pop(SECOND)
     assert same(stored(pruned(write(tmp_path / "model", files))), expected(tiny.tensors()))
+
+
+HEAD = "mtp.safetensors"
+MTP = {name: tensor for name, tensor in tiny.tensors().items() if "layers.3." in name}
+MAIN = {name: tensor for name, tensor in tiny.tensors().items() if name not in MTP}
+
+
+def with_head_apart(**config: object) -> dict[str, bytes]:
+    """An MTP layer in a file that the index does not list."""
+    return {**tiny.files(tiny.config(**config), MAIN), HEAD: save(MTP, {"format": "pt"})}
+
+
+def test_a_head_that_the_index_forgot_is_pruned_with_the_model_and_listed(tmp_path: Path) -> None:
+    out = pruned(write(tmp_path / "model", with_head_apart()), mtp="last")
+    weights, found = tiny.tensors(), stored(out)
+    assert same(found, expected(weights, {**KEPT, 3: KEPT[2]}))
+    assert same(found, {name: MTP[name] for name in MTP if "mlp" not in name})
+    assert set(json.loads((out / INDEX).read_text())["weight_map"]) == set(found)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert not (out / HEAD).exists()
+
+
+def test_it_can_be_dropped_like_any_other(tmp_path: Path) -> None:
+    out = pruned(write(tmp_path / "model", with_head_apart()), mtp="drop")
+    assert not [name for name in stored(out) if "layers.3." in name]
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_a_result_that_lost_it_does_not_hold(tmp_path: Path) -> None:
+    """As earlier versions wrote it: without the head, its count as it was."""
+    model = write(tmp_path / "model", with_head_apart())
+    headless = write(tmp_path / "headless" / "model", tiny.files(weights=MAIN))
+    report = shardsurgeon.verify(model, pruned(headless))
+    assert not report.holds
+    assert any("num_nextn_predict_layers is 1, expected 0" in line for line in report.differences)
+
+
+def test_a_result_that_does_not_list_its_head_does_not_hold(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", with_head_apart())
+    out = pruned(model)
+    index = json.loads((out / INDEX).read_text())
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if "layers.3." not in n}
+    (out / INDEX).write_text(json.dumps(index))
+    assert any("does not list" in line for line in shardsurgeon.verify(model, out).differences)
+
+
+def test_mtp_layers_that_are_promised_and_not_there_are_said(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", tiny.files(weights=MAIN))
+    said = "config.json counts 1 MTP layer (num_nextn_predict_layers), the shards have none"
+    for report in (planned(model).report, shardsurgeon.inspect(str(model))):
+        (note,) = [note for note in report.notes if said in note]
+        assert "--mtp drop sets the count to 0" in note
+    assert not [note for note in planned(model, mtp="drop").report.notes if said in note]
+    out = pruned(model, mtp="drop")
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
