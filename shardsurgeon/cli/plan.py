@@ -65,20 +65,17 @@ def plan_command(
     """
     from shardsurgeon.operations import prune
 
-    if plan_out is not None and len(requests) > 1:
-        problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
-        raise UsageError("-o", problem, "give a single --ratio")
-    prunings = [prune.plan(model, scores, request, family=family) for request in requests]
-    if plan_out is not None:
-        prunings[0].write_plan(plan_out)
-    _show([pruning.report for pruning in prunings], plan_out, as_json)
-
-
-def _show(reports: Sequence[PlanReport], plan_out: str | None, as_json: bool) -> None:
-    if len(reports) > 1:
+    if len(requests) > 1:
+        if plan_out is not None:
+            problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
+            raise UsageError("-o", problem, "give a single --ratio")
+        reports = prune.compare(model, scores, requests, family=family)
         emit({"plans": reports}, comparison_lines(reports), as_json)
-    else:
-        emit(reports[0], _with_file(plan_lines(reports[0]), plan_out), as_json)
+        return
+    pruning = prune.plan(model, scores, requests[0], family=family)
+    if plan_out is not None:
+        pruning.write_plan(plan_out)
+    emit(pruning.report, _with_file(plan_lines(pruning.report), plan_out), as_json)
 
 
 def _with_file(lines: Iterator[str], plan_out: str | None) -> Iterator[str]:

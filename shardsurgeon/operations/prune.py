@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +122,22 @@ def plan(
     require_apart(checkpoint, folder)
     plan = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
     return Pruning(checkpoint, anatomy, request, decision, plan, folder, max_shard_nbytes, family)
+
+
+def compare(
+    model: str | os.PathLike[str] | None,
+    scores: str | os.PathLike[str] | None,
+    requests: Iterable[SelectionRequest],
+    *,
+    family: str | None = None,
+) -> list[PlanReport]:
+    """What each of several requests would do to one model, which is opened once.
+
+    Arguments and errors are those of `plan`. A plan of a large model takes much memory, so each is
+    let go of before the next is made.
+    """
+    checkpoint = open_model(model, family)
+    return [plan(checkpoint, scores, request).report for request in requests]
 
 
 def require_ready(pruning: Pruning) -> None:

@@ -21,6 +21,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (push, "push"),
     ):
         monkeypatch.setattr(module, name, operations_.answer(name))
+    monkeypatch.setattr(prune, "compare", operations_.compare)
     for name in SCORE_OPERATIONS:
         monkeypatch.setattr(scores, name, operations_.answer(name))
     monkeypatch.setattr(calibration, "calibrate", operations_.answer("calibrate"))

@@ -235,6 +235,10 @@ class FakeOperations:
 
         return operation
 
+    def compare(self, model: Any, scores: Any, requests: Any, **options: Any) -> list[PlanReport]:
+        plan = self.answer("plan")
+        return [plan(model, scores, request, **options).report for request in requests]
+
 
 @dataclass
 class FakePruning:
