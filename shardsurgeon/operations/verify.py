@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.checkpoint.open import open_model
-from shardsurgeon.errors import VerificationError
+from shardsurgeon.errors import InputError, VerificationError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import open_source
 from shardsurgeon.storage.source import MemorySource, Source
-from shardsurgeon.verification.architecture import check_architecture
+from shardsurgeon.verification.architecture import AnyCheckpoint, check_architecture
 from shardsurgeon.verification.byte_comparison import Sampling
 from shardsurgeon.verification.findings import VerifyReport
 from shardsurgeon.verification.streamed import HeadersOnlySource, ShardHeader, ShardVerifier
@@ -50,13 +51,16 @@ def verify(
     UsageError, before any weight is read, where that cannot be checked.
     """
     before = open_model(source, family)
-    if isinstance(pruned, str) and not os.path.lexists(pruned):
-        there = open_source(pruned)
-        fits = check_architecture(before, open_checkpoint(there)) if architecture else None
-        report = verify_checkpoint(before, there, sample=sample, on_progress=progress)
-    else:
-        fits = check_architecture(before, pruned) if architecture else None
-        report = verify_checkpoint(before, pruned, sample=sample, on_progress=progress)
+    remote = isinstance(pruned, str) and not os.path.lexists(pruned)
+    place = open_source(pruned) if remote else pruned
+    after: AnyCheckpoint = place
+    fits = None
+    if architecture:
+        # What cannot be opened is a difference, which both checks find by themselves.
+        with suppress(InputError):
+            after = open_checkpoint(place, before.family)
+        fits = check_architecture(before, after)
+    report = verify_checkpoint(before, after, sample=sample, on_progress=progress)
     return replace(report, architecture=fits)
 
 

@@ -1,6 +1,6 @@
 """A model in a folder of a web server, read by byte ranges.
 
-A web server lists nothing. Asked for are the config, the index, every shard that the index names,
+A web server lists nothing. Asked for are the config, the index, the shards that the index names,
 the code that the configs name, and the files that models usually have beside their weights. Files
 of other names cannot be found, and a note says so.
 """
@@ -8,14 +8,16 @@ of other names cannot be found, and a note says so.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import Any
 from urllib.parse import quote, urlunsplit
 
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
-from shardsurgeon.storage.formats.index import INDEX_NAME
+from shardsurgeon.storage.formats.index import INDEX_NAME, natural_order
 from shardsurgeon.storage.http import (
     answer,
     body,
@@ -37,7 +39,14 @@ _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _NAMING_CODE = (_CONFIG, "tokenizer_config.json", "processor_config.json")
 _USUAL = (
-    *(_CONFIG, INDEX_NAME, _SINGLE, "generation_config.json", "hf_quant_config.json"),
+    *(
+        _CONFIG,
+        INDEX_NAME,
+        _SINGLE,
+        "mtp.safetensors",
+        "generation_config.json",
+        "hf_quant_config.json",
+    ),
     *("quantize_config.json", "quant_config.json", "recipe.yaml", "params.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -77,7 +86,9 @@ class WebSource(Source):
             problem = "there is no config.json, or it may not be read"
             raise CheckpointError(self.location, problem, "give the address of a model's folder")
         self._find([name for name in _USUAL if name != _CONFIG])
-        self._find(sorted(self._named()))
+        self._find(sorted(self._code()))
+        # An index may name any number of files; without one of them there is no model.
+        self._find(self._shards(), need_all=True)
         beside = [name for name in self._files if not name.endswith(".safetensors")]
         self.notes = (
             f"{self.location} cannot be listed: beside the weights {', '.join(beside)} were "
@@ -120,9 +131,21 @@ class WebSource(Source):
                 raise changed(where, f"was {file.stamp} when it was found, is {_stamp(response)}")
             yield body(response, file, where, begin, end)
 
-    def _find(self, names: Iterable[str]) -> None:
-        """Ask for files, several at once, and keep those that are there."""
-        for file in map_in_threads(self._probe, names, _QUESTIONS_AT_ONCE, "find"):
+    def _find(self, names: Iterable[str], *, need_all: bool = False) -> None:
+        """Ask for files, several at once, and keep those that are there.
+
+        need_all: ask for no more once one is not there.
+        """
+        missing = threading.Event()
+
+        def probe(name: str) -> SourceFile | None:
+            file = self._probe(name)
+            if file is None and need_all:
+                missing.set()
+            return file
+
+        asked = takewhile(lambda name: not missing.is_set(), names)
+        for file in map_in_threads(probe, asked, _QUESTIONS_AT_ONCE, "find"):
             if file is not None:
                 self._files[file.name] = file
 
@@ -143,10 +166,16 @@ class WebSource(Source):
             # An answer without a size is a page that the server generates, not a file.
             return None if nbytes is None else SourceFile(name, nbytes, _stamp(response))
 
-    def _named(self) -> set[str]:
-        """The files that the index and the configs name."""
+    def _shards(self) -> Iterable[str]:
+        """The shards that the index names, in the order of their numbers."""
         index = self._json(INDEX_NAME).get("weight_map")
-        names = set(index.values()) if isinstance(index, dict) else set()
+        values = index.values() if isinstance(index, dict) else ()
+        names = {name for name in values if isinstance(name, str) and not leads_out(name)}
+        return sorted(names, key=natural_order)
+
+    def _code(self) -> set[str]:
+        """The files with code that the configs name."""
+        names = set()
         for config in _NAMING_CODE:
             code = self._json(config).get("auto_map")
             for value in code.values() if isinstance(code, dict) else ():
@@ -154,7 +183,7 @@ class WebSource(Source):
                     # `module.Class`; with `--` in it, the code is in another repository.
                     if isinstance(entry, str) and "--" not in entry:
                         names.add(f"{entry.partition('.')[0]}.py")
-        return {name for name in names if isinstance(name, str) and not leads_out(name)}
+        return {name for name in names if not leads_out(name)}
 
     def _json(self, name: str) -> dict[str, Any]:
         """A JSON object among the files; an empty one where the file is missing or holds none."""

@@ -31,13 +31,14 @@ from shardsurgeon.checkpoint.transformers_model import (
 from shardsurgeon.errors import FamilyError, InputError, UsageError
 from shardsurgeon.families.schema import Family, pattern
 from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.source import Source
 from shardsurgeon.verification.findings import ArchitectureReport, Findings
 
 # Kinds of differences that leave a parameter without a value.
 _UNFILLED = ("missing", "mismatched", "unbuilt")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
-AnyCheckpoint = Checkpoint | str | PathLike[str]
+AnyCheckpoint = Checkpoint | Source | str | PathLike[str]
 
 
 def check_architecture(source: AnyCheckpoint, pruned: AnyCheckpoint) -> ArchitectureReport:

@@ -6,17 +6,17 @@ import random
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from itertools import chain
-from types import TracebackType
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.errors import SourceReadError
-from shardsurgeon.storage.files import read_into, reading
-from shardsurgeon.storage.system import default_system
 from shardsurgeon.storage.threads import map_in_threads
+from shardsurgeon.verification.byte_ranges import (
+    BLOCK_NBYTES,
+    GAP_NBYTES,
+    RangeComparer,
+    Stretch,
+)
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Count, Pair, Table
 
@@ -25,11 +25,6 @@ _BATCH_NBYTES = 1 << 25
 
 Progress = Callable[[int, int], None]
 Problem = tuple[Pair, str]
-
-# What is read of each side at a time; memory is twice this per worker.
-BLOCK_NBYTES = 1 << 20
-# What is read at least, so that small tensors and short rows need no call each.
-_AHEAD_NBYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +111,8 @@ class _Run:
     def problems(self, batch: list[Pair]) -> list[Problem]:
         """What is wrong with the bytes of some tensors; safe for several threads."""
         with RangeComparer(self._source, self._pruned) as sides:
+            gap = GAP_NBYTES if self._sampling.nbytes is None else 0
+            sides.expect(self._source_reads(batch), self._pruned_reads(batch), gap)
             found = ((pair, self._problem(sides, pair)) for pair in batch if not self.stopped)
             return [(pair, problem) for pair, problem in found if problem is not None]
 
@@ -140,6 +137,26 @@ class _Run:
                     return None
                 at += step.nbytes
         return None
+
+    def _source_reads(self, batch: list[Pair]) -> Iterator[Stretch]:
+        """What `_problem` reads of the source for these tensors, in order."""
+        for pair in batch:
+            if isinstance(pair.cut, Table):
+                yield pair.source_file, pair.source_begin, pair.nbytes
+                continue
+            for old, _, nbytes in self._stretches(pair):
+                yield pair.source_file, pair.source_begin + old, nbytes
+
+    def _pruned_reads(self, batch: list[Pair]) -> Iterator[Stretch]:
+        """The same of the output."""
+        for pair in batch:
+            if isinstance(pair.cut, Table):
+                yield pair.file, pair.begin, pair.nbytes
+                continue
+            if isinstance(pair.cut, Count):
+                yield pair.file, pair.begin, pair.cut.width
+            for _, new, nbytes in self._stretches(pair):
+                yield pair.file, pair.begin + new, nbytes
 
     def _stretches(self, pair: Pair) -> Iterator[tuple[int, int, int]]:
         """What is compared of a tensor: all of it, or blocks chosen at random up to the limit."""
@@ -187,195 +204,3 @@ class _Run:
 def _integers(raw: bytes, width: int) -> list[int]:
     """Little-endian signed integers."""
     return [value for (value,) in struct.iter_unpack({4: "<i", 8: "<q"}[width], raw)]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A stretch that was compared. differs: how many of its bytes are equal before the first
-    that is not, None where all are."""
-
-    nbytes: int
-    differs: int | None
-
-
-class RangeComparer:
-    """Compares ranges of source files with ranges of output files. For one thread."""
-
-    def __init__(self, source: Checkpoint, pruned: Checkpoint) -> None:
-        self._source = _BufferedFile(source)
-        self._pruned = _BufferedFile(pruned)
-
-    def __enter__(self) -> RangeComparer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._source.close()
-        self._pruned.close()
-
-    def steps(
-        self, source_file: str, source_begin: int, file: str, begin: int, nbytes: int
-    ) -> Iterator[Step]:
-        """Compare block after block, until all are compared or one differs.
-
-        Raises SourceReadError, naming the file, where either side cannot be read.
-        """
-        self._source.expect(source_file, source_begin, nbytes)
-        done = 0
-        while done < nbytes:
-            size = min(BLOCK_NBYTES, nbytes - done)
-            left = self._source.hold(source_file, source_begin + done, size)
-            with _as_output_error():
-                right = self._pruned.hold(file, begin + done, size)
-            if not self._equal(left, right, size):
-                yield Step(size, self._first_difference(left, right, size))
-                return
-            yield Step(size, None)
-            done += size
-
-    def same_file(self, source_file: str, file: str, nbytes: int) -> bool:
-        """Whether two files of `nbytes` hold the same bytes."""
-        return all(step.differs is None for step in self.steps(source_file, 0, file, 0, nbytes))
-
-    def expected(self, source_file: str, begin: int, nbytes: int) -> bytes:
-        """`nbytes` of a source file, for the few tensors whose values count."""
-        return b"".join(self._source.pieces(source_file, begin, nbytes))
-
-    def found(self, file: str, begin: int, nbytes: int) -> bytes:
-        """`nbytes` of an output file."""
-        with _as_output_error():
-            return b"".join(self._pruned.pieces(file, begin, nbytes))
-
-    def _equal(self, left: int, right: int, nbytes: int) -> bool:
-        # `startswith` compares two buffers where they are and at once; `==` on memoryviews goes
-        # byte by byte, and slices of a bytearray are copies.
-        return self._source.buffer.startswith(self._pruned.view[right : right + nbytes], left)
-
-    def _first_difference(self, left: int, right: int, nbytes: int) -> int:
-        low, high = 0, nbytes
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._equal(left + low, right + low, middle - low):
-                low = middle
-            else:
-                high = middle
-        return low
-
-
-@contextmanager
-def _as_output_error() -> Iterator[None]:
-    """The output was whole when it was opened: what cannot be read, someone is writing to."""
-    try:
-        yield
-    except SourceReadError as error:
-        if isinstance(error.__cause__, OSError):
-            raise  # the disk's own fault, which says so
-        raise SourceReadError(error.where, error.problem, "let no one write to it") from error
-
-
-class _Arriving:
-    """A stream, taken from in parts of any size. at: the byte of the file that comes next."""
-
-    def __init__(self, pieces: Iterator[bytes], begin: int) -> None:
-        self.at = begin
-        self._pieces = pieces
-        self._rest = b""
-
-    def take(self, nbytes: int) -> bytes:
-        """The next `nbytes`. Raises what the stream raises."""
-        data = bytearray(self._rest)
-        while len(data) < nbytes:
-            data += next(self._pieces)
-        self._rest = bytes(data[nbytes:])
-        self.at += nbytes
-        return bytes(data[:nbytes])
-
-
-class _BufferedFile:
-    """A stretch of one file, held in a buffer that is used again and again."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.buffer = bytearray(BLOCK_NBYTES)
-        self.view = memoryview(self.buffer)
-        self._source = checkpoint.source
-        # Over a network what is not needed is not read.
-        self._ahead = 0 if checkpoint.source.is_remote else _AHEAD_NBYTES
-        self._sizes = {file.name: file.nbytes for file in checkpoint.files}
-        self._system = default_system()
-        self._handle: FileIO | None = None
-        self._file: str | None = None
-        self._begin = self._end = 0
-        self._was_in_memory = True
-        self._arriving: _Arriving | None = None
-
-    def expect(self, file: str, begin: int, nbytes: int) -> None:
-        """Have it on the way that is held next, block after block: over a network, in one go."""
-        if file != self._file:
-            self._turn_to(file)
-        self._arriving = None
-        if self._source.is_remote and self._handle is None and nbytes > BLOCK_NBYTES:
-            self._arriving = _Arriving(self._source.stream(file, begin, begin + nbytes), begin)
-
-    def hold(self, file: str, begin: int, nbytes: int) -> int:
-        """Have the bytes [begin, begin + nbytes) of a file in the buffer; where in it they begin.
-
-        nbytes: at most BLOCK_NBYTES.
-        """
-        if file != self._file:
-            self._turn_to(file)
-        if begin < self._begin or begin + nbytes > self._end:
-            ahead = min(self._ahead, self._sizes[file] - begin)
-            self._fill(file, begin, max(nbytes, ahead))
-        return begin - self._begin
-
-    def pieces(self, file: str, begin: int, nbytes: int) -> Iterator[bytes]:
-        """The bytes [begin, begin + nbytes) of a file, block after block."""
-        self.expect(file, begin, nbytes)
-        for done in range(0, nbytes, BLOCK_NBYTES):
-            size = min(BLOCK_NBYTES, nbytes - done)
-            at = self.hold(file, begin + done, size)
-            yield bytes(self.view[at : at + size])
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._handle is not None:
-            self._forget(self._handle, self._end)
-            self._handle.close()
-
-    def _turn_to(self, file: str) -> None:
-        self.close()
-        self._file, self._handle, self._begin, self._end = file, None, 0, 0
-        self._arriving = None
-        path = self._source.local_path(file)
-        if path is not None:
-            with reading(path):
-                self._handle = FileIO(path)
-
-    def _fill(self, file: str, begin: int, nbytes: int) -> None:
-        part = self.view[:nbytes]
-        if self._handle is None:
-            self._begin = self._end = begin
-            if self._arriving is not None and self._arriving.at == begin:
-                part[:] = self._arriving.take(nbytes)
-            else:
-                part[:] = self._source.read(file, begin, begin + nbytes)
-        else:
-            self._forget(self._handle, begin)
-            self._begin = self._end = begin
-            self._was_in_memory = self._system.in_memory(self._handle, begin + nbytes - 1)
-            where = f"{self._source.location}/{file}"
-            read_into(self._handle, part, begin, where, self._system)
-        self._end = begin + nbytes
-
-    def _forget(self, handle: FileIO, until: int) -> None:
-        """Leave the system's memory as it was found: what is behind us need not stay there.
-
-        until: what lies from there on is read next, and once.
-        """
-        if not self._was_in_memory:
-            end = min(self._end, until) if until > self._begin else self._end
-            self._system.let_go(handle, self._begin, end)

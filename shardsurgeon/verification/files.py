@@ -22,7 +22,7 @@ from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
-from shardsurgeon.verification.byte_comparison import BLOCK_NBYTES, RangeComparer
+from shardsurgeon.verification.byte_ranges import RangeComparer
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pair
 
@@ -179,8 +179,8 @@ class _Sameness:
         return self._sides.same_file(file.name, name, file.nbytes)
 
     def _digest(self, begun: hashlib._Hash, name: str, nbytes: int) -> str:
-        for begin in range(0, nbytes, BLOCK_NBYTES):
-            begun.update(self._pruned.read(name, begin, min(begin + BLOCK_NBYTES, nbytes)))
+        for piece in self._pruned.stream(name, 0, nbytes):
+            begun.update(piece)
         return begun.hexdigest()
 
 

@@ -22,7 +22,7 @@ _MOST_WORKERS = 4
 
 def verify_checkpoint(
     source: Checkpoint | str | PathLike[str],
-    pruned: str | PathLike[str] | Source,
+    pruned: Checkpoint | str | PathLike[str] | Source,
     *,
     sample: int | None = None,
     sample_nbytes: int | None = None,
@@ -48,7 +48,7 @@ def verify_checkpoint(
     findings = Findings()
     tensors, compared = 0, Compared(0, 0)
     try:
-        after = open_checkpoint(pruned, before.family)
+        after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned, before.family)
         tensors = after.num_tensors
         keeps = read_keeps(before, anatomy, after, findings)
     except InputError as error:

@@ -21,6 +21,7 @@ from shardsurgeon.errors import (
     SourceReadError,
     UsageError,
 )
+from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.storage.retry import RetryPolicy
 from shardsurgeon.storage.web import WebSource
 from tests.support.hub.models import fixture_folder
@@ -123,6 +124,33 @@ def test_a_shard_that_is_not_there_is_named(hub: LocalHub, address: str) -> None
     hub.commit("org/tiny", {SHARD: None})
     with pytest.raises(IndexFileError, match=f"names the shard {SHARD}, which is not there"):
         open_checkpoint(address)
+
+
+def test_an_index_of_many_shards_that_are_not_there_is_not_asked_for_them_all(
+    hub: LocalHub,
+) -> None:
+    shards = [f"model-{number}-of-3000.safetensors" for number in range(1, 3001)]
+    index = {"weight_map": {f"tensor{n}": name for n, name in enumerate(shards)} | {"x": ["no"]}}
+    held = {"config.json": b"{}", INDEX_NAME: json.dumps(index).encode()}
+    for name in shards[:20]:
+        held[name] = b"weights"
+    hub.add_model("org/many", held)
+    hub.reset_counts()
+    source = WebSource(f"{hub.endpoint}/org/many/resolve/main")
+    found = [file.name for file in source.list() if file.name.endswith(".safetensors")]
+    assert sorted(found) == sorted(shards[:20])
+    probes = {request.path for request in hub.requests if "-of-3000" in request.path}
+    assert 21 <= len({path.rpartition("/")[2] for path in probes}) < 60
+
+
+def test_the_first_shard_that_is_not_there_is_the_one_that_is_named(hub: LocalHub) -> None:
+    index = json.loads((FOLDER / INDEX_NAME).read_text())
+    names = sorted(set(index["weight_map"].values()))
+    held = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.is_file()}
+    del held[names[1]], held[names[3]]
+    hub.add_model("org/holes", held)
+    with pytest.raises(IndexFileError, match=f"names the shard {names[1]}, which is not there"):
+        open_checkpoint(f"{hub.endpoint}/org/holes/resolve/main")
 
 
 def test_an_index_cannot_name_what_lies_outside(hub: LocalHub) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, close_session, constants, hf_hub_download
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import OutputError, SourceChangedError, SourceReadError
-from shardsurgeon.operations.api import plan
+from shardsurgeon.operations.api import apply, plan, verify
 from shardsurgeon.storage.hub.source import HubSource
 from tests.support.hub.models import fixture_folder
 from tests.support.hub.server import LocalHub
@@ -67,6 +67,21 @@ def test_ranges_are_read_exactly(tiny: LocalHub) -> None:
     assert source.read(SHARD, 5, 5) == b""
     assert source.read("config.json", 0, 10) == (FOLDER / "config.json").read_bytes()[:10]
     assert tiny.sent() == 1000 + len(WEIGHTS) - 7 + 10
+
+
+def test_a_result_on_the_hub_is_verified_by_one_request_for_many_tensors(
+    online: LocalHub, tmp_path: Path
+) -> None:
+    """Two for each shard's header, one for everything in it: there are far more tensors."""
+    written = plan(FOLDER, FOLDER / "scores.pt", ratio=0.5, out=tmp_path / "out")
+    shards = apply(written).plan.shards_after
+    online.add_model("org/pruned", tmp_path / "out")
+    online.reset_counts()
+    report = verify(FOLDER, "org/pruned")
+    assert report.holds, report.differences
+    assert report.tensors_compared > 100
+    large_side_files = 3
+    assert asked(online, "/cdn/") <= 3 * shards + large_side_files
 
 
 def test_what_is_not_there_is_said_before_anything_is_asked(tiny: LocalHub) -> None:
