@@ -16,7 +16,7 @@ from functools import partial
 from typing import TypeVar
 
 from shardsurgeon.checkpoint.files import SINGLE_SHARD, root_safetensors
-from shardsurgeon.errors import CheckpointError, HeaderError, IndexFileError
+from shardsurgeon.errors import CheckpointError, HeaderError, IndexFileError, SourceReadError
 from shardsurgeon.storage.formats.index import INDEX_NAME, Index, natural_order
 from shardsurgeon.storage.formats.safetensors import (
     Header,
@@ -104,7 +104,7 @@ def open_shards(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...
 
 
 def open_readable(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, ...]:
-    """The same without those that are not safetensors files."""
+    """The same without those that are not safetensors files or cannot be read."""
     return tuple(filter(None, _map(_shard_or_none, source, files)))
 
 
@@ -140,7 +140,7 @@ class _Reader:
 def _shard_or_none(source: Source | _Reader, file: SourceFile) -> Shard | None:
     try:
         return _open_shard(source, file)
-    except HeaderError:
+    except (HeaderError, SourceReadError):
         return None
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load, save
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.checkpoint.open import open_model
-from shardsurgeon.errors import CheckpointError
+from shardsurgeon.errors import CheckpointError, SourceReadError
 from shardsurgeon.storage.source import MemorySource
 from tests.support import tiny
 
@@ -228,6 +228,21 @@ def test_a_file_that_cannot_be_read_does_not_hinder_the_others(damage: bytes) ->
     assert any(
         "also.safetensors is not in the index, is not a whole" in n for n in checkpoint.notes
     )
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_neither_does_one_that_may_not_be_read(remote: bool) -> None:
+    class Guarded(MemorySource):
+        def read(self, name: str, begin: int, end: int) -> bytes:
+            if name == "secret.safetensors":
+                raise SourceReadError(name, "cannot be read")
+            return super().read(name, begin, end)
+
+    weights, config, part = MODELS["deepseek_v3"]
+    files = {**apart(weights, part, config), "secret.safetensors": bytes(64)}
+    checkpoint = open_checkpoint(Guarded(files, remote=remote))
+    assert checkpoint.num_tensors == len(weights)
+    assert checkpoint.unindexed == ("secret.safetensors",)
 
 
 def test_two_heads_are_refused_by_name() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, close_session, constants, hf_hub_download
 
-from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import OutputError, SourceChangedError, SourceReadError
 from shardsurgeon.operations.api import apply, plan, verify
 from shardsurgeon.storage.hub.source import HubSource
@@ -82,6 +82,23 @@ def test_a_result_on_the_hub_is_verified_by_one_request_for_many_tensors(
     assert report.tensors_compared > 100
     large_side_files = 3
     assert asked(online, "/cdn/") <= 3 * shards + large_side_files
+
+
+def test_a_result_whose_architecture_is_verified_is_opened_once(
+    online: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[object] = []
+    monkeypatch.setattr(
+        "shardsurgeon.operations.verify.check_architecture",
+        lambda before, after: taken.append(after),
+    )
+    online.add_model("org/same", FOLDER)
+    online.reset_counts()
+    verify(FOLDER, "org/same", sample=1, architecture=True)
+    assert [type(after) for after in taken] == [Checkpoint]
+    assert asked(online, "/resolve-cache/") > 0
+    headers = 2 * len(list(FOLDER.glob("*.safetensors")))
+    assert asked(online, "/cdn/") == headers  # it has no record, so no bytes are compared
 
 
 def test_what_is_not_there_is_said_before_anything_is_asked(tiny: LocalHub) -> None:
