@@ -24,8 +24,8 @@ from shardsurgeon.checkpoint.roles import (
     Surplus,
     Tabled,
 )
-from shardsurgeon.errors import FamilyError
 from shardsurgeon.checkpoint.shards import Shard
+from shardsurgeon.errors import FamilyError
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, TensorRecord
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.record import RetainedIds
