@@ -10,7 +10,13 @@ from typing import Any, TypeVar, cast
 import click
 
 from shardsurgeon.errors import UsageError
-from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.pruning.request import (
+    Allocation,
+    Lists,
+    MtpPolicy,
+    Rounding,
+    SelectionRequest,
+)
 from shardsurgeon.units import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -193,6 +199,14 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         "plan_file",
         metavar="FILE",
         help="Take the experts from a keep-list made by `plan` or elsewhere; no SCORES then.",
+    ),
+    "lists": click.option(
+        "--lists",
+        metavar="MEANING",
+        type=click.Choice([str(meaning) for meaning in Lists]),
+        callback=_made(Lists),
+        help="What lists of expert ids are in a file that does not say it: kept or dropped, with "
+        "--plan; best-first or worst-first, where SCORES ranks the experts.",
     ),
     "rounding": click.option(
         "--rounding",

@@ -88,6 +88,7 @@ def _shown_lines(report: ScoresReport) -> Iterator[str]:
     yield from mtp_legend(report.layers)
     yield ""
     yield from _cuts(report)
+    yield from (line for note in report.notes for line in fact("note", note))
 
 
 def _calibration(settings: dict[str, object]) -> str:

@@ -17,13 +17,19 @@ from shardsurgeon.operations import verify as verification
 from shardsurgeon.operations.prune import Pruning, require_apart
 from shardsurgeon.operations.reports import ApplyReport, PushReport
 from shardsurgeon.operations.request import Destination, RunOptions
-from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
+from shardsurgeon.pruning.request import (
+    Allocation,
+    Lists,
+    MtpPolicy,
+    Rounding,
+    SelectionRequest,
+)
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.units import parse_size
 from shardsurgeon.verification.findings import VerifyReport
 
 AnyPath = str | PathLike[str]
-_Choice = TypeVar("_Choice", Rounding, MtpPolicy, Allocation)
+_Choice = TypeVar("_Choice", Rounding, MtpPolicy, Allocation, Lists)
 
 
 def open_checkpoint(model: AnyPath, *, family: str | None = None) -> Checkpoint:
@@ -55,6 +61,7 @@ def plan(
     mtp: str = "router-norm",
     allocate: str = "uniform",
     allow_nonuniform: bool = False,
+    lists: str | None = None,
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
     family: str | None = None,
@@ -82,6 +89,8 @@ def plan(
       where the config has a count for them alone, `drop` removes them;
     - allocate: `uniform`, or `global` for layers that share one budget;
     - allow_nonuniform: accept layers that keep different numbers of experts;
+    - lists: what lists of expert ids are in a file that does not say it: `kept` or `dropped` in
+      plan_file, `best-first` or `worst-first` in scores that rank the experts;
     - out: the folder that `apply` writes, by default named after the model and the ratio;
     - max_shard_size: of the result, in bytes or as `"5GB"`; None keeps the source's shards;
     - family: the file of a declaration, or `auto` to read a model of no declared family; not
@@ -106,6 +115,7 @@ def plan(
         mtp=_choice(MtpPolicy, mtp, "mtp"),
         allocate=_choice(Allocation, allocate, "allocate"),
         allow_nonuniform=allow_nonuniform,
+        lists=None if lists is None else _choice(Lists, lists, "lists"),
     )
     limit = _nbytes(max_shard_size, "max_shard_size")
     return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit, family=family)

@@ -146,7 +146,8 @@ class ScoresReport:
 
     metric: the one shown, of `metrics`; super_experts_known: whether the file has what they are
     told by; facts: small values beside the scores; calibration: settings of the run that made
-    it, with the number of samples in place of their list, None without accumulators.
+    it, with the number of samples in place of their list, None without accumulators; notes: why
+    `plan` would refuse the metric.
     """
 
     file: str
@@ -159,6 +160,7 @@ class ScoresReport:
     super_experts_known: bool
     facts: dict[str, str | int | float | bool] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,11 +30,17 @@ from shardsurgeon.operations.reports import (
     WrittenScoresReport,
 )
 from shardsurgeon.pruning.agreement import ComparisonReport, compare
-from shardsurgeon.pruning.analysis import ScoreAnalysis, view_alone
+from shardsurgeon.pruning.analysis import (
+    ScoreAnalysis,
+    main_layers,
+    view_alone,
+    with_row_names,
+)
 from shardsurgeon.pruning.decide import model_super_experts, model_values, never_routed_experts
 from shardsurgeon.pruning.lineage import check_lineage
 from shardsurgeon.pruning.routing import routing_facts
 from shardsurgeon.pruning.selection import SUPER_METRIC
+from shardsurgeon.scores.checks import doubts
 from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
 from shardsurgeon.scores.router_norms import RouterNorm, random_scores, router_scores
 from shardsurgeon.scores.table import Scores
@@ -51,7 +57,8 @@ def show_scores(
     """What a score file says of each layer, and where the layers could be cut.
 
     model: a folder that the scores must fit, None to look at the file alone; metric: None for
-    the one that `plan` would take. Raises ScoreError for scores that are broken or do not fit.
+    the one that `plan` would take. Scores that are no measurement are shown, with a note that
+    `plan` refuses them. Raises ScoreError for scores that are broken or do not fit.
     """
     scores = read_scores(file)
     calibration = find_calibration(file)
@@ -73,7 +80,16 @@ def show_scores(
         super_experts_known=analysis.super_experts is not None,
         facts=dict(scores.facts),
         calibration=None if calibration is None else _settings_summary(calibration),
+        notes=_notes(with_row_names(scores), analysis.metric),
     )
+
+
+def _notes(scores: Scores, metric: str) -> tuple[str, ...]:
+    """Why `plan` would refuse the scores; scores: with their layers named."""
+    main = main_layers(scores)
+    others = [layer for layer in scores.layers if layer not in main]
+    found = doubts(scores, metric, main, others)
+    return tuple(f"`plan` refuses these scores: {problem}" for problem, _ in found)
 
 
 def convert_scores(source: Path, out: Path, *, model: Path | None = None) -> WrittenScoresReport:

@@ -17,7 +17,8 @@ from shardsurgeon.errors import ScoreError
 from shardsurgeon.pruning.request import removed_count
 from shardsurgeon.pruning.routing import RoutingFacts, fewest_kept
 from shardsurgeon.pruning.selection import SUPER_METRIC, super_experts
-from shardsurgeon.scores.table import Scores, check_values
+from shardsurgeon.scores.checks import check_values
+from shardsurgeon.scores.table import Scores
 
 Values = NDArray[np.float64]
 Ids = tuple[int, ...]
@@ -136,9 +137,7 @@ def view_alone(scores: Scores, metric: str | None) -> ScoreAnalysis:
     `row 0`, `row 1`, …. Raises ScoreError for a metric that the file lacks, for NaN or -inf that
     mean nothing, and for activation norms that are not finite.
     """
-    if scores.rows:
-        rows = len(next(iter(scores.rows.values())))
-        scores = scores.assign_rows([f"row {row}" for row in range(rows)])
+    scores = with_row_names(scores)
     name, table = scores.select(metric)
     counted = scores.frequencies()
     never_routed = {
@@ -146,6 +145,14 @@ def view_alone(scores: Scores, metric: str | None) -> ScoreAnalysis:
         for layer, values in table.items()
     }
     return ScoreAnalysis(name, table, never_routed, _super_experts(scores))
+
+
+def with_row_names(scores: Scores) -> Scores:
+    """The scores with the rows of a table that names no layers called `row 0`, `row 1`, …."""
+    if not scores.rows:
+        return scores
+    rows = len(next(iter(scores.rows.values())))
+    return scores.assign_rows([f"row {row}" for row in range(rows)])
 
 
 def suggested_cuts(
@@ -236,9 +243,14 @@ def widest_gap(values: Values) -> Gap | None:
     return Gap(begin + widest, float(factors[widest])) if factors[widest] > 1 else None
 
 
+def main_layers(scores: Scores) -> list[Layer]:
+    """The layers of a file without a model that it does not call MTP layers."""
+    return [layer for layer in scores.layers if not str(layer).startswith("mtp.")]
+
+
 def _super_experts(scores: Scores) -> dict[Layer, Ids] | None:
     """Found over all main layers together; None where one of them lacks the metric."""
-    layers = [layer for layer in scores.layers if not str(layer).startswith("mtp.")]
+    layers = main_layers(scores)
     found = [scores.layers[layer].get(SUPER_METRIC) for layer in layers]
     numbered = {n: row for n, row in enumerate(found) if row is not None}
     if len(numbered) < len(layers):

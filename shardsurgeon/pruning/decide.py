@@ -17,10 +17,10 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_counts
-from shardsurgeon.pruning.keep_list_files import KeepListFile, read_keeplist
+from shardsurgeon.pruning.keep_list_files import KeepListFile, Meaning, read_keeplist
 from shardsurgeon.pruning.keep_lists import KeepList, resolve
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
-from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.request import Allocation, Lists, MtpPolicy, SelectionRequest
 from shardsurgeon.pruning.routing import RoutingFacts, main_facts, routing_facts
 from shardsurgeon.pruning.selection import (
     SUPER_METRIC,
@@ -33,9 +33,12 @@ from shardsurgeon.pruning.selection import (
     super_experts,
     with_mtp,
 )
-from shardsurgeon.scores.table import Scores, check_values
+from shardsurgeon.scores.checks import check_values, require_measured, unmeasured
+from shardsurgeon.scores.rankings import RankingOrder, as_ranking
+from shardsurgeon.scores.table import Scores
 
 Values = Mapping[int, NDArray[np.float64]]
+_MEANINGS: Mapping[Lists | None, Meaning] = {Lists.KEPT: "kept", Lists.DROPPED: "dropped"}
 # What every layer keeps, or each of them → bytes of the checkpoint.
 SizeOf = Callable[[int | Counts], int]
 
@@ -85,7 +88,7 @@ def decide(
     check_lineage(checkpoint.provenance, anatomy.experts_per_layer)
     facts = routing_facts(anatomy)
     if request.plan_file is not None:
-        listed = read_keeplist(request.plan_file)
+        listed = read_keeplist(request.plan_file, _MEANINGS.get(request.lists))
         decision = _from_file(checkpoint, anatomy, listed, request, facts)
     elif scores is None:
         remedy = "give one, or a keep-list with --plan"
@@ -105,11 +108,14 @@ def _from_scores(
     size_of: SizeOf,
 ) -> Decision:
     scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
+    if request.lists is not None:
+        scores = as_ranking(scores, request.metric, RankingOrder(request.lists))
     metric, values = model_values(checkpoint, anatomy, scores, request.metric)
     drop_mtp = request.mtp is MtpPolicy.DROP
     if request.mtp.overrules:
         values = {layer: row for layer, row in values.items() if layer < anatomy.num_layers}
     never_routed = never_routed_experts(checkpoint, anatomy, scores, values)
+    _require_measured(anatomy, scores, metric, values)
     preserved: dict[int, tuple[int, ...]] = {}
     if request.preserve_super_experts:
         preserved = model_super_experts(checkpoint, anatomy, scores)
@@ -122,8 +128,49 @@ def _from_scores(
     every = {**counts.kept, **mtp_counts(anatomy, facts, counts.kept)}
     keep = select(values, every, facts, preserved)
     keep, policies = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
-    notes = (counts.note,) if counts.note else ()
-    return Decision(keep, drop_mtp, metric, policies, never_routed, notes, compared)
+    notes = [counts.note, _ranked_by(scores), _unreached_kept(keep, values, never_routed)]
+    said = tuple(filter(None, notes))
+    return Decision(keep, drop_mtp, metric, policies, never_routed, said, compared)
+
+
+def _require_measured(anatomy: Anatomy, scores: Scores, metric: str, values: Values) -> None:
+    """Refuse scores that would prune by chance: as the file has them, and what is left of them
+    for the experts that the model has now. values: those that decide."""
+    named = {layer: layer_number(layer, anatomy.num_layers) for layer in scores.layers}
+    decide = [layer for layer, number in named.items() if number in values]
+    main = [layer for layer in decide if named[layer] < anatomy.num_layers]
+    require_measured(scores, metric, main, [layer for layer in decide if layer not in main])
+    for layer, row in values.items():
+        if problem := unmeasured(row):
+            problem = f"layer {layer}: of the experts that are left, {problem}"
+            raise ScoreError(scores.origin, problem, "use scores made for the pruned model")
+
+
+def _ranked_by(scores: Scores) -> str:
+    return f"{scores.origin} is read as a ranking, {scores.ranking}" if scores.ranking else ""
+
+
+def _unreached_kept(
+    keep: KeepList, values: Values, never_routed: Mapping[int, tuple[int, ...]]
+) -> str:
+    """The note on layers that keep experts which no token reached: their ids alone decided."""
+    odd = []
+    for layer, row in sorted(values.items()):
+        known = ~np.isnan(row)
+        # A saliency of 0 is no token's where none is negative.
+        reached = known if (row[known] < 0).any() else known & (row != 0)
+        unreached = {*np.flatnonzero(~reached).tolist(), *never_routed.get(layer, ())}
+        kept = keep.layers[layer]
+        count = len(unreached.intersection(kept.retained).difference(kept.preserved))
+        if count:
+            odd.append(f"{count} of {len(kept.retained)} in layer {layer}")
+    if not odd:
+        return ""
+    more = f" and in {len(odd) - 5} more layers" if len(odd) > 5 else ""
+    return (
+        f"kept although no calibration token reached them: {', '.join(odd[:5])}{more}; "
+        "among those the lower ids stay"
+    )
 
 
 def _shared_out(

@@ -35,6 +35,18 @@ class MtpPolicy(StrEnum):
         return self in (MtpPolicy.KEEP, MtpPolicy.DROP)
 
 
+class Lists(StrEnum):
+    """What lists of expert ids mean, in a file that does not say it.
+
+    The experts that stay or go, in a keep-list; in SCORES, all of them in the order of worth.
+    """
+
+    KEPT = "kept"
+    DROPPED = "dropped"
+    BEST_FIRST = "best-first"
+    WORST_FIRST = "worst-first"
+
+
 class Allocation(StrEnum):
     """How the kept experts are shared out among the layers."""
 
@@ -51,8 +63,8 @@ class SelectionRequest:
     multiple_of and metric are None where the user did not say; `effective_rounding` is what then
     holds. mtp: for MTP layers without scores. allocate: whether every layer keeps the same
     number or the layers share one budget; allow_nonuniform: whether a model whose layers keep
-    different numbers may be written. Raises UsageError for values and combinations that cannot
-    be meant.
+    different numbers may be written; lists: what the file's lists mean, None where it says it
+    itself. Raises UsageError for values and combinations that cannot be meant.
     """
 
     ratio: float | None = None
@@ -66,6 +78,7 @@ class SelectionRequest:
     mtp: MtpPolicy = MtpPolicy.ROUTER_NORM
     allocate: Allocation = Allocation.UNIFORM
     allow_nonuniform: bool = False
+    lists: Lists | None = None
 
     def __post_init__(self) -> None:
         self._check_one_selection()
@@ -119,6 +132,7 @@ class SelectionRequest:
     def _check_modifiers(self) -> None:
         if self.rounding is not None and self.ratio is None:
             raise UsageError("--rounding", "rounds a ratio, and there is none", "leave it out")
+        self._check_lists()
         if self.plan_file is None:
             return
         for option, unwanted in (
@@ -130,6 +144,17 @@ class SelectionRequest:
             if unwanted:
                 problem = "a keep-list given with --plan already says which experts stay"
                 raise UsageError(option, problem, f"leave out {option}")
+
+    def _check_lists(self) -> None:
+        of_keep_list = self.lists in _OF_KEEP_LISTS
+        if self.lists is not None and of_keep_list != (self.plan_file is not None):
+            given = "a keep-list given with --plan" if self.plan_file is not None else "SCORES"
+            meant = [word for word in Lists if (word in _OF_KEEP_LISTS) != of_keep_list]
+            problem = f"{self.lists} is not what lists in {given} can be"
+            raise UsageError("--lists", problem, f"say {' or '.join(meant)}")
+
+
+_OF_KEEP_LISTS = (Lists.KEPT, Lists.DROPPED)
 
 
 def removed_count(ratio: float, experts: int, rounding: Rounding = Rounding.FLOOR) -> int:

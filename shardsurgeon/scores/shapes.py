@@ -16,7 +16,7 @@ from shardsurgeon.checkpoint.layer_names import Layer, layer_order, parse_layer
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.scores.table import ACCUMULATORS, UNNAMED, Fact, Scores, Vector
 from shardsurgeon.storage.formats.dtypes import StoredArray
-from shardsurgeon.storage.formats.strict_json import Repeated, is_text
+from shardsurgeon.storage.formats.strict_json import Repeated, is_text, is_whole_number
 
 # Keys under which a table may lie beside other things.
 _WRAPPERS = ("scores", "saliency", "saliency_scores", "layers")
@@ -24,6 +24,8 @@ _WRAPPERS = ("scores", "saliency", "saliency_scores", "layers")
 _MODULES = frozenset(
     ("mlp", "moe", "ffn", "feed_forward", "block_sparse_moe", "mixer", "experts", "gate", "router")
 )
+# How REAP's observer calls the tokens that went through a layer.
+_TOTAL_TOKENS = "total_tokens"
 # Far beyond any model: a file that asks for more is refused before memory is taken for it.
 _MAX_LAYERS = 4096
 _MAX_METRICS = 256
@@ -64,6 +66,7 @@ class _Shapes:
     def __init__(self, where: str) -> None:
         self._where = where
         self._facts: dict[str, Fact] = {}
+        self._tokens: dict[Layer, int] = {}
         self._numbers_left = _MAX_NUMBERS
 
     def scores(self, value: object) -> Scores:
@@ -77,7 +80,8 @@ class _Shapes:
         rows = self._named_rows(value)
         if rows:
             return Scores(self._where, {}, rows, self._facts)
-        return Scores(self._where, self._layers(value), {}, self._facts)
+        layers = self._layers(value)
+        return Scores(self._where, layers, {}, self._facts, self._tokens)
 
     def _unwrapped(self, value: dict[object, object]) -> object:
         """The table itself, where it lies under one of the known names beside other things."""
@@ -139,6 +143,10 @@ class _Shapes:
         ordered = sorted(grouped, key=layer_order)
         layers = {layer: self._layer(layer, grouped[layer]) for layer in ordered}
         self._note_shared(list(grouped.values()))
+        for layer in ordered:
+            tokens = _fact(grouped[layer].get(_TOTAL_TOKENS))
+            if is_whole_number(tokens):
+                self._tokens[layer] = tokens
         return layers
 
     def _metrics(self, key: object, rest: str, item: object) -> list[tuple[str, object]]:

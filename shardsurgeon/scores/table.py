@@ -42,6 +42,8 @@ class Scores:
     rows: metric → float64 [MoE layers, experts], of a file that names no layers; then layers
     is empty until `assign_rows`.
     facts: small values found beside the scores (total_tokens, dataset, seed, …).
+    tokens: layer → tokens that went through it, of the layers for which the file says it.
+    ranking: `best-first` or `worst-first` where the saliencies are places in a ranking, else "".
 
     >>> scores = shardsurgeon.read_scores("fixtures/kimi_k25/scores.pt")
     >>> metric, layers = scores.select()
@@ -53,6 +55,8 @@ class Scores:
     layers: Mapping[Layer, Mapping[str, Vector]]
     rows: Mapping[str, Vector] = field(default_factory=dict)
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    tokens: Mapping[Layer, int] = field(default_factory=dict)
+    ranking: str = ""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -117,39 +121,3 @@ class Scores:
             if name in there:
                 return name
         return there[0] if len(there) == 1 else _PREFERRED[0]
-
-
-def check_values(
-    layer: Layer, values: Vector, frequency: Vector | None, where: str
-) -> tuple[int, ...]:
-    """The never-routed experts of a layer, ascending; refuse values that mean nothing.
-
-    NaN is what 0/0 leaves of an expert without tokens: where the file counts tokens, it may
-    only stand at experts with none. +inf marks an expert that must stay. Experts counted
-    zero times are never-routed whatever their value. values, frequency: float64 [experts].
-    Raises ScoreError naming layer and expert.
-    """
-    unknown = np.isnan(values)
-    if np.isneginf(values).any():
-        expert = int(np.argmax(np.isneginf(values)))
-        raise ScoreError(
-            where, f"layer {layer}, expert {expert} has the score -inf", "scores are above -inf"
-        )
-    if unknown.all():
-        raise ScoreError(
-            where,
-            f"layer {layer} has no score: all {len(values)} are NaN",
-            "calibrate again with more tokens",
-        )
-    if frequency is None:
-        return tuple(np.flatnonzero(unknown).tolist())
-    unexplained = unknown & ~(frequency == 0)
-    if unexplained.any():
-        expert = int(np.argmax(unexplained))
-        raise ScoreError(
-            where,
-            f"layer {layer}, expert {expert} has the score NaN "
-            f"though {frequency[expert]:,.0f} tokens were routed to it",
-            "calibrate again: the activations overflowed",
-        )
-    return tuple(np.flatnonzero(frequency == 0).tolist())

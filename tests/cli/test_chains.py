@@ -38,6 +38,11 @@ def metadata(folder: Path) -> dict:
     return json.loads((folder / METADATA).read_text())
 
 
+def rolled(experts: int) -> dict[int, np.ndarray]:
+    """Scores of the fixture's layers, each with an order of its own."""
+    return {layer: np.roll(np.arange(experts) + 0.5, layer) for layer in (1, 2, 3)}
+
+
 def test_a_chained_prune_equals_the_direct_one_and_the_metadata_says_so(original: Path) -> None:
     scores = original / "scores.pt"
     half = prune(original, scores, original.parent / "half", "--ratio", "0.5")
@@ -55,10 +60,11 @@ def test_retained_ids_are_those_of_the_first_model(original: Path) -> None:
     half = prune(original, original / "scores.pt", original.parent / "half", "--ratio", "0.5")
     kept = {layer: entry["retained"] for layer, entry in metadata(half)["layers"].items()}
     # Scores made for the pruned model: its experts 3 and 5 to 9 are the best in every layer.
-    again = np.zeros(16, np.float32)
-    again[[3, 5, 6, 7, 8, 9]] = np.arange(1.0, 7.0)
+    again = np.zeros((len(kept), 16), np.float32)
+    for shift, row in enumerate(again):
+        row[[3, 5, 6, 7, 8, 9]] = np.roll(np.arange(1.0, 7.0), shift)
     scores = original.parent / "again.pt"
-    torch_file.save({int(layer): again for layer in kept}, scores)
+    torch_file.save(dict(zip(map(int, kept), again, strict=True)), scores)
     last = prune(half, scores, original.parent / "last", "--keep", "6")
     for layer, entry in metadata(last)["layers"].items():
         assert entry["retained"] == [kept[layer][new] for new in (3, 5, 6, 7, 8, 9)]
@@ -70,7 +76,7 @@ def test_scores_of_a_model_in_between_are_refused(
     original: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half = prune(original, original / "scores.pt", original.parent / "half", "--ratio", "0.5")
-    torch_file.save(dict.fromkeys((1, 2, 3), np.arange(24.0)), original.parent / "x.pt")
+    torch_file.save(rolled(24), original.parent / "x.pt")
     words = ["apply", str(original.parent / "x.pt"), "--model", str(half), "--keep", "6"]
     assert main([*words, "-o", str(original.parent / "out")]) == 2
     assert (
@@ -80,7 +86,7 @@ def test_scores_of_a_model_in_between_are_refused(
 
 def test_every_score_file_stays_beside_the_weights(original: Path) -> None:
     half = prune(original, original / "scores.pt", original.parent / "half", "--ratio", "0.5")
-    torch_file.save(dict.fromkeys((1, 2, 3), np.arange(16.0)), original.parent / "scores.pt")
+    torch_file.save(rolled(16), original.parent / "scores.pt")
     last = prune(half, original.parent / "scores.pt", original.parent / "last", "--keep", "6")
     first = (original / "scores.pt").read_bytes()
     second = (original.parent / "scores.pt").read_bytes()

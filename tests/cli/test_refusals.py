@@ -258,7 +258,8 @@ def save_scores(scores: object) -> Spoil:
 
 
 def plain(experts: int = 16, layers: tuple[int, ...] = (0, 1, 2)) -> dict[int, np.ndarray]:
-    return {layer: np.arange(experts, dtype=np.float32) for layer in layers}
+    scores = np.arange(experts, dtype=np.float32) + 0.5
+    return {layer: np.roll(scores, layer) for layer in layers}
 
 
 def spoiled_value(value: float) -> dict[int, np.ndarray]:

@@ -35,8 +35,8 @@ from shardsurgeon.layerwise.calibration_file import find_calibration, read_calib
 from shardsurgeon.pruning.analysis import view_alone
 from shardsurgeon.pruning.keep_list_files import Meaning, read_keeplist
 from shardsurgeon.pruning.keep_lists import resolve
+from shardsurgeon.scores.checks import check_values
 from shardsurgeon.scores.files import read_scores, score_file
-from shardsurgeon.scores.table import check_values
 from shardsurgeon.storage.formats.dtypes import Array, StoredArray
 from shardsurgeon.storage.formats.index import build_index, parse_index
 from shardsurgeon.storage.formats.json_edit import Document

@@ -225,7 +225,7 @@ def one_extreme(layer: int, expert: int, dense: int) -> Observed:
     for metrics in observed.values():
         metrics["max_activations"] = torch.linspace(1.0, 2.0, 10)
     observed[layer]["max_activations"][expert] = 1000.0
-    observed[layer]["reap"] = torch.arange(10).roll(expert).float()
+    observed[layer]["reap"] = torch.arange(1, 11).roll(expert).float()
     return observed
 
 
@@ -283,7 +283,7 @@ def test_under_the_plain_frequency_the_reference_forgets_super_experts_and_we_do
     tmp_path: Path,
 ) -> None:
     observed = one_extreme(2, 4, dense=0)
-    observed[2]["expert_frequency"] = torch.arange(10).roll(4)
+    observed[2]["expert_frequency"] = torch.arange(1, 11).roll(4)
     decided = decision(
         tmp_path,
         observed,

@@ -117,7 +117,7 @@ def test_the_report_of_a_plan_has_the_note(tmp_path: Path) -> None:
     for file, content in tiny.files(weights=weights).items():
         (model / file).write_bytes(content)
     scores = tmp_path / "scores.json"
-    scores.write_text(json.dumps({layer: list(EXPERTS) for layer in (1, 2)}))
+    scores.write_text(json.dumps({layer: [0.5 + e for e in EXPERTS] for layer in (1, 2)}))
     request = SelectionRequest(keep=4)
     report = plan(str(model), str(scores), request, out=str(tmp_path / "out")).report
     assert any("survivors of layer 1 are not stored alike" in note for note in report.notes)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from shardsurgeon.checkpoint.layer_names import parse_layer
 from shardsurgeon.errors import ScoreError
+from shardsurgeon.scores.checks import check_values
 from shardsurgeon.scores.files import read_scores
-from shardsurgeon.scores.table import Scores, check_values
+from shardsurgeon.scores.table import Scores
 from tests.support import torch_file
 
 NAN = math.nan

@@ -74,7 +74,8 @@ def test_a_result_holds_whose_source_had_lost_its_mtp_layers(tmp_path: Path) -> 
 def test_a_score_file_in_a_pruned_model_may_meet_an_earlier_one(tmp_path: Path) -> None:
     """Both are called scores.pt, so the later one gets another name in calibration/."""
     _, middle = _pruned("kimi_linear", tmp_path)
-    torch_file.save(dict.fromkeys((1, 2, 3), np.arange(8.0)), middle / "scores.pt")
+    scores = {layer: np.roll(np.arange(8) + 0.5, layer) for layer in (1, 2, 3)}
+    torch_file.save(scores, middle / "scores.pt")
     out = tmp_path / "last"
     words = ["--model", str(middle), "--keep", "4", "--no-verify", "-o", str(out)]
     assert main(["apply", str(middle / "scores.pt"), *words]) == 0
