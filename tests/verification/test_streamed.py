@@ -51,7 +51,10 @@ class FarSource(MemorySource):
 def prune(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pruning, Path]:
     """A pruned model of a source in memory, and its folder. Tests do not change it."""
     folder = tmp_path_factory.mktemp("prune")
-    scores = {layer: [float(expert) for expert in range(tiny.EXPERTS)] for layer in "123"}
+    scores = {
+        layer: [(expert + layer) % tiny.EXPERTS + 0.5 for expert in range(tiny.EXPERTS)]
+        for layer in (1, 2, 3)
+    }
     (folder / "scores.json").write_text(json.dumps({"scores": scores}))
     checkpoint = open_checkpoint(MemorySource(tiny.files(), "tiny"))
     plan = api.plan(checkpoint, folder / "scores.json", keep=4, out=folder / "out")
