@@ -19,6 +19,7 @@ _NUMBER = r"([0-9]{1,6})"
 _REST = r"(?:[./]([A-Za-z_].*))?"
 _BARE = re.compile(rf"{_NUMBER}{_REST}")
 _WORD = re.compile(rf"(?:^|[./])(?:layers?|blocks?|blk)[._]{_NUMBER}{_REST}\Z")
+_SHORT = re.compile(rf"(?:[Ll]ayer|[Bb]lock|blk|L)[ _]?{_NUMBER}{_REST}")
 _MTP = re.compile(rf"(?:^|.*[./])mtp(?:[._](?:layers?[._])?{_NUMBER})?{_REST}")
 
 
@@ -33,9 +34,9 @@ class LayerName:
 def parse_layer(key: object) -> LayerName | None:
     """The layer that a key names; None where it does not name exactly one.
 
-    Understood are 3, "3", "layer_3", "blk.3", "layers.3", "model.layers.3.mlp" (and blocks for
-    layers), "mtp", "mtp.0", "mtp.layers.0.mlp", each with more after it; in a module path with
-    several numbers it is the one after `layers`.
+    Understood are 3, "3", "layer_3", "layer3", "L3", "blk.3", "layers.3", "model.layers.3.mlp"
+    (and blocks for layers), "mtp", "mtp.0", "mtp.layers.0.mlp", each with more after it; in a
+    module path with several numbers it is the one after `layers`.
     """
     if isinstance(key, int) and not isinstance(key, bool):
         return LayerName(key) if key >= 0 else None
@@ -44,10 +45,10 @@ def parse_layer(key: object) -> LayerName | None:
     mtp = _MTP.fullmatch(key)
     if mtp:
         return LayerName(f"mtp.{int(mtp[1] or 0)}", mtp[2] or "")
-    bare = _BARE.fullmatch(key)
+    word = _WORD.search(key)
+    bare = _BARE.fullmatch(key) or (None if word else _SHORT.fullmatch(key))
     if bare:
         return LayerName(int(bare[1]), bare[2] or "")
-    word = _WORD.search(key)
     if not word or _WORD.search(f".{word[2] or ''}"):
         return None
     return LayerName(int(word[1]), word[2] or "")

@@ -17,7 +17,8 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_counts
-from shardsurgeon.pruning.keep_list_files import KeepListFile, Meaning, read_keeplist
+from shardsurgeon.pruning.keep_list_files import read_keeplist
+from shardsurgeon.pruning.keep_list_shapes import KeepListFile, Meaning
 from shardsurgeon.pruning.keep_lists import KeepList, resolve
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
 from shardsurgeon.pruning.request import Allocation, Lists, MtpPolicy, SelectionRequest

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
 from shardsurgeon.errors import KeepListError
-from shardsurgeon.pruning.keep_list_files import PLAN_FORMAT, PLAN_KIND, Ids, KeepListFile
+from shardsurgeon.pruning.keep_list_files import PLAN_FORMAT, PLAN_KIND
+from shardsurgeon.pruning.keep_list_shapes import Ids, KeepListFile
 
 _SAME_EVERYWHERE: Mapping[int, int] = MappingProxyType({})
 
@@ -91,7 +92,7 @@ def resolve(
             f"is for {file.num_experts} experts per layer, the model has {num_experts}",
             "use a keep-list made for this model",
         )
-    listed = _by_number(file, mtp_layers, num_layers)
+    listed = _by_number(_with_names(file, layers), mtp_layers, num_layers)
     if file.mtp_like_first:
         first = listed[min(listed)]
         listed = {**dict.fromkeys(mtp_layers, first), **listed}
@@ -154,6 +155,17 @@ def _finite(value: float | None) -> float | None:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _with_names(file: KeepListFile, layers: Sequence[int]) -> KeepListFile:
+    """The file with its rows, where it names no layers, as the lists of the model's MoE layers."""
+    if not file.rows:
+        return file
+    if len(file.rows) != len(layers):
+        problem = f"lists {len(file.rows)} layers without names, the model has {len(layers)} MoE "
+        remedy = "name the layers ({layer: [ids]}) or use a keep-list made for this model"
+        raise KeepListError(file.origin, f"{problem}layers", remedy)
+    return replace(file, layers=dict(zip(layers, file.rows, strict=True)), rows=())
 
 
 def _by_number(

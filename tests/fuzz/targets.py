@@ -33,7 +33,8 @@ from shardsurgeon.errors import (
 from shardsurgeon.execution.journal import read_journal
 from shardsurgeon.layerwise.calibration_file import find_calibration, read_calibration
 from shardsurgeon.pruning.analysis import view_alone
-from shardsurgeon.pruning.keep_list_files import Meaning, read_keeplist
+from shardsurgeon.pruning.keep_list_files import read_keeplist
+from shardsurgeon.pruning.keep_list_shapes import Meaning
 from shardsurgeon.pruning.keep_lists import resolve
 from shardsurgeon.scores.checks import check_values
 from shardsurgeon.scores.files import read_scores, score_file

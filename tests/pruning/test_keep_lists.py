@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import KeepListError
-from shardsurgeon.pruning.keep_list_files import KeepListFile, read_keeplist
+from shardsurgeon.pruning.keep_list_files import read_keeplist
+from shardsurgeon.pruning.keep_list_shapes import KeepListFile
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep, resolve, write_plan
 
 KEPT = {1: (0, 2), 2: (1, 3)}
@@ -83,7 +84,7 @@ class TestShapes:
     def test_bare_lists_are_never_guessed(self, tmp_path: Path) -> None:
         error = refused(tmp_path, by_layer(KEPT))
         assert error.problem == "its lists could be kept or dropped experts"
-        assert '{"kept": {layer: [ids]}} or {"dropped": {layer: [ids]}}' in error.remedy
+        assert error.remedy == "say which with --lists kept or --lists dropped"
 
     def test_the_caller_may_say_what_bare_lists_mean(self, tmp_path: Path) -> None:
         assert kept(read(tmp_path, by_layer(KEPT), meaning="kept")) == KEPT
@@ -308,7 +309,7 @@ class TestRefusals:
             ('{"1": {"kept": [1], "kept": [2]}}', "the object under '1' names 'kept' twice"),
             ({}, "lists no layer"),
             ({"kept": {}}, "lists no layer"),
-            ({"kept": {"1": [0]}, "dropped": {"1": [1]}}, "says both kept and dropped"),
+            ({"kept": {"1": [0]}, "keep": {"1": [0]}}, "says both kept and keep"),
             ({"kept": {"1": [0, 0]}}, "layer 1: expert 0 is listed twice"),
             ({"kept": {"1": [-1]}}, "layer 1: -1 is not an expert id"),
             ({"kept": {"1": [1.0]}}, "layer 1: 1.0 is not an expert id"),
@@ -324,8 +325,8 @@ class TestRefusals:
             ({"1": [1], "x": [2]}, "key 'x' names no layer"),
             ({"3": 116, "4": 120}, "how many experts stay but not which"),
             ({"1": {"kept": [1], "keep": 2}}, "layer 1 lists 1 experts and says 2"),
-            ({"1": {"kept": [1], "dropped": [2]}}, "has 2 of the keys 'kept' and 'dropped'"),
-            ({"1": {"ids": [1]}}, "has 0 of the keys 'kept' and 'dropped'"),
+            ({"1": {"kept": [1], "dropped": [2]}}, "1 kept and 1 dropped ids do not make up 2"),
+            ({"1": {"ids": [1]}}, "layer 1 lists neither kept nor dropped experts, it holds ids"),
             ({"1": {"kept": [1]}, "2": {"dropped": [1]}}, "kept experts in some layers"),
             ({"model.layers.1.mlp": [1], "2": [1]}, "could be kept or dropped"),
             ({"model.layers.1.mlp": [1], "mtp": [1]}, "could be kept or dropped"),

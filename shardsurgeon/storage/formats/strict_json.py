@@ -55,6 +55,37 @@ def read_object(
     return value
 
 
+def read_records(
+    raw: bytes, where: str, subject: str, error: type[InputError], remedy: str
+) -> dict[str, object] | list[object]:
+    """The value of a JSON text that is an object, a list of objects or of lists, or JSON lines.
+
+    JSON lines, several objects one after the other, come as the list of them. raw, subject and
+    what is raised: as in `read_object`; a byte-order mark is left out.
+    """
+    raw = raw.removeprefix(b"\xef\xbb\xbf").strip()
+    lines = raw.splitlines()
+    if raw.startswith(b"["):
+        # The check finds a list that ends early and goes on with members of its own.
+        value = read_object(b'{"list":' + raw + b"}", where, subject, error, remedy)
+        listed = value["list"]
+        if len(value) == 1 and isinstance(listed, list) and _are_alike(listed):
+            return listed
+    ends = {(line.strip()[:1], line.strip()[-1:]) for line in lines}
+    if len(lines) > 1 and ends <= {(b"{", b"}"), (b"", b"")}:
+        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        place = f"line {{:,}} of {subject}"
+        return [read_object(raw, where, place.format(n), error, remedy) for n, raw in numbered]
+    return read_object(raw, where, subject, error, remedy)
+
+
+def _are_alike(listed: list[object]) -> bool:
+    """Whether it lists objects only, or lists only, and at least one."""
+    return bool(listed) and any(
+        all(isinstance(item, kind) for item in listed) for kind in (dict | Repeated, list)
+    )
+
+
 def no_constant(spelling: str) -> NoReturn:
     """Refuse NaN and the infinities, which Python's json reads and JSON does not have."""
     raise ValueError(f"{spelling} is not a JSON number")
