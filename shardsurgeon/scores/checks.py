@@ -18,6 +18,7 @@ from shardsurgeon.scores.table import Scores, Vector
 
 # Words in the names of metrics that are sums or means over tokens: without a token they are none.
 _MEASURED = frozenset(("reap", "ean", "frequency", "activation", "activations", "cnt"))
+_RANK = "rank"
 # One order of the experts in every layer is believed where chance makes it at least so often.
 _RARELY = 1e-9
 # So few experts may by chance have the scores 0, 1, 2, … .
@@ -84,13 +85,15 @@ def doubts(
     table = {layer: scores.layers[layer][metric] for layer in (*main, *mtp)}
     yield from _without_tokens(scores, metric, table)
     yield from _alike(table)
-    ranked = [layer for layer, row in table.items() if is_ranking(row)]
+    # A metric of that name may count from 1.
+    first = 1 if _RANK in metric.split("_") else 0
+    ranked = [n for n, row in table.items() if is_ranking(row) or is_ranking(row - first)]
     few = max(map(len, table.values()), default=0) < _FEW
     if ranked and (not few or len(ranked) == len(table)):
-        last = len(table[ranked[0]]) - 1
+        lowest, highest = (f"{end(table[ranked[0]]):g}" for end in (np.min, np.max))
         yield (
-            f"{_layers(ranked)}: its scores are the numbers 0 to {last}, each once, which is a "
-            "ranking of the experts and no saliency",
+            f"{_layers(ranked)}: its scores are the numbers {lowest} to {highest}, each once, "
+            "which is a ranking of the experts and no saliency",
             "say --lists best-first or --lists worst-first; where they are the ranks of experts "
             "0, 1, 2, …, divide them by the number of experts",
         )

@@ -34,7 +34,7 @@ from shardsurgeon.storage.formats.safetensors import (
     header_length,
     parse_header,
 )
-from shardsurgeon.storage.formats.strict_json import read_object
+from shardsurgeon.storage.formats.strict_json import read_object, read_records
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.zip_reader import ZipReader, file_nbytes, read_range
 
@@ -77,7 +77,7 @@ class ScoreContent:
 
 
 def read_scores(path: str | PathLike[str]) -> Scores:
-    """Read a score file: `.pt`, `.pth`, `.safetensors`, `.npz` or `.json`.
+    """Read a score file: `.pt`, `.pth`, `.safetensors`, `.npz`, `.json` or `.jsonl`.
 
     A file of another name is recognised by its first bytes. Gives every metric of the file as
     float64 [experts] per layer, in the units of the file. Nothing in a `.pt` file is executed.
@@ -176,14 +176,8 @@ def _read_json(path: Path, where: str) -> _Held:
     if len(raw) > _MAX_JSON_NBYTES:
         problem = f"has more than {_MAX_JSON_NBYTES:,} bytes of JSON"
         raise ScoreError(where, problem, "save the scores as .safetensors or .npz")
-    raw = raw.removeprefix(b"\xef\xbb\xbf").strip()
-    if raw.startswith(b"["):
-        # The strict reader takes objects only; the check finds a list that ends early and goes on
-        # with members of its own.
-        value = read_object(b'{"scores":' + raw + b"}", where, "the file", ScoreError, "")
-        if len(value) == 1:
-            return value, {}
-    return read_object(raw, where, "the file", ScoreError, "save it again as JSON"), {}
+    value = read_records(raw, where, "the file", ScoreError, "save it again as JSON")
+    return value, {}
 
 
 def _read_safetensors(path: Path, where: str) -> _Held:
@@ -236,6 +230,7 @@ _READERS: dict[str, Callable[[Path, str], _Held]] = {
     ".pth": _read_torch,
     ".npz": _read_npz,
     ".json": _read_json,
+    ".jsonl": _read_json,
     ".safetensors": _read_safetensors,
 }
 

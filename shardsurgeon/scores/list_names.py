@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from shardsurgeon.checkpoint.layer_names import Layer, parse_layer
 
@@ -17,7 +17,7 @@ ListMeaning: TypeAlias = Literal["kept", "dropped", "ranking"]
 _SAID: Mapping[str, ListMeaning] = {
     **dict.fromkeys(("keep", "kept", "retain", "retained", "survivors"), "kept"),
     **dict.fromkeys(("drop", "dropped", "prune", "pruned", "remove", "removed"), "dropped"),
-    **dict.fromkeys(("rank", "ranked", "ranking", "rankings"), "ranking"),
+    **dict.fromkeys(("ranked", "ranking", "rankings"), "ranking"),
 }
 _BESIDE = frozenset(
     (
@@ -58,13 +58,26 @@ def is_place(key: object) -> bool:
     return key in _LAYER_KEYS or key in _EXPERT_KEYS
 
 
-def are_records(value: object) -> bool:
+def are_records(value: object) -> TypeGuard[list[dict[Any, object]]]:
     """Whether it is a list of objects each of which names a layer."""
     return (
         isinstance(value, list)
         and bool(value)
         and all(isinstance(item, dict) and layer_of(item) is not None for item in value)
     )
+
+
+def ranking_in(value: Mapping[Any, object]) -> object:
+    """What lies under a word for a ranking, in an object or below a word for lists in it."""
+    for key, item in value.items():
+        meaning = list_meaning(key)
+        if meaning == "ranking" and not isinstance(item, bool | int | float | str):
+            return item
+        if meaning is not None and isinstance(item, dict):
+            below = ranking_in(item)
+            if below is not None:
+                return below
+    return None
 
 
 def _parsed(value: object) -> Layer | None:

@@ -14,6 +14,9 @@ import numpy as np
 
 from shardsurgeon.checkpoint.layer_names import Layer, layer_order, parse_layer
 from shardsurgeon.errors import ScoreError
+from shardsurgeon.scores.list_names import are_records, layer_of, list_meaning, ranking_in
+from shardsurgeon.scores.rankings import RankingOrder, is_ranking, saliency_of
+from shardsurgeon.scores.records import by_layer
 from shardsurgeon.scores.table import ACCUMULATORS, UNNAMED, Fact, Scores, Vector
 from shardsurgeon.storage.formats.dtypes import StoredArray
 from shardsurgeon.storage.formats.strict_json import Repeated, is_text, is_whole_number
@@ -35,6 +38,13 @@ _MAX_NAME = 200
 _MAX_FACTS = 64
 _MAX_FACT_LENGTH = 500
 
+# What a file may call the order of its ranking.
+_ORDERS = {
+    **dict.fromkeys(("best-first", "hottest-first"), RankingOrder.BEST_FIRST),
+    **dict.fromkeys(("worst-first", "coldest-first"), RankingOrder.WORST_FIRST),
+}
+
+_WITH_PLAN = "give a keep-list with --plan, and scores as SCORES"
 _SHAPES = "scores are {layer: tensor[experts]} or {layer: {metric: tensor[experts]}}"
 
 
@@ -67,12 +77,23 @@ class _Shapes:
         self._where = where
         self._facts: dict[str, Fact] = {}
         self._tokens: dict[Layer, int] = {}
+        self._order: RankingOrder | None = RankingOrder.BEST_FIRST
+        self._order_said = ""
+        self._is_ranking = False
         self._numbers_left = _MAX_NUMBERS
 
     def scores(self, value: object) -> Scores:
         """The whole value."""
+        if isinstance(value, dict) and layer_of(value) is not None:
+            value = [value]  # JSON lines with one line
         if isinstance(value, dict):
-            value = self._unwrapped(value)
+            found, ranking = _wrapped(value), ranking_in(value)
+            if ranking is not None and not found:
+                return self._ranking(value, ranking)
+            self._note_order(value)
+            value = self._unwrapped(value, found)
+        if are_records(value):
+            value = by_layer(value, self._where)
         if isinstance(value, StoredArray | list):
             return Scores(self._where, {}, {UNNAMED: self._rows(value, "the table")}, self._facts)
         if not isinstance(value, dict):
@@ -81,12 +102,11 @@ class _Shapes:
         if rows:
             return Scores(self._where, {}, rows, self._facts)
         layers = self._layers(value)
-        return Scores(self._where, layers, {}, self._facts, self._tokens)
+        ranking = str(self._order) if self._is_ranking else ""
+        return Scores(self._where, layers, {}, self._facts, self._tokens, ranking)
 
-    def _unwrapped(self, value: dict[object, object]) -> object:
+    def _unwrapped(self, value: dict[object, object], found: list[str]) -> object:
         """The table itself, where it lies under one of the known names beside other things."""
-        found = [name for name in _WRAPPERS if isinstance(value.get(name), dict | StoredArray)]
-        found += [name for name in _WRAPPERS[:3] if isinstance(value.get(name), list)]
         if not found:
             return value
         others = [key for key in value if key not in found]
@@ -97,6 +117,43 @@ class _Shapes:
         for key in others:
             self._note(key, value[key])
         return value[found[0]]
+
+    def _note_order(self, value: Mapping[object, object]) -> None:
+        """Which end of a ranking is the best, where the file says it."""
+        said = value.get("order")
+        if isinstance(said, str):
+            self._order = _ORDERS.get(said.lower().replace("_", "-").replace(" ", "-"))
+            self._order_said = _short(said)
+
+    def _ranking(self, value: Mapping[object, object], held: object) -> Scores:
+        """held: what lies under the word for a ranking in `value`."""
+        self._note_order(value)
+        for key, item in value.items():
+            self._note(key, item)
+        if are_records(held):
+            held = by_layer(held, self._where)
+        if isinstance(held, StoredArray | list):
+            ids = self._rows(held, "the ranking")
+            rows = np.stack([self._ranked(row, f"row {n}") for n, row in enumerate(ids)])
+            rows.flags.writeable = False
+            return Scores(self._where, {}, {UNNAMED: rows}, self._facts, ranking=str(self._order))
+        if not isinstance(held, dict):
+            raise self._fault(f"holds {_kind(held)} instead of a ranking", _SHAPES)
+        ranked = {
+            key: item if isinstance(item, dict) else {"ranking": item} for key, item in held.items()
+        }
+        return Scores(self._where, self._layers(ranked), {}, self._facts, ranking=str(self._order))
+
+    def _ranked(self, row: Vector, place: str) -> Vector:
+        """The saliencies that a ranking of a layer's experts stands for."""
+        if self._order is None:
+            problem = f"ranks experts in the order {self._order_said}"
+            raise self._fault(problem, "say best-first or worst-first under 'order'")
+        if not is_ranking(row):
+            problem = f"{place} ranks {len(row)} experts, and not each of 0 to {len(row) - 1} once"
+            raise self._fault(problem, "a ranking lists every expert of a layer once")
+        self._is_ranking = True
+        return saliency_of(row, self._order)
 
     def _named_rows(self, value: Mapping[object, object]) -> dict[str, Vector]:
         """metric → 2-D table, where that is all the value holds; else nothing."""
@@ -165,15 +222,23 @@ class _Shapes:
 
     def _layer(self, layer: Layer, items: Mapping[str, object]) -> dict[str, Vector]:
         vectors: dict[str, Vector] = {}
+        lists = {metric: list_meaning(metric) for metric in items if list_meaning(metric)}
         for metric, item in items.items():
             place = f"layer {layer}, {metric}"
-            if isinstance(item, StoredArray | list):
+            if metric not in lists and isinstance(item, StoredArray | list):
                 shape = self._shape(item, place)
                 if _is_vector(shape):
                     vectors[metric] = self._numbers(item, shape, place).reshape(-1)
                 elif metric == UNNAMED:
                     problem = f"{place}: shape {list(shape)}, one number per expert is needed"
                     raise self._fault(problem, _SHAPES)
+        ranking = next((items[metric] for metric in lists if lists[metric] == "ranking"), None)
+        if not vectors and isinstance(ranking, StoredArray | list):
+            place = f"layer {layer}"
+            vectors[UNNAMED] = self._ranked(self._vector(ranking, place), place)
+        if not vectors and lists:
+            listed = next(iter(lists))
+            raise self._fault(f"layer {layer} holds {_short(listed)} and no scores", _WITH_PLAN)
         if not vectors:
             raise self._fault(f"layer {layer} holds no metric with one number per expert", _SHAPES)
         lengths = {len(vector): metric for metric, vector in vectors.items()}
@@ -181,6 +246,12 @@ class _Shapes:
             shown = ", ".join(f"{metric} {length:,}" for length, metric in lengths.items())
             raise self._fault(f"layer {layer} has metrics of different lengths: {shown}", _SHAPES)
         return vectors
+
+    def _vector(self, item: StoredArray | list[object], place: str) -> Vector:
+        shape = self._shape(item, place)
+        if not _is_vector(shape):
+            raise self._fault(f"{place}: shape {list(shape)} is no ranking", _SHAPES)
+        return self._numbers(item, shape, place).reshape(-1)
 
     def _rows(self, item: StoredArray | list[object], place: str) -> Vector:
         shape = self._shape(item, place)
@@ -233,6 +304,8 @@ class _Shapes:
         """Keep a small value beside the layers; refuse what could be scores of an unknown place."""
         if isinstance(item, Repeated):
             raise self._fault(f"the object under {_short(key)} names {_short(item.key)} twice")
+        if list_meaning(key) in ("kept", "dropped") and isinstance(item, dict | list):
+            raise self._fault(f"lists experts under {_short(key)} and holds no scores", _WITH_PLAN)
         if isinstance(item, dict | list | StoredArray) and _fact(item) is None:
             raise self._fault(
                 f"key {_short(key)} names no layer",
@@ -255,6 +328,14 @@ class _Shapes:
 
     def _fault(self, problem: str, remedy: str = "") -> ScoreError:
         return ScoreError(self._where, problem, remedy)
+
+
+def _wrapped(value: Mapping[object, object]) -> list[str]:
+    """The known names under which a table lies in an object."""
+    found = [name for name in _WRAPPERS if isinstance(value.get(name), dict | StoredArray)]
+    found += [name for name in _WRAPPERS[:3] if isinstance(value.get(name), list)]
+    found += [name for name in ("layers", "experts") if are_records(value.get(name))]
+    return found
 
 
 def _metric(rest: str) -> str:

@@ -24,8 +24,8 @@ UNNAMED = "saliency"
 # The metric to prune by where none is asked for: REAP's own, that of a table without names,
 # llama.cpp's.
 _PREFERRED = ("reap", UNNAMED, "sal")
-# How often an expert was routed to: REAP's word and llama.cpp's.
-_FREQUENCIES = ("expert_frequency", "cnt")
+# How often an expert was routed to: reap-mlx's word, llama.cpp's and REAP's, which goes before.
+_FREQUENCIES = ("active_token_count", "cnt", "expert_frequency")
 
 # Where a file keeps what its scores were added up from, and how. Neither is a score.
 ACCUMULATORS = "accumulators"

@@ -132,8 +132,13 @@ def keep_lists() -> list[bytes]:
         {"format": 1, "kind": "shardsurgeon-plan", "num_experts": 16, "layers": {"1": record}},
         {"num_experts_before": 16, "layers": {"1": record}},
         {"perLayer": {}},
+        {"original_experts": 16, "per_layer_keep": {"1": [0, 1]}, "per_layer_drop": {"1": [2]}},
+        {"layers": {"L3": {"kept_experts": [1], "ranked_experts": [1, 0]}}},
+        {"pruned": [{"layer": 3, "expert": 1}, {"layer": 4, "expert": 0}]},
+        {"keep": {"per_layer": [[0, 1], [1, 2]]}, "kept_per_layer": 2},
     ]
-    return [json.dumps(one).encode() for one in shapes]
+    lines = b'{"layer": 3, "kept": [1]}\n{"layer": 4, "kept": [2]}\n'
+    return [*(json.dumps(one).encode() for one in shapes), lines]
 
 
 def _tables() -> dict[str, object]:
@@ -141,13 +146,16 @@ def _tables() -> dict[str, object]:
         "layers": {"3": {"reap": [0.5, 1.5], "expert_frequency": [0, 7]}, "note": "x"},
         "rows": {"scores": [[1, 2], [3, 4.5]], "total_tokens": 12},
         "plain": {"layers.1.mlp": [1, 2, 3], "mtp.0": [4, 5, 6]},
+        "ranking": {"expert_ranking": {"3": [1, 0, 2]}, "order": "worst_first"},
+        "records": {"experts": [{"layer": 3, "expert": e, "eanSum": 0.5} for e in range(2)]},
     }
 
 
 def scores_jsons() -> list[bytes]:
     """Tables by layer and by row, and a calibration."""
     tables = [json.dumps(one).encode() for one in (*_tables().values(), _calibration())]
-    return [*tables, b"\xef\xbb\xbf[[1,2],[3,4]]"]
+    lines = b'{"layer": 3, "ranking": [1, 0]}\n{"layer": 4, "ranking": [0, 1]}\n'
+    return [*tables, lines, b"\xef\xbb\xbf[[1,2],[3,4]]"]
 
 
 def _calibration() -> dict[str, Any]:
