@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.reports import InspectReport
-from shardsurgeon.pruning.config_edits import quantization_name
+from shardsurgeon.pruning.config_edits import quantization_name, side_file_quantization
 from shardsurgeon.pruning.counts import uniform_counts
 from shardsurgeon.pruning.report import absent_mtp_notes
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.routing import main_facts, routing_facts
 from shardsurgeon.pruning.selection import mtp_counts
+from shardsurgeon.storage.formats.json_edit import Document
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
 
@@ -46,7 +49,7 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
         n_group=anatomy.n_group,
         topk_group=anatomy.topk_group,
         expert_layout=anatomy.layout,
-        quantization=quantization_name(config),
+        quantization=quantization_name(config) or _said_beside(checkpoint),
         shards=len(checkpoint.shards),
         tensors=checkpoint.num_tensors,
         total_size=checkpoint.total_size,
@@ -58,6 +61,18 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
         or None,
         num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,
     )
+
+
+def _said_beside(checkpoint: Checkpoint) -> str | None:
+    """The quantization that a file beside config.json says."""
+    present = {file.name: file for file in checkpoint.files}
+    for name in QUANTIZATION_FILES:
+        if name in present:
+            raw = checkpoint.source.read(name, 0, present[name].nbytes)
+            document = Document.parse(raw, f"{checkpoint.location}/{name}")
+            if said := side_file_quantization(name, document.value):
+                return said
+    return None
 
 
 def _sizes_at(anatomy: Anatomy) -> dict[str, int]:

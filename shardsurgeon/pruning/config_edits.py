@@ -100,6 +100,30 @@ def quantization_name(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+# Side files that do not say which tool wrote them.
+_TOOLS = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+
+
+def side_file_quantization(name: str, content: object) -> str | None:
+    """The quantization that a side file says, in a few words; None where it says none.
+
+    name: one of QUANTIZATION_FILES; content: its JSON. Some models have it there and not in
+    their config.
+    """
+    if not isinstance(content, Mapping):
+        return None
+    section = content.get("quantization", content)
+    section = section if isinstance(section, Mapping) else {}
+    bits = section.get("bits", section.get("w_bit"))
+    what = section.get("quant_algo") or section.get("format") or (bits and f"{bits} bits")
+    tool = section.get("quant_method") or _TOOLS.get(name, "")
+    return f"{tool} {what}".strip() if what else section.get("quant_method")
+
+
 def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
     """Where the family's own part of a config says experts per layer; "" where it does not."""
     keys = anatomy.family.config

@@ -9,7 +9,11 @@ import pytest
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.pruning.config_edits import pruned_config, quantization_name
+from shardsurgeon.pruning.config_edits import (
+    pruned_config,
+    quantization_name,
+    side_file_quantization,
+)
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from tests.support import tiny
 
@@ -86,3 +90,32 @@ def test_the_quantization_is_named_in_a_few_words() -> None:
         "compressed-tensors pack-quantized"
     )
     assert quantization_name({"model_type": "x"}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "hf_quant_config.json",
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}},
+            "modelopt NVFP4",
+        ),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "modelopt FP8"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": None}}, None),
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": True}, "gptq 4 bits"),
+        ("quant_config.json", {"zero_point": True, "w_bit": 4, "q_group_size": 128}, "awq 4 bits"),
+        (
+            "quantization_config.json",
+            {"quant_method": "auto-round", "bits": 4},
+            "auto-round 4 bits",
+        ),
+        ("quantization_config.json", {"quant_method": "fp8"}, "fp8"),
+        ("quant_config.json", {"x": 1}, None),
+        ("quant_config.json", [1], None),
+        ("hf_quant_config.json", {"quantization": "none"}, None),
+    ],
+)
+def test_the_quantization_is_named_from_a_side_file(
+    name: str, content: object, said: str | None
+) -> None:
+    assert side_file_quantization(name, content) == said
