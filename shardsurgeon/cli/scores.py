@@ -254,7 +254,8 @@ def merge_command(files: tuple[str, ...], out: str, same_model: bool, as_json: b
 
     Adds the accumulators that `calibrate` keeps beside the scores, so that the
     result is what one calibration over all the samples would have given. Files
-    of different models, or with a sample in common, are refused.
+    of different models, or with a sample in common, are refused. The sums in
+    files of REAP's observer add up too; those list no samples.
 
     \b
     Examples:

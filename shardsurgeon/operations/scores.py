@@ -42,6 +42,7 @@ from shardsurgeon.pruning.routing import routing_facts
 from shardsurgeon.pruning.selection import SUPER_METRIC
 from shardsurgeon.scores.checks import doubts
 from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
+from shardsurgeon.scores.observed import is_observed, merge_observed
 from shardsurgeon.scores.router_norms import RouterNorm, random_scores, router_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.scores.weight_norms import weight_norms
@@ -113,14 +114,29 @@ def merge_scores(
 ) -> WrittenScoresReport:
     """Add the accumulators of several calibrations of one model and write their score file.
 
-    same_model: models of one config under two names are one. Raises UsageError and OutputError
-    where `out` cannot be written, ScoreError for files without accumulators, of different models,
-    or with a sample in common.
+    Files of REAP's observer are added up as well, if all of them are such files. same_model:
+    models of one config under two names are one. Raises UsageError and OutputError where `out`
+    cannot be written, ScoreError for files without accumulators, of different models, or with a
+    sample in common.
     """
     check_out(out)
+    if (observed := _observed(files)) is not None:
+        write_scores(out, merge_observed(observed))
+        return _written(files, out, read_scores(out), None)
     merged = merge([read_calibration(file) for file in files], str(out), any_name=same_model)
     write_scores(out, merged.content())
     return _written(files, out, read_scores(out), merged)
+
+
+def _observed(files: Sequence[Path]) -> list[Scores] | None:
+    """The scores of at least two files, if all are of REAP's observer and none is a calibration."""
+    tables = []
+    for file in files:
+        table = read_scores(file)
+        if not is_observed(table) or find_calibration(file) is not None:
+            return None
+        tables.append(table)
+    return tables if len(tables) > 1 else None
 
 
 def compare_scores(

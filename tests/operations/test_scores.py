@@ -201,6 +201,80 @@ def test_what_cannot_be_merged_leaves_no_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
+def observed(path: Path, seed: int, **spoil: object) -> Path:
+    """A file as REAP's observer writes it: 2 layers of 8 experts, of which 3 is never reached."""
+    rng = np.random.default_rng(seed)
+    layers: dict[int, dict[str, object]] = {}
+    for layer in (1, 2):
+        counts = rng.integers(1, 50, 8)
+        counts[3] = 0
+        sums = {name: rng.random(8) * counts for name in ("ean_sum", "weighted_ean_sum")}
+        with np.errstate(invalid="ignore"):
+            means = {
+                "ean_mean": sums["ean_sum"] / counts,
+                "reap": sums["weighted_ean_sum"] / counts,
+            }
+        layers[layer] = {
+            "total_tokens": np.array(100 + seed),
+            "expert_frequency": counts,
+            "pairwise_expert_frequency": np.ones((8, 8), np.int64),
+            **{name: values.astype(np.float32) for name, values in {**sums, **means}.items()},
+            "max_activations": rng.random(8).astype(np.float32),
+            "routed_characteristic_activation": np.ones((8, 4), np.float32),
+        }
+    layers[2] |= spoil
+    return pt(path, layers)
+
+
+def test_files_of_reaps_observer_add_up(tmp_path: Path) -> None:
+    parts = [read_scores(observed(tmp_path / f"{n}.pt", n)) for n in (1, 2, 3)]
+    out = tmp_path / "all.safetensors"
+    report = scores.merge_scores([part.origin for part in parts], out)
+    assert (report.layers, report.samples) == (2, None)
+    merged = read_scores(out)
+    for layer in (1, 2):
+        held = {m: [part.layers[layer][m] for part in parts] for m in parts[0].metrics}
+        got = merged.layers[layer]
+        for metric in ("expert_frequency", "ean_sum", "weighted_ean_sum"):
+            np.testing.assert_array_equal(got[metric], np.add.reduce(held[metric]))
+        np.testing.assert_array_equal(got["max_activations"], np.max(held["max_activations"], 0))
+        counts = np.where(got["expert_frequency"] > 0, got["expert_frequency"], 1)
+        np.testing.assert_array_equal(got["reap"], got["weighted_ean_sum"] / counts)
+        np.testing.assert_array_equal(got["ean_mean"], got["ean_sum"] / counts)
+        assert got["expert_frequency"][3] == 0
+        assert merged.tokens[layer] == 306
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        ({"ean_sum": [1, INF, 1, 0, 1, 1, 1, 1]}, "layer 2, ean_sum of expert 1 is inf, and does"),
+        ({"reap": [INF] * 8}, "layer 2, reap of expert 0 is inf"),
+        ({"max_activations": [NAN] * 8}, "layer 2, max_activations of expert 0 is nan"),
+        ({"reap": [7.0] * 8}, "layer 2, expert 0: reap is 7, not weighted_ean_sum / expert_freq"),
+    ],
+)
+def test_sums_that_do_not_add_up_are_refused(
+    tmp_path: Path, spoil: dict[str, list[float]], problem: str
+) -> None:
+    odd = {metric: np.array(row, np.float32) for metric, row in spoil.items()}
+    files = [observed(tmp_path / "a.pt", 1), observed(tmp_path / "b.pt", 2, **odd)]
+    with pytest.raises(ScoreError) as caught:
+        scores.merge_scores(files, tmp_path / "all.json")
+    assert problem in caught.value.problem
+    assert caught.value.where == str(files[1])
+    assert not (tmp_path / "all.json").exists()
+
+
+def test_the_same_run_or_another_model_is_not_added(tmp_path: Path) -> None:
+    first, again = observed(tmp_path / "a.pt", 1), observed(tmp_path / "copy.pt", 1)
+    with pytest.raises(ScoreError, match=r"holds the same counts and sums as .*a\.pt"):
+        scores.merge_scores([first, again], tmp_path / "all.json")
+    fewer = {1: {m: np.ones(4) for m in ("expert_frequency", "ean_sum", "weighted_ean_sum")}}
+    with pytest.raises(ScoreError, match=r"has 4 experts in layer 1, .* has 8 experts"):
+        scores.merge_scores([first, pt(tmp_path / "b.pt", fewer)], tmp_path / "all.json")
+
+
 # compare
 
 
