@@ -20,6 +20,7 @@ from shardsurgeon.checkpoint.provenance import (
     is_foreign,
     parse_provenance,
 )
+from shardsurgeon.checkpoint.recognition import sort_out
 from shardsurgeon.checkpoint.shards import (
     Settled,
     Shard,
@@ -92,6 +93,16 @@ class Checkpoint:
     def records(self) -> Iterator[TensorRecord]:
         """The header entries of all tensors, shard after shard."""
         return (record for shard in self.shards for record in shard.header.tensors)
+
+    @cached_property
+    def left_behind(self) -> Mapping[str, str]:
+        """Files beside the weights that are no part of the model → why: `hidden`, `log`, ….
+
+        Raises what reading the source raises.
+        """
+        weights = {*self.unindexed, *(shard.file for shard in self.shards)}
+        beside = [file for file in self.files if file.name not in weights]
+        return sort_out(self.source, beside, self.settings)
 
     def read_file(self, name: str) -> bytes:
         """A whole file, which must be small and in `files`. Raises SourceReadError."""

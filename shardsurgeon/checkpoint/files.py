@@ -1,4 +1,4 @@
-"""Which file of a model is what, by its name: weights, quantization lists, records, the card.
+"""Which file of a model is what, by its name: weights, lists, the card, and what is no part of it.
 
 config.json and the index are named in `storage.formats.index`, which storage needs as well, and
 the record of earlier prunes in `provenance`.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+
+from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 
 # Side files that repeat the quantization lists of config.json.
 QUANTIZATION_FILES = (
@@ -23,11 +25,107 @@ SINGLE_SHARD = "model.safetensors"
 CARD_NAME = "README.md"
 SOURCE_CARD_NAME = "README.source.md"
 _SET_ASIDE = re.compile(r"README\.source(?:-(\d+))?\.md")
+# Suffixes of weights in another format. A model with these only cannot be opened; beside
+# safetensors they are left behind.
+_OTHER_WEIGHTS = frozenset(
+    (
+        *(".bin", ".ckpt", ".distcp", ".engine", ".ggml", ".gguf", ".h5", ".hdf5", ".keras"),
+        *(".mlmodel", ".msgpack", ".nemo", ".onnx", ".onnx_data", ".ot", ".pb", ".pt", ".pth"),
+        ".tflite",
+    )
+)
+# A vocabulary may have such a suffix as well, and any file that torch saved has `.pt`.
+_SURELY_WEIGHTS = "|".join(sorted(suffix[1:] for suffix in _OTHER_WEIGHTS - {".pt"}))
 
-_OTHER_WEIGHTS = (".bin", ".pth", ".gguf", ".bin.index.json")
-# A model with weights in these only cannot be opened. Beside safetensors, those of them that
-# _OTHER_WEIGHTS does not have are copied like any other file.
-_OTHER_FORMATS = frozenset({".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack"})
+OTHER_WEIGHTS = "other weights"
+SECRET, HIDDEN = "secret", "hidden"
+# Left behind whatever refers to them.
+NEVER = frozenset({SECRET, HIDDEN})
+
+
+# Endings of text that may be nothing but a token, and of tensors.
+_PLAIN = r"(?:\.(?:txt|json|ya?ml|toml|ini|cfg))?"
+_TENSORS = r"\.(?:pt|pth|bin|npz|pkl|safetensors)(?:\.index\.json)?"
+
+
+def _below(folders: str) -> str:
+    return rf"(?:.*/)?(?:{folders})/.*"
+
+
+def _called(names: str) -> str:
+    return rf"(?:.*/)?(?:{names})"
+
+
+# Why a file is no part of the model it lies beside → what its path is. The first that fits counts;
+# case does not.
+_NO_PART = {
+    SECRET: "|".join(
+        (
+            _called(r"\.env[^/]*|[^/]+\.env|env(?:\.(?:local|prod\w*|dev\w*))?"),
+            _called(r"[^/]*\.(?:pem|key|p12|pfx|ppk|jks|kdbx)|id_(?:rsa|dsa|ecdsa|ed25519)"),
+            _called(rf"(?:[^/]*(?:hf|hub|api|access|auth)[-_](?:token|key)s?|token){_PLAIN}"),
+            _called(rf"secrets?{_PLAIN}|credentials?{_PLAIN}|service[-_]account[^/]*\.json"),
+            _called(r"\.?netrc|\.npmrc|\.pypirc|\.git-credentials"),
+            _below(r"\.ssh|\.aws|\.gnupg|\.huggingface"),
+        )
+    ),
+    HIDDEN: r"(?:.*/)?\.[^/]+(?:/.*)?",
+    "log": "|".join(
+        (
+            _called(r"[^/]*\.(?:log|out|err|stdout|stderr|pid)(?:\.\d+)?(?:\.gz)?|core(?:\.\d+)?"),
+            _called(r"events\.out\.tfevents\.[^/]*|trainer_log\.jsonl"),
+            _below(r"logs?"),
+        )
+    ),
+    "cache": "|".join(
+        (
+            _below(r"(?:[a-z]+[-_])?caches?") + r"(?<!\.py)",
+            _below(r"__pycache__|node_modules|site-packages|venv|__macosx"),
+            _called(r"[^/]*\.py[co]|thumbs\.db|desktop\.ini"),
+        )
+    ),
+    "experiment folder": _below(
+        r"wandb|runs|mlruns|mlartifacts|lightning_logs|tb_logs|tensorboard|swanlog|multirun|outputs"
+    ),
+    "partial work": "|".join(
+        (
+            _called(r"[^/]*\.(?:te?mp|part|partial|incomplete|crdownload|download|aria2|sw[op])"),
+            _called(r"[^/]*\.(?:lock|writing)"),
+            _below(r"[^/]*\.(?:partial|incomplete|te?mp)|te?mp"),
+        )
+    ),
+    "backup": "|".join(
+        (
+            _called(r"[^/]*(?:\.(?:bak|backup|orig|old|save|rej)(?:[-._]?\d+)?|~)"),
+            _called(r"[^/]*\.(?:zip|7z|rar|tgz|tar|tar\.\w+)"),
+            _below(r"backups?|bak|old"),
+        )
+    ),
+    "training state": "|".join(
+        (
+            _called(rf"(?:optimizer|scheduler|scaler|rng_state|random_states)[^/]*{_TENSORS}"),
+            _called(r"trainer_state\.json|training_args\.\w+|[^/]*_(?:optim|model)_states\.pt"),
+            r"latest|zero_to_fp32\.py",
+            _below(r"checkpoint-\d+|global_step\d+"),
+        )
+    ),
+    "adapter": _called(rf"adapter_config\.json|adapter(?:s|_model)?(?:-[^/]*)?{_TENSORS}"),
+    OTHER_WEIGHTS: "|".join(
+        (
+            _called(rf"(?![^/]*(?:vocab|tokeni[sz]er|tiktoken|bpe))[^/]*\.(?:{_SURELY_WEIGHTS})"),
+            _called(r"[^/]*\.(?:bin|pt|pth|h5|msgpack|onnx)\.index\.json|consolidated[^/]*"),
+            r"(?:[^/]*[-_])?(?:model|weights|state_dict|ema)(?:[-_.][^/]*)?\.(?:pt|npz)|openvino_[^/]*",
+            # The index of shards that are not these.
+            r"[^/]*\.index(?:\.\w+)?\.json",
+            r"(?:original|metal|onnx|openvino|coreml|gguf)/.*",
+        )
+    ),
+    # It would keep the old number of experts, and only Mistral's own format reads it.
+    "Mistral's params.json": r"params\.json",
+}
+_RULES = {why: re.compile(rule, re.IGNORECASE) for why, rule in _NO_PART.items()}
+# What an earlier prune left in calibration/ stays, whatever its format.
+_KINDS_OF_DATA = frozenset({"training state", "adapter", OTHER_WEIGHTS})
 
 
 def set_aside(name: str) -> str | None:
@@ -42,15 +140,17 @@ def set_aside(name: str) -> str | None:
     return f"README.source-{int(found[1] or 1) + 1}.md" if found else None
 
 
-def is_other_weight_format(name: str) -> bool:
-    """Whether a file holds the weights in another format, which pruning leaves behind."""
-    folder, _, rest = name.partition("/")
-    base = name.rpartition("/")[2]
-    return (
-        base.endswith(_OTHER_WEIGHTS)
-        or base.startswith("consolidated")
-        or (folder == "original" and bool(rest))
-    )
+def why_left_behind(name: str) -> str | None:
+    """Why a file beside the weights is no part of the model, by its name; None where it is one.
+
+    name: its path in the model. What nothing speaks against belongs: tokenizers, templates, code,
+    documents, images, folders, and files of unknown kinds.
+    """
+    if name in (CONFIG_NAME, INDEX_NAME):
+        return None
+    kept = _KINDS_OF_DATA if name.startswith(CALIBRATION_FOLDER) else frozenset()
+    fits = (why for why, rule in _RULES.items() if why not in kept and rule.fullmatch(name))
+    return next(fits, None)
 
 
 def root_safetensors(names: Iterable[str]) -> list[str]:
@@ -64,4 +164,4 @@ def root_safetensors(names: Iterable[str]) -> list[str]:
 
 def other_formats(names: Iterable[str]) -> list[str]:
     """The suffixes, sorted, of files that are known as weights in another format."""
-    return sorted({"." + name.rpartition(".")[2] for name in names} & _OTHER_FORMATS)
+    return sorted({"." + name.rpartition(".")[2] for name in names} & _OTHER_WEIGHTS)

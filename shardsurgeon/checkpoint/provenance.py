@@ -7,14 +7,14 @@ Every pruned checkpoint has it. `pruning.lineage` makes the value when a checkpo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.errors import CheckpointError
-from shardsurgeon.storage.formats.strict_json import CheckedJson, parse_json
+from shardsurgeon.storage.formats.strict_json import CheckedJson, is_whole_number, parse_json
 
 PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
 # 2 where layers have different numbers of experts: a reader that knows format 1 only must refuse
@@ -95,7 +95,9 @@ class Provenance:
 
     num_experts_before: of the first, unpruned model; num_experts_after: now; both of the largest
     layers, dropped ones included, where layers differ. n_group: the router's groups; layers:
-    layer → record; steps: every prune, first to last, at least one.
+    layer → record; steps: every prune, first to last, at least one. Of the last prune: files: what
+    it wrote beside this file, name → bytes, None in records of earlier versions; include, exclude:
+    the globs that it was given.
     """
 
     num_experts_before: int
@@ -103,6 +105,9 @@ class Provenance:
     n_group: int
     layers: dict[int, LayerRecord]
     steps: tuple[Step, ...]
+    files: Mapping[str, int] | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -133,10 +138,15 @@ class Provenance:
             "num_experts_after": self.num_experts_after,
             # The ids below are the first model's, so it is the source that is named here.
             "source": asdict(self.steps[0].source),
+            **({"include": self.include} if self.include else {}),
+            **({"exclude": self.exclude} if self.exclude else {}),
         }
         lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
         steps = ",\n".join(f"    {_json(asdict(step))}" for step in self.steps)
         lines.append(f'  "steps": [\n{steps}\n  ]')
+        if self.files is not None:
+            files = ",\n".join(f"    {_json(k)}: {v}" for k, v in sorted(self.files.items()))
+            lines.append(f'  "files": {{\n{files}\n  }}')
         layers = ",\n".join(
             f'    "{layer}": {_json(self._layer(record))}'
             for layer, record in sorted(self.layers.items())
@@ -211,7 +221,31 @@ class _Reader(CheckedJson):
             numbers = sorted({n for pair in counts for n in pair}, reverse=True)
             fitted = " and ".join(map(str, numbers))
             self.refuse(f"{sorted(groups)} groups do not fit {fitted} experts")
-        return Provenance(before, after, groups.pop(), layers, self.steps(top, before, after))
+        return Provenance(
+            before,
+            after,
+            groups.pop(),
+            layers,
+            self.steps(top, before, after),
+            self.files(top),
+            self.globs(top, "include"),
+            self.globs(top, "exclude"),
+        )
+
+    def files(self, top: dict[str, Any]) -> dict[str, int] | None:
+        if "files" not in top:
+            return None
+        files = self.member(top, "files", "")
+        for name, nbytes in files.items():
+            if not is_whole_number(nbytes):
+                self.refuse(f"files: {name[:40]} is not given a size in bytes")
+        return files
+
+    def globs(self, top: dict[str, Any], key: str) -> tuple[str, ...]:
+        value = top.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(glob, str) for glob in value):
+            self.refuse(f"{key}: not a list of globs")
+        return tuple(value)
 
     def top(self, raw: bytes) -> dict[str, Any]:
         try:

@@ -259,6 +259,18 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         help="Accept layers that keep different numbers of experts. Stock vLLM and transformers "
         "misread such a model, except where its config has counts per block.",
     ),
+    "include": click.option(
+        "--include",
+        metavar="GLOB",
+        multiple=True,
+        help="Carry along these files of the model's folder as well, such as 'eval/*'.",
+    ),
+    "exclude": click.option(
+        "--exclude",
+        metavar="GLOB",
+        multiple=True,
+        help="Leave these files of the model's folder behind.",
+    ),
 }
 
 _PUSH: dict[str, Callable[[Any], Any]] = {

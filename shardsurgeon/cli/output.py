@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 _LABEL = 14
+# Of files that are only named; a model's folder can have hundreds.
+_MOST_SHOWN = 8
 
 
 class ScoredLayer(Protocol):
@@ -159,6 +161,25 @@ def fact(label: str, text: str) -> list[str]:
 def facts(pairs: Iterable[tuple[str, str]]) -> list[str]:
     """Aligned lines, one fact after another."""
     return [line for label, text in pairs for line in fact(label, text)]
+
+
+def grouped(names: Iterable[str], others: Iterable[str] = ()) -> str:
+    """`.env, train.log, wandb/ (3)`: files, of which there are 3; a folder stands for all below it.
+
+    others: files that are not meant: a folder that has one of them is not shown as a whole.
+    """
+    names = list(names)
+    torn = {other.rpartition("/")[0] for other in others}
+    shown = list(dict.fromkeys(_shown(name, torn) for name in names))
+    more = len(shown) - _MOST_SHOWN
+    listed = ", ".join(shown[:_MOST_SHOWN]) + (f", {more} more" if more > 0 else "")
+    return f"{listed} ({len(names)})"
+
+
+def _shown(name: str, torn: Collection[str]) -> str:
+    folder = name.partition("/")[0]
+    inside = "/" in name and not any(f"{path}/".startswith(f"{folder}/") for path in torn)
+    return f"{folder}/" if inside else name
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -19,6 +19,7 @@ from shardsurgeon.cli.output import (
     emit,
     fact,
     facts,
+    grouped,
     layer_number,
     mtp_legend,
     parameters,
@@ -28,7 +29,7 @@ from shardsurgeon.cli.output import (
 )
 from shardsurgeon.errors import UsageError
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
-from shardsurgeon.units import format_size
+from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
     from shardsurgeon.pruning.report import LayerReport, PlanReport
@@ -186,6 +187,10 @@ def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:
         counts = report.total_parameters_before, report.total_parameters_after
         yield "parameters", change(*counts, [parameters(count) for count in counts])
     yield "shards", f"{report.shards_before:,} -> {report.shards_after:,}"
+    if report.carried_along:
+        yield "carried along", counted(len(report.carried_along), "file")
+    if report.left_behind:
+        yield "left behind", grouped(report.left_behind, report.carried_along)
 
 
 def _chosen_by(report: PlanReport) -> str:

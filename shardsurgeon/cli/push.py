@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardsurgeon.cli.options import family_option, json_option, progress_option, push_options
-from shardsurgeon.cli.output import as_typed, emit, fact, shows_progress
+from shardsurgeon.cli.output import as_typed, emit, fact, grouped, shows_progress
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 @click.argument("pruned")
 @click.argument("repo_id")
 @push_options
+@click.option(
+    "--include",
+    metavar="GLOB",
+    multiple=True,
+    help="Push these files of the folder as well, which apply did not write.",
+)
 @family_option
 @progress_option
 @json_option
@@ -27,16 +33,17 @@ def push_command(
     pruned: str,
     repo_id: str,
     pushed: dict[str, Any],
+    include: tuple[str, ...],
     family: str | None,
     progress: bool | None,
     as_json: bool,
 ) -> None:
     """Put a pruned model on the Hugging Face Hub.
 
-    PRUNED is a folder that apply wrote, REPO_ID is org/name. Everything goes in
-    one commit, with a model card; the folder stays as it is. The same command
-    goes on after any interruption and uploads nothing twice. Log in with
-    `hf auth login`, or set HF_TOKEN.
+    PRUNED is a folder that apply wrote, REPO_ID is org/name. What apply wrote
+    goes in one commit, with a model card; other files stay here and are named.
+    The same command goes on after any interruption and uploads nothing twice.
+    Log in with `hf auth login`, or set HF_TOKEN.
 
     \b
     Examples:
@@ -46,7 +53,9 @@ def push_command(
     from shardsurgeon.operations import push
 
     destination = Destination(repo_id, **pushed)
-    report = push.push(pruned, destination, family=family, bars=shows_progress(progress))
+    report = push.push(
+        pruned, destination, family=family, include=include, bars=shows_progress(progress)
+    )
     emit(report, _lines(pruned, report), as_json)
 
 
@@ -69,6 +78,8 @@ def push_lines(report: PushReport) -> Iterator[str]:
     yield from fact("commit", report.commit)
     if report.removed:
         yield from fact("removed", f"an earlier model's {', '.join(report.removed)}")
+    if report.left:
+        yield from fact("left here", grouped(report.left))
     for note in report.notes:
         yield from fact("note", note)
 

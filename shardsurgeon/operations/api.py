@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -62,6 +63,8 @@ def plan(
     allocate: str = "uniform",
     allow_nonuniform: bool = False,
     lists: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
     family: str | None = None,
@@ -91,6 +94,7 @@ def plan(
     - allow_nonuniform: accept layers that keep different numbers of experts;
     - lists: what lists of expert ids are in a file that does not say it: `kept` or `dropped` in
       plan_file, `best-first` or `worst-first` in scores that rank the experts;
+    - include, exclude: globs of files beside the weights to copy, or not, whatever they are;
     - out: the folder that `apply` writes, by default named after the model and the ratio;
     - max_shard_size: of the result, in bytes or as `"5GB"`; None keeps the source's shards;
     - family: the file of a declaration, or `auto` to read a model of no declared family; not
@@ -116,6 +120,8 @@ def plan(
         allocate=_choice(Allocation, allocate, "allocate"),
         allow_nonuniform=allow_nonuniform,
         lists=None if lists is None else _choice(Lists, lists, "lists"),
+        include=tuple(include),
+        exclude=tuple(exclude),
     )
     limit = _nbytes(max_shard_size, "max_shard_size")
     return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit, family=family)
@@ -187,6 +193,7 @@ def push(
     create_pr: bool = False,
     card: AnyPath | bool = True,
     family: str | None = None,
+    include: Sequence[str] = (),
 ) -> PushReport:
     """Push a folder that `apply` wrote to the Hugging Face Hub, in one commit.
 
@@ -194,7 +201,8 @@ def push(
     made where it is missing. private: what a repository becomes that is made. revision: the
     branch, made where it is missing; None for main. create_pr: open a pull request instead.
     card: a README.md to use in place of the one that is made; False leaves the source's own.
-    family: as for `plan`. A rerun uploads nothing that is there already.
+    family: as for `plan`. include: globs of files in the folder that `apply` did not write and that
+    are to be pushed too. A rerun uploads nothing that is there already.
 
     Raises CheckpointError and its children where the folder is not a complete prune, UsageError
     where the Hub refuses the token or the repository, PublishError where the upload fails.
@@ -208,7 +216,7 @@ def push(
     from shardsurgeon.operations import push as publishing
 
     destination = Destination(repo_id, private, revision, create_pr, *_card(card))
-    return publishing.push(pruned, destination, family=family)
+    return publishing.push(pruned, destination, family=family, include=tuple(include))
 
 
 def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:

@@ -288,6 +288,8 @@ def recipe(
         words += [] if value is None else [option, str(value)]
     words += ["--preserve-super-experts"] if request.preserve_super_experts else []
     words += ["--allow-nonuniform"] if request.allow_nonuniform else []
+    words += [f"--include={glob}" for glob in request.include]
+    words += [f"--exclude={glob}" for glob in request.exclude]
     return shlex.join(words)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of, open_checkpoint
-from shardsurgeon.checkpoint.files import CARD_NAME, set_aside
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance
@@ -31,6 +30,14 @@ from shardsurgeon.operations.model_card import (
     with_files,
 )
 from shardsurgeon.operations.prune import Pruning, complete
+from shardsurgeon.operations.push_files import (
+    Selection,
+    files_to_publish,
+    refuse_planned_secrets,
+    refuse_secret,
+    refuse_secrets,
+    select_files,
+)
 from shardsurgeon.operations.reports import PushReport
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.operations.verify import headers_only
@@ -51,25 +58,29 @@ def push(
     destination: Destination,
     *,
     family: str | None = None,
+    include: tuple[str, ...] = (),
     bars: bool = False,
 ) -> PushReport:
-    """Push a folder that `apply` wrote, with a card, in one commit. The folder stays as it is.
+    """Push what `apply` wrote to a folder, with a card, in one commit. The folder stays as it is.
 
-    family: as for `plan`; bars: let huggingface_hub show how far the uploads are. A rerun uploads
-    nothing that is there already. Raises CheckpointError and its children where the folder is
-    not a complete prune, UsageError where the Hub refuses the token or the repository,
-    PublishError where the upload fails.
+    family: as for `plan`; include: globs of files that are pushed as well; bars: let
+    huggingface_hub show how far the uploads are. A rerun uploads nothing that is there already.
+    Raises CheckpointError and its children where the folder is not a complete prune, UsageError
+    where a file holds a secret or the Hub refuses the token or the repository, PublishError where
+    the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
     checkpoint, record = _complete_prune(folder, family)
+    chosen = select_files(checkpoint, include)
+    refuse_secrets(checkpoint.source, chosen.files)
     with silence_hub(bars) as notes:
         repository, card = _repository(destination), _own_card(destination)
         repository.prepare(destination.private)
         _require_another(repository, record.steps[-1].source.name)
         if destination.with_card and card is None:
             card = _card(checkpoint, folder, repository, None)
-        published = publish(repository, files_to_publish(folder, card), {})
-    return _report(repository, published, begun, notes)
+        published = publish(repository, _named(folder, chosen, card), {})
+    return _report(repository, published, begun, [*chosen.notes, *notes], chosen.left)
 
 
 class Shipment:
@@ -82,8 +93,9 @@ class Shipment:
     def __init__(self, pruning: Pruning, destination: Destination) -> None:
         """Make the repository ready.
 
-        The disk budget is checked first; then the card, the token, the repository and the right
-        to write there. Raises UsageError and PublishError where one of them does not do.
+        The disk budget is checked first; then that no file tells a secret, the card, the token,
+        the repository and the right to write there. Raises UsageError and PublishError where one
+        of them does not do.
         """
         self._begun = time.monotonic()
         self.disk_budget = _budget(pruning.plan, destination) if destination.stream else None
@@ -91,6 +103,7 @@ class Shipment:
         self._out, self._family = pruning.out, pruning.checkpoint.family
         self._destination = destination
         self._command = _recipe(pruning)
+        refuse_planned_secrets(pruning.plan, pruning.checkpoint.source)
         self._card = _own_card(destination)
         self._repository = _repository(destination)
         self._repository.prepare(destination.private)
@@ -112,7 +125,7 @@ class Shipment:
         how = f"go on with `{shlex.join(words)}`"
         try:
             pruned = self._opened(LocalSource(out))
-            files = files_to_publish(out, self._card_for(pruned, out))
+            files = _named(out, select_files(pruned), self._card_for(pruned, out))
             self._published = publish(self._repository, files, {})
         except ShardSurgeonError as error:
             remedy = f"{complete(str(out))}: {how}"
@@ -132,7 +145,9 @@ class Shipment:
         """The files to publish beside the shards, which have been sent."""
         assert self._planned is not None
         pruned = self._opened(headers_only(self._planned, LocalSource(folder), self._out))
-        return files_to_publish(folder, self._card_for(pruned, folder))
+        there = {file.name for file in LocalSource(folder).list()}
+        names = [file.name for file in select_files(pruned).files if file.name in there]
+        return files_to_publish(folder, names, self._card_for(pruned, folder))
 
     def _opened(self, source: Source) -> Checkpoint:
         return open_checkpoint(source, self._family)
@@ -165,7 +180,12 @@ def _own_card(destination: Destination) -> bytes | None:
     except (OSError, ValueError) as error:
         raise UsageError(destination.card, f"cannot be read as a card ({error})") from error
     require_metadata(text, destination.card)
+    refuse_secret(text.encode(), os.fspath(destination.card))
     return text.encode()
+
+
+def _named(folder: Path, chosen: Selection, card: bytes | None) -> dict[str, Content]:
+    return files_to_publish(folder, [file.name for file in chosen.files], card)
 
 
 def _options(destination: Destination) -> list[str]:
@@ -235,7 +255,11 @@ def _require_finished(folder: Path) -> None:
 
 
 def _report(
-    repository: Repository, published: Published, begun: float, notes: Sequence[str]
+    repository: Repository,
+    published: Published,
+    begun: float,
+    notes: Sequence[str],
+    left: tuple[str, ...] = (),
 ) -> PushReport:
     commit = published.commit
     return PushReport(
@@ -250,22 +274,5 @@ def _report(
         removed=published.removed,
         seconds=time.monotonic() - begun,
         notes=tuple(notes),
+        left=left,
     )
-
-
-def files_to_publish(folder: Path, card: bytes | None) -> dict[str, Content]:
-    """Every file of a folder by its name in the repository.
-
-    card: the content of README.md; the folder's own is then named README.source.md, and an earlier
-    one of that name README.source-2.md. None: every file keeps its name.
-    """
-    source = LocalSource(folder)
-    files: dict[str, Content] = {file.name: folder / file.name for file in source.list()}
-    if card is None:
-        return files
-    moving, name = files.get(CARD_NAME), set_aside(CARD_NAME)
-    files[CARD_NAME] = card
-    while moving is not None and name is not None:
-        files[name], moving = moving, files.get(name)
-        name = set_aside(name)
-    return files

@@ -53,7 +53,8 @@ class PushReport:
 
     url: where to look at it, the pull request where one was opened; revision: the branch, None
     where that is a pull request; commit: its hash; files, nbytes: of the model there; removed:
-    names of an earlier model's weights that the commit took out; notes: what the Hub said.
+    names of an earlier model's weights that the commit took out; notes: what the Hub said; left:
+    files of the folder that were not pushed.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", push_to_hub="me/small").push
@@ -72,6 +73,7 @@ class PushReport:
     removed: tuple[str, ...]
     seconds: float
     notes: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,8 @@ def _from_scores(
 def _require_measured(anatomy: Anatomy, scores: Scores, metric: str, values: Values) -> None:
     """Refuse scores that would prune by chance: as the file has them, and what is left of them
     for the experts that the model has now. values: those that decide."""
-    named = {layer: layer_number(layer, anatomy.num_layers) for layer in scores.layers}
+    mtp = [layer.index for layer in anatomy.mtp_layers]
+    named = {layer: layer_number(layer, anatomy.num_layers, mtp) for layer in scores.layers}
     decide = [layer for layer, number in named.items() if number in values]
     main = [layer for layer in decide if named[layer] < anatomy.num_layers]
     require_measured(scores, metric, main, [layer for layer in decide if layer not in main])

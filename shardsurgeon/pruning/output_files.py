@@ -1,7 +1,7 @@
 """The files beside the shards, and with them the whole plan.
 
-Written anew are config, index, quantization lists and the record of the prune; everything else of
-the source is copied. Quantization lists and another tool's record are read here.
+Written anew are config, index, quantization lists and the record of the prune; what else belongs to
+the model is copied. Quantization lists and another tool's record are read here.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
-from shardsurgeon.checkpoint.files import (
-    CALIBRATION_FOLDER,
-    QUANTIZATION_FILES,
-    is_other_weight_format,
-)
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, Step
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
+from shardsurgeon.checkpoint.recognition import REWRITTEN
+from shardsurgeon.checkpoint.side_files import require_sound, side_files
 from shardsurgeon.execution.plan import OutputShard, Plan
+from shardsurgeon.execution.run import output_sizes
 from shardsurgeon.pruning.config_edits import pruned_config, pruned_quantization_file
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.lineage import compose, step_of
@@ -35,8 +35,6 @@ _SHARD_COUNTS = ("total_shards", "num_shards")
 _TENSOR_COUNTS = ("total_tensors", "num_tensors")
 # Where another tool's file of our record's name is kept.
 _FOREIGN_PROVENANCE = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source.json"
-# Files that the result has new ones of.
-_WRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
 
 
 def assemble(
@@ -59,16 +57,27 @@ def assemble(
     provenance = compose(
         checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
     )
-    copied, score_files = _copied_files(checkpoint, given)
-    return Plan(
+    require_sound(checkpoint, request.include, request.exclude)
+    copied, score_files = _copied_files(checkpoint, request, given)
+    source_files = _source_files(checkpoint, copied)
+    generated = _generated_files(checkpoint, anatomy, decision, shards)
+    plan = Plan(
         shards=shards,
-        generated_files=_generated_files(checkpoint, anatomy, decision, shards, provenance),
+        generated_files=generated,
         copied_files=copied,
         score_files=score_files,
-        source_files=_source_files(checkpoint, copied),
-        asked=_asked(decision, max_shard_nbytes, step, score_files),
-        source_fingerprint=_source_fingerprint(checkpoint),
+        source_files=source_files,
+        asked=_asked(decision, max_shard_nbytes, step, score_files, request),
+        source_fingerprint=_source_fingerprint(checkpoint, source_files),
     )
+    record = replace(
+        provenance,
+        files=output_sizes(plan),
+        include=request.include,
+        exclude=request.exclude,
+    )
+    files = ((PROVENANCE_NAME, record.to_bytes()), *generated)
+    return replace(plan, generated_files=files)
 
 
 def _generated_files(
@@ -76,13 +85,12 @@ def _generated_files(
     anatomy: Anatomy,
     decision: Decision,
     shards: tuple[OutputShard, ...],
-    provenance: Provenance,
 ) -> tuple[tuple[str, bytes], ...]:
-    """(name, content) of every file that is written anew, in the order of writing.
+    """(name, content) of every file written anew but the record, in the order of writing.
 
     config.json and the index come last: a folder without them does not look like a model.
     """
-    files = [(PROVENANCE_NAME, provenance.to_bytes())]
+    files = []
     present = {file.name: file for file in checkpoint.files}
     if PROVENANCE_NAME in present and checkpoint.provenance is None:
         # Another tool's record of an earlier prune makes room for ours and is not lost.
@@ -128,21 +136,18 @@ def total_parameters(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) ->
 
 
 def _copied_files(
-    checkpoint: Checkpoint, given: Mapping[Path, str]
+    checkpoint: Checkpoint, request: SelectionRequest, given: Mapping[Path, str]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
     """(source files to copy as they are, (output name, path, sha256) of files from elsewhere).
 
     given: the score or keep-list file of this run. It goes to calibration/ and, should it lie
     in the source, nowhere else.
     """
-    weights = {shard.file for shard in checkpoint.shards} | set(checkpoint.unindexed)
     elsewhere = {path.resolve() for path in given}
     copied = tuple(
-        file.name
-        for file in checkpoint.files
-        if file.name not in _WRITTEN | weights
-        and not is_other_weight_format(file.name)
-        and not _is_one_of(checkpoint.source.local_path(file.name), elsewhere)
+        name
+        for name in side_files(checkpoint, request.include, request.exclude).carried
+        if not _is_one_of(checkpoint.source.local_path(name), elsewhere)
     )
     # A metadata file given as --plan must not take the place of the one that is written.
     taken = {*copied, PROVENANCE_NAME, _FOREIGN_PROVENANCE}
@@ -171,7 +176,7 @@ def _free_name(name: str, taken: Collection[str]) -> str:
 
 def _source_files(checkpoint: Checkpoint, copied: tuple[str, ...]) -> tuple[SourceFile, ...]:
     """Every source file that is copied, in part or whole, or that a new one was written from."""
-    read = {shard.file for shard in checkpoint.shards} | set(copied) | _WRITTEN
+    read = {shard.file for shard in checkpoint.shards} | set(copied) | REWRITTEN
     return tuple(file for file in checkpoint.files if file.name in read)
 
 
@@ -180,6 +185,7 @@ def _asked(
     max_shard_nbytes: int | None,
     step: Step,
     score_files: Sequence[tuple[str, str, str]],
+    request: SelectionRequest,
 ) -> tuple[tuple[str, str], ...]:
     """What was asked for, so that a message can say how two commands differ."""
     selection = f"{step.selection} {step.ratio:g}" if step.selection == "ratio" else step.selection
@@ -191,13 +197,15 @@ def _asked(
         ("experts kept", f"up to {decision.keep.most} per layer"),
         ("MTP", "dropped" if decision.drop_mtp else "as the other layers"),
         ("shards", "as the source's" if max_shard_nbytes is None else f"{max_shard_nbytes} bytes"),
+        ("--include", " ".join(request.include) or "nothing"),
+        ("--exclude", " ".join(request.exclude) or "nothing"),
         *((name, f"SHA-256 {sha256[:12]}") for name, _, sha256 in score_files),
         ("keep-lists", hashlib.sha256(json.dumps(retained).encode()).hexdigest()[:12]),
     )
 
 
-def _source_fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of the source's state: names, sizes and stamps of its files, and all headers."""
-    files = [(file.name, file.nbytes, file.stamp) for file in checkpoint.files]
+def _source_fingerprint(checkpoint: Checkpoint, used: Sequence[SourceFile]) -> str:
+    """A hash of the source's state: names, sizes and stamps of the files used, and all headers."""
+    files = [(file.name, file.nbytes, file.stamp) for file in used]
     headers = [shard.header_sha256 for shard in checkpoint.shards]
     return hashlib.sha256(json.dumps([files, headers]).encode()).hexdigest()

@@ -6,15 +6,16 @@ Numbers per layer and in total, and notes: on what the user should know before a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import PER_LAYER_KEY
-from shardsurgeon.checkpoint.files import is_other_weight_format
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
+from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
 from shardsurgeon.execution.run import output_sizes
 from shardsurgeon.families.schema import all_families
@@ -60,7 +61,8 @@ class PlanReport:
     ratio: as asked for, None where the selection was no ratio. num_experts_before, _after: of the
     largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
     `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
-    where the storage format hides them.
+    where the storage format hides them. carried_along: the files beside the weights that are
+    copied; left_behind: those that are not → why.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -88,6 +90,8 @@ class PlanReport:
     notes: tuple[str, ...]
     allocate: str = "uniform"
     stock_engines: bool = True
+    carried_along: tuple[str, ...] = ()
+    left_behind: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_report(
@@ -139,8 +143,9 @@ def plan_report(
             *_rewritten(tensors),
             *_uncounted(checkpoint, plan),
             *([] if decision.drop_mtp else absent_mtp_notes(anatomy)),
-            *_left_out(checkpoint),
         ),
+        carried_along=plan.copied_files,
+        left_behind=_left_behind(checkpoint, request, plan),
     )
 
 
@@ -221,9 +226,14 @@ def absent_mtp_notes(anatomy: Anatomy) -> list[str]:
     ]
 
 
-def _left_out(checkpoint: Checkpoint) -> list[str]:
-    names = [f.name for f in checkpoint.files if is_other_weight_format(f.name)]
-    return [f"{name} holds weights in another format and is left out" for name in names]
+def _left_behind(checkpoint: Checkpoint, request: SelectionRequest, plan: Plan) -> dict[str, str]:
+    """Without the score file of this run, which goes to calibration/."""
+    given = {Path(path).resolve() for _, path, _ in plan.score_files}
+    left = side_files(checkpoint, request.include, request.exclude).left
+    paths = {name: checkpoint.source.local_path(name) for name in left}
+    return {
+        name: left[name] for name, path in paths.items() if not path or path.resolve() not in given
+    }
 
 
 def mixed_precision_notes(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> list[str]:

@@ -64,7 +64,8 @@ class SelectionRequest:
     holds. mtp: for MTP layers without scores. allocate: whether every layer keeps the same
     number or the layers share one budget; allow_nonuniform: whether a model whose layers keep
     different numbers may be written; lists: what the file's lists mean, None where it says it
-    itself. Raises UsageError for values and combinations that cannot be meant.
+    itself. include, exclude: globs of files beside the weights that are copied, or left behind,
+    whatever they are. Raises UsageError for values and combinations that cannot be meant.
     """
 
     ratio: float | None = None
@@ -79,6 +80,8 @@ class SelectionRequest:
     allocate: Allocation = Allocation.UNIFORM
     allow_nonuniform: bool = False
     lists: Lists | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_one_selection()

@@ -41,7 +41,7 @@ _NAMING_CODE = (_CONFIG, "tokenizer_config.json", "processor_config.json")
 _USUAL = (
     *(_CONFIG, INDEX_NAME, _SINGLE, "mtp.safetensors", "generation_config.json"),
     *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
-    *("recipe.yaml", "params.json"),
+    *("quantization_config.json", "recipe.yaml", "params.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template.jinja", "chat_template.json", "tekken.json"),

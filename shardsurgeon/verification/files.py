@@ -3,8 +3,8 @@
 Files whose content changes (config.json, the index, the metadata, quantization lists) have checks
 of their own. Files that were added later, such as a model card, are not checked.
 
-The rule of what a prune copies is spelled here again, apart from the planner's, so that a mistake
-there is found.
+What belongs to a model beside its weights, `checkpoint.side_files` says, by the globs in the
+record; whether it is there is found out here.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES, set_aside
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
+from shardsurgeon.checkpoint.files import (
+    CALIBRATION_FOLDER,
+    OTHER_WEIGHTS,
+    set_aside,
+    why_left_behind,
+)
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.checkpoint.shards import Shard
-from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
+from shardsurgeon.checkpoint.side_files import side_files
+from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.verification.byte_ranges import RangeComparer
@@ -38,7 +43,6 @@ _INDEX_COUNTS: dict[str, Callable[[Checkpoint], int]] = {
     "total_tensors": lambda model: model.num_tensors,
     "num_tensors": lambda model: model.num_tensors,
 }
-_REWRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
 
 
 def check_structure(
@@ -136,14 +140,14 @@ def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
 
 
 def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
-    """Tokenizer, remote code and all other files beside the weights are there, byte for byte."""
+    """What belongs to the model beside its weights is there, byte for byte."""
     there = {file.name: file.nbytes for file in pruned.files}
-    weights = {shard.file for shard in source.shards} | set(source.unindexed)
+    carried = _carried(source, pruned)
     with RangeComparer(source, pruned) as sides:
         same = _Sameness(source, pruned, sides)
         for file in source.files:
             name, nbytes = file.name, file.nbytes
-            if name in weights or name in _REWRITTEN or _holds_other_weights(name):
+            if name not in carried:
                 continue
             aside = set_aside(name)
             if aside is not None and there.get(aside) == nbytes and same(file, aside):
@@ -186,15 +190,24 @@ class _Sameness:
 
 def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
     """There are no weight files besides the model's own: a loader might read them."""
-    shards = {shard.file for shard in pruned.shards}
-    old_shards = {shard.file for shard in source.shards} | set(source.unindexed)
-    copied = {file.name for file in source.files} - old_shards
+    expected = {shard.file for shard in pruned.shards} | _carried(source, pruned)
+    if pruned.provenance is not None and pruned.provenance.files is None:
+        # Earlier versions copied whatever lay there.
+        old_shards = {shard.file for shard in source.shards} | set(source.unindexed)
+        expected |= {file.name for file in source.files} - old_shards
     for file in pruned.files:
         name = file.name
-        if name in shards or name.startswith(CALIBRATION_FOLDER):
+        if name in expected or name.startswith(CALIBRATION_FOLDER):
             continue
-        if _holds_other_weights(name) or (name.endswith(".safetensors") and name not in copied):
+        if why_left_behind(name) == OTHER_WEIGHTS or name.endswith(".safetensors"):
             findings.add(name, "is a weight file that is not part of the model")
+
+
+def _carried(source: Checkpoint, pruned: Checkpoint) -> set[str]:
+    """The files of the source that belong to the pruned model, by the globs it was made with."""
+    record = pruned.provenance
+    globs = (record.include, record.exclude) if record is not None else ()
+    return set(side_files(source, *globs).carried)
 
 
 def _moved(name: str, nbytes: int, there: dict[str, int]) -> list[str]:
@@ -206,12 +219,3 @@ def _moved(name: str, nbytes: int, there: dict[str, int]) -> list[str]:
         for other, size in there.items()
         if other.startswith(f"{CALIBRATION_FOLDER}{stem}") and size == nbytes
     ]
-
-
-def _holds_other_weights(name: str) -> bool:
-    """Whether a file holds weights in another format, which a prune leaves behind."""
-    return (
-        name.startswith("original/")
-        or name.rpartition("/")[2].startswith("consolidated")
-        or name.endswith((".bin", ".pth", ".gguf", ".bin.index.json"))
-    )

@@ -1,0 +1,143 @@
+"""Files beside the weights that are no part of the model, told by name and by content.
+
+Most are told by their names (`files.why_left_behind`). Plans and score files have any name: they
+are recognised by how they begin, so that a remote source sends little. A file that the model's
+configs name belongs, unless it is hidden or a secret.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from shardsurgeon.checkpoint.files import (
+    CALIBRATION_FOLDER,
+    NEVER,
+    QUANTIZATION_FILES,
+    why_left_behind,
+)
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
+from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
+from shardsurgeon.storage.source import Source, SourceFile
+from shardsurgeon.storage.threads import map_in_threads
+
+# Files that a pruned model has new ones of.
+REWRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
+PLAN, SCORES = "plan", "scores"
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_MAX_CONFIG_NBYTES = 16 * 2**20
+# Plans and scores show what they are within so many bytes.
+_HEAD_NBYTES = 4096
+_HEADS_AT_ONCE = 8
+
+# Files that every model has, and shards, are not looked into.
+_WELL_KNOWN = re.compile(
+    r"(?:.*/)?(?:[^/]*(?:config(?:uration)?|processor)|tokenizer|vocab|special_tokens_map"
+    r"|added_tokens|chat_template|tekken|modules|model_index)\.json"
+    r"|(?:.*/)?(?:[^/]*-\d+-of-\d+|(?:[^/]*[-_])?model)\.safetensors|.*\.index\.json"
+)
+_MAY_BE_EITHER = (".json", ".jsonl", ".pt", ".npz", ".safetensors")
+
+_OUR_PLAN = re.compile(rb'"kind"\s*:\s*"shardsurgeon-plan"|"num_experts_before"\s*:')
+_OUR_SCORES = re.compile(rb'"format"\s*:\s*\\?"shardsurgeon scores')
+_LAYER = (
+    rb'"(?:(?:[^"]*\.)?layers?[._]?|L|mtp\.)?\d+'
+    rb'(?:\.(?:mlp|moe|block_sparse_moe|feed_forward|ffn|mixer))?(?:\.experts)?"\s*:\s*'
+)
+_IDS = rb"\[\s*\d+\s*[,\]]"
+_KEPT = rb"kept|keep|dropped|drop|retained|pruned"
+# {layer: [ids]}, {layer: {"kept": [ids]}}, either of them below a word.
+_KEEP_LIST = re.compile(
+    rb'\{\s*(?:"\w*(?:' + _KEPT + rb')\w*"\s*:\s*\{\s*)?' + _LAYER + rb"(?:" + _IDS + rb"|\{\s*"
+    rb'(?:"(?:keep|drop)"\s*:\s*\d+\s*,\s*)?"(?:' + _KEPT + rb')"\s*:\s*' + _IDS + rb")"
+)
+# {layer: [numbers]}, {layer: {metric: [numbers]}}; below a word, and rows; records.
+_NUMBERS = rb"\[\s*-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?\s*[,\]]"
+_TABLE = re.compile(
+    rb"\{\s*" + _LAYER + rb"(?:" + _NUMBERS + rb'|\{\s*"\w+"\s*:\s*' + _NUMBERS + rb")"
+)
+_NAMED_TABLE = re.compile(
+    rb'"(?:scores|saliency|saliency_scores)"\s*:\s*(?:\{\s*' + _LAYER + rb"|\[\s*\[)"
+    rb'|"layer"\s*:\s*\d+\s*,\s*"expert"\s*:\s*\d+'
+)
+_METRICS = rb"expert_frequency|ean_sum|ean_mean|max_activations|saliency|router_l\d|weight_l\d|reap"
+# In torch.save's pickle: a dict whose first key is a layer, or the name of a metric.
+_PICKLED = re.compile(rb"\x80.\}q.\(?K|X.\0\0\0(?:" + _METRICS + rb"|scores)", re.DOTALL)
+_ARRAY = re.compile(rb"(?:accumulators\.)?layers\.\d+\.|\d+\.npy|(?:scores|" + _METRICS + rb")")
+_TENSOR = re.compile(rb'"(?:accumulators\.)?layers\.\d+\.(?:' + _METRICS + rb"|weighted_)")
+
+
+def sort_out(
+    source: Source, files: Sequence[SourceFile], config: Mapping[str, object]
+) -> dict[str, str]:
+    """Of the files beside the weights, those that are no part of the model → why.
+
+    Of a remote source the beginnings of JSON files of no usual name, and of files that can hold
+    scores, are read; the tokenizer's config only where it could make a difference.
+    """
+    found = {file.name: why for file in files if (why := why_left_behind(file.name))}
+    doubtful = [
+        file
+        for file in files
+        if file.name.lower().endswith(_MAY_BE_EITHER)
+        and not (file.name in found or file.name in REWRITTEN)
+        and not (file.name.startswith(CALIBRATION_FOLDER) or _WELL_KNOWN.fullmatch(file.name))
+    ]
+    for file, kind in zip(doubtful, _kinds(source, doubtful), strict=True):
+        if kind is not None:
+            found[file.name] = kind
+    if any(why not in NEVER for why in found.values()):
+        named = {*_texts(config), *_texts(_tokenizer_config(source, files))}
+        found = {name: why for name, why in found.items() if why in NEVER or name not in named}
+    return found
+
+
+def recognised(name: str, head: bytes) -> str | None:
+    """`plan` or `scores` for a file that begins so, whatever it is called; else None."""
+    suffix = name.lower().rpartition(".")[2]
+    if suffix == "pt":
+        is_scores = b"data.pkl" in head and _PICKLED.search(head)
+    elif suffix == "npz":
+        is_scores = head.startswith(b"PK") and _ARRAY.match(head, 30)
+    elif suffix == "safetensors":
+        is_scores = _OUR_SCORES.search(head) or _TENSOR.search(head)
+    else:
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if _OUR_PLAN.search(text) or _KEEP_LIST.match(text):
+            return PLAN
+        is_scores = _OUR_SCORES.search(text) or _TABLE.match(text) or _NAMED_TABLE.search(text)
+    return SCORES if is_scores else None
+
+
+def _kinds(source: Source, files: Sequence[SourceFile]) -> list[str | None]:
+    def kind(file: SourceFile) -> str | None:
+        return recognised(file.name, source.read(file.name, 0, min(file.nbytes, _HEAD_NBYTES)))
+
+    if not source.is_remote:
+        return [kind(file) for file in files]
+    return list(map_in_threads(kind, files, _HEADS_AT_ONCE, "heads"))
+
+
+def _tokenizer_config(source: Source, files: Collection[SourceFile]) -> object:
+    for file in files:
+        if file.name == _TOKENIZER_CONFIG and file.nbytes <= _MAX_CONFIG_NBYTES:
+            try:
+                return json.loads(source.read(file.name, 0, file.nbytes))
+            except (ValueError, RecursionError):
+                return None  # the tokenizer's own reader reports it
+    return None
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a JSON value."""
+    open_values = [value]
+    while open_values:
+        item = open_values.pop()
+        if isinstance(item, str):
+            yield item.removeprefix("./")
+        elif isinstance(item, Mapping):
+            open_values += item.values()
+        elif isinstance(item, list):
+            open_values += item

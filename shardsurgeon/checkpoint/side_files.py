@@ -1,0 +1,72 @@
+"""What lies beside a model's weights: what a prune carries along, and what it leaves behind.
+
+What belongs to a model, `recognition` says; `--include` and `--exclude` decide otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.recognition import REWRITTEN
+from shardsurgeon.errors import UsageError
+
+EXCLUDED = "excluded"
+
+
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """The files beside a model's weights. carried: those that belong to it, by name; left: those
+    that do not → why, in a word or two."""
+
+    carried: tuple[str, ...]
+    left: Mapping[str, str]
+
+
+def side_files(
+    checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> SideFiles:
+    """Sort the files beside a model's weights; those that a prune writes anew are in neither list.
+
+    include, exclude: globs of paths, or folders, that decide otherwise; where both fit, the file
+    is left behind. A glob that fits nothing does nothing here: `require_sound` refuses it.
+    """
+    shards = {shard.file for shard in checkpoint.shards}
+    carried, left = [], {}
+    for file in checkpoint.files:
+        name = file.name
+        if name in REWRITTEN or name in shards:
+            continue
+        why = checkpoint.left_behind.get(name)
+        if matches(name, exclude):
+            left[name] = EXCLUDED
+        elif matches(name, include) or (why is None and name not in checkpoint.unindexed):
+            carried.append(name)
+        elif why is not None:
+            left[name] = why
+    return SideFiles(tuple(carried), left)
+
+
+def require_sound(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Raise UsageError for a glob that fits no file, or excludes what a model needs."""
+    shards = {shard.file for shard in checkpoint.shards}
+    beside = [file.name for file in checkpoint.files if file.name not in shards]
+    for option, globs in (("--include", include), ("--exclude", exclude)):
+        for glob in globs:
+            if not any(matches(name, [glob]) for name in beside):
+                problem = f"{glob} fits none of the {len(beside)} files beside the weights"
+                raise UsageError(option, problem, "globs are of paths in the model's folder")
+    for glob in exclude:
+        for name in (*sorted(REWRITTEN.intersection(beside)), *sorted(shards)):
+            if matches(name, [glob]):
+                problem = f"{glob} would exclude {name}, without which this is no model"
+                raise UsageError("--exclude", problem, "give a narrower one")
+
+
+def matches(name: str, globs: Sequence[str]) -> bool:
+    """Whether a path fits a glob, whose `*` stands for `/` too, or lies in a folder so called."""
+    return any(
+        fnmatchcase(name, glob) or fnmatchcase(name, f"{glob.rstrip('/')}/*") for glob in globs
+    )
