@@ -98,7 +98,7 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     def number(names: tuple[str, ...], default: int | None) -> int:
         return _number(section, names, default, where)
 
-    num_layers = number(keys.num_layers, None)
+    num_layers = _num_layers(section, keys.num_layers, where)
     n_group = max(number(keys.n_group, 1), 1)
     own = (*keys.mtp_num_experts, *filter(None, (keys.per_mtp_layer,)))
     # 0 says, as an absent key does, that MTP layers have as many experts as the others.
@@ -162,6 +162,18 @@ def _per_layer(
                 problem = f"says {found[layer]} and {value} experts for layer {layer}"
                 raise ConfigError(where, problem, "make the spellings agree")
     return found
+
+
+def _num_layers(section: Mapping[str, Any], names: tuple[str, ...], where: str) -> int:
+    """The number of layers: a spelling's value, or the length of a list or text of layer kinds."""
+    for name in names:
+        outer, _, key = name.rpartition(".")
+        value = (config_section(section, outer) or {}).get(key)
+        if isinstance(value, list | str):
+            return len(value)
+        if value is not None:
+            return _number(section, (name,), None, where)
+    raise ConfigError(where, f"has no {' or '.join(names)}")
 
 
 def _number(

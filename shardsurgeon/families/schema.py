@@ -57,6 +57,7 @@ class ConfigKeys:
     at: dotted paths of the object that holds the keys; "" is the top. The first one that has
     an expert count is read, and all are rewritten.
     also: further values that repeat the expert count.
+    num_layers: the number, or a list or text with one entry per layer, whose length it is.
     All except `at` and `elsewhere` are dotted paths from `at`, in which `*` is every element of a
     list or member of an object; a list at the end counts as its elements.
     per_layer, per_mtp_layer: where the config gives the number of experts of each layer, `*`
