@@ -7,6 +7,7 @@ MoE block is claimed by a rule of the family, or refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -190,6 +191,10 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     )
 
 
+# What experts may be called in a layout that no rule knows.
+_EXPERTS = re.compile(r"expert|moe|switch|\bw[123]\b", re.IGNORECASE)
+
+
 class _Census:
     """Counts tensors and bytes in two passes, the second over the few that no expert owns.
 
@@ -288,9 +293,7 @@ class _Census:
     def check(self) -> None:
         """Every MoE layer has a router and experts 0..E-1; experts that lack a tensor are noted."""
         if not self._experts and not self._stacked:
-            raise FamilyError(
-                self._location, "has no expert tensors: a dense model has none to prune"
-            )
+            raise self._no_experts()
         for layer in self.moe_layers:
             if layer not in self._routers:
                 name = self._blocks[layer].prefix + self._router_name()
@@ -300,6 +303,23 @@ class _Census:
                 self._check_experts(layer)
             elif layer not in self._stacked:
                 raise FamilyError(self._location, f"layer {layer} has a router and no experts")
+
+    def _no_experts(self) -> FamilyError:
+        """The error for a checkpoint in which no rule finds an expert, dense or not."""
+        experts = self._reader.experts_of(0)
+        if experts < 2:
+            problem = "has no expert tensors: a dense model has none to prune"
+            return FamilyError(self._location, problem)
+        found = [record.name for record in self._others]
+        odd = (name for name in found if _EXPERTS.search(name))
+        return FamilyError(
+            self._location,
+            f"none of its {len(found):,} tensors is one of the {experts} experts per layer that "
+            f"config.json counts: looked for {self._reader.expert_name}, and found names such as "
+            f"{next(odd, min(found, default='none'))}",
+            "fetch the whole model, or declare its names with --family FILE: see 'Adding a family' "
+            "in CONTRIBUTING.md",
+        )
 
     def compare(self) -> None:
         """Every MoE layer has the tensors that the others have."""

@@ -11,13 +11,14 @@ from typing import Any
 
 from shardsurgeon.checkpoint.roles import ExpertCounts
 from shardsurgeon.errors import ConfigError
-from shardsurgeon.families.schema import ConfigKeys, Family
+from shardsurgeon.families.schema import ConfigKeys, Family, numbers_of_experts
 
 # Experts of every layer, MTP layers included, 0 for dense ones. Pruned models whose layers keep
 # different numbers have this list; no engine's release reads it.
 PER_LAYER_KEY = "num_routed_experts_per_layer"
-# transformers' key, and that of compressed-tensors before transformers had one.
-QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config"})
+MLX_QUANTIZATION_KEY = "quantization"
+# transformers' key, that of compressed-tensors before transformers had one, and MLX's.
+QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config", MLX_QUANTIZATION_KEY})
 
 JsonPath = tuple[str | int, ...]
 
@@ -89,11 +90,7 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     spellings = (*keys.num_experts, *filter(None, (keys.per_layer,)), PER_LAYER_KEY)
     section = next((s for s in sections if any(_values_at(s, key) for key in spellings)), None)
     if section is None:
-        raise ConfigError(
-            where,
-            f"has no expert count ({' or '.join(keys.num_experts)})",
-            "a dense model has no experts to prune",
-        )
+        raise _no_count(family, config, where)
 
     def number(names: tuple[str, ...], default: int | None) -> int:
         return _number(section, names, default, where)
@@ -162,6 +159,21 @@ def _per_layer(
                 problem = f"says {found[layer]} and {value} experts for layer {layer}"
                 raise ConfigError(where, problem, "make the spellings agree")
     return found
+
+
+def _no_count(family: Family, config: Mapping[str, Any], where: str) -> ConfigError:
+    """The error for a config without the count: of a dense model, or with the count elsewhere."""
+    keys = family.config
+    problem = f"has no expert count ({' or '.join(keys.num_experts)})"
+    other = next(numbers_of_experts(config), None)
+    if other is None:
+        return ConfigError(where, problem, "a dense model has no experts to prune")
+    places = " or ".join(at or "the top" for at in keys.at)
+    return ConfigError(
+        where,
+        f"{problem} in {places}, where family {family.name} has it, and says {other[0]} {other[1]}",
+        "declare where it stands with --family FILE: see 'Adding a family' in CONTRIBUTING.md",
+    )
 
 
 def _num_layers(section: Mapping[str, Any], names: tuple[str, ...], where: str) -> int:

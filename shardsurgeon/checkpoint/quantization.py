@@ -41,7 +41,12 @@ _COMPANIONS = (
 )  # fmt: skip
 # Companions where one of these weights is stored in few bits beside them, parameters otherwise:
 # some routers and experts have a learned scale of their own.
-_BESIDE = {".scale": (".weight",), "_scales": ("_blocks",), "_scale": ("", "_packed")}
+_BESIDE = {
+    ".scale": (".weight",),
+    ".biases": (".weight",),
+    "_scales": ("_blocks",),
+    "_scale": ("", "_packed"),
+}
 _ALL_COMPANIONS = (*_COMPANIONS, *_BESIDE)
 
 
@@ -131,7 +136,7 @@ def _parameters(tensor: _Tensor, reader: _Reader) -> int | None:
     if tensor.dtype == "I32" and not packed:
         return 0  # ids and counts
     weight = reader.weight(tensor)
-    if tensor.dtype == "I32" and (weight.lacks or weight.is_guess):
+    if tensor.dtype in ("I32", "U32") and (weight.lacks or weight.is_guess):
         return None
     if tensor.dtype == "U8" and (weight.lacks or not weight.form):
         # bitsandbytes keeps the scale of its pairs under names of its own.
@@ -188,9 +193,9 @@ class _Weight(NamedTuple):
     """What one tensor of a checkpoint stands for.
 
     name, shape: the weight's, as an engine has it. form: how it is stored, `scaled` (in its own
-    name), `packed`, `words` or `blocks`; "" for one that needs no companions. bits: of a packed
-    integer. lacks: the companion without which the shape is not known (then it is the stored
-    one). is_guess: whether companions and config leave more than one shape open.
+    name), `packed`, `words`, `mlx` or `blocks`; "" for one that needs no companions. bits: of a
+    packed integer. lacks: the companion without which the shape is not known (then it is the
+    stored one). is_guess: whether companions and config leave more than one shape open.
     """
 
     name: str
@@ -217,6 +222,8 @@ class _Reader:
             return self._packed(record, name.removesuffix("_packed"))
         if name.endswith(".qweight"):
             return self._words(record, name.removesuffix("qweight"))
+        if record.dtype == "U32" and name.endswith(".weight"):
+            return self._mlx(record)
         if name.endswith("_blocks") and len(record.shape) == 4:
             return self._blocks(record, name.removesuffix("_blocks"))
         return self._plain(record)
@@ -255,6 +262,18 @@ class _Reader:
         fallback = self._schemes.packings[0][0]
         width, bits = next(iter(readings.items()), (columns * WORD // fallback, fallback))
         return _Weight(name, (*rows, width), "packed", bits, is_guess=len(readings) != 1)
+
+    def _mlx(self, record: _Tensor) -> _Weight:
+        """MLX: words along the inputs, `[.., out, in / 8]`, and scales `[.., out, in / group]`."""
+        scales = self._records.get(record.name.removesuffix("weight") + "scales")
+        if scales is None or scales.shape[:-1] != record.shape[:-1]:
+            return _Weight(record.name, record.shape, lacks="scales")
+        *rows, columns = record.shape
+        # Groups are always whole, so that words and groups leave few widths, mostly one.
+        widths = [(scales.shape[-1] * group, bits) for bits, group in self._schemes.packings]
+        fits = {width: bits for width, bits in widths if width * bits == columns * WORD}
+        width, bits = next(iter(fits.items()), (columns, WORD))
+        return _Weight(record.name, (*rows, width), "mlx", bits, is_guess=len(fits) != 1)
 
     def _words(self, record: _Tensor, stem: str) -> _Weight:
         """AWQ `[n, o / 8]` and GPTQ `[n / 8, o]`, whose scales are `[n / group, o]`."""
@@ -317,6 +336,9 @@ class _Companions:
         name, shape = weight.name, weight.shape
         if weight.form == "words":
             self._check_words(name.removesuffix("weight"), weight)
+        elif weight.form == "mlx":
+            (scales,) = self._take([f"{name.removesuffix('weight')}scales"])
+            self._expect(f"{name.removesuffix('weight')}biases", scales.shape, shape)
         elif weight.form == "blocks":
             experts, columns, rows = shape
             self._expect(f"{name}_scales", (experts, rows, columns // _MXFP4_COLUMNS), shape)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from shardsurgeon.checkpoint.layouts import is_companion, with_other_layouts
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import Family, Rule, pattern
 from shardsurgeon.storage.formats.safetensors import TensorRecord
@@ -115,7 +116,7 @@ class NameReader:
     """A family's rules, compiled for one checkpoint's numbers."""
 
     def __init__(self, family: Family, num_layers: int, counts: ExpertCounts, tail: int) -> None:
-        names = family.tensors
+        names = with_other_layouts(family.tensors)
         self._family = family
         self._num_layers = num_layers
         self._expert_counts = counts
@@ -166,6 +167,12 @@ class NameReader:
         """The name of the router's matrix in this family, behind a layer's prefix."""
         return self._family.tensors.routers[0].name
 
+    @property
+    def expert_name(self) -> str:
+        """A name of an expert's tensor in this family, its layer's prefix included."""
+        names = self._family.tensors
+        return f"{names.layers[0]}.{(*names.experts, *names.stacked)[0].name}"
+
     def in_block(self, name: str, start: int) -> bool:
         """Whether a layer's tensor, its prefix `start` characters long, is in the MoE block."""
         return self._blocks.fullmatch(name, start) is not None
@@ -181,7 +188,9 @@ class NameReader:
     def is_router_weight(self, record: TensorRecord) -> bool:
         """Whether the tensor is the router's matrix, one row per expert."""
         place = self.place(record.name)
-        return place is not None and any(
+        if place is None or is_companion(record.name):
+            return False
+        return any(
             rule.axis == 0 and len(record.shape) == 2 and regex.fullmatch(record.name, place[1])
             for regex, rule in self._routers
         )
@@ -255,8 +264,7 @@ class NameReader:
     def _sliced(
         self, record: TensorRecord, layer: int, rule: Rule, *, is_router: bool = False
     ) -> Sliced:
-        tail = self._tail if is_router else 0
-        expected = self.experts_of(layer) + tail
+        expected = self.experts_of(layer)
         if rule.axis >= len(record.shape):
             raise FamilyError(
                 record.name,
@@ -265,6 +273,9 @@ class NameReader:
                 "the family's declaration is not for this tensor",
             )
         rows = record.shape[rule.axis]
+        # A re-save may stack weights of identity experts, with which nothing is computed.
+        tail = self._tail if is_router or rows == expected + self._tail else 0
+        expected += tail
         if rows != expected:
             raise FamilyError(
                 record.name,

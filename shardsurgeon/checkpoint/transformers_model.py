@@ -23,6 +23,7 @@ from shardsurgeon.families.schema import Family, TransformersView
 OPTION = "--architecture"
 _INSTALL = "pip install 'shardsurgeon[architecture]'"
 _OTHERWISE = "verify without it"
+_SPELLED_FLOAT = "__float__"
 
 Known = Callable[[object], bool]
 
@@ -215,7 +216,7 @@ def _engine() -> _Engine:
 
 def _build(engine: _Engine, config: Mapping[str, Any], attention: str | None, dtype: str) -> Any:
     """The model of a config on the meta device, None where transformers has no class for it."""
-    settings = engine.configs[config["model_type"]].from_dict(_without_kernels(config))
+    settings = engine.configs[config["model_type"]].from_dict(_buildable(config))
     model_class = _class_of(engine, settings)
     if model_class is None:
         return None
@@ -254,12 +255,21 @@ def _class_of(engine: _Engine, settings: Any) -> Any:
     return None
 
 
-def _without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without quantization, remote code and the choice of attention kernels."""
+def _buildable(node: Any) -> Any:
+    """The config without quantization, remote code and the choice of attention kernels.
+
+    Infinity is a number again: transformers writes it as an object, and reads that from files.
+    """
+    if isinstance(node, list):
+        return [_buildable(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    if node.keys() == {_SPELLED_FLOAT}:
+        return float(node[_SPELLED_FLOAT])
     left_out = (*QUANTIZATION_KEYS, "auto_map")
     return {
-        key: _without_kernels(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
+        key: _buildable(value)
+        for key, value in node.items()
         if key not in left_out and not key.endswith("attn_implementation")
     }
 

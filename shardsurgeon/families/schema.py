@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib import resources
@@ -236,10 +236,27 @@ def _read(file_name: str) -> str:
     return (resources.files("shardsurgeon.families") / file_name).read_text(encoding="utf-8")
 
 
+def numbers_of_experts(node: object, path: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted path, number) of what a config says about experts, whatever it counts of them.
+
+    Numbers of 1 and less, and null, say that a model of the family is dense.
+    """
+    members: Iterable[tuple[object, object]] = ()
+    if isinstance(node, Mapping):
+        members = node.items()
+    elif isinstance(node, list):
+        members = enumerate(node)
+    for key, value in members:
+        where = f"{path}.{key}".lstrip(".")
+        if "expert" in str(key) and type(value) is int and value > 1:
+            yield where, value
+        yield from numbers_of_experts(value, where)
+
+
 def _mentions_experts(node: object) -> bool:
     if isinstance(node, Mapping):
         return any("expert" in key or _mentions_experts(value) for key, value in node.items())
-    return False
+    return isinstance(node, list) and any(map(_mentions_experts, node))
 
 
 def _unknown(model_type: object, families: tuple[Family, ...]) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import (
+    MLX_QUANTIZATION_KEY,
     PER_LAYER_KEY,
     QUANTIZATION_KEYS,
     config_section,
@@ -94,10 +95,13 @@ def partial_lists(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> l
 
 def quantization_name(config: Mapping[str, Any]) -> str | None:
     """The quantization in a few words: `compressed-tensors pack-quantized`, `fp8`, or None."""
-    for _, section in quantization_sections(config):
+    names = []
+    for path, section in quantization_sections(config):
         words = [section.get("quant_method"), section.get("format") or section.get("quant_algo")]
-        return " ".join(str(word) for word in words if word) or "unnamed"
-    return None
+        if path[-1] == MLX_QUANTIZATION_KEY and not any(words):
+            words = ["mlx", section.get("mode")]
+        names.append(" ".join(str(word) for word in words if word))
+    return next(filter(None, names), "unnamed") if names else None
 
 
 # Side files that do not say which tool wrote them.

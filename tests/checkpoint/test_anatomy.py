@@ -137,10 +137,30 @@ def test_what_is_missing_or_claimed_by_no_rule_is_refused_by_name(arguments, err
     assert says in str(caught.value)
 
 
-def test_a_dense_model_of_a_known_family_is_refused() -> None:
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_dense_model_of_a_known_family_is_refused(count: int) -> None:
     dense = {name: v for name, v in tiny.tensors().items() if "layers.0" in name}
+    content = tiny.config(n_routed_experts=count)
     with pytest.raises(FamilyError, match="a dense model has none to prune"):
-        anatomy(weights=dense, shard_of=lambda name: 1)
+        anatomy(content=content, weights=dense, shard_of=lambda name: 1)
+
+
+@pytest.mark.parametrize("odd", ["model.layers.1.moe.w13", "transformer.blocks.1.switch.up"])
+def test_experts_that_no_rule_finds_are_not_called_a_dense_model(odd: str) -> None:
+    weights = {name: v for name, v in tiny.tensors().items() if "layers.0" in name}
+    weights[odd] = np.zeros((8, 4, 6), np.float32)
+    with pytest.raises(FamilyError) as caught:
+        anatomy(weights=weights, shard_of=lambda name: 1)
+    for words in ("none of its 4 tensors", "8 experts per layer", odd, "--family FILE"):
+        assert words in str(caught.value)
+    assert "dense" not in str(caught.value)
+
+
+def test_an_expert_count_in_another_place_is_not_called_a_dense_model() -> None:
+    content = tiny.config(n_routed_experts=None, text_config={"num_experts": 8})
+    with pytest.raises(ConfigError, match=r"says text_config.num_experts 8; .*--family FILE") as it:
+        anatomy(content=content)
+    assert "dense" not in str(it.value)
 
 
 def test_an_unknown_model_type_is_told_what_is_supported_and_how_to_add_a_family() -> None:

@@ -61,14 +61,15 @@ def _masks(model: Any, experts: int, retained: Kept | None) -> Iterator[None]:
     routers = {
         int(name.split("layers.")[1].split(".")[0]): module
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("Router")
+        if type(module).__name__.endswith(("Router", "MoEV1Gate"))
     }
     assert routers
     assert retained is None or routers.keys() <= retained.keys()
     for layer, router in routers.items():
         gone = [e for e in range(experts) if retained is not None and e not in retained[layer]]
-        for name, bias in [*router.named_buffers(), *router.named_parameters()]:
-            if name.endswith("e_score_correction_bias"):
+        for name, bias in [*model.named_buffers(), *model.named_parameters()]:
+            # Some blocks keep it beside the router and hand it over.
+            if f".layers.{layer}." in name and name.endswith("e_score_correction_bias"):
                 bias[..., gone] = float("-inf")
         router.forward = _masked(router.forward, gone)
     threads = torch.get_num_threads()
@@ -79,7 +80,7 @@ def _masks(model: Any, experts: int, retained: Kept | None) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _masked(forward: Callable[[torch.Tensor], Any], gone: list[int]) -> Any:
+def _masked(forward: Callable[..., Any], gone: list[int]) -> Any:
     """A router's own forward that sees -inf where the logits of the experts in `gone` were."""
 
     def linear(
@@ -93,12 +94,12 @@ def _masked(forward: Callable[[torch.Tensor], Any], gone: list[int]) -> Any:
     def topk(scores: torch.Tensor, k: int, dim: int = -1, sorted: bool = True) -> Any:
         return _topk(scores, k, dim=dim, sorted=True)
 
-    def masked_forward(hidden: torch.Tensor) -> Any:
+    def masked_forward(*arguments: Any) -> Any:
         with (
             mock.patch.object(functional, "linear", linear),
             mock.patch.object(torch, "topk", topk),
             mock.patch.object(torch.Tensor, "topk", topk),
         ):
-            return forward(hidden)
+            return forward(*arguments)
 
     return masked_forward

@@ -32,7 +32,8 @@ def tolerance(logits: torch.Tensor, folder: Path) -> float:
     config = read_config(folder)
     for inner in ("thinker_config", "text_config"):
         config = config.get(inner, config)
-    layers = config.get("num_hidden_layers") or config["num_layers"]
+    layers = config.get("num_hidden_layers") or config.get("num_layers")
+    layers = layers or len(config["layers_block_type"])
     terms = config["hidden_size"] * layers
     return float(torch.finfo(torch.float32).eps * terms * logits.abs().max())
 
