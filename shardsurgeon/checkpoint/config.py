@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from shardsurgeon.checkpoint.roles import ExpertCounts
@@ -165,7 +166,8 @@ def _no_count(family: Family, config: Mapping[str, Any], where: str) -> ConfigEr
     """The error for a config without the count: of a dense model, or with the count elsewhere."""
     keys = family.config
     problem = f"has no expert count ({' or '.join(keys.num_experts)})"
-    other = next(numbers_of_experts(config), None)
+    # The count rather than what else a config says of experts: the largest number, mostly.
+    other = max(numbers_of_experts(config), key=itemgetter(1), default=None)
     if other is None:
         return ConfigError(where, problem, "a dense model has no experts to prune")
     places = " or ".join(at or "the top" for at in keys.at)

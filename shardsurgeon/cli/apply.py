@@ -192,7 +192,8 @@ def _next(report: ApplyReport) -> Iterator[str]:
     yield ""
     if out is not None:
         yield "Compare every byte:"
-        yield f"  shardsurgeon verify {as_typed(source) if source else 'SOURCE'} {as_typed(out)}"
+        line = f"  shardsurgeon verify {as_typed(source) if source else 'SOURCE'} {as_typed(out)}"
+        yield f"{line} --family {as_typed(report.family)}" if report.family else line
     place = served(report.push) if report.push else out and f"vllm serve {as_typed(out)}"
     if report.plan.stock_engines and place:
         yield "Serve:"

@@ -74,6 +74,7 @@ class _Run:
         self._files = len(plan.shards) + small
         self._report, self._out = pruning.report, pruning.out
         self._source = pruning.checkpoint.source
+        self._family = pruning.declared
         self._check = SelfCheck(pruning.checkpoint, plan, pruning.out, by_shard=by_shard)
 
     def carry_out(
@@ -117,6 +118,7 @@ class _Run:
             verification=check.report,
             bytes_downloaded=done.bytes_downloaded,
             source=address_of(self._source),
+            family=self._family,
         )
 
     def _hand_over(self) -> Plan:

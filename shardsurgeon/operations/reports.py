@@ -82,7 +82,7 @@ class ApplyReport:
 
     bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
     bytes_downloaded: what came over the network; push: where it was pushed to, if it was;
-    source: the model that was pruned, as it can be named again.
+    source: the model that was pruned, as it can be named again; family: what --family said.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", verify=False)
@@ -101,6 +101,7 @@ class ApplyReport:
     bytes_downloaded: int = 0
     push: PushReport | None = None
     source: str = ""
+    family: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

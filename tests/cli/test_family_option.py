@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -112,5 +113,103 @@ def test_a_declaration_that_cannot_be_read_is_refused_in_one_line(
     own.write_text(text)
     model = undeclared("qwen3_moe", tmp_path)
     assert apply(model, tmp_path / "out", "--family", str(own)) == 2
+    line = capsys.readouterr().err
+    assert says in line and line.count("\n") == 1
+
+
+def stacked(folder: Path, content: dict[str, object], **tensors: tuple[int, ...]) -> Path:
+    """A model of two layers in the given names (`__` for a dot), [4, ...] of all experts."""
+    folder.mkdir()
+    made = {"model.embed_tokens.weight": np.ones((8, HIDDEN), np.float32)}
+    for layer in range(2):
+        for number, (name, shape) in enumerate(sorted(tensors.items())):
+            values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1000 * number
+            made[f"model.layers.{layer}.{name.replace('__', '.')}"] = values + layer
+    save_file(made, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "scores.json").write_text(json.dumps({0: [4, 1, 2, 3], 1: [1, 4, 3, 2]}))
+    return folder
+
+
+HIDDEN = 6
+NOVEL = {"model_type": "novel_moe", "num_hidden_layers": 2}
+COUNTED = {**NOVEL, "num_experts": 4, "num_experts_per_tok": 2}
+RESAVED: dict[str, tuple[int, ...]] = {
+    "mlp__experts__gate_up_proj": (4, 10, HIDDEN),
+    "mlp__experts__down_proj": (4, HIDDEN, 5),
+    "mlp__gate__weight": (4, HIDDEN),
+}
+STACKED: dict[str, dict[str, tuple[int, ...]]] = {
+    "transformers": RESAVED,
+    "biases of experts": {**RESAVED, "mlp__experts__gate_up_proj_bias": (4, 10)},
+    "router bias among the experts": {**RESAVED, "mlp__experts__e_score_correction_bias": (4,)},
+    "shared experts": {**RESAVED, "mlp__shared_experts__up_proj__weight": (5, HIDDEN)},
+    "granite": {
+        "block__input_linear__weight": (4, 10, HIDDEN),
+        "block__output_linear__weight": (4, HIDDEN, 5),
+        "block__router__layer__weight": (4, HIDDEN),
+    },
+    "mlx": {
+        **{f"mlp__switch_mlp__{part}__weight": (4, 5, HIDDEN) for part in ("gate_proj", "up_proj")},
+        "mlp__switch_mlp__down_proj__weight": (4, HIDDEN, 5),
+        "mlp__gate__weight": (4, HIDDEN),
+    },
+    "mlx, quantized": {
+        **{
+            f"mlp__switch_mlp__{part}__{kind}": (4, 5, 2)
+            for part in ("gate_proj", "up_proj")
+            for kind in ("weight", "scales", "biases")
+        },
+        **{f"mlp__gate__{kind}": (4, 2) for kind in ("weight", "scales", "biases")},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_auto_reads_experts_stacked_beside_a_router(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = stacked(tmp_path / "m", COUNTED, **STACKED[kind]), tmp_path / "out"
+    given = [str(model / "scores.json"), "--model", str(model), "--keep", "2", "-o", str(out)]
+    assert main(["apply", *given, "--family", "auto"]) == 0
+    assert f"verify {model} {out} --family auto\n" in capsys.readouterr().out
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    kept = {"0": [0, 3], "1": [1, 2]}
+    for name, values in before.items():
+        cut = len(values) == 4
+        rows = values[kept[name.split(".")[2]]] if cut else values
+        assert np.array_equal(after[name], rows), name
+
+
+def test_auto_takes_two_places_of_the_count_that_agree_for_one(tmp_path: Path) -> None:
+    text = {key: value for key, value in COUNTED.items() if key != "model_type"}
+    content = {"model_type": "novel_ocr", "num_experts": 4, "language_config": text}
+    model, out = stacked(tmp_path / "m", content, **RESAVED), tmp_path / "out"
+    given = [str(model / "scores.json"), "--model", str(model), "--keep", "2", "-o", str(out)]
+    assert main(["apply", *given, "--family", "auto"]) == 0
+    written = json.loads((out / "config.json").read_text())
+    assert written == {**content, "num_experts": 2, "language_config": {**text, "num_experts": 2}}
+
+
+@pytest.mark.parametrize(
+    ("content", "tensors", "says"),
+    [
+        ({**COUNTED, "text": {"num_experts": 8}}, RESAVED, "num_experts 4 and text.num_experts 8"),
+        ({**NOVEL, "num_experts_held": 4}, RESAVED, "and says num_experts_held 4"),
+        (COUNTED, {**RESAVED, "other__w": (4, 3, 2), "other__x": (4, 3)}, "no router is beside"),
+        (COUNTED, {"mlp__gate__weight": (4, HIDDEN)}, "stacked tensors of 4 lie nowhere"),
+        (COUNTED, {**RESAVED, "mlp__w__weight": (4, HIDDEN)}, "2 tensors could be the router"),
+        (COUNTED, {**RESAVED, "mlp__experts__down_proj": (4, 4, 5)}, "4 in dimensions [0, 1]"),
+    ],
+)
+def test_auto_says_what_it_could_not_read(
+    content: dict[str, object],
+    tensors: dict[str, tuple[int, ...]],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = stacked(tmp_path / "m", content, **tensors)
+    assert main(["inspect", str(model), "--family", "auto"]) == 2
     line = capsys.readouterr().err
     assert says in line and line.count("\n") == 1

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.config import config_section, config_values
+from shardsurgeon.checkpoint.layouts import with_other_layouts
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus, Tabled
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
 from shardsurgeon.pruning.config_edits import pruned_config
@@ -67,7 +68,8 @@ def prefixes(name: str) -> dict[int, str]:
 def block_of(name: str) -> str:
     """The part of a layer that holds its router."""
     rest = next(iter(anatomy(name).layers)).router.removeprefix(next(iter(prefixes(name).values())))
-    blocks = [b for b in anatomy(name).family.tensors.blocks if rest.startswith(f"{b}.")]
+    names = with_other_layouts(anatomy(name).family.tensors)
+    blocks = [block for block in names.blocks if rest.startswith(f"{block}.")]
     return max(blocks, key=len)
 
 
