@@ -153,7 +153,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     """
     where = f"{checkpoint.location}/{CONFIG_NAME}"
     config = checkpoint.settings
-    family = checkpoint.family or family_for(config, where)
+    family = checkpoint.family or family_for(config, where, (r.name for r in checkpoint.records))
     if family.refusal:
         raise FamilyError(where, f"{config.get('model_type')}: {family.refusal}")
     numbers = read_numbers(family, config, where)

@@ -13,6 +13,7 @@ from typing import Any
 from shardsurgeon.checkpoint.roles import ExpertCounts
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.families.schema import ConfigKeys, Family, numbers_of_experts
+from shardsurgeon.families.schema import config_section as config_section
 
 # Experts of every layer, MTP layers included, 0 for dense ones. Pruned models whose layers keep
 # different numbers have this list; no engine's release reads it.
@@ -22,14 +23,6 @@ MLX_QUANTIZATION_KEY = "quantization"
 QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config", MLX_QUANTIZATION_KEY})
 
 JsonPath = tuple[str | int, ...]
-
-
-def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
-    """The object at a dotted path of a config (`text_config`; "" is the top), or None."""
-    node: Any = config
-    for key in filter(None, dotted.split(".")):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node if isinstance(node, Mapping) else None
 
 
 def quantization_sections(

@@ -204,10 +204,11 @@ def is_declared(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def family_for(config: Mapping[str, Any], where: str) -> Family:
+def family_for(config: Mapping[str, Any], where: str, tensors: Iterable[str] = ()) -> Family:
     """The family of a config.json, by `model_type`, else by `architectures`.
 
-    Raises FamilyError where no family is declared for it.
+    Raises FamilyError where no family is declared for it; tensors: the checkpoint's names, which
+    tell the families that would fit.
     """
     families = all_families()
     model_type = config.get("model_type")
@@ -221,7 +222,7 @@ def family_for(config: Mapping[str, Any], where: str) -> Family:
     if not _mentions_experts(config):
         problem = f"{model_type!r} names no experts: a dense model has none to prune"
         raise FamilyError(where, problem)
-    raise FamilyError(where, *_unknown(model_type, families))
+    raise FamilyError(where, *_unknown(config, families, tensors))
 
 
 @cache
@@ -234,6 +235,14 @@ def all_families() -> tuple[Family, ...]:
 
 def _read(file_name: str) -> str:
     return (resources.files("shardsurgeon.families") / file_name).read_text(encoding="utf-8")
+
+
+def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
+    """The object at a dotted path of a config (`text_config`; "" is the top), or None."""
+    node: Any = config
+    for key in filter(None, dotted.split(".")):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else None
 
 
 def numbers_of_experts(node: object, path: str = "") -> Iterator[tuple[str, int]]:
@@ -259,16 +268,46 @@ def _mentions_experts(node: object) -> bool:
     return isinstance(node, list) and any(map(_mentions_experts, node))
 
 
-def _unknown(model_type: object, families: tuple[Family, ...]) -> tuple[str, str]:
-    known = sorted({name for family in families for name in family.model_types})
-    problem = f"model type {model_type!r} is not supported; supported are {', '.join(known)}"
-    near = difflib.get_close_matches(str(model_type), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+def _unknown(
+    config: Mapping[str, Any], families: tuple[Family, ...], tensors: Iterable[str]
+) -> tuple[str, str]:
+    model_type = config.get("model_type")
+    known = {name: family for family in families for name in family.model_types}
+    problem = f"model type {model_type!r} is not supported; supported are "
+    problem += ", ".join(sorted(known))
+    near = difflib.get_close_matches(str(model_type), sorted(known), n=len(known))
+    held = list(tensors)
+    fitting = (name for name in near if _would_fit(known[name], config, held))
+    first = next(fitting, None)
+    hint = f"did you mean {first}? " if first else ""
     remedy = (
         f"{hint}try --family auto, or declare it with --family FILE: see 'Adding a family' in "
         "CONTRIBUTING.md"
     )
     return problem, remedy
+
+
+def _would_fit(family: Family, config: Mapping[str, Any], tensors: list[str]) -> bool:
+    """Whether a family's declaration finds its counts in a config, and an expert among tensors.
+
+    tensors: names; none at all are no reason against a family.
+    """
+    if family.refusal:
+        return False
+    keys = family.config
+    sections = [config_section(config, at) or {} for at in keys.at]
+    wanted = (keys.num_experts, keys.top_k, keys.num_layers)
+    if not any(all(any(s.get(k) is not None for k in ks) for ks in wanted) for s in sections):
+        return False
+    names = family.tensors
+    experts = [re.compile(pattern(rule.name)) for rule in (*names.experts, *names.stacked)]
+    layers = [re.compile(pattern(f"{prefix}.")) for prefix in names.layers]
+    starts = (
+        (name, match.end()) for name in tensors for layer in layers if (match := layer.match(name))
+    )
+    return not tensors or any(
+        expert.fullmatch(name, start) for name, start in starts for expert in experts
+    )
 
 
 def _family(data: dict[str, Any], where: str) -> Family:

@@ -166,8 +166,39 @@ def test_an_expert_count_in_another_place_is_not_called_a_dense_model() -> None:
 def test_an_unknown_model_type_is_told_what_is_supported_and_how_to_add_a_family() -> None:
     with pytest.raises(InputError) as caught:
         anatomy(content=tiny.config(model_type="kimi_k52", architectures=[]))
-    for words in ("kimi_k25", "did you mean", "--family FILE", "CONTRIBUTING.md"):
+    for words in ("kimi_k25", "did you mean kimi_k2?", "--family FILE", "CONTRIBUTING.md"):
         assert words in str(caught.value)
+
+
+GLM = tiny.config(model_type="glm4_moe_lit", architectures=[])
+TEXT = {key: GLM[key] for key in ("n_routed_experts", "num_experts_per_tok", "num_hidden_layers")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        ({"content": GLM}, "glm4_moe_lite"),
+        # No family near in name has its counts there.
+        ({"content": {"model_type": "glm4_moe_lit", "text": TEXT}}, None),
+        ({"content": {**TEXT, "model_type": "kimi_k25_", "num_hidden_layers": None}}, None),
+        # The next in name takes its counts from a section of the config.
+        ({"content": {"model_type": "kimi_k2_", "text_config": TEXT}}, None),
+        # The counts fit, and the tensors have other names.
+        ({"content": GLM, "weights": {"blocks.1.ffn.e.0.w": np.zeros((8, 2), "f4")}}, None),
+        # It would fit by name, if it could be pruned.
+        ({"content": tiny.config(model_type="ernie4_5_moe_v", architectures=[])}, "none by far"),
+    ],
+)
+def test_a_family_is_suggested_only_where_it_would_fit(arguments, suggestion) -> None:
+    with pytest.raises(FamilyError) as caught:
+        anatomy(**arguments)
+    said = str(caught.value)
+    if suggestion == "none by far":
+        assert "ernie" not in said.partition("did you mean")[2]
+    elif suggestion is None:
+        assert "did you mean" not in said
+    else:
+        assert f"did you mean {suggestion}?" in said
 
 
 def test_a_dimension_that_happens_to_equal_the_expert_count_does_no_harm_beside_the_block() -> None:
