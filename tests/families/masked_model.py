@@ -30,7 +30,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-ROUTER_CLASS = re.compile(r"(TopKRouter|TopkRouter|MoEV1Gate)$")
+ROUTER_CLASS = re.compile(r"(TopKRouter|TopkRouter|TokenChoiceRouter|MoEV1Gate)$")
+BIASES = ("e_score_correction_bias", "expert_bias")
 _topk = torch.topk
 
 Kept = dict[int, list[int]]
@@ -72,7 +73,7 @@ def _routers(model: Any, retained: Kept | None, relation: bool) -> Iterator[None
     biases = [
         (name, bias)
         for name, bias in [*model.named_buffers(), *model.named_parameters()]
-        if name.endswith("e_score_correction_bias")
+        if name.endswith(BIASES)
     ]
     before = [bias.clone() for _, bias in biases]
     if retained is not None:
