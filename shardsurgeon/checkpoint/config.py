@@ -90,13 +90,15 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
         return _number(section, names, default, where)
 
     num_layers = _num_layers(section, keys.num_layers, where)
+    experts = _experts(section, keys, num_layers, where)
+    for other in sections:
+        _refuse_other_count(other, keys.num_experts, experts.every, where)
     n_group = max(number(keys.n_group, 1), 1)
     own = (*keys.mtp_num_experts, *filter(None, (keys.per_mtp_layer,)))
-    # 0 says, as an absent key does, that MTP layers have as many experts as the others.
     return Numbers(
         num_layers=num_layers,
-        experts=_experts(section, keys, num_layers, where),
-        own_mtp_count=any(value for name in own for value in _values_at(section, name)),
+        experts=experts,
+        own_mtp_count=any(any(_values_at(section, name)) for name in own),
         top_k=number(keys.top_k, None),
         n_group=n_group,
         topk_group=max(number(keys.topk_group, n_group), 1),
@@ -123,14 +125,20 @@ def _experts(
     per_layer = _per_layer(section, keys, num_layers, where)
     largest = max((n for layer, n in per_layer.items() if layer < num_layers), default=None)
     every = _number(section, keys.num_experts, largest, where)
-    for name in keys.num_experts:
+    # 0 is how a config says that the MTP layers have as many as the others.
+    mtp = _number(section, keys.mtp_num_experts, every, where) or every
+    return ExpertCounts(every, per_layer, mtp)
+
+
+def _refuse_other_count(
+    section: Mapping[str, Any], names: tuple[str, ...], every: int, where: str
+) -> None:
+    """Raise ConfigError where a part of the config has a spelling with another count."""
+    for name in names:
         other = next((n for n in _values_at(section, name) if n != every), None)
         if other is not None:
             problem = f"says {every} and {other!r} experts ({name})"
-            remedy = "make the spellings agree"
-            raise ConfigError(where, problem, remedy)
-    of_mtp = _number(section, keys.mtp_num_experts, every, where)
-    return ExpertCounts(every, per_layer, of_mtp or every)
+            raise ConfigError(where, problem, "make the spellings agree")
 
 
 def _per_layer(

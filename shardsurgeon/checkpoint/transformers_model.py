@@ -106,10 +106,13 @@ class MetaModel:
         engine, model = self._engine, self._model
         meta = {shape: _meta(engine.torch, shape) for shape in set(shapes.values())}
         with silence_hub():
+            rules = self.rules()
+            for rule in rules:
+                if isinstance(rule, engine.WeightConverter):
+                    # Very large tensors go by way of the processor; these have no numbers.
+                    rule.force_cpu = False
             settings = engine.LoadStateDictConfig(
-                device_map={"": "meta"},
-                dtype=engine.torch.bfloat16,
-                weight_mapping=self.rules(),
+                device_map={"": "meta"}, dtype=engine.torch.bfloat16, weight_mapping=rules
             )
             info, _ = engine.convert_and_load_state_dict_in_model(
                 model, {name: meta[shape] for name, shape in shapes.items()}, settings

@@ -207,8 +207,9 @@ def is_declared(config: Mapping[str, Any]) -> bool:
 def family_for(config: Mapping[str, Any], where: str, tensors: Iterable[str] = ()) -> Family:
     """The family of a config.json, by `model_type`, else by `architectures`.
 
-    Raises FamilyError where no family is declared for it; tensors: the checkpoint's names, which
-    tell the families that would fit.
+    A wrapper that no family declares is read by the family of its text model, if that reads this
+    part of a config. tensors: the checkpoint's names, which tell the families that would fit.
+    Raises FamilyError where no family is declared for it.
     """
     families = all_families()
     model_type = config.get("model_type")
@@ -218,6 +219,11 @@ def family_for(config: Mapping[str, Any], where: str, tensors: Iterable[str] = (
             return family
     for family in families:
         if any(name in family.architectures for name in architectures):
+            return family
+    for family in families:
+        sections = (config.get(at) for at in family.config.at)
+        types = (each.get("model_type") for each in sections if isinstance(each, Mapping))
+        if any(name in family.model_types for name in types):
             return family
     if not _mentions_experts(config):
         problem = f"{model_type!r} names no experts: a dense model has none to prune"

@@ -1,22 +1,27 @@
 """Experts' biases in other places than the router, and text models below a wrapper's name.
 
-LFM2 MoE, Trinity, Hunyuan 3 and 4: sigmoid routers, whose pruned models must agree to the last
-bit with the original that cannot choose the pruned experts (`masked_model`).
+Sigmoid routers (LFM2 MoE, Trinity, Hunyuan 3 and 4, GLM): the pruned model must agree to the last
+bit with the original that cannot choose the pruned experts (`masked_model`). Softmax routers
+(Qwen4-Exp, Mistral 4, DeepSeek-OCR 2): the original's logits are masked before the softmax, and
+the two agree but for the rounding of a sum with fewer terms.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.errors import ConfigError, FamilyError
+from shardsurgeon.families.schema import family_for
 from shardsurgeon.operations import api
 from tests.families.masked_model import load, logits
 from tests.families.pruned_pair import (
@@ -27,12 +32,13 @@ from tests.families.pruned_pair import (
     build_and_prune,
     builders,
 )
+from tests.families.specimens import specimen
 from tests.oracle.byte_oracle import read_config, read_tensors
 from tests.oracle.closeness import assert_equal_but_for_rounding
 
 pytestmark = pytest.mark.oracle
 
-BUILDERS = builders("expert_bias")
+BUILDERS = builders("expert_bias") | builders("vision_wrappers")
 MAIN_LAYERS = 3
 
 
@@ -48,6 +54,7 @@ class Case:
     logits: Literal["same bits", "but for rounding"] | None
     mtp: str = r"(?!)"
     mtp_layers: int = 0
+    first_sparse: int = 1
     model_class: Any = AutoModelForCausalLM
 
 
@@ -74,12 +81,39 @@ HUNYUAN4 = Layout(
     ),
     counts=(("n_routed_experts",),),
 )
+GLM = Layout(
+    layers=r"model\.language_model\.layers\.(\d+)\.",
+    experts=r"mlp\.experts\.(\d+)" + GATED,
+    sliced=((r"mlp\.gate\.(weight|e_score_correction_bias)", 0),),
+    counts=(("text_config", "n_routed_experts"),),
+)
+QWEN4 = replace(
+    GLM,
+    mtp=r"mtp\.layers\.(\d+)\.",
+    sliced=((r"mlp\.gate\.weight", 0), (r"mlp\.experts\.(gate_up|down)_proj", 0)),
+    counts=(("text_config", "num_experts"),),
+)
+MISTRAL4 = replace(
+    QWEN4,
+    layers=r"language_model\.model\.layers\.(\d+)\.",
+    mtp=None,
+    experts=None,
+    counts=GLM.counts,
+)
+OCR2 = replace(GLM, layers=r"model\.layers\.(\d+)\.", sliced=((r"mlp\.gate\.weight", 0),))
+WRAPPED = partial(Case, model_class=AutoModelForImageTextToText)
+BEHIND = r"model\.language_model\.layers\.3\."
 CASES = {
     "lfm2_moe": Case(LFM2, "same bits"),
     "lfm2_moe_unbiased": Case(LFM2, "same bits"),
     "afmoe": Case(TRINITY, "same bits"),
     "hy_v3": Case(TRINITY, "same bits", mtp=r"model\.layers\.3\.", mtp_layers=1),
     "hy_v4": Case(HUNYUAN4, "same bits", mtp=r"model\.mtp_layers\.", mtp_layers=1),
+    "glm4v_moe": WRAPPED(GLM, "same bits", mtp=BEHIND, mtp_layers=1),
+    "glm5_next": WRAPPED(GLM, "same bits", mtp=BEHIND, mtp_layers=1),
+    "qwen4_exp": WRAPPED(QWEN4, "but for rounding", mtp=r"mtp\.", mtp_layers=1, first_sparse=0),
+    "mistral4": WRAPPED(MISTRAL4, "but for rounding", first_sparse=0),
+    "deepseek_ocr2": WRAPPED(OCR2, "but for rounding"),
 }
 
 Pairs = Callable[[str], Pair]
@@ -105,7 +139,8 @@ def test_every_tensor_is_the_sources_renumbered_or_sliced(name: str, pairs: Pair
 
 @every_family
 def test_every_layer_with_experts_is_pruned_mtp_layers_too(name: str, pairs: Pairs) -> None:
-    layers = range(1, MAIN_LAYERS + CASES[name].mtp_layers)
+    case = CASES[name]
+    layers = range(case.first_sparse, MAIN_LAYERS + case.mtp_layers)
     assert list(pairs(name).retained) == list(layers)
 
 
@@ -151,4 +186,21 @@ def test_dropped_mtp_layers_leave_no_tensor_and_no_count(name: str, tmp_path: Pa
     assert gone.isdisjoint(after)
     assert {tensor for tensor in before if ".experts." not in tensor} - gone <= after.keys()
     config = read_config(pair.folder)
-    assert config.get("text_config", config)["num_nextn_predict_layers"] == 0
+    text = config.get("text_config", config)
+    assert [
+        text[key] for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if key in text
+    ] == [0]
+
+
+def test_a_wrapper_that_dense_models_have_too_is_told_by_its_text_model() -> None:
+    config = specimen("mistral4").config
+    assert family_for(config, "").name == "mistral4"
+    text = {"model_type": "ministral3", "num_hidden_layers": 3, "hidden_size": 64}
+    with pytest.raises(FamilyError, match="'mistral3' names no experts: a dense model has none"):
+        family_for({**config, "text_config": text}, "")
+
+
+def test_counts_in_two_parts_of_a_config_that_do_not_agree_are_refused() -> None:
+    spoiled = specimen("mistral4").configured(("n_routed_experts",), 16)
+    with pytest.raises(ConfigError, match=r"says 8 and 16 experts \(n_routed_experts\)"):
+        read_anatomy(spoiled.checkpoint())
