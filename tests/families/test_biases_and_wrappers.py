@@ -8,6 +8,7 @@ the two agree but for the rounding of a sum with fewer terms.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,13 +18,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.errors import ConfigError, FamilyError
 from shardsurgeon.families.schema import family_for
 from shardsurgeon.operations import api
-from tests.families.masked_model import load, logits
+from tests.families.masked_model import Kept, load, logits
 from tests.families.pruned_pair import (
     Layout,
     Pair,
@@ -36,10 +38,18 @@ from tests.families.specimens import specimen
 from tests.oracle.byte_oracle import read_config, read_tensors
 from tests.oracle.closeness import assert_equal_but_for_rounding
 
-pytestmark = pytest.mark.oracle
+pytestmark = [
+    pytest.mark.oracle,
+    # A published key that transformers reads but calls old.
+    pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning"),
+]
 
-BUILDERS = builders("expert_bias") | builders("vision_wrappers")
-MAIN_LAYERS = 3
+BUILDERS = {
+    **builders("expert_bias"),
+    **builders("vision_wrappers"),
+    **builders("remote_wrappers"),
+    **builders("deepseek_v41"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,15 +57,19 @@ class Case:
     """What is known of a fixture: names, MTP tensors and how exact its logits are.
 
     logits: what masking leaves of them, None where transformers cannot run the model. mtp: the
-    tensors that go with the MTP layers, which transformers does not read.
+    tensors that go with the MTP layers, which transformers does not read. text: where transformers
+    lacks the wrapper, the part of config.json about the text model, and what its tensors' names
+    begin with there and in the text model alone.
     """
 
     layout: Layout
     logits: Literal["same bits", "but for rounding"] | None
     mtp: str = r"(?!)"
     mtp_layers: int = 0
+    main_layers: int = 3
     first_sparse: int = 1
     model_class: Any = AutoModelForCausalLM
+    text: tuple[str, str, str] | None = None
 
 
 GATED = r"\.(?:gate|up|down)_proj\.weight$"
@@ -101,6 +115,32 @@ MISTRAL4 = replace(
     counts=GLM.counts,
 )
 OCR2 = replace(GLM, layers=r"model\.layers\.(\d+)\.", sliced=((r"mlp\.gate\.weight", 0),))
+KIMI_VL = replace(GLM, layers=r"language_model\.model\.layers\.(\d+)\.")
+VL2 = replace(
+    OCR2,
+    layers=r"language\.model\.layers\.(\d+)\.",
+    counts=(("language_config", "n_routed_experts"),),
+)
+OCR = replace(OCR2, counts=(("n_routed_experts",), *VL2.counts))
+INTERNVL = replace(KIMI_VL, sliced=OCR2.sliced, counts=(("llm_config", "num_experts"),))
+INTERNVL_GPT_OSS = Layout(
+    layers=r"language_model\.model\.layers\.(\d+)\.",
+    experts=None,
+    sliced=(
+        (r"mlp\.experts\.(gate_up|down)_proj(_bias)?", 0),
+        (r"mlp\.router\.(weight|bias)", 0),
+    ),
+    counts=(("llm_config", "num_local_experts"),),
+)
+INTERNS1 = replace(GLM, sliced=OCR2.sliced, counts=(("text_config", "num_experts"),))
+OVIS = replace(INTERNVL, layers=r"llm\.model\.layers\.(\d+)\.")
+DEEPSEEK_V41 = Layout(
+    layers=r"layers\.(\d+)\.",
+    mtp=r"mtp\.(\d+)\.",
+    experts=r"ffn\.experts\.(\d+)\.w[123]\.(?:weight|scale)$",
+    sliced=((r"ffn\.gate\.(weight|bias|bias_vl)", 0),),
+    counts=(("text_config", "n_routed_experts"),),
+)
 WRAPPED = partial(Case, model_class=AutoModelForImageTextToText)
 BEHIND = r"model\.language_model\.layers\.3\."
 CASES = {
@@ -114,11 +154,38 @@ CASES = {
     "qwen4_exp": WRAPPED(QWEN4, "but for rounding", mtp=r"mtp\.", mtp_layers=1, first_sparse=0),
     "mistral4": WRAPPED(MISTRAL4, "but for rounding", first_sparse=0),
     "deepseek_ocr2": WRAPPED(OCR2, "but for rounding"),
+    "kimi_vl": Case(KIMI_VL, "same bits", text=("text_config", "language_model.", "")),
+    "deepseek_vl2": Case(VL2, "but for rounding", text=("language_config", "language.", "")),
+    # Its text model is that of OCR 2.
+    "deepseek_ocr": Case(OCR, None),
+    "internvl_qwen3_moe": Case(
+        INTERNVL,
+        "but for rounding",
+        first_sparse=0,
+        text=("llm_config", "language_model.", ""),
+    ),
+    "internvl_gpt_oss": Case(
+        INTERNVL_GPT_OSS,
+        "same bits",
+        main_layers=2,
+        first_sparse=0,
+        text=("llm_config", "language_model.", ""),
+    ),
+    "interns1": Case(
+        INTERNS1,
+        "but for rounding",
+        first_sparse=0,
+        text=("text_config", "model.language_model.", "model."),
+    ),
+    "ovis2_6_moe": Case(OVIS, "but for rounding", first_sparse=0, text=("llm_config", "llm.", "")),
+    "deepseek_v41": Case(DEEPSEEK_V41, None, mtp=r"mtp\.", mtp_layers=3, first_sparse=0),
+    "deepseek_v41_even": Case(DEEPSEEK_V41, None, mtp=r"mtp\.", mtp_layers=3, first_sparse=0),
 }
 
 Pairs = Callable[[str], Pair]
 every_family = pytest.mark.parametrize("name", list(BUILDERS))
-run_by_transformers = pytest.mark.parametrize("name", [n for n in CASES if CASES[n].logits])
+RUN = [name for name, case in CASES.items() if case.logits]
+run_by_transformers = pytest.mark.parametrize("name", [n for n in RUN if not CASES[n].text])
 
 
 @pytest.fixture(scope="session")
@@ -134,17 +201,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 @every_family
 def test_every_tensor_is_the_sources_renumbered_or_sliced(name: str, pairs: Pairs) -> None:
-    assert_tensors_follow(pairs(name), CASES[name].layout, MAIN_LAYERS)
+    assert_tensors_follow(pairs(name), CASES[name].layout, CASES[name].main_layers)
 
 
 @every_family
 def test_every_layer_with_experts_is_pruned_mtp_layers_too(name: str, pairs: Pairs) -> None:
     case = CASES[name]
-    layers = range(case.first_sparse, MAIN_LAYERS + case.mtp_layers)
+    layers = range(case.first_sparse, case.main_layers + case.mtp_layers)
     assert list(pairs(name).retained) == list(layers)
 
 
-@every_family
+@pytest.mark.parametrize("name", [n for n in BUILDERS if n != "deepseek_v41"])
 def test_the_count_is_rewritten_and_nothing_else_in_the_config(name: str, pairs: Pairs) -> None:
     assert_config_follows(pairs(name), CASES[name].layout)
 
@@ -153,16 +220,62 @@ def test_the_count_is_rewritten_and_nothing_else_in_the_config(name: str, pairs:
 def test_a_pruned_model_is_the_original_that_cannot_choose_the_pruned_experts(
     name: str, pairs: Pairs
 ) -> None:
-    pair, case = pairs(name), CASES[name]
-    source = load(pair.source, case.model_class, case.mtp)
-    result = logits(load(pair.folder, case.model_class, case.mtp))
-    masked = logits(source, pair.retained)
+    pair = pairs(name)
+    assert_same_answers(pair.source, pair.folder, pair.retained, CASES[name])
+
+
+@pytest.mark.parametrize("name", [name for name in RUN if CASES[name].text])
+def test_the_text_model_of_a_pruned_wrapper_is_the_originals_that_cannot_choose_the_pruned(
+    name: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    pair, text = pairs(name), CASES[name].text
+    assert text
+    source, pruned = (alone(f, *text, tmp_path / f.name) for f in (pair.source, pair.folder))
+    assert_same_answers(source, pruned, pair.retained, CASES[name])
+
+
+def assert_same_answers(source: Path, pruned: Path, retained: Kept, case: Case) -> None:
+    """The pruned model answers as the original whose routers cannot choose pruned experts."""
+    original = load(source, case.model_class, case.mtp)
+    result = logits(load(pruned, case.model_class, case.mtp))
+    masked = logits(original, retained)
     if case.logits == "same bits":
         assert torch.equal(result, masked)
     else:
-        assert_equal_but_for_rounding(result, masked, pair.source)
+        assert_equal_but_for_rounding(result, masked, source)
     # Without the mask they must differ, or the equality above proves nothing.
-    assert (result - logits(source)).abs().max() > 1e-2
+    assert (result - logits(original)).abs().max() > 1e-2
+
+
+def alone(folder: Path, section: str, prefix: str, own: str, copy: Path) -> Path:
+    """A copy that holds the text model of a wrapper only, under the text model's own names."""
+    tensors = {}
+    for name, tensor in read_tensors(folder).items():
+        if name.startswith((prefix, "lm_head.")):
+            tensors[own + name.removeprefix(prefix) if name.startswith(prefix) else name] = tensor
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(read_config(folder)[section]), encoding="utf-8")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.logits])
+def test_survivors_keep_their_router_logits(name: str, pairs: Pairs) -> None:
+    pair, case = pairs(name), CASES[name]
+    before, after = read_tensors(pair.source), read_tensors(pair.folder)
+    hidden = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    routers = [tensor for tensor in before if tensor.endswith(".gate.weight")]
+    assert len(routers) == len(pair.retained)
+    for router in routers:
+        own = case.layout.mtp and re.match(case.layout.mtp, router)
+        match = own or re.match(case.layout.layers, router)
+        assert match
+        keep = pair.retained[int(match[1]) + (case.main_layers if own else 0)]
+        old, new = (
+            torch.stack([row.float() @ hidden for row in model[router]])
+            for model in (before, after)
+        )
+        assert torch.equal(new, old[keep])
 
 
 @run_by_transformers
@@ -174,7 +287,9 @@ def test_a_re_save_by_transformers_is_read_as_the_same_layers(
     pruning = api.plan(tmp_path / "saved", pair.source / "scores.pt", ratio=0.5)
     kept = {number: list(layer.retained) for number, layer in pruning.decision.keep.layers.items()}
     # The MTP layers are not in a re-save.
-    assert kept == {number: ids for number, ids in pair.retained.items() if number < MAIN_LAYERS}
+    assert kept == {
+        number: ids for number, ids in pair.retained.items() if number < case.main_layers
+    }
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].mtp_layers])
@@ -190,6 +305,18 @@ def test_dropped_mtp_layers_leave_no_tensor_and_no_count(name: str, tmp_path: Pa
     assert [
         text[key] for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers") if key in text
     ] == [0]
+
+
+def test_mtp_stages_with_experts_of_their_own_number_keep_a_count_of_their_own(
+    pairs: Pairs,
+) -> None:
+    pair = pairs("deepseek_v41")
+    # 8 experts of a layer and 4 of a stage, pruned by half.
+    counts = {layer: len(ids) for layer, ids in pair.retained.items()}
+    assert counts == {0: 4, 1: 4, 2: 4, 3: 2, 4: 2, 5: 2}
+    expected = read_config(pair.source)
+    expected["text_config"] |= {"n_routed_experts": 4, "dspark_n_routed_experts": 2}
+    assert read_config(pair.folder) == expected
 
 
 def test_a_wrapper_that_dense_models_have_too_is_told_by_its_text_model() -> None:

@@ -35,6 +35,15 @@ NOT_BUILT = {
     "kimi_k3": "it has no model for Kimi-K3's latent experts; vLLM has",
     "nemotron_h_puzzle": "it has no model whose layers differ in their experts; vLLM has",
     "hunyuan_v1_moe_lists": "Field 'num_experts' expected int, got list",
+    "kimi_vl": "it does not know model type 'kimi_vl'",
+    "deepseek_vl2": "it does not know model type 'deepseek_vl_v2'",
+    "deepseek_ocr": "it does not know model type 'deepseek_vl_v2'",
+    "deepseek_v41": "it does not know model type 'deepseek_v41'",
+    "deepseek_v41_even": "it does not know model type 'deepseek_v41'",
+    "internvl_qwen3_moe": "it does not know model type 'internvl_chat'",
+    "internvl_gpt_oss": "it does not know model type 'internvl_chat'",
+    "interns1": "it does not know model type 'interns1'",
+    "ovis2_6_moe": "it does not know model type 'ovis2_6_moe'",
 }
 # What transformers' class lacks of a published checkpoint, beside MTP layers.
 NOT_READ = re.compile(
