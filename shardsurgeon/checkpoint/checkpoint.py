@@ -12,7 +12,7 @@ from functools import cached_property
 from os import PathLike
 from typing import Any
 
-from shardsurgeon.checkpoint.files import other_formats, root_safetensors
+from shardsurgeon.checkpoint.files import other_formats, require_known_layout, root_safetensors
 from shardsurgeon.checkpoint.provenance import (
     PROVENANCE_NAME,
     Provenance,
@@ -131,6 +131,7 @@ def open_checkpoint(
     """
     source = open_source(model)
     files = {file.name: file for file in source.list()}
+    require_known_layout(source.location, files)
     if CONFIG_NAME not in files:
         raise _no_model(source, files)
     config = Document.parse(_read_whole(source, files[CONFIG_NAME]), _at(source, CONFIG_NAME))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
+from shardsurgeon.errors import CheckpointError
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 
 # Side files that repeat the quantization lists of config.json.
@@ -151,6 +153,27 @@ def why_left_behind(name: str) -> str | None:
     kept = _KINDS_OF_DATA if name.startswith(CALIBRATION_FOLDER) else frozenset()
     fits = (why for why, rule in _RULES.items() if why not in kept and rule.fullmatch(name))
     return next(fits, None)
+
+
+def require_known_layout(location: str, names: Iterable[str]) -> None:
+    """Raise CheckpointError where all weights are in Mistral's own format.
+
+    Its params.json has other keys than a config.json, and its own engine finds weights by the name
+    `consolidated`: what pruning writes would be read by nothing.
+    """
+    names = list(names)
+    if root_safetensors(names):
+        return
+    if any(fnmatchcase(name, "consolidated*.safetensors") for name in names):
+        problem = (
+            "has its weights in Mistral's own format (params.json, consolidated*.safetensors), "
+            "which cannot be pruned"
+        )
+        remedy = (
+            "name a version of the model in the layout of transformers (config.json, "
+            "model*.safetensors), or convert it to that"
+        )
+        raise CheckpointError(location, problem, remedy)
 
 
 def root_safetensors(names: Iterable[str]) -> list[str]:

@@ -32,7 +32,8 @@ def open_model(model: str | os.PathLike[str] | None, family: str | None = None) 
 def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     if model is not None:
         return model
-    if not Path(CONFIG_NAME).is_file():
+    # Weights without a config are a model that lacks something, and opening it says what.
+    if not Path(CONFIG_NAME).is_file() and not any(Path().glob("*.safetensors")):
         problem = f"the current folder has no {CONFIG_NAME}"
         raise UsageError("--model", problem, "go to a model's folder or name one with --model")
     return "."

@@ -118,6 +118,16 @@ def without_index_and(name: str) -> dict[str, bytes]:
             IndexFileError,
             "not a plain path inside the folder",
         ),
+        (
+            {"params.json": b"{}", "consolidated.safetensors": tiny.files()[FIRST]},
+            CheckpointError,
+            "has its weights in Mistral's own format",
+        ),
+        (
+            {"config.json": b"{}", "consolidated-00001-of-00001.safetensors": b""},
+            CheckpointError,
+            "name a version of the model in the layout of transformers",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused_by_name(files, error, says) -> None:
