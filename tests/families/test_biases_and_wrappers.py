@@ -121,6 +121,7 @@ VL2 = replace(
     layers=r"language\.model\.layers\.(\d+)\.",
     counts=(("language_config", "n_routed_experts"),),
 )
+UNLIMITED_OCR = replace(OCR2, counts=VL2.counts)
 OCR = replace(OCR2, counts=(("n_routed_experts",), *VL2.counts))
 INTERNVL = replace(KIMI_VL, sliced=OCR2.sliced, counts=(("llm_config", "num_experts"),))
 INTERNVL_HF = replace(INTERNVL, counts=(("text_config", "num_experts"),))
@@ -155,6 +156,7 @@ CASES = {
     "qwen4_exp": WRAPPED(QWEN4, "but for rounding", mtp=r"mtp\.", mtp_layers=1, first_sparse=0),
     "mistral4": WRAPPED(MISTRAL4, "but for rounding", first_sparse=0),
     "deepseek_ocr2": WRAPPED(OCR2, "but for rounding"),
+    "unlimited_ocr": WRAPPED(UNLIMITED_OCR, "but for rounding"),
     "internvl_hf": WRAPPED(INTERNVL_HF, "but for rounding", first_sparse=0),
     "kimi_vl": Case(KIMI_VL, "same bits", text=("text_config", "language_model.", "")),
     "deepseek_vl2": Case(VL2, "but for rounding", text=("language_config", "language.", "")),

@@ -30,7 +30,7 @@ from tests.oracle.byte_oracle import read_config
 def tolerance(logits: torch.Tensor, folder: Path) -> float:
     """The largest difference that rounding explains, for a model with the config in `folder`."""
     config = read_config(folder)
-    for inner in ("thinker_config", "text_config"):
+    for inner in ("thinker_config", "text_config", "language_config"):
         config = config.get(inner, config)
     layers = config.get("num_hidden_layers") or config.get("num_layers")
     layers = layers or len(config["layers_block_type"])
