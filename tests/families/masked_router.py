@@ -12,8 +12,11 @@ from it, and so is its correction bias, where there is one. What follows from it
   after that softmax, so the pruned model may choose otherwise than the original does among the
   survivors; masking the choice alone would not be its oracle.
 
-The summation order of the router's product and the order of an unsorted top-k are fixed, as in
-tests/oracle/logits_oracle.py.
+A.X-K2 gives every expert outside the chosen groups a score of 0, whatever it was before: the
+choice itself is masked, too, so that a pruned one does not come back that way.
+
+The summation order of the router's product, the order of an unsorted top-k and that of equal
+scores are fixed, as in tests/oracle/logits_oracle.py.
 """
 
 from __future__ import annotations
@@ -32,14 +35,17 @@ from tests.oracle.byte_oracle import read_config
 
 Kept = dict[int, list[int]]
 
-_topk = torch.topk
 
+def logits(
+    folder: Path, experts: int, retained: Kept | None = None, auto_class: Any = None
+) -> torch.Tensor:
+    """Logits `[2, 40, vocab]` for fixed tokens; of `experts`, only the retained may be chosen.
 
-def logits(folder: Path, experts: int, retained: Kept | None = None) -> torch.Tensor:
-    """Logits `[2, 40, vocab]` for fixed tokens; of `experts`, only the retained may be chosen."""
-    auto_class: Any = AutoModelForCausalLM
-    if "text_config" in read_config(folder):
-        auto_class = AutoModelForImageTextToText
+    auto_class: what the model is, where it is neither a language model nor one that sees.
+    """
+    if auto_class is None:
+        seeing = "text_config" in read_config(folder)
+        auto_class = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
     model, report = auto_class.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -71,7 +77,7 @@ def _masks(model: Any, experts: int, retained: Kept | None) -> Iterator[None]:
             # Some blocks keep it beside the router and hand it over.
             if f".layers.{layer}." in name and name.endswith("e_score_correction_bias"):
                 bias[..., gone] = float("-inf")
-        router.forward = _masked(router.forward, gone)
+        router.forward = _masked(router.forward, gone, experts)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -80,7 +86,7 @@ def _masks(model: Any, experts: int, retained: Kept | None) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _masked(forward: Callable[..., Any], gone: list[int]) -> Any:
+def _masked(forward: Callable[..., Any], gone: list[int], experts: int) -> Any:
     """A router's own forward that sees -inf where the logits of the experts in `gone` were."""
 
     def linear(
@@ -92,7 +98,11 @@ def _masked(forward: Callable[..., Any], gone: list[int]) -> Any:
         return out
 
     def topk(scores: torch.Tensor, k: int, dim: int = -1, sorted: bool = True) -> Any:
-        return _topk(scores, k, dim=dim, sorted=True)
+        if gone and scores.shape[dim] >= experts:
+            scores = scores.clone()
+            scores[..., gone] = float("-inf")
+        values, indices = torch.sort(scores, dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((values[..., :k], indices[..., :k]))
 
     def masked_forward(*arguments: Any) -> Any:
         with (

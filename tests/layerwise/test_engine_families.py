@@ -43,6 +43,8 @@ NOT_IN_TRANSFORMERS = {
     "kimi_vl",
     "nemotron_h_puzzle",
     "ovis2_6_moe",
+    "sarvam_mla",
+    "sarvam_moe",
 }
 # The same model in another spelling, which `from_pretrained` does not read.
 TWINS = {

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.oracle
 NOT_BUILT = {
     "bailing_moe": "it has no model for Ling 1 and 2, which run by remote code",
     "bailing_moe_v2": "it has no model for Ling 1 and 2, which run by remote code",
+    "sarvam_mla": "it has no model for Sarvam, which runs by remote code",
+    "sarvam_moe": "it has no model for Sarvam, which runs by remote code",
     "kimi_k3": "it has no model for Kimi-K3's latent experts; vLLM has",
     "nemotron_h_puzzle": "it has no model whose layers differ in their experts; vLLM has",
     "hunyuan_v1_moe_lists": "Field 'num_experts' expected int, got list",
