@@ -275,7 +275,7 @@ class _Census:
         for record in self._others:
             role = self._reader.role(record)
             if isinstance(role, Sliced):
-                each = record.nbytes // record.shape[role.axis]
+                each = record.nbytes // (record.shape[role.axis] // role.each)
                 self._rows[role.layer] = self._rows.get(role.layer, 0) + each
                 self._carry(each * role.tail, self._reader.is_mtp(role.layer))
             elif isinstance(role, Carried):

@@ -40,12 +40,16 @@ class ExpertTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sliced:
-    """A tensor with an expert axis. tail: rows behind the experts' own, kept as they are."""
+    """A tensor with an expert axis.
+
+    tail: rows behind the experts' own, kept as they are; each: rows of one expert, side by side.
+    """
 
     layer: int
     axis: int
     tail: int
     is_router: bool
+    each: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,16 +278,19 @@ class NameReader:
             )
         rows = record.shape[rule.axis]
         # A re-save may stack weights of identity experts, with which nothing is computed.
-        tail = self._tail if is_router or rows == expected + self._tail else 0
+        with_tail = (is_router and rule.tail) or rows == expected + self._tail
+        tail = self._tail if with_tail else 0
         expected += tail
-        if rows != expected:
+        each = max(1, rows // expected) if rule.flat else 1
+        if rows != expected * each:
+            what, many = ("rows", "a multiple of ") if rule.flat else ("experts", "")
             raise FamilyError(
                 record.name,
-                f"shape {list(record.shape)} has {rows} experts in dimension {rule.axis}, "
-                f"expected {expected}",
+                f"shape {list(record.shape)} has {rows} {what} in dimension {rule.axis}, "
+                f"expected {many}{expected}",
                 "the config and the tensors are not of one model",
             )
-        return Sliced(layer, rule.axis, tail, is_router)
+        return Sliced(layer, rule.axis, tail, is_router, each)
 
     def _outside(self, name: str) -> Role:
         if self._mtp_others.fullmatch(name):

@@ -37,12 +37,17 @@ _TOKEN = re.compile("|".join(re.escape(token) for token in _PLACEHOLDERS))
 class Rule:
     """One tensor name of a layer, relative to the layer's prefix.
 
-    axis: which dimension counts the experts, from 0, where the tensor has one. Raises FamilyError
-    for one below: counted from the end, it would say another thing for each shape.
+    axis: which dimension counts the experts, from 0, where the tensor has one.
+    flat: whether that dimension counts rows, as many of each expert, one expert's after another's.
+    tail: whether a router has the rows that `extra_rows` counts.
+    Raises FamilyError for an axis below 0: counted from the end, it would say another thing for
+    each shape.
     """
 
     name: str
     axis: int = 0
+    flat: bool = False
+    tail: bool = True
 
     def __post_init__(self) -> None:
         if self.axis < 0:

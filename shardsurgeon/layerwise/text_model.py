@@ -148,10 +148,11 @@ class TextModel:
         """Whether padding at the end of a sample changes nothing before it.
 
         Attention that selects keys by an indexer ignores keys after a token, but breaks ties
-        among the others by how many keys there are.
+        among the others by how many keys there are. A classifier of tokens looks ahead.
         """
-        names = (name for layer in self.layers for name, _ in layer.named_modules())
-        return not any(name.rpartition(".")[2] == "indexer" for name in names)
+        parts = [part for layer in self.layers for part in layer.named_modules()]
+        indexed = any(name.rpartition(".")[2] == "indexer" for name, _ in parts)
+        return not indexed and all(getattr(part, "is_causal", True) for _, part in parts)
 
     def groups(self) -> list[range]:
         """Layers that must be filled together, in their order.

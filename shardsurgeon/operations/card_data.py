@@ -119,7 +119,7 @@ def _unpruned(
         if isinstance(role, ExpertTensor | Sliced) and role.layer in provenance.layers:
             gone = len(provenance.layers[role.layer].pruned)
         if isinstance(role, Sliced):
-            whole.append(_longer(record, role.axis, gone))
+            whole.append(_longer(record, role.axis, gone * role.each))
             continue
         whole.append(record)
         if isinstance(role, ExpertTensor) and role.expert == 0:

@@ -187,9 +187,10 @@ def _slice(
 
     Consecutive rows are one segment: fewer and longer reads.
     """
-    rows = record.shape[role.axis]
+    rows = record.shape[role.axis] // role.each
     outer = math.prod(record.shape[: role.axis])
-    inner_bits = math.prod(record.shape[role.axis + 1 :]) * DTYPE_BITS[record.dtype]
+    inner = role.each * math.prod(record.shape[role.axis + 1 :])
+    inner_bits = inner * DTYPE_BITS[record.dtype]
     row_nbytes, ragged = divmod(inner_bits, 8)
     if ragged:
         problem = f"an expert's row takes {inner_bits:,} bits, which do not fill whole bytes"
@@ -204,7 +205,7 @@ def _slice(
         for block in range(outer)
         for first, last in runs
     )
-    kept = len(retained) + role.tail
+    kept = (len(retained) + role.tail) * role.each
     shape = (*record.shape[: role.axis], kept, *record.shape[role.axis + 1 :])
     return OutputTensor(record.name, record.dtype, shape, pieces)
 

@@ -299,9 +299,9 @@ def _rows(
 ) -> tuple[tuple[int, ...], Rows]:
     """The shape and the rows of a sliced tensor: the retained ones, then the tail as it was."""
     blocks = math.prod(old.shape[: role.axis])
-    before = old.shape[role.axis]
+    before = old.shape[role.axis] // role.each
     old_rows = retained + tuple(range(before - role.tail, before))
-    shape = (*old.shape[: role.axis], len(old_rows), *old.shape[role.axis + 1 :])
+    shape = (*old.shape[: role.axis], len(old_rows) * role.each, *old.shape[role.axis + 1 :])
     rows = blocks * before
     return shape, Rows(blocks, before, old.nbytes // rows if rows else 0, old_rows)
 

@@ -32,7 +32,9 @@ class Layout:
     layers: start of a layer's names, its number in group 1. mtp: the same for MTP layers that
     count from 0. experts: start of an expert's names behind that, its number in group 1.
     sliced: (rest of a name, expert axis). counts: where config.json has the expert count.
-    tables: rest of the names of tables whose values are expert ids.
+    tables: rest of the names of tables whose values are expert ids. tail: (rest of the names, rows
+    behind the experts') of routers that have some. flat: (rest of the names, rows of one expert)
+    of tensors whose axis counts rows.
     """
 
     layers: str
@@ -41,6 +43,8 @@ class Layout:
     counts: tuple[ConfigPath, ...]
     mtp: str | None = None
     tables: tuple[str, ...] = ()
+    tail: tuple[str, int] = (r"(?!)", 0)
+    flat: tuple[str, int] = (r"(?!)", 1)
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,26 @@ def _expected(pair: Pair, layout: Layout, main_layers: int) -> dict[str, torch.T
                 expected[f"{name[:begin]}{keep.index(old)}{name[end:]}"] = tensor
         elif axes:
             touched.add(layer)
-            expected[name] = tensor.index_select(axes[0], torch.tensor(keep))
+            expected[name] = tensor.index_select(
+                axes[0], _rows(tensor, axes[0], rest, layout, keep)
+            )
         elif any(re.fullmatch(regex, rest) for regex in layout.tables):
             expected[name] = renumbered_table(tensor, keep)
         else:
             expected[name] = tensor
     assert touched == pair.retained.keys()
     return expected
+
+
+def _rows(
+    tensor: torch.Tensor, axis: int, rest: str, layout: Layout, keep: list[int]
+) -> torch.Tensor:
+    """The rows that stay: one or several of each survivor, and those behind the experts'."""
+    each = layout.flat[1] if re.fullmatch(layout.flat[0], rest) else 1
+    more = layout.tail[1] if re.fullmatch(layout.tail[0], rest) else 0
+    whole = tensor.shape[axis]
+    rows = [expert * each + row for expert in keep for row in range(each)]
+    return torch.tensor([*rows, *range(whole - more, whole)])
 
 
 def renumbered_table(table: torch.Tensor, keep: list[int]) -> torch.Tensor:

@@ -236,8 +236,12 @@ def count_paths(name: str) -> list[tuple[str | int, ...]]:
 
 
 def identity_experts(name: str) -> int:
-    key = anatomy(name).family.config.extra_rows
-    return int(specimen(name).config[key]) if key else 0
+    keys = anatomy(name).family.config
+    sections = (config_section(specimen(name).config, at) for at in keys.at)
+    counts = [
+        section[keys.extra_rows] for section in sections if keys.extra_rows in (section or ())
+    ]
+    return int(counts[0]) if counts else 0
 
 
 @every_family

@@ -1,18 +1,22 @@
-"""Solar Open, A.X-K1 and K2, K-EXAONE, Laguna, Kolibri, Command A and Sarvam, pruned by half.
+"""Solar Open, A.X-K1 and K2, K-EXAONE, Laguna, Kolibri, Command A, Sarvam, Granite with windows,
+OpenAI's privacy filter, Step-3 and 5, Muse Spark and Inkling, pruned by half.
 
 Written from the modeling sources: which tensors have an expert axis, and where config.json says
-the count. transformers runs no Sarvam, which is compared byte by byte only.
+the count. transformers runs no Sarvam, no Step-3 or 5, no embeddings of n-grams, and Inkling's
+MXFP8 experts on a GPU only: those are compared byte by byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForTokenClassification
 
 from tests.families.masked_router import logits
 from tests.families.pruned_pair import (
@@ -27,21 +31,34 @@ from tests.oracle.byte_oracle import read_config, read_tensors
 
 pytestmark = pytest.mark.oracle
 
-BUILDERS = builders("biased_routers")
+BUILDERS = builders("biased_routers") | builders("newer_stacks") | builders("inkling")
 
 
 @dataclass(frozen=True)
 class Case:
     """What is known of a fixture: its experts, its names, its MoE layers (MTP counted on).
 
-    runs: whether transformers runs the model; these routers score each expert by itself, so the
-    pruned model must agree to the last bit.
+    runs: whether transformers runs the model; these routers score each expert by itself or take
+    a softmax over their choice, so the pruned model must agree to the last bit.
     """
 
     layout: Layout
     experts: int = 8
     pruned: frozenset[int] = frozenset({1, 2})
     runs: bool = True
+
+
+def stacked(
+    experts: str, *routers: str, count: str, layers: str = r"model\.layers", **more: Any
+) -> Layout:
+    """All experts in these tensors, and routers with a row for each."""
+    return Layout(
+        layers=rf"{layers}\.(\d+)\.",
+        experts=None,
+        sliced=tuple((name, 0) for name in (experts, *routers)),
+        counts=(tuple(count.split(".")),),
+        **more,
+    )
 
 
 def routed(*routers: str, count: str = "num_experts", layers: str = r"model\.layers") -> Layout:
@@ -56,6 +73,14 @@ def routed(*routers: str, count: str = "num_experts", layers: str = r"model\.lay
 
 BIAS = r"mlp\.gate\.e_score_correction_bias"
 V3 = routed(BIAS, count="n_routed_experts")
+STEP3 = stacked(r"moe\.(gate|up|down)_proj\.weight", r"moe\.gate\.weight", count="moe_num_experts")
+INKLING = stacked(
+    r"mlp\.experts\.w(13|2)_weight(_scale)?",
+    r"mlp\.gate\.(weight|bias)",
+    count="text_config.n_routed_experts",
+    layers=r"model\.llm\.layers",
+)
+BOTH = frozenset({0, 1})
 CASES = {
     "solar_open": Case(V3, 16, frozenset({0, 1, 2})),
     "axk1": Case(V3, 16),
@@ -70,7 +95,55 @@ CASES = {
     ),
     "sarvam_moe": Case(routed(r"mlp\.gate\.expert_bias"), 32, runs=False),
     "sarvam_mla": Case(routed(BIAS), runs=False),
+    "granitemoe_swa": Case(
+        stacked(
+            r"block_sparse_moe\.experts\.(gate_up|down)_proj",
+            r"block_sparse_moe\.router\.weight",
+            count="num_local_experts",
+        ),
+        pruned=BOTH,
+    ),
+    "openai_privacy_filter": Case(
+        stacked(
+            r"mlp\.experts\.(gate_up|down)_proj(_bias)?",
+            r"mlp\.router\.(weight|bias)",
+            count="num_local_experts",
+        ),
+        pruned=BOTH,
+    ),
+    "longcat_flash_ngram": Case(
+        replace(
+            routed(count="n_routed_experts"),
+            sliced=((r"mlp\.router\.(classifier\.weight|e_score_correction_bias)", 0),),
+            tail=(r"mlp\.router\..*", 4),
+        ),
+        pruned=BOTH,
+        runs=False,
+    ),
+    "step3_text": Case(STEP3, runs=False),
+    "step3_vl": Case(replace(STEP3, counts=(("text_config", "moe_num_experts"),)), runs=False),
+    "step5": Case(
+        stacked(
+            r"moe\.(gate|up|down)_proj\.weight",
+            r"moe\.(gate\.weight|router_bias)",
+            count="text_config.moe_num_experts",
+        ),
+        runs=False,
+    ),
+    "muse_spark": Case(
+        stacked(
+            r"mlp\.experts\.(gate_up|down)_proj",
+            r"mlp\.gate\.(weight|e_score_correction_bias)",
+            count="text_config.num_local_experts",
+            layers=r"model\.language_model\.layers",
+        )
+    ),
+    "inkling": Case(replace(INKLING, tail=(r"mlp\.gate\.weight", 2))),
+    "inkling2": Case(INKLING, pruned=BOTH),
+    "inkling2_mxfp8": Case(INKLING, pruned=BOTH, runs=False),
 }
+MODEL_CLASSES = {"openai_privacy_filter": AutoModelForTokenClassification}
+
 MAIN_LAYERS = 3
 
 Pairs = Callable[[str], Pair]
@@ -109,15 +182,29 @@ def test_a_pruned_model_is_the_original_that_cannot_choose_the_pruned_experts(
     name: str, pairs: Pairs
 ) -> None:
     pair, experts = pairs(name), CASES[name].experts
-    result = logits(pair.folder, experts // 2)
-    assert torch.equal(result, logits(pair.source, experts, pair.retained))
+    kind = MODEL_CLASSES.get(name)
+    result = logits(pair.folder, experts // 2, auto_class=kind)
+    assert torch.equal(result, logits(pair.source, experts, pair.retained, kind))
     # Without the mask they must differ, or the equality above proves nothing.
-    assert (result - logits(pair.source, experts)).abs().max() > 1e-2
+    assert (result - logits(pair.source, experts, auto_class=kind)).abs().max() > 1e-2
 
 
-def test_dropping_a_dense_mtp_layer_takes_all_its_tensors_and_its_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "prefix", "count"),
+    [
+        ("exaone_moe", "mtp.", "num_nextn_predict_layers"),
+        ("inkling", "model.mtp.", "mtp_config.num_nextn_predict_layers"),
+        ("step5", "model.layers.3.", "text_config.num_nextn_predict_layers"),
+    ],
+)
+def test_dropping_a_dense_mtp_layer_takes_all_its_tensors_and_its_count(
+    name: str, prefix: str, count: str, tmp_path: Path
+) -> None:
     options = ("--ratio", "0.5", "--mtp", "drop")
-    pair = build_and_prune("exaone_moe", BUILDERS["exaone_moe"], tmp_path, *options)
-    assert any(name.startswith("mtp.") for name in read_tensors(pair.source))
-    assert not any(name.startswith("mtp.") for name in read_tensors(pair.folder))
-    assert read_config(pair.folder)["num_nextn_predict_layers"] == 0
+    pair = build_and_prune(name, BUILDERS[name], tmp_path, *options)
+    assert any(tensor.startswith(prefix) for tensor in read_tensors(pair.source))
+    assert not any(tensor.startswith(prefix) for tensor in read_tensors(pair.folder))
+    found: Any = read_config(pair.folder)
+    for key in count.split("."):
+        found = found[key]
+    assert found == 0

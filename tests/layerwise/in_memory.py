@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
     MiniMaxM3VLForCausalLM,
     Qwen3OmniMoeThinkerForConditionalGeneration,
 )
@@ -39,6 +40,7 @@ from tests.quantization.decoding import decoded
 
 CLASSES: dict[str, Any] = {
     "minimax_m3_text": MiniMaxM3VLForCausalLM,
+    "openai_privacy_filter": AutoModelForTokenClassification,
     "qwen3_omni_moe": Qwen3OmniMoeThinkerForConditionalGeneration,
     "qwen3_omni_moe_thinker": Qwen3OmniMoeThinkerForConditionalGeneration,
 }
