@@ -94,6 +94,8 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     for other in sections:
         _refuse_other_count(other, keys.num_experts, experts.every, where)
     n_group = max(number(keys.n_group, 1), 1)
+    # Some wrappers count the MTP layers outside of the text model's part.
+    counts_mtp = [s for s in sections if any(_values_at(s, key) for key in keys.mtp_layers)]
     own = (*keys.mtp_num_experts, *filter(None, (keys.per_mtp_layer,)))
     return Numbers(
         num_layers=num_layers,
@@ -102,7 +104,7 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
         top_k=number(keys.top_k, None),
         n_group=n_group,
         topk_group=max(number(keys.topk_group, n_group), 1),
-        mtp_layers=number(keys.mtp_layers, 0),
+        mtp_layers=_number(next(iter(counts_mtp), section), keys.mtp_layers, 0, where),
         extra_rows=number((keys.extra_rows,), 0) if keys.extra_rows else 0,
     )
 

@@ -155,7 +155,9 @@ def _counts(
             length = max(anatomy.num_layers + mtp, max(kept) + 1)
             changes[(PER_LAYER_KEY,)] = Insert([kept.get(layer, 0) for layer in range(length)])
         changes.update(_own_counts(section, anatomy, kept, drop_mtp))
-        changes.update({(name,): 0 for name in keys.mtp_layers if drop_mtp and section.get(name)})
+        for dotted in keys.mtp_layers if drop_mtp else ():
+            counts = config_values(section, tuple(dotted.split(".")))
+            changes.update({path: 0 for path, value in counts if value})
         yield from (((*prefix, *path), change) for path, change in changes.items())
 
 
