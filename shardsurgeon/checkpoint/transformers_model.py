@@ -314,8 +314,10 @@ def as_transformers_reads(
 ) -> dict[str, Any] | None:
     """The config as transformers can read it, or None where it has no such model.
 
-    known: whether transformers has a config of a model type.
+    known: whether transformers has a config of a model type; it may mean another model by it.
     """
+    if view.unknown:
+        return None
     read: dict[str, Any] = _retyped(deepcopy(dict(config)), dict(view.model_types), known)
     for source, target in view.config_keys:
         _copy(read, source, target)

@@ -68,7 +68,7 @@ class ConfigKeys:
     per_layer, per_mtp_layer: where the config gives the number of experts of each layer, `*`
     being the layer's number (of MTP layers: counted from 0). These may differ between layers.
     mtp_num_experts: spellings of a separate count for the MTP layers.
-    extra_rows: key of the number of router rows after the experts' own (identity experts).
+    extra_rows: key of the number of router rows after the experts' own (identity or shared ones).
     elsewhere: dotted paths of objects about other experts, which are not changed.
     """
 

@@ -96,7 +96,7 @@ def weight_norms(
         if on_bytes is not None:
             on_bytes(done, total)
     for (layer, _), (shard, record) in stacked.items():
-        squares[layer] += _stacked_squares(checkpoint, shard, record)
+        squares[layer] += _stacked_squares(checkpoint, shard, record, len(squares[layer]))
         done += record.nbytes
         if on_bytes is not None:
             on_bytes(done, total)
@@ -117,7 +117,9 @@ def _places(
             if isinstance(role, ExpertTensor):
                 stem, _, leaf = record.name.rpartition(".")
                 alone.setdefault((role.layer, role.expert, stem), {})[leaf] = shard, record
-            elif isinstance(role, Sliced) and not role.is_router and len(record.shape) > 2:
+            elif isinstance(role, Sliced) and not role.is_router:
+                if role.each == 1 and len(record.shape) < 3:
+                    continue  # a vector for each expert
                 if role.axis:
                     raise not_readable(_stored(checkpoint, shard, record), [])
                 stacked[role.layer, record.name] = shard, record
@@ -133,13 +135,13 @@ def _matrices(
 
 
 def _stacked_squares(
-    checkpoint: Checkpoint, shard: Shard, record: TensorRecord
+    checkpoint: Checkpoint, shard: Shard, record: TensorRecord, experts: int
 ) -> NDArray[np.float64]:
-    """The sum of squares of each expert's slice of a tensor [experts, …]: float64 [experts]."""
+    """The sum of squares of each expert's slice of a tensor [experts, …], or of its rows in one
+    [experts · rows, …]: float64 [experts]."""
     whole = _stored(checkpoint, shard, record)
     if record.dtype not in FLOATS:
         raise not_readable(whole, [])
-    experts = record.shape[0]
     each = record.nbytes // experts
     found = np.array([plain_squares(_slice(whole, e * each, each)) for e in range(experts)])
     if not np.isfinite(found).all():

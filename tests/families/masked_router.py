@@ -21,6 +21,7 @@ scores are fixed, as in tests/oracle/logits_oracle.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def logits(
 @contextmanager
 def _masks(model: Any, experts: int, retained: Kept | None) -> Iterator[None]:
     routers = {
-        int(name.split("layers.")[1].split(".")[0]): module
+        int(re.split(r"(?:layers|blocks)\.", name)[1].split(".")[0]): module
         for name, module in model.named_modules()
         if type(module).__name__.endswith(("Router", "MoEV1Gate"))
     }

@@ -32,9 +32,10 @@ def tolerance(logits: torch.Tensor, folder: Path) -> float:
     config = read_config(folder)
     for inner in ("thinker_config", "text_config", "language_config"):
         config = config.get(inner, config)
-    layers = config.get("num_hidden_layers") or config.get("num_layers")
+    keys = ("num_hidden_layers", "num_layers", "n_layers")
+    layers = next((config[key] for key in keys if config.get(key)), None)
     layers = layers or len(config["layers_block_type"])
-    terms = config["hidden_size"] * layers
+    terms = (config.get("hidden_size") or config["d_model"]) * layers
     return float(torch.finfo(torch.float32).eps * terms * logits.abs().max())
 
 

@@ -91,6 +91,16 @@ def test_stacked_experts_have_the_norm_of_their_matrices_without_biases(tmp_path
         np.testing.assert_allclose(row, truth.numpy(), rtol=1e-12)
 
 
+def test_experts_one_under_the_other_are_taken_by_their_rows(tmp_path: Path) -> None:
+    folder = written(fixture("dbrx"), tmp_path)
+    tensors = read_tensors(folder)
+    for layer, row in norms(folder).items():
+        block = f"transformer.blocks.{layer}.ffn.experts.mlp"
+        parts = [tensors[f"{block}.{name}"].double().reshape(8, -1) for name in ("w1", "v1", "w2")]
+        truth = sum(part.square().sum(1) for part in parts).sqrt()
+        np.testing.assert_allclose(row, truth.numpy(), rtol=1e-12)
+
+
 def test_experts_stacked_and_quantized_are_refused(tmp_path: Path) -> None:
     folder = written(fixture("gpt_oss"), tmp_path)
     with pytest.raises(FamilyError, match=r"_blocks: is stored as U8"):
