@@ -34,7 +34,8 @@ class Layout:
     sliced: (rest of a name, expert axis). counts: where config.json has the expert count.
     tables: rest of the names of tables whose values are expert ids. tail: (rest of the names, rows
     behind the experts') of routers that have some. flat: (rest of the names, rows of one expert)
-    of tensors whose axis counts rows.
+    of tensors whose axis counts rows. counted: rest of the names of tensors whose first number is
+    the expert count.
     """
 
     layers: str
@@ -45,6 +46,7 @@ class Layout:
     tables: tuple[str, ...] = ()
     tail: tuple[str, int] = (r"(?!)", 0)
     flat: tuple[str, int] = (r"(?!)", 1)
+    counted: str = r"(?!)"
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def _expected(pair: Pair, layout: Layout, main_layers: int) -> dict[str, torch.T
             expected[name] = tensor.index_select(
                 axes[0], _rows(tensor, axes[0], rest, layout, keep)
             )
+        elif re.fullmatch(layout.counted, rest):
+            expected[name] = torch.cat([tensor.new_tensor([len(keep)]), tensor[1:]])
         elif any(re.fullmatch(regex, rest) for regex in layout.tables):
             expected[name] = renumbered_table(tensor, keep)
         else:

@@ -4,8 +4,8 @@ DBRX, pruned by half.
 
 Written from the modeling sources: which tensors have an expert axis, and where config.json says
 the count. transformers runs no Sarvam, Step-3 or 5, Arctic or Grok, no embeddings of n-grams, no
-MiniMax in its published spelling, and Inkling's MXFP8 experts on a GPU only: those are compared
-byte by byte.
+MiniMax in its published spelling and no NVFP4 Inkling, and Inkling's MXFP8 experts on a GPU only:
+those are compared byte by byte.
 """
 
 from __future__ import annotations
@@ -151,6 +151,15 @@ CASES = {
         )
     ),
     "inkling": Case(replace(INKLING, tail=(r"mlp\.gate\.weight", 2))),
+    "inkling_nvfp4": Case(
+        replace(
+            INKLING,
+            sliced=((r"mlp\.experts\.w(13|2)_weight(\.scale2?)?", 0), *INKLING.sliced[1:]),
+            tail=(r"mlp\.gate\.weight", 2),
+            counted=r"mlp\.experts\.w(13|2)_weight\.original_shape",
+        ),
+        runs=False,
+    ),
     "inkling2": Case(INKLING, pruned=BOTH),
     "inkling2_mxfp8": Case(INKLING, pruned=BOTH, runs=False),
 }
@@ -257,6 +266,16 @@ def test_dropping_a_dense_mtp_layer_takes_all_its_tensors_and_its_count(
     for key in count.split("."):
         found = found[key]
     assert found == 0
+
+
+def test_a_layer_in_bf16_among_packed_ones_is_pruned_with_them(tmp_path: Path) -> None:
+    packed, plain = BUILDERS["inkling_nvfp4"](), BUILDERS["inkling"]()
+    first = "model.llm.layers.1.mlp.experts."
+    tensors = {name: t for name, t in packed.tensors.items() if not name.startswith(first)}
+    tensors |= {name: t for name, t in plain.tensors.items() if name.startswith(first)}
+    mixed = replace(packed, tensors=tensors)
+    pair = build_and_prune("inkling_nvfp4", lambda: mixed, tmp_path)
+    assert_tensors_follow(pair, CASES["inkling_nvfp4"].layout, MAIN_LAYERS)
 
 
 def test_the_verifier_compares_every_row_of_an_expert_that_has_several(pairs: Pairs) -> None:
