@@ -42,10 +42,11 @@ _MAY_BE_EITHER = (".json", ".jsonl", ".pt", ".npz", ".safetensors")
 
 _OUR_PLAN = re.compile(rb'"kind"\s*:\s*"shardsurgeon-plan"|"num_experts_before"\s*:')
 _OUR_SCORES = re.compile(rb'"format"\s*:\s*\\?"shardsurgeon scores')
-_LAYER = (
-    rb'"(?:(?:[^"]*\.)?layers?[._]?|L|mtp\.)?\d+'
-    rb'(?:\.(?:mlp|moe|block_sparse_moe|feed_forward|ffn|mixer))?(?:\.experts)?"\s*:\s*'
+_LAYER_NAME = (
+    rb'(?:(?:[^"\0]*\.)?layers?[._]?|L|mtp\.)?\d+'
+    rb"(?:\.(?:mlp|moe|block_sparse_moe|feed_forward|ffn|mixer))?(?:\.experts)?"
 )
+_LAYER = rb'"' + _LAYER_NAME + rb'"\s*:\s*'
 _IDS = rb"\[\s*\d+\s*[,\]]"
 _KEPT = rb"kept|keep|dropped|drop|retained|pruned"
 # {layer: [ids]}, {layer: {"kept": [ids]}}, either of them below a word.
@@ -64,7 +65,11 @@ _NAMED_TABLE = re.compile(
 )
 _METRICS = rb"expert_frequency|ean_sum|ean_mean|max_activations|saliency|router_l\d|weight_l\d|reap"
 # In torch.save's pickle: a dict whose first key is a layer, or the name of a metric.
-_PICKLED = re.compile(rb"\x80.\}q.\(?K|X.\0\0\0(?:" + _METRICS + rb"|scores)", re.DOTALL)
+_PICKLED = re.compile(
+    rb"\x80.\}q.\(?(?:K|X.\0\0\0" + _LAYER_NAME + rb"q)"
+    rb"|X.\0\0\0(?:" + _METRICS + rb"|scores)",
+    re.DOTALL,
+)
 _ARRAY = re.compile(rb"(?:accumulators\.)?layers\.\d+\.|\d+\.npy|(?:scores|" + _METRICS + rb")")
 _TENSOR = re.compile(rb'"(?:accumulators\.)?layers\.\d+\.(?:' + _METRICS + rb"|weighted_)")
 

@@ -16,6 +16,7 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.operations import api
 from shardsurgeon.scores.files import ScoreContent, score_file
 from shardsurgeon.storage.source import MemorySource
+from tests.support import torch_file
 from tests.support.hub.models import fixture_folder
 
 MODEL = {
@@ -23,6 +24,9 @@ MODEL = {
     for path in fixture_folder("qwen3_moe").rglob("*")
     if path.is_file()
 }
+
+
+ROW = np.array([0.5, 0.25])
 
 
 def beside(files: Mapping[str, bytes]) -> Checkpoint:
@@ -51,6 +55,25 @@ def test_a_score_file_that_was_written_here_is_recognised(suffix: str) -> None:
     name = f"sub/whatever.{suffix}"
     assert recognised(name, score_file(name, content())[:4096]) == "scores"
     assert recognised(name, score_file(name, content(("ean_sum",)))[:4096]) == "scores"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ({3: ROW}, "scores"),
+        ({"3": ROW, "4": ROW}, "scores"),
+        ({"model.layers.3.mlp": ROW}, "scores"),
+        ({0: {"expert_frequency": ROW, "reap": ROW}, 1: {}}, "scores"),
+        ({"total_tokens": 4096, "scores": {0: ROW}}, "scores"),
+        ({"model.layers.3.mlp.gate.weight": ROW, "lm_head.weight": ROW}, None),
+        ({"speaker": ROW}, None),
+    ],
+)
+def test_a_file_of_torch_is_told_by_its_first_keys(
+    tmp_path: Path, value: dict[object, object], kind: str | None
+) -> None:
+    head = torch_file.save(value, tmp_path / "a.pt").read_bytes()[:4096]
+    assert recognised("sub/a.pt", head) == kind
 
 
 def test_a_score_file_of_torch_is_recognised() -> None:
