@@ -49,11 +49,13 @@ _LAYER_NAME = (
 _LAYER = rb'"' + _LAYER_NAME + rb'"\s*:\s*'
 _IDS = rb"\[\s*\d+\s*[,\]]"
 _KEPT = rb"kept|keep|dropped|drop|retained|pruned"
-# {layer: [ids]}, {layer: {"kept": [ids]}}, either of them below a word.
-_KEEP_LIST = re.compile(
-    rb'\{\s*(?:"\w*(?:' + _KEPT + rb')\w*"\s*:\s*\{\s*)?' + _LAYER + rb"(?:" + _IDS + rb"|\{\s*"
-    rb'(?:"(?:keep|drop)"\s*:\s*\d+\s*,\s*)?"(?:' + _KEPT + rb')"\s*:\s*' + _IDS + rb")"
+# {layer: [ids]}, {layer: {"kept": [ids]}}; either of them below a word that says which they are.
+_LAYER_OF_IDS = (
+    rb"\{\s*" + _LAYER + rb"(?:" + _IDS + rb'|\{\s*(?:"(?:keep|drop)"\s*:\s*\d+\s*,\s*)?"'
+    rb"(?:" + _KEPT + rb')"\s*:\s*' + _IDS + rb")"
 )
+_KEEP_LIST = re.compile(_LAYER_OF_IDS)
+_NAMED_KEEP_LIST = re.compile(rb'"\w*(?:' + _KEPT + rb')(?:_\w*)?"\s*:\s*' + _LAYER_OF_IDS)
 # {layer: [numbers]}, {layer: {metric: [numbers]}}; below a word, and rows; records.
 _NUMBERS = rb"\[\s*-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?\s*[,\]]"
 _TABLE = re.compile(
@@ -110,7 +112,7 @@ def recognised(name: str, head: bytes) -> str | None:
         is_scores = _OUR_SCORES.search(head) or _TENSOR.search(head)
     else:
         text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-        if _OUR_PLAN.search(text) or _KEEP_LIST.match(text):
+        if _OUR_PLAN.search(text) or _KEEP_LIST.match(text) or _NAMED_KEEP_LIST.search(text):
             return PLAN
         is_scores = _OUR_SCORES.search(text) or _TABLE.match(text) or _NAMED_TABLE.search(text)
     return SCORES if is_scores else None

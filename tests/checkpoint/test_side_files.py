@@ -88,6 +88,7 @@ def test_a_score_file_of_torch_is_recognised() -> None:
         ('{"kept": {"3": [1, 5]}}', "plan"),
         ('{"dropped": {"layers.3": [1, 5]}}', "plan"),
         ('{"0": {"keep": 2, "kept": [1, 2]}}', "plan"),
+        ('{"base_model": "org/m", "per_layer_keep": {"0": [1, 2]}}', "plan"),
         ('{"model.layers.0.mlp": [0, 1]}', "plan"),
         ('{"method": "reap", "num_experts_before": 8}', "plan"),
         ('{"0": [0.5, 1e-9]}', "scores"),
