@@ -288,8 +288,7 @@ def recipe(
         words += [] if value is None else [option, str(value)]
     words += ["--preserve-super-experts"] if request.preserve_super_experts else []
     words += ["--allow-nonuniform"] if request.allow_nonuniform else []
-    words += [f"--include={glob}" for glob in request.include]
-    words += [f"--exclude={glob}" for glob in request.exclude]
+    words += _globs(request)
     return shlex.join(words)
 
 
@@ -299,7 +298,15 @@ def recipe_by_record(facts: ModelFacts) -> str:
     words = [*_PROGRAM, "--plan", PROVENANCE_NAME, "--model", address(source)]
     words += ["--mtp", "drop"] if facts.mtp_removed and not facts.mtp_layers else []
     words += [] if facts.uniform else ["--allow-nonuniform"]
+    words += _globs(facts.provenance)
     return shlex.join(words)
+
+
+def _globs(asked: SelectionRequest | Provenance) -> list[str]:
+    return [
+        *(f"--include={glob}" for glob in asked.include),
+        *(f"--exclude={glob}" for glob in asked.exclude),
+    ]
 
 
 def with_files(command: str, repo_id: str, revision: str | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, Rounding, SelectionRequest
-from tests.cli.standins import PLANNED, FakeOperations, Run, layer
+from tests.cli.standins import APPLIED, PLANNED, FakeOperations, Run, layer
 
 
 def asked(fake: FakeOperations, run: Run, *words: str) -> SelectionRequest:
@@ -34,6 +34,10 @@ def asked(fake: FakeOperations, run: Run, *words: str) -> SelectionRequest:
         ),
         (("--keep", "72", "--multiple-of", "8"), SelectionRequest(keep=72, multiple_of=8)),
         (("--keep", "72", "--metric", "ean_sum"), SelectionRequest(keep=72, metric="ean_sum")),
+        (
+            ("--keep", "72", "--include", "a*", "--include", "b", "--exclude", "c"),
+            SelectionRequest(keep=72, include=("a*", "b"), exclude=("c",)),
+        ),
         (
             ("--keep", "72", "--preserve-super-experts"),
             SelectionRequest(keep=72, preserve_super_experts=True),
@@ -195,6 +199,32 @@ def test_several_ratios_are_compared_a_line_each(run: Run, fake: FakeOperations)
         "  saliency dropped: share of a layer's saliency that goes with its experts\n"
         "  narrowest cut: how far the highest pruned saliency stays below the lowest kept\n"
     )
+
+
+LEFT = dict.fromkeys([".env", "train.log", "wandb/run-1/a", "wandb/b", "docs/x.log"], "log")
+
+
+def test_what_is_carried_along_and_left_behind_is_said(run: Run, fake: FakeOperations) -> None:
+    fake.plan = replace(PLANNED, carried_along=("LICENSE", "docs/a.md"), left_behind=LEFT)
+    fake.apply = replace(APPLIED, plan=fake.plan)
+    for command in ("plan", "apply"):
+        said = run(command, "scores.pt", "--ratio", "0.65").stdout
+        assert (
+            "  carried along 2 files\n  left behind   .env, train.log, wandb/, docs/x.log (5)\n"
+        ) in said
+    document = json.loads(run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout)
+    assert document["left_behind"] == LEFT
+    assert document["carried_along"] == ["LICENSE", "docs/a.md"]
+
+
+def test_of_many_files_left_behind_some_are_named_and_all_are_counted(
+    run: Run, fake: FakeOperations
+) -> None:
+    left = {f"{number}.log": "log" for number in range(11)}
+    fake.plan = replace(PLANNED, left_behind=left)
+    said = run("plan", "scores.pt", "--ratio", "0.65").stdout
+    assert "7.log, 3 more (11)" in " ".join(said.split())
+    assert "8.log" not in said and "carried along" not in said
 
 
 def test_a_note_that_several_plans_share_is_told_once(run: Run, fake: FakeOperations) -> None:

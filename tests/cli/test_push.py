@@ -59,8 +59,11 @@ def test_a_pull_request_is_not_served_yet(run: Run, fake: FakeOperations) -> Non
 
 
 def test_what_was_removed_and_what_the_hub_said_is_told(run: Run, fake: FakeOperations) -> None:
-    fake.push = replace(PUSHED, removed=("model.safetensors",), notes=("no licence",))
+    fake.push = replace(
+        PUSHED, removed=("model.safetensors",), notes=("no licence",), left=("a.log", "x/b", "x/c")
+    )
     said = run("push", "out", "me/x").stdout
+    assert "  left here     a.log, x/ (3)\n" in said
     assert "removed       an earlier model's model.safetensors" in said
     assert "note          no licence" in said
 

@@ -151,6 +151,18 @@ def test_what_was_included_for_the_folder_is_still_no_secret_to_push(tmp_path: P
     assert (tmp_path / "out" / ".env").is_file()
 
 
+def test_the_card_repeats_the_globs(shell: Shell) -> None:
+    model = fixture_folder("kimi_k25")
+    said = ("--include", "scores.pt", "--exclude", "docs/*")
+    words = ("apply", scores_of("kimi_k25"), "--model", str(model), "--ratio", "0.65", *said)
+    shell.good(*words, "-o", "out", "--push-to-hub", "me/one")
+    shell.good("push", "out", "me/two")
+    for repo_id in ("me/one", "me/two"):
+        card = shell.hub.read(repo_id, "README.md").decode()
+        assert "--include=scores.pt '--exclude=docs/*'" in card
+        assert "docs/deploy_guidance.md" not in shell.hub.files(repo_id)
+
+
 @pytest.mark.parametrize(("token", "kind"), TOKENS.items())
 def test_a_token_is_named_by_its_kind_and_line_and_not_shown(token: str, kind: str) -> None:
     for text in (token, f"KEY={token}\n", f'\n{{"key": "{token}"}}', f"a\n'{token}' b"):
