@@ -1,8 +1,8 @@
 """A model in a folder of a web server, read by byte ranges.
 
 A web server lists nothing. Asked for are the config, the index, the shards that the index names,
-the code that the configs name, and the files that models usually have beside their weights. Files
-of other names cannot be found, and a note says so.
+the code and the vocabularies that the configs name, and the files that models usually have beside
+their weights. Files of other names cannot be found, and a note says so.
 """
 
 from __future__ import annotations
@@ -171,13 +171,20 @@ class WebSource(Source):
         """The files with code that the configs name."""
         names = set()
         for config in _NAMING_CODE:
-            code = self._json(config).get("auto_map")
+            said = self._json(config)
+            # vocab_file, merges_file and their like; paths of the publisher's machine are no names.
+            names |= {
+                value
+                for key, value in said.items()
+                if key.endswith("_file") and isinstance(value, str)
+            }
+            code = said.get("auto_map")
             for value in code.values() if isinstance(code, dict) else ():
                 for entry in value if isinstance(value, list) else [value]:
                     # `module.Class`; with `--` in it, the code is in another repository.
                     if isinstance(entry, str) and "--" not in entry:
                         names.add(f"{entry.partition('.')[0]}.py")
-        return {name for name in names if not leads_out(name)}
+        return {name for name in names if name and not leads_out(name)}
 
     def _json(self, name: str) -> dict[str, Any]:
         """A JSON object among the files; an empty one where the file is missing or holds none."""

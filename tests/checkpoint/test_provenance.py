@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,34 @@ def test_group_limited_routing_records_the_cut_of_every_group() -> None:
         {"min_retained_saliency": 2.0, "max_pruned_saliency": 1.0},
     ]
     assert (layer["min_retained_saliency"], layer["max_pruned_saliency"]) == (2.0, 8.0)
+
+
+def test_the_files_of_a_prune_and_its_globs_are_listed_and_read_back() -> None:
+    files = {"b.json": 7, "a\udcff": 0, "sub/c.txt": 2**40}
+    written = replace(single(), files=files, include=("eval/*",), exclude=("*.pdf", "x"))
+    said = json.loads(written.to_bytes())
+    assert list(said["files"].items()) == sorted(files.items())
+    assert (said["include"], said["exclude"]) == (["eval/*"], ["*.pdf", "x"])
+    assert parse_provenance(written.to_bytes(), "metadata") == written
+    assert parse_provenance(single().to_bytes(), "metadata").files is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"files": ["a.json"]}, "files: found list, expected an object"),
+        ({"files": {"a.json": "7"}}, "files: a.json is not given a size in bytes"),
+        ({"files": {"a.json": True}}, "files: a.json is not given a size in bytes"),
+        ({"files": {"a.json": -1}}, "files: a.json is not given a size in bytes"),
+        ({"include": "a*"}, "include: not a list of globs"),
+        ({"exclude": [1]}, "exclude: not a list of globs"),
+    ],
+)
+def test_a_list_of_files_that_is_none_is_refused(changes: dict[str, Any], says: str) -> None:
+    raw = json.dumps({**document(), **changes}).encode()
+    with pytest.raises(CheckpointError) as caught:
+        parse_provenance(raw, "metadata")
+    assert says in str(caught.value)
 
 
 def unequal(**changes: Any) -> bytes:

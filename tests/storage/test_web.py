@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.errors import (
     CheckpointError,
     IndexFileError,
@@ -49,6 +50,26 @@ def test_a_model_is_found_by_its_index_its_config_and_the_usual_names(address: s
     assert [file.name for file in source.list()] == sorted(there.keys() - hidden)
     assert "modeling_kimi.py" in there  # named by config.json's auto_map
     assert (source.name, source.revision, source.is_remote) == ("main", None, True)
+
+
+def test_every_list_of_a_quantization_is_looked_for(hub: LocalHub) -> None:
+    files = dict.fromkeys(QUANTIZATION_FILES, b"{}")
+    hub.add_model("org/lists", {**files, "config.json": b"{}"})
+    source = WebSource(f"{hub.endpoint}/org/lists/resolve/main")
+    assert {file.name for file in source.list()} == {*files, "config.json"}
+
+
+def test_a_vocabulary_that_the_tokenizer_config_names_is_found(hub: LocalHub) -> None:
+    said = {
+        "vocab_file": "own.tiktoken",
+        "merges_file": None,
+        "spm_file": "/home/me/x",
+        "n_file": {},
+    }
+    files = {"own.tiktoken": b"x", "tokenizer_config.json": json.dumps(said).encode()}
+    hub.add_model("org/named", {**files, "config.json": b"{}"})
+    source = WebSource(f"{hub.endpoint}/org/named/resolve/main")
+    assert {file.name for file in source.list()} == {*files, "config.json"}
 
 
 def test_that_there_is_no_listing_is_said_with_what_was_found(address: str) -> None:
