@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.layer_names import parse_layer
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.layerwise.accumulators import TOTAL_TOKENS, Accumulators
+from shardsurgeon.layerwise.datasets import identity
 from shardsurgeon.layerwise.samples import SampleEntry
 from shardsurgeon.scores.files import FORMAT, VERSION, ScoreContent, read_value
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION
@@ -230,8 +231,8 @@ def _disjoint(parts: Sequence[tuple[Calibration, list[SampleEntry]]]) -> list[Sa
     for part, samples in parts:
         twice = [sample for sample in samples if _key(sample) in seen]
         if twice:
-            source, index = _key(twice[0])
-            first = seen[source, index].origin
+            source, index, _ = twice[0]
+            first = seen[_key(twice[0])].origin
             problem = f"{len(twice):,} of its {len(samples):,} samples are in {first} as well"
             remedy = "each sample counts once; calibrate with another seed or other records"
             raise ScoreError(part.origin, f"{problem}, such as {source}[{index}]", remedy)
@@ -240,7 +241,8 @@ def _disjoint(parts: Sequence[tuple[Calibration, list[SampleEntry]]]) -> list[Sa
 
 
 def _key(sample: SampleEntry) -> tuple[str, int]:
-    return sample[0], sample[1]
+    """What tells a sample from others: its dataset by content where that is known, its number."""
+    return identity(sample[0]), sample[1]
 
 
 def _settings(parts: Sequence[Calibration]) -> dict[str, object]:

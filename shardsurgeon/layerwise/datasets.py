@@ -7,14 +7,15 @@
     name:n          n samples of it; parts without a number share the rest of --samples
 
 Parts are separated by commas. Local .jsonl, .json and .txt files are read here, one record at a
-time; the name of such a file contains its SHA-256, so that it is the same on every machine.
-Parquet files, folders and datasets of the Hub are read by the `datasets` library.
+time. Parquet files, folders and datasets of the Hub are read by the `datasets` library. What is
+local is known by its SHA-256, so that it is the same on every machine and under every path.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import textwrap
 from array import array
@@ -45,6 +46,9 @@ _PARQUET = ".parquet"
 # `save_to_disk` writes one of these into its folder.
 _SAVED = ("state.json", "dataset_dict.json")
 _DEFAULT_SPLIT = "train"
+# Written beside the data, with times and paths of the machine in them.
+_LIBRARY_FILES = frozenset((*_SAVED, "dataset_info.json", "dataset_infos.json"))
+_DIGEST_MARK, _DIGITS = "@sha256:", 12
 
 Record: TypeAlias = dict[str, Any] | str
 """The fields of a record, or a line of text."""
@@ -172,7 +176,8 @@ def _open_with_library(part: DatasetPart, path: Path) -> tuple[str, Records]:
     else:
         dataset, split = _load(part, str(path) if path.is_dir() else part.name)
     # With the split, even where the spec leaves it out, so that one dataset has one name.
-    return replace(part, split=split).words, LibraryRecords(dataset, part.words)
+    name = folder_content_name(path) if path.is_dir() else part.name
+    return replace(part, name=name, split=split).words, LibraryRecords(dataset, part.words)
 
 
 class LibraryRecords:
@@ -309,13 +314,55 @@ def json_list(path: Path) -> Sequence[Record]:
     return content
 
 
+def identity(source: str) -> str:
+    """What tells the dataset of this name from others: its content where the name has its digest.
+
+    source: as `OpenDataset.source` gives it. A copy under another name has the same identity.
+    """
+    _, mark, content = source.rpartition(_DIGEST_MARK)
+    return mark + content
+
+
 def content_name(path: Path) -> str:
     """A file's name with 12 digits of its SHA-256: `chats.jsonl@sha256:1f0c9ad2b4e6`."""
+    return f"{path.name}{_DIGEST_MARK}{_sha256(path)[:_DIGITS]}"
+
+
+def folder_content_name(folder: Path) -> str:
+    """A folder's name with 12 digits of the SHA-256 of its data: `chats@sha256:1f0c9ad2b4e6`.
+
+    The data are the names, below the folder, and the bytes of its files. Left out are hidden
+    files, documents, and what the `datasets` library writes for itself.
+    """
+    digest = hashlib.sha256()
+    with reading(folder):
+        named = sorted((path.relative_to(folder).as_posix(), path) for path in _files_in(folder))
+    for name, path in named:
+        if _is_data(name):
+            digest.update(os.fsencode(f"{name}\n{_sha256(path)}\n"))
+    return f"{folder.resolve().name}{_DIGEST_MARK}{digest.hexdigest()[:_DIGITS]}"
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(place, name) for name in names)
+
+
+def _is_data(name: str) -> bool:
+    *folders, file = name.split("/")
+    own = file in _LIBRARY_FILES or file.startswith("cache-") or file.endswith((".md", ".lock"))
+    return not own and not any(part.startswith(".") for part in (*folders, file))
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
         while block := file.read(BUFFER_NBYTES):
             digest.update(block)
-    return f"{path.name}@sha256:{digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
 def _json_object(line: str, where: str) -> Record:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,13 @@ import datasets
 import pytest
 
 from shardsurgeon.errors import DatasetError
-from shardsurgeon.layerwise.datasets import OpenDataset, open_dataset, parse_spec
+from shardsurgeon.layerwise.datasets import (
+    OpenDataset,
+    folder_content_name,
+    identity,
+    open_dataset,
+    parse_spec,
+)
 
 RECORDS = [{"text": f"text {n}", "number": n} for n in range(5)]
 
@@ -91,7 +99,70 @@ def test_a_file_is_named_by_its_content_in_any_folder(tmp_path: Path) -> None:
 
 
 def test_the_split_is_named_even_where_the_spec_does_not() -> None:
-    assert opened(in_a_folder()).source == "folder(train)"
+    name, mark, content = opened(in_a_folder()).source.partition("@sha256:")
+    assert (name, mark, content[12:]) == ("folder", "@sha256:", "(train)")
+
+
+@pytest.mark.parametrize("make", [in_a_folder, saved_alone, with_two_splits])
+def test_a_folder_is_known_by_its_content_under_every_path(
+    make: Callable[[], str], tmp_path: Path
+) -> None:
+    spec = make()
+    name, bracket, split = spec.partition("(")
+    first = opened(spec).source
+    copy = shutil.copytree(name, tmp_path / "mount" / name)
+    assert opened(f"{copy}{bracket}{split}").source == first
+    renamed = shutil.copytree(name, tmp_path / "other")
+    other = opened(f"{renamed}{bracket}{split}").source
+    assert other != first and identity(other) == identity(first)
+    assert texts(opened(spec)) == [f"text {n}" for n in range(5)]
+
+
+def test_what_the_library_and_people_add_to_a_folder_is_no_data(tmp_path: Path) -> None:
+    first = opened(saved_alone()).source
+    folder = Path("alone")
+    (folder / "README.md").write_text("about")
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "cache-1f0c.arrow").write_bytes(b"x")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "_fingerprint": "other"}))
+    assert opened("alone").source == first
+
+
+def test_another_name_or_another_byte_of_its_files_is_another_folder() -> None:
+    first = opened(in_a_folder()).source
+    Path("folder/train.parquet").rename("folder/train-0.parquet")
+    renamed = opened("folder").source
+    Path("folder/train-0.parquet").unlink()
+    datasets.Dataset.from_list([{"text": "other"}]).to_parquet("folder/train.parquet")
+    assert len({first, renamed, opened("folder").source}) == 3
+
+
+def test_the_content_of_a_folder_is_worked_out_by_hand() -> None:
+    folder = Path("data")
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(b"1")
+    (folder / "b" / "c.jsonl").write_bytes(b"2")
+    (folder / "notes.md").write_bytes(b"3")
+    one, two = (hashlib.sha256(data).hexdigest() for data in (b"1", b"2"))
+    text = f"a.jsonl\n{one}\nb/c.jsonl\n{two}\n"
+    expected = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert folder_content_name(folder) == f"data@sha256:{expected}"
+
+
+@pytest.mark.parametrize(
+    ("source", "known_as"),
+    [
+        ("chats.jsonl@sha256:1f0c9ad2b4e6", "@sha256:1f0c9ad2b4e6"),
+        ("my@data@sha256:1f0c9ad2b4e6[x](train)", "@sha256:1f0c9ad2b4e6[x](train)"),
+        ("org/name@main(train)", "org/name@main(train)"),
+        ("/mnt/a/folder(train)", "/mnt/a/folder(train)"),
+    ],
+)
+def test_the_identity_of_a_source_is_its_content_where_it_says_it(
+    source: str, known_as: str
+) -> None:
+    assert identity(source) == known_as
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,18 @@ def test_one_model_under_two_names_is_accepted_on_request() -> None:
 def test_one_file_cannot_be_merged() -> None:
     with pytest.raises(UsageError, match="at least two"):
         merge([calibration(1)], "s.pt")
+
+
+def test_samples_shared_by_copies_of_one_dataset_are_found() -> None:
+    def over(number: int, source: str) -> Calibration:
+        return calibration(number, [[source, 3, 60], [source, 7 + number, 40]])
+
+    parts = [
+        over(1, "chats@sha256:1f0c9ad2b4e6(train)"),
+        over(2, "copy@sha256:1f0c9ad2b4e6(train)"),
+    ]
+    with pytest.raises(ScoreError, match=r"1 of its 2 samples are in 1.pt as well, such as copy@"):
+        merge(parts, "s.pt")
+    for other in ("chats@sha256:1f0c9ad2b4e6(test)", "chats@sha256:2f0c9ad2b4e6(train)", "chats"):
+        merged = merge([parts[0], over(2, other)], "s.pt")
+        assert len(merged.samples) == 4

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shardsurgeon.errors import DatasetError
-from shardsurgeon.layerwise.samples import Conversation, read_record
+from shardsurgeon.layerwise.records import Conversation, read_record
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.datasets import parse_spec
+from shardsurgeon.layerwise.records import Conversation
 from shardsurgeon.layerwise.samples import (
-    Conversation,
     Sample,
     SamplingOptions,
     Tokenizer,
@@ -78,6 +78,22 @@ def test_samples_of_an_earlier_calibration_are_skipped(tokenizer: Tokenizer) -> 
     whole = drawn(tokenizer, "a.txt", 20)
     taken = frozenset((sample.source, sample.index) for sample in whole[:12])
     assert indices(drawn(tokenizer, "a.txt", 8, taken=taken)) == indices(whole[12:])
+
+
+def test_samples_of_a_copy_under_another_name_are_skipped(tokenizer: Tokenizer) -> None:
+    used = drawn(tokenizer, "a.txt", 30)
+    Path("a.txt").rename("copy.txt")
+    taken = frozenset((sample.source, sample.index) for sample in used)
+    again = drawn(tokenizer, "copy.txt", 10, taken=taken)
+    assert sorted(indices(used) + indices(again)) == list(range(40))
+    with pytest.raises(DatasetError, match=r"30 are in the calibration that is extended"):
+        drawn(tokenizer, "copy.txt", 11, taken=taken)
+
+
+def test_the_same_data_twice_is_refused(tokenizer: Tokenizer) -> None:
+    Path("copy.txt").write_bytes(Path("a.txt").read_bytes())
+    with pytest.raises(UsageError, match=r"a\.txt and copy\.txt hold the same records"):
+        drawn(tokenizer, "a.txt:5,copy.txt:5")
 
 
 def test_samples_are_cut_and_counted(tokenizer: Tokenizer) -> None:
