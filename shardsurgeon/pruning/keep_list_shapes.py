@@ -29,7 +29,13 @@ Ids: TypeAlias = tuple[int, ...]
 
 SHAPES = 'a keep-list is {"kept": {layer: [ids]}}, {layer: {"kept": [ids]}} or a plan.json'
 _SAY_IT = "say which with --lists kept or --lists dropped"
-_COUNT_KEYS = ("num_experts", "n_expert", "original_experts", "source_experts", "experts_before")
+_COUNT_KEYS = (
+    "num_experts",
+    "n_expert",
+    "original_experts",
+    "source_experts",
+    "num_experts_before",
+)
 
 
 @dataclass(frozen=True, slots=True)

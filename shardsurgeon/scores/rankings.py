@@ -14,7 +14,7 @@ import numpy as np
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.scores.table import UNNAMED, Scores, Vector
+from shardsurgeon.scores.table import Scores, Vector
 
 
 class RankingOrder(StrEnum):
@@ -46,7 +46,7 @@ def as_ranking(scores: Scores, metric: str | None, order: RankingOrder) -> Score
     """Scores whose rows are rankings, as saliencies.
 
     scores: with their layers named; metric: the one that is a ranking, None for the one that
-    `select` gives; the result has no other. Raises ScoreError for a row that is none, and where
+    `select` gives; the others stay as they are. Raises ScoreError for a row that is none, and where
     the file says the opposite of `order`.
     """
     if scores.ranking:
@@ -54,11 +54,11 @@ def as_ranking(scores: Scores, metric: str | None, order: RankingOrder) -> Score
             problem = f"says that it ranks experts {scores.ranking}, --lists says {order}"
             raise ScoreError(scores.origin, problem, "leave out --lists")
         return scores
-    _, table = scores.select(metric)
+    name, table = scores.select(metric)
     layers: dict[Layer, Mapping[str, Vector]] = {}
     for layer, row in table.items():
         if not is_ranking(row):
             problem = f"layer {layer} does not rank {len(row)} experts: that is 0 to {len(row) - 1}"
             raise ScoreError(scores.origin, f"{problem}, each once", "leave out --lists")
-        layers[layer] = {UNNAMED: saliency_of(row, order)}
+        layers[layer] = {**scores.layers[layer], name: saliency_of(row, order)}
     return replace(scores, layers=layers, ranking=str(order))

@@ -134,6 +134,16 @@ def test_a_ranking_prunes_by_its_order_where_the_user_says_which(
     assert f"{tmp_path / 'scores.json'} is read as a ranking, {lists}" in pruning.report.notes
 
 
+def test_one_metric_of_several_may_be_the_ranking(tmp_path: Path) -> None:
+    ranking = permutations(int)
+    table = {n: {"order": ids, "reap": measured()[n]} for n, ids in ranking.items()}
+    pruning = plan(tmp_path, table, lists="best-first", metric="order")
+    assert pruning.decision.metric == "order"
+    for layer, keep in pruning.decision.keep.layers.items():
+        assert keep.retained == tuple(sorted(ranking[layer][:8]))
+    assert plan(tmp_path, table).decision.metric == "reap"
+
+
 def test_scores_that_are_said_to_be_a_ranking_must_be_one(tmp_path: Path) -> None:
     table = {**permutations(int), 1: [0, *range(15)]}
     assert refused(tmp_path, table, lists="best-first").startswith(
