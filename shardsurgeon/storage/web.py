@@ -168,7 +168,7 @@ class WebSource(Source):
         return sorted(names, key=natural_order)
 
     def _code(self) -> set[str]:
-        """The files with code that the configs name."""
+        """The files with code, and the vocabularies, that the configs name."""
         names = set()
         for config in _NAMING_CODE:
             said = self._json(config)
