@@ -75,7 +75,7 @@ def test_a_list_of_layers_gives_their_number(says: dict[str, Any], tmp_path: Pat
 def test_a_model_with_a_list_of_layers_is_pruned_and_the_list_stays(tmp_path: Path) -> None:
     source = model(tmp_path / "model", config(**LISTED))
     scores = tmp_path / "scores.json"
-    scores.write_text(json.dumps({layer: [3.0, 1.0, 2.0, 4.0] for layer in (1, 3, 5)}))
+    scores.write_text(json.dumps({layer: [3.5, 0.5, 1.25, 4.5] for layer in (1, 3, 5)}))
     apply(plan(source, scores, ratio=0.5), tmp_path / "out")
     assert verify(source, tmp_path / "out").holds
     written = json.loads((tmp_path / "out/config.json").read_text())

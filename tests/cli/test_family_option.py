@@ -127,7 +127,8 @@ def stacked(folder: Path, content: dict[str, object], **tensors: tuple[int, ...]
             made[f"model.layers.{layer}.{name.replace('__', '.')}"] = values + layer
     save_file(made, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(content))
-    (folder / "scores.json").write_text(json.dumps({0: [4, 1, 2, 3], 1: [1, 4, 3, 2]}))
+    scores = {0: [4.5, 0.5, 1.25, 3.5], 1: [0.5, 4.5, 3.5, 1.25]}
+    (folder / "scores.json").write_text(json.dumps(scores))
     return folder
 
 

@@ -237,11 +237,8 @@ def count_paths(name: str) -> list[tuple[str | int, ...]]:
 
 def identity_experts(name: str) -> int:
     keys = anatomy(name).family.config
-    sections = (config_section(specimen(name).config, at) for at in keys.at)
-    counts = [
-        section[keys.extra_rows] for section in sections if keys.extra_rows in (section or ())
-    ]
-    return int(counts[0]) if counts else 0
+    sections = (config_section(specimen(name).config, at) or {} for at in keys.at)
+    return next((int(s[keys.extra_rows]) for s in sections if keys.extra_rows in s), 0)
 
 
 @every_family
