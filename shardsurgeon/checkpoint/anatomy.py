@@ -157,7 +157,8 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     if family.refusal:
         raise FamilyError(where, f"{config.get('model_type')}: {family.refusal}")
     numbers = read_numbers(family, config, where)
-    reader = NameReader(family, numbers.num_layers, numbers.experts, numbers.extra_rows)
+    names = (record.name for record in checkpoint.records)
+    reader = NameReader(family, numbers.num_layers, numbers.experts, numbers.extra_rows, names)
     census = _Census(checkpoint.location, reader)
     for record in checkpoint.records:
         census.see(record)

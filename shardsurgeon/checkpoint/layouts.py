@@ -24,16 +24,18 @@ _STACKED_BY_MLX = ("experts.switch_glu.*", "switch_mlp.*")
 # What MLX stores beside a quantized `weight`, a router's included.
 _COMPANIONS = (".scales", ".biases")
 _RESAVED_BLOCK = "mlp"
+_HOMES = ("experts", "switch_mlp")
 _WRAPPED = ("language_model.model.layers.", "model.language_model.layers.")
 
 
-def with_other_layouts(names: TensorNames) -> TensorNames:
+def with_other_layouts(names: TensorNames, tensors: Iterable[str]) -> TensorNames:
     """The names, and behind them those that transformers and MLX write instead of them.
 
-    Nothing is added that the family speaks of itself: a block `mlp` is one where it is declared
-    to be, or where the family has no tensors of that name beside its block.
+    tensors: the checkpoint's names. `mlp` is taken for a block of experts only where it holds
+    some: in other models it is a dense layer's, or lies beside the block.
     """
-    names = _with_the_resaved_block(names)
+    if any(any(f".{_RESAVED_BLOCK}.{home}." in name for home in _HOMES) for name in tensors):
+        names = _with_the_resaved_block(names)
     stacked: list[Rule] = []
     for rule in names.experts:
         if rule.name.endswith(_ONE_BY_ONE):
@@ -58,8 +60,7 @@ def is_companion(name: str) -> bool:
 def _with_the_resaved_block(names: TensorNames) -> TensorNames:
     """With the rules of each block of experts a second time, for `mlp` in its place."""
     blocks = [block for block in names.blocks if Rule(f"{block}.{_ONE_BY_ONE}") in names.experts]
-    spoken_of = any(name.startswith(f"{_RESAVED_BLOCK}.") for name in names.beside)
-    if spoken_of or not blocks or _RESAVED_BLOCK in names.blocks:
+    if not blocks or _RESAVED_BLOCK in names.blocks:
         return names
 
     def renamed(name: str) -> str:

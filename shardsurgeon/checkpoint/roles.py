@@ -119,8 +119,16 @@ class _Neighbours(NamedTuple):
 class NameReader:
     """A family's rules, compiled for one checkpoint's numbers."""
 
-    def __init__(self, family: Family, num_layers: int, counts: ExpertCounts, tail: int) -> None:
-        names = with_other_layouts(family.tensors)
+    def __init__(
+        self,
+        family: Family,
+        num_layers: int,
+        counts: ExpertCounts,
+        tail: int,
+        tensors: Iterable[str] = (),
+    ) -> None:
+        """tensors: the checkpoint's names, which tell who wrote it."""
+        names = with_other_layouts(family.tensors, tensors)
         self._family = family
         self._num_layers = num_layers
         self._expert_counts = counts

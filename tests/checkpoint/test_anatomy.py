@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
+from shardsurgeon.families.schema import parse_family
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from tests.support import tiny
 
@@ -213,3 +215,36 @@ def test_a_dimension_that_happens_to_equal_the_expert_count_does_no_harm_beside_
 def test_every_spelling_of_the_count_may_be_present() -> None:
     assert anatomy(content=tiny.config(num_local_experts=8)).num_experts == 8
     assert json.loads(tiny.files()["config.json"])["n_routed_experts"] == 8
+
+
+OWN = """
+facts = "made up"
+model_types = ["novel"]
+architectures = []
+config = { num_experts = ["num_experts"], top_k = ["top_k"] }
+[tensors]
+layers = ["layers.{layer}"]
+blocks = ["moe"]
+experts = ["moe.experts.{expert}.{part}"]
+routers = ["moe.gate.weight"]
+"""
+
+
+@pytest.mark.parametrize("written", ["moe", "mlp"])
+def test_a_dense_mlp_beside_the_experts_is_theirs_only_where_it_holds_experts(written: str) -> None:
+    """A save by transformers calls the block `mlp`; elsewhere that is another part of the layer."""
+    shapes = {f"{written}.gate.weight": (4, 6), f"{written}.experts.gate_up_proj": (4, 10, 6)}
+    shapes |= {"mlp.up_proj.weight": (5, 6)}
+    weights = {
+        f"layers.{n}.{name}": np.zeros(s, "f4") for n in (0, 1) for name, s in shapes.items()
+    }
+    content = {"model_type": "novel", "num_experts": 4, "top_k": 1, "num_hidden_layers": 2}
+    source = tiny.source(content=content, weights=weights)
+    checkpoint = replace(open_checkpoint(source), family=parse_family(OWN, "novel"))
+    if written == "moe":
+        assert read_anatomy(checkpoint).num_experts == 4
+        return
+    with pytest.raises(
+        FamilyError, match=r"mlp\.up_proj\.weight: .* is in an MoE block and no rule"
+    ):
+        read_anatomy(checkpoint)

@@ -68,7 +68,7 @@ def prefixes(name: str) -> dict[int, str]:
 def block_of(name: str) -> str:
     """The part of a layer that holds its router."""
     rest = next(iter(anatomy(name).layers)).router.removeprefix(next(iter(prefixes(name).values())))
-    names = with_other_layouts(anatomy(name).family.tensors)
+    names = with_other_layouts(anatomy(name).family.tensors, specimen(name).tensors)
     blocks = [block for block in names.blocks if rest.startswith(f"{block}.")]
     return max(blocks, key=len)
 
