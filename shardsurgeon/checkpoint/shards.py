@@ -26,7 +26,9 @@ from shardsurgeon.storage.formats.safetensors import (
 from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
-_NUMBERED = re.compile(r"(?P<stem>[^/]+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+_NUMBERED = re.compile(
+    r"(?P<stem>[^/]+)-(?P<number>[0-9]{1,9})-of-(?P<total>[0-9]{1,9})\.safetensors"
+)
 # Over a network each header takes two round trips; a model has up to a few hundred shards.
 _HEADERS_AT_ONCE = 16
 _Opened = TypeVar("_Opened")
@@ -90,7 +92,7 @@ def _require_complete(source: Source, names: Sequence[str]) -> None:
     for match in filter(None, map(_NUMBERED.fullmatch, names)):
         sets.setdefault((match["stem"], int(match["total"])), set()).add(int(match["number"]))
     for (stem, total), numbers in sets.items():
-        if numbers != set(range(1, total + 1)):
+        if (len(numbers), min(numbers), max(numbers)) != (total, 1, total):
             problem = f"has {len(numbers)} of the {total} shards of {stem} and no {INDEX_NAME}"
             raise CheckpointError(source.location, problem, "fetch the missing files")
 

@@ -23,7 +23,8 @@ from typing import Any
 
 from shardsurgeon.errors import FamilyError
 
-_NUMBER = r"(?:0|[1-9][0-9]*)"
+# No more digits than Python turns into a number at once; names come from strangers.
+_NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _PLACEHOLDERS = {
     "{layer}": rf"(?P<layer>{_NUMBER})",
     "{expert}": rf"(?P<expert>{_NUMBER})",

@@ -230,3 +230,23 @@ def test_a_byte_order_mark_and_a_null_for_metadata_change_nothing(index: bytes) 
     checkpoint = opened({**files, INDEX: index % json.dumps(content).encode()})
     assert checkpoint.num_tensors == len(tiny.tensors())
     assert checkpoint.index_metadata == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.{}.mlp.gate.weight", "model.layers.1.mlp.experts.{}.up_proj.weight"]
+)
+def test_a_name_with_a_number_of_thousands_of_digits_is_a_name(name: str) -> None:
+    """In a shard, and in a file that no index lists."""
+    odd = {name.format("9" * 5000): np.ones((2, 3), np.float32)}
+    assert opened(tiny.files(weights={**tiny.tensors(), **odd})).num_tensors == 1 + len(
+        tiny.tensors()
+    )
+    beside = {**tiny.files(), "beside.safetensors": save(odd)}
+    assert opened(beside).unindexed == ("beside.safetensors",)
+
+
+def test_a_shard_of_a_billion_says_that_the_others_are_missing() -> None:
+    files = without(INDEX)
+    files["model-1-of-999999999.safetensors"] = files.pop(FIRST)
+    with pytest.raises(CheckpointError, match="has 1 of the "):
+        opened(files)

@@ -20,7 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _REMEDY = "fetch the index again"
 _MAX_DEPTH = 50  # of metadata, which json must be able to write again
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,9 @@ class Index:
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A key that sorts `model-2-of-12` before `model-10-of-12`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
+    # Of numbers without leading zeros the longer is the larger, and one may be too long for int.
+    parts = ((part, part.lstrip("0")) for part in _DIGITS.split(name))
+    return [(len(bare), bare) if part.isdecimal() else (-1, part) for part, bare in parts]
 
 
 def parse_index(raw: bytes, where: str) -> Index:
