@@ -175,18 +175,18 @@ def test_an_unknown_vector_per_expert_is_refused_by_name(
     """In one layer or in all, in the block or beside it."""
     place = "" if beside else f"{block_of(name)}."
     assume(not any(re.fullmatch(t.replace("*", ".*"), word) for t in beside_of(name)))
-    spoiled, count = specimen(name), anatomy(name).num_experts
+    spoiled, counts = specimen(name), anatomy(name).experts_per_layer
     chosen = drawn(data, list(prefixes(name).values()))
-    added = [
-        f"{prefix}{place}{word}"
-        for prefix in prefixes(name).values()
+    added = {
+        f"{prefix}{place}{word}": counts[layer]
+        for layer, prefix in prefixes(name).items()
         if everywhere or prefix == chosen
-    ]
+    }
     assume(not any(tensor in spoiled.tensors for tensor in added))
-    for tensor in added:
+    for tensor, count in added.items():
         spoiled = spoiled.having(tensor, "F32", count)
     told = refusal(spoiled)
-    assert any(told.startswith(f"{tensor}: shape [{count}]") for tensor in added)
+    assert any(told.startswith(f"{tensor}: shape [{count}]") for tensor, count in added.items())
 
 
 def beside_of(name: str) -> tuple[str, ...]:
