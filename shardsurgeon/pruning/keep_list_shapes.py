@@ -136,8 +136,9 @@ class OthersLists(ListReader):
         for key in LAYER_TABLES:
             item = value.get(key)
             if isinstance(item, dict | list) and item:
-                return self._bare(self._table(item, key), count)
-        return self._bare(self._one_set(value), count)
+                return self._bare(self._table(item, key), None, count)
+        listed = self._one_set(value)
+        return self._bare(self.by_layer(listed), _meaning_of(listed), count)
 
     # Lists under a word that says what they are
 
@@ -213,14 +214,21 @@ class OthersLists(ListReader):
 
     # Lists and small objects by layer
 
-    def _bare(self, table: dict[Layer, object] | list[object], count: int | None) -> KeepListFile:
-        """Layers with lists or small objects under them, without a word above."""
+    def _bare(
+        self,
+        table: dict[Layer, object] | list[object],
+        own: Meaning | None,
+        count: int | None,
+    ) -> KeepListFile:
+        """Layers with lists or small objects under them, without a word above.
+
+        own: what the shape says of its lists, where it does.
+        """
         if isinstance(table, dict):
             if all(isinstance(item, dict) for item in table.values()):
                 return self._spelled_out(table, count)
             if all(type(item) is int for item in table.values()):
                 raise self.fault("holds how many experts stay but not which", SHAPES)
-        own = self._own
         if own is None and self.told is None:
             raise self.fault("its lists could be kept or dropped experts", _SAY_IT)
         meaning = own or self.told or "kept"
@@ -228,9 +236,7 @@ class OthersLists(ListReader):
         like_first = own is None and meaning == "dropped"
         return self._file(meaning, table, count, like_first)
 
-    _own: Meaning | None = None
-
-    def _one_set(self, value: Mapping[str, object]) -> dict[Layer, object]:
+    def _one_set(self, value: Mapping[str, object]) -> dict[str, object]:
         """The layers of an object without such words, or of the one set of layers in it."""
         listed = {
             key: item
@@ -242,13 +248,12 @@ class OthersLists(ListReader):
             if len(sets) > 1:
                 problem = f"holds {len(sets)} keep-lists, {' and '.join(map(brief, sets[:2]))}"
                 raise self.fault(problem, "save the one that is meant in a file of its own")
-            listed = self.json.as_object(listed[sets[0]], sets[0])
-        elif listed and not any(parse_layer(key) is not None for key in listed):
+            return self.json.as_object(listed[sets[0]], sets[0])
+        if listed and not any(parse_layer(key) is not None for key in listed):
             keys = ", ".join(map(brief, [*listed][:4]))
             problem = f"lists no experts by layer: key {keys} names no layer"
             raise self.fault(problem, "give the keep-list that it is about, or scores")
-        self._own = _meaning_of(listed)
-        return self.by_layer(listed)
+        return listed
 
     def _spelled_out(self, by_layer: Mapping[Layer, object], count: int | None) -> KeepListFile:
         """{layer: {"kept": [ids], "keep": how many}}, in any words, of one meaning or of both."""
@@ -358,12 +363,8 @@ class OthersLists(ListReader):
 def _lists_of(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """The members of a layer's record that say what they list."""
     for key, item in record.items():
-        if list_meaning(key) is not None and not _is_number(item):
+        if list_meaning(key) is not None and not isinstance(item, int | float | str | None):
             yield key, item
-
-
-def _is_number(item: object) -> bool:
-    return item is None or isinstance(item, bool | int | float | str)
 
 
 def _has(value: object, key: str) -> bool:

@@ -451,7 +451,9 @@ LEAVES = st.one_of(
     st.lists(st.floats(), max_size=3),
 )
 KEYS = st.one_of(
-    st.sampled_from(["1", "2", "mtp", "scores", "layers", "reap"]), st.text(max_size=3)
+    st.sampled_from(["1", "2", "mtp", "scores", "layers", "reap", "ranking", "order", "layer"]),
+    st.sampled_from(["expert", "experts", "kept", "keep_maps", "rank"]),
+    st.text(max_size=3),
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,19 +65,30 @@ def read_records(
     what is raised: as in `read_object`; a byte-order mark is left out.
     """
     raw = raw.removeprefix(b"\xef\xbb\xbf").strip()
-    lines = raw.splitlines()
     if raw.startswith(b"["):
         # The check finds a list that ends early and goes on with members of its own.
         value = read_object(b'{"list":' + raw + b"}", where, subject, error, remedy)
         listed = value["list"]
         if len(value) == 1 and isinstance(listed, list) and _are_alike(listed):
             return listed
-    ends = {(line.strip()[:1], line.strip()[-1:]) for line in lines}
-    if len(lines) > 1 and ends <= {(b"{", b"}"), (b"", b"")}:
-        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        place = f"line {{:,}} of {subject}"
-        return [read_object(raw, where, place.format(n), error, remedy) for n, raw in numbered]
+    if _are_lines(raw):
+        return [
+            read_object(line, where, f"line {number:,} of {subject}", error, remedy)
+            for number, line in enumerate(raw.splitlines(), start=1)
+            if line.strip()
+        ]
     return read_object(raw, where, subject, error, remedy)
+
+
+def _are_lines(raw: bytes) -> bool:
+    """Whether a text has an object on its first line and begins another one after it.
+
+    Of a text of one object no copy is made: it may be large.
+    """
+    end = raw.find(b"\n")
+    second = re.compile(rb"\s*(.)").match(raw, end + 1)
+    one = raw[:end].strip()
+    return end > 0 and one[:1] + one[-1:] == b"{}" and second is not None and second[1] == b"{"
 
 
 def _are_alike(listed: list[object]) -> bool:
