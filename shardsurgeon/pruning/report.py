@@ -13,6 +13,7 @@ from typing import Any
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import PER_LAYER_KEY
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
 from shardsurgeon.checkpoint.side_files import side_files
@@ -26,6 +27,7 @@ from shardsurgeon.pruning.output_files import total_parameters
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.selection import dropped_share, saliency_cut
 from shardsurgeon.storage.formats.index import INDEX_NAME
+from shardsurgeon.units import format_size
 
 # Rest of an expert tensor's name, dtype and shape.
 _Kind = tuple[str, str, tuple[int, ...]]
@@ -143,6 +145,7 @@ def plan_report(
             *_rewritten(tensors),
             *_uncounted(checkpoint, plan),
             *([] if decision.drop_mtp else absent_mtp_notes(anatomy)),
+            *_weights_in_folders(checkpoint, plan),
         ),
         carried_along=plan.copied_files,
         left_behind=_left_behind(checkpoint, request, plan),
@@ -223,6 +226,21 @@ def absent_mtp_notes(anatomy: Anatomy) -> list[str]:
         f"config.json counts {layers} ({' or '.join(anatomy.family.config.mtp_layers)}), the "
         f"shards have {counted - absent or 'none'}: an engine that is to predict further tokens "
         "will miss them; --mtp drop sets the count to 0"
+    ]
+
+
+def _weights_in_folders(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """What a user may not expect to be copied: weights that are no part of this checkpoint."""
+    folders: dict[str, int] = {}
+    carried = {name for name in plan.copied_files if not name.startswith(CALIBRATION_FOLDER)}
+    for file in checkpoint.files:
+        folder, below, _ = file.name.partition("/")
+        if below and file.name in carried and file.name.endswith(".safetensors"):
+            folders[folder] = folders.get(folder, 0) + file.nbytes
+    return [
+        f"{folder}/ has {format_size(nbytes)} of weights, which are carried along as they are; "
+        f"--exclude {folder} leaves them behind"
+        for folder, nbytes in folders.items()
     ]
 
 

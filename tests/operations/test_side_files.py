@@ -13,7 +13,7 @@ import pytest
 import shardsurgeon
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.errors import OutputError, UsageError, VerificationError
-from shardsurgeon.operations import api
+from shardsurgeon.operations import api, scores
 from tests.operations.workbench import digests
 from tests.support.hub.models import fixture_folder
 
@@ -102,6 +102,15 @@ def test_of_a_result_nothing_is_left_behind_when_it_is_pruned_again(
     api.apply(prune(model, tmp_path / "out"))
     again = api.plan(tmp_path / "out", model / "scores.pt", keep=4)
     assert again.report.left_behind == {}
+
+
+def test_weights_in_a_folder_are_carried_along_and_said(model: Path, tmp_path: Path) -> None:
+    notes = [note for note in prune(model, tmp_path / "out").report.notes if "vision/" in note]
+    assert len(notes) == 1
+    assert "of weights, which are carried along as they are; --exclude vision leaves" in notes[0]
+    without = prune(model, tmp_path / "out", exclude=["vision"]).report
+    assert not [note for note in without.notes if "vision/" in note]
+    assert without.left_behind["vision/x.safetensors"] == "excluded"
 
 
 def test_the_record_names_every_file_and_its_size(model: Path, tmp_path: Path) -> None:
@@ -207,10 +216,14 @@ def as_before(model: Path, out: Path) -> None:
 
 def test_calibration_of_an_earlier_prune_stays(model: Path, tmp_path: Path) -> None:
     shutil.copy(model / "scores.pt", model / "first.pth")
+    scores.convert_scores(model / "scores.pt", model / "more.safetensors")
     api.apply(api.plan(model, model / "first.pth", keep=8, out=tmp_path / "one"))
+    shutil.move(model / "more.safetensors", tmp_path / "one" / "calibration")
     two = api.plan(tmp_path / "one", model / "scores.pt", keep=4, out=tmp_path / "two")
     api.apply(two)
-    assert {"calibration/first.pth", "calibration/scores.pt"} <= names(tmp_path / "two")
+    assert not [note for note in two.report.notes if "calibration" in note]
+    there = names(tmp_path / "two")
+    assert {"first.pth", "scores.pt", "more.safetensors"} <= {n.rpartition("/")[2] for n in there}
     record = json.loads((tmp_path / "two" / PROVENANCE_NAME).read_bytes())
     assert "calibration/first.pth" in record["files"]
 
