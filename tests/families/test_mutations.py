@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.config import config_section, config_values
+from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.layouts import with_other_layouts
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus, Tabled
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
@@ -39,9 +40,9 @@ def anatomy(name: str) -> Anatomy:
 
 
 def refusal(spoiled: Specimen) -> str:
-    """What the user reads."""
+    """What the user reads who keeps every expert."""
     with pytest.raises(InputError) as caught:
-        read_anatomy(spoiled.checkpoint())
+        require_complete(read_anatomy(spoiled.checkpoint()).incomplete, None, "specimen")
     return str(caught.value)
 
 
