@@ -110,9 +110,11 @@ def _gone(experts: int, kept: list[int]) -> torch.Tensor:
 def _masked(forward: Callable[..., Any], kept: list[int] | None, relation: bool) -> Any:
     """A router's forward that can choose the experts in `kept` only (all where None)."""
 
-    def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: object = None) -> torch.Tensor:
-        assert bias is None
+    def linear(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         out = torch.stack([torch.mv(hidden, row) for row in weight], dim=-1)
+        out = out if bias is None else out + bias
         if kept is not None and not relation:
             out[:, _gone(len(weight), kept)] = float("-inf")
         return out
