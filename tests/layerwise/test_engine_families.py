@@ -46,6 +46,7 @@ NOT_IN_TRANSFORMERS = {
     # It is in transformers, but the engine does not find a layer's weights outside of the layers.
     "inkling2",
     "inkling2_mxfp8",
+    "inkling_nvfp4",
     "arctic",
     "dbrx",
     "grok1",
@@ -107,6 +108,7 @@ def test_streamed_sums_are_those_of_the_model_in_memory(name: str, tmp_path: Pat
         ("internvl_qwen3_moe", "it does not know model type 'internvl_chat'"),
         ("inkling2", "layers.0.mlp_input.query: transformers' model needs it"),
         ("inkling2_mxfp8", "layers.0.mlp_input.query: transformers' model needs it"),
+        ("inkling_nvfp4", "is stored as U8"),
         ("kimi_k3", "it has no model for Kimi-K3's latent experts"),
         ("nemotron_h_puzzle", "it has no model whose layers differ in their experts"),
     ],
