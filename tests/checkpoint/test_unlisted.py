@@ -126,6 +126,16 @@ def test_a_family_of_the_users_own_knows_its_head(tmp_path) -> None:
     assert [layer.index for layer in read_anatomy(checkpoint).mtp_layers] == [3]
 
 
+def test_a_family_read_off_the_model_knows_its_head(tmp_path) -> None:
+    weights, _, part = MODELS["deepseek_v3"]
+    for name, data in apart(weights, part, tiny.config(model_type="odd", architectures=[])).items():
+        (tmp_path / name).write_bytes(data)
+    checkpoint = open_model(tmp_path, "auto")
+    assert {record.name for record in checkpoint.records} == set(weights)
+    assert any("is taken in" in note for note in checkpoint.notes)
+    assert any("--family auto" in note for note in checkpoint.notes)
+
+
 def test_what_the_index_lists_is_not_taken_a_second_time() -> None:
     """The head's file has a copy of the embeddings, which engines that read it alone want."""
     weights, config, part = MODELS["deepseek_v3"]
