@@ -285,8 +285,8 @@ def _unknown(
 ) -> tuple[str, str]:
     model_type = config.get("model_type")
     known = {name: family for family in families for name in family.model_types}
-    problem = f"model type {model_type!r} is not supported; supported are "
-    problem += ", ".join(sorted(known))
+    problem = f"model type {model_type!r} is not supported ({len(known)} are, listed in "
+    problem += "shardsurgeon/families/README.md)"
     near = difflib.get_close_matches(str(model_type), sorted(known), n=len(known))
     held = list(tensors)
     fitting = (name for name in near if _would_fit(known[name], config, held))

@@ -6,8 +6,9 @@ expert by its number: an entry gets the expert's new number, or is removed with 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
@@ -35,6 +36,9 @@ from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Ren
 
 Path = tuple[str | int, ...]
 
+# The config of another program than transformers and vLLM, in a folder of its own.
+_OTHER_CONFIG = re.compile(r"[^/]+/(?:.*/)?[^/]*(?:config|params)[^/]*\.json", re.IGNORECASE)
+_MAX_OTHER_CONFIG_NBYTES = 1 << 20
 _COUNT_KEY = re.compile(r"expert|routed")
 _NOT_A_COUNT = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
 
@@ -211,13 +215,45 @@ def _refuse_forgotten_counts(
             continue
         if path in changes or not names or not QUANTIZATION_KEYS.isdisjoint(names):
             continue
-        if _COUNT_KEY.search(names[-1]) and not _NOT_A_COUNT.search(names[-1]):
+        if _is_count(path):
             dotted = ".".join(map(str, path))
             raise ConfigError(
                 where,
                 f"{dotted} is {num_experts}, the expert count, and no rule rewrites it",
                 "see 'Adding a family' in CONTRIBUTING.md",
             )
+
+
+def stale_counts(checkpoint: Checkpoint, anatomy: Anatomy, names: Iterable[str]) -> list[str]:
+    """One note per config of another program, among the files called `names`, that says the old
+    number of experts (DeepSeek's inference/config.json): no rule here knows its spellings.
+
+    Raises SourceReadError.
+    """
+    sizes = {file.name: file.nbytes for file in checkpoint.files}
+    notes = []
+    for name in names:
+        if not _OTHER_CONFIG.fullmatch(name) or sizes[name] > _MAX_OTHER_CONFIG_NBYTES:
+            continue
+        try:
+            content = json.loads(checkpoint.read_file(name))
+        except (ValueError, RecursionError):
+            continue  # a file for which nothing here answers
+        stale = [
+            ".".join(map(str, path))
+            for path, value in _leaves(content, ())
+            if type(value) is int and value == anatomy.shared_count and _is_count(path)
+        ]
+        if stale:
+            said = f"{stale[0]} {anatomy.shared_count}, the number before"
+            notes.append(f"{name} is copied as it is and says {said}")
+    return notes
+
+
+def _is_count(path: Path) -> bool:
+    """Whether a path looks as if an expert count stood there."""
+    last = next((part for part in reversed(path) if isinstance(part, str)), "")
+    return bool(_COUNT_KEY.search(last)) and not _NOT_A_COUNT.search(last)
 
 
 def _sections(config: Mapping[str, Any], anatomy: Anatomy) -> list[Path]:

@@ -20,7 +20,7 @@ from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
 from shardsurgeon.execution.run import output_sizes
 from shardsurgeon.families.schema import all_families
-from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer
+from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer, stale_counts
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.output_files import total_parameters
@@ -144,6 +144,7 @@ def plan_report(
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
             *_rewritten(tensors),
             *_uncounted(checkpoint, plan),
+            *stale_counts(checkpoint, anatomy, plan.copied_files),
             *([] if decision.drop_mtp else absent_mtp_notes(anatomy)),
             *_weights_in_folders(checkpoint, plan),
         ),

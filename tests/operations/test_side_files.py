@@ -253,3 +253,25 @@ def test_a_planner_that_forgets_a_file_is_found_out(
     monkeypatch.setattr(output_files, "_copied_files", forgetful)
     with pytest.raises(VerificationError, match="NOTICE: is missing"):
         api.apply(prune(model, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"n_routed_experts": 16, "dim": 16}', "n_routed_experts 16"),
+        ('{"model": [{"moe_num_experts": 16}]}', "model.0.moe_num_experts 16"),
+        ('{"n_routed_experts": 8, "num_experts_per_tok": 16, "dim": 16}', None),
+        ("no JSON", None),
+    ],
+)
+def test_a_config_of_another_program_that_keeps_the_old_count_is_named(
+    model: Path, content: str, says: str | None
+) -> None:
+    (model / "inference").mkdir()
+    (model / "inference" / "config.json").write_text(content)
+    (model / "notes.json").write_text('{"num_experts": 16}')
+    notes = shardsurgeon.plan(model, model / "scores.pt", ratio=0.5).report.notes
+    found = [note for note in notes if "is copied as it is" in note]
+    assert [f"inference/config.json is copied as it is and says {says}, the number before"][
+        : says is not None
+    ] == found
