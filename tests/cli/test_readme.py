@@ -81,10 +81,10 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_shipped_family_is_listed() -> None:
-    (line,) = re.findall(r"^\| families \|.+$", README, flags=re.MULTILINE)
     for family in all_families():
         assert f"| `{family.name}` |" in FAMILIES
-        assert (f"`{family.name}`" in line) is not bool(family.refusal), family.name
+    declared = sum(not family.refusal for family in all_families())
+    assert f"| families | {declared} declared: " in README
 
 
 @pytest.mark.parametrize("name", sorted(DOCUMENTS))
