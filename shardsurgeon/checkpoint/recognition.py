@@ -72,6 +72,9 @@ _PICKLED = re.compile(
     rb"|X.\0\0\0(?:" + _METRICS + rb"|scores)",
     re.DOTALL,
 )
+# A table of rows and nothing else may be anything: then the file's name must say what it is.
+_ROWS_ONLY = re.compile(rb"(?:\s*\[\s*\[)|.*?data\.pkl.*?\x80.ctorch\._utils\n", re.DOTALL)
+_NAMED_SCORES = re.compile(r"score|salien|reap|importance", re.IGNORECASE)
 _ARRAY = re.compile(rb"(?:accumulators\.)?layers\.\d+\.|\d+\.npy|(?:scores|" + _METRICS + rb")")
 _TENSOR = re.compile(rb'"(?:accumulators\.)?layers\.\d+\.(?:' + _METRICS + rb"|weighted_)")
 
@@ -103,6 +106,8 @@ def sort_out(
 
 def recognised(name: str, head: bytes) -> str | None:
     """`plan` or `scores` for a file that begins so, whatever it is called; else None."""
+    if _ROWS_ONLY.match(head):
+        return SCORES if _NAMED_SCORES.search(name.rpartition("/")[2]) else None
     suffix = name.lower().rpartition(".")[2]
     if suffix == "pt":
         is_scores = b"data.pkl" in head and _PICKLED.search(head)

@@ -76,6 +76,19 @@ def test_a_file_of_torch_is_told_by_its_first_keys(
     assert recognised("sub/a.pt", head) == kind
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("scores", "scores"), ("reap_saliency", "scores"), ("speaker", None), ("scores/voice", None)],
+)
+def test_rows_alone_are_scores_where_the_name_says_so(
+    tmp_path: Path, name: str, kind: str | None
+) -> None:
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    head = torch_file.save(rows, tmp_path / "a.pt").read_bytes()[:4096]
+    assert recognised(f"sub/{name}.pt", head) == kind
+    assert recognised(f"sub/{name}.json", json.dumps(rows.tolist()).encode()) == kind
+
+
 def test_a_score_file_of_torch_is_recognised() -> None:
     found = side_files(beside({"old.pt": MODEL["scores.pt"]}))
     assert found.left == {"old.pt": "scores", "scores.pt": "scores"}
