@@ -47,7 +47,7 @@ class _Model:
         self._reader = NameReader(family, *counts)
         self._num_layers = numbers.num_layers
         self._last = numbers.num_layers + numbers.mtp_layers
-        self._without_mtp = counts_no_mtp(family, config)
+        self._without_mtp = numbers.mtp_layers == 0 and counts_no_mtp(family, config)
         self._names: set[str] = set()
         self._layers: set[int] = set()
         self._kinds: set[str] = set()

@@ -83,6 +83,13 @@ def test_a_head_that_the_index_forgot_is_taken_in_and_said(family: str) -> None:
     assert anatomy.absent_mtp_layers == 0
 
 
+def test_the_count_that_is_read_is_the_one_that_decides() -> None:
+    """A wrapper's config says 0 where only the text model's count is read."""
+    weights, config, part = MODELS["qwen3_5_moe"]
+    files = apart(weights, part, {**config, "mtp_num_hidden_layers": 0})
+    assert {record.name for record in opened(files).records} == set(weights)
+
+
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("half", ["experts", "gate.weight"])
 def test_so_is_half_a_head_whose_other_half_is_listed(family: str, half: str) -> None:
