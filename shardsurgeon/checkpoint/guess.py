@@ -36,8 +36,8 @@ _TOPK_GROUPS = ("topk_group", "n_limited_groups")
 _MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 # Names that families give to experts which all tokens pass; their width may equal the count.
 _SHARED = re.compile(r"(?:^|\.)shared?_(?:experts?|mlp)(?:_gate)?\.")
-_EXPERT = re.compile(r"(?P<prefix>.*?\D)(?P<layer>\d+)\.(?P<block>.+\.)?experts\.\d+\..+")
-_IN_LAYER = re.compile(r"(?P<prefix>.*?\D)(?P<layer>\d+)\.(?P<rest>.+)")
+_EXPERT = re.compile(r"(?P<prefix>.*?\D)(?P<layer>\d{1,6})\.(?P<block>.+\.)?experts\.\d{1,6}\..+")
+_IN_LAYER = re.compile(r"(?P<prefix>.*?\D)(?P<layer>\d{1,6})\.(?P<rest>.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +224,9 @@ class _FamilyGuess:
     def _others(self) -> tuple[list[str], list[str]]:
         """Names, relative to the layer, of tensors that choose experts, and of shared ones."""
         inside = re.compile(
-            rf"{re.escape(self._prefix)}(?P<layer>\d+)\.(?P<rest>{re.escape(self._block)}.+)"
+            rf"{re.escape(self._prefix)}(?P<layer>\d{1, 6})\.(?P<rest>{re.escape(self._block)}.+)"
         )
-        by_number = re.compile(rf"{re.escape(self._block)}experts\.\d+\..+")
+        by_number = re.compile(rf"{re.escape(self._block)}experts\.\d{1, 6}\..+")
         in_moe: defaultdict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
         moe_layers: set[int] = set()
         for name, shape in self._shapes.items():
