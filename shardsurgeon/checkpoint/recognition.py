@@ -42,28 +42,42 @@ _MAY_BE_EITHER = (".json", ".jsonl", ".pt", ".npz", ".safetensors")
 
 _OUR_PLAN = re.compile(rb'"kind"\s*:\s*"shardsurgeon-plan"|"num_experts_before"\s*:')
 _OUR_SCORES = re.compile(rb'"format"\s*:\s*\\?"shardsurgeon scores')
+# What JSON of plans and scores is made of. A layer's name, and before a colon:
 _LAYER_NAME = (
-    rb'(?:(?:[^"\0]*\.)?layers?[._]?|L|mtp\.)?\d+'
+    rb'(?:(?:[^"\0]*\.)?layers?[._ ]?|L|mtp\.)?\d+'
     rb"(?:\.(?:mlp|moe|block_sparse_moe|feed_forward|ffn|mixer))?(?:\.experts)?"
 )
 _LAYER = rb'"' + _LAYER_NAME + rb'"\s*:\s*'
+# Lists that begin with a whole number or with any number, and members that hold a single value.
 _IDS = rb"\[\s*\d+\s*[,\]]"
-_KEPT = rb"kept|keep|dropped|drop|retained|pruned"
-# {layer: [ids]}, {layer: {"kept": [ids]}}; either of them below a word that says which they are.
-_LAYER_OF_IDS = (
-    rb"\{\s*" + _LAYER + rb"(?:" + _IDS + rb'|\{\s*(?:"(?:keep|drop)"\s*:\s*\d+\s*,\s*)?"'
-    rb"(?:" + _KEPT + rb')"\s*:\s*' + _IDS + rb")"
-)
-_KEEP_LIST = re.compile(_LAYER_OF_IDS)
-_NAMED_KEEP_LIST = re.compile(rb'"\w*(?:' + _KEPT + rb')(?:_\w*)?"\s*:\s*' + _LAYER_OF_IDS)
-# {layer: [numbers]}, {layer: {metric: [numbers]}}; below a word, and rows; records.
-_NUMBERS = rb"\[\s*-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?\s*[,\]]"
+_NUMBERS = rb"\[\s*-?(?:[\d.]+(?:e[-+]?\d+)?|nan|infinity)\s*[,\]]"
+# (each is taken whole, so that hostile bytes take no more than a moment).
+_SINGLE = rb'(?>"\w++"\s*+:\s*+(?:[^"{}\[\],\s]++|"[^"]*+")\s*+,\s*+)*'
+_KEEPING = rb'"\w*(?:kept|keep|drop|retain|prun)\w*"\s*:\s*'
+_METRIC = rb'"\w*(?:reap|ean|freq|score|sal|cnt|norm|activation|importance|rank)\w*"\s*:\s*'
+_SCORING = rb'"(?:\w*rank\w*|scores|saliency|saliency_scores)"\s*:\s*'
+
+
+def _below(word: bytes) -> re.Pattern[bytes]:
+    """Layers, rows or records below a word, or the word below a layer or in its record."""
+    return re.compile(
+        word + rb"(?:\{\s*(?:" + _LAYER + rb'[\[{]|"per_layer")|\[\s*(?:\[|\{\s*"layer"))'
+        rb"|" + _LAYER + rb"\{\s*" + _SINGLE + word + rb"\["
+        rb'|"layer"\s*:\s*\d+\s*,\s*' + _SINGLE + word + rb"[\[\d]",
+        re.IGNORECASE,
+    )
+
+
+_NAMED_KEEP_LIST, _NAMED_TABLE = _below(_KEEPING), _below(_SCORING)
+_OF_LAYERS = rb"\{\s*" + _SINGLE + rb'(?:"(?:layers|arm\w*|\w*experts?)"\s*:\s*\{\s*)?' + _LAYER
+_KEEP_LIST = re.compile(_OF_LAYERS + _IDS, re.IGNORECASE)
 _TABLE = re.compile(
-    rb"\{\s*" + _LAYER + rb"(?:" + _NUMBERS + rb'|\{\s*"\w+"\s*:\s*' + _NUMBERS + rb")"
+    _OF_LAYERS + rb"(?:" + _NUMBERS + rb"|\{\s*" + _SINGLE + _METRIC + _NUMBERS + rb")"
+    rb"|\[\s*" + _NUMBERS,
+    re.IGNORECASE,
 )
-_NAMED_TABLE = re.compile(
-    rb'"(?:scores|saliency|saliency_scores)"\s*:\s*(?:\{\s*' + _LAYER + rb"|\[\s*\[)"
-    rb'|"layer"\s*:\s*\d+\s*,\s*"expert"\s*:\s*\d+'
+_RECORDS = re.compile(
+    rb'"layer"\s*:\s*\d+\s*,\s*' + _SINGLE + rb'"(?:expert"\s*:\s*\d|reap"\s*:\s*\[)', re.IGNORECASE
 )
 _METRICS = rb"expert_frequency|ean_sum|ean_mean|max_activations|saliency|router_l\d|weight_l\d|reap"
 # In torch.save's pickle: a dict whose first key is a layer, or the name of a metric.
@@ -119,7 +133,8 @@ def recognised(name: str, head: bytes) -> str | None:
         text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         if _OUR_PLAN.search(text) or _KEEP_LIST.match(text) or _NAMED_KEEP_LIST.search(text):
             return PLAN
-        is_scores = _OUR_SCORES.search(text) or _TABLE.match(text) or _NAMED_TABLE.search(text)
+        ours = _OUR_SCORES.search(text) or _RECORDS.search(text)
+        is_scores = ours or _TABLE.match(text) or _NAMED_TABLE.search(text)
     return SCORES if is_scores else None
 
 

@@ -16,6 +16,8 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.operations import api
 from shardsurgeon.scores.files import ScoreContent, score_file
 from shardsurgeon.storage.source import MemorySource
+from tests.pruning.test_keep_lists_of_others import BARE, BY_WORD, PUBLISHED
+from tests.scores.test_scores_of_others import RANKINGS, telemetry
 from tests.support import torch_file
 from tests.support.hub.models import fixture_folder
 
@@ -112,6 +114,9 @@ def test_a_score_file_of_torch_is_recognised() -> None:
         ("{}", None),
         ('{"model.layers.0.self_attn.q_proj": {"bits": 4}}', None),
         ('{"model.layers.0.mlp": {"bits": 4, "group_size": [128]}}', None),
+        ('{"model.layers.0.mlp": {"group_size": [128]}}', None),
+        ('{"version": 1, "quant": {"model.layers.0.mlp": {"block": [128, 128]}}}', None),
+        ('{"map": {"0": [1, 2]}}', None),
         ('{"0": "cat", "1": "dog"}', None),
         ('{"vocab": {"0": 15, "1": 16}}', None),
         ('{"layers": 61, "kept": true}', None),
@@ -123,6 +128,33 @@ def test_json_of_any_name_is_told_by_how_it_begins(said: str, kind: str | None) 
     for text in (said, json.dumps(json.loads(said), indent=2) if kind else said):
         assert recognised("any.json", text.encode()) == kind
         assert recognised("any.json", b"\xef\xbb\xbf" + text.encode()) == kind
+
+
+@pytest.mark.parametrize(
+    "value", [*BY_WORD.values(), *BARE.values(), *RANKINGS.values(), telemetry()]
+)
+def test_whatever_is_read_as_a_plan_or_as_scores_is_recognised(value: object) -> None:
+    texts = [value] if isinstance(value, str) else [json.dumps(value), json.dumps(value, indent=2)]
+    for text in texts:
+        assert recognised("any.jsonl", text.encode()[:4096]) in ("plan", "scores")
+
+
+@pytest.mark.parametrize(
+    "again",
+    ['"a": 1, ', '"layer": 1, ', '"kept": "a", ', '{"scores": ', '"rank', '"a.0.', '"', "[ ", "9."],
+)
+def test_hostile_beginnings_take_no_more_than_a_moment(again: str) -> None:
+    for begun in ("{", "[", '{"0": {', '"layer": 1, ', "PK data.pkl"):
+        head = (begun + again * 4096)[:4096].encode()
+        for suffix in ("json", "pt", "npz", "safetensors"):
+            assert recognised(f"a.{suffix}", head) in (None, "scores", "plan")
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="no published keep-lists here")
+def test_published_drop_maps_are_recognised() -> None:
+    for path in PUBLISHED.glob("*drop_map*.json"):
+        if "summary" not in path.name:
+            assert recognised(path.name, path.read_bytes()[:4096]) == "plan"
 
 
 def test_other_tensors_are_not_taken_for_scores() -> None:
