@@ -8,7 +8,7 @@ families; MLX stacks them under other names, quantized ones with `scales` and `b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
@@ -45,7 +45,7 @@ def with_other_layouts(names: TensorNames, tensors: Iterable[str]) -> TensorName
             stacked += [Rule(block + form, rule.axis) for form in forms]
     return replace(
         names,
-        layers=_joined(names.layers, map(_rewrapped, names.layers)),
+        layers=_joined(names.layers, chain.from_iterable(map(_rewrapped, names.layers))),
         stacked=_joined(names.stacked, stacked),
         routers=_joined(names.routers, _companions(names.routers)),
         shared=_joined(names.shared, _companions(names.shared)),
@@ -82,12 +82,17 @@ def _with_the_resaved_block(names: TensorNames) -> TensorNames:
     )
 
 
-def _rewrapped(prefix: str) -> str:
-    """A text model's prefix with the wrapper's name on the other side of `model`."""
+def _rewrapped(prefix: str) -> Iterator[str]:
+    """A text model's prefix with the wrapper's name on the other side of `model`, and without.
+
+    What transformers saves of a base model alone has no `model.`.
+    """
+    forms = [prefix]
     for here, there in (_WRAPPED, _WRAPPED[::-1]):
         if here in prefix:
-            return prefix.replace(here, there)
-    return prefix
+            forms.append(prefix.replace(here, there))
+    yield from forms
+    yield from (form.removeprefix("model.") for form in forms)
 
 
 def _companions(rules: Iterable[Rule]) -> list[Rule]:

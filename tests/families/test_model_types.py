@@ -2,27 +2,42 @@
 
 A type has experts where its config, or a part of it, has a field that counts them, or where a
 fresh config of it does. Each is declared, refused with the reason that stands in a declaration, or
-listed below with the reason for neither: nothing falls through.
+listed below as neither: nothing falls through. What is declared is pruned at the widths of a fresh
+config, in headers alone (`tests/support/hollow.py`), and verified; its bytes and logits are for
+the tests of its family.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import random
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from shardsurgeon import plan
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import family_for
+from shardsurgeon.verification.verify import verify_checkpoint
+from tests.support.hollow import HollowSource, carried_out, shard, whole
 
 COUNTS = re.compile(r"(?:n_routed|num_local|moe_num|num|n)_experts")
 
 DECLARED = "declared"
+HUNYUAN = {"head_dim": 128, "num_key_value_heads": 8}
+GEMMA = {"enable_moe_block": True, "moe_intermediate_size": 704, "num_experts": 128}
+GEMMA |= {"top_k_experts": 8}
 # What no declaration speaks of yet; `--family auto` reads those whose names leave no doubt.
 UNDECLARED = {
     "afmoe", "axk1", "axk2", "cohere2_moe", "dbrx", "deepseek_ocr2", "deepseek_ocr2_text",
@@ -44,6 +59,24 @@ REASONS = {
     "vitpose": "one for each data set",
     "vitpose_backbone": "one for each data set",
     "zaya": "skips the layer",
+}
+
+
+# Types whose fresh config makes no model, or none with experts, and what it lacks; None: there is
+# no class for that part of a model alone.
+CHANGES: dict[str, dict[str, object] | None] = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "diffusion_gemma": {"text_config": {"num_experts": 128, "top_k_experts": 8}},
+    "diffusion_gemma_text": None,
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "flex_olmo": {"num_experts_per_tok": 3},
+    "gemma4": {"text_config": GEMMA},
+    "gemma4_text": GEMMA,
+    "hunyuan_v1_moe": {**HUNYUAN, "num_experts": 16, "moe_topk": 2},
+    "qwen3_omni_moe": None,
+    "qwen3_omni_moe_text": None,
+    "step3p5": None,
+    "unlimited_ocr_text": None,
 }
 
 
@@ -94,6 +127,48 @@ def test_every_type_with_experts_is_declared_or_refused_or_listed() -> None:
 @pytest.mark.parametrize("model_type", REASONS)
 def test_what_is_refused_is_refused_with_its_own_reason(model_type: str) -> None:
     assert REASONS[model_type] in outcome(model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", with_experts())
+def test_a_declared_type_is_pruned_at_its_own_widths(model_type: str, tmp_path: Path) -> None:
+    if outcome(model_type) != DECLARED:
+        pytest.skip("not declared")
+    changes = CHANGES.get(model_type, {})
+    if changes is None:
+        pytest.skip("transformers has no class for it, or builds it inside of another one only")
+    config = CONFIG_MAPPING[model_type](**changes)
+    specs = [
+        (name, "I64" if name.endswith("tid2eid") else "BF16", tuple(tensor.shape))
+        for name, tensor in model_of(config).state_dict().items()
+    ]
+    text = json.dumps(config.to_dict(), default=str).encode()
+    source = HollowSource("m", {"config.json": whole(text), "model.safetensors": shard(specs)})
+    checkpoint = open_checkpoint(source)
+    layers = read_anatomy(checkpoint).layers
+    draw = random.Random(1)
+    scores = {each.index: [draw.random() for _ in range(each.num_experts)] for each in layers}
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores))
+    made = plan(checkpoint, path, ratio=0.25, out=tmp_path / "out")
+    result = carried_out(made.plan, source, "pruned")
+    assert verify_checkpoint(checkpoint, result, sample=0).differences == ()
+    assert made.decision.kept < layers[0].num_experts
+
+
+def model_of(config: Any) -> Any:
+    """The model of a config on the meta device: the whole one, the one for text, the bare one."""
+    mappings = [
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    ]
+    if "text_config" in config.sub_configs:
+        mappings.reverse()
+    for mapping in (*mappings, modeling_auto.MODEL_MAPPING):
+        if type(config) in mapping:
+            with torch.device("meta"):
+                return mapping[type(config)](config)
+    raise AssertionError(f"no class for {config.model_type}")
 
 
 def test_what_is_undeclared_is_never_called_dense() -> None:

@@ -11,6 +11,7 @@ from shardsurgeon.storage.source import Source, SourceFile
 
 Spec = tuple[str, str, tuple[int, ...]]
 """Name, dtype as in a header, shape."""
+ZEROS = bytes(1 << 20)
 # Bits: small floats may take less than a byte.
 BITS = {"F32": 32, "BF16": 16, "F8_E4M3": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "I32": 32, "I64": 64}
 
@@ -40,12 +41,13 @@ class HollowSource(Source):
         assert end <= file.nbytes
         for at in range(begin, end, 1 << 20):
             stop = min(at + (1 << 20), end)
-            data = bytearray(stop - at)
+            data = ZEROS[: stop - at]
             for start, piece in file.pieces.items():
                 low, high = max(start, at), min(start + len(piece), stop)
                 if low < high:
-                    data[low - at : high - at] = piece[low - start : high - start]
-            yield bytes(data)
+                    middle = piece[low - start : high - start]
+                    data = data[: low - at] + middle + data[high - at :]
+            yield data
 
 
 def whole(data: bytes) -> HollowFile:
