@@ -7,6 +7,7 @@ along the inputs, with scales and biases beside them, the experts first as in al
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from shardsurgeon import apply, inspect, open_checkpoint, plan, verify
 from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.guess import guess_family
+from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.families.schema import all_families
+from tests.support.hollow import HollowSource, Spec, shard, whole
 
 EXPERTS, HIDDEN, WIDTH, GROUP = 4, 128, 64, 64
 GLU = ("gate_proj", "up_proj", "down_proj")
@@ -162,9 +166,9 @@ def write(folder: Path, name: str, bits: int | None) -> Path:
     folder.mkdir()
     made = tensors(name, bits)
     weight_map = {key: f"model-0000{1 + ('.1.' in key)}-of-00002.safetensors" for key in made}
-    for shard in set(weight_map.values()):
-        held = {key: values for key, values in made.items() if weight_map[key] == shard}
-        save_file(held, folder / shard, metadata={"format": "mlx"})
+    for file in set(weight_map.values()):
+        held = {key: values for key, values in made.items() if weight_map[key] == file}
+        save_file(held, folder / file, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config(name, bits), indent=2), encoding="utf-8")
     size = sum(values.nbytes for values in made.values())
     metadata = {"total_size": size, "total_parameters": parameters(made, bits)}
@@ -184,8 +188,8 @@ def test_what_mlx_writes_is_pruned_by_rows(name: str, bits: int | None, tmp_path
         for key, values in tensors(name, bits).items()
     }
     found = dict[str, NDArray[np.generic]]()
-    for shard in out.glob("*.safetensors"):
-        found |= load_file(shard)
+    for file in out.glob("*.safetensors"):
+        found |= load_file(file)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         assert np.array_equal(found[key], values), key
@@ -203,3 +207,64 @@ def test_the_router_is_the_words_and_not_their_scales(name: str, tmp_path: Path)
     routers = [f"{layout.layers}.{layer}.{layout.router}.weight" for layer in range(2)]
     assert [layer.router for layer in layers] == routers
     assert inspect(folder).quantization == "mlx affine"
+
+
+def mistral4() -> HollowSource:
+    """Mistral 4 in 4 bits as mlx-lm wrote it, its router in bfloat16, without vision."""
+    text = {
+        "hidden_size": 4096,
+        "model_type": "mistral4",
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 36,
+    }
+    scheme = {"group_size": 64, "bits": 4, "mode": "affine"}
+    content = {"model_type": "mistral3", "quantization": scheme, "quantization_config": scheme}
+    specs: list[Spec] = [("language_model.model.norm.weight", "BF16", (4096,))]
+
+    def add(name: str, *shape: int) -> None:
+        *lead, columns = shape
+        specs.append((f"language_model.{name}.weight", "U32", (*lead, columns // 8)))
+        for kind in ("scales", "biases"):
+            specs.append((f"language_model.{name}.{kind}", "BF16", (*lead, columns // 64)))
+
+    add("model.embed_tokens", 131072, 4096)
+    add("lm_head", 131072, 4096)
+    for layer in range(36):
+        at = f"model.layers.{layer}"
+        for name, size in (
+            ("input_layernorm", 4096),
+            ("post_attention_layernorm", 4096),
+            ("self_attn.q_a_layernorm", 1024),
+            ("self_attn.kv_a_layernorm", 256),
+        ):
+            specs.append((f"language_model.{at}.{name}.weight", "BF16", (size,)))
+        specs.append((f"language_model.{at}.mlp.gate.weight", "BF16", (128, 4096)))
+        add(f"{at}.self_attn.q_a_proj", 1024, 4096)
+        add(f"{at}.self_attn.q_b_proj", 32 * 128, 1024)
+        add(f"{at}.self_attn.kv_a_proj_with_mqa", 256 + 64, 4096)
+        add(f"{at}.self_attn.embed_q", 32, 256, 64)
+        add(f"{at}.self_attn.unembed_out", 32, 128, 256)
+        add(f"{at}.self_attn.o_proj", 4096, 32 * 128)
+        for block, lead in (("shared_experts", ()), ("switch_mlp", (128,))):
+            for part in ("gate_proj", "up_proj"):
+                add(f"{at}.mlp.{block}.{part}", *lead, 2048, 4096)
+            add(f"{at}.mlp.{block}.down_proj", *lead, 4096, 2048)
+    raw = json.dumps({**content, "text_config": text}).encode()
+    return HollowSource("mistral4", {"config.json": whole(raw), "m.safetensors": shard(specs)})
+
+
+def test_a_published_model_has_the_size_and_parameters_that_its_index_says() -> None:
+    checkpoint = open_checkpoint(mistral4())
+    assert checkpoint.total_size == 66_949_842_944
+    assert count_parameters(checkpoint.records, checkpoint.settings) == 118_972_826_624
+
+
+def test_a_published_model_of_an_undeclared_wrapper_can_be_read_by_auto() -> None:
+    checkpoint = open_checkpoint(mistral4())
+    family = guess_family(checkpoint).family
+    found = read_anatomy(replace(checkpoint, family=family))
+    assert (len(found.layers), found.num_experts, found.top_k) == (36, 128, 4)
+    # Per expert and layer three matrices in 4 bits with scales and biases, and a router row.
+    matrices = 3 * 2048 * 4096
+    assert found.expert_nbytes == matrices // 2 + 2 * 2 * matrices // 64 + 2 * 4096

@@ -13,7 +13,17 @@ Spec = tuple[str, str, tuple[int, ...]]
 """Name, dtype as in a header, shape."""
 ZEROS = bytes(1 << 20)
 # Bits: small floats may take less than a byte.
-BITS = {"F32": 32, "BF16": 16, "F8_E4M3": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "I32": 32, "I64": 64}
+BITS = {
+    "F32": 32,
+    "BF16": 16,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I8": 8,
+    "U8": 8,
+    "I32": 32,
+    "U32": 32,
+    "I64": 64,
+}
 
 
 @dataclass(frozen=True)
