@@ -114,6 +114,12 @@ MISTRAL4 = replace(
     experts=None,
     counts=GLM.counts,
 )
+MISTRAL_LARGE4 = Layout(
+    layers=r"layers\.(\d+)\.",
+    experts=r"experts\.(\d+)\.w[123]\.weight$",
+    sliced=((r"gate\.weight", 0),),
+    counts=GLM.counts,
+)
 OCR2 = replace(GLM, layers=r"model\.layers\.(\d+)\.", sliced=((r"mlp\.gate\.weight", 0),))
 KIMI_VL = replace(GLM, layers=r"language_model\.model\.layers\.(\d+)\.")
 VL2 = replace(
@@ -155,6 +161,7 @@ CASES = {
     "glm5_next": WRAPPED(GLM, "same bits", mtp=BEHIND, mtp_layers=1),
     "qwen4_exp": WRAPPED(QWEN4, "but for rounding", mtp=r"mtp\.", mtp_layers=1, first_sparse=0),
     "mistral4": WRAPPED(MISTRAL4, "but for rounding", first_sparse=0),
+    "mistral_large4": WRAPPED(MISTRAL_LARGE4, "but for rounding"),
     "deepseek_ocr2": WRAPPED(OCR2, "but for rounding"),
     "unlimited_ocr": WRAPPED(UNLIMITED_OCR, "but for rounding"),
     "internvl_hf": WRAPPED(INTERNVL_HF, "but for rounding", first_sparse=0),

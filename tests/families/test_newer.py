@@ -55,13 +55,6 @@ LAYOUTS = {
         counts=(("moe_num_experts",),),
     ),
     "dots3_note_text": replace(SIGMOID, counts=ROUTED),
-    "unlimited_ocr": replace(SOFTMAX, counts=(("language_config", "n_routed_experts"),)),
-    "mistral_large4": Layout(
-        layers=r"layers\.(\d+)\.",
-        experts=r"experts\.(\d+)\.w[123]\.weight$",
-        sliced=((r"gate\.weight", 0),),
-        counts=(("text_config", "n_routed_experts"),),
-    ),
     "diffusion_gemma": Layout(
         layers=r"model\.decoder\.layers\.(\d+)\.",
         experts=None,

@@ -34,7 +34,7 @@ from tests.oracle.byte_oracle import same_bits
 from tests.oracle.closeness import assert_equal_but_for_rounding
 
 # Of these the fixtures have no vision config, and transformers would fill in a large one.
-WITHOUT_VISION = ["diffusion_gemma", "mistral_large4", "unlimited_ocr"]
+WITHOUT_VISION = ["diffusion_gemma"]
 FAMILIES = [
     family.name
     for family in all_families()
@@ -45,6 +45,7 @@ FORMS = ["minimax_m3_text", "nemotron_h_latent", "qwen3_omni_moe_thinker"]
 # Fixtures that stand for a family whose first one transformers does not build.
 STAND_INS = {
     "aria": "aria_text",
+    "deepseek_vl_v2": "deepseek_ocr2",
     "dots3_note": "dots3_note_text",
     "inkling": "inkling_text",
     "step3p5": "step3p7",
