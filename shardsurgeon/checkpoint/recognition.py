@@ -88,7 +88,7 @@ _PICKLED = re.compile(
 )
 # A table of rows and nothing else may be anything: then the file's name must say what it is.
 _ROWS_ONLY = re.compile(rb"(?:\s*\[\s*\[)|.*?data\.pkl.*?\x80.ctorch\._utils\n", re.DOTALL)
-_NAMED_SCORES = re.compile(r"score|salien|reap|importance", re.IGNORECASE)
+_NAMED_SCORES = re.compile(r"score|salien|reap|importance|keep|drop_?map", re.IGNORECASE)
 _ARRAY = re.compile(rb"(?:accumulators\.)?layers\.\d+\.|\d+\.npy|(?:scores|" + _METRICS + rb")")
 _TENSOR = re.compile(rb'"(?:accumulators\.)?layers\.\d+\.(?:' + _METRICS + rb"|weighted_)")
 

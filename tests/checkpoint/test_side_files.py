@@ -136,7 +136,7 @@ def test_json_of_any_name_is_told_by_how_it_begins(said: str, kind: str | None) 
 def test_whatever_is_read_as_a_plan_or_as_scores_is_recognised(value: object) -> None:
     texts = [value] if isinstance(value, str) else [json.dumps(value), json.dumps(value, indent=2)]
     for text in texts:
-        assert recognised("any.jsonl", text.encode()[:4096]) in ("plan", "scores")
+        assert recognised("my scores.jsonl", text.encode()[:4096]) in ("plan", "scores")
 
 
 @pytest.mark.parametrize(
