@@ -23,6 +23,7 @@ _STACKED = ("experts.gate_up_proj*", "experts.gate_proj*", "experts.up_proj*", "
 _STACKED_BY_MLX = ("experts.switch_glu.*", "switch_mlp.*")
 # What MLX stores beside a quantized `weight`, a router's included.
 _COMPANIONS = (".scales", ".biases")
+_BIAS = "e_score_correction_bias"
 _RESAVED_BLOCK = "mlp"
 _HOMES = ("experts", "switch_mlp")
 _WRAPPED = ("language_model.model.layers.", "model.language_model.layers.")
@@ -47,7 +48,9 @@ def with_other_layouts(names: TensorNames, tensors: Iterable[str]) -> TensorName
         names,
         layers=_joined(names.layers, chain.from_iterable(map(_rewrapped, names.layers))),
         stacked=_joined(names.stacked, stacked),
-        routers=_joined(names.routers, _companions(names.routers)),
+        routers=_joined(
+            names.routers, [*map(_bias_elsewhere, names.routers), *_companions(names.routers)]
+        ),
         shared=_joined(names.shared, _companions(names.shared)),
     )
 
@@ -93,6 +96,15 @@ def _rewrapped(prefix: str) -> Iterator[str]:
             forms.append(prefix.replace(here, there))
     yield from forms
     yield from (form.removeprefix("model.") for form in forms)
+
+
+def _bias_elsewhere(rule: Rule) -> Rule:
+    """The rule of a correction bias that stands below the router with it beside, or so back."""
+    block = rule.name.removesuffix(_BIAS)
+    if block == rule.name:
+        return rule
+    beside = block.removesuffix("gate.")
+    return Rule((beside if beside != block else f"{block}gate.") + _BIAS, rule.axis)
 
 
 def _companions(rules: Iterable[Rule]) -> list[Rule]:

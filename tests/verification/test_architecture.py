@@ -62,6 +62,8 @@ NOT_READ = re.compile(
     r"(model\.)?(visual|vision|linear_proj|audio_encoder|speech_embeddings|aligner|image_start)\b"
     r"|layers\.\*\.mlp\.gate\.(bias_vl|e_score_correction_bias)\b"
 )
+# Fixtures that hold the text model of a wrapper alone: what else it has is missing in them.
+TEXT_ALONE = {"diffusion_gemma", "inkling", "mistral_large4", "unlimited_ocr"}
 EITHER = ": does not fit in the source either"
 
 
@@ -116,7 +118,9 @@ def written(name: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", sorted(builders().keys() - NOT_BUILT.keys() - NOT_READABLE))
+@pytest.mark.parametrize(
+    "name", sorted(builders().keys() - NOT_BUILT.keys() - NOT_READABLE - TEXT_ALONE)
+)
 def test_a_pruned_checkpoint_fits_its_config(name: str, pairs: Pairs) -> None:
     pair = pairs(name)
     report = check_architecture(pair.source, pair.folder)
