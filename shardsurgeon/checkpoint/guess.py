@@ -224,9 +224,9 @@ class _FamilyGuess:
     def _others(self) -> tuple[list[str], list[str]]:
         """Names, relative to the layer, of tensors that choose experts, and of shared ones."""
         inside = re.compile(
-            rf"{re.escape(self._prefix)}(?P<layer>\d{1, 6})\.(?P<rest>{re.escape(self._block)}.+)"
+            rf"{re.escape(self._prefix)}(?P<layer>\d{{1,6}})\.(?P<rest>{re.escape(self._block)}.+)"
         )
-        by_number = re.compile(rf"{re.escape(self._block)}experts\.\d{1, 6}\..+")
+        by_number = re.compile(rf"{re.escape(self._block)}experts\.\d{{1,6}}\..+")
         in_moe: defaultdict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
         moe_layers: set[int] = set()
         for name, shape in self._shapes.items():
