@@ -8,6 +8,7 @@ its logits are those of the original whose routers cannot choose the pruned expe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -51,8 +52,8 @@ STAND_INS = {
     "step3p5": "step3p7",
 }
 # Inside the first the automatic classes find no causal language model; the second's first layers
-# choose by a table of ids, which pruning rewrites.
-WITHOUT_LOGITS = ["qwen3_omni_moe", "deepseek_v4"]
+# choose by a table of ids, which pruning rewrites; the third classifies tokens.
+WITHOUT_LOGITS = ["qwen3_omni_moe", "deepseek_v4", "openai_privacy_filter"]
 
 
 def fixture_of(name: str) -> str:
@@ -128,8 +129,12 @@ def assert_rows_follow(source: Path, out: Path, keep: dict[int, list[int]], expe
         result = after[name]
         axes = [n for n, size in enumerate(tensor.shape) if result.shape[n] != size]
         if axes:
-            layer = int(name.split("layers.")[1].split(".")[0])
-            rows = [*keep[layer], *range(experts, tensor.shape[axes[0]])]
+            layer = int(re.split(r"\b(?:layers|blocks)\.", name)[1].split(".")[0])
+            whole, left = tensor.shape[axes[0]], result.shape[axes[0]]
+            # Rows of one expert: several where experts lie one under the other.
+            each = (whole - left) // (experts - len(keep[layer]))
+            rows = [expert * each + row for expert in keep[layer] for row in range(each)]
+            rows += range(experts * each, whole)
             tensor = tensor.index_select(axes[0], torch.tensor(rows))
             cut.add(layer)
         assert same_bits(result, tensor), name
