@@ -30,23 +30,26 @@ from unittest import mock
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
+)
 
 from tests.oracle.byte_oracle import read_config
 
 Kept = dict[int, list[int]]
 
 
-def logits(
-    folder: Path, experts: int, retained: Kept | None = None, auto_class: Any = None
-) -> torch.Tensor:
-    """Logits `[2, 40, vocab]` for fixed tokens; of `experts`, only the retained may be chosen.
-
-    auto_class: what the model is, where it is neither a language model nor one that sees.
-    """
-    if auto_class is None:
-        seeing = "text_config" in read_config(folder)
-        auto_class = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+def logits(folder: Path, experts: int, retained: Kept | None = None) -> torch.Tensor:
+    """Logits for fixed tokens, `[2, 40, vocab]` or of a classifier `[2, 40, labels]`; of `experts`,
+    only the retained may be chosen."""
+    config = read_config(folder)
+    auto_class: Any = AutoModelForCausalLM
+    if "text_config" in config:
+        auto_class = AutoModelForImageTextToText
+    elif config["architectures"][0].endswith("ForTokenClassification"):
+        auto_class = AutoModelForTokenClassification
     model, report = auto_class.from_pretrained(
         folder,
         dtype=torch.float32,
