@@ -97,7 +97,7 @@ def carried_out(plan: Plan, source: HollowSource, name: str) -> HollowSource:
     sizes = {file.name: file.nbytes for file in source.list()}
     for file in plan.copied_files:
         files[file] = whole(source.read(file, 0, sizes[file]))
-    for file, path in plan.score_files:
+    for file, path, _ in plan.score_files:
         with open(path, "rb") as score_file:
             files[file] = whole(score_file.read())
     return HollowSource(name, files)
