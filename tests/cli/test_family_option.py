@@ -182,6 +182,23 @@ def test_auto_reads_experts_stacked_beside_a_router(
         assert np.array_equal(after[name], rows), name
 
 
+def test_auto_reads_a_routers_bias_among_numbered_experts(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[int, ...]] = {
+        "mlp__gate__weight": (4, HIDDEN),
+        "mlp__experts__e_score_correction_bias": (4,),
+        **{f"mlp__experts__{expert}__up_proj__weight": (5, HIDDEN) for expert in range(4)},
+    }
+    model, out = stacked(tmp_path / "m", COUNTED, **tensors), tmp_path / "out"
+    given = [str(model / "scores.json"), "--model", str(model), "--keep", "2", "-o", str(out)]
+    assert main(["apply", *given, "--family", "auto"]) == 0
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    block = "model.layers.1.mlp.experts"
+    bias = f"{block}.e_score_correction_bias"
+    assert np.array_equal(after[bias], before[bias][[1, 2]])
+    last = f"{block}.1.up_proj.weight"
+    assert np.array_equal(after[last], before[f"{block}.2.up_proj.weight"])
+
+
 def test_auto_takes_two_places_of_the_count_that_agree_for_one(tmp_path: Path) -> None:
     text = {key: value for key, value in COUNTED.items() if key != "model_type"}
     content = {"model_type": "novel_ocr", "num_experts": 4, "language_config": text}
