@@ -168,7 +168,12 @@ def test_an_expert_count_in_another_place_is_not_called_a_dense_model() -> None:
 def test_an_unknown_model_type_is_told_what_is_supported_and_how_to_add_a_family() -> None:
     with pytest.raises(InputError) as caught:
         anatomy(content=tiny.config(model_type="kimi_k52", architectures=[]))
-    for words in ("families/README.md", "did you mean kimi_k2?", "--family FILE", "CONTRIBUTING.md"):
+    for words in (
+        "families/README.md",
+        "did you mean kimi_k2?",
+        "--family FILE",
+        "CONTRIBUTING.md",
+    ):
         assert words in str(caught.value)
 
 
