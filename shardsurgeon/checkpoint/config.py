@@ -100,7 +100,7 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     return Numbers(
         num_layers=num_layers,
         experts=experts,
-        own_mtp_count=any(any(_values_at(section, name)) for name in own),
+        own_mtp_count=any(_values_at(section, name) for name in own),
         top_k=number(keys.top_k, None),
         n_group=n_group,
         topk_group=max(number(keys.topk_group, n_group), 1),

@@ -70,6 +70,8 @@ class ConfigKeys:
     being the layer's number (of MTP layers: counted from 0). These may differ between layers.
     mtp_num_experts: spellings of a separate count for the MTP layers.
     extra_rows: key of the number of router rows after the experts' own (identity or shared ones).
+    mtp_padded: keys of lists with an entry per layer, MTP layers' behind the others, which a
+    model without MTP layers must not have.
     elsewhere: dotted paths of objects about other experts, which are not changed.
     """
 
@@ -85,6 +87,7 @@ class ConfigKeys:
     per_mtp_layer: str = ""
     mtp_num_experts: tuple[str, ...] = ()
     extra_rows: str = ""
+    mtp_padded: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
 
 
@@ -284,7 +287,7 @@ def _unknown(
     config: Mapping[str, Any], families: tuple[Family, ...], tensors: Iterable[str]
 ) -> tuple[str, str]:
     model_type = config.get("model_type")
-    known = {name: family for family in families for name in family.model_types}
+    known = {name: f for f in families if not f.refusal for name in f.model_types}
     problem = f"model type {model_type!r} is not supported ({len(known)} are, listed in "
     problem += "shardsurgeon/families/README.md)"
     near = difflib.get_close_matches(str(model_type), sorted(known), n=len(known))

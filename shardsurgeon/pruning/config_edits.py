@@ -162,6 +162,11 @@ def _counts(
         for dotted in keys.mtp_layers if drop_mtp else ():
             counts = config_values(section, tuple(dotted.split(".")))
             changes.update({path: 0 for path, value in counts if value})
+        for name in keys.mtp_padded if drop_mtp else ():
+            entries = section.get(name)
+            padded = range(anatomy.num_layers, anatomy.num_layers + anatomy.num_mtp_layers)
+            if isinstance(entries, list) and len(entries) == padded.stop:
+                changes.update({(name, place): DELETE for place in padded})
         yield from (((*prefix, *path), change) for path, change in changes.items())
 
 
@@ -182,10 +187,13 @@ def _own_counts(
     section: Mapping[str, Any], anatomy: Anatomy, kept: Mapping[int, int], drop_mtp: bool
 ) -> Iterator[tuple[Path, object]]:
     """Counts of single layers, and of the MTP layers alone."""
-    of_mtp = [count for layer, count in kept.items() if layer >= anatomy.num_layers]
+    of_mtp = max((n for layer, n in kept.items() if layer >= anatomy.num_layers), default=None)
+    shared = max(n for layer, n in kept.items() if layer < anatomy.num_layers)
     for dotted in anatomy.family.config.mtp_num_experts:
         for path, value in config_values(section, tuple(dotted.split("."))):
-            yield path, max(of_mtp) if of_mtp and value else value
+            # 0 says "as many as the others", and stays where that is true.
+            says = of_mtp is None or (not value and of_mtp == shared)
+            yield path, value if says else of_mtp
     for template, first in per_layer_paths(anatomy.family.config, anatomy.num_layers):
         for path, value in config_values(section, template):
             layer = first + int(path[template.index("*")])

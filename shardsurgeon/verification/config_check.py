@@ -277,15 +277,24 @@ class ExpectedCounts:
         name = next((part for part in reversed(path) if isinstance(part, str)), "")
         if name in self._every and value == self._anatomy.shared_count:
             return self._shared()
-        if name in self._of_mtp and value and not self._mtp_dropped:
+        if name in self._of_mtp and not self._mtp_dropped:
             first_mtp = self._anatomy.num_layers
-            return max((n for layer, n in self._left.items() if layer >= first_mtp), default=value)
+            left = max((n for layer, n in self._left.items() if layer >= first_mtp), default=value)
+            # 0 says "as many as the others", and stays where that is true.
+            return value if not value and left == self._shared() else left
         return None
 
     def elements(self, path: Path, items: list[Any]) -> list[Any]:
         """The elements of the source's list that stay: those of dropped MTP layers do not."""
-        per_layer = self._mtp_dropped and path[-1:] == (PER_LAYER_KEY,)
-        return items[: self._anatomy.num_layers] if per_layer else items
+        if not self._mtp_dropped or not path:
+            return items
+        main = self._anatomy.num_layers
+        padded = (
+            path[-1] in self._keys.mtp_padded
+            and ".".join(map(str, path[:-1])) in self._keys.at
+            and len(items) == main + self._anatomy.num_mtp_layers
+        )
+        return items[:main] if padded or path[-1] == PER_LAYER_KEY else items
 
     def added(self, path: Path, section: Mapping[str, Any]) -> dict[str, Any]:
         """What an object must have in addition to its own members: the counts per layer."""

@@ -481,6 +481,7 @@ def test_a_count_of_0_for_mtp_layers_means_that_of_the_others(tmp_path: Path) ->
     plan = prune.plan(open_checkpoint(source), str(table), SelectionRequest(keep=2))
     config = json.loads(dict(plan.plan.generated_files)["config.json"])
     assert config["mtp_n_routed_experts"] == 0
-    with pytest.raises(UsageError, match="--mtp: keep leaves MTP layer 4"):
-        request = SelectionRequest(keep=2, mtp=MtpPolicy.KEEP)
-        prune.plan(open_checkpoint(source), str(table), request)
+    whole = SelectionRequest(keep=2, mtp=MtpPolicy.KEEP)
+    apply(prune.plan(open_checkpoint(source), str(table), whole, out=tmp_path / "out"))
+    assert config_of(tmp_path / "out")["mtp_n_routed_experts"] == 6
+    assert verify.verify(source, tmp_path / "out").holds

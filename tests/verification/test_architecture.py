@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.cli.main import main
-from shardsurgeon.errors import UsageError
+from shardsurgeon.errors import FamilyError, UsageError
 from shardsurgeon.operations import api
 from shardsurgeon.verification.architecture import check_architecture
 from shardsurgeon.verification.findings import ArchitectureReport
-from tests.families.specimens import FIXTURES, Specimen, builders
+from tests.families.specimens import FIXTURES, Specimen, builders, specimen
 from tests.oracle.byte_oracle import read_config
 
 pytestmark = pytest.mark.oracle
@@ -113,6 +114,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     return pair
 
 
+def mtp_layers(name: str) -> int:
+    """MTP layers that a fixture's config counts; 0 for what is refused."""
+    try:
+        return read_anatomy(specimen(name).checkpoint()).num_mtp_layers
+    except FamilyError:
+        return 0
+
+
 def written(name: str, folder: Path) -> Path:
     path: Path = importlib.import_module("builders.folder").write(builders()[name](), folder)
     return path
@@ -137,6 +146,19 @@ def test_what_transformers_cannot_read_is_said_to_be_so_of_the_source_too(
     report = check_architecture(pairs(name).source, pairs(name).folder)
     assert report.differences
     assert all(".experts." in line and "in the source too" in line for line in report.differences)
+
+
+WITH_MTP = {name for name in builders() if mtp_layers(name)}
+
+
+@pytest.mark.parametrize("name", sorted(WITH_MTP - NOT_BUILT.keys() - NOT_READABLE - TEXT_ALONE))
+def test_a_checkpoint_whose_mtp_layers_are_dropped_fits_its_config(
+    name: str, tmp_path: Path
+) -> None:
+    source = written(name, tmp_path / "source")
+    out = tmp_path / "out"
+    api.apply(api.plan(source, source / "scores.pt", ratio=0.5, mtp="drop", out=out))
+    assert check_architecture(source, out).differences == ()
 
 
 @pytest.mark.parametrize("name", NOT_BUILT)
