@@ -82,7 +82,11 @@ def builders() -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = dict(importlib.import_module("build").FAMILIES)
     package = importlib.import_module("builders")
     for module in pkgutil.iter_modules(package.__path__):
-        found |= getattr(importlib.import_module(f"builders.{module.name}"), "BUILDERS", {})
+        for name, build in getattr(
+            importlib.import_module(f"builders.{module.name}"), "BUILDERS", {}
+        ).items():
+            # One fixture would hide another of its name.
+            assert found.setdefault(name, build) is build, name
     return found
 
 

@@ -53,7 +53,7 @@ STAND_INS = {
 }
 # Inside the first the automatic classes find no causal language model; the second's first layers
 # choose by a table of ids, which pruning rewrites; the third classifies tokens.
-WITHOUT_LOGITS = ["qwen3_omni_moe", "deepseek_v4", "openai_privacy_filter"]
+WITHOUT_LOGITS = ["qwen3_omni_moe", "deepseek_v4"]
 
 
 def fixture_of(name: str) -> str:
