@@ -29,7 +29,6 @@ from shardsurgeon.checkpoint.roles import (
 )
 from shardsurgeon.errors import ConfigError, FamilyError
 from shardsurgeon.families.schema import Family, family_for
-from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 
@@ -151,7 +150,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     tensor is missing, or a tensor in an MoE block is claimed by no rule; ConfigError where
     config.json lacks a count or contradicts the tensors.
     """
-    where = f"{checkpoint.location}/{CONFIG_NAME}"
+    where = checkpoint.config_place
     config = checkpoint.settings
     family = checkpoint.family or family_for(config, where, (r.name for r in checkpoint.records))
     if family.refusal:

@@ -12,7 +12,12 @@ from functools import cached_property
 from os import PathLike
 from typing import Any
 
-from shardsurgeon.checkpoint.files import other_formats, require_known_layout, root_safetensors
+from shardsurgeon.checkpoint.files import (
+    QUANTIZATION_FILES,
+    names_of,
+    other_formats,
+    root_safetensors,
+)
 from shardsurgeon.checkpoint.provenance import (
     PROVENANCE_NAME,
     Provenance,
@@ -36,7 +41,7 @@ from shardsurgeon.checkpoint.shards import (
 from shardsurgeon.checkpoint.unlisted import forgotten_parts
 from shardsurgeon.errors import CheckpointError, ConfigError
 from shardsurgeon.families.schema import Family, family_for, is_declared
-from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, parse_index
+from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.open import hub_name, open_source
@@ -47,13 +52,14 @@ from shardsurgeon.storage.source import Source, SourceFile
 class Checkpoint:
     """Everything of a checkpoint except its weights.
 
-    files: every file of the source; shards: the weight files, in order of their names;
-    config: config.json; index_metadata: the index's `metadata`, or None for a checkpoint
-    without an index (its weight map is checked against the shards and not kept); provenance:
-    what an earlier prune by this tool wrote, or None; unindexed: safetensors files that are not
-    part of the model; notes: what a user should know and need not repair; family: a declaration
-    to use in place of the shipped ones; unlisted: tensors of the shards that the index does not
-    name; superseded: (file, tensor) of those in a shard that the index says are in another.
+    files: every file of the source; names: what they are called; shards: the weight files, in
+    order of their names; config: config.json, or what stands in its place; index_metadata: the
+    index's `metadata`, or None for a checkpoint without an index (its weight map is checked against
+    the shards and not kept); provenance: what an earlier prune by this tool wrote, or None;
+    unindexed: safetensors files that are not part of the model; notes: what a user should know and
+    need not repair; family: a declaration to use in place of the shipped ones; unlisted: tensors of
+    the shards that the index does not name; superseded: (file, tensor) of those in a shard that the
+    index says are in another.
 
     >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
     >>> checkpoint.settings["model_type"], checkpoint.shards[0].header.tensors[0].shape
@@ -71,11 +77,23 @@ class Checkpoint:
     family: Family | None = None
     unlisted: tuple[str, ...] = ()
     superseded: tuple[tuple[str, str], ...] = ()
+    names: FileNames = HUGGING_FACE
 
     @property
     def location(self) -> str:
         """Its folder or address, for messages."""
         return self.source.location
+
+    @property
+    def config_place(self) -> str:
+        """Its config, for messages."""
+        return _at(self.source, self.names.config)
+
+    @property
+    def rewritten(self) -> frozenset[str]:
+        """Names of files that a pruned model has new ones of."""
+        own = (self.names.config, self.names.index, PROVENANCE_NAME)
+        return frozenset((*own, *QUANTIZATION_FILES))
 
     @cached_property
     def config_sha256(self) -> str:
@@ -101,7 +119,7 @@ class Checkpoint:
         Raises what reading the source raises.
         """
         weights = {*self.unindexed, *(shard.file for shard in self.shards)}
-        beside = [file for file in self.files if file.name not in weights]
+        beside = [f for f in self.files if f.name not in weights | self.rewritten]
         return sort_out(self.source, beside, self.settings)
 
     def read_file(self, name: str) -> bytes:
@@ -131,22 +149,23 @@ def open_checkpoint(
     """
     source = open_source(model)
     files = {file.name: file for file in source.list()}
-    require_known_layout(source.location, files)
-    if CONFIG_NAME not in files:
-        raise _no_model(source, files)
-    config = Document.parse(_read_whole(source, files[CONFIG_NAME]), _at(source, CONFIG_NAME))
+    called = names_of(source.location, files)
+    if called.config not in files:
+        raise _no_model(source, files, called)
+    place = _at(source, called.config)
+    config = Document.parse(_read_whole(source, files[called.config]), place)
     if not isinstance(config.value, dict):
-        raise ConfigError(_at(source, CONFIG_NAME), "holds no JSON object")
+        raise ConfigError(place, "holds no JSON object")
     index = None
-    if INDEX_NAME in files:
-        index = parse_index(_read_whole(source, files[INDEX_NAME]), _at(source, INDEX_NAME))
-    names = shard_names(source, files, index)
+    if called.index in files:
+        index = parse_index(_read_whole(source, files[called.index]), _at(source, called.index))
+    names = shard_names(source, files, index, called)
     shards = open_shards(source, [files[name] for name in names])
     if index is None and len(shards) > 1:
         shards = without_strangers(shards)
     settled = settle(source, shards, index.weight_map if index is not None else {})
     if index is not None:
-        require_listed(source, settled, index)
+        require_listed(_at(source, called.index), settled, index)
     provenance, foreign = None, False
     if PROVENANCE_NAME in files:
         raw = _read_whole(source, files[PROVENANCE_NAME])
@@ -170,6 +189,7 @@ def open_checkpoint(
         tuple(notes),
         unlisted=settled.unlisted if index is not None else (),
         superseded=settled.superseded,
+        names=called,
     )
     if family is not None:
         return with_family(checkpoint, family)
@@ -238,9 +258,11 @@ def _weight_notes(settled: Settled, unindexed: tuple[str, ...], has_index: bool)
         yield f"{some(names)} of {files} left out: the index says that another shard has them"
 
 
-def _no_model(source: Source, files: Mapping[str, SourceFile]) -> CheckpointError:
-    """The error for a place without config.json: it may hold a model in another format."""
-    if source.is_remote and not root_safetensors(files):
+def _no_model(
+    source: Source, files: Mapping[str, SourceFile], called: FileNames
+) -> CheckpointError:
+    """The error for a place without a config: it may hold a model in another format."""
+    if called == HUGGING_FACE and source.is_remote and not root_safetensors(files):
         suffixes = other_formats(files)
         but = f", only {', '.join(suffixes)}" if suffixes else ""
         return CheckpointError(
@@ -248,7 +270,7 @@ def _no_model(source: Source, files: Mapping[str, SourceFile]) -> CheckpointErro
             f"holds no .safetensors file{but}",
             "name a model that is published as safetensors",
         )
-    where = f"{source.location}/{CONFIG_NAME}"
+    where = _at(source, called.config)
     return ConfigError(where, "no such file", "give the folder of a model")
 
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 from shardsurgeon.errors import CheckpointError
-from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
+from shardsurgeon.storage.formats.index import (
+    CONFIG_NAME,
+    HUGGING_FACE,
+    INDEX_NAME,
+    MISTRAL,
+    FileNames,
+)
 
 # Side files that repeat the quantization lists of config.json.
 QUANTIZATION_FILES = (
@@ -22,7 +27,6 @@ QUANTIZATION_FILES = (
 )
 # Where a pruned model carries its record and the scores or keep-list that it was made with.
 CALIBRATION_FOLDER = "calibration/"
-SINGLE_SHARD = "model.safetensors"
 
 CARD_NAME = "README.md"
 SOURCE_CARD_NAME = "README.source.md"
@@ -155,33 +159,30 @@ def why_left_behind(name: str) -> str | None:
     return next(fits, None)
 
 
-def require_known_layout(location: str, names: Iterable[str]) -> None:
-    """Raise CheckpointError where all weights are in Mistral's own format.
+def names_of(location: str, files: Iterable[str]) -> FileNames:
+    """What a model's files are called: as transformers has them, or Mistral's own format.
 
-    Its params.json has other keys than a config.json, and its own engine finds weights by the name
-    `consolidated`: what pruning writes would be read by nothing.
+    Raises CheckpointError where the weights are Mistral's beside a config.json: an engine would
+    read the experts' count from either.
     """
-    names = list(names)
-    if root_safetensors(names):
-        return
-    if any(fnmatchcase(name, "consolidated*.safetensors") for name in names):
-        problem = (
-            "has its weights in Mistral's own format (params.json, consolidated*.safetensors), "
-            "which cannot be pruned"
-        )
-        remedy = (
-            "name a version of the model in the layout of transformers (config.json, "
-            "model*.safetensors), or convert it to that"
-        )
-        raise CheckpointError(location, problem, remedy)
+    files = list(files)
+    if root_safetensors(files) or not root_safetensors(files, MISTRAL):
+        return HUGGING_FACE
+    if CONFIG_NAME not in files:
+        return MISTRAL
+    problem = f"has {CONFIG_NAME}, and weights in Mistral's own format alone (consolidated*)"
+    remedy = f"fetch the weights in model*.safetensors, or prune without {CONFIG_NAME}"
+    raise CheckpointError(location, problem, remedy)
 
 
-def root_safetensors(names: Iterable[str]) -> list[str]:
+def root_safetensors(names: Iterable[str], of: FileNames = HUGGING_FACE) -> list[str]:
     """The safetensors files at the top, sorted; `consolidated` ones are in Mistral's own format."""
     return sorted(
         name
         for name in names
-        if "/" not in name and name.endswith(".safetensors") and not name.startswith("consolidated")
+        if "/" not in name
+        and name.endswith(".safetensors")
+        and name.startswith(MISTRAL.stem) == (of == MISTRAL)
     )
 
 

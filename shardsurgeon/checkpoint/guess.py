@@ -18,7 +18,6 @@ from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS
 from shardsurgeon.checkpoint.layouts import is_companion
 from shardsurgeon.errors import UndeclaredFamilyError
 from shardsurgeon.families.schema import Family, numbers_of_experts, parse_family
-from shardsurgeon.storage.formats.index import CONFIG_NAME
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = (
@@ -70,7 +69,7 @@ def guess_family(checkpoint: Checkpoint) -> Guess:
     reading = _FamilyGuess(checkpoint)
     toml = reading.toml()
     if reading.ambiguities:
-        where = f"{checkpoint.location}/{CONFIG_NAME}"
+        where = checkpoint.config_place
         raise UndeclaredFamilyError(
             where,
             f"cannot be read without a declaration: {'; '.join(reading.ambiguities[:2])}",

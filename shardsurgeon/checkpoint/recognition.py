@@ -14,16 +14,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from shardsurgeon.checkpoint.files import (
     CALIBRATION_FOLDER,
     NEVER,
-    QUANTIZATION_FILES,
     why_left_behind,
 )
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
-from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
-# Files that a pruned model has new ones of.
-REWRITTEN = frozenset({CONFIG_NAME, INDEX_NAME, PROVENANCE_NAME, *QUANTIZATION_FILES})
 PLAN, SCORES = "plan", "scores"
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -106,7 +101,7 @@ def sort_out(
         file
         for file in files
         if file.name.lower().endswith(_MAY_BE_EITHER)
-        and not (file.name in found or file.name in REWRITTEN)
+        and file.name not in found
         and not (file.name.startswith(CALIBRATION_FOLDER) or _WELL_KNOWN.fullmatch(file.name))
     ]
     for file, kind in zip(doubtful, _kinds(source, doubtful), strict=True):

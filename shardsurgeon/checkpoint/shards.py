@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from shardsurgeon.checkpoint.files import SINGLE_SHARD, root_safetensors
+from shardsurgeon.checkpoint.files import root_safetensors
 from shardsurgeon.errors import CheckpointError, HeaderError, IndexFileError, SourceReadError
-from shardsurgeon.storage.formats.index import INDEX_NAME, Index, natural_order
+from shardsurgeon.storage.formats.index import FileNames, Index, natural_order
 from shardsurgeon.storage.formats.safetensors import (
     Header,
     header_length,
@@ -61,8 +61,10 @@ class Settled:
     superseded: tuple[tuple[str, str], ...]
 
 
-def shard_names(source: Source, files: Mapping[str, SourceFile], index: Index | None) -> list[str]:
-    """The files that make up a model, in the order of their numbers.
+def shard_names(
+    source: Source, files: Mapping[str, SourceFile], index: Index | None, called: FileNames
+) -> list[str]:
+    """The files that make up a model, in the order of their numbers. called: as its files are.
 
     Raises IndexFileError where the index names a file that is not there, CheckpointError where
     there is no index and the files are not all of a model.
@@ -72,28 +74,28 @@ def shard_names(source: Source, files: Mapping[str, SourceFile], index: Index | 
         for name in names:
             if name not in files:
                 raise IndexFileError(
-                    f"{source.location}/{INDEX_NAME}",
+                    f"{source.location}/{called.index}",
                     f"names the shard {name}, which is not there",
                     "fetch the missing shard",
                 )
         return names
-    if SINGLE_SHARD in files:
-        return [SINGLE_SHARD]
-    names = sorted(root_safetensors(files), key=natural_order)
+    if (single := called.shard(1, 1)) in files:
+        return [single]
+    names = sorted(root_safetensors(files, called), key=natural_order)
     if not names:
         raise CheckpointError(source.location, "holds no .safetensors file")
-    _require_complete(source, names)
+    _require_complete(source, names, called.index)
     return names
 
 
-def _require_complete(source: Source, names: Sequence[str]) -> None:
+def _require_complete(source: Source, names: Sequence[str], index: str) -> None:
     """Refuse `model-00001-of-00003.safetensors` without the other two."""
     sets: dict[tuple[str, int], set[int]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, names)):
         sets.setdefault((match["stem"], int(match["total"])), set()).add(int(match["number"]))
     for (stem, total), numbers in sets.items():
         if (len(numbers), min(numbers), max(numbers)) != (total, 1, total):
-            problem = f"has {len(numbers)} of the {total} shards of {stem} and no {INDEX_NAME}"
+            problem = f"has {len(numbers)} of the {total} shards of {stem} and no {index}"
             raise CheckpointError(source.location, problem, "fetch the missing files")
 
 
@@ -204,8 +206,9 @@ def settle(source: Source, shards: Sequence[Shard], listed: Mapping[str, str]) -
     return Settled(_without(shards, superseded), unlisted, tuple(superseded))
 
 
-def require_listed(source: Source, settled: Settled, index: Index) -> None:
-    """Raise IndexFileError unless every tensor is in the shard that the index says."""
+def require_listed(where: str, settled: Settled, index: Index) -> None:
+    """Raise IndexFileError, naming the index, `where`, unless every tensor is in the shard that it
+    says."""
     listed = index.weight_map
     present = sum(len(shard.header.tensors) for shard in settled.shards) - len(settled.unlisted)
     if present == len(listed):
@@ -221,7 +224,7 @@ def require_listed(source: Source, settled: Settled, index: Index) -> None:
     if more := len(missing) - len(alike):
         problem += f"; {more:,} others are not where it says either"
     remedy = "fetch the index and the shards again, from one revision"
-    raise IndexFileError(f"{source.location}/{INDEX_NAME}", problem, remedy)
+    raise IndexFileError(where, problem, remedy)
 
 
 def _without(shards: Sequence[Shard], left_out: Iterable[tuple[str, str]]) -> tuple[Shard, ...]:

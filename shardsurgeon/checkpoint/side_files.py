@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.recognition import REWRITTEN
 from shardsurgeon.errors import UsageError
 
 EXCLUDED = "excluded"
@@ -37,7 +36,7 @@ def side_files(
     carried, left = [], {}
     for file in checkpoint.files:
         name = file.name
-        if name in REWRITTEN or name in shards:
+        if name in checkpoint.rewritten or name in shards:
             continue
         why = checkpoint.left_behind.get(name)
         if matches(name, exclude):
@@ -59,7 +58,7 @@ def require_sound(checkpoint: Checkpoint, include: Sequence[str], exclude: Seque
                 problem = f"{glob} fits none of the {len(beside)} files beside the weights"
                 raise UsageError(option, problem, "globs are of paths in the model's folder")
     for glob in exclude:
-        for name in (*sorted(REWRITTEN.intersection(beside)), *sorted(shards)):
+        for name in (*sorted(checkpoint.rewritten.intersection(beside)), *sorted(shards)):
             if matches(name, [glob]):
                 problem = f"{glob} would exclude {name}, without which this is no model"
                 raise UsageError("--exclude", problem, "give a narrower one")

@@ -159,6 +159,7 @@ class Family:
     group_score_top: how many of a group's experts make its score where routing is
     group-limited; a group must keep at least that many.
     refusal: why models of this family cannot be pruned correctly, where that is so.
+    known_by: dotted paths that tell the family where a config names no type, all of them there.
     transformers: not inherited; what is `like` another family need not be built like it.
     """
 
@@ -170,6 +171,7 @@ class Family:
     tensors: TensorNames
     group_score_top: int = 1
     refusal: str = ""
+    known_by: tuple[str, ...] = ()
     transformers: TransformersView = TransformersView()
 
 
@@ -234,6 +236,9 @@ def family_for(config: Mapping[str, Any], where: str, tensors: Iterable[str] = (
         types = (each.get("model_type") for each in sections if isinstance(each, Mapping))
         if any(name in family.model_types for name in types):
             return family
+    for family in families:
+        if family.known_by and all(_has(config, dotted) for dotted in family.known_by):
+            return family
     if not _mentions_experts(config):
         problem = f"{model_type!r} names no experts: a dense model has none to prune"
         raise FamilyError(where, problem)
@@ -275,6 +280,11 @@ def numbers_of_experts(node: object, path: str = "") -> Iterator[tuple[str, int]
         if "expert" in str(key) and type(value) is int and value > 1:
             yield where, value
         yield from numbers_of_experts(value, where)
+
+
+def _has(config: Mapping[str, Any], dotted: str) -> bool:
+    outer, _, key = dotted.rpartition(".")
+    return (config_section(config, outer) or {}).get(key) is not None
 
 
 def _mentions_experts(node: object) -> bool:

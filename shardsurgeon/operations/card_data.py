@@ -21,6 +21,7 @@ from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
 from shardsurgeon.errors import InputError
 from shardsurgeon.pruning.config_edits import says_per_layer
 from shardsurgeon.scores.files import read_scores
+from shardsurgeon.storage.formats.index import HUGGING_FACE
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -46,7 +47,8 @@ class Calibration:
 class Loading:
     """How libraries load the model.
 
-    auto_class: of transformers, which `processor` reads the inputs for; remote_code: whether the
+    auto_class: of transformers, which `processor` reads the inputs for, both "" where it does not
+    read the model; remote_code: whether the
     model's code comes with it; stock_engines: whether stock vLLM reads its expert counts.
     """
 
@@ -94,7 +96,7 @@ def model_facts(
         mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
         mtp_removed=counts_no_mtp(anatomy.family, config),
         uniform=uniform,
-        loading=_loading(config, uniform or says_per_layer(config, anatomy) != ""),
+        loading=_loading(pruned, uniform or says_per_layer(config, anatomy) != ""),
         calibrations=tuple(_calibrations(pruned, folder)),
         source_card=_source_card(folder / CARD_NAME),
     )
@@ -135,7 +137,10 @@ def _longer(record: TensorRecord, axis: int, more: int) -> TensorRecord:
     return replace(record, shape=shape, end=record.begin + record.nbytes // rows * (rows + more))
 
 
-def _loading(config: Mapping[str, Any], stock_engines: bool) -> Loading:
+def _loading(pruned: Checkpoint, stock_engines: bool) -> Loading:
+    config = pruned.settings
+    if pruned.names != HUGGING_FACE:
+        return Loading("", "", remote_code=False, stock_engines=stock_engines)
     code = config.get("auto_map")
     code = code if isinstance(code, Mapping) else _NOTHING
     architecture = next(iter(config.get("architectures") or ()), "")

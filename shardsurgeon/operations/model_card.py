@@ -36,11 +36,11 @@ _HUB = "https://huggingface.co"
 _PROGRAM = ("shardsurgeon", "apply")
 
 _CARD = Path(__file__).with_name("model_card.md")
-_STOCK_ENGINES = Template("""\
+_SERVED = Template("""\
 ```sh
 $serve
-```
-
+```""")
+_BY_TRANSFORMERS = Template("""\
 ```python
 from transformers import $model_class, $reader_class
 
@@ -128,7 +128,8 @@ def _metadata(facts: ModelFacts) -> str:
         data["base_model"] = list(bases)
         data["base_model_relation"] = _RELATION
     data |= {key: source[key] for key in _CARRIED_OVER if source.get(key)}
-    data["library_name"] = source.get("library_name") or "transformers"
+    library = "transformers" if facts.loading.auto_class else "vllm"
+    data["library_name"] = source.get("library_name") or library
     data["tags"] = [*dict.fromkeys((*_tags(source), *TAGS))]
     return ModelCardData(**data).to_yaml(original_order=[*data])
 
@@ -247,13 +248,16 @@ def _use(facts: ModelFacts, placement: Placement) -> str:
     if loading.remote_code:
         serve.append("--trust-remote-code")
         arguments.append("trust_remote_code=True")
-    return _STOCK_ENGINES.substitute(
-        serve=" ".join(serve),
+    served = _SERVED.substitute(serve=" ".join(serve))
+    if not loading.auto_class:
+        return served
+    code = _BY_TRANSFORMERS.substitute(
         model_class=loading.auto_class,
         reader_class=loading.processor,
         reader="processor" if loading.processor == "AutoProcessor" else "tokenizer",
         arguments=", ".join(arguments),
     )
+    return f"{served}\n\n{code}"
 
 
 def recipe(

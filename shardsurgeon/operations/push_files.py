@@ -14,7 +14,6 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import CARD_NAME, SECRET, set_aside, why_left_behind
-from shardsurgeon.checkpoint.recognition import REWRITTEN
 from shardsurgeon.checkpoint.side_files import matches, side_files
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.plan import Plan
@@ -61,7 +60,7 @@ def select_files(pruned: Checkpoint, include: Sequence[str] = ()) -> Selection:
     include: globs of files that are pushed too. Raises UsageError for one that fits nothing.
     """
     written = pruned.provenance.files if pruned.provenance is not None else None
-    ours = {CARD_NAME, *REWRITTEN, *(shard.file for shard in pruned.shards)}
+    ours = {CARD_NAME, *pruned.rewritten, *(shard.file for shard in pruned.shards)}
     ours.update(side_files(pruned).carried if written is None else written)
     there = {file.name: file.nbytes for file in pruned.files}
     for glob in include:

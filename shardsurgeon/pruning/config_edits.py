@@ -31,7 +31,6 @@ from shardsurgeon.checkpoint.quantization_names import (
 )
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
-from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Rename
 
 Path = tuple[str | int, ...]
@@ -51,7 +50,7 @@ def pruned_config(
     Raises ConfigError where a value that looks like the expert count is known to no rule, or a
     quantization list names experts in a way that cannot be renumbered.
     """
-    settings, where = checkpoint.settings, f"{checkpoint.location}/{CONFIG_NAME}"
+    settings, where = checkpoint.settings, checkpoint.config_place
     changes: dict[Path, object] = dict(_counts(settings, anatomy, keep, drop_mtp))
     _refuse_forgotten_counts(settings, anatomy, changes, where)
     lists = QuantizationLists(anatomy, keep, where)
@@ -84,7 +83,7 @@ def partial_lists(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> l
     Engines take what a list says of one expert for all of its layer (vLLM: of expert 0, or of
     any), and renumbering can make another expert that one. Raises what `pruned_config` raises.
     """
-    settings, where = checkpoint.settings, f"{checkpoint.location}/{CONFIG_NAME}"
+    settings, where = checkpoint.settings, checkpoint.config_place
     lists = QuantizationLists(anatomy, keep, where)
     layers: dict[str, list[int]] = {}
     for path in _sections(settings, anatomy):

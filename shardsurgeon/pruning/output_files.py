@@ -18,7 +18,6 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
-from shardsurgeon.checkpoint.recognition import REWRITTEN
 from shardsurgeon.checkpoint.side_files import require_sound, side_files
 from shardsurgeon.execution.plan import OutputShard, Plan
 from shardsurgeon.execution.run import output_sizes
@@ -26,7 +25,7 @@ from shardsurgeon.pruning.config_edits import pruned_config, pruned_quantization
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.lineage import compose, step_of
 from shardsurgeon.pruning.request import SelectionRequest
-from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME, build_index
+from shardsurgeon.storage.formats.index import build_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.source import SourceFile
 
@@ -103,9 +102,9 @@ def _generated_files(
             document = Document.parse(raw, where)
             files.append((name, pruned_quantization_file(document, anatomy, decision.keep, where)))
     config = pruned_config(checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp)
-    files.append((CONFIG_NAME, config))
+    files.append((checkpoint.names.config, config))
     if len(shards) > 1:
-        files.append((INDEX_NAME, _index(checkpoint, shards)))
+        files.append((checkpoint.names.index, _index(checkpoint, shards)))
     return tuple(files)
 
 
@@ -176,7 +175,7 @@ def _free_name(name: str, taken: Collection[str]) -> str:
 
 def _source_files(checkpoint: Checkpoint, copied: tuple[str, ...]) -> tuple[SourceFile, ...]:
     """Every source file that is copied, in part or whole, or that a new one was written from."""
-    read = {shard.file for shard in checkpoint.shards} | set(copied) | REWRITTEN
+    read = {shard.file for shard in checkpoint.shards} | set(copied) | checkpoint.rewritten
     return tuple(file for file in checkpoint.files if file.name in read)
 
 

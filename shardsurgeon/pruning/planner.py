@@ -79,16 +79,9 @@ def plan_shards(
     else:
         drafts = list(_repack(planner, checkpoint.shards, max_shard_nbytes))
     return tuple(
-        _finish(draft, shard_name(number, len(drafts)))
+        _finish(draft, checkpoint.names.shard(number, len(drafts)))
         for number, draft in enumerate(drafts, start=1)
     )
-
-
-def shard_name(number: int, total: int) -> str:
-    """The file name of shard `number` (from 1) of `total`."""
-    if total == 1:
-        return "model.safetensors"
-    return f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def _finish(draft: _Draft, file: str) -> OutputShard:

@@ -26,7 +26,6 @@ from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.output_files import total_parameters
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.selection import dropped_share, saliency_cut
-from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.units import format_size
 
 # Rest of an expert tensor's name, dtype and shape.
@@ -214,7 +213,7 @@ def _uncounted(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     if total_parameters(checkpoint, plan.shards) is not None:
         return []
     what = "the way the weights are packed hides how many parameters they are"
-    return [f"total_parameters is left out of {INDEX_NAME}: {what}"]
+    return [f"total_parameters is left out of {checkpoint.names.index}: {what}"]
 
 
 def absent_mtp_notes(anatomy: Anatomy) -> list[str]:

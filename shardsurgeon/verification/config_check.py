@@ -23,7 +23,6 @@ from shardsurgeon.checkpoint.quantization_names import (
     named_expert,
     plain_name,
 )
-from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
@@ -55,14 +54,15 @@ def check_settings(
     findings: Findings,
 ) -> None:
     """config.json and quantization files have the new counts and are otherwise the source's."""
-    found = _load(pruned, CONFIG_NAME)
+    name = source.names.config
+    found = _load(pruned, name)
     no_mtp = _counts_no_mtp(anatomy, pairing, found)
     expected = _Expected(source.settings, anatomy, keeps, no_mtp)
-    _compare(CONFIG_NAME, "", expected.config(_load(source, CONFIG_NAME), ()), found, findings)
+    _compare(name, "", expected.config(_load(source, name), ()), found, findings)
     for path in expected.forgotten(found, ()):
         dotted = ".".join(map(str, path))
         problem = f"{dotted} is {anatomy.shared_count}, the expert count of the source"
-        findings.add(CONFIG_NAME, problem)
+        findings.add(name, problem)
     there = {file.name for file in pruned.files}
     for name in (file.name for file in source.files if file.name in QUANTIZATION_FILES):
         if name not in there:

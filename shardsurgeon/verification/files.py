@@ -24,7 +24,6 @@ from shardsurgeon.checkpoint.files import (
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.checkpoint.side_files import side_files
-from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.verification.byte_ranges import RangeComparer
@@ -53,7 +52,7 @@ def check_structure(
     Opening the checkpoint has already checked that headers have no holes and overlaps, and that
     the index names no tensor that is missing.
     """
-    _check_names(pruned, findings)
+    _check_names(source, pruned, findings)
     for file, name in pruned.superseded:
         findings.add(f"{file} {name}", "is in another shard too")
     for shard in pruned.shards:
@@ -63,11 +62,11 @@ def check_structure(
     _check_index(source, pruned, findings)
 
 
-def _check_names(pruned: Checkpoint, findings: Findings) -> None:
-    total = len(pruned.shards)
-    expected = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+def _check_names(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    total, stem = len(pruned.shards), source.names.stem
+    expected = [f"{stem}-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
     if total == 1:
-        expected = ["model.safetensors"]
+        expected = [f"{stem}.safetensors"]
     for shard, name in zip(pruned.shards, expected, strict=True):
         if shard.file != name:
             findings.add(shard.file, f"should be called {name}")
@@ -110,12 +109,13 @@ def _check_metadata(
 
 
 def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    name = source.names.index
     if pruned.index_metadata is None:
         if len(pruned.shards) > 1:
-            findings.add(INDEX_NAME, f"is missing beside {len(pruned.shards)} shards")
+            findings.add(name, f"is missing beside {len(pruned.shards)} shards")
         return
-    for name in pruned.unlisted:
-        findings.add(INDEX_NAME, f"does not list {name}")
+    for tensor in pruned.unlisted:
+        findings.add(name, f"does not list {tensor}")
     before = source.index_metadata or {}
     said: dict[str, object] = {**before, "total_size": pruned.total_size}
     said |= {key: count(pruned) for key, count in _INDEX_COUNTS.items() if key in before}
@@ -125,7 +125,7 @@ def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
         # Where the source is silent about parameters, the output may be.
         silent = found is None and key == "total_parameters" and key not in before
         if (type(found), found) != (type(value), value) and not silent:
-            findings.add(INDEX_NAME, f"{key} is {found!r}, expected {value!r}")
+            findings.add(name, f"{key} is {found!r}, expected {value!r}")
 
 
 def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
@@ -191,6 +191,7 @@ class _Sameness:
 def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
     """There are no weight files besides the model's own: a loader might read them."""
     expected = {shard.file for shard in pruned.shards} | _carried(source, pruned)
+    expected |= pruned.rewritten
     if pruned.provenance is not None and pruned.provenance.files is None:
         # Earlier versions copied whatever lay there.
         old_shards = {shard.file for shard in source.shards} | set(source.unindexed)

@@ -119,14 +119,14 @@ def without_index_and(name: str) -> dict[str, bytes]:
             "not a plain path inside the folder",
         ),
         (
-            {"params.json": b"{}", "consolidated.safetensors": tiny.files()[FIRST]},
-            CheckpointError,
-            "has its weights in Mistral's own format",
+            {"consolidated.safetensors": tiny.files()[FIRST]},
+            ConfigError,
+            "params.json: no such file",
         ),
         (
             {"config.json": b"{}", "consolidated-00001-of-00001.safetensors": b""},
             CheckpointError,
-            "name a version of the model in the layout of transformers",
+            "has config.json, and weights in Mistral's own format alone",
         ),
     ],
 )

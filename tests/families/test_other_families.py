@@ -184,6 +184,17 @@ CASES |= {
         runs=False,
     ),
     "grok2": Case(MIXTRAL, pruned=BOTH, runs=False),
+    "mistral_native": Case(
+        replace(
+            MIXTRAL,
+            layers=r"layers\.(\d+)\.",
+            experts=r"experts\.(\d+)\.w[123]\.(qscale_)?weight$",
+            sliced=((r"gate\.weight", 0),),
+            counts=(("moe", "num_experts"),),
+        ),
+        pruned=frozenset({1, 2}),
+        runs=False,
+    ),
     "dbrx": Case(
         stacked(
             r"ffn\.experts\.mlp\.(w1|v1|w2)",

@@ -55,6 +55,7 @@ NOT_IN_TRANSFORMERS = {
     "grok2",
     "longcat_flash_ngram",
     "minimax_m1",
+    "mistral_native",
     "sarvam_mla",
     "sarvam_moe",
     "step3_text",

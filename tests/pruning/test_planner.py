@@ -15,7 +15,8 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.execution.plan import Literal, OutputShard
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
-from shardsurgeon.pruning.planner import plan_shards, shard_name
+from shardsurgeon.pruning.planner import plan_shards
+from shardsurgeon.storage.formats.index import HUGGING_FACE
 from tests.support import tiny
 
 QWEN = {
@@ -197,7 +198,7 @@ def test_consecutive_rows_are_one_segment() -> None:
     [(1, 1, "model.safetensors"), (3, 64, "model-00003-of-00064.safetensors")],
 )
 def test_shards_are_named_as_the_hub_names_them(number: int, total: int, name: str) -> None:
-    assert shard_name(number, total) == name
+    assert HUGGING_FACE.shard(number, total) == name
 
 
 def test_experts_whose_rows_are_not_whole_bytes_are_refused_by_name() -> None:

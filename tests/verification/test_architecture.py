@@ -43,6 +43,7 @@ NOT_BUILT = {
     "grok1": "it has no model for Grok, which runs by remote code",
     "grok2": "it has no model for Grok, which runs by remote code",
     "minimax_m1": "minimax_m1",
+    "mistral_native": "it does not read Mistral's own format; vLLM does",
     "kimi_k3": "it has no model for Kimi-K3's latent experts; vLLM has",
     "nemotron_h_puzzle": "it has no model whose layers differ in their experts; vLLM has",
     "hunyuan_v1_moe_lists": "Field 'num_experts' expected int, got list",

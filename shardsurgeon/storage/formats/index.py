@@ -24,6 +24,25 @@ _DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
+class FileNames:
+    """What the files of a model are called: its config, its index, and how its shards begin."""
+
+    config: str
+    index: str
+    stem: str
+
+    def shard(self, number: int, total: int) -> str:
+        """The name of shard `number` (from 1) of `total`."""
+        if total == 1:
+            return f"{self.stem}{_SUFFIX}"
+        return f"{self.stem}-{number:05d}-of-{total:05d}{_SUFFIX}"
+
+
+HUGGING_FACE = FileNames(CONFIG_NAME, INDEX_NAME, "model")
+MISTRAL = FileNames("params.json", "consolidated.safetensors.index.json", "consolidated")
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
     """What an index says.
 
