@@ -123,7 +123,8 @@ def _quantizations(fixtures: list[str]) -> set[str]:
 def run_proofs() -> Path:
     """Run the tests that prove families; their results as a JUnit file."""
     junit = Path(tempfile.mkdtemp()) / "results.xml"
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", *SUITES]
+    loop = ("--loop", "full", "-n", "2")
+    command = [sys.executable, "-m", "pytest", "-q", *loop, f"--junitxml={junit}", *SUITES]
     if subprocess.run(command, cwd=ROOT).returncode:
         sys.exit("the proofs did not pass: there is no table to make")
     return junit
