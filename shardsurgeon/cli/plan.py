@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @selection_options
 @family_option
 @click.option("-o", "plan_out", metavar="PLAN.JSON", help="Save the keep-lists, for `--plan`.")
+@click.option("--force", is_flag=True, help="Let -o replace another plan that was saved there.")
 @json_option
 def plan_command(
     scores: str | None,
@@ -48,6 +49,7 @@ def plan_command(
     requests: Sequence[SelectionRequest],
     family: str | None,
     plan_out: str | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Show what would be removed; writes no model.
@@ -66,6 +68,8 @@ def plan_command(
     """
     from shardsurgeon.operations import prune
 
+    if force and plan_out is None:
+        raise UsageError("--force", "is about a file that -o names", "give -o as well")
     if len(requests) > 1:
         if plan_out is not None:
             problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
@@ -75,7 +79,7 @@ def plan_command(
         return
     pruning = prune.plan(model, scores, requests[0], family=family)
     if plan_out is not None:
-        pruning.write_plan(plan_out)
+        pruning.write_plan(plan_out, force=force)
     emit(pruning.report, _with_file(plan_lines(pruning.report), plan_out), as_json)
 
 

@@ -29,7 +29,7 @@ from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.workers import ProgressMeter
 from shardsurgeon.storage.files import free_space, make_folder, publish, writing
 from shardsurgeon.storage.source import Source
-from shardsurgeon.storage.system import System
+from shardsurgeon.storage.system import System, is_strangers
 
 _LOCK = "shardsurgeon.lock"
 _JOURNAL = "shardsurgeon.journal"
@@ -82,6 +82,23 @@ class WorkDir:
                 "is in the way and was not made by shardsurgeon",
                 "choose another -o or move it away",
             )
+        # Another run may be about to remove the folder.
+        with writing(self.folder), suppress(FileNotFoundError):
+            self._require_plain()
+
+    def _require_plain(self) -> None:
+        """Raise OutputError where OUT.partial is another user's or leads elsewhere by links."""
+        if is_strangers(self.folder.stat()):
+            raise OutputError(
+                self.folder, "belongs to another user", "choose another -o or remove it"
+            )
+        for below, folders, names in os.walk(self.folder):
+            for name in (*folders, *names):
+                path = Path(below, name)
+                if path.is_symlink():
+                    raise OutputError(
+                        path, "is a link, and shardsurgeon makes none", "remove it, run again"
+                    )
 
     def open_journal(self, run: Run, restart: bool) -> Journal:
         """Prepare the folder for `run`; the journal says what is finished.

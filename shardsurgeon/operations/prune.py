@@ -15,7 +15,7 @@ from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.pruning.decide import Decision, decide
-from shardsurgeon.pruning.keep_lists import KeepList, write_plan
+from shardsurgeon.pruning.keep_lists import KeepList, is_plan, write_plan
 from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.planner import (
     SizeEstimate,
@@ -27,7 +27,7 @@ from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
-from shardsurgeon.storage.files import sha256_of, write_file
+from shardsurgeon.storage.files import require_output, sha256_of, write_output
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,12 @@ class Pruning:
             str(self.out),
         )
 
-    def write_plan(self, path: str | os.PathLike[str]) -> None:
-        """Save the keep-lists as a plan.json that `--plan` reads."""
+    def write_plan(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Save the keep-lists as a plan.json that `--plan` reads.
+
+        A file that holds this very plan stays as it is. force: replace another plan of ours. Raises
+        OutputError for any other file that exists, a file that this plan was made from among them.
+        """
         data = write_plan(
             self.decision.keep,
             selection=_selection_settings(self),
@@ -78,7 +82,15 @@ class Pruning:
                 "config_sha256": self.checkpoint.config_sha256,
             },
         )
-        write_file(Path(path), data)
+        model = self.checkpoint.source
+        local = (model.local_path(file.name) for file in self.plan.source_files)
+        inputs = [Path(origin) for _, origin, _ in self.plan.score_files]
+        inputs += [place for place in local if place is not None]
+        target, remedy = Path(path), "choose another -o, or replace a plan with --force"
+        if require_output(
+            target, data, inputs, replaces=lambda old: force and is_plan(old), remedy=remedy
+        ):
+            write_output(target, data)
 
 
 def plan(

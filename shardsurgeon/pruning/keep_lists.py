@@ -132,6 +132,15 @@ def write_plan(
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
+def is_plan(data: bytes) -> bool:
+    """Whether a file's content is a plan.json that was written here."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("kind") == PLAN_KIND
+
+
 def _own_count(keep_list: KeepList, keep: LayerKeep) -> dict[str, object]:
     """What a layer says of its experts before where it has fewer than others."""
     if keep.num_experts == keep_list.num_experts:

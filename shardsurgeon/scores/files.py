@@ -24,7 +24,7 @@ from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import HeaderError, OutputError, ScoreError, UsageError
 from shardsurgeon.scores.shapes import flat_metric, read_tables, small_facts
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, UNNAMED, Fact, Scores
-from shardsurgeon.storage.files import write_file
+from shardsurgeon.storage.files import write_output
 from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray, decode
 from shardsurgeon.storage.formats.npz import read_npz
 from shardsurgeon.storage.formats.safetensors import (
@@ -115,7 +115,7 @@ def write_scores(out: str | os.PathLike[str], content: ScoreContent) -> None:
     listed = (content.calibration or {}).get("samples")
     check_samples(out, len(listed) if isinstance(listed, list) else 0)
     data = _torch_file(content) if is_torch_file(out) else score_file(out, content)
-    write_file(Path(out), data)
+    write_output(Path(out), data)
 
 
 def check_out(out: str | os.PathLike[str]) -> None:

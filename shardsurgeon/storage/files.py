@@ -10,16 +10,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from shardsurgeon.errors import OutputWriteError, SourceReadError
+from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
 from shardsurgeon.storage.system import System, default_system
 
 # Large enough that the calls cost nothing beside the bytes, small enough for any machine.
 BUFFER_NBYTES = 1 << 20
+# Larger files are none that a command would write again.
+_MOST_COMPARED = 1 << 30
 
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space there, then run the same command again",
@@ -146,16 +150,92 @@ def sha256_of(path: Path) -> str:
 
 
 def write_file(path: Path, data: bytes, system: System | None = None) -> None:
-    """Make `path` hold `data`, whole or not at all, whatever happens meanwhile.
+    """Make a work file hold `data`, whole or not at all, whatever happens meanwhile.
 
-    Raises OutputWriteError.
+    Its temporary name is always the same, so that a rerun clears what a kill left. Raises
+    OutputWriteError.
     """
+    _write_by_way_of(path.with_name(path.name + ".writing"), path, data, system)
+
+
+def write_output(path: Path, data: bytes, system: System | None = None) -> None:
+    """Make a file that the user named hold `data`, whole or not at all.
+
+    A device or a pipe is written into. Whether a file may be replaced is for the caller to say
+    (`require_output`). Raises OutputWriteError.
+    """
+    if _is_stream(path):
+        with writing(path), open(path, "wb") as stream:
+            stream.write(data)
+        return
+    # No other file has such a name, not even one that somebody laid there.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.writing")
+    try:
+        _write_by_way_of(temporary, path, data, system)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _write_by_way_of(temporary: Path, path: Path, data: bytes, system: System | None) -> None:
     system = system or default_system()
-    temporary = path.with_name(path.name + ".writing")
-    with writing(path), FileIO(temporary, "w") as file:
+    with new_file(temporary, path) as file:
         write_all(file, data, 0, path, system)
         system.sync_file(file)
     publish(temporary, path, system)
+
+
+@contextmanager
+def new_file(path: Path, where: Path | None = None) -> Iterator[FileIO]:
+    """A file that did not exist before, open for writing; what had its name is removed first.
+
+    A link of that name is removed and not followed: it may have been laid there. where: what an
+    OutputWriteError names.
+    """
+    with writing(where or path):
+        path.unlink(missing_ok=True)
+        file = FileIO(path, "x")
+        with file:
+            yield file
+
+
+def require_output(
+    path: Path,
+    data: bytes,
+    inputs: Iterable[Path],
+    *,
+    replaces: Callable[[bytes], bool],
+    remedy: str,
+) -> bool:
+    """Whether an output that the user named is still to be written: not where it holds `data`.
+
+    inputs: files that the command reads; replaces: whether a file of this content may make way;
+    remedy: what to do where it may not. Raises OutputError for an input, a folder, a link to
+    nowhere, and a file that may not.
+    """
+    if not os.path.lexists(path) or _is_stream(path):
+        return True
+    with writing(path):
+        if any(each.exists() and path.exists() and path.samefile(each) for each in inputs):
+            raise OutputError(path, "is read by this command", "choose another -o")
+        if not path.is_file():
+            raise OutputError(path, "is no file that can be written", "choose another -o")
+        found = path.read_bytes() if path.stat().st_size <= _MOST_COMPARED else b""
+    if found == data:
+        return False
+    if not replaces(found):
+        raise OutputError(path, "exists and holds something else", remedy)
+    return True
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is written into as it is: a device, a pipe."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def publish(temporary: Path, path: Path, system: System) -> None:
@@ -178,7 +258,7 @@ def make_folder(path: Path, system: System) -> None:
 
 def reserve_file(path: Path, nbytes: int, system: System) -> None:
     """Make an empty file of `nbytes`, its blocks claimed where the system can."""
-    with writing(path), FileIO(path, "w") as file:
+    with new_file(path) as file:
         system.reserve(file, nbytes)
 
 

@@ -90,6 +90,16 @@ def default_system() -> System:
     return portable() if os.environ.get("SHARDSURGEON_PORTABLE") == "1" else native()
 
 
+def is_strangers(status: os.stat_result) -> bool:
+    """Whether what has this status belongs to another user.
+
+    Never for root, whom network file systems store as somebody else, and not where the system has
+    no owners.
+    """
+    user = os.geteuid() if os.name == "posix" else 0
+    return user != 0 and status.st_uid != user
+
+
 def _seek_and_read(file: FileIO, buffer: memoryview, offset: int) -> int:
     file.seek(offset)
     return file.readinto(buffer) or 0

@@ -248,7 +248,7 @@ class FakePruning:
     args: tuple[Any, ...]
     options: dict[str, Any]
 
-    def write_plan(self, path: str) -> None:
+    def write_plan(self, path: str, *, force: bool = False) -> None:
         Path(path).write_text("keep-lists")
 
 

@@ -353,3 +353,59 @@ def test_an_output_that_exists_is_refused_and_left_alone(
     (there / "precious").write_text("mine")
     assert "exists" in refused(model, capsys, "--ratio", "0.5", "-o", str(there))
     assert (there / "precious").read_text() == "mine"
+
+
+# `plan -o`: what stands there already.
+
+
+def saved(model: Path, out: str, *more: str, ratio: str = "0.5") -> int:
+    scores = str(model / "scores.pt")
+    return main(
+        ["plan", scores, "--model", str(model), "--ratio", ratio, "-o", str(model / out), *more]
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "scores.pt", "tokenizer.json", SHARD])
+@pytest.mark.parametrize("more", [(), ("--force",)])
+def test_a_plan_never_takes_the_place_of_a_file_that_it_was_made_from(
+    name: str, more: tuple[str, ...], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digest(model)
+    assert saved(model, name, *more) == 2
+    line = capsys.readouterr().err
+    assert f"{name}: is read by this command" in line and line.count("\n") == 1
+    assert digest(model) == before
+
+
+def test_a_plan_is_saved_again_where_it_is_the_same_and_replaced_only_by_force(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert saved(model, "../plan.json") == 0
+    first = (model.parent / "plan.json").read_bytes()
+    assert saved(model, "../plan.json") == 0
+    # In the model's folder, as the README's recipe has it.
+    assert saved(model, "plan.json") == saved(model, "plan.json") == 0
+    capsys.readouterr()
+    assert saved(model, "../plan.json", ratio="0.25") == 2
+    line = capsys.readouterr().err
+    assert "exists and holds something else; choose another -o" in line and "--force" in line
+    assert (model.parent / "plan.json").read_bytes() == first
+    assert saved(model, "../plan.json", "--force", ratio="0.25") == 0
+    assert (model.parent / "plan.json").read_bytes() != first
+
+
+@pytest.mark.parametrize("content", ["", "notes of mine", '{"kind": "mine"}', "[" * 9000])
+def test_force_replaces_plans_and_nothing_else(
+    content: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = model.parent / "mine.json"
+    mine.write_text(content)
+    assert saved(model, "../mine.json", "--force") == 2
+    assert mine.read_text() == content
+    assert "exists and holds something else" in capsys.readouterr().err
+
+
+def test_force_without_a_file_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(model / "scores.pt"), "--model", str(model), "--ratio", "0.5", "--force"]
+    assert main(words) == 2
+    assert "--force: is about a file that -o names" in capsys.readouterr().err

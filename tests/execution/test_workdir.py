@@ -149,6 +149,40 @@ def test_a_file_or_link_in_the_way_is_not_ours_either(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize(
+    "name", ["shardsurgeon.journal", "shardsurgeon.journal.writing", "writing/one", "files", "x"]
+)
+def test_a_link_that_was_laid_into_the_place_is_refused_and_not_followed(
+    tmp_path: Path, name: str
+) -> None:
+    interrupted(tmp_path / "OUT")
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    link = tmp_path / "OUT.partial" / name
+    if link.is_dir():
+        link.rename(tmp_path / "moved")
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(precious)
+    with pytest.raises(OutputError, match="is a link, and shardsurgeon makes none"):
+        try_to_hold(tmp_path / "OUT")
+    assert precious.read_bytes() == b"precious" and link.is_symlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no owners")
+@pytest.mark.parametrize(("user", "refused"), [(12345, True), (0, False)])
+def test_another_users_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, refused: bool
+) -> None:
+    interrupted(tmp_path / "OUT")
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    if refused:
+        with pytest.raises(OutputError, match="belongs to another user"):
+            try_to_hold(tmp_path / "OUT")
+    else:
+        try_to_hold(tmp_path / "OUT")
+
+
+@pytest.mark.parametrize(
     "leftovers",
     [(), ("shardsurgeon.lock",), ("shardsurgeon.lock", "shardsurgeon.journal.writing")],
 )

@@ -2,14 +2,16 @@
 
 import errno
 import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
 import pytest
 
-from shardsurgeon.errors import OutputWriteError, SourceReadError
+from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
 from shardsurgeon.storage import files
 from shardsurgeon.storage.system import System, native, portable
 
@@ -176,3 +178,85 @@ def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -
     system = replace(native(), free_space=free_space)
     assert files.free_space(tmp_path / "a" / "b" / "OUT", system) == 7
     assert asked == [tmp_path]
+
+
+# Outputs that the user named.
+
+
+def take(path: Path, data: bytes, *inputs: Path, force: bool = False) -> bool:
+    return files.require_output(
+        path, data, inputs, replaces=lambda old: force, remedy="choose another"
+    )
+
+
+def test_an_output_goes_to_a_name_that_is_free_and_leaves_nothing_beside_it(
+    tmp_path: Path,
+) -> None:
+    assert take(tmp_path / "a", b"new")
+    files.write_output(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_file_that_holds_the_output_already_is_done(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"new")
+    assert not take(tmp_path / "a", b"new")
+
+
+def test_another_file_makes_way_only_where_it_may(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(OutputError, match="exists and holds something else; choose another"):
+        take(tmp_path / "a", b"new")
+    assert take(tmp_path / "a", b"new", force=True)
+
+
+@pytest.mark.parametrize("name", ["a", "link", "sub/../a"])
+def test_an_input_is_never_an_output(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(OutputError, match="is read by this command"):
+        take(tmp_path / name, b"new", tmp_path / "other", tmp_path / "a", force=True)
+
+
+def test_a_folder_and_a_link_to_nowhere_are_no_outputs(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "folder"):
+        with pytest.raises(OutputError, match="is no file that can be written"):
+            take(tmp_path / name, b"new", force=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no devices and pipes by path")
+def test_devices_and_pipes_are_written_into_and_never_replaced(tmp_path: Path) -> None:
+    assert take(Path("/dev/null"), b"new")
+    files.write_output(Path("/dev/null"), b"new")
+    assert Path("/dev/null").is_char_device()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert take(pipe, b"new")
+    with ThreadPoolExecutor(1) as pool:
+        came = pool.submit(pipe.read_bytes)
+        files.write_output(pipe, b"new")
+        assert came.result(timeout=60) == b"new"
+    assert pipe.is_fifo()
+
+
+def test_a_failed_output_leaves_nothing(tmp_path: Path) -> None:
+    full = replace(native(), write_at=failing(errno.ENOSPC))
+    with pytest.raises(OutputWriteError):
+        files.write_output(tmp_path / "a", b"new", full)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["write", "reserve"])
+def test_a_link_that_was_laid_for_a_work_file_is_not_followed(tmp_path: Path, call: str) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    for name in ("a", "a.writing"):
+        (tmp_path / name).symlink_to("precious")
+    if call == "write":
+        files.write_file(tmp_path / "a", b"new")
+    else:
+        files.reserve_file(tmp_path / "a", 100, native())
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert not (tmp_path / "a").is_symlink()
