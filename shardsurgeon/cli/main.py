@@ -19,7 +19,7 @@ from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
-from shardsurgeon.cli.output import let_any_text_through, silence_stdout
+from shardsurgeon.cli.output import forgiving_stderr, let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.scores import scores_commands
@@ -91,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Whatever goes wrong ends here as one line on stderr. With SHARDSURGEON_DEBUG=1 the traceback
     comes before it.
     """
+    with forgiving_stderr():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     let_any_text_through()
     # A plan is made of half a million small values without a cycle; at the default threshold the
     # collector spends a quarter of the time looking for one.

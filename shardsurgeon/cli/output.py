@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -13,7 +14,7 @@ import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import click
 
@@ -71,6 +72,59 @@ def let_any_text_through() -> None:
     """Escape what stdout cannot encode: a file name may be any bytes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Forgiving(io.TextIOBase):
+    """A stderr whose reader may leave: from then on what is written is lost, and nothing else.
+
+    A bar that raised would stop the work that it only tells of.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """stream: None where there is no stderr at all."""
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        if self._stream is not None:
+            try:
+                return self._stream.write(text)
+            except (OSError, ValueError):
+                self._stream = None
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._stream = None
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError(errno.EBADF, "stderr is gone")
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return (self._stream and self._stream.encoding) or "utf-8"
+
+
+@contextmanager
+def forgiving_stderr() -> Iterator[None]:
+    """For the time of a `with`, a stderr that goes away costs the words and never the work."""
+    stderr = sys.stderr
+    sys.stderr = _Forgiving(stderr)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = stderr
 
 
 def silence_stdout() -> None:
