@@ -8,11 +8,11 @@ MoE block is claimed by a rule of the family, or refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.config import read_numbers
+from shardsurgeon.checkpoint.config import Numbers, read_numbers
 from shardsurgeon.checkpoint.layer_consistency import (
     Incomplete,
     LayerTensors,
@@ -161,6 +161,8 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     census = _Census(checkpoint.location, reader)
     for record in checkpoint.records:
         census.see(record)
+    numbered_on = bool(family.config.mtp_layers) and not family.tensors.mtp
+    _require_known_layers(census.behind, numbers, numbered_on, where)
     census.check()
     reader.settle(census.moe_layers)
     census.weigh_others()
@@ -195,6 +197,20 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
 _EXPERTS = re.compile(r"expert|moe|switch|\bw[123]\b", re.IGNORECASE)
 
 
+def _require_known_layers(
+    behind: Collection[int], numbers: Numbers, numbered_on: bool, where: str
+) -> None:
+    """Raise ConfigError where the shards have more layers than the config says.
+
+    behind: those numbered behind num_layers, which would be taken for MTP layers; numbered_on:
+    whether the family's MTP layers are numbered so. A config may be silent about a single one.
+    """
+    if len(behind) > (max(numbers.mtp_layers, 1) if numbered_on else 0):
+        problem = f"says {numbers.num_layers} layers and {numbers.mtp_layers} MTP layers, the "
+        problem += f"shards have a layer {max(behind)}"
+        raise ConfigError(where, problem, "fetch the config and the shards from one revision")
+
+
 class _Census:
     """Counts tensors and bytes in two passes, the second over the few that no expert owns.
 
@@ -218,6 +234,7 @@ class _Census:
         self._stacked: set[int] = set()
         self._routers: dict[int, str] = {}
         self._rows: dict[int, int] = {}
+        self.behind: set[int] = set()
         self.carried = 0
         self.mtp = 0
         self._has_mtp = False
@@ -259,6 +276,8 @@ class _Census:
         if place is None:
             return
         layer, start = place
+        if self._reader.is_mtp(layer) and self._reader.is_behind(record.name):
+            self.behind.add(layer)
         block = self._blocks.get(layer)
         if block is None:
             block = self._blocks[layer] = LayerTensors(record.name[:start])

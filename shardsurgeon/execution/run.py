@@ -46,7 +46,13 @@ from shardsurgeon.execution.upload import (
 )
 from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
-from shardsurgeon.storage.files import reading, reserve_file, sha256_of, sync_path, writing
+from shardsurgeon.storage.files import (
+    carry_mode,
+    reading,
+    reserve_file,
+    sha256_of,
+    sync_path,
+)
 from shardsurgeon.storage.source import Source, SourceFile, leads_out, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
@@ -315,9 +321,12 @@ def write_small_files(context: RunContext, sizes: dict[str, int], workers: int) 
         with _new_file(context, name, sizes[name]) as path:
             transfer.copy_file(Path(origin), sizes[name], path)
             _require_read(path, sha256, origin)
+            carry_mode([Path(origin)], path)
+    known = {file.name for file in context.plan.source_files}
     for name, data in context.plan.generated_files:
         with _new_file(context, name, 0) as path:
             transfer.write([CopyRange(Literal(data), 0)], path)
+            carry_mode([context.source.local_path(name)] if name in known else (), path)
 
 
 def _require_read(path: Path, sha256: str, origin: str) -> None:
@@ -333,7 +342,7 @@ def _carry_over(context: RunContext, name: str, nbytes: int, transfer: RangeTran
     with _new_file(context, name, nbytes) as path:
         for batch in batches([CopyRange(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
             transfer.write(batch, path)
-        _carry_executable_bits(context.source.local_path(name), path)
+        carry_mode([context.source.local_path(name)], path)
 
 
 @contextmanager
@@ -344,14 +353,3 @@ def _new_file(context: RunContext, name: str, nbytes: int) -> Iterator[Path]:
     yield path
     sync_path(path, context.workdir.system)
     context.workdir.finish_file(name)
-
-
-def _carry_executable_bits(origin: Path | None, copy: Path) -> None:
-    """Keep scripts executable; everything else follows the user's umask."""
-    if origin is None:
-        return
-    with reading(origin):
-        bits = origin.stat().st_mode & 0o111
-    if bits:
-        with writing(copy):
-            copy.chmod(copy.stat().st_mode | bits)

@@ -18,7 +18,7 @@ from shardsurgeon.execution.plan import OutputShard, Segment
 from shardsurgeon.execution.ranges import CopyRange, Range, batches, copy_ranges, joined, remaining
 from shardsurgeon.execution.transfer import RangeTransfer, gaps, max_gap
 from shardsurgeon.execution.workdir import RunContext, WorkDir
-from shardsurgeon.storage.files import reserve_file, sync_path
+from shardsurgeon.storage.files import carry_mode, reserve_file, sync_path
 from shardsurgeon.storage.source import require_unchanged
 
 # What a worker writes at a time: large enough that opening files costs nothing, small enough
@@ -140,7 +140,9 @@ class ShardWriter:
         if not context.source.is_remote:
             used = [self._planned[name] for name in sorted(_used(shard))]
             require_unchanged(context.source, used)
-        sync_path(context.workdir.begin_file(shard.file), context.workdir.system)
+        path = context.workdir.begin_file(shard.file)
+        carry_mode(map(context.source.local_path, sorted(_used(shard))), path)
+        sync_path(path, context.workdir.system)
         context.workdir.finish_file(shard.file)
         context.journal.finish(shard.file, shard.nbytes)
         context.meter.advance(0, shards=1)

@@ -240,7 +240,19 @@ def _from_file(
         check_uniform(keep, listed.origin)
     policies = dict.fromkeys(keep.layers, "plan")
     keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
-    return Decision(keep, drop_mtp, None, {**policies, **others}, {}, ())
+    notes = _of_another_model(checkpoint, listed)
+    return Decision(keep, drop_mtp, None, {**policies, **others}, {}, notes)
+
+
+def _of_another_model(checkpoint: Checkpoint, listed: KeepListFile) -> tuple[str, ...]:
+    """Says that a plan was made for a model with another config: a quantization, a fine-tune."""
+    name, digest = listed.made_for or ("", checkpoint.config_sha256)
+    if digest == checkpoint.config_sha256:
+        return ()
+    here = checkpoint.source.name
+    differs = f"whose {checkpoint.names.config} is not that of {here}"
+    used = f"its keep-lists are used, and the saliencies shown are those of {name}"
+    return (f"{listed.origin} was made for {name}, {differs}: {used}",)
 
 
 def model_values(

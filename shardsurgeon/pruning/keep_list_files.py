@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -96,7 +97,13 @@ class _OwnFiles(ListReader):
         count = value.get("num_experts")
         if not is_whole_number(count):
             raise self.fault(f"num_experts is {brief(count)}", "make the plan again")
-        return self._recorded(value, count, original_ids=False)
+        found = self._recorded(value, count, original_ids=False)
+        source = value.get("source")
+        if isinstance(source, dict):
+            name, digest = source.get("name"), source.get("config_sha256")
+            if isinstance(name, str) and isinstance(digest, str):
+                return replace(found, made_for=(name, digest))
+        return found
 
     def metadata(self, value: Mapping[str, object]) -> KeepListFile:
         """The record of a prune, in the ids of the original."""

@@ -49,7 +49,8 @@ class KeepListFile:
     layers without a list of their own use the first layer's (as omnimergekit's drop maps do);
     preserved, saliency, per_layer: of the layers for which the file says them; per_layer: the
     layer's own number of experts before, at most num_experts. rows: the ids of the model's MoE
-    layers in order, of a file that names no layers; then layers is empty.
+    layers in order, of a file that names no layers; then layers is empty. made_for: name of the
+    model and SHA-256 of its config, of a plan.json.
     """
 
     origin: str
@@ -62,6 +63,7 @@ class KeepListFile:
     saliency: Mapping[Layer, tuple[float | None, ...]] = field(default_factory=dict)
     per_layer: Mapping[Layer, int] = field(default_factory=dict)
     rows: tuple[Ids, ...] = ()
+    made_for: tuple[str, str] | None = None
 
 
 class ListReader:

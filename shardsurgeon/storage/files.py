@@ -262,6 +262,24 @@ def reserve_file(path: Path, nbytes: int, system: System) -> None:
         system.reserve(file, nbytes)
 
 
+def carry_mode(origins: Iterable[Path | None], copy: Path) -> None:
+    """Let nobody read a copy who may not read what it was made of; keep scripts executable.
+
+    origins: None for those that are on no disk. What these allow, the user's umask may still take
+    away. The owner can always read and write. Raises SourceReadError and OutputWriteError.
+    """
+    allowed, executable = 0o777, 0
+    for origin in filter(None, origins):
+        with reading(origin):
+            mode = origin.stat().st_mode
+        allowed, executable = allowed & mode, executable | mode & 0o111
+    with writing(copy):
+        before = stat.S_IMODE(copy.stat().st_mode)
+        mode = (before | executable) & allowed | before & 0o600
+        if mode != before:
+            copy.chmod(mode)
+
+
 def sync_path(path: Path, system: System) -> None:
     """Return when the content of a file that another library wrote is on the disk."""
     with writing(path), FileIO(path, "r+") as file:

@@ -99,6 +99,11 @@ def test_an_expert_of_two_digits_is_renamed_in_its_own_place_only() -> None:
         ({"content": tiny.config(n_routed_experts="8")}, ConfigError, "'8', expected a whole"),
         ({"content": tiny.config(n_routed_experts=9)}, FamilyError, "expected 9"),
         ({"content": tiny.config(num_experts=16)}, ConfigError, "says 8 and 16 experts"),
+        (
+            {"content": tiny.config(num_hidden_layers=2)},
+            ConfigError,
+            "says 2 layers and 1 MTP layers, the shards have a layer 3",
+        ),
         ({"content": tiny.config(model_type="llama", architectures=["L"])}, FamilyError, "llama"),
         (without_tensor("model.layers.2.mlp.gate.weight"), FamilyError, "no router weight"),
         (

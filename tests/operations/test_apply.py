@@ -210,3 +210,46 @@ def test_python_takes_a_family_too(online: LocalHub, tmp_path: Path) -> None:
     assert shardsurgeon.push(tmp_path / "out", "me/tiny", family="auto").created
     with pytest.raises(UsageError, match="family: is for a model that is still to be opened"):
         shardsurgeon.plan(open_checkpoint(model), scores_of(FAMILY), ratio=0.5, family="auto")
+
+
+# A plan of another model
+
+
+def test_a_plan_of_a_model_with_another_config_is_used_and_says_so(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(fixture_folder(FAMILY), tmp_path / "original"))
+    shardsurgeon.plan(model, scores_of(FAMILY), ratio=0.5).write_plan(tmp_path / "plan.json")
+    same = shardsurgeon.plan(model, plan_file=tmp_path / "plan.json").report
+    assert not any("was made for" in note for note in same.notes)
+    other = Path(shutil.copytree(model, tmp_path / "fine-tune"))
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace("{", '{"finetuned": true,', 1))
+    notes = shardsurgeon.plan(other, plan_file=tmp_path / "plan.json").report.notes
+    (note,) = (note for note in notes if "was made for" in note)
+    assert "plan.json was made for original, whose config.json is not that of fine-tune" in note
+    assert "the saliencies shown are those of original" in note
+
+
+# Who may read the result
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+def test_nobody_may_read_a_result_who_may_not_read_its_source(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(fixture_folder(FAMILY), tmp_path / "model"))
+    secret = sorted(model.glob("*.safetensors"))[0]
+    for path in (secret, model / "config.json", model / "tokenizer.json", model / "scores.pt"):
+        path.chmod(0o600)
+    (model / "tokenizer_config.json").chmod(0o444)
+    mask = os.umask(0o022)
+    try:
+        plan = shardsurgeon.plan(model, model / "scores.pt", ratio=0.5, out=tmp_path / "out")
+        shardsurgeon.apply(plan)
+    finally:
+        os.umask(mask)
+    modes = {
+        str(path.relative_to(tmp_path / "out")): path.stat().st_mode & 0o777
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    private = {name for name, mode in modes.items() if mode == 0o600}
+    assert private == {secret.name, "config.json", "tokenizer.json", "calibration/scores.pt"}
+    assert set(modes.values()) == {0o600, 0o644}
