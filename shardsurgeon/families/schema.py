@@ -24,6 +24,7 @@ from typing import Any
 from shardsurgeon.errors import FamilyError
 
 # No more digits than Python turns into a number at once; names come from strangers.
+_MAX_NBYTES = 1 << 20
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _PLACEHOLDERS = {
     "{layer}": rf"(?P<layer>{_NUMBER})",
@@ -200,9 +201,13 @@ def parse_family(text: str, where: str) -> Family:
 def read_family(path: str) -> Family:
     """Read a user's own family file. Raises FamilyError where it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            raw = file.read(_MAX_NBYTES + 1)
+        text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FamilyError(path, f"cannot be read: {error}") from error
+    if len(raw) > _MAX_NBYTES:
+        raise FamilyError(path, f"has more than {_MAX_NBYTES:,} bytes: no declaration is so large")
     return parse_family(text, path)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import TypeVar
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from shardsurgeon.pruning.request import (
     SelectionRequest,
 )
 from shardsurgeon.scores.table import Scores
+from shardsurgeon.storage.files import output_path
 from shardsurgeon.units import parse_size
 from shardsurgeon.verification.findings import VerifyReport
 
@@ -167,7 +167,7 @@ def apply(
     ('small', 22, True)
     """
     if out is not None:
-        plan = replace(plan, out=Path(out))
+        plan = replace(plan, out=output_path(out))
         require_apart(plan.checkpoint, plan.out)
     own, with_card = _card(card)
     destination = Destination.of(

@@ -27,7 +27,7 @@ from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
-from shardsurgeon.storage.files import require_output, sha256_of, write_output
+from shardsurgeon.storage.files import output_path, require_output, sha256_of, write_output
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Pruning:
         local = (model.local_path(file.name) for file in self.plan.source_files)
         inputs = [Path(origin) for _, origin, _ in self.plan.score_files]
         inputs += [place for place in local if place is not None]
-        target, remedy = Path(path), "choose another -o, or replace a plan with --force"
+        target, remedy = output_path(path), "choose another -o, or replace a plan with --force"
         if require_output(
             target, data, inputs, replaces=lambda old: force and is_plan(old), remedy=remedy
         ):
@@ -110,6 +110,7 @@ def plan(
     cutting; family: a file with the model's declaration, or `auto` to read a model without
     one, where that leaves no doubt. Raises InputError and its children for whatever does not fit.
     """
+    place = None if out is None else output_path(out)
     if isinstance(model, Checkpoint) and family is not None:
         problem = "is for a model that is still to be opened"
         raise UsageError("family", problem, "give the model's folder or address instead")
@@ -130,7 +131,7 @@ def plan(
         drop_mtp=decision.drop_mtp,
         max_shard_nbytes=max_shard_nbytes,
     )
-    folder = Path(out) if out is not None else default_out(checkpoint, request, decision.keep)
+    folder = place if place is not None else default_out(checkpoint, request, decision.keep)
     require_apart(checkpoint, folder)
     plan = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
     return Pruning(checkpoint, anatomy, request, decision, plan, folder, max_shard_nbytes, family)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from shardsurgeon.execution.workers import Progress
 
 
+# Copying is bound by disks and networks: more threads than this only take memory.
+_MOST_WORKERS = 1024
+
 # Fields of Destination that say how to push, and their words on the command line.
 PUSH_FLAGS = {
     "private": "--private",
@@ -34,7 +37,8 @@ class RunOptions:
     workers: threads, 0 for a number that suits the machine; verify: compare the structure of
     everything and the bytes of a sample; dry_run: say what would happen and write nothing;
     restart: discard what an interrupted run left; progress: called with how far the run is;
-    bars: let huggingface_hub show its own upload bars.
+    bars: let huggingface_hub show its own upload bars. Raises UsageError for workers below 0 or
+    beyond use.
     """
 
     workers: int = 0
@@ -43,6 +47,11 @@ class RunOptions:
     restart: bool = False
     progress: Callable[[Progress], None] | None = None
     bars: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.workers <= _MOST_WORKERS:
+            problem = f"{self.workers} is not from 0 to {_MOST_WORKERS}"
+            raise UsageError("--workers", problem, "0 takes a number that suits the machine")
 
 
 @dataclass(frozen=True, slots=True)

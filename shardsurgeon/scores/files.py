@@ -24,7 +24,7 @@ from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import HeaderError, OutputError, ScoreError, UsageError
 from shardsurgeon.scores.shapes import flat_metric, read_tables, small_facts
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, UNNAMED, Fact, Scores
-from shardsurgeon.storage.files import write_output
+from shardsurgeon.storage.files import output_path, write_output
 from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray, decode
 from shardsurgeon.storage.formats.npz import read_npz
 from shardsurgeon.storage.formats.safetensors import (
@@ -128,7 +128,7 @@ def check_out(out: str | os.PathLike[str]) -> None:
     if is_torch_file(out) and find_spec("torch") is None:
         remedy = "install shardsurgeon[torch], or give a name that ends in .safetensors"
         raise UsageError(out, "writing this format needs torch, which is not installed", remedy)
-    if os.path.lexists(out):
+    if os.path.lexists(output_path(out)):
         raise OutputError(out, "exists", "choose another -o or remove it")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,8 @@ from shardsurgeon.storage.system import System, default_system
 BUFFER_NBYTES = 1 << 20
 # Larger files are none that a command would write again.
 _MOST_COMPARED = 1 << 30
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space there, then run the same command again",
@@ -198,6 +201,14 @@ def new_file(path: Path, where: Path | None = None) -> Iterator[FileIO]:
         file = FileIO(path, "x")
         with file:
             yield file
+
+
+def output_path(out: str | os.PathLike[str]) -> Path:
+    """The place that -o names, a path of this machine. Raises OutputError for an address."""
+    if _ADDRESS.match(os.fspath(out)):
+        problem = "is an address, and results are written to folders and files of this machine"
+        raise OutputError(out, problem, "give a path; --push-to-hub REPO_ID pushes to the Hub")
+    return Path(out)
 
 
 def require_output(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -15,12 +16,13 @@ import pytest
 
 import shardsurgeon
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
-from shardsurgeon.errors import FamilyError, SourceChangedError, UsageError
+from shardsurgeon.errors import FamilyError, OutputError, SourceChangedError, UsageError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.operations import prune, verify
 from shardsurgeon.operations.apply import apply
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.scores.files import check_out
 from tests.cli.standins import in_python
 from tests.operations.workbench import Shell, scores_of
 from tests.support.hub.models import fixture_folder
@@ -253,3 +255,32 @@ def test_nobody_may_read_a_result_who_may_not_read_its_source(tmp_path: Path) ->
     private = {name for name, mode in modes.items() if mode == 0o600}
     assert private == {secret.name, "config.json", "tokenizer.json", "calibration/scores.pt"}
     assert set(modes.values()) == {0o600, 0o644}
+
+
+# Places and numbers that cannot be meant
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/out", "ftp://b/out", "hf://me/small", "file:///x"])
+def test_an_address_is_no_place_for_a_result(out: str, tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        for call in (
+            lambda: shardsurgeon.plan(fixture_folder(FAMILY), scores_of(FAMILY), keep=4, out=out),
+            lambda: shardsurgeon.apply(planned(tmp_path / "out"), out),
+            lambda: planned(tmp_path / "out").write_plan(f"{out}.json"),
+            lambda: check_out(f"{out}.json"),
+        ):
+            with pytest.raises(OutputError, match="is an address, and results are written to"):
+                call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", [-1, 1025, 100_000_000])
+def test_more_workers_than_are_of_use_are_refused(workers: int) -> None:
+    with pytest.raises(UsageError, match=rf"--workers: {workers} is not from 0 to 1024"):
+        RunOptions(workers=workers)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
+def test_a_family_file_without_end_is_refused() -> None:
+    with pytest.raises(FamilyError, match=r"/dev/zero: has more than 1,048,576 bytes"):
+        shardsurgeon.plan(fixture_folder(FAMILY), scores_of(FAMILY), keep=4, family="/dev/zero")
