@@ -146,7 +146,8 @@ def _loading(pruned: Checkpoint, stock_engines: bool) -> Loading:
     architecture = next(iter(config.get("architectures") or ()), "")
     has_vision = architecture.endswith("ForConditionalGeneration")
     auto = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
-    offered = [name for name in code if name.startswith("AutoModel")]
+    # The card has it in a snippet of code, which no config may write.
+    offered = [name for name in code if name.startswith("AutoModel") and name.isidentifier()]
     if offered and auto not in offered:
         # A class for a task, AutoModelForX, has a longer name than plain AutoModel.
         auto = max(offered, key=len)

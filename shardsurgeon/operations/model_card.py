@@ -7,6 +7,7 @@ wrote is kept to the letter.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -52,6 +54,8 @@ _OTHER_ENGINES = (
     "`num_routed_experts_per_layer`. Stock vLLM and transformers do not read that list "
     "and would load this model wrong: serve it with an engine that does."
 )
+_FILE = re.compile(r"[\w./-]+", re.ASCII)
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SOURCE_CARD = f"""\
 ## The original's card
 
@@ -80,7 +84,7 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
     values = {
         "metadata": _metadata(facts),
         "title": placement.repo_id.rpartition("/")[2],
-        "original": _linked(base_models(facts)) or f"`{record.steps[0].source.name}`",
+        "original": _linked(base_models(facts)) or _plain(record.steps[0].source.name),
         "share": percent(pruned / experts_before),
         "counts": _counts(record),
         "sizes": _rows(_sizes(facts, experts_before, experts_before - pruned)),
@@ -113,7 +117,7 @@ def base_models(facts: ModelFacts) -> tuple[str, ...]:
     """The Hub's names of what was pruned: from the record, else what the source's card names."""
     steps = facts.provenance.steps
     for step in (steps[-1], steps[0]):
-        if "/" in step.source.name:
+        if _REPO_ID.fullmatch(step.source.name):
             return (step.source.name,)
     named = (facts.source_card or {}).get("base_model")
     listed = named if isinstance(named, list) else [named]
@@ -141,7 +145,8 @@ def _tags(metadata: Mapping[str, Any]) -> list[str]:
 
 def _linked(models: Iterable[str]) -> str:
     return ", ".join(
-        f"[{model}]({_HUB}/{model})" if model.count("/") == 1 else f"`{model}`" for model in models
+        f"[{model}]({_HUB}/{model})" if _REPO_ID.fullmatch(model) else _plain(model)
+        for model in models
     )
 
 
@@ -166,12 +171,14 @@ def _sizes(facts: ModelFacts, experts_before: int, experts_after: int) -> Iterat
 
 
 def _rows(rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    # A bar of its own would end a cell.
+    escaped = ((cell.replace("|", "\\|") for cell in cells) for cells in rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 def _step(step: Step) -> tuple[str, str, str, str]:
     source = step.source
-    at = f" at `{source.revision[:12]}`" if source.revision else ""
+    at = f" at {_plain(source.revision[:12])}" if source.revision else ""
     how = {
         "ratio": f"ratio {step.ratio:g}" + (f", rounded {step.rounding}" if step.rounding else ""),
         "keep": f"{step.num_experts_after} kept",
@@ -179,10 +186,10 @@ def _step(step: Step) -> tuple[str, str, str, str]:
         "plan": "a keep-list",
     }
     return (
-        f"`{source.name}`{at}",
+        f"{_plain(source.name)}{at}",
         f"{step.num_experts_before} → {step.num_experts_after}",
-        how.get(step.selection, step.selection),
-        f"`{step.metric}`" if step.metric else "a keep-list",
+        how.get(step.selection) or _plain(step.selection),
+        _plain(step.metric) if step.metric else "a keep-list",
     )
 
 
@@ -204,6 +211,7 @@ def _policies(record: Provenance) -> Iterator[str]:
     reasons = {
         "router-norm": "were chosen by the norm of their router rows, having no scores",
         "last": "follow the last scored layer",
+        "keep": "stay whole, the config counting them apart",
     }
     for policy, reason in reasons.items():
         layers = [n for n, layer in record.layers.items() if layer.policy == policy]
@@ -218,13 +226,15 @@ def _policies(record: Provenance) -> Iterator[str]:
 def _calibration(calibrations: Iterable[Calibration]) -> Iterator[str]:
     for found in calibrations:
         facts = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in found.facts.items())
-        yield f"Scores: [{found.file}]({found.file})" + (f" ({facts})" if facts else "")
+        name = found.file if _FILE.fullmatch(found.file) else _plain(found.file)
+        link = f"[{name}]({quote(found.file)})"
+        yield f"Scores: {link}" + (f" ({facts})" if facts else "")
 
 
 def _plain(value: object) -> str:
-    """A value from a score file as one line of code, so that Markdown in it means nothing."""
+    """A word from outside as one line of code, so that Markdown and HTML in it mean nothing."""
     text = f"{value:,}" if type(value) is int and value >= 10_000 else str(value)
-    return f"`{' '.join(text.replace('`', '').split())}`"
+    return f"`{' '.join(text.replace('`', '').split()) or '?'}`"
 
 
 def _layer_table(record: Provenance) -> str:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations import api
 from shardsurgeon.operations.card_data import ModelFacts, metadata_of, model_facts
@@ -268,3 +269,25 @@ def test_the_command_of_the_record_makes_the_same_weights(
 
 def test_a_scientist_finds_the_paper(half: Path) -> None:
     assert "eprint        = {2510.13999}" in card_of(half)
+
+
+def test_names_of_a_hostile_model_become_neither_code_nor_markup(
+    half: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(half, tmp_path / "out"))
+    evil = "AutoModelForX; import os\nos.system('x') #"
+    rewritten(out, "config.json", lambda config: config.update(auto_map={evil: "x.Y"}))
+
+    def spoil(record: Any) -> None:
+        record["steps"][0]["source"]["name"] = "a`</code><script>|x"
+        record["steps"][0]["metric"] = "r`|<b>"
+        record["metric"] = record["steps"][0]["metric"]
+
+    rewritten(out, PROVENANCE_NAME, spoil)
+    card = card_of(out)
+    assert "os.system" not in card
+    # In code nothing is markup; a bar of theirs ends no cell.
+    for line in re.sub(r"```.*?```", "", card, flags=re.DOTALL).splitlines():
+        outside = re.sub(r"`[^`]*`", "", line)
+        assert "<script>" not in outside and "<b>" not in outside
+    assert "`a</code><script>\\|x`" in card and "`r\\|<b>`" in card
