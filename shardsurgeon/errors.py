@@ -26,7 +26,27 @@ Each prints as one line: where, what is wrong in numbers, what to do.
 
 from __future__ import annotations
 
+import re
 from os import PathLike, fspath
+
+# What a terminal would obey, or show in another order.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# A token of the Hub, what stands behind the word for it in a header, a signature in an address.
+_SECRET = re.compile(
+    r"(hf_)[A-Za-z0-9]{8,}"
+    r"|((?:bearer|basic)\s+)[\w.~+/=-]{8,}"
+    r"|([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|signature|sig|token|access_token|policy)=)[^&\s\"']+",
+    re.IGNORECASE,
+)
+
+
+def printable(text: str) -> str:
+    """Text from files and servers as it may be shown: one place for all that is printed.
+
+    Control characters become escapes, tokens and signatures three stars.
+    """
+    escaped = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _SECRET.sub(lambda found: f"{next(filter(None, found.groups()))}***", escaped)
 
 
 class ShardSurgeonError(Exception):
@@ -55,7 +75,7 @@ class ShardSurgeonError(Exception):
         line = f"{self.where}: {problem}" if self.where else problem
         if remedy:
             line += f"; {remedy}"
-        super().__init__(" ".join(line.split()))
+        super().__init__(printable(" ".join(line.split())))
 
 
 class InputError(ShardSurgeonError):

@@ -24,7 +24,7 @@ from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.verify import verify_command
-from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError
+from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError, printable
 
 PROGRAM = "shardsurgeon"
 DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
@@ -150,7 +150,7 @@ def _stop(stopped: Stopped) -> int:
 
 def _say(text: str) -> None:
     silence_stdout()
-    click.echo(f"{PROGRAM}: {' '.join(text.split())}", err=True)
+    click.echo(f"{PROGRAM}: {printable(' '.join(text.split()))}", err=True)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import click
 
 from shardsurgeon import units
+from shardsurgeon.errors import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -52,7 +53,8 @@ def emit(report: object, lines: Iterable[str], as_json: bool) -> None:
     NaN) becomes null.
     """
     document = json.dumps(_plain(report), indent=2, allow_nan=False) if as_json else None
-    click.echo("\n".join(lines) if document is None else document)
+    text = "\n".join(lines) if document is None else document
+    click.echo(printable(text))
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,32 @@ def test_a_name_that_the_console_cannot_spell_is_escaped() -> None:
     done = in_a_shell(code, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("K\\udcff\\u2192: kimi_k25")
+
+
+# Words from outside
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("Authorization: Bearer hf_" + "aB3dE6gH9jK2mN5p", "Authorization: Bearer ***"),
+        ("etag hf_" + "aB3dE6gH9jK2mN5p x", "etag hf_*** x"),
+        ("basic dXNlcjpwYXNzd29yZA== x", "basic *** x"),
+        ("https://s/a?X-Amz-Signature=0af1&b=1", "https://s/a?X-Amz-Signature=***&b=1"),
+        ("https://s/a?b=1&token=secret more", "https://s/a?b=1&token=*** more"),
+        ("a title \x1b]0;pwned\x07 here", "a title \\x1b]0;pwned\\x07 here"),
+        ("8-bit \x9d and \u202e order", "8-bit \\x9d and \\u202e order"),
+        ("layers.0 über 文 🙂 bearer of news", "layers.0 über 文 🙂 bearer of news"),
+    ],
+)
+def test_words_of_files_and_servers_neither_command_a_terminal_nor_tell_a_secret(
+    said: str, shown: str, run: Run, fake: FakeOperations
+) -> None:
+    assert errors.printable(said) == shown
+    fake.apply = HeaderError("model-1.safetensors", said)
+    assert one_line(run(*APPLY).stderr) == f"error: model-1.safetensors: {shown}"
+    fake.inspect = replace(INSPECTED, notes=(said,))
+    assert shown.split()[0] in run("inspect").stdout
+    for output in (run("inspect").stdout, run("inspect", "--json").stdout):
+        assert not set(output) & {"\x1b", "\x07", "\x9d", "\u202e"}
+        assert "aB3dE6gH9jK2mN5p" not in output and "0af1" not in output
