@@ -33,7 +33,7 @@ from os import PathLike, fspath
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # A token of the Hub, what stands behind the word for it in a header, a signature in an address.
 _SECRET = re.compile(
-    r"(hf_)[A-Za-z0-9]{8,}"
+    r"((?-i:hf_))[A-Za-z0-9]{16,}"
     r"|((?:bearer|basic)\s+)[\w.~+/=-]{8,}"
     r"|([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|signature|sig|token|access_token|policy)=)[^&\s\"']+",
     re.IGNORECASE,
