@@ -34,19 +34,21 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 # A token of the Hub, what stands behind the word for it in a header, a signature in an address.
 _SECRET = re.compile(
     r"((?-i:hf_))[A-Za-z0-9]{16,}"
-    r"|((?:bearer|basic)\s+)[\w.~+/=-]{8,}"
-    r"|([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|signature|sig|token|access_token|policy)=)[^&\s\"']+",
+    # With a digit in it, so that no word of a sentence is taken for one.
+    r"|((?:bearer|basic)\s+)(?=[\w.~+/-]*\d)[\w.~+/=-]{8,}"
+    r"|([?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|signature|sig|token|access_token|policy)=)[^&\s\"'\\]+",
     re.IGNORECASE,
 )
 
 
-def printable(text: str) -> str:
-    """Text from files and servers as it may be shown: one place for all that is printed.
+def redacted(text: str) -> str:
+    """Text with three stars for every token and signature in it."""
+    return _SECRET.sub(lambda found: f"{next(filter(None, found.groups()))}***", text)
 
-    Control characters become escapes, tokens and signatures three stars.
-    """
-    escaped = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-    return _SECRET.sub(lambda found: f"{next(filter(None, found.groups()))}***", escaped)
+
+def printable(text: str) -> str:
+    """Text from files and servers as it may be shown to a person, control characters escaped."""
+    return redacted(_CONTROL.sub(lambda found: ascii(found[0])[1:-1], text))
 
 
 class ShardSurgeonError(Exception):

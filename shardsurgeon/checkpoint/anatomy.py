@@ -276,7 +276,7 @@ class _Census:
         if place is None:
             return
         layer, start = place
-        if self._reader.is_mtp(layer) and self._reader.is_behind(record.name):
+        if self._reader.is_mtp(layer) and not self._reader.counts_apart(record.name):
             self.behind.add(layer)
         block = self._blocks.get(layer)
         if block is None:

@@ -161,11 +161,6 @@ class NameReader:
             return self._num_layers + _layer_number(match), match.end()
         return None
 
-    def is_behind(self, name: str) -> bool:
-        """Whether a tensor's layer is numbered like a decoder layer, behind the last of them."""
-        match = self._main.match(name)
-        return match is not None and self.is_mtp(_layer_number(match))
-
     def experts_of(self, layer: int) -> int:
         """How many experts a layer has, if it has any."""
         counts = self._expert_counts

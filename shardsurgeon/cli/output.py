@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import click
 
 from shardsurgeon import units
-from shardsurgeon.errors import printable
+from shardsurgeon.errors import printable, redacted
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -52,9 +52,11 @@ def emit(report: object, lines: Iterable[str], as_json: bool) -> None:
     report: a dataclass, or a dict of those. The JSON is plain ASCII; a number that JSON lacks (inf,
     NaN) becomes null.
     """
-    document = json.dumps(_plain(report), indent=2, allow_nan=False) if as_json else None
-    text = "\n".join(lines) if document is None else document
-    click.echo(printable(text))
+    if as_json:
+        # Redacted value by value: in the document, a secret's end and a string's look alike.
+        click.echo(json.dumps(_plain(report), indent=2, allow_nan=False))
+    else:
+        click.echo(printable("\n".join(lines)))
 
 
 def _plain(value: Any) -> Any:
@@ -65,6 +67,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return redacted(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -23,8 +23,8 @@ from typing import Any
 
 from shardsurgeon.errors import FamilyError
 
+_MAX_NBYTES = 1 << 20  # of a declaration
 # No more digits than Python turns into a number at once; names come from strangers.
-_MAX_NBYTES = 1 << 20
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _PLACEHOLDERS = {
     "{layer}": rf"(?P<layer>{_NUMBER})",
@@ -322,8 +322,6 @@ def _would_fit(family: Family, config: Mapping[str, Any], tensors: list[str]) ->
 
     tensors: names; none at all are no reason against a family.
     """
-    if family.refusal:
-        return False
     keys = family.config
     sections = [config_section(config, at) or {} for at in keys.at]
     wanted = (keys.num_experts, keys.top_k, keys.num_layers)

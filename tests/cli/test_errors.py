@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -226,6 +227,7 @@ def test_a_name_that_the_console_cannot_spell_is_escaped() -> None:
         ("https://s/a?b=1&token=secret more", "https://s/a?b=1&token=*** more"),
         ("a title \x1b]0;pwned\x07 here", "a title \\x1b]0;pwned\\x07 here"),
         ("8-bit \x9d and \u202e order", "8-bit \\x9d and \\u202e order"),
+        ("basic arithmetic, bearer instruments", "basic arithmetic, bearer instruments"),
         ("layers.0 über 文 🙂 bearer of news", "layers.0 über 文 🙂 bearer of news"),
     ],
 )
@@ -240,3 +242,15 @@ def test_words_of_files_and_servers_neither_command_a_terminal_nor_tell_a_secret
     for output in (run("inspect").stdout, run("inspect", "--json").stdout):
         assert not set(output) & {"\x1b", "\x07", "\x9d", "\u202e"}
         assert "aB3dE6gH9jK2mN5p" not in output and "0af1" not in output
+
+
+@pytest.mark.parametrize(
+    "said", ['a?token=s3cret"quoted" b', "a?token=s3cret\\", "\x1b[0m hf_" + "aB3dE6gH9jK2mN5p"]
+)
+def test_a_secret_in_a_report_leaves_the_json_whole(
+    said: str, run: Run, fake: FakeOperations
+) -> None:
+    fake.inspect = replace(INSPECTED, notes=(said,))
+    (note,) = json.loads(run("inspect", "--json").stdout)["notes"]
+    hidden = said.replace("s3cret", "***").replace("aB3dE6gH9jK2mN5p", "***")
+    assert note == hidden
