@@ -161,7 +161,8 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     census = _Census(checkpoint.location, reader)
     for record in checkpoint.records:
         census.see(record)
-    numbered_on = bool(family.config.mtp_layers) and not family.tensors.mtp
+    # A family may have both spellings; a checkpoint has its MTP layers under one.
+    numbered_on = bool(family.config.mtp_layers) and not census.apart
     _require_known_layers(census.behind, numbers, numbered_on, where)
     census.check()
     reader.settle(census.moe_layers)
@@ -203,7 +204,7 @@ def _require_known_layers(
     """Raise ConfigError where the shards have more layers than the config says.
 
     behind: those numbered behind num_layers, which would be taken for MTP layers; numbered_on:
-    whether the family's MTP layers are numbered so. A config may be silent about a single one.
+    whether MTP layers are numbered so here. A config may be silent about a single one.
     """
     if len(behind) > (max(numbers.mtp_layers, 1) if numbered_on else 0):
         problem = f"says {numbers.num_layers} layers and {numbers.mtp_layers} MTP layers, the "
@@ -235,6 +236,7 @@ class _Census:
         self._routers: dict[int, str] = {}
         self._rows: dict[int, int] = {}
         self.behind: set[int] = set()
+        self.apart: set[int] = set()
         self.carried = 0
         self.mtp = 0
         self._has_mtp = False
@@ -276,8 +278,9 @@ class _Census:
         if place is None:
             return
         layer, start = place
-        if self._reader.is_mtp(layer) and not self._reader.counts_apart(record.name):
-            self.behind.add(layer)
+        if self._reader.is_mtp(layer):
+            apart = self._reader.counts_apart(record.name)
+            (self.apart if apart else self.behind).add(layer)
         block = self._blocks.get(layer)
         if block is None:
             block = self._blocks[layer] = LayerTensors(record.name[:start])
