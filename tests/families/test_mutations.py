@@ -318,3 +318,13 @@ def test_nothing_carried_is_an_expert_of_a_shipped_family() -> None:
         assert Sliced in kinds
         assert Carried in kinds
         assert losable(name)
+
+
+def test_mtp_layers_may_be_numbered_on_though_the_family_has_a_prefix_for_them() -> None:
+    whole, found = specimen("minimax_m3"), anatomy("minimax_m3")
+    apart = r"model\.mtp\.layers\.0\.transformer_layer\."
+    mtp = [tensor for tensor in whole.tensors if re.search(apart, tensor)]
+    for tensor in mtp:
+        numbered = re.sub(apart, f"model.layers.{found.num_layers}.", tensor)
+        whole = whole.renamed(tensor, numbered)
+    assert mtp and read_anatomy(whole.checkpoint()).mtp_layers
