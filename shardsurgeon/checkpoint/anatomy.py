@@ -30,6 +30,7 @@ from shardsurgeon.checkpoint.roles import (
 from shardsurgeon.errors import ConfigError, FamilyError
 from shardsurgeon.families.schema import Family, family_for
 from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.limits import MAX_EXPERTS_IN_ALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +317,11 @@ class _Census:
         """Every MoE layer has a router and experts 0..E-1; experts that lack a tensor are noted."""
         if not self._experts and not self._stacked:
             raise self._no_experts()
+        in_all = sum(map(self._reader.experts_of, self.moe_layers))
+        if in_all > MAX_EXPERTS_IN_ALL:
+            problem = f"its {len(self.moe_layers):,} layers with experts would have {in_all:,}"
+            problem += f", no model has more than {MAX_EXPERTS_IN_ALL:,}"
+            raise FamilyError(self._location, problem, "fetch the checkpoint again")
         for layer in self.moe_layers:
             if layer not in self._routers:
                 name = self._blocks[layer].prefix + self._router_name()

@@ -39,11 +39,12 @@ from shardsurgeon.checkpoint.shards import (
     without_strangers,
 )
 from shardsurgeon.checkpoint.unlisted import forgotten_parts
-from shardsurgeon.errors import CheckpointError, ConfigError
+from shardsurgeon.errors import CheckpointError, ConfigError, IndexFileError
 from shardsurgeon.families.schema import Family, family_for, is_declared
 from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
 from shardsurgeon.storage.open import hub_name, open_source
 from shardsurgeon.storage.source import Source, SourceFile
 
@@ -122,10 +123,12 @@ class Checkpoint:
         beside = [f for f in self.files if f.name not in weights | self.rewritten]
         return sort_out(self.source, beside, self.settings)
 
-    def read_file(self, name: str) -> bytes:
-        """A whole file, which must be small and in `files`. Raises SourceReadError."""
-        nbytes = next(file.nbytes for file in self.files if file.name == name)
-        return self.source.read(name, 0, nbytes)
+    def read_file(self, name: str, limit: Limit) -> bytes:
+        """A whole file of `files`. Raises CheckpointError for one beyond the limit of its kind,
+        SourceReadError."""
+        return _read_whole(
+            self.source, next(file for file in self.files if file.name == name), limit
+        )
 
     @property
     def num_tensors(self) -> int:
@@ -153,12 +156,13 @@ def open_checkpoint(
     if called.config not in files:
         raise _no_model(source, files, called)
     place = _at(source, called.config)
-    config = Document.parse(_read_whole(source, files[called.config]), place)
+    config = Document.parse(_read_whole(source, files[called.config], CONFIG, ConfigError), place)
     if not isinstance(config.value, dict):
         raise ConfigError(place, "holds no JSON object")
     index = None
     if called.index in files:
-        index = parse_index(_read_whole(source, files[called.index]), _at(source, called.index))
+        raw = _read_whole(source, files[called.index], INDEX, IndexFileError)
+        index = parse_index(raw, _at(source, called.index))
     names = shard_names(source, files, index, called)
     shards = open_shards(source, [files[name] for name in names])
     if index is None and len(shards) > 1:
@@ -168,7 +172,7 @@ def open_checkpoint(
         require_listed(_at(source, called.index), settled, index)
     provenance, foreign = None, False
     if PROVENANCE_NAME in files:
-        raw = _read_whole(source, files[PROVENANCE_NAME])
+        raw = _read_whole(source, files[PROVENANCE_NAME], METADATA)
         foreign = is_foreign(raw)
         provenance = None if foreign else parse_provenance(raw, _at(source, PROVENANCE_NAME))
     unindexed = tuple(sorted(set(root_safetensors(files)) - {shard.file for shard in shards}))
@@ -278,7 +282,10 @@ def _at(source: Source, name: str) -> str:
     return f"{source.location}/{name}"
 
 
-def _read_whole(source: Source, file: SourceFile) -> bytes:
+def _read_whole(
+    source: Source, file: SourceFile, limit: Limit, error: type[CheckpointError] = CheckpointError
+) -> bytes:
+    require_size(file.nbytes, limit, _at(source, file.name), error)
     return source.read(file.name, 0, file.nbytes)
 
 

@@ -14,6 +14,8 @@ from shardsurgeon.checkpoint.roles import ExpertCounts
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.families.schema import ConfigKeys, Family, numbers_of_experts
 from shardsurgeon.families.schema import config_section as config_section
+from shardsurgeon.storage.formats.strict_json import brief
+from shardsurgeon.storage.limits import MAX_EXPERTS, MAX_LAYERS
 
 # Experts of every layer, MTP layers included, 0 for dense ones. Pruned models whose layers keep
 # different numbers have this list; no engine's release reads it.
@@ -93,10 +95,21 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     experts = _experts(section, keys, num_layers, where)
     for other in sections:
         _refuse_other_count(other, keys.num_experts, experts.every, where)
+    if num_layers > MAX_LAYERS:
+        raise _too_many(num_layers, "layers", MAX_LAYERS, where)
+    most = max(experts.every, experts.mtp, *experts.per_layer.values())
+    if most > MAX_EXPERTS:
+        raise _too_many(most, "experts", MAX_EXPERTS, where)
     n_group = max(number(keys.n_group, 1), 1)
     # Some wrappers count the MTP layers outside of the text model's part.
     counts_mtp = [s for s in sections if any(_values_at(s, key) for key in keys.mtp_layers)]
     own = (*keys.mtp_num_experts, *filter(None, (keys.per_mtp_layer,)))
+    mtp_layers = _number(next(iter(counts_mtp), section), keys.mtp_layers, 0, where)
+    if mtp_layers > MAX_LAYERS:
+        raise _too_many(mtp_layers, "MTP layers", MAX_LAYERS, where)
+    extra_rows = number((keys.extra_rows,), 0) if keys.extra_rows else 0
+    if extra_rows > MAX_EXPERTS:
+        raise _too_many(extra_rows, f"router rows more ({keys.extra_rows})", MAX_EXPERTS, where)
     return Numbers(
         num_layers=num_layers,
         experts=experts,
@@ -104,9 +117,14 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
         top_k=number(keys.top_k, None),
         n_group=n_group,
         topk_group=max(number(keys.topk_group, n_group), 1),
-        mtp_layers=_number(next(iter(counts_mtp), section), keys.mtp_layers, 0, where),
-        extra_rows=number((keys.extra_rows,), 0) if keys.extra_rows else 0,
+        mtp_layers=mtp_layers,
+        extra_rows=extra_rows,
     )
+
+
+def _too_many(found: int, what: str, most: int, where: str) -> ConfigError:
+    problem = f"says {brief(found)} {what}, no model has more than {most:,}"
+    return ConfigError(where, problem, "fetch the file again")
 
 
 def counts_no_mtp(family: Family, config: Mapping[str, Any]) -> bool:
@@ -139,7 +157,7 @@ def _refuse_other_count(
     for name in names:
         other = next((n for n in _values_at(section, name) if n != every), None)
         if other is not None:
-            problem = f"says {every} and {other!r} experts ({name})"
+            problem = f"says {brief(every)} and {brief(other)} experts ({name})"
             raise ConfigError(where, problem, "make the spellings agree")
 
 
@@ -157,7 +175,9 @@ def _per_layer(
                 continue
             if type(value) is not int or value < 0 or not isinstance(position, int):
                 dotted = ".".join(map(str, path))
-                raise ConfigError(where, f"{dotted} is {value!r}, expected a list of whole numbers")
+                raise ConfigError(
+                    where, f"{dotted} is {brief(value)}, expected a list of whole numbers"
+                )
             layer = first + position
             if found.setdefault(layer, value) != value:
                 problem = f"says {found[layer]} and {value} experts for layer {layer}"
@@ -202,7 +222,7 @@ def _number(
             continue
         for number in numbers:
             if type(number) is not int or number < 0:
-                raise ConfigError(where, f"{name} is {number!r}, expected a whole number")
+                raise ConfigError(where, f"{name} is {brief(number)}, expected a whole number")
         largest: int = max(numbers)
         return largest
     if default is None:

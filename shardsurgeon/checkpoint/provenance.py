@@ -14,7 +14,13 @@ from typing import Any
 
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.errors import CheckpointError
-from shardsurgeon.storage.formats.strict_json import CheckedJson, is_whole_number, parse_json
+from shardsurgeon.storage.formats.strict_json import (
+    CheckedJson,
+    is_whole_number,
+    parse_for_a_hint,
+    parse_json,
+)
+from shardsurgeon.storage.limits import METADATA
 
 PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
 # 2 where layers have different numbers of experts: a reader that knows format 1 only must refuse
@@ -177,10 +183,7 @@ def is_foreign(raw: bytes) -> bool:
 
     Published prunes carry a file of this name that says other things.
     """
-    try:
-        top = json.loads(raw)
-    except (ValueError, RecursionError):
-        return False
+    top = parse_for_a_hint(raw, METADATA)
     return isinstance(top, dict) and "format" not in top
 
 
@@ -249,7 +252,7 @@ class _Reader(CheckedJson):
 
     def top(self, raw: bytes) -> dict[str, Any]:
         try:
-            top = self.as_object(parse_json(raw), "the document")
+            top = self.as_object(parse_json(raw, METADATA), "the document")
         except (ValueError, RecursionError) as error:
             raise CheckpointError(self.where, f"is not valid JSON ({error})", _REMEDY) from error
         if top.get("format") not in FORMATS or isinstance(top["format"], bool):

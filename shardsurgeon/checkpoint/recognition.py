@@ -7,7 +7,6 @@ configs name belongs, unless it is hidden or a secret.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -16,13 +15,14 @@ from shardsurgeon.checkpoint.files import (
     NEVER,
     why_left_behind,
 )
+from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
+from shardsurgeon.storage.limits import TOKENIZER_CONFIG
 from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
 PLAN, SCORES = "plan", "scores"
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_MAX_CONFIG_NBYTES = 16 * 2**20
 # Plans and scores show what they are within so many bytes.
 _HEAD_NBYTES = 4096
 _HEADS_AT_ONCE = 8
@@ -144,11 +144,8 @@ def _kinds(source: Source, files: Sequence[SourceFile]) -> list[str | None]:
 
 def _tokenizer_config(source: Source, files: Collection[SourceFile]) -> object:
     for file in files:
-        if file.name == _TOKENIZER_CONFIG and file.nbytes <= _MAX_CONFIG_NBYTES:
-            try:
-                return json.loads(source.read(file.name, 0, file.nbytes))
-            except (ValueError, RecursionError):
-                return None  # the tokenizer's own reader reports it
+        if file.name == _TOKENIZER_CONFIG and file.nbytes <= TOKENIZER_CONFIG.nbytes:
+            return parse_for_a_hint(source.read(file.name, 0, file.nbytes), TOKENIZER_CONFIG)
     return None
 
 

@@ -107,12 +107,12 @@ class ExpertCounts:
 class _Neighbours(NamedTuple):
     """Names of one layer's expert tensors: their common beginning, and the endings seen so far.
 
-    numbers: expert number as a name spells it → the number.
+    experts: how many the layer has.
     """
 
     head: str
     layer: int
-    numbers: Mapping[str, int]
+    experts: int
     tails: set[str]
 
 
@@ -147,7 +147,10 @@ class NameReader:
         self._elsewhere = _any(names.elsewhere)
         self._varies = _any(names.varies)
         self._moe_layers: frozenset[int] | None = None
-        self._neighbours = _Neighbours("no tensor begins like this", -1, {}, set())
+        self._neighbours = _Neighbours("no tensor begins like this", -1, 0, set())
+        # Expert number as a name spells it → the number.
+        most = max(counts.every, counts.mtp, *counts.per_layer.values())
+        self._spelled = {str(expert): expert for expert in range(most)}
 
     def settle(self, moe_layers: Iterable[int]) -> None:
         """Say which layers have experts; from then on `role` refuses what no rule claims there."""
@@ -242,8 +245,8 @@ class NameReader:
         """Note a name's parts before and behind the expert's number: its neighbours share them."""
         head = name[: role.begin]
         if head != self._neighbours.head:
-            numbers = {str(expert): expert for expert in range(self.experts_of(role.layer))}
-            self._neighbours = _Neighbours(head, role.layer, numbers, set())
+            experts = self.experts_of(role.layer)
+            self._neighbours = _Neighbours(head, role.layer, experts, set())
         self._neighbours.tails.add(name[role.end :])
 
     def _like_the_last(self, name: str) -> ExpertTensor | None:
@@ -251,13 +254,13 @@ class NameReader:
 
         That saves trying the rules for most of the 200,000 tensors of a trillion-parameter model.
         """
-        head, layer, numbers, tails = self._neighbours
+        head, layer, experts, tails = self._neighbours
         if not name.startswith(head):
             return None
         begin = len(head)
         end = name.find(".", begin)
-        expert = numbers.get(name[begin:end])
-        if expert is None or name[end:] not in tails:
+        expert = self._spelled.get(name[begin:end])
+        if expert is None or expert >= experts or name[end:] not in tails:
             return None
         return ExpertTensor(layer, expert, begin, end)
 

@@ -23,6 +23,7 @@ from shardsurgeon.storage.formats.safetensors import (
     header_length,
     parse_header,
 )
+from shardsurgeon.storage.limits import MAX_HEADERS_NBYTES, MAX_TENSORS
 from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
@@ -115,24 +116,43 @@ def open_readable(source: Source, files: Sequence[SourceFile]) -> tuple[Shard, .
 def _map(
     call: Callable[..., _Opened], source: Source, files: Sequence[SourceFile]
 ) -> list[_Opened]:
-    if not source.is_remote:
-        return [call(source, file) for file in files]
     reader = _Reader(source)
+    if not source.is_remote:
+        return [call(reader, file) for file in files]
     return map_in_threads(
         partial(call, reader), files, _HEADERS_AT_ONCE, "headers", reader.stopped.set
     )
 
 
 class _Reader:
-    """Reads from a remote source until it is stopped."""
+    """Reads the headers of a model, a remote one's until it is stopped."""
 
     def __init__(self, source: Source) -> None:
         self.location = source.location
         self.stopped = threading.Event()
         self._source = source
+        self._adding = threading.Lock()
+        self._nbytes = 0
+        self._tensors = 0
+
+    def add(self, where: str, nbytes: int = 0, tensors: int = 0) -> None:
+        """Count what the headers come to. Raises HeaderError for more than any model has."""
+        with self._adding:
+            self._nbytes += nbytes
+            self._tensors += tensors
+            found = None
+            if self._nbytes > MAX_HEADERS_NBYTES:
+                found = f"{self._nbytes:,} bytes of headers, at most {MAX_HEADERS_NBYTES:,}"
+            elif self._tensors > MAX_TENSORS:
+                found = f"{self._tensors:,} tensors, at most {MAX_TENSORS:,}"
+        if found:
+            problem = f"with this file the model has {found} are read"
+            raise HeaderError(where, problem, "no model needs so much: fetch it again")
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a file. Raises CancelledError once it is stopped."""
+        if not self._source.is_remote:
+            return self._source.read(name, begin, end)
         data = bytearray()
         for piece in self._source.stream(name, begin, end):
             if self.stopped.is_set():
@@ -141,23 +161,26 @@ class _Reader:
         return bytes(data)
 
 
-def _shard_or_none(source: Source | _Reader, file: SourceFile) -> Shard | None:
+def _shard_or_none(source: _Reader, file: SourceFile) -> Shard | None:
     try:
         return _open_shard(source, file)
     except (HeaderError, SourceReadError):
         return None
 
 
-def _open_shard(source: Source | _Reader, file: SourceFile) -> Shard:
+def _open_shard(source: _Reader, file: SourceFile) -> Shard:
     where = f"{source.location}/{file.name}"
     if file.nbytes < 8:
         raise HeaderError(
             where, f"has {file.nbytes} bytes, too few for a safetensors header", "fetch it again"
         )
     length = header_length(source.read(file.name, 0, 8), file.nbytes, where)
+    source.add(where, nbytes=length)
     raw = source.read(file.name, 8, 8 + length)
     digest = hashlib.sha256(raw).hexdigest()
-    return Shard(file.name, file.nbytes, parse_header(raw, file.nbytes, where), digest)
+    header = parse_header(raw, file.nbytes, where)
+    source.add(where, tensors=len(header.tensors))
+    return Shard(file.name, file.nbytes, header, digest)
 
 
 def without_strangers(shards: Sequence[Shard]) -> tuple[Shard, ...]:

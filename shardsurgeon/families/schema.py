@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from shardsurgeon.errors import FamilyError
+from shardsurgeon.storage.limits import FAMILY, read_limited
 
-_MAX_NBYTES = 1 << 20  # of a declaration
+# The standard library takes time that grows with the square of a dotted key.
+_MAX_LINE = 16_000
 # No more digits than Python turns into a number at once; names come from strangers.
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _PLACEHOLDERS = {
@@ -193,21 +195,24 @@ def parse_family(text: str, where: str) -> Family:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML's own error is one, and so is that of too many digits
         raise FamilyError(where, f"not TOML: {error}") from error
+    except RecursionError as error:
+        raise FamilyError(where, "is nested too deeply") from error
     return _family(data, where)
 
 
 def read_family(path: str) -> Family:
     """Read a user's own family file. Raises FamilyError where it cannot be read."""
+    raw = read_limited(path, FAMILY, FamilyError, "no declaration is so large")
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(_MAX_NBYTES + 1)
         text = raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise FamilyError(path, f"cannot be read: {error}") from error
-    if len(raw) > _MAX_NBYTES:
-        raise FamilyError(path, f"has more than {_MAX_NBYTES:,} bytes: no declaration is so large")
+    longest = max(map(len, text.splitlines()), default=0)
+    if longest > _MAX_LINE:
+        problem = f"has a line of {longest:,} characters, at most {_MAX_LINE:,} are read"
+        raise FamilyError(path, problem, "break its lists into lines")
     return parse_family(text, path)
 
 

@@ -26,9 +26,8 @@ from shardsurgeon.scores.files import FORMAT, VERSION, ScoreContent, read_value
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION
 from shardsurgeon.storage.formats.dtypes import StoredArray
 from shardsurgeon.storage.formats.strict_json import parse_json
+from shardsurgeon.storage.limits import CALIBRATION_JSON, MAX_EXPERTS, MAX_LAYERS
 
-_MAX_LAYERS = 4096
-_MAX_EXPERTS = 65_536
 _DAMAGED = "the file is damaged: fetch it again or calibrate anew"
 
 _MODEL = ("model", "config_sha256", "revision")
@@ -127,7 +126,7 @@ def _metadata(
 
 def _parsed(text: str, where: str) -> object:
     try:
-        return parse_json(text, parse_constant=float)
+        return parse_json(text.encode(), CALIBRATION_JSON, parse_constant=float)
     except (ValueError, RecursionError) as error:
         raise ScoreError(where, f"its {CALIBRATION} is not JSON: {error}", _DAMAGED) from error
 
@@ -148,7 +147,7 @@ def _layers(value: Mapping[object, object], where: str) -> dict[int, Accumulator
             parsed = parse_layer(inner)
             name = parsed.rest if parsed is not None else ""
             found.setdefault(_layer(inner, where), {})[name] = _loader(item, where)
-    if len(found) > _MAX_LAYERS:
+    if len(found) > MAX_LAYERS:
         raise ScoreError(where, f"holds {len(found):,} layers of {ACCUMULATORS}", _DAMAGED)
     return {
         layer: Accumulators.from_arrays({n: load() for n, load in sums.items()}, where, layer)
@@ -166,12 +165,12 @@ def _layer(key: object, where: str) -> int:
 def _loader(item: object, where: str) -> Callable[[], NDArray[np.generic]]:
     """How to read one accumulator; anything but a list of numbers is refused without reading."""
     if isinstance(item, StoredArray) and item.dtype[0] in "FBIU" and item.dtype != "BOOL":
-        if math.prod(item.shape) <= _MAX_EXPERTS:
+        if math.prod(item.shape) <= MAX_EXPERTS:
             return item.load
         problem = f"an accumulator has shape {list(item.shape)}"
         raise ScoreError(where, problem, _DAMAGED)
     listed = item if isinstance(item, list) else [item]
-    if len(listed) <= _MAX_EXPERTS and all(type(number) in (int, float) for number in listed):
+    if len(listed) <= MAX_EXPERTS and all(type(number) in (int, float) for number in listed):
         return lambda: _array(item, where)
     raise ScoreError(where, f"an accumulator holds {type(item).__name__}, not numbers", _DAMAGED)
 

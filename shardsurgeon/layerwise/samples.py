@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +28,8 @@ from shardsurgeon.layerwise.records import Conversation, read_record
 from shardsurgeon.layerwise.settings import require
 from shardsurgeon.storage.files import writing
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
+from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
+from shardsurgeon.storage.limits import TOKENIZER_CONFIG, read_limited
 from shardsurgeon.storage.source import Source
 
 SampleEntry: TypeAlias = tuple[str, int, int]
@@ -239,9 +240,9 @@ def _load(transformers: Any, place: str, name: str, trust_remote_code: bool) -> 
 def _is_code(folder: Path) -> bool:
     """Whether a folder's tokenizer needs code from the folder: no tokenizer.json replaces it."""
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_bytes())
-        own = "AutoTokenizer" in config.get("auto_map", {})
-    except (OSError, ValueError, AttributeError, TypeError):
+        raw = read_limited(folder / "tokenizer_config.json", TOKENIZER_CONFIG, UsageError)
+        own = "AutoTokenizer" in parse_for_a_hint(raw, TOKENIZER_CONFIG).get("auto_map", {})
+    except (UsageError, AttributeError, TypeError):
         return False
     return own and not (folder / "tokenizer.json").exists()
 

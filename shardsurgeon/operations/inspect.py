@@ -16,6 +16,7 @@ from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.routing import main_facts, routing_facts
 from shardsurgeon.pruning.selection import mtp_counts
 from shardsurgeon.storage.formats.json_edit import Document
+from shardsurgeon.storage.limits import CONFIG
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
 
@@ -68,7 +69,7 @@ def _said_beside(checkpoint: Checkpoint) -> str | None:
     present = {file.name: file for file in checkpoint.files}
     for name in QUANTIZATION_FILES:
         if name in present:
-            raw = checkpoint.source.read(name, 0, present[name].nbytes)
+            raw = checkpoint.read_file(name, CONFIG)
             document = Document.parse(raw, f"{checkpoint.location}/{name}")
             if said := side_file_quantization(name, document.value):
                 return said

@@ -6,7 +6,6 @@ expert by its number: an entry gets the expert's new number, or is removed with 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -32,12 +31,13 @@ from shardsurgeon.checkpoint.quantization_names import (
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Rename
+from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
+from shardsurgeon.storage.limits import OTHER_JSON
 
 Path = tuple[str | int, ...]
 
 # The config of another program than transformers and vLLM, in a folder of its own.
 _OTHER_CONFIG = re.compile(r"[^/]+/(?:.*/)?[^/]*(?:config|params)[^/]*\.json", re.IGNORECASE)
-_MAX_OTHER_CONFIG_NBYTES = 1 << 20
 _COUNT_KEY = re.compile(r"expert|routed")
 _NOT_A_COUNT = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
 
@@ -240,12 +240,9 @@ def stale_counts(checkpoint: Checkpoint, anatomy: Anatomy, names: Iterable[str])
     sizes = {file.name: file.nbytes for file in checkpoint.files}
     notes = []
     for name in names:
-        if not _OTHER_CONFIG.fullmatch(name) or sizes[name] > _MAX_OTHER_CONFIG_NBYTES:
+        if not _OTHER_CONFIG.fullmatch(name) or sizes[name] > OTHER_JSON.nbytes:
             continue
-        try:
-            content = json.loads(checkpoint.read_file(name))
-        except (ValueError, RecursionError):
-            continue  # a file for which nothing here answers
+        content = parse_for_a_hint(checkpoint.read_file(name, OTHER_JSON), OTHER_JSON)
         stale = [
             ".".join(map(str, path))
             for path, value in _leaves(content, ())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import KeepListError
@@ -26,11 +23,10 @@ from shardsurgeon.storage.formats.strict_json import (
     is_whole_number,
     read_records,
 )
+from shardsurgeon.storage.limits import KEEP_LIST, MAX_EXPERTS, read_limited
 
 PLAN_KIND = "shardsurgeon-plan"
 PLAN_FORMAT = 1
-
-_MAX_NBYTES = 64 * 2**20
 
 
 def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> KeepListFile:
@@ -40,17 +36,9 @@ def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> 
     Raises KeepListError naming the file, the layer and the id at fault.
     """
     where = str(path)
-    try:
-        with Path(path).open("rb") as file:
-            # Python reserves as many bytes as are asked for, so no more than the file has.
-            status = os.fstat(file.fileno())
-            nbytes = status.st_size if stat.S_ISREG(status.st_mode) else _MAX_NBYTES
-            raw = file.read(min(nbytes, _MAX_NBYTES) + 1)
-    except OSError as error:
-        raise KeepListError(where, f"cannot be read ({error.strerror or error})") from error
-    if len(raw) > _MAX_NBYTES:
-        raise KeepListError(where, f"has more than {_MAX_NBYTES:,} bytes: no keep-list is so large")
-    value = read_records(raw, where, "the keep-list", KeepListError, "save it again as JSON")
+    raw = read_limited(path, KEEP_LIST, KeepListError, "no keep-list is so large")
+    remedy = "save it again as JSON"
+    value = read_records(raw, where, "the keep-list", KeepListError, remedy, KEEP_LIST)
     if isinstance(value, dict) and layer_of(value) is not None:
         value = [value]  # JSON lines with one line
     return recognise(value if isinstance(value, dict) else {"layers": value}, where, meaning)
@@ -95,7 +83,7 @@ class _OwnFiles(ListReader):
                 "make the plan again with this version",
             )
         count = value.get("num_experts")
-        if not is_whole_number(count):
+        if not is_whole_number(count) or count > MAX_EXPERTS:
             raise self.fault(f"num_experts is {brief(count)}", "make the plan again")
         found = self._recorded(value, count, original_ids=False)
         source = value.get("source")
@@ -108,7 +96,7 @@ class _OwnFiles(ListReader):
     def metadata(self, value: Mapping[str, object]) -> KeepListFile:
         """The record of a prune, in the ids of the original."""
         count = value["num_experts_before"]
-        if not is_whole_number(count):
+        if not is_whole_number(count) or count > MAX_EXPERTS:
             raise self.fault(f"num_experts_before is {brief(count)}", "fetch the file again")
         return self._recorded(value, count, original_ids=True)
 

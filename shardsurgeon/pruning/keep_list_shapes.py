@@ -23,6 +23,7 @@ from shardsurgeon.scores.list_names import (
     list_meaning,
 )
 from shardsurgeon.storage.formats.strict_json import CheckedJson, brief, is_whole_number
+from shardsurgeon.storage.limits import MAX_EXPERTS
 
 Meaning: TypeAlias = Literal["kept", "dropped"]
 Ids: TypeAlias = tuple[int, ...]
@@ -356,7 +357,7 @@ class OthersLists(ListReader):
         for key in _COUNT_KEYS:
             if key in value:
                 count = value[key]
-                if not is_whole_number(count):
+                if not is_whole_number(count) or count > MAX_EXPERTS:
                     raise self.fault(f"{key} is {brief(count)}, not a number of experts")
                 return count
         return None

@@ -16,6 +16,8 @@ from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_laye
 from shardsurgeon.errors import KeepListError
 from shardsurgeon.pruning.keep_list_files import PLAN_FORMAT, PLAN_KIND
 from shardsurgeon.pruning.keep_list_shapes import Ids, KeepListFile
+from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
+from shardsurgeon.storage.limits import KEEP_LIST
 
 _SAME_EVERYWHERE: Mapping[int, int] = MappingProxyType({})
 
@@ -134,10 +136,7 @@ def write_plan(
 
 def is_plan(data: bytes) -> bool:
     """Whether a file's content is a plan.json that was written here."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
+    found = parse_for_a_hint(data, KEEP_LIST)
     return isinstance(found, dict) and found.get("kind") == PLAN_KIND
 
 

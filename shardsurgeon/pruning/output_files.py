@@ -27,6 +27,7 @@ from shardsurgeon.pruning.lineage import compose, step_of
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.storage.formats.index import build_index
 from shardsurgeon.storage.formats.json_edit import Document
+from shardsurgeon.storage.limits import CONFIG, METADATA
 from shardsurgeon.storage.source import SourceFile
 
 # What some writers of an index note beside its sizes: how many shards, how many tensors.
@@ -93,11 +94,10 @@ def _generated_files(
     present = {file.name: file for file in checkpoint.files}
     if PROVENANCE_NAME in present and checkpoint.provenance is None:
         # Another tool's record of an earlier prune makes room for ours and is not lost.
-        raw = checkpoint.source.read(PROVENANCE_NAME, 0, present[PROVENANCE_NAME].nbytes)
-        files.append((_FOREIGN_PROVENANCE, raw))
+        files.append((_FOREIGN_PROVENANCE, checkpoint.read_file(PROVENANCE_NAME, METADATA)))
     for name in QUANTIZATION_FILES:
         if name in present:
-            raw = checkpoint.source.read(name, 0, present[name].nbytes)
+            raw = checkpoint.read_file(name, CONFIG)
             where = f"{checkpoint.location}/{name}"
             document = Document.parse(raw, where)
             files.append((name, pruned_quantization_file(document, anatomy, decision.keep, where)))

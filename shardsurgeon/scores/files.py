@@ -37,6 +37,12 @@ from shardsurgeon.storage.formats.safetensors import (
 from shardsurgeon.storage.formats.strict_json import read_object, read_records
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.zip_reader import ZipReader, file_nbytes, read_range
+from shardsurgeon.storage.limits import (
+    CALIBRATION_JSON,
+    SCORES_JSON,
+    require_json,
+    require_size,
+)
 
 # What a file says of itself that a calibration made.
 FORMAT = "shardsurgeon scores"
@@ -45,8 +51,7 @@ VERSION = 1
 # Every ending that can be written; the first two need torch.
 _PLAIN_SUFFIXES = (".safetensors", ".npz", ".json")
 _SUFFIXES = (".pt", ".pth", *_PLAIN_SUFFIXES)
-# JSON is parsed as a whole: more than this much text takes too much memory.
-_MAX_JSON_NBYTES = 128 * 2**20
+_NO_JSON = "save the scores as .safetensors or .npz"
 # A sample takes several steps of the pickle, and our reader bounds the steps of a file.
 _MOST_SAMPLES_IN_PT = 100_000
 # The array of an `.npz` with the UTF-8 of a JSON object: text by name, as safetensors has it.
@@ -166,17 +171,18 @@ def _read_npz(path: Path, where: str) -> _Held:
     stored = arrays.get(_NPZ_METADATA)
     if stored is None or stored.dtype != "U8" or len(stored.shape) != 1:
         return arrays, {}
+    require_size(stored.shape[0], CALIBRATION_JSON, f"{where}, {_NPZ_METADATA}", ScoreError)
     raw = arrays.pop(_NPZ_METADATA).load().astype(np.uint8).tobytes()
-    metadata = read_object(raw, where, f"its {_NPZ_METADATA}", ScoreError, "save the scores again")
+    what, remedy = f"its {_NPZ_METADATA}", "save the scores again"
+    metadata = read_object(raw, where, what, ScoreError, remedy, CALIBRATION_JSON)
     return arrays, {key: text for key, text in metadata.items() if isinstance(text, str)}
 
 
 def _read_json(path: Path, where: str) -> _Held:
-    raw = read_range(path, 0, _MAX_JSON_NBYTES + 1, where)
-    if len(raw) > _MAX_JSON_NBYTES:
-        problem = f"has more than {_MAX_JSON_NBYTES:,} bytes of JSON"
-        raise ScoreError(where, problem, "save the scores as .safetensors or .npz")
-    value = read_records(raw, where, "the file", ScoreError, "save it again as JSON")
+    require_size(file_nbytes(path, where), SCORES_JSON, where, ScoreError, _NO_JSON)
+    raw = read_range(path, 0, SCORES_JSON.nbytes, where)
+    require_json(raw, SCORES_JSON, where, ScoreError, _NO_JSON)
+    value = read_records(raw, where, "the file", ScoreError, "save it again as JSON", SCORES_JSON)
     return value, {}
 
 

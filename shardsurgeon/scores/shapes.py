@@ -20,6 +20,7 @@ from shardsurgeon.scores.records import by_layer
 from shardsurgeon.scores.table import ACCUMULATORS, UNNAMED, Fact, Scores, Vector
 from shardsurgeon.storage.formats.dtypes import StoredArray
 from shardsurgeon.storage.formats.strict_json import Repeated, is_text, is_whole_number
+from shardsurgeon.storage.limits import MAX_EXPERTS, MAX_LAYERS, MAX_NUMBERS
 
 # Keys under which a table may lie beside other things.
 _WRAPPERS = ("scores", "saliency", "saliency_scores", "layers")
@@ -30,10 +31,7 @@ _MODULES = frozenset(
 # How REAP's observer calls the tokens that went through a layer.
 _TOTAL_TOKENS = "total_tokens"
 # Far beyond any model: a file that asks for more is refused before memory is taken for it.
-_MAX_LAYERS = 4096
 _MAX_METRICS = 256
-_MAX_EXPERTS = 65_536
-_MAX_NUMBERS = 2**24
 _MAX_NAME = 200
 _MAX_FACTS = 64
 _MAX_FACT_LENGTH = 500
@@ -80,7 +78,7 @@ class _Shapes:
         self._order: RankingOrder | None = RankingOrder.BEST_FIRST
         self._order_said = ""
         self._is_ranking = False
-        self._numbers_left = _MAX_NUMBERS
+        self._numbers_left = MAX_NUMBERS
 
     def scores(self, value: object) -> Scores:
         """The whole value."""
@@ -195,8 +193,8 @@ class _Shapes:
                 grouped.setdefault(name.layer, {})[metric] = numbers
         if not grouped:
             raise self._fault("no key names a layer", _SHAPES)
-        if len(grouped) > _MAX_LAYERS:
-            raise self._fault(f"holds {len(grouped):,} layers, at most {_MAX_LAYERS:,} are read")
+        if len(grouped) > MAX_LAYERS:
+            raise self._fault(f"holds {len(grouped):,} layers, at most {MAX_LAYERS:,} are read")
         ordered = sorted(grouped, key=layer_order)
         layers = {layer: self._layer(layer, grouped[layer]) for layer in ordered}
         self._note_shared(list(grouped.values()))
@@ -275,7 +273,7 @@ class _Shapes:
     ) -> Vector:
         """The numbers as float64 in `shape`, read-only."""
         self._numbers_left -= math.prod(shape)
-        if self._numbers_left < 0 or max(shape) > _MAX_EXPERTS:
+        if self._numbers_left < 0 or max(shape) > MAX_EXPERTS:
             problem = f"{place}: with shape {list(shape)} there are more scores than any model has"
             raise self._fault(problem, _SHAPES)
         if isinstance(item, list):

@@ -7,7 +7,6 @@ their weights. Files of other names cannot be found, and a note says so.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from urllib.parse import quote, urlunsplit
 
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
 from shardsurgeon.storage.formats.index import INDEX_NAME, natural_order
+from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
 from shardsurgeon.storage.http import (
     answer,
     body,
@@ -31,6 +31,7 @@ from shardsurgeon.storage.http import (
     status_line,
     total_nbytes,
 )
+from shardsurgeon.storage.limits import CONFIG, INDEX
 from shardsurgeon.storage.retry import RetryPolicy, retry, stream_pieces
 from shardsurgeon.storage.source import Source, SourceFile, leads_out
 from shardsurgeon.storage.threads import map_in_threads
@@ -191,10 +192,10 @@ class WebSource(Source):
         file = self._files.get(name)
         if file is None:
             return {}
-        try:
-            value = json.loads(self.read(name, 0, file.nbytes))
-        except (ValueError, RecursionError):
+        limit = INDEX if name == INDEX_NAME else CONFIG
+        if file.nbytes > limit.nbytes:
             return {}  # opening the model reports what is wrong with it
+        value = parse_for_a_hint(self.read(name, 0, file.nbytes), limit)
         return value if isinstance(value, dict) else {}
 
     def _address(self, name: str) -> str:

@@ -24,6 +24,7 @@ from shardsurgeon.checkpoint.quantization_names import (
     plain_name,
 )
 from shardsurgeon.storage.formats.strict_json import parse_json
+from shardsurgeon.storage.limits import CONFIG
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
 from shardsurgeon.verification.record import RetainedIds
@@ -78,8 +79,8 @@ def check_settings(
 
 def _load(checkpoint: Checkpoint, name: str) -> Any:
     """A JSON file, its numbers as they are spelled. Raises ValueError where it is not JSON."""
-    text = checkpoint.read_file(name).decode("utf-8-sig")
-    return parse_json(text, parse_float=_Spelled, parse_constant=_Spelled)
+    raw = checkpoint.read_file(name, CONFIG)
+    return parse_json(raw, CONFIG, parse_float=_Spelled, parse_constant=_Spelled)
 
 
 def _counts_no_mtp(anatomy: Anatomy, pairing: Pairing, found: Any) -> bool:

@@ -14,6 +14,7 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, LayerRecord, Provenance
 from shardsurgeon.storage.formats.strict_json import as_number, parse_json
+from shardsurgeon.storage.limits import METADATA
 from shardsurgeon.verification.findings import Findings
 
 _LEAST = "min_retained_saliency"
@@ -156,7 +157,7 @@ def check_saliencies(pruned: Checkpoint, findings: Findings) -> None:
     record = pruned.provenance
     if record is None:
         return
-    content = parse_json(pruned.read_file(PROVENANCE_NAME))
+    content = parse_json(pruned.read_file(PROVENANCE_NAME, METADATA), METADATA)
     for key, fields in content["layers"].items():
         where = f"{PROVENANCE_NAME} layers.{key}"
         layer = record.layers[int(key)]

@@ -13,6 +13,7 @@ from io import BytesIO
 
 from shardsurgeon.errors import IndexFileError
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
+from shardsurgeon.storage.limits import INDEX
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -73,7 +74,7 @@ def parse_index(raw: bytes, where: str) -> Index:
     for repeated names, and for shards that are not a plain path to a .safetensors file inside the
     checkpoint.
     """
-    members = read_object(raw, where, "the index", IndexFileError, _REMEDY)
+    members = read_object(raw, where, "the index", IndexFileError, _REMEDY, INDEX)
     weight_map = _member(members, "weight_map", where)
     if not weight_map:
         raise IndexFileError(where, "weight_map is missing or empty", _REMEDY)

@@ -16,12 +16,9 @@ from typing import Final, NoReturn
 
 from shardsurgeon.errors import ConfigError, InputError
 from shardsurgeon.storage.formats.strict_json import brief, is_text
+from shardsurgeon.storage.limits import CONFIG, MAX_DEPTH, require_json
 
 Path = tuple[str | int, ...]
-
-MAX_DEPTH = 500
-# Knowing every place takes a hundred times the memory of the text.
-MAX_NBYTES = 16 * 2**20
 
 
 class _Mark(Enum):
@@ -82,15 +79,10 @@ class Document:
         """Read a JSON file's bytes (UTF-8, with or without a byte order mark).
 
         Raises `error`, naming `where`, line and column, for what is not JSON, and for
-        repeated keys, lone surrogates and nesting too deep to be meant; also for more than
-        MAX_NBYTES.
+        repeated keys, lone surrogates and nesting too deep to be meant; also for more than a
+        config needs.
         """
-        if len(raw) > MAX_NBYTES:
-            raise error(
-                where,
-                f"has {len(raw):,} bytes, at most {MAX_NBYTES:,} are read",
-                "no model is described by so much: fetch it again",
-            )
+        require_json(raw, CONFIG, where, error, "no model is described by so much: fetch it again")
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as cause:

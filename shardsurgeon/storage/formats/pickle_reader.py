@@ -17,8 +17,8 @@ from typing import NoReturn, TypeAlias
 
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.storage.formats.torch_objects import TorchObjects
+from shardsurgeon.storage.limits import MAX_PICKLE_NBYTES
 
-MAX_NBYTES = 16 * 2**20
 MAX_OPERATIONS = 1_000_000
 MAX_DEPTH = 100
 # The values of a pickle may take GROWTH bytes of memory for each of its bytes, which honest files
@@ -40,10 +40,10 @@ def interpret(raw: bytes, objects: TorchObjects, where: str) -> object:
     a caller that visits a shared part every time it meets it may not come to an end. Raises
     ScoreError, naming `where`, for anything else.
     """
-    if len(raw) > MAX_NBYTES:
+    if len(raw) > MAX_PICKLE_NBYTES:
         raise ScoreError(
             where,
-            f"its pickle has {len(raw):,} bytes, at most {MAX_NBYTES:,} are read",
+            f"its pickle has {len(raw):,} bytes, at most {MAX_PICKLE_NBYTES:,} are read",
             "save the scores as tensors, not as lists of numbers",
         )
     return _Machine(raw, objects, where).run()

@@ -19,9 +19,9 @@ from typing import NoReturn
 
 from shardsurgeon.errors import HeaderError
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
+from shardsurgeon.storage.limits import HEADER
 
 PREFIX_NBYTES = 8
-MAX_HEADER = 100_000_000  # the safetensors library reads no longer header
 
 _DTYPES_BY_BITS = (
     (4, "F4"),
@@ -161,21 +161,22 @@ def build_header(
         begin = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
+    if len(text) > HEADER.nbytes:
         raise HeaderError(
             "",
             f"the header of a shard of {len(tensors):,} tensors would be {len(text):,} bytes, "
-            f"readers accept {MAX_HEADER:,}",
+            f"readers accept {HEADER.nbytes:,}",
             "use a smaller --max-shard-size",
         )
     return len(text).to_bytes(PREFIX_NBYTES, "little") + text
 
 
 def _check_length(length: int, file_nbytes: int, where: str) -> None:
-    if length > MAX_HEADER:
+    if length > HEADER.nbytes:
         raise HeaderError(
             where,
-            f"the header is said to be {length:,} bytes long, at most {MAX_HEADER:,} are allowed",
+            f"the header is said to be {length:,} bytes long, at most {HEADER.nbytes:,} are "
+            "allowed",
             "this is not a safetensors file; " + _FETCH_AGAIN,
         )
     if length > file_nbytes - PREFIX_NBYTES:
@@ -200,7 +201,7 @@ class _HeaderReader:
             self._refuse("the header is empty, the shortest is {}")
         if raw[:1] != b"{":
             self._refuse(f"the header begins with {brief(raw[:1])}, not with a brace")
-        return read_object(raw, self._where, "the header", HeaderError, _WRITE_AGAIN)
+        return read_object(raw, self._where, "the header", HeaderError, _WRITE_AGAIN, HEADER)
 
     def metadata(self, value: object) -> dict[str, str] | None:
         """The `__metadata__` map; null means none, as it does to the library."""

@@ -13,9 +13,11 @@ import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, NoReturn, TypeGuard
 
 from shardsurgeon.errors import InputError
+from shardsurgeon.storage.limits import MAX_DEPTH, MAX_EXPERTS, Limit, json_problem, require_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +31,17 @@ class Repeated:
 
 
 def read_object(
-    raw: bytes, where: str, subject: str, error: type[InputError], remedy: str
+    raw: bytes, where: str, subject: str, error: type[InputError], remedy: str, limit: Limit
 ) -> dict[str, object]:
     """The members of a JSON object, in order.
 
     raw: the whole text, a byte order mark before it or not; subject: what messages call it, such
-    as "the header". Raises `error` for bytes that are not UTF-8 or not JSON, for nesting too deep
-    to follow, and for anything but an object whose keys differ. -0 is read as a float, as other
+    as "the header". Raises `error` for what is beyond the limit of its kind, for bytes that are
+    not UTF-8 or not JSON, for nesting too deep to follow, and for anything but an object whose
+    keys differ. -0 is read as a float, as other
     readers do.
     """
+    require_json(raw, limit, where, error)
     # A hook for integers doubles the time: only where there may be a -0.
     parse_int = _integer if b"-0" in raw else None
     try:
@@ -57,27 +61,28 @@ def read_object(
 
 
 def read_records(
-    raw: bytes, where: str, subject: str, error: type[InputError], remedy: str
+    raw: bytes, where: str, subject: str, error: type[InputError], remedy: str, limit: Limit
 ) -> dict[str, object] | list[object]:
     """The value of a JSON text that is an object, a list of objects or of lists, or JSON lines.
 
     JSON lines, several objects one after the other, come as the list of them. raw, subject and
     what is raised: as in `read_object`; a byte-order mark is left out.
     """
+    require_json(raw, limit, where, error)
     raw = raw.removeprefix(b"\xef\xbb\xbf").strip()
     if raw.startswith(b"["):
         # The check finds a list that ends early and goes on with members of its own.
-        value = read_object(b'{"list":' + raw + b"}", where, subject, error, remedy)
+        value = read_object(b'{"list":' + raw + b"}", where, subject, error, remedy, limit)
         listed = value["list"]
         if len(value) == 1 and isinstance(listed, list) and _are_alike(listed):
             return listed
     if _are_lines(raw):
         return [
-            read_object(line, where, f"line {number:,} of {subject}", error, remedy)
-            for number, line in enumerate(raw.splitlines(), start=1)
+            read_object(line, where, f"line {number:,} of {subject}", error, remedy, limit)
+            for number, line in enumerate(BytesIO(raw), start=1)
             if line.strip()
         ]
-    return read_object(raw, where, subject, error, remedy)
+    return read_object(raw, where, subject, error, remedy, limit)
 
 
 def _are_lines(raw: bytes) -> bool:
@@ -104,23 +109,56 @@ def no_constant(spelling: str) -> NoReturn:
 
 
 def parse_json(
-    text: str | bytes,
+    raw: bytes,
+    limit: Limit,
     *,
     parse_float: Callable[[str], Any] | None = None,
     parse_constant: Callable[[str], Any] = no_constant,
 ) -> Any:
-    """The value of a JSON text, in UTF-8 (a byte order mark before it or not) where it is bytes.
+    """The value of a JSON text in UTF-8, a byte order mark before it or not.
 
     parse_float, parse_constant: as the standard library takes them. Raises ValueError for what is
-    not JSON and for a key that one object has twice, RecursionError for nesting too deep to
-    follow.
+    beyond the limit of its kind or not JSON, and for a key that one object has twice,
+    RecursionError for nesting too deep to follow.
     """
-    return json.loads(
-        text if isinstance(text, str) else text.decode("utf-8-sig"),
+    if problem := json_problem(raw, limit):
+        raise ValueError(problem)
+    value = json.loads(
+        raw.decode("utf-8-sig"),
         object_pairs_hook=_each_once,
         parse_float=parse_float,
         parse_constant=parse_constant,
     )
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def parse_for_a_hint(raw: bytes, limit: Limit) -> Any:
+    """The value of a JSON text for which nothing here answers; None where it cannot be read."""
+    if json_problem(raw, limit):
+        return None
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return value if _depth(value) <= MAX_DEPTH else None
+
+
+def _depth(value: object) -> int:
+    """How many containers deep a value is, as far as MAX_DEPTH and one more."""
+    level, depth = [value], 0
+    while depth <= MAX_DEPTH:
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            break
+        level = [
+            inner
+            for item in containers
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        depth += 1
+    return depth
 
 
 class CheckedJson:
@@ -163,10 +201,13 @@ class CheckedJson:
         return value
 
     def count(self, fields: dict[str, Any], key: str, place: str) -> int:
-        """A positive whole number."""
+        """How many experts there are: a positive whole number, no larger than for any model."""
         value = fields.get(key)
         if not is_whole_number(value, 1):
             self.refuse(f"{place}.{key}: not a positive whole number".lstrip("."))
+        if value > MAX_EXPERTS:
+            problem = f"{place}.{key}: {brief(value)}, no model has more than {MAX_EXPERTS:,}"
+            self.refuse(problem.lstrip("."))
         return value
 
     def number(self, value: object, place: str) -> float:

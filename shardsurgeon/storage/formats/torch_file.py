@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardsurgeon.errors import ScoreError
-from shardsurgeon.storage.formats.pickle_reader import MAX_NBYTES, interpret
+from shardsurgeon.storage.formats.pickle_reader import interpret
 from shardsurgeon.storage.formats.torch_objects import CONVERT, TorchObjects
 from shardsurgeon.storage.formats.zip_reader import ZipReader, read_range
+from shardsurgeon.storage.limits import MAX_PICKLE_NBYTES
 
 
 def read_torch_file(path: Path, where: str) -> object:
@@ -37,7 +38,8 @@ def read_torch_file(path: Path, where: str) -> object:
 
 
 def _limit(archive: ZipReader, member: str) -> int | None:
-    return MAX_NBYTES + 1 if archive.entries[member].nbytes > MAX_NBYTES else None
+    too_large = archive.entries[member].nbytes > MAX_PICKLE_NBYTES
+    return MAX_PICKLE_NBYTES + 1 if too_large else None
 
 
 def _refuse_other_formats(head: bytes, where: str) -> None:

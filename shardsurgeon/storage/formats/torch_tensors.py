@@ -15,6 +15,7 @@ import numpy as np
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray, decode
 from shardsurgeon.storage.formats.zip_reader import ZipReader
+from shardsurgeon.storage.limits import MAX_MEMBER_NBYTES
 
 STORAGE_DTYPES = {
     "DoubleStorage": "F64",
@@ -177,6 +178,11 @@ class TensorReader:
     def _storage(self, member: str) -> bytes:
         """A member's content. Members are kept up to _MAX_KEPT_NBYTES, then all are dropped."""
         if member not in self._kept:
+            nbytes = self._archive.entries[member].nbytes
+            if nbytes > MAX_MEMBER_NBYTES:
+                problem = f"a tensor lies in a storage of {nbytes:,} bytes, more than any scores"
+                remedy = "call .clone() on the tensors before torch.save"
+                raise ScoreError(self._archive.where, problem, remedy)
             content = self._archive.read(member)
             if len(content) + sum(map(len, self._kept.values())) > _MAX_KEPT_NBYTES:
                 self._kept.clear()

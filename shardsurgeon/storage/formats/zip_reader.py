@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardsurgeon.errors import ScoreError
-
-MAX_ENTRIES = 200_000
-MAX_DIRECTORY = 64 * 2**20
-MAX_INFLATED = 512 * 2**20
+from shardsurgeon.storage.limits import MAX_DIRECTORY_NBYTES, MAX_ENTRIES, MAX_MEMBER_NBYTES
 
 _END = struct.Struct("<4s4H2LH")
 _END64_PLACE = struct.Struct("<4sLQL")
@@ -86,10 +83,10 @@ class ZipReader:
         return read_range(self.path, begin, min(nbytes, entry.packed), self.where)
 
     def _inflate(self, entry: ZipEntry, packed: bytes, wanted: int) -> bytes:
-        if entry.nbytes > MAX_INFLATED:
+        if entry.nbytes > MAX_MEMBER_NBYTES:
             raise self._fault(
                 f"compressed member {entry.name} claims {entry.nbytes:,} bytes, "
-                f"more than {MAX_INFLATED:,}",
+                f"more than {MAX_MEMBER_NBYTES:,}",
                 "save it uncompressed (np.savez, torch.save)",
             )
         try:
@@ -103,7 +100,7 @@ class ZipReader:
 
     def _read_directory(self) -> dict[str, ZipEntry]:
         count, nbytes, begin = self._find_directory()
-        if count > MAX_ENTRIES or nbytes > MAX_DIRECTORY:
+        if count > MAX_ENTRIES or nbytes > MAX_DIRECTORY_NBYTES:
             raise self._fault(
                 f"a zip directory of {count:,} members and {nbytes:,} bytes",
                 f"no score file needs more than {MAX_ENTRIES:,} members",
@@ -111,11 +108,12 @@ class ZipReader:
         raw = read_range(self.path, begin, nbytes, self.where)
         entries: list[ZipEntry] = []
         at = 0
-        while at < len(raw):
+        while at < len(raw) and len(entries) <= count:
             entry, at = self._parse_record(raw, at)
             entries.append(entry)
         if len(entries) != count:
-            raise self._fault(f"a zip directory of {len(entries):,} members announces {count:,}")
+            found = "more" if len(entries) > count else f"{len(entries):,}"
+            raise self._fault(f"a zip directory of {found} members announces {count:,}")
         return self._bounded(entries, begin)
 
     def _find_directory(self) -> tuple[int, int, int]:

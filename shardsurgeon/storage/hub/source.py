@@ -12,7 +12,6 @@ not per range. The token is sent to the Hub's hosts only.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,8 +39,8 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
-from shardsurgeon.storage.formats.index import INDEX_NAME
+from shardsurgeon.errors import CheckpointError, IndexFileError, SourceReadError, UsageError
+from shardsurgeon.storage.formats.index import INDEX_NAME, parse_index
 from shardsurgeon.storage.http import (
     HTTP_ERROR,
     MOST_REDIRECTS,
@@ -57,6 +56,7 @@ from shardsurgeon.storage.http import (
     status_line,
 )
 from shardsurgeon.storage.hub.errors import refused_read, require_sound_settings
+from shardsurgeon.storage.limits import INDEX, read_limited
 from shardsurgeon.storage.local import pieces_of
 from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry, stream_pieces
 from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, leads_out
@@ -320,8 +320,8 @@ def _missing(snapshot: Path) -> str:
     needed = ["config.json"]
     if index.is_file():
         try:
-            needed += sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            needed += parse_index(read_limited(index, INDEX, IndexFileError), str(index)).shards
+        except IndexFileError:
             return ""  # opening the model reports what is wrong with it
     elif not shards:
         needed.append("model.safetensors")

@@ -139,11 +139,11 @@ class TestContainer:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = saved(tmp_path, np.savez_compressed, a=np.zeros(1000))
-        monkeypatch.setattr(zip_reader, "MAX_INFLATED", 8000)
+        monkeypatch.setattr(zip_reader, "MAX_MEMBER_NBYTES", 8000)
         with pytest.raises(ScoreError, match=r"claims 8,128 bytes, more than 8,000"):
             read(path)
 
-    @pytest.mark.parametrize("limit", ["MAX_ENTRIES", "MAX_DIRECTORY"])
+    @pytest.mark.parametrize("limit", ["MAX_ENTRIES", "MAX_DIRECTORY_NBYTES"])
     def test_an_absurd_directory_is_refused_before_it_is_read(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
     ) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from shardsurgeon.errors import HeaderError
 from shardsurgeon.storage.formats.safetensors import (
     DTYPE_BITS,
-    MAX_HEADER,
     Header,
     TensorRecord,
     build_header,
@@ -24,6 +23,7 @@ from shardsurgeon.storage.formats.safetensors import (
     parse_header,
     tensor_nbytes,
 )
+from shardsurgeon.storage.limits import HEADER, Limit
 
 # Bits of each dtype, from the table in the format's README and its later additions.
 PUBLISHED_BITS = {
@@ -146,7 +146,7 @@ def test_a_header_longer_than_its_file_is_refused_before_allocating() -> None:
     assert header_length(struct.pack("<Q", 992), 1000, "model.safetensors") == 992
 
 
-@pytest.mark.parametrize("length", [MAX_HEADER + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [HEADER.nbytes + 1, 2**63, 2**64 - 1])
 def test_an_absurd_header_length_is_refused(length: int) -> None:
     prefix = struct.pack("<Q", length)
     line = refusal(lambda: header_length(prefix, 2**62, "model.safetensors"))
@@ -409,7 +409,7 @@ def test_building_what_no_file_can_hold_is_a_defect_of_the_caller(
 
 
 def test_a_header_that_readers_refuse_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardsurgeon.storage.formats.safetensors.MAX_HEADER", 64)
+    monkeypatch.setattr("shardsurgeon.storage.formats.safetensors.HEADER", Limit(64, 10**6))
     with pytest.raises(HeaderError, match="--max-shard-size"):
         build_header([("a" * 64, "U8", (1,), 1)], None)
 

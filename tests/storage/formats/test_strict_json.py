@@ -14,6 +14,7 @@ from shardsurgeon.storage.formats.strict_json import (
     parse_json,
     read_object,
 )
+from shardsurgeon.storage.limits import METADATA, SCORES_JSON
 
 
 @pytest.mark.parametrize(
@@ -21,26 +22,27 @@ from shardsurgeon.storage.formats.strict_json import (
     [
         (b"", "Expecting value"),
         (b"\xff{}", "can't decode"),
+        (b"[" * 200 + b"]" * 200, "nested deeper than 100 levels"),
         (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands there twice"),
-        ("[-Infinity]", "-Infinity is not a JSON number"),
+        (b"[-Infinity]", "-Infinity is not a JSON number"),
     ],
 )
-def test_what_is_not_json_is_refused(text: str | bytes, says: str) -> None:
+def test_what_is_not_json_is_refused(text: bytes, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        parse_json(text)
+        parse_json(text, METADATA)
 
 
 def test_a_byte_order_mark_before_the_text_is_passed_over() -> None:
     marked = b'\xef\xbb\xbf{"a": 1}'
-    assert parse_json(marked) == {"a": 1}
-    assert read_object(marked, "x.json", "the file", ScoreError, "") == {"a": 1}
+    assert parse_json(marked, METADATA) == {"a": 1}
+    assert read_object(marked, "x.json", "the file", ScoreError, "", SCORES_JSON) == {"a": 1}
     with pytest.raises(ScoreError, match="not JSON"):
-        read_object(b"\xef\xbb\xbf" + marked, "x.json", "the file", ScoreError, "")
+        read_object(b"\xef\xbb\xbf" + marked, "x.json", "the file", ScoreError, "", SCORES_JSON)
 
 
 def test_numbers_are_read_as_the_caller_says() -> None:
-    assert parse_json("[1e-6, 2]", parse_float=str) == ["1e-6", 2]
-    assert parse_json("[Infinity]", parse_constant=float) == [float("inf")]
+    assert parse_json(b"[1e-6, 2]", METADATA, parse_float=str) == ["1e-6", 2]
+    assert parse_json(b"[Infinity]", METADATA, parse_constant=float) == [float("inf")]
 
 
 def test_true_is_not_a_whole_number_and_neither_is_a_float() -> None:
