@@ -20,7 +20,7 @@ from shardsurgeon.storage.formats.strict_json import (
     parse_for_a_hint,
     parse_json,
 )
-from shardsurgeon.storage.limits import METADATA
+from shardsurgeon.storage.limits import METADATA, require_json
 
 PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
 # 2 where layers have different numbers of experts: a reader that knows format 1 only must refuse
@@ -251,6 +251,7 @@ class _Reader(CheckedJson):
         return tuple(value)
 
     def top(self, raw: bytes) -> dict[str, Any]:
+        require_json(raw, METADATA, self.where, CheckpointError, _REMEDY)
         try:
             top = self.as_object(parse_json(raw, METADATA), "the document")
         except (ValueError, RecursionError) as error:
