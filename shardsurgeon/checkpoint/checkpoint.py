@@ -46,7 +46,7 @@ from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
 from shardsurgeon.storage.open import hub_name, open_source
-from shardsurgeon.storage.source import Source, SourceFile
+from shardsurgeon.storage.source import Source, SourceFile, require_plain
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,18 @@ class Checkpoint:
         Raises what reading the source raises.
         """
         weights = {*self.unindexed, *(shard.file for shard in self.shards)}
-        beside = [f for f in self.files if f.name not in weights | self.rewritten]
-        return sort_out(self.source, beside, self.settings)
+        known = weights | self.rewritten | self.odd.keys()
+        beside = [file for file in self.files if file.name not in known]
+        return {**sort_out(self.source, beside, self.settings), **self.odd}
+
+    @property
+    def odd(self) -> Mapping[str, str]:
+        """What lies beside the weights and is no plain file of the model → what it is.
+
+        Shards may be links to anywhere.
+        """
+        shards = {shard.file for shard in self.shards}
+        return {name: what for name, what in self.source.odd.items() if name not in shards}
 
     def read_file(self, name: str, limit: Limit) -> bytes:
         """A whole file of `files`. Raises CheckpointError for one beyond the limit of its kind,
@@ -142,17 +152,22 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str | PathLike[str] | Source, family: Family | None = None
+    model: str | PathLike[str] | Source,
+    family: Family | None = None,
+    *,
+    follow_links: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint; model: anything that `open_source` takes, or a Source.
 
-    family: a declaration to use in place of the shipped ones. Reads headers and JSON only. Raises
-    what `open_source` raises, and CheckpointError or one of its subclasses where a file is
-    missing, broken or contradicts another one.
+    family: a declaration to use in place of the shipped ones; follow_links: as `LocalSource` has
+    it. Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
+    its subclasses where a file is missing, broken, no plain file or contradicts another one.
     """
-    source = open_source(model)
+    source = open_source(model, follow_links=follow_links)
     files = {file.name: file for file in source.list()}
-    called = names_of(source.location, files)
+    called = names_of(source.location, {**files, **source.odd})
+    read_whole = (called.config, called.index, PROVENANCE_NAME, *QUANTIZATION_FILES)
+    require_plain(source, read_whole)
     if called.config not in files:
         raise _no_model(source, files, called)
     place = _at(source, called.config)
@@ -163,6 +178,9 @@ def open_checkpoint(
     if called.index in files:
         raw = _read_whole(source, files[called.index], INDEX, IndexFileError)
         index = parse_index(raw, _at(source, called.index))
+    alone = index is None and called.shard(1, 1) in files
+    said = index.shards if index is not None else root_safetensors(source.odd, called)
+    require_plain(source, [] if alone else said, links=True)
     names = shard_names(source, files, index, called)
     shards = open_shards(source, [files[name] for name in names])
     if index is None and len(shards) > 1:

@@ -129,6 +129,13 @@ _NO_PART = {
     # It would keep the old number of experts, and only Mistral's own format reads it.
     "Mistral's params.json": r"params\.json",
 }
+# Beside config, index and quantization lists: without one of these an engine does not start, or
+# writes another text.
+_NEEDED = re.compile(
+    r"(?:[^/]*tokenizer[^/]*|vocab[^/]*|[^/]*\.(?:tiktoken|model|py|jinja)|merges\.txt|tekken\.json"
+    r"|special_tokens_map\.json|added_tokens\.json|chat_template[^/]*|generation_config\.json"
+    r"|[^/]*processor_config\.json)"
+)
 _RULES = {why: re.compile(rule, re.IGNORECASE) for why, rule in _NO_PART.items()}
 # What an earlier prune left in calibration/ stays, whatever its format.
 _KINDS_OF_DATA = frozenset({"training state", "adapter", OTHER_WEIGHTS})
@@ -157,6 +164,12 @@ def why_left_behind(name: str) -> str | None:
     kept = _KINDS_OF_DATA if name.startswith(CALIBRATION_FOLDER) else frozenset()
     fits = (why for why, rule in _RULES.items() if why not in kept and rule.fullmatch(name))
     return next(fits, None)
+
+
+def is_needed(name: str) -> bool:
+    """Whether a file beside the weights is one that a model cannot do without: its tokenizer, its
+    code, how it generates."""
+    return _NEEDED.fullmatch(name) is not None
 
 
 def names_of(location: str, files: Iterable[str]) -> FileNames:

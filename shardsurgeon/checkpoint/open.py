@@ -13,15 +13,21 @@ from shardsurgeon.families.schema import is_declared, read_family
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 
 
-def open_model(model: str | os.PathLike[str] | None, family: str | None = None) -> Checkpoint:
+def open_model(
+    model: str | os.PathLike[str] | None,
+    family: str | None = None,
+    *,
+    follow_links: bool = False,
+) -> Checkpoint:
     """Open a checkpoint; model: as `open_checkpoint` takes it, None for the current folder.
 
     family: a file with the model's declaration; `auto` to read a model without one where names
-    and config leave no doubt; None for the shipped declarations. Raises UsageError where the
-    current folder is not a model, and whatever opening a checkpoint raises.
+    and config leave no doubt; None for the shipped declarations. follow_links: whether links that
+    lead out of the model are as good as files; they are to commands that copy none. Raises
+    UsageError where the current folder is not a model, and whatever opening a checkpoint raises.
     """
     declared = read_family(family) if family not in (None, "auto") else None
-    checkpoint = open_checkpoint(_named(model), declared)
+    checkpoint = open_checkpoint(_named(model), declared, follow_links=follow_links)
     if family != "auto" or is_declared(checkpoint.settings):
         return checkpoint
     guess = guess_family(checkpoint)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.files import is_needed
 from shardsurgeon.errors import UsageError
+from shardsurgeon.storage.source import require_plain
 
 EXCLUDED = "excluded"
 
@@ -30,17 +32,24 @@ def side_files(
     """Sort the files beside a model's weights; those that a prune writes anew are in neither list.
 
     include, exclude: globs of paths, or folders, that decide otherwise; where both fit, the file
-    is left behind. A glob that fits nothing does nothing here: `require_sound` refuses it.
+    is left behind. A glob that fits nothing does nothing here: `require_sound` refuses it. Raises
+    CheckpointError where a file that the model needs is no plain one, such as a link out of it.
     """
+    odd = checkpoint.odd
+    require_plain(
+        checkpoint.source,
+        [name for name in sorted(odd) if is_needed(name) and not matches(name, exclude)],
+    )
     shards = {shard.file for shard in checkpoint.shards}
     carried, left = [], {}
-    for file in checkpoint.files:
-        name = file.name
+    for name in sorted({*odd, *(file.name for file in checkpoint.files)}):
         if name in checkpoint.rewritten or name in shards:
             continue
         why = checkpoint.left_behind.get(name)
         if matches(name, exclude):
             left[name] = EXCLUDED
+        elif name in odd:
+            left[name] = odd[name]
         elif matches(name, include) or (why is None and name not in checkpoint.unindexed):
             carried.append(name)
         elif why is not None:
@@ -49,12 +58,16 @@ def side_files(
 
 
 def require_sound(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Raise UsageError for a glob that fits no file, or excludes what a model needs."""
+    """Raise UsageError for a glob that fits no file, or excludes what a model needs, and
+    CheckpointError for one that is to include what is no plain file alone."""
     shards = {shard.file for shard in checkpoint.shards}
-    beside = [file.name for file in checkpoint.files if file.name not in shards]
+    beside = {*checkpoint.odd, *(file.name for file in checkpoint.files)} - shards
     for option, globs in (("--include", include), ("--exclude", exclude)):
         for glob in globs:
-            if not any(matches(name, [glob]) for name in beside):
+            found = sorted(name for name in beside if matches(name, [glob]))
+            if found and globs is include and checkpoint.odd.keys() >= set(found):
+                require_plain(checkpoint.source, found)
+            if not found:
                 problem = f"{glob} fits none of the {len(beside)} files beside the weights"
                 raise UsageError(option, problem, "globs are of paths in the model's folder")
     for glob in exclude:

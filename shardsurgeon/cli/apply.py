@@ -11,6 +11,7 @@ from shardsurgeon.cli.options import (
     at_least,
     family_option,
     json_option,
+    links_option,
     model_option,
     only_one,
     progress_option,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @model_option
 @selection_options
 @family_option
+@links_option
 @click.option(
     "-o",
     "out",
@@ -88,6 +90,7 @@ def apply_command(
     model: str | None,
     requests: Sequence[SelectionRequest],
     family: str | None,
+    follow_links: bool,
     out: str | None,
     max_shard_nbytes: int | None,
     workers: int,
@@ -132,20 +135,26 @@ def apply_command(
         report = apply.apply(
             # No variable holds the plan: its memory is needed for the check at the end.
             prune.plan(
-                model, scores, request, out=out, max_shard_nbytes=max_shard_nbytes, family=family
+                model,
+                scores,
+                request,
+                out=out,
+                max_shard_nbytes=max_shard_nbytes,
+                family=family,
+                follow_links=follow_links,
             ),
             options,
             destination,
         )
     try:
-        emit(report, _lines(report), as_json)
+        emit(report, _lines(report, follow_links), as_json)
     except BaseException as stop:
         if report.out is not None:
             stop.add_note(prune.complete(report.out))
         raise
 
 
-def _lines(report: ApplyReport) -> Iterator[str]:
+def _lines(report: ApplyReport, follow_links: bool) -> Iterator[str]:
     if report.dry_run:
         yield from plan_lines(report.plan)
         yield ""
@@ -163,7 +172,7 @@ def _lines(report: ApplyReport) -> Iterator[str]:
     yield from _checked(report.verification)
     yield from push_lines(report.push) if report.push else ()
     yield from note_lines(report.plan.notes)
-    yield from _next(report)
+    yield from _next(report, follow_links)
 
 
 def _written(report: ApplyReport) -> str:
@@ -185,7 +194,7 @@ def _checked(check: VerifyReport | None) -> list[str]:
     return fact("checked", f"{structure}, {compared} ({format_size(check.bytes_compared)})")
 
 
-def _next(report: ApplyReport) -> Iterator[str]:
+def _next(report: ApplyReport, follow_links: bool) -> Iterator[str]:
     """Commands to copy, each on a line of its own however long it gets."""
     out, check = report.out, report.verification
     source = report.source or (check.source if check else "")
@@ -193,7 +202,8 @@ def _next(report: ApplyReport) -> Iterator[str]:
     if out is not None:
         yield "Compare every byte:"
         line = f"  shardsurgeon verify {as_typed(source) if source else 'SOURCE'} {as_typed(out)}"
-        yield f"{line} --family {as_typed(report.family)}" if report.family else line
+        line += f" --family {as_typed(report.family)}" if report.family else ""
+        yield f"{line} --follow-links" if follow_links else line
     place = served(report.push) if report.push else out and f"vllm serve {as_typed(out)}"
     if report.plan.stock_engines and place:
         yield "Serve:"

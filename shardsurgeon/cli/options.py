@@ -90,6 +90,15 @@ def family_option(command: Command) -> Command:
     )(command)
 
 
+def links_option(command: Command) -> Command:
+    """Add `--follow-links`."""
+    return click.option(
+        "--follow-links",
+        is_flag=True,
+        help="Take files that are links out of the folder, as shards may always be.",
+    )(command)
+
+
 def scores_argument(command: Command) -> Command:
     """Add the optional positional SCORES."""
     return click.argument("scores", required=False)(command)

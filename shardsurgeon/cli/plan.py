@@ -10,6 +10,7 @@ import click
 from shardsurgeon.cli.options import (
     family_option,
     json_option,
+    links_option,
     model_option,
     scores_argument,
     selection_options,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @model_option
 @selection_options
 @family_option
+@links_option
 @click.option("-o", "plan_out", metavar="PLAN.JSON", help="Save the keep-lists, for `--plan`.")
 @click.option("--force", is_flag=True, help="Let -o replace another plan that was saved there.")
 @json_option
@@ -48,6 +50,7 @@ def plan_command(
     model: str | None,
     requests: Sequence[SelectionRequest],
     family: str | None,
+    follow_links: bool,
     plan_out: str | None,
     force: bool,
     as_json: bool,
@@ -74,10 +77,10 @@ def plan_command(
         if plan_out is not None:
             problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
             raise UsageError("-o", problem, "give a single --ratio")
-        reports = prune.compare(model, scores, requests, family=family)
+        reports = prune.compare(model, scores, requests, family=family, follow_links=follow_links)
         emit({"plans": reports}, comparison_lines(reports), as_json)
         return
-    pruning = prune.plan(model, scores, requests[0], family=family)
+    pruning = prune.plan(model, scores, requests[0], family=family, follow_links=follow_links)
     if plan_out is not None:
         pruning.write_plan(plan_out, force=force)
     emit(pruning.report, _with_file(plan_lines(pruning.report), plan_out), as_json)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardsurgeon.cli.options import family_option, json_option, progress_option, push_options
+from shardsurgeon.cli.options import (
+    family_option,
+    json_option,
+    links_option,
+    progress_option,
+    push_options,
+)
 from shardsurgeon.cli.output import as_typed, emit, fact, grouped, shows_progress
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     help="Push these files of the folder as well, which apply did not write.",
 )
 @family_option
+@links_option
 @progress_option
 @json_option
 def push_command(
@@ -35,6 +42,7 @@ def push_command(
     pushed: dict[str, Any],
     include: tuple[str, ...],
     family: str | None,
+    follow_links: bool,
     progress: bool | None,
     as_json: bool,
 ) -> None:
@@ -54,7 +62,12 @@ def push_command(
 
     destination = Destination(repo_id, **pushed)
     report = push.push(
-        pruned, destination, family=family, include=include, bars=shows_progress(progress)
+        pruned,
+        destination,
+        family=family,
+        include=include,
+        follow_links=follow_links,
+        bars=shows_progress(progress),
     )
     emit(report, _lines(pruned, report), as_json)
 

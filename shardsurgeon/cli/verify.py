@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option
+from shardsurgeon.cli.options import (
+    at_least,
+    family_option,
+    json_option,
+    links_option,
+    progress_option,
+)
 from shardsurgeon.cli.output import emit, facts, progress_bar
 from shardsurgeon.errors import VerificationError
 from shardsurgeon.units import counted, format_size, number_ranges
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     " exactly these tensors. Needs shardsurgeon[architecture].",
 )
 @family_option
+@links_option
 @progress_option
 @json_option
 def verify_command(
@@ -41,6 +48,7 @@ def verify_command(
     sample: int | None,
     architecture: bool,
     family: str | None,
+    follow_links: bool,
     progress: bool | None,
     as_json: bool,
 ) -> None:
@@ -67,6 +75,7 @@ def verify_command(
             architecture=architecture,
             progress=bar.show if bar else None,
             family=family,
+            follow_links=follow_links,
         )
     emit(report, _lines(report), as_json)
     if not report.holds:

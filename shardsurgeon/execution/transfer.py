@@ -18,7 +18,7 @@ from shardsurgeon.errors import SourceReadError
 from shardsurgeon.execution.plan import Literal, Segment
 from shardsurgeon.execution.ranges import CopyRange
 from shardsurgeon.execution.workers import ProgressMeter
-from shardsurgeon.storage.files import FileCopier, reading, write_all, writing
+from shardsurgeon.storage.files import FileCopier, open_regular, write_all, writing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System
 
@@ -56,7 +56,7 @@ class RangeTransfer:
         """Copy the first `nbytes` of a local file outside the source into `target`."""
         with writing(target):
             file = FileIO(target, "r+")
-        with file, _opened(path) as origin:
+        with file, open_regular(path) as origin:
             self._copier.copy(origin, 0, file, 0, nbytes)
 
     def _write_from(self, name: str | None, ranges: list[CopyRange], target: FileIO) -> None:
@@ -65,13 +65,14 @@ class RangeTransfer:
             for copy in ranges:
                 self._put(copy, target)
             return
-        path = self._source.local_path(name)
-        if path is None:
+        origin = self._source.open(name)
+        if origin is None:
             self._downloader.fetch(name, ranges, target)
-        else:
-            self._copy(path, ranges, target)
+            return
+        with origin:
+            self._copy(origin, ranges, target)
 
-    def _copy(self, path: Path, ranges: list[CopyRange], target: FileIO) -> None:
+    def _copy(self, origin: FileIO, ranges: list[CopyRange], target: FileIO) -> None:
         """Copy from a local file, and leave the page cache as it was.
 
         A model larger than memory must not push everything else out of it; pages that were
@@ -80,15 +81,14 @@ class RangeTransfer:
         first, last = ranges[0].piece, ranges[-1].piece
         assert isinstance(first, Segment) and isinstance(last, Segment)
         end = last.begin + last.nbytes
-        with _opened(path) as origin:
-            # Asked of the last byte: the first ones may be cached because of read-ahead.
-            found = self._system.in_memory(origin, max(end - 1, 0))
-            for copy in ranges:
-                assert isinstance(copy.piece, Segment)
-                begin, nbytes = copy.piece.begin, copy.piece.nbytes
-                self._copier.copy(origin, begin, target, copy.at, nbytes)
-            if not found:
-                self._system.let_go(origin, first.begin, end)
+        # Asked of the last byte: the first ones may be cached because of read-ahead.
+        found = self._system.in_memory(origin, max(end - 1, 0))
+        for copy in ranges:
+            assert isinstance(copy.piece, Segment)
+            begin, nbytes = copy.piece.begin, copy.piece.nbytes
+            self._copier.copy(origin, begin, target, copy.at, nbytes)
+        if not found:
+            self._system.let_go(origin, first.begin, end)
 
     def _put(self, copy: CopyRange, target: FileIO) -> None:
         assert isinstance(copy.piece, Literal)
@@ -98,11 +98,6 @@ class RangeTransfer:
 
 def _source_file(copy: CopyRange) -> str | None:
     return copy.piece.file if isinstance(copy.piece, Segment) else None
-
-
-def _opened(path: Path) -> FileIO:
-    with reading(path):
-        return FileIO(str(path))
 
 
 class Downloader:

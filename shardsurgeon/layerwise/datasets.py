@@ -340,7 +340,7 @@ def folder_content_name(folder: Path) -> str:
     for name, path in named:
         if _is_data(name):
             digest.update(os.fsencode(f"{name}\n{_sha256(path)}\n"))
-    return f"{folder.resolve().name}{_DIGEST_MARK}{digest.hexdigest()[:_DIGITS]}"
+    return f"{Path(os.path.realpath(folder)).name}{_DIGEST_MARK}{digest.hexdigest()[:_DIGITS]}"
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

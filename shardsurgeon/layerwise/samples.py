@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from shardsurgeon.checkpoint.files import is_needed
 from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.datasets import (
@@ -30,7 +31,7 @@ from shardsurgeon.storage.files import writing
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
 from shardsurgeon.storage.limits import TOKENIZER_CONFIG, read_limited
-from shardsurgeon.storage.source import Source
+from shardsurgeon.storage.source import Source, require_plain
 
 SampleEntry: TypeAlias = tuple[str, int, int]
 """(source, record index, tokens): how a score file lists a sample."""
@@ -259,10 +260,14 @@ def _unreadable(place: str, error: Exception | None = None) -> UsageError:
 def tokenizer_folder(source: Source) -> Iterator[Path]:
     """The model's folder or, where the model is remote, temporary copies of its small files.
 
-    Raises what reading the source raises, and OutputWriteError where the copies do not fit.
+    Raises what reading the source raises, CheckpointError where a file in it is a pipe or a link to
+    nothing, and OutputWriteError where the copies do not fit.
     """
     config = source.local_path(CONFIG_NAME)
     if config is not None:
+        # transformers would wait for the other end of a pipe.
+        source.list()
+        require_plain(source, sorted(filter(is_needed, source.odd)), links=True)
         yield config.parent
         return
     with TemporaryDirectory() as name:

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from io import FileIO
 from itertools import groupby
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.shards import Shard
+from shardsurgeon.errors import ShardSurgeonError
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 DTYPES = {
@@ -96,13 +96,13 @@ class TensorReader:
         if sys.platform != "linux":
             return
         # Whatever is wrong with a file is reported when its tensors are read.
-        with suppress(OSError):
+        with suppress(OSError, ShardSurgeonError):
             ranges = sorted(map(self._range, names))
             for name, parts in groupby(ranges, key=lambda part: part.file):
-                path = self._source.local_path(name)
-                if path is None:
+                opened = self._source.open(name)
+                if opened is None:
                     return
-                with FileIO(path) as file:
+                with opened as file:
                     for part in parts:
                         for begin in range(part.begin, part.end, _ADVICE_NBYTES):
                             nbytes = min(_ADVICE_NBYTES, part.end - begin, most_nbytes)

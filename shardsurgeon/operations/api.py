@@ -33,18 +33,20 @@ AnyPath = str | PathLike[str]
 _Choice = TypeVar("_Choice", Rounding, MtpPolicy, Allocation, Lists)
 
 
-def open_checkpoint(model: AnyPath, *, family: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: AnyPath, *, family: str | None = None, follow_links: bool = False
+) -> Checkpoint:
     """Open a model: its headers and JSON files, no weights.
 
-    model: a folder or an address (`org/name`, `s3://…`). family: as for `plan`. Raises
-    CheckpointError or one of its subclasses where a file is missing, broken or contradicts
+    model: a folder or an address (`org/name`, `s3://…`). family, follow_links: as for `plan`.
+    Raises CheckpointError or one of its subclasses where a file is missing, broken or contradicts
     another one, FamilyError where the declaration cannot be used.
 
     >>> checkpoint = shardsurgeon.open_checkpoint("fixtures/kimi_k25")
     >>> len(checkpoint.shards), checkpoint.num_tensors, checkpoint.total_size
     (5, 944, 657568)
     """
-    return open_model(model, family)
+    return open_model(model, family, follow_links=follow_links)
 
 
 def plan(
@@ -68,6 +70,7 @@ def plan(
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
     family: str | None = None,
+    follow_links: bool = False,
 ) -> Pruning:
     """Decide which experts stay and plan every byte of the result. Reads headers, writes nothing.
 
@@ -97,8 +100,9 @@ def plan(
     - include, exclude: globs of files beside the weights to copy, or not, whatever they are;
     - out: the folder that `apply` writes, by default named after the model and the ratio;
     - max_shard_size: of the result, in bytes or as `"5GB"`; None keeps the source's shards;
-    - family: the file of a declaration, or `auto` to read a model of no declared family; not
-      with a checkpoint that is already open.
+    - family: the file of a declaration, or `auto` to read a model of no declared family;
+    - follow_links: take files that are links out of the model's folder, as shards may always be;
+      neither of the two with a checkpoint that is already open.
 
     Raises InputError and its children: for arguments that contradict each other or the model,
     for a file that is missing or broken, for scores that do not fit.
@@ -124,7 +128,15 @@ def plan(
         exclude=tuple(exclude),
     )
     limit = _nbytes(max_shard_size, "max_shard_size")
-    return prune.plan(checkpoint, scores, request, out=out, max_shard_nbytes=limit, family=family)
+    return prune.plan(
+        checkpoint,
+        scores,
+        request,
+        out=out,
+        max_shard_nbytes=limit,
+        family=family,
+        follow_links=follow_links,
+    )
 
 
 def apply(
@@ -194,6 +206,7 @@ def push(
     card: AnyPath | bool = True,
     family: str | None = None,
     include: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> PushReport:
     """Push a folder that `apply` wrote to the Hugging Face Hub, in one commit.
 
@@ -201,8 +214,8 @@ def push(
     made where it is missing. private: what a repository becomes that is made. revision: the
     branch, made where it is missing; None for main. create_pr: open a pull request instead.
     card: a README.md to use in place of the one that is made; False leaves the source's own.
-    family: as for `plan`. include: globs of files in the folder that `apply` did not write and that
-    are to be pushed too. A rerun uploads nothing that is there already.
+    family, follow_links: as for `plan`. include: globs of files in the folder that `apply` did not
+    write and that are to be pushed too. A rerun uploads nothing that is there already.
 
     Raises CheckpointError and its children where the folder is not a complete prune, UsageError
     where the Hub refuses the token or the repository, PublishError where the upload fails.
@@ -216,7 +229,9 @@ def push(
     from shardsurgeon.operations import push as publishing
 
     destination = Destination(repo_id, private, revision, create_pr, *_card(card))
-    return publishing.push(pruned, destination, family=family, include=tuple(include))
+    return publishing.push(
+        pruned, destination, family=family, include=tuple(include), follow_links=follow_links
+    )
 
 
 def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
@@ -231,12 +246,14 @@ def verify(
     sample: int | None = None,
     architecture: bool = False,
     family: str | None = None,
+    follow_links: bool = False,
 ) -> VerifyReport:
     """Compare a pruned model with its source: structure, records, and the bytes of every tensor.
 
     source, pruned: folders or addresses (`org/name`, `s3://…`). sample: tensors per shard whose
     bytes are compared, None for all. architecture: check as well, by names and shapes, that
-    transformers' model of the pruned config takes exactly these tensors. family: as for `plan`.
+    transformers' model of the pruned config takes exactly these tensors. family, follow_links:
+    as for `plan`.
 
     Differences are in the report, not raised. Raises CheckpointError and its children where a
     model cannot be read, UsageError where the architecture cannot be checked.
@@ -248,7 +265,12 @@ def verify(
     (True, 404)
     """
     return verification.verify(
-        source, pruned, sample=sample, architecture=architecture, family=family
+        source,
+        pruned,
+        sample=sample,
+        architecture=architecture,
+        family=family,
+        follow_links=follow_links,
     )
 
 

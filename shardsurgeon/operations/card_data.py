@@ -162,7 +162,7 @@ def _loading(pruned: Checkpoint, stock_engines: bool) -> Loading:
 def _calibrations(pruned: Checkpoint, folder: Path) -> Iterator[Calibration]:
     """The score files in calibration/, which may also hold keep-lists and records."""
     for file in pruned.files:
-        if file.name.startswith(CALIBRATION_FOLDER):
+        if file.name.startswith(CALIBRATION_FOLDER) and file.name not in pruned.odd:
             try:
                 scores = read_scores(folder / file.name)
             except InputError:

@@ -33,7 +33,7 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
     >>> report.family, report.num_experts, report.moe_layers
     ('kimi_k25', 32, (1, 2, 3))
     """
-    checkpoint = open_model(model, family)
+    checkpoint = open_model(model, family, follow_links=True)
     anatomy = read_anatomy(checkpoint)
     config = checkpoint.settings
     records = (record for shard in checkpoint.shards for record in shard.header.tensors)

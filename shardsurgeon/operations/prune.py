@@ -101,6 +101,7 @@ def plan(
     out: str | os.PathLike[str] | None = None,
     max_shard_nbytes: int | None = None,
     family: str | None = None,
+    follow_links: bool = False,
 ) -> Pruning:
     """Decide which experts stay and plan every byte of the result. Writes nothing.
 
@@ -108,13 +109,18 @@ def plan(
     file, a table that `read_scores` gave, or None with a keep-list file; out: where the
     result is to go (None: named after the model); max_shard_nbytes: None keeps the source's
     cutting; family: a file with the model's declaration, or `auto` to read a model without
-    one, where that leaves no doubt. Raises InputError and its children for whatever does not fit.
+    one, where that leaves no doubt; follow_links: take files that are links out of the model.
+    Raises InputError and its children for whatever does not fit.
     """
     place = None if out is None else output_path(out)
-    if isinstance(model, Checkpoint) and family is not None:
-        problem = "is for a model that is still to be opened"
-        raise UsageError("family", problem, "give the model's folder or address instead")
-    checkpoint = model if isinstance(model, Checkpoint) else open_model(model, family)
+    if isinstance(model, Checkpoint):
+        if family is not None or follow_links:
+            problem = "is for a model that is still to be opened"
+            option = "follow_links" if family is None else "family"
+            raise UsageError(option, problem, "give the model's folder or address instead")
+        checkpoint = model
+    else:
+        checkpoint = open_model(model, family, follow_links=follow_links)
     anatomy = read_anatomy(checkpoint)
     given = _digests(scores, request.plan_file)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
@@ -143,13 +149,14 @@ def compare(
     requests: Iterable[SelectionRequest],
     *,
     family: str | None = None,
+    follow_links: bool = False,
 ) -> list[PlanReport]:
     """What each of several requests would do to one model, which is opened once.
 
     Arguments and errors are those of `plan`. A plan of a large model takes much memory, so each is
     let go of before the next is made.
     """
-    checkpoint = open_model(model, family)
+    checkpoint = open_model(model, family, follow_links=follow_links)
     return [plan(checkpoint, scores, request).report for request in requests]
 
 
@@ -227,7 +234,7 @@ def require_apart(checkpoint: Checkpoint, out: Path) -> None:
     home = _home(checkpoint)
     if home is None:
         return
-    target = out.absolute().parent.resolve() / out.name
+    target = Path(os.path.realpath(out.absolute().parent), out.name)
     if target == home:
         raise OutputError(out, "is the source itself", "choose another -o")
     if target.is_relative_to(home):
@@ -240,7 +247,7 @@ def _home(checkpoint: Checkpoint) -> Path | None:
     """The source's folder on this machine; None for a remote source."""
     path = checkpoint.source.local_path("config.json")
     # The folder is resolved, not the file: in a Hub cache config.json is a link to a blob.
-    return None if path is None else path.absolute().parent.resolve()
+    return None if path is None else Path(os.path.realpath(path.absolute().parent))
 
 
 def _percent(ratio: float) -> str:

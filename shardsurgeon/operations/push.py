@@ -59,18 +59,19 @@ def push(
     *,
     family: str | None = None,
     include: tuple[str, ...] = (),
+    follow_links: bool = False,
     bars: bool = False,
 ) -> PushReport:
     """Push what `apply` wrote to a folder, with a card, in one commit. The folder stays as it is.
 
-    family: as for `plan`; include: globs of files that are pushed as well; bars: let
+    family, follow_links: as for `plan`; include: globs of files that are pushed as well; bars: let
     huggingface_hub show how far the uploads are. A rerun uploads nothing that is there already.
     Raises CheckpointError and its children where the folder is not a complete prune, UsageError
     where a file holds a secret or the Hub refuses the token or the repository, PublishError where
     the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
-    checkpoint, record = _complete_prune(folder, family)
+    checkpoint, record = _complete_prune(folder, family, follow_links)
     chosen = select_files(checkpoint, include)
     refuse_secrets(checkpoint.source, chosen.files)
     with silence_hub(bars) as notes:
@@ -227,12 +228,14 @@ def _require_another(repository: Repository, source: str | None) -> None:
         raise UsageError(source, problem, "name another one, or a --revision of it")
 
 
-def _complete_prune(folder: Path, family: str | None) -> tuple[Checkpoint, Provenance]:
+def _complete_prune(
+    folder: Path, family: str | None, follow_links: bool
+) -> tuple[Checkpoint, Provenance]:
     """Open a folder that `apply` wrote. Raises CheckpointError and its children for another one."""
     if not folder.is_dir():
         raise CheckpointError(folder, "is not a folder", "give the folder that apply wrote")
     _require_finished(folder)
-    checkpoint = open_model(folder, family)
+    checkpoint = open_model(folder, family, follow_links=follow_links)
     record = checkpoint.provenance
     if record is None:
         problem = f"was not pruned by shardsurgeon, which leaves its {PROVENANCE_NAME} there"

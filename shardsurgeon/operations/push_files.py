@@ -19,7 +19,7 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.hub.upload import Content
-from shardsurgeon.storage.source import Source, SourceFile
+from shardsurgeon.storage.source import Source, SourceFile, require_plain
 from shardsurgeon.storage.threads import map_in_threads
 
 _MAX_TEXT_NBYTES = 1 << 20
@@ -57,7 +57,8 @@ class Selection:
 def select_files(pruned: Checkpoint, include: Sequence[str] = ()) -> Selection:
     """Choose what is pushed of a pruned model's folder.
 
-    include: globs of files that are pushed too. Raises UsageError for one that fits nothing.
+    include: globs of files that are pushed too. Raises UsageError for one that fits nothing, and
+    CheckpointError for a file that is a link out of the folder, a shard excepted, or no file.
     """
     written = pruned.provenance.files if pruned.provenance is not None else None
     ours = {CARD_NAME, *pruned.rewritten, *(shard.file for shard in pruned.shards)}
@@ -67,8 +68,9 @@ def select_files(pruned: Checkpoint, include: Sequence[str] = ()) -> Selection:
         if not any(matches(name, [glob]) for name in there):
             problem = f"{glob} fits none of the {len(there)} files"
             raise UsageError("--include", problem, "globs are of paths in the model's folder")
+    require_plain(pruned.source, [n for n in pruned.odd if n in ours or matches(n, include)])
     chosen = [file for file in pruned.files if file.name in ours or matches(file.name, include)]
-    left = there.keys() - {file.name for file in chosen}
+    left = {*there, *pruned.odd} - {file.name for file in chosen}
     known = (written or {}).items()
     gone = [name for name, _ in known if name not in there]
     changed = [n for n, nbytes in known if there.get(n, nbytes) != nbytes and n != CARD_NAME]

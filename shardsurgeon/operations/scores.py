@@ -65,7 +65,7 @@ def show_scores(
     calibration = find_calibration(file)
     name, analysis = None, None
     if model is not None:
-        checkpoint = open_model(model)
+        checkpoint = open_model(model, follow_links=True)
         name = checkpoint.source.name
         analysis = _analysis_for_model(checkpoint, scores, metric)
     analysis = analysis or view_alone(scores, metric)
@@ -102,7 +102,7 @@ def convert_scores(source: Path, out: Path, *, model: Path | None = None) -> Wri
     check_out(out)
     scores = read_scores(source)
     if model is not None:
-        anatomy = read_anatomy(open_model(model))
+        anatomy = read_anatomy(open_model(model, follow_links=True))
         scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
     calibration = find_calibration(source)
     write_scores(out, _content(scores, calibration))
@@ -164,7 +164,7 @@ def scores_from_router(model: Path | None, out: Path, *, norm: str = "l2") -> Ro
     that can be written, and whatever opening the model and reading its routers raises.
     """
     check_out(out)
-    checkpoint = open_model(model)
+    checkpoint = open_model(model, follow_links=True)
     anatomy = read_anatomy(checkpoint)
     scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
     name, metric = checkpoint.source.name, f"router_{norm}"
@@ -182,7 +182,7 @@ def scores_from_weights(
     raises, and FamilyError for weights stored in a form whose norm is not computed here.
     """
     check_out(out)
-    checkpoint = open_model(model)
+    checkpoint = open_model(model, follow_links=True)
     anatomy = read_anatomy(checkpoint)
     require_complete(anatomy.incomplete, None, checkpoint.location)
     scores = weight_norms(checkpoint, anatomy, on_bytes)
@@ -200,7 +200,7 @@ def scores_random(model: Path | None, out: Path, *, seed: int) -> BaselineReport
     if seed < 0:
         raise UsageError("--seed", f"{seed} is less than 0")
     check_out(out)
-    checkpoint = open_model(model)
+    checkpoint = open_model(model, follow_links=True)
     anatomy = read_anatomy(checkpoint)
     scores = {
         layer.index: random_scores(seed, layer.index, layer.num_experts) for layer in anatomy.layers

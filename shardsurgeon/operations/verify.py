@@ -16,11 +16,11 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.checkpoint.open import open_model
-from shardsurgeon.errors import InputError, VerificationError
+from shardsurgeon.errors import InputError, SourceChangedError, VerificationError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import open_source
-from shardsurgeon.storage.source import MemorySource, Source
+from shardsurgeon.storage.source import MemorySource, Source, SourceFile, require_unchanged
 from shardsurgeon.verification.architecture import AnyCheckpoint, check_architecture
 from shardsurgeon.verification.byte_comparison import Sampling
 from shardsurgeon.verification.findings import VerifyReport
@@ -43,16 +43,19 @@ def verify(
     architecture: bool = False,
     progress: Callable[[int, int], None] | None = None,
     family: str | None = None,
+    follow_links: bool = False,
 ) -> VerifyReport:
     """Compare a pruned model, a folder or a repository, with its source.
 
     sample: tensors per shard whose bytes are compared, None for all; architecture: check as
-    well that transformers' model of the pruned config takes exactly these tensors. Raises
-    UsageError, before any weight is read, where that cannot be checked.
+    well that transformers' model of the pruned config takes exactly these tensors; follow_links: as
+    for `plan`, on both sides. Raises UsageError, before any weight is read, where that cannot be
+    checked.
     """
-    before = open_model(source, family)
+    before = open_model(source, family, follow_links=follow_links)
     remote = isinstance(pruned, str) and not os.path.lexists(pruned)
-    place = open_source(pruned) if remote else pruned
+    as_source = remote or (follow_links and os.path.isdir(pruned))
+    place = open_source(pruned, follow_links=follow_links) if as_source else pruned
     after: AnyCheckpoint = place
     fits = None
     if architecture:
@@ -61,7 +64,19 @@ def verify(
             after = open_checkpoint(place, before.family)
         fits = check_architecture(before, after)
     report = verify_checkpoint(before, after, sample=sample, on_progress=progress)
+    if not report.holds:
+        try:
+            require_unchanged(before.source, _compared(before))
+        except SourceChangedError as error:
+            remedy = "verify again once nothing writes to it"
+            raise SourceChangedError(error.where, error.problem, remedy) from error
     return replace(report, architecture=fits)
+
+
+def _compared(checkpoint: Checkpoint) -> list[SourceFile]:
+    """The files of a source that a comparison reads, and not a log that goes on growing there."""
+    named = {shard.file for shard in checkpoint.shards} | checkpoint.rewritten
+    return [file for file in checkpoint.files if file.name in named]
 
 
 class SelfCheck:
@@ -145,4 +160,5 @@ def _does_not_hold(where: str, differences: tuple[str, ...]) -> VerificationErro
     more = len(differences) - 1
     also = f" (and {more} more)" if more else ""
     problem = f"does not hold: {differences[0]}{also}"
-    return VerificationError(where, problem, "report this as a bug")
+    remedy = "let nothing write to the source, not even by a memory map, and run it again with "
+    return VerificationError(where, problem, f"{remedy}--restart; what comes back is a bug")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,10 @@ def assemble(
         copied_files=copied,
         score_files=score_files,
         source_files=source_files,
-        asked=_asked(decision, max_shard_nbytes, step, score_files, request),
+        asked=(
+            *_asked(decision, max_shard_nbytes, step, score_files, request),
+            *([("--follow-links", "given")] if checkpoint.source.follows_links else []),
+        ),
         source_fingerprint=_source_fingerprint(checkpoint, source_files),
     )
     record = replace(
@@ -142,7 +146,7 @@ def _copied_files(
     given: the score or keep-list file of this run. It goes to calibration/ and, should it lie
     in the source, nowhere else.
     """
-    elsewhere = {path.resolve() for path in given}
+    elsewhere = {os.path.realpath(path) for path in given}
     copied = tuple(
         name
         for name in side_files(checkpoint, request.include, request.exclude).carried
@@ -158,8 +162,8 @@ def _copied_files(
     return copied, tuple(score_files)
 
 
-def _is_one_of(path: Path | None, others: Collection[Path]) -> bool:
-    return path is not None and path.resolve() in others
+def _is_one_of(path: Path | None, others: Collection[str]) -> bool:
+    return path is not None and os.path.realpath(path) in others
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:

@@ -5,9 +5,9 @@ Numbers per layer and in total, and notes: on what the user should know before a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
@@ -246,11 +246,13 @@ def _weights_in_folders(checkpoint: Checkpoint, plan: Plan) -> list[str]:
 
 def _left_behind(checkpoint: Checkpoint, request: SelectionRequest, plan: Plan) -> dict[str, str]:
     """Without the score file of this run, which goes to calibration/."""
-    given = {Path(path).resolve() for _, path, _ in plan.score_files}
+    given = {os.path.realpath(path) for _, path, _ in plan.score_files}
     left = side_files(checkpoint, request.include, request.exclude).left
     paths = {name: checkpoint.source.local_path(name) for name in left}
     return {
-        name: left[name] for name, path in paths.items() if not path or path.resolve() not in given
+        name: left[name]
+        for name, path in paths.items()
+        if not path or os.path.realpath(path) not in given
     }
 
 

@@ -73,6 +73,21 @@ def _said(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def open_regular(path: Path) -> FileIO:
+    """A file, open for reading. Raises SourceReadError for a pipe or a device: neither is waited
+    for."""
+    with reading(path):
+        file = FileIO(str(path), opener=_open_at_once)
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise SourceReadError(path, "is no regular file", "put the file itself there")
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_exact(
     file: FileIO, begin: int, end: int, where: str | Path, system: System | None = None
 ) -> bytes:

@@ -6,16 +6,20 @@ The source that most runs read from. What its bytes mean, `checkpoint` knows.
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import NoReturn
 
-from shardsurgeon.errors import CheckpointError
-from shardsurgeon.storage.files import read_exact, reading
+from shardsurgeon.errors import CheckpointError, SourceChangedError
+from shardsurgeon.storage.files import open_regular, read_exact, reading
 from shardsurgeon.storage.source import (
     CHUNK_NBYTES,
+    NOWHERE,
+    OUTSIDE,
     SKIPPED_FOLDERS,
     Source,
     SourceFile,
@@ -23,6 +27,15 @@ from shardsurgeon.storage.source import (
 )
 
 _GIVE_FOLDER = "give the folder that holds the model"
+# Where the Hub's cache keeps the bytes that the files of its snapshots, and of folders that
+# `hf download` made, are links to.
+_BLOB = re.compile(r".*/models--[^/]+/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})", re.DOTALL)
+_KINDS = {
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 class LocalSource(Source):
@@ -34,8 +47,9 @@ class LocalSource(Source):
 
     is_remote = False
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """path: the folder, or one `.safetensors` file, which stands for the folder it lies in.
+    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+        """path: the folder, or one `.safetensors` file, which stands for the folder it lies in;
+        follow_links: whether a link that leads out of the folder is as good as a file.
 
         Raises CheckpointError where it is neither.
         """
@@ -45,34 +59,54 @@ class LocalSource(Source):
         elif place.is_file():
             raise CheckpointError(place, "is not a .safetensors file", _GIVE_FOLDER)
         # Resolved once: a later change of the working directory must not move the source.
-        self._folder = place.resolve()
+        self._folder = Path(os.path.realpath(place))
         self.location = str(place) if str(place) != "." else str(self._folder)
         self.name, self.revision = _identity(self._folder)
+        self.follows_links = follow_links
+        self._blobs = self._folder.parent.parent / "blobs" if self.revision else None
+        # Name → the file at the first listing, its device and inode, its last change of any kind.
+        self._first: dict[str, tuple[SourceFile, tuple[int, int], int]] = {}
         self._require_folder()
 
     def list(self) -> tuple[SourceFile, ...]:
         """Every file below the folder, sorted by name.
 
-        Links to files count as files; links to folders and everything that is neither a file nor a
-        folder are left out. Raises CheckpointError where the folder is gone or a link leads
-        to nothing, SourceReadError where a folder may not be listed.
+        Links to files count as files. What is neither a file nor a folder is left out, and so are
+        links to nothing and to folders: `odd` names them. Raises CheckpointError where the folder
+        is gone, SourceReadError where a folder may not be listed.
         """
         self._require_folder()
-        found = []
+        found: list[SourceFile | None] = []
+        odd: dict[str, str] = {}
         for folder, folders, files in os.walk(self._folder, onerror=_raise):
             folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
-            found += [self._describe(Path(folder, name)) for name in files]
+            for path in (Path(folder, name) for name in folders):
+                if path.is_symlink():
+                    odd[self._name_of(path)] = "linked folder"
+            found += [self._describe(Path(folder, name), odd) for name in files]
+        self.odd = odd
         return tuple(sorted(filter(None, found), key=lambda file: file.name))
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a file; SourceReadError where it is shorter."""
         path = self.local_path(name)
-        with reading(path), FileIO(path) as file:
+        with self.open(name) as file:
             return read_exact(file, begin, end, path)
 
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The same bytes, piece by piece."""
-        return pieces_of(self.local_path(name), begin, end)
+        return pieces_of(partial(self.open, name), begin, end)
+
+    def open(self, name: str) -> FileIO:
+        """The file itself. Raises SourceReadError, and SourceChangedError where another one or a
+        link has taken its place since it was first listed."""
+        file = open_regular(self.local_path(name))
+        status, first = os.fstat(file.fileno()), self._first.get(name)
+        if first is not None and first[1] != (status.st_dev, status.st_ino):
+            file.close()
+            problem, remedy = "was replaced since it was listed", "let no one write there"
+            raise SourceChangedError(f"{self.location}/{name}", problem, remedy)
+        return file
 
     def local_path(self, name: str) -> Path:
         """The file's path. Raises CheckpointError where the name leads out of the folder."""
@@ -84,34 +118,54 @@ class LocalSource(Source):
             problem = "is not a folder" if self._folder.exists() else "there is no such folder"
             raise CheckpointError(self.location, problem, _GIVE_FOLDER)
 
-    def _describe(self, path: Path) -> SourceFile | None:
-        """Size and stamp of one file; None where it is not a file or has just been removed."""
+    def _name_of(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+    def _describe(self, path: Path, odd: dict[str, str]) -> SourceFile | None:
+        """Size and stamp of one file; None where it is not a file or has just been removed.
+
+        odd: is told what it is where it is no plain file. Nothing is opened.
+        """
+        name = self._name_of(path)
         try:
             status = path.stat()
         except OSError as error:
             if path.is_symlink():
-                raise CheckpointError(
-                    path,
-                    "is a link to a missing file",
-                    "the download is incomplete, fetch it again",
-                ) from error
+                odd[name] = NOWHERE
+                return None
             if isinstance(error, FileNotFoundError):
                 return None
             _raise(error)
         if not stat.S_ISREG(status.st_mode):
+            odd[name] = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
             return None
-        name = path.relative_to(self._folder).as_posix()
+        if path.is_symlink() and not self.follows_links and not self._is_inside(path):
+            odd[name] = OUTSIDE
         # Reading and hard-linking leave both parts alone; writing and replacing do not.
-        return SourceFile(name, status.st_size, f"{status.st_mtime_ns}:{status.st_ino}")
+        found = SourceFile(name, status.st_size, f"{status.st_mtime_ns}:{status.st_ino}")
+        now = found, (status.st_dev, status.st_ino), status.st_ctime_ns
+        first = self._first.setdefault(name, now)
+        # The time of writing can be put back, this one cannot. A new mode is a change to it as
+        # well, so that it is no part of the stamp and counts within one run only.
+        if found == first[0] and now[2] != first[2]:
+            self.touched |= {name}
+        return found
+
+    def _is_inside(self, link: Path) -> bool:
+        """Whether a link's end is a file of the model; what is hidden in the folder is not."""
+        end = Path(os.path.realpath(link))
+        if end.is_relative_to(self._folder):
+            return not any(part.startswith(".") for part in end.relative_to(self._folder).parts)
+        own = self._blobs is not None and end.is_relative_to(os.path.realpath(self._blobs))
+        return own or _BLOB.fullmatch(end.as_posix()) is not None
 
 
-def pieces_of(path: Path, begin: int, end: int) -> Iterator[bytes]:
-    """The bytes [begin, end) of a file on this machine. Raises SourceReadError."""
-    with reading(path):
-        file = FileIO(path)
-    with file:
+def pieces_of(opened: Callable[[], FileIO], begin: int, end: int) -> Iterator[bytes]:
+    """The bytes [begin, end) of a file on this machine. Raises what opening it raises, and
+    SourceReadError."""
+    with opened() as file:
         for at in range(begin, end, CHUNK_NBYTES):
-            yield read_exact(file, at, min(at + CHUNK_NBYTES, end), path)
+            yield read_exact(file, at, min(at + CHUNK_NBYTES, end), str(file.name))
 
 
 def _identity(folder: Path) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ _HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@.*)?")
 _IN_CACHE = "models--"
 
 
-def open_source(model: str | PathLike[str] | Source) -> Source:
+def open_source(model: str | PathLike[str] | Source, *, follow_links: bool = False) -> Source:
     """The source that a user means by `model`.
 
     A path that exists is that folder (or file, which stands for its folder), whatever else it
@@ -36,6 +36,7 @@ def open_source(model: str | PathLike[str] | Source) -> Source:
     is a model on the Hugging Face Hub, pinned to a commit; with HF_HUB_OFFLINE=1 its newest
     complete snapshot in the local cache. `https://` is a folder of a web server, and any other
     scheme a folder of an fsspec filesystem. A PathLike is a local path, and a Source is itself.
+    follow_links: as `LocalSource` has it.
 
     Raises InputError or a subclass, with what to do, where there is no such place or it may not be
     read, and NetworkError where it cannot be reached.
@@ -43,7 +44,7 @@ def open_source(model: str | PathLike[str] | Source) -> Source:
     if not isinstance(model, str | PathLike):
         return model
     if isinstance(model, PathLike) or _exists(model):
-        return LocalSource(fspath(model))
+        return LocalSource(fspath(model), follow_links=follow_links)
     scheme, separator, _ = model.partition("://")
     if not separator:
         return _unmarked(model)
@@ -53,7 +54,7 @@ def open_source(model: str | PathLike[str] | Source) -> Source:
             raise UsageError(model, "is not a model on the Hub", _HOW)
         return _hub(found["id"], unquote(found["revision"] or "") or None)
     if scheme == "file":
-        return LocalSource(url2pathname(urlsplit(model).path))
+        return LocalSource(url2pathname(urlsplit(model).path), follow_links=follow_links)
     return _elsewhere(scheme, model)
 
 

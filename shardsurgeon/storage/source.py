@@ -6,14 +6,24 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
+from shardsurgeon.storage.files import open_regular
 
 # Folders that tools leave beside a model; they are not part of it.
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
 # The largest piece of a stream.
 CHUNK_NBYTES = 1 << 20
+
+# What may lie in a folder and is no file of it.
+OUTSIDE, NOWHERE = "link out of the folder", "link to nothing"
+_REMEDIES = {
+    OUTSIDE: "put the file itself there, or take it with --follow-links",
+    NOWHERE: "the download is incomplete, fetch it again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,10 @@ class Source(ABC):
     revision: the commit it is pinned to; None where the place knows no commits.
     is_remote: whether every read travels a network: read exactly what is needed, several at once.
     notes: what a user should know about what was found, a line each.
+    odd: names that the last listing met and that are no plain files of the place → what they are.
+    Links that lead out of it are listed as well, and nothing else is.
+    follows_links: whether a link out of the place is as good as a file.
+    touched: files that changed since the first listing in a way that no stamp shows.
     """
 
     name: str
@@ -49,6 +63,9 @@ class Source(ABC):
     revision: str | None = None
     is_remote: bool
     notes: tuple[str, ...] = ()
+    odd: Mapping[str, str] = MappingProxyType({})
+    follows_links: bool = False
+    touched: frozenset[str] = frozenset()
 
     @abstractmethod
     def list(self) -> tuple[SourceFile, ...]:
@@ -71,8 +88,16 @@ class Source(ABC):
         return b"".join(self.stream(name, begin, end))
 
     def local_path(self, name: str) -> Path | None:
-        """The file's path on this machine, where it has one: lets the kernel move its bytes."""
+        """The file's path on this machine, where it has one."""
         return None
+
+    def open(self, name: str) -> FileIO | None:
+        """The file itself where it lies on this machine: lets the kernel move its bytes.
+
+        Raises SourceReadError, and SourceChangedError where it is not the one that was listed.
+        """
+        path = self.local_path(name)
+        return None if path is None else open_regular(path)
 
 
 def leads_out(name: str) -> bool:
@@ -87,6 +112,18 @@ def require_inside(name: str, location: str, remedy: str = "") -> None:
     """Raise CheckpointError where a file name leads out of the folder `location`."""
     if leads_out(name):
         raise CheckpointError(location, f"file name {name!r} leads out of the folder", remedy)
+
+
+def require_plain(source: Source, names: Iterable[str], *, links: bool = False) -> None:
+    """Raise CheckpointError for the first of some needed files that is no plain file.
+
+    links: whether a link out of the place is as good as a file. Names that are not there pass.
+    """
+    for name in names:
+        what = source.odd.get(name)
+        if what is not None and not (links and what == OUTSIDE):
+            remedy = _REMEDIES.get(what, "put the file itself there")
+            raise CheckpointError(f"{source.location}/{name}", f"is a {what}", remedy)
 
 
 def is_left_behind(name: str) -> bool:
@@ -133,12 +170,16 @@ def require_unchanged(source: Source, planned: Iterable[SourceFile]) -> None:
     present = {file.name: file for file in source.list()}
     for file in planned:
         found = present.get(file.name)
-        if found == file:
+        if found == file and file.name not in source.touched:
             continue
         if found is None:
             problem = "was there when the run was planned and is gone now"
         elif found.nbytes != file.nbytes:
             problem = f"had {file.nbytes:,} bytes when the run was planned, has {found.nbytes:,}"
+        elif found == file:
+            problem = (
+                "was touched since the run was planned, though its time of writing is as it was"
+            )
         else:
             problem = "was written to or replaced since the run was planned"
         raise SourceChangedError(

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import SourceReadError
-from shardsurgeon.storage.files import read_into, reading
+from shardsurgeon.storage.files import read_into
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import default_system
 
@@ -231,10 +231,7 @@ class _BufferedFile:
         self.close()
         self._file, self._handle, self._begin, self._end = file, None, 0, 0
         self._arriving = None
-        path = self._source.local_path(file)
-        if path is not None:
-            with reading(path):
-                self._handle = FileIO(path)
+        self._handle = self._source.open(file)
 
     def _fill(self, file: str, begin: int, nbytes: int) -> None:
         part = self.view[:nbytes]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
@@ -83,6 +84,10 @@ class HeadersOnlySource(Source):
         if name in self._headers:
             return self._present.get(name)
         return self._rest.local_path(name)
+
+    def open(self, name: str) -> FileIO | None:
+        """The same file, open; of the others the one that was listed."""
+        return super().open(name) if name in self._headers else self._rest.open(name)
 
 
 class ShardVerifier:

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.errors import CheckpointError, SourceReadError
+from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.source import MemorySource, Source
+from shardsurgeon.storage.source import (
+    NOWHERE,
+    OUTSIDE,
+    MemorySource,
+    Source,
+    require_plain,
+    require_unchanged,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,12 +49,23 @@ def test_leftovers_of_tools_are_not_listed(model: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
-def test_what_is_no_file_is_not_listed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_is_named_and_not_listed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(model / "pipe")
+    (model / "sub" / "null").symlink_to("/dev/null")
+    (model / "loop").symlink_to("loop")
     monkeypatch.chdir(model)  # socket paths must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        assert names(LocalSource(model)) == ["config.json", "sub/a.txt"]
+        source = LocalSource(model)
+        assert names(source) == ["config.json", "sub/a.txt"]
+    kinds = {"pipe": "FIFO", "socket": "socket", "sub/null": "device", "loop": NOWHERE}
+    assert source.odd == kinds
+    with pytest.raises(CheckpointError, match=r"Tiny-MoE/pipe: is a FIFO; put the file itself"):
+        require_plain(source, ["config.json", "missing", "pipe"])
+    with pytest.raises(SourceReadError, match="pipe: is no regular file"):
+        source.read("pipe", 0, 1)
 
 
 def test_a_file_that_vanishes_while_it_is_listed_is_not_listed(
@@ -77,12 +95,105 @@ def test_linked_files_are_files_and_linked_folders_are_left_alone(
     assert names(source) == ["config.json", "linked.json", "sub/a.txt"]
     assert source.list()[1].nbytes == 3
     assert source.read("linked.json", 1, 3) == b"bc"
+    assert source.odd["linked_folder"] == "linked folder"
 
 
 def test_a_link_to_a_missing_file_is_an_incomplete_download(model: Path) -> None:
     (model / "model.safetensors").symlink_to(model / "gone")
+    source = LocalSource(model)
+    assert names(source) == ["config.json", "sub/a.txt"]
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .*fetch it again"):
-        LocalSource(model).list()
+        require_plain(source, ["model.safetensors"], links=True)
+
+
+def test_links_that_lead_out_of_the_folder_are_told_apart(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"secret")
+    (model / ".git").mkdir()
+    (model / ".git" / "token").write_bytes(b"secret")
+    inside: dict[str, str | Path] = {
+        "in": "config.json",
+        "sub/up": "../config.json",
+        "far": model.resolve() / "in",
+    }
+    outside: dict[str, str | Path] = {
+        "out": "../token",
+        "sub/out": tmp_path / "token",
+        "twice": "out",
+        "round": "sub/../../Tiny-MoE/../token",
+        "hidden": ".git/token",
+    }
+    for name, end in {**inside, **outside}.items():
+        (model / name).symlink_to(end)
+    source, follower = LocalSource(model), LocalSource(model, follow_links=True)
+    assert names(source) == names(follower)
+    assert source.odd == dict.fromkeys(outside, OUTSIDE)
+    assert follower.odd == {}
+    require_plain(source, outside, links=True)
+    with pytest.raises(CheckpointError, match=r"out: is a link out of .*--follow-links"):
+        require_plain(source, ["in", "out"])
+
+
+def test_links_into_the_hubs_blobs_are_files_of_the_model(tmp_path: Path) -> None:
+    store = tmp_path / "models--org--tiny"
+    snapshot, blob = store / "snapshots" / COMMIT, "0a" * 32
+    (snapshot / "sub").mkdir(parents=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (store / "blobs").symlink_to(disk)  # people move the cache's bytes to a larger disk
+    (disk / blob).write_bytes(b"x")
+    (disk / "odd-etag").write_bytes(b"x")
+    (snapshot / "sub" / "a").symlink_to(f"../../../blobs/{blob}")
+    (snapshot / "b").symlink_to("../../blobs/odd-etag")
+    (snapshot / "c").symlink_to("../../refs")
+    (store / "refs").write_text(COMMIT)
+    source = LocalSource(snapshot)
+    assert names(source) == ["b", "c", "sub/a"]
+    assert source.odd == {"c": OUTSIDE}
+    # What `hf download --local-dir` once made.
+    (tmp_path / "cache" / "models--org--tiny" / "blobs").mkdir(parents=True)
+    real = tmp_path / "cache" / "models--org--tiny" / "blobs" / blob
+    real.write_bytes(b"x")
+    folder = tmp_path / "local-dir"
+    folder.mkdir()
+    (folder / "a").symlink_to(real)
+    (folder / "b").symlink_to(disk / blob)
+    source = LocalSource(folder)
+    assert names(source) == ["a", "b"]
+    assert source.odd == {"b": OUTSIDE}
+
+
+def test_a_link_that_takes_a_listed_files_place_is_not_read(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"0123456789")
+    source = LocalSource(model)
+    planned = source.list()
+    assert source.read("sub/a.txt", 0, 3) == b"012"
+    (model / "sub" / "a.txt").rename(tmp_path / "aside")
+    (model / "sub" / "a.txt").symlink_to(tmp_path / "token")
+    stat = (tmp_path / "aside").stat()
+    os.utime(tmp_path / "token", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(SourceChangedError, match=r"a\.txt: was replaced since it was listed"):
+            source.read("sub/a.txt", 0, 3)
+        source.list()  # which must not make the new file the listed one
+    with pytest.raises(SourceChangedError, match=r"a\.txt: was written to or replaced"):
+        require_unchanged(source, planned)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no time of the last change")
+def test_a_write_whose_time_was_put_back_is_a_change(model: Path) -> None:
+    source = LocalSource(model)
+    planned = source.list()
+    require_unchanged(source, planned)
+    path = model / "sub" / "a.txt"
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"XX")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert source.list() == planned
+    with pytest.raises(SourceChangedError, match=r"a\.txt: was touched since the run was planned"):
+        require_unchanged(source, planned)
+    # Another run cannot tell it from a change of mode, which is none.
+    require_unchanged(LocalSource(model), planned)
 
 
 def test_a_folder_is_named_by_itself_even_as_a_dot_or_through_a_link(

@@ -40,6 +40,7 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from shardsurgeon.errors import CheckpointError, IndexFileError, SourceReadError, UsageError
+from shardsurgeon.storage.files import open_regular
 from shardsurgeon.storage.formats.index import INDEX_NAME, parse_index
 from shardsurgeon.storage.http import (
     HTTP_ERROR,
@@ -134,7 +135,7 @@ class HubSource(Source):
             raise SourceReadError(where, problem)
         path = self.local_path(name)
         if path is not None:
-            return pieces_of(path, begin, end)
+            return pieces_of(partial(open_regular, path), begin, end)
 
         def request(at: int) -> Any:
             return self._range(file, where, at, end)
