@@ -27,11 +27,12 @@ from functools import partial
 from pathlib import Path
 
 from shardsurgeon.errors import (
+    InputError,
     OutputError,
     OutputWriteError,
-    ShardSurgeonError,
     SourceChangedError,
     UsageError,
+    VerificationError,
 )
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
@@ -105,7 +106,8 @@ def execute(
 
     Raises UsageError (the budget is too small), OutputError (the place is taken, or another
     run's), SourceChangedError, SourceReadError, NetworkError, OutputWriteError, and what the
-    destination raises. What is done is kept in every case.
+    destination raises. What is done is kept in every case but one: where a source file was touched
+    and its time does not show it, a rerun could not tell what was read of it before.
     """
     begun = time.monotonic()
     if workers < 0:
@@ -115,11 +117,12 @@ def execute(
     budget = sum(sizes.values()) if disk_budget is None else disk_budget
     if destination:
         require_budget(budget, sizes)
-    with lock_workdir(out, system) as workdir:
-        require_unchanged(source, plan.source_files)
+    planned = plan.source_files
+    with lock_workdir(out, system) as workdir, _blaming_the_source(source, planned, workdir):
         for _, origin, sha256 in plan.score_files:
             _require_read(Path(origin), sha256, origin)
         with workdir.open_journal(_run(plan, source), restart) as journal:
+            require_unchanged(source, planned)
             require_receipts(destination, journal.done, workdir)
             found = find_resume_state(plan.shards, workdir, journal.done)
             needed = _needed(sizes, found)
@@ -135,10 +138,12 @@ def execute(
                 _write_shards(context, found, workers)
             write_small_files(context, sizes, workers)
             receipts = dict(journal.done.sent)
-        shards, source_files = len(plan.shards), plan.source_files
+        shards = len(plan.shards)
         # The check needs the memory that the plan takes, if the caller has dropped it too.
         del plan, context
-        _have_checked(workdir.files, before_delivery, source, source_files)
+        require_unchanged(source, planned)
+        if before_delivery is not None:
+            before_delivery(workdir.files)
         if destination:
             destination.publish(workdir.files, receipts)
             workdir.discard()
@@ -288,20 +293,23 @@ def _fill(
     )
 
 
-def _have_checked(
-    folder: Path,
-    check: Callable[[Path], None] | None,
-    source: Source,
-    planned: tuple[SourceFile, ...],
-) -> None:
-    require_unchanged(source, planned)
-    if check is None:
-        return
+@contextmanager
+def _blaming_the_source(
+    source: Source, planned: tuple[SourceFile, ...], workdir: WorkDir
+) -> Iterator[None]:
+    """Say that the source changed where it did and something else went wrong for that.
+
+    A sound result does not verify against a source that changed meanwhile.
+    """
     try:
-        check(folder)
-    except ShardSurgeonError:
-        # A sound result does not verify against a source that changed meanwhile: say that instead.
-        require_unchanged(source, planned)
+        try:
+            yield
+        except (InputError, VerificationError):
+            require_unchanged(source, planned)
+            raise
+    except SourceChangedError:
+        if workdir.is_ours and not source.touched.isdisjoint(file.name for file in planned):
+            workdir.discard()
         raise
 
 

@@ -119,6 +119,11 @@ class WorkDir:
         make_folder(self.writing, self.system)
         return self._journal
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the folder belongs to this run: its journal has been opened."""
+        return self._journal is not None
+
     def has(self, name: str, nbytes: int, begins: bytes) -> bool:
         """Whether the file is finished, has that size, and begins with those bytes."""
         path = self.files / name

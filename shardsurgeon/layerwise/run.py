@@ -16,7 +16,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import config_section
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model
-from shardsurgeon.errors import ScoreError, UsageError
+from shardsurgeon.errors import ScoreError, SourceChangedError, UsageError
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.layerwise.calibration_file import Calibration, merge, read_calibration
 from shardsurgeon.layerwise.datasets import parse_spec
@@ -41,6 +41,7 @@ from shardsurgeon.layerwise.settings import (
 from shardsurgeon.scores.files import check_out, check_samples, write_scores
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.source import require_unchanged
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -121,7 +122,7 @@ def calibrate(
     begin = time.monotonic()
     check_out(out)
     require_packages()
-    checkpoint = open_model(model, family)
+    checkpoint = open_model(model, family, follow_links=True)
     anatomy = read_anatomy(checkpoint)
     require_complete(anatomy.incomplete, None, checkpoint.location)
     request = _with_defaults(request, checkpoint, anatomy)
@@ -136,6 +137,7 @@ def calibrate(
         found = Calibration(
             str(out), partial.layers.layers, _calibration_settings(request, checkpoint, samples)
         )
+        _require_unchanged(checkpoint, run, partial)
         whole = merge([earlier, found], str(out)) if earlier else found
         write_scores(out, whole.content())
         partial.clear()
@@ -272,6 +274,16 @@ def _run_layers(
         calibrate_layers(
             checkpoint, samples, request.settings, store, partial.layers, progress or ignore
         )
+
+
+def _require_unchanged(checkpoint: Checkpoint, run: Run, partial: PartialCalibration) -> None:
+    """Raise SourceChangedError where the weights are not what they were at the beginning."""
+    try:
+        require_unchanged(checkpoint.source, run.source_files)
+    except SourceChangedError:
+        if checkpoint.source.touched:
+            partial.clear()  # a rerun could not tell that these layers are of other weights
+        raise
 
 
 def _calibration_settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardsurgeon.cli.main import main
-from shardsurgeon.layerwise import settings
+from shardsurgeon.layerwise import engine, settings
 from shardsurgeon.layerwise.calibration_file import read_calibration
 from shardsurgeon.scores.files import read_scores
 from tests.layerwise.chats import FIXTURES, sums, words, write_chats
@@ -246,3 +247,38 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     line = refused(capsys, words(MODEL, dataset, tmp_path / "scores.pt"))
     assert f"needs {missing}, which is not installed" in line
     assert "pip install 'shardsurgeon[calibrate]'" in line
+
+
+def test_weights_that_change_on_the_way_make_no_scores(
+    model: Path,
+    tmp_path: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    real = engine.calibrate_layers
+
+    def then_touched(*given: object, **options: object) -> None:
+        real(*given, **options)  # type: ignore[arg-type]
+        before = shard.stat()
+        shard.write_bytes(shard.read_bytes())
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    monkeypatch.setattr(engine, "calibrate_layers", then_touched)
+    command = words(str(model), chats, tmp_path / "scores.json")
+    assert main(command) == 1
+    assert f"{shard.name}: was touched since the run was planned" in capsys.readouterr().err
+    assert not (tmp_path / "scores.json").exists()
+    assert not (tmp_path / "scores.json.partial").exists()
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(
+    model: Path, tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    assert main(words(str(model), chats, tmp_path / "scores.json")) == 2
+    assert "tokenizer.json: is a FIFO; put the file itself there" in capsys.readouterr().err
