@@ -108,9 +108,16 @@ def sort_out(
         if kind is not None:
             found[file.name] = kind
     if any(why not in NEVER for why in found.values()):
-        named = {*_texts(config), *_texts(_tokenizer_config(source, files))}
+        named = named_by_configs(source, files, config)
         found = {name: why for name, why in found.items() if why in NEVER or name not in named}
     return found
+
+
+def named_by_configs(
+    source: Source, files: Collection[SourceFile], config: Mapping[str, object]
+) -> set[str]:
+    """Every text in the model's config and the tokenizer's: the files that they name among them."""
+    return {*_texts(config), *_texts(_tokenizer_config(source, files))}
 
 
 def recognised(name: str, head: bytes) -> str | None:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import is_needed
+from shardsurgeon.checkpoint.recognition import named_by_configs
 from shardsurgeon.errors import UsageError
 from shardsurgeon.storage.source import require_plain
 
@@ -36,10 +37,11 @@ def side_files(
     CheckpointError where a file that the model needs is no plain one, such as a link out of it.
     """
     odd = checkpoint.odd
-    require_plain(
-        checkpoint.source,
-        [name for name in sorted(odd) if is_needed(name) and not matches(name, exclude)],
-    )
+    if asked := [name for name in sorted(odd) if not matches(name, exclude)]:
+        known = [file for file in checkpoint.files if file.name not in odd]
+        named = named_by_configs(checkpoint.source, known, checkpoint.settings)
+        needed = [name for name in asked if is_needed(name) or name in named]
+        require_plain(checkpoint.source, needed)
     shards = {shard.file for shard in checkpoint.shards}
     carried, left = [], {}
     for name in sorted({*odd, *(file.name for file in checkpoint.files)}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -106,6 +107,15 @@ def test_a_needed_file_that_is_a_link_out_stops_the_run_with_advice(model: Path,
     if name != "config.json" and name != INDEX:
         shutil.rmtree(model.parent / "out")
         assert name in prune(model, exclude=[name]).report.left_behind
+
+
+def test_a_file_that_the_config_names_is_needed_as_well(model: Path, token: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "table": "./tables/ngram.bin"}))
+    (model / "tables").mkdir()
+    (model / "tables" / "ngram.bin").symlink_to(token)
+    with pytest.raises(CheckpointError, match=r"tables/ngram\.bin: is a link out of"):
+        prune(model)
 
 
 def test_a_quantization_list_and_a_record_are_not_read_through_a_link_either(
