@@ -15,7 +15,7 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of, open_checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.run import output_sizes, require_budget
@@ -45,7 +45,6 @@ from shardsurgeon.pruning.lineage import check_lineage
 from shardsurgeon.storage.hub.repository import MAIN, Repository
 from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, publish, silence_hub
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.open import hub_name
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import default_system
 
@@ -76,8 +75,7 @@ def push(
     refuse_secrets(checkpoint.source, chosen.files)
     with silence_hub(bars) as notes:
         repository, card = _repository(destination), _own_card(destination)
-        repository.prepare(destination.private)
-        _require_another(repository, record.steps[-1].source.name)
+        _prepare(repository, destination, [step.source for step in record.steps])
         if destination.with_card and card is None:
             card = _card(checkpoint, folder, repository, None)
         published = publish(repository, _named(folder, chosen, card), {})
@@ -107,8 +105,7 @@ class Shipment:
         refuse_planned_secrets(pruning.plan, pruning.checkpoint.source)
         self._card = _own_card(destination)
         self._repository = _repository(destination)
-        self._repository.prepare(destination.private)
-        _require_another(self._repository, hub_name(pruning.checkpoint.source))
+        _prepare(self._repository, destination, _origins(pruning.checkpoint))
         self._shard_destination: HubDestination | None = None
         self._published: Published | None = None
 
@@ -220,12 +217,39 @@ def _card(pruned: Checkpoint, folder: Path, repository: Repository, command: str
     return model_card(facts, Placement(repository.repo_id, revision, lines)).encode()
 
 
-def _require_another(repository: Repository, source: str | None) -> None:
-    """Raise UsageError where a push would put the pruned model in its source's place."""
-    aims_at_main = repository.revision == MAIN and not repository.create_pr
-    if aims_at_main and source == repository.repo_id:
-        problem = "is the repository that was pruned"
-        raise UsageError(source, problem, "name another one, or a --revision of it")
+def _origins(source: Checkpoint) -> list[SourceIdentity]:
+    """A model that is pruned, and those that it was made of."""
+    earlier = source.provenance.steps if source.provenance is not None else ()
+    return [*(step.source for step in earlier), identity_of(source)]
+
+
+def _prepare(
+    repository: Repository, destination: Destination, origins: Sequence[SourceIdentity]
+) -> None:
+    """Make the repository ready.
+
+    origins: the models that the pruned one was made of. Raises UsageError where it would take the
+    place of one of them, by the name or by the config that is there; and what `prepare` raises.
+    """
+    names = {origin.name.strip().casefold() for origin in origins}
+    configs = {origin.config_sha256 for origin in origins}
+    replaces = repository.revision == MAIN and not repository.create_pr
+
+    def refuse_origins() -> None:
+        # A name may be written in another case; a copy, or a folder's model, has another name.
+        if repository.repo_id.casefold() in names:
+            problem = "is the repository that was pruned"
+        elif repository.is_there and not configs.isdisjoint(repository.config_digests()):
+            problem = "holds the model that was pruned"
+        else:
+            return
+        raise UsageError(repository.repo_id, problem, "name another one, or a --revision of it")
+
+    if replaces:
+        refuse_origins()
+    repository.prepare(destination.private)
+    if replaces:
+        refuse_origins()
 
 
 def _complete_prune(

@@ -8,6 +8,7 @@ public; a test checks that each of them still means what is assumed here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -24,16 +25,25 @@ from huggingface_hub.utils import validate_repo_id
 
 from shardsurgeon._version import __version__
 from shardsurgeon.errors import OutputError, UsageError
+from shardsurgeon.storage.formats.index import HUGGING_FACE, MISTRAL
 from shardsurgeon.storage.hub.errors import (
     LOG_IN_TO_PUSH,
     hub_errors,
     require_sound_settings,
     with_retries,
 )
+from shardsurgeon.storage.hub.source import HubSource
 
 MAIN = "main"
 _Answer = TypeVar("_Answer")
 _TOKENS = "https://huggingface.co/settings/tokens"
+
+_HEADS = "refs/heads/"
+# What git allows in no branch's name, and names that the Hub has for something else.
+_NO_BRANCH = re.compile(
+    r"[\s\x00-\x1f\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|\Z)|\A[-./]|[./]\Z"
+    r"|\A(?:@|HEAD)?\Z|\Arefs/(?!pr/[0-9]+\Z)"
+)
 
 # Larger files are not hashed to find out whether two are equal.
 _TWIN_NBYTES = 1 << 26
@@ -64,14 +74,15 @@ class Repository:
         """repo_id: `org/name`, or `name` for one of the user's own; revision: the branch, None
         for main; create_pr: commit to a new pull request against it.
 
-        Raises UsageError where `repo_id` is not a repository id.
+        Raises UsageError where `repo_id` is not a repository id, or `revision` no branch's name.
         """
         with hub_errors(repo_id or "REPO_ID"):
             validate_repo_id(repo_id)
         self.repo_id = repo_id
-        self.revision = revision or MAIN
+        self.revision = branch_name(revision)
         self.create_pr = create_pr
         self.is_new = False
+        self.is_there = False
 
     @cached_property
     def _api(self) -> HfApi:
@@ -128,6 +139,8 @@ class Repository:
         if private and not there.private:
             remedy = "make it private in its settings, or leave --private out"
             raise UsageError(self.repo_id, "is there already, and public", remedy)
+        # As the Hub writes it, to which another case, and an old name, are the same repository.
+        self.repo_id, self.is_there = there.id, True
 
     def _create_branch(self) -> None:
         if self.revision == MAIN:
@@ -161,6 +174,14 @@ class Repository:
 
         with hub_errors(self.repo_id):
             return self._with_retries(listed)
+
+    def config_digests(self) -> frozenset[str]:
+        """SHA-256 (hex) of the config files that the branch has now."""
+        there = HubSource(self.repo_id, self.revision)
+        sizes = {file.name: file.nbytes for file in there.list()}
+        configs = (names.config for names in (HUGGING_FACE, MISTRAL))
+        contents = (there.read(name, 0, sizes[name]) for name in configs if name in sizes)
+        return frozenset(hashlib.sha256(raw).hexdigest() for raw in contents)
 
     def upload(self, name: str, path: Path) -> Receipt:
         """Send a large file's bytes ahead of the commit that will name it."""
@@ -227,6 +248,22 @@ class Repository:
 
     def _with_retries(self, call: Callable[[], _Answer], *, repeatable: bool = True) -> _Answer:
         return with_retries(call, self.repo_id, repeatable=repeatable)
+
+
+def branch_name(revision: str | None) -> str:
+    """The branch that the Hub takes a revision for: `refs/heads/main` is main, as None is.
+
+    Raises UsageError for what cannot be the name of one.
+    """
+    if revision is None:
+        return MAIN
+    name = revision
+    while name.startswith(_HEADS):
+        name = name.removeprefix(_HEADS)
+    if _NO_BRANCH.search(name):
+        problem = f"{revision!r} is not the name of a branch"
+        raise UsageError("--revision", problem, "write it like main or half-the-experts")
+    return name
 
 
 @dataclass(frozen=True, slots=True)

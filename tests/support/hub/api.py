@@ -83,7 +83,7 @@ class ApiRoutes:
         # huggingface_hub 1.x says private, 2.x visibility.
         private = bool(body.get("private")) or body.get("visibility") == "private"
         url = {"url": f"{self.store.hub_url}/{id}", "name": id}
-        if id in self.store.repositories:
+        if self.store.repository(id) is not None:
             message = "You already created this model repo"
             return JSONResponse({"error": message, **url}, 409, {"X-Error-Message": message})
         self.store.create_initialised(id, private=private)

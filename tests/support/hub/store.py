@@ -49,7 +49,12 @@ class Store:
         """The asker and the repository of the path; refuses one that is hidden or missing."""
         account = self.account(request)
         id = f"{segment(request, 'owner')}/{segment(request, 'name')}"
-        return account, require_sight(account, self.repositories.get(id))
+        return account, require_sight(account, self.repository(id))
+
+    def repository(self, id: str) -> Repository | None:
+        """The repository of that name, in whatever case it is written."""
+        named = {known.casefold(): each for known, each in self.repositories.items()}
+        return self.repositories.get(id) or named.get(id.casefold())
 
     def create(self, id: str, *, private: bool = False, gated: bool = False) -> Repository:
         """A new repository without a commit."""
