@@ -7,6 +7,7 @@ Every pruned checkpoint has it. `pruning.lineage` makes the value when a checkpo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,6 +15,7 @@ from typing import Any
 
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.errors import CheckpointError
+from shardsurgeon.storage.formats.checksums import CHECKSUMS_KEY, with_checksums
 from shardsurgeon.storage.formats.strict_json import (
     CheckedJson,
     is_whole_number,
@@ -28,6 +30,7 @@ PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
 FORMATS = (1, 2)
 METHOD = "reap"
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "restore the file, or move it away to prune this checkpoint as if it were an original"
 
 
@@ -103,7 +106,8 @@ class Provenance:
     layers, dropped ones included, where layers differ. n_group: the router's groups; layers:
     layer → record; steps: every prune, first to last, at least one. Of the last prune: files: what
     it wrote beside this file, name → bytes, None in records of earlier versions; include, exclude:
-    the globs that it was given.
+    the globs that it was given; sha256: name → SHA-256 (hex) of those files, without the shards
+    unless that was asked for, None in records of earlier versions and in plans.
     """
 
     num_experts_before: int
@@ -114,6 +118,7 @@ class Provenance:
     files: Mapping[str, int] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    sha256: Mapping[str, str] | None = None
 
     @property
     def ratio(self) -> float:
@@ -158,7 +163,8 @@ class Provenance:
             for layer, record in sorted(self.layers.items())
         )
         lines.append(f'  "layers": {{\n{layers}\n  }}')
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        document = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        return document if self.sha256 is None else with_checksums(document, self.sha256)
 
     def _layer(self, record: LayerRecord) -> dict[str, object]:
         own = record.num_experts != self.num_experts_before
@@ -233,6 +239,7 @@ class _Reader(CheckedJson):
             self.files(top),
             self.globs(top, "include"),
             self.globs(top, "exclude"),
+            self.sha256(top),
         )
 
     def files(self, top: dict[str, Any]) -> dict[str, int] | None:
@@ -243,6 +250,17 @@ class _Reader(CheckedJson):
             if not is_whole_number(nbytes):
                 self.refuse(f"files: {name[:40]} is not given a size in bytes")
         return files
+
+    def sha256(self, top: dict[str, Any]) -> dict[str, str] | None:
+        if CHECKSUMS_KEY not in top:
+            return None
+        digests = self.member(top, CHECKSUMS_KEY, "")
+        for name, digest in digests.items():
+            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+                self.refuse(f"{CHECKSUMS_KEY}: {name[:40]} is not given a SHA-256")
+            if name not in top.get("files", {}):
+                self.refuse(f"{CHECKSUMS_KEY}: {name[:40]} is none of the files")
+        return digests
 
     def globs(self, top: dict[str, Any], key: str) -> tuple[str, ...]:
         value = top.get(key, [])

@@ -68,6 +68,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Check the result: structure of every tensor, bytes of a sample.",
 )
+@click.option(
+    "--checksums",
+    is_flag=True,
+    help="Record the SHA-256 of the shards too, which reads them once more.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would happen and write nothing.")
 @click.option("--restart", is_flag=True, help="Start over instead of resuming in OUT.partial.")
 @click.option("--push-to-hub", metavar="REPO_ID", help="Push the result, with a model card.")
@@ -95,6 +100,7 @@ def apply_command(
     max_shard_nbytes: int | None,
     workers: int,
     verify: bool,
+    checksums: bool,
     dry_run: bool,
     restart: bool,
     push_to_hub: str | None,
@@ -129,6 +135,7 @@ def apply_command(
             verify=verify,
             dry_run=dry_run,
             restart=restart,
+            checksums=checksums,
             progress=bar.on_progress if bar else None,
             bars=bar is not None,
         )

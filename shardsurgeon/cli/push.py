@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     "--include",
     metavar="GLOB",
     multiple=True,
-    help="Push these files of the folder as well, which apply did not write.",
+    help="Push these files as they are, though apply did not write them, or not so.",
+)
+@click.option(
+    "--exclude", metavar="GLOB", multiple=True, help="Leave these files of the folder here."
 )
 @family_option
 @links_option
@@ -41,6 +44,7 @@ def push_command(
     repo_id: str,
     pushed: dict[str, Any],
     include: tuple[str, ...],
+    exclude: tuple[str, ...],
     family: str | None,
     follow_links: bool,
     progress: bool | None,
@@ -50,6 +54,7 @@ def push_command(
 
     PRUNED is a folder that apply wrote, REPO_ID is org/name. What apply wrote
     goes in one commit, with a model card; other files stay here and are named.
+    A folder that is not as apply wrote it is refused, but for README.md.
     The same command goes on after any interruption and uploads nothing twice.
     Log in with `hf auth login`, or set HF_TOKEN.
 
@@ -57,6 +62,7 @@ def push_command(
     Examples:
       shardsurgeon push Kimi-K2.5-REAP-65pct me/Kimi-K2.5-REAP-65pct
       shardsurgeon push Kimi-K2.5-REAP-65pct me/pruned --private --revision 65pct
+      shardsurgeon push Kimi-K2.5-REAP-65pct me/pruned --include chat_template.jinja
     """
     from shardsurgeon.operations import push
 
@@ -66,6 +72,7 @@ def push_command(
         destination,
         family=family,
         include=include,
+        exclude=exclude,
         follow_links=follow_links,
         bars=shows_progress(progress),
     )

@@ -82,6 +82,8 @@ class Plan:
     was planned.
     asked: what the user asked for, (name, value), to name a difference between two runs.
     source_fingerprint: sha256 hex of names, sizes, stamps and headers of the source.
+    record: the generated file, JSON, to which the SHA-256 of the others are added when they are
+    written (`formats.checksums`), "" for none; checksums: those of the shards too.
     """
 
     shards: tuple[OutputShard, ...]
@@ -91,6 +93,8 @@ class Plan:
     source_files: tuple[SourceFile, ...]
     asked: tuple[tuple[str, str], ...]
     source_fingerprint: str
+    record: str = ""
+    checksums: bool = False
 
     def digest(self) -> str:
         """sha256 hex of the result: every byte that is written here and where the others lie."""
@@ -106,7 +110,8 @@ class Plan:
                         found.update(f"{piece.file}\0{piece.begin}\0{piece.nbytes}\0".encode())
         for name, data in self.generated_files:
             found.update(_joined(name.encode(), data))
-        beside = [self.copied_files, [(name, sha256) for name, _, sha256 in self.score_files]]
+        scores = [(name, sha256) for name, _, sha256 in self.score_files]
+        beside = [self.copied_files, scores, self.record, self.checksums]
         found.update(json.dumps(beside).encode())
         return found.hexdigest()
 

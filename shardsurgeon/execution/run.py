@@ -5,7 +5,8 @@ It obeys the plan, decides nothing, and knows no experts. The order of a run:
  1. OUT must not exist; OUT.partial is locked and must be empty or belong to this very run.
  2. Source and score files must be what they were when planned, and the disk must have room.
  3. Every unfinished shard is reserved, written by the workers, synced, renamed, journalled.
- 4. Copied files, score files and generated files follow, those generated in the plan's order.
+ 4. Copied files, score files and generated files follow, those generated in the plan's order;
+    the record gets the SHA-256 of what was written.
  5. The caller may check the finished files; then their folder is renamed to OUT.
 
 With a destination a shard is reserved only when the disk budget has room for it, and is sent and
@@ -18,11 +19,12 @@ interruptions, the number of workers and the system calls.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from shardsurgeon.errors import (
     UsageError,
     VerificationError,
 )
+from shardsurgeon.execution.checksums import shard_checksums
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
 from shardsurgeon.execution.ranges import CopyRange, batches
@@ -54,6 +57,7 @@ from shardsurgeon.storage.files import (
     sha256_of,
     sync_path,
 )
+from shardsurgeon.storage.formats.checksums import nbytes_with_checksums, with_checksums
 from shardsurgeon.storage.source import Source, SourceFile, leads_out, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
@@ -129,14 +133,19 @@ def execute(
             if destination:
                 needed = min(needed, budget - sum(found.whole.values()))
             _require_space(needed, workdir)
-            meter = ProgressMeter(_start(plan, sizes, found), on_progress)
+            start = _start(plan, sizes, found)
+            if plan.checksums and not destination:
+                read_back = sum(shard.nbytes for shard in plan.shards)
+                start = replace(start, total=start.total + read_back)
+            meter = ProgressMeter(start, on_progress)
             context = RunContext(plan, source, workdir, journal, meter)
             workers = workers or _workers_for(source)
             if destination:
                 _send_shards(context, found, destination, budget, workers)
             else:
                 _write_shards(context, found, workers)
-            write_small_files(context, sizes, workers)
+            digests = shard_checksums(context, destination, workers)
+            write_small_files(context, sizes, workers, digests)
             receipts = dict(journal.done.sent)
         shards = len(plan.shards)
         # The check needs the memory that the plan takes, if the caller has dropped it too.
@@ -173,6 +182,12 @@ def output_sizes(plan: Plan) -> dict[str, int]:
         if name in sizes:
             raise OutputError(name, "is the name of two output files")
         sizes[name] = nbytes
+    if plan.record:
+        left_out = (
+            {plan.record} if plan.checksums else {plan.record, *(s.file for s in plan.shards)}
+        )
+        document = dict(plan.generated_files)[plan.record]
+        sizes[plan.record] = nbytes_with_checksums(document, sizes.keys() - left_out)
     return sizes
 
 
@@ -195,8 +210,8 @@ def _require_space(needed: int, workdir: WorkDir) -> None:
 def _run(plan: Plan, source: Source) -> Run:
     pinned = source.is_remote and source.revision is not None
     origin = f"{source.location.partition('@')[0]}@{source.revision}" if pinned else ""
-    source_files = plan.source_files
-    return Run(plan.digest(), plan.source_fingerprint, source_files, origin, dict(plan.asked))
+    asked = dict(plan.asked) | ({"--checksums": "given"} if plan.checksums else {})
+    return Run(plan.digest(), plan.source_fingerprint, plan.source_files, origin, asked)
 
 
 def require_budget(budget: int, sizes: dict[str, int]) -> None:
@@ -313,16 +328,23 @@ def _blaming_the_source(
         raise
 
 
-def write_small_files(context: RunContext, sizes: dict[str, int], workers: int) -> None:
+def write_small_files(
+    context: RunContext, sizes: dict[str, int], workers: int, shards: Mapping[str, str]
+) -> None:
     """Copy files of the source and score files, then write the generated files in order.
 
-    sizes: of every output file, in bytes. Raises the first error met.
+    sizes: of every output file, in bytes; shards: the SHA-256 of those to be recorded. Raises the
+    first error met.
     """
+    digests = dict(shards)
 
     def new_mover() -> RangeTransfer:
         return RangeTransfer(context.source, context.workdir.system, context.meter)
 
-    tasks = (partial(_carry_over, context, name, sizes[name]) for name in context.plan.copied_files)
+    tasks = (
+        partial(_carry_over, context, name, sizes[name], digests)
+        for name in context.plan.copied_files
+    )
     run_tasks(tasks, new_mover, workers, context.meter)
     transfer = new_mover()
     for name, origin, sha256 in context.plan.score_files:
@@ -330,8 +352,14 @@ def write_small_files(context: RunContext, sizes: dict[str, int], workers: int) 
             transfer.copy_file(Path(origin), sizes[name], path)
             _require_read(path, sha256, origin)
             carry_mode([Path(origin)], path)
+        digests[name] = sha256
+    generated = dict(context.plan.generated_files)
+    for name in generated.keys() - {context.plan.record}:
+        digests[name] = hashlib.sha256(generated[name]).hexdigest()
+    if context.plan.record:
+        generated[context.plan.record] = with_checksums(generated[context.plan.record], digests)
     known = {file.name for file in context.plan.source_files}
-    for name, data in context.plan.generated_files:
+    for name, data in generated.items():
         with _new_file(context, name, 0) as path:
             transfer.write([CopyRange(Literal(data), 0)], path)
             carry_mode([context.source.local_path(name)] if name in known else (), path)
@@ -345,12 +373,15 @@ def _require_read(path: Path, sha256: str, origin: str) -> None:
         raise SourceChangedError(origin, problem, remedy)
 
 
-def _carry_over(context: RunContext, name: str, nbytes: int, transfer: RangeTransfer) -> None:
-    """Copy a file of the source, byte for byte."""
+def _carry_over(
+    context: RunContext, name: str, nbytes: int, digests: dict[str, str], transfer: RangeTransfer
+) -> None:
+    """Copy a file of the source, byte for byte, and note its SHA-256."""
     with _new_file(context, name, nbytes) as path:
         for batch in batches([CopyRange(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
             transfer.write(batch, path)
         carry_mode([context.source.local_path(name)], path)
+        digests[name] = sha256_of(path)
 
 
 @contextmanager

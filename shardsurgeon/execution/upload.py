@@ -42,6 +42,10 @@ class ShardDestination(Protocol):
         """
         ...
 
+    def sha256(self, receipt: str) -> str:
+        """The SHA-256, in hex, of the shard that a receipt is for."""
+        ...
+
     def publish(self, folder: Path, receipts: Mapping[str, str]) -> None:
         """Publish everything at once: `folder` holds every other file, receipts every shard.
 

@@ -146,6 +146,7 @@ def apply(
     workers: int = 0,
     verify: bool = True,
     restart: bool = False,
+    checksums: bool = False,
     on_progress: Listener | None = None,
     push_to_hub: str | None = None,
     stream_push: str | None = None,
@@ -160,8 +161,9 @@ def apply(
     plan: what `plan` returned. out: the folder to write, by default the one that the plan names.
     workers: threads, 0 for a number that suits the machine. verify: compare the structure of every
     tensor and the bytes of a sample. restart: discard what an interrupted run left, instead of
-    going on from there. on_progress: called often, by one thread at a time, with the bytes and
-    shards that are done; what it raises stops the run.
+    going on from there. checksums: record the SHA-256 of the shards too, for which they are read
+    once more; that of every other file is always recorded. on_progress: called often, by one thread
+    at a time, with the bytes and shards that are done; what it raises stops the run.
 
     push_to_hub: a repository, `org/name`, to push the finished folder to. stream_push: one to
     upload every shard to as soon as it is finished, so that nothing stays here; disk_budget: bytes
@@ -192,7 +194,13 @@ def apply(
         with_card=with_card,
         disk_budget=_nbytes(disk_budget, "disk_budget"),
     )
-    options = RunOptions(workers=workers, verify=verify, restart=restart, progress=on_progress)
+    options = RunOptions(
+        workers=workers,
+        verify=verify,
+        restart=restart,
+        checksums=checksums,
+        progress=on_progress,
+    )
     return applying.apply(plan, options, destination)
 
 
@@ -206,6 +214,7 @@ def push(
     card: AnyPath | bool = True,
     family: str | None = None,
     include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     follow_links: bool = False,
 ) -> PushReport:
     """Push a folder that `apply` wrote to the Hugging Face Hub, in one commit.
@@ -214,10 +223,12 @@ def push(
     made where it is missing. private: what a repository becomes that is made. revision: the
     branch, made where it is missing; None for main. create_pr: open a pull request instead.
     card: a README.md to use in place of the one that is made; False leaves the source's own.
-    family, follow_links: as for `plan`. include: globs of files in the folder that `apply` did not
-    write and that are to be pushed too. A rerun uploads nothing that is there already.
+    family, follow_links: as for `plan`. include: globs of files that are pushed as they are, though
+    `apply` did not write them, or wrote something else; exclude: globs of files that are not
+    pushed. A rerun uploads nothing that is there already.
 
-    Raises CheckpointError and its children where the folder is not a complete prune, UsageError
+    Raises CheckpointError and its children where the folder is not a complete prune, or is not as
+    `apply` wrote it (but for README.md, which may be edited), UsageError
     where the Hub refuses the token or the repository, PublishError where the upload fails.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
@@ -230,7 +241,12 @@ def push(
 
     destination = Destination(repo_id, private, revision, create_pr, *_card(card))
     return publishing.push(
-        pruned, destination, family=family, include=tuple(include), follow_links=follow_links
+        pruned,
+        destination,
+        family=family,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        follow_links=follow_links,
     )
 
 

@@ -92,7 +92,7 @@ class _Run:
         taken = to(check.shard if options.verify else _unchecked) if to else None
         try:
             done = execute(
-                self._hand_over(),
+                self._hand_over(options.checksums),
                 self._source,
                 out,
                 workers=options.workers,
@@ -121,11 +121,11 @@ class _Run:
             family=self._family,
         )
 
-    def _hand_over(self) -> Plan:
-        """The plan, of which no reference is kept."""
+    def _hand_over(self, checksums: bool) -> Plan:
+        """The plan, of which no reference is kept. checksums: whether to record those of shards."""
         plan, self._plan = self._plan, None
         assert plan is not None, "a run is carried out once"
-        return plan
+        return replace(plan, checksums=checksums)
 
 
 def _unchecked(name: str, path: Path) -> None:

@@ -36,6 +36,7 @@ from shardsurgeon.operations.push_files import (
     refuse_planned_secrets,
     refuse_secret,
     refuse_secrets,
+    require_as_written,
     select_files,
 )
 from shardsurgeon.operations.reports import PushReport
@@ -58,20 +59,23 @@ def push(
     *,
     family: str | None = None,
     include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
     follow_links: bool = False,
     bars: bool = False,
 ) -> PushReport:
     """Push what `apply` wrote to a folder, with a card, in one commit. The folder stays as it is.
 
-    family, follow_links: as for `plan`; include: globs of files that are pushed as well; bars: let
-    huggingface_hub show how far the uploads are. A rerun uploads nothing that is there already.
-    Raises CheckpointError and its children where the folder is not a complete prune, UsageError
+    family, follow_links: as for `plan`; include, exclude: as for `select_files`; what they fit may
+    differ from what `apply` wrote; bars: let huggingface_hub show how far the uploads are. A rerun
+    uploads nothing that is there already. Raises CheckpointError and its children where the folder
+    is not a complete prune, or has changed since, UsageError
     where a file holds a secret or the Hub refuses the token or the repository, PublishError where
     the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
     checkpoint, record = _complete_prune(folder, family, follow_links)
-    chosen = select_files(checkpoint, include)
+    chosen = select_files(checkpoint, include, exclude)
+    require_as_written(checkpoint, [*include, *exclude])
     refuse_secrets(checkpoint.source, chosen.files)
     with silence_hub(bars) as notes:
         repository, card = _repository(destination), _own_card(destination)
@@ -79,7 +83,7 @@ def push(
         if destination.with_card and card is None:
             card = _card(checkpoint, folder, repository, None)
         published = publish(repository, _named(folder, chosen, card), {})
-    return _report(repository, published, begun, [*chosen.notes, *notes], chosen.left)
+    return _report(repository, published, begun, notes, chosen.left)
 
 
 class Shipment:

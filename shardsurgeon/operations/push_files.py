@@ -1,7 +1,8 @@
 """Which files of a pruned model are pushed, under which names, and that none tells a secret.
 
-What `apply` recorded as written is pushed, and the card; what lies beside it stays. A folder
-without such a record is judged by the rule for the files beside a model. Names, the beginnings of
+What `apply` recorded as written is pushed, and the card; what lies beside it stays. A folder that
+has changed since is refused, unless the change is said to be meant. One without such a record is
+judged by the rule for the files beside a model. Names, the beginnings of
 tokens and keys: what is looked for is what people leave in such folders, not every secret.
 """
 
@@ -14,14 +15,23 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import CARD_NAME, SECRET, set_aside, why_left_behind
+from shardsurgeon.checkpoint.recorded_files import deviations
 from shardsurgeon.checkpoint.side_files import matches, side_files
-from shardsurgeon.errors import UsageError
+from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.hub.upload import Content
 from shardsurgeon.storage.source import Source, SourceFile, require_plain
 from shardsurgeon.storage.threads import map_in_threads
 
+_AS_IT_IS = (
+    "restore it, or say that it is meant: --include NAME pushes a changed or added file as it is, "
+    "--exclude NAME goes without one"
+)
+# Weights beside the model's own.
+_WEIGHTS = re.compile(r"[^/]+\.safetensors", re.IGNORECASE)
+# Of files that are not as they were written.
+_MOST_TOLD = 5
 _MAX_TEXT_NBYTES = 1 << 20
 _READS_AT_ONCE = 8
 # Vocabularies hold everything that looks like a token; weights, scores and images are no text.
@@ -44,39 +54,68 @@ _TELLING = {
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The files of a folder that are pushed, and the names of those that are not.
-
-    notes: what has changed since `apply` wrote the folder.
-    """
+    """The files of a folder that are pushed, and the names of those that are not."""
 
     files: tuple[SourceFile, ...]
     left: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
-def select_files(pruned: Checkpoint, include: Sequence[str] = ()) -> Selection:
+def select_files(
+    pruned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Selection:
     """Choose what is pushed of a pruned model's folder.
 
-    include: globs of files that are pushed too. Raises UsageError for one that fits nothing, and
+    include: globs of files that are pushed too; exclude: globs of files that stay. Raises
+    UsageError for one that fits nothing, and for the exclusion of what a model needs;
     CheckpointError for a file that is a link out of the folder, a shard excepted, or no file.
     """
-    written = pruned.provenance.files if pruned.provenance is not None else None
-    ours = {CARD_NAME, *pruned.rewritten, *(shard.file for shard in pruned.shards)}
+    record = pruned.provenance
+    written = record.files if record is not None else None
+    needed = {*pruned.rewritten, *(shard.file for shard in pruned.shards)}
+    ours = {CARD_NAME, *needed}
     ours.update(side_files(pruned).carried if written is None else written)
-    there = {file.name: file.nbytes for file in pruned.files}
-    for glob in include:
-        if not any(matches(name, [glob]) for name in there):
-            problem = f"{glob} fits none of the {len(there)} files"
-            raise UsageError("--include", problem, "globs are of paths in the model's folder")
-    require_plain(pruned.source, [n for n in pruned.odd if n in ours or matches(n, include)])
-    chosen = [file for file in pruned.files if file.name in ours or matches(file.name, include)]
+    there = {file.name for file in pruned.files}
+    for option, globs, names in (
+        ("--include", include, there | pruned.odd.keys()),
+        ("--exclude", exclude, there | pruned.odd.keys() | ours),
+    ):
+        for glob in globs:
+            if not any(matches(name, [glob]) for name in names):
+                problem = f"{glob} fits none of the {len(there)} files"
+                raise UsageError(option, problem, "globs are of paths in the model's folder")
+    for name in sorted(needed & there):
+        if matches(name, exclude):
+            problem = f"would leave {name} here, without which this is no model"
+            raise UsageError("--exclude", problem, "give a narrower glob")
+
+    def is_chosen(name: str) -> bool:
+        return (name in ours or matches(name, include)) and not matches(name, exclude)
+
+    require_plain(pruned.source, filter(is_chosen, pruned.odd))
+    chosen = [file for file in pruned.files if is_chosen(file.name)]
     left = {*there, *pruned.odd} - {file.name for file in chosen}
-    known = (written or {}).items()
-    gone = [name for name, _ in known if name not in there]
-    changed = [n for n, nbytes in known if there.get(n, nbytes) != nbytes and n != CARD_NAME]
-    notes = [f"{name} is gone since apply wrote it" for name in gone]
-    notes += [f"{name} has changed since apply wrote it, and is pushed so" for name in changed]
-    return Selection(tuple(chosen), tuple(sorted(left)), tuple(notes))
+    return Selection(tuple(chosen), tuple(sorted(left)))
+
+
+def require_as_written(pruned: Checkpoint, meant: Sequence[str]) -> None:
+    """Raise CheckpointError where a folder is not as `apply` wrote it.
+
+    meant: globs of files that were changed, added or removed on purpose; the card may always be.
+    """
+    record = pruned.provenance
+    if record is None:
+        return
+    differ = {each.name: each.problem for each in deviations(pruned, shards=True)}
+    for file in pruned.files if record.files is not None else ():
+        if file.name not in (record.files or ()) and _WEIGHTS.fullmatch(file.name):
+            differ[file.name] = "is a weight file that apply did not write"
+    meant = [*meant, CARD_NAME]
+    differ = {name: problem for name, problem in differ.items() if not matches(name, meant)}
+    if differ:
+        told = "; ".join(f"{name} {problem}" for name, problem in [*differ.items()][:_MOST_TOLD])
+        more = f"; and {len(differ) - _MOST_TOLD} more" if len(differ) > _MOST_TOLD else ""
+        problem = f"is not as apply wrote it: {told}{more}"
+        raise CheckpointError(pruned.location, problem, _AS_IT_IS)
 
 
 def files_to_publish(folder: Path, names: Iterable[str], card: bytes | None) -> dict[str, Content]:

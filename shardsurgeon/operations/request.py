@@ -36,15 +36,16 @@ class RunOptions:
 
     workers: threads, 0 for a number that suits the machine; verify: compare the structure of
     everything and the bytes of a sample; dry_run: say what would happen and write nothing;
-    restart: discard what an interrupted run left; progress: called with how far the run is;
-    bars: let huggingface_hub show its own upload bars. Raises UsageError for workers below 0 or
-    beyond use.
+    restart: discard what an interrupted run left; checksums: record the SHA-256 of shards as well,
+    for which they are read once more; progress: called with how far the run is; bars: let
+    huggingface_hub show its own upload bars. Raises UsageError for workers below 0 or beyond use.
     """
 
     workers: int = 0
     verify: bool = True
     dry_run: bool = False
     restart: bool = False
+    checksums: bool = False
     progress: Callable[[Progress], None] | None = None
     bars: bool = False
 

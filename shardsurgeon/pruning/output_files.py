@@ -81,7 +81,7 @@ def assemble(
         exclude=request.exclude,
     )
     files = ((PROVENANCE_NAME, record.to_bytes()), *generated)
-    return replace(plan, generated_files=files)
+    return replace(plan, generated_files=files, record=PROVENANCE_NAME)
 
 
 def _generated_files(

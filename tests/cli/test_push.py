@@ -17,16 +17,21 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
     assert run("push", "out", "me/x").status == 0
     [(args, options)] = fake.calls
     assert args == ("out", Destination("me/x"))
-    assert options == {"family": None, "include": (), "bars": False}
+    assert options == {"family": None, "include": (), "exclude": (), "bars": False}
 
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     more = ("--private", "--revision", "dev", "--create-pr", "--card", "c.md", "--family", "auto")
-    more += ("--include", "eval/*", "--include", "a.md")
+    more += ("--include", "eval/*", "--include", "a.md", "--exclude", "LICENSE")
     run("push", "out", "me/x", *more, "--progress")
     [(args, options)] = fake.calls
     assert args[1] == Destination("me/x", True, "dev", True, "c.md", True)
-    assert options == {"family": "auto", "include": ("eval/*", "a.md"), "bars": True}
+    assert options == {
+        "family": "auto",
+        "include": ("eval/*", "a.md"),
+        "exclude": ("LICENSE",),
+        "bars": True,
+    }
     run("push", "out", "me/x", "--no-card")
     assert fake.calls[1][0][1] == Destination("me/x", with_card=False)
 

@@ -150,6 +150,10 @@ class HubDestination:
         self._check_shard(name, path)
         return self._repository.upload(name, path).to_text()
 
+    def sha256(self, receipt: str) -> str:
+        """The digest of an uploaded shard, by which the commit will name it."""
+        return Receipt.from_text(receipt, self.address).sha256
+
     def publish(self, folder: Path, receipts: Mapping[str, str]) -> None:
         """Commit everything at once; made again, the commit is found and not repeated."""
         files = self._rest(folder)
