@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -173,10 +172,10 @@ def read_journal(path: Path) -> JournalFile | None:
     *lines, torn = data.split(b"\n")
     values: list[object] = []
     for number, line in enumerate(lines, start=1):
-        with suppress(ValueError):
+        try:
             values.append(json.loads(line))
-        if len(values) != number:
-            raise _garbled(path, number)
+        except (ValueError, RecursionError):
+            raise _garbled(path, number) from None
     if not values:
         raise _garbled(path, 1)
     run = _run_from_json(values[0], path)

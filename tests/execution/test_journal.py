@@ -142,6 +142,8 @@ BEGUN = b'\n{"begun": "a"}\n'
         b"not json\n",
         b"\xff\xfe\n",
         b"[]\n",
+        b"[" * 100_000 + b"\n",
+        json.dumps(HEAD).encode() + b"\n" + b'{"a":' * 100_000 + b"\n",
         json.dumps({**HEAD, "format": "other"}).encode() + b"\n",
         json.dumps({**HEAD, "result": 1}).encode() + b"\n",
         json.dumps({**HEAD, "asked": {"selection": 1}}).encode() + b"\n",
