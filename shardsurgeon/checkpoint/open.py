@@ -35,8 +35,21 @@ def open_model(
     return replace(checkpoint, notes=(*checkpoint.notes, *guess.notes))
 
 
+def files_read(checkpoint: Checkpoint, family: str | None) -> list[Path]:
+    """The files of this machine that opening a model reads, however the rest of it is used.
+
+    family: as for `open_model`. Some of them need not be there.
+    """
+    names = {*(shard.file for shard in checkpoint.shards), *checkpoint.rewritten}
+    local = (checkpoint.source.local_path(name) for name in names)
+    declared = Path(family) if family not in (None, "auto") else None
+    return [path for path in (*local, declared) if path is not None]
+
+
 def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     if model is not None:
+        if model == "":
+            raise UsageError("MODEL", "is an empty name", "give a folder or org/name")
         return model
     # Weights without a config are a model that lacks something, and opening it says what.
     if not Path(CONFIG_NAME).is_file() and not any(Path().glob("*.safetensors")):

@@ -115,7 +115,8 @@ def apply_command(
     SCORES is a file of expert scores: .pt, .safetensors, .npz or .json. Say how
     much to remove with one of --ratio, --keep, --target-size and --plan. The
     source is only read. OUT appears when it is complete; until then the work is
-    in OUT.partial, and the same command resumes it after any interruption.
+    in OUT.partial, and the same command resumes it after any interruption. An
+    OUT that the same command made is checked again, any other is refused.
 
     \b
     Examples:
@@ -183,6 +184,9 @@ def _lines(report: ApplyReport, follow_links: bool) -> Iterator[str]:
 
 
 def _written(report: ApplyReport) -> str:
+    if not report.bytes_copied:
+        size = format_size(report.bytes_resumed)
+        return f"{counted(report.files, 'file')}, {size}, all of it by an earlier run"
     seconds = max(report.seconds, 0.001)
     rate = format_size(int(report.bytes_copied / seconds))
     words = f"{counted(report.files, 'file')}, {format_size(report.bytes_copied)}"

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardsurgeon.cli.options import at_least, family_option, json_option, progress_option, size
+from shardsurgeon.cli.options import (
+    at_least,
+    family_option,
+    force_option,
+    json_option,
+    progress_option,
+    size,
+)
 from shardsurgeon.cli.output import ProgressBar, as_typed, emit, fact, progress_bar
 from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.errors import UsageError
@@ -55,6 +62,7 @@ def _share(
     required=True,
     help="Score file to write: .pt, .safetensors, .npz or .json.",
 )
+@force_option
 @click.option(
     "--samples",
     metavar="N",
@@ -140,6 +148,7 @@ def _share(
 def calibrate_command(
     model: str | None,
     out: str,
+    force: bool,
     device: str,
     dtype: str | None,
     batch_size: Any,
@@ -176,6 +185,7 @@ def calibrate_command(
             out,
             family=family,
             restart=restart,
+            force=force,
             progress=partial(_show_layer, bar) if bar else None,
         )
     emit(report, _lines(report), as_json)

@@ -172,13 +172,20 @@ def _made(kind: type[StrEnum]) -> Callable[[click.Context, click.Parameter, Any]
 
 
 def out_option(command: Command) -> Command:
-    """Add the required `-o FILE`, received as `out`."""
+    """Add the required `-o FILE`, received as `out`, and `--force`."""
     return click.option(
         "-o",
         "out",
         metavar="FILE",
         required=True,
         help="Score file to write: .safetensors, .npz, .json, or with torch .pt.",
+    )(force_option(command))
+
+
+def force_option(command: Command) -> Command:
+    """Add `--force`, for a score file that is there already."""
+    return click.option(
+        "--force", is_flag=True, help="Let -o replace another score file that was saved there."
     )(command)
 
 

@@ -290,6 +290,11 @@ def saliency(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def saved(what: str, path: str, written: bool) -> str:
+    """The line that says where something lies; written: False where it lay there already."""
+    return f"{what} saved in {path}." if written else f"{what} were saved in {path} already."
+
+
 def as_typed(path: str) -> str:
     """A path as it is typed in this system's shell."""
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)

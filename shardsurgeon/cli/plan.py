@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import click
@@ -26,6 +27,7 @@ from shardsurgeon.cli.output import (
     parameters,
     percent,
     saliency,
+    saved,
     table,
 )
 from shardsurgeon.errors import UsageError
@@ -81,16 +83,11 @@ def plan_command(
         emit({"plans": reports}, comparison_lines(reports), as_json)
         return
     pruning = prune.plan(model, scores, requests[0], family=family, follow_links=follow_links)
+    lines: Iterable[str] = plan_lines(pruning.report)
     if plan_out is not None:
-        pruning.write_plan(plan_out, force=force)
-    emit(pruning.report, _with_file(plan_lines(pruning.report), plan_out), as_json)
-
-
-def _with_file(lines: Iterator[str], plan_out: str | None) -> Iterator[str]:
-    yield from lines
-    if plan_out is not None:
-        yield ""
-        yield f"Keep-lists saved in {plan_out}."
+        written = pruning.write_plan(plan_out, force=force)
+        lines = chain(lines, ["", saved("Keep-lists", plan_out, written)])
+    emit(pruning.report, lines, as_json)
 
 
 def plan_lines(report: PlanReport) -> Iterator[str]:

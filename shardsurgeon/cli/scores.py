@@ -23,6 +23,7 @@ from shardsurgeon.cli.output import (
     percent,
     progress_bar,
     saliency,
+    saved,
     table,
 )
 from shardsurgeon.units import counted
@@ -222,7 +223,7 @@ def _correlation(value: float | None) -> str:
     help="Folder of the checkpoint, to name the layers of a file that only has rows.",
 )
 @json_option
-def convert_command(source: str, out: str, model: str | None, as_json: bool) -> None:
+def convert_command(source: str, out: str, force: bool, model: str | None, as_json: bool) -> None:
     """Write a score file in another format.
 
     Every metric with one number per expert is kept to the last bit, and so are
@@ -236,7 +237,7 @@ def convert_command(source: str, out: str, model: str | None, as_json: bool) -> 
     """
     from shardsurgeon.operations import scores
 
-    report = scores.convert_scores(source, out, model=model)
+    report = scores.convert_scores(source, out, model=model, force=force)
     emit(report, _written_lines(report), as_json)
 
 
@@ -249,7 +250,9 @@ def convert_command(source: str, out: str, model: str | None, as_json: bool) -> 
     help="Take models of one config under two names for the same.",
 )
 @json_option
-def merge_command(files: tuple[str, ...], out: str, same_model: bool, as_json: bool) -> None:
+def merge_command(
+    files: tuple[str, ...], out: str, force: bool, same_model: bool, as_json: bool
+) -> None:
     """Add up calibrations of one model over different samples.
 
     Adds the accumulators that `calibrate` keeps beside the scores, so that the
@@ -264,12 +267,13 @@ def merge_command(files: tuple[str, ...], out: str, same_model: bool, as_json: b
     """
     from shardsurgeon.operations import scores
 
-    report = scores.merge_scores(files, out, same_model=same_model)
+    report = scores.merge_scores(files, out, same_model=same_model, force=force)
     emit(report, _written_lines(report), as_json)
 
 
 def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
-    yield f"{' + '.join(report.inputs)} -> {report.out}"
+    there = "" if report.written else ": there already"
+    yield f"{' + '.join(report.inputs)} -> {report.out}{there}"
     yield from fact("layers", str(report.layers))
     yield from fact("metrics", ", ".join(report.metrics))
     if report.samples is not None and report.tokens is not None:
@@ -289,7 +293,7 @@ def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
     "MagnitudeExpertPruner ranks experts (l1).",
 )
 @json_option
-def from_router_command(model: str | None, out: str, norm: str, as_json: bool) -> None:
+def from_router_command(model: str | None, out: str, force: bool, norm: str, as_json: bool) -> None:
     """Score experts by the size of their router rows.
 
     MODEL is the folder of a checkpoint, by default the current folder. Needs no
@@ -303,7 +307,7 @@ def from_router_command(model: str | None, out: str, norm: str, as_json: bool) -
     """
     from shardsurgeon.operations import scores
 
-    report = scores.scores_from_router(model, out, norm=norm)
+    report = scores.scores_from_router(model, out, norm=norm, force=force)
     emit(report, _baseline_lines(report, "router"), as_json)
 
 
@@ -312,7 +316,9 @@ def from_router_command(model: str | None, out: str, norm: str, as_json: bool) -
 @out_option
 @progress_option
 @json_option
-def from_weights_command(model: str | None, out: str, progress: bool | None, as_json: bool) -> None:
+def from_weights_command(
+    model: str | None, out: str, force: bool, progress: bool | None, as_json: bool
+) -> None:
     """Score experts by the norm of their weights.
 
     MODEL is the folder of a checkpoint, by default the current folder. Reads all
@@ -327,7 +333,9 @@ def from_weights_command(model: str | None, out: str, progress: bool | None, as_
     from shardsurgeon.operations import scores
 
     with progress_bar(progress) as bar:
-        report = scores.scores_from_weights(model, out, on_bytes=bar.show if bar else None)
+        report = scores.scores_from_weights(
+            model, out, on_bytes=bar.show if bar else None, force=force
+        )
     emit(report, _baseline_lines(report, "layer"), as_json)
 
 
@@ -343,7 +351,7 @@ def from_weights_command(model: str | None, out: str, progress: bool | None, as_
     help="The same seed gives the same scores, on every machine.",
 )
 @json_option
-def random_command(model: str | None, out: str, seed: int, as_json: bool) -> None:
+def random_command(model: str | None, out: str, force: bool, seed: int, as_json: bool) -> None:
     """Score experts at random.
 
     MODEL is the folder of a checkpoint, by default the current folder. What a
@@ -356,7 +364,7 @@ def random_command(model: str | None, out: str, seed: int, as_json: bool) -> Non
     """
     from shardsurgeon.operations import scores
 
-    report = scores.scores_random(model, out, seed=seed)
+    report = scores.scores_random(model, out, seed=seed, force=force)
     emit(report, _baseline_lines(report, "layer"), as_json)
 
 
@@ -367,7 +375,7 @@ def _baseline_lines(report: RouterScoresReport | BaselineReport, thing: str) -> 
     yield from table(("layer", *_RANGE), ((layer_number(x), *_range(x)) for x in report.layers))
     yield from mtp_legend(report.layers)
     yield ""
-    yield f"Scores saved in {report.out}."
+    yield saved("Scores", report.out, report.written)
 
 
 @click.group(

@@ -23,7 +23,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from shardsurgeon.errors import (
     OutputError,
     OutputWriteError,
     SourceChangedError,
+    SourceReadError,
     UsageError,
     VerificationError,
 )
@@ -48,7 +49,7 @@ from shardsurgeon.execution.upload import (
     ShardUploader,
     require_receipts,
 )
-from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
+from shardsurgeon.execution.workdir import RunContext, WorkDir, has_file, lock_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
 from shardsurgeon.storage.files import (
     carry_mode,
@@ -57,7 +58,11 @@ from shardsurgeon.storage.files import (
     sha256_of,
     sync_path,
 )
-from shardsurgeon.storage.formats.checksums import nbytes_with_checksums, with_checksums
+from shardsurgeon.storage.formats.checksums import (
+    begin_with_checksums,
+    nbytes_with_checksums,
+    with_checksums,
+)
 from shardsurgeon.storage.source import Source, SourceFile, leads_out, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
@@ -98,6 +103,8 @@ def execute(
 ) -> ExecutionReport:
     """Write what the plan says to the folder `out`, which appears only when it is complete.
 
+    Where `out` is what this very plan gives, nothing is written, and it is checked again.
+
     workers: threads that copy; 0 means as many as there are processors, at most four, and
     eight where the source is remote.
     restart: throw away what an interrupted run left instead of resuming it.
@@ -122,6 +129,14 @@ def execute(
     if destination:
         require_budget(budget, sizes)
     planned = plan.source_files
+    if not destination and holds_result(out, plan, sizes):
+        shards = len(plan.shards)
+        _clear_leftovers(out, _run(plan, source), system)
+        del plan
+        require_unchanged(source, planned)
+        if before_delivery is not None:
+            before_delivery(out)
+        return ExecutionReport(0, sum(sizes.values()), shards, shards, time.monotonic() - begun)
     with lock_workdir(out, system) as workdir, _blaming_the_source(source, planned, workdir):
         for _, origin, sha256 in plan.score_files:
             _require_read(Path(origin), sha256, origin)
@@ -189,6 +204,37 @@ def output_sizes(plan: Plan) -> dict[str, int]:
         document = dict(plan.generated_files)[plan.record]
         sizes[plan.record] = nbytes_with_checksums(document, sizes.keys() - left_out)
     return sizes
+
+
+def holds_result(out: Path, plan: Plan, sizes: dict[str, int]) -> bool:
+    """Whether the folder `out` is what this plan gives, as far as small files and headers tell.
+
+    sizes: of every output file. Reads no weights. Files beside those of the plan do not matter.
+    """
+    begins = {shard.file: shard.header for shard in plan.shards} | dict(plan.generated_files)
+    if plan.record:
+        begins[plan.record] = begin_with_checksums(begins[plan.record])
+    try:
+        return (
+            out.is_dir()
+            and all(
+                has_file(out / name, size, begins.get(name, b"")) for name, size in sizes.items()
+            )
+            and all(sha256_of(out / name) == sha256 for name, _, sha256 in plan.score_files)
+        )
+    except (OutputWriteError, SourceReadError):
+        return False
+
+
+def _clear_leftovers(out: Path, run: Run, system: System) -> None:
+    """Remove the OUT.partial that a kill in the last moment of this run left beside OUT."""
+    if Path(f"{out}.partial").is_dir():
+        with (
+            suppress(OutputError, OutputWriteError),
+            lock_workdir(out, system, may_exist=True) as workdir,
+            workdir.open_journal(run, restart=False),
+        ):
+            pass  # it has nothing that a run could go on with, and goes when it is let go of
 
 
 def _size_on_disk(path: str) -> int:

@@ -126,12 +126,7 @@ class WorkDir:
 
     def has(self, name: str, nbytes: int, begins: bytes) -> bool:
         """Whether the file is finished, has that size, and begins with those bytes."""
-        path = self.files / name
-        with writing(path):
-            if not path.is_file() or path.stat().st_size != nbytes:
-                return False
-            with FileIO(path) as file:
-                return file.read(len(begins)) == begins
+        return has_file(self.files / name, nbytes, begins)
 
     def has_part(self, name: str, nbytes: int) -> bool:
         """Whether the file is being written and already has its final size."""
@@ -202,16 +197,33 @@ class WorkDir:
             self.journal.unlink(missing_ok=True)
 
 
+def has_file(path: Path, nbytes: int, begins: bytes) -> bool:
+    """Whether there is a file of that size that begins with those bytes."""
+    with writing(path):
+        if not path.is_file() or path.stat().st_size != nbytes:
+            return False
+        with FileIO(path) as file:
+            return file.read(len(begins)) == begins
+
+
 @contextmanager
-def lock_workdir(out: Path, system: System) -> Iterator[WorkDir]:
-    """Lock OUT.partial for one run. Raises OutputError if another run has it or OUT exists."""
+def lock_workdir(out: Path, system: System, *, may_exist: bool = False) -> Iterator[WorkDir]:
+    """Lock OUT.partial for one run.
+
+    may_exist: OUT may be there. Raises OutputError if another run has the folder, or OUT exists
+    and may not.
+    """
     workdir = WorkDir(out, system)
-    workdir.require_free_name()
-    workdir.require_ours()
+
+    def require() -> None:
+        if not may_exist:
+            workdir.require_free_name()
+        workdir.require_ours()
+
+    require()
     lock = _take_lock(workdir, system)
     try:
-        workdir.require_free_name()  # the run that had the lock before may just have finished
-        workdir.require_ours()
+        require()  # the run that had the lock before may just have finished
         yield workdir
     finally:
         # The run's own result or error is what counts; files left behind do no harm.

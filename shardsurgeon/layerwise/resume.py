@@ -394,12 +394,12 @@ def partial_calibration(
 ) -> Iterator[PartialCalibration]:
     """Lock OUT.partial for one run.
 
-    run: identifies the command and the source; restart: discard what an earlier run left. Raises
-    OutputError where OUT exists, where another process has locked the folder, and where it
-    belongs to another command.
+    run: identifies the command and the source; restart: discard what an earlier run left. What
+    becomes of an OUT that exists is for the caller to say. Raises OutputError where another
+    process has locked the folder, and where it belongs to another command.
     """
     with (
-        lock_workdir(out, system or default_system()) as workdir,
+        lock_workdir(out, system or default_system(), may_exist=True) as workdir,
         workdir.open_journal(run, restart),
     ):
         yield PartialCalibration(workdir)

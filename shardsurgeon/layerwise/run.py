@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,15 @@ from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import config_section
 from shardsurgeon.checkpoint.layer_consistency import require_complete
-from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.errors import ScoreError, SourceChangedError, UsageError
 from shardsurgeon.execution.journal import Run
-from shardsurgeon.layerwise.calibration_file import Calibration, merge, read_calibration
+from shardsurgeon.layerwise.calibration_file import (
+    Calibration,
+    find_calibration,
+    merge,
+    read_calibration,
+)
 from shardsurgeon.layerwise.datasets import parse_spec
 from shardsurgeon.layerwise.resume import ActivationStore, PartialCalibration, partial_calibration
 from shardsurgeon.layerwise.samples import (
@@ -38,8 +44,8 @@ from shardsurgeon.layerwise.settings import (
     require_packages,
     versions,
 )
-from shardsurgeon.scores.files import check_out, check_samples, write_scores
-from shardsurgeon.storage.files import reading
+from shardsurgeon.scores.files import check_samples, score_output, write_scores
+from shardsurgeon.storage.files import Output, reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.source import require_unchanged
 
@@ -50,6 +56,8 @@ _DTYPE = ("dtype", "torch_dtype")
 _FALLBACK_DTYPE = "bfloat16"
 # Counted up where the same request would give other numbers: a partial result then starts over.
 _RESULTS = 1
+# The setting that tells one run, its request and its source, from any other.
+_RUN = "run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,38 +118,73 @@ def calibrate(
     *,
     family: str | None = None,
     restart: bool = False,
+    force: bool = False,
     progress: Listener | None = None,
 ) -> CalibrationReport:
     """Run samples through a model, layer by layer, and write scores of its experts.
 
     model: a folder or an address, None for the current folder; out: the score file, whose ending
-    decides its format; family: as for `plan`; restart: discard what an earlier run left. Raises
+    decides its format; family: as for `plan`; restart: discard what an earlier run left; force:
+    replace another score file. Where `out` is what this very request gave, nothing is run. Raises
     subclasses of InputError, before the work starts, for a request, a model or a dataset that
     cannot be used, and subclasses of WorkError where the work fails.
     """
     begin = time.monotonic()
-    check_out(out)
+    output = score_output(out, force=force).apart_from(_files_named(request))
     require_packages()
     checkpoint = open_model(model, family, follow_links=True)
+    output = output.apart_from(files_read(checkpoint, family))
     anatomy = read_anatomy(checkpoint)
     require_complete(anatomy.incomplete, None, checkpoint.location)
     request = _with_defaults(request, checkpoint, anatomy)
     earlier = _earlier(request, checkpoint)
     samples = _samples(request, checkpoint, earlier)
-    check_samples(out, len(samples) + (len(earlier.samples) if earlier else 0))
+    entries = [*(earlier.samples if earlier else ()), *(sample.entry for sample in samples)]
+    check_samples(out, len(entries))
     _check_vocabulary(checkpoint, anatomy, samples)
     run = _run_identity(request, checkpoint, samples)
+    settings = _calibration_settings(request, checkpoint, samples, run)
+    done = _done(output, settings, len(entries))
     with partial_calibration(Path(out), run, restart=restart) as partial:
-        resumed = len(partial.layers.done_layers())
-        _run_layers(request, checkpoint, samples, partial, progress)
-        found = Calibration(
-            str(out), partial.layers.layers, _calibration_settings(request, checkpoint, samples)
-        )
-        _require_unchanged(checkpoint, run, partial)
-        whole = merge([earlier, found], str(out)) if earlier else found
-        write_scores(out, whole.content())
+        resumed = len(done.layers if done else partial.layers.done_layers())
+        if not done:
+            _run_layers(request, checkpoint, samples, partial, progress)
+            found = Calibration(str(out), partial.layers.layers, settings)
+            _require_unchanged(checkpoint, run, partial)
+            done = merge([earlier, found], str(out)) if earlier else found
+            write_scores(output, done.content())
         partial.clear()
-    return _report(request, checkpoint, anatomy, whole, samples, resumed, time.monotonic() - begin)
+    return _report(request, checkpoint, anatomy, done, samples, resumed, time.monotonic() - begin)
+
+
+def _files_named(request: CalibrationRequest) -> Iterator[Path]:
+    """What a request names besides the model, as far as it is on this machine."""
+    if request.extend is not None:
+        yield Path(request.extend)
+    for part in parse_spec(request.dataset, request.samples):
+        place = Path(part.name)
+        yield from place.rglob("*") if place.is_dir() else [place]
+
+
+def _done(output: Output, settings: Mapping[str, object], samples: int) -> Calibration | None:
+    """What the file holds, where that is what this very run gives; None where there is none.
+
+    settings: of the run; samples: how many the file must have. Raises OutputError for any other
+    file, unless it is to be replaced.
+    """
+    if not output.path.is_file():
+        return None
+    found = None
+    with suppress(ScoreError):
+        found = find_calibration(output.path)
+    if found is not None and len(found.samples) == samples:
+        parts = found.settings.get("parts")
+        runs = [part.get(_RUN) for part in (parts if isinstance(parts, list) else [found.settings])]
+        if settings[_RUN] in runs:
+            return found
+    if not output.force:
+        output.refuse()
+    return None
 
 
 def _with_defaults(
@@ -287,10 +330,11 @@ def _require_unchanged(checkpoint: Checkpoint, run: Run, partial: PartialCalibra
 
 
 def _calibration_settings(
-    request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]
+    request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample], run: Run
 ) -> dict[str, object]:
     """The settings that the score file records."""
     return {
+        _RUN: hashlib.sha256(f"{run.result} {run.source}".encode()).hexdigest(),
         "model": checkpoint.source.name,
         "revision": checkpoint.source.revision,
         "config_sha256": checkpoint.config_sha256,

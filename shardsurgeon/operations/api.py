@@ -172,8 +172,8 @@ def apply(
 
     Raises UsageError where layers keep different numbers of experts and the plan does not allow
     it, for options of a push where nothing is pushed, or where the Hub refuses; OutputError where
-    `out` exists or belongs to another run; WorkError and its children where the work fails. What
-    is finished is kept for a rerun.
+    `out` holds anything but the result of this plan, or belongs to another run; WorkError and its
+    children where the work fails. What is finished is kept for a rerun.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small")

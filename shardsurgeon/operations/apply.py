@@ -33,10 +33,10 @@ def apply(
     stays here and there is no OUT.
 
     Raises UsageError where layers keep different numbers and the request does not allow it, or
-    where the Hub refuses; OutputError where there is an OUT already; WorkError and its children
+    where the Hub refuses; OutputError where OUT holds anything else; WorkError and its children
     where the work fails or the check does not hold. What was finished is kept for a rerun.
     """
-    require_ready(pruning)
+    require_ready(pruning, stays=destination is None or not destination.stream)
     if options.dry_run:
         return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
     if destination is None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
-from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution.plan import Plan
+from shardsurgeon.execution.run import holds_result, output_sizes
 from shardsurgeon.pruning.decide import Decision, decide
-from shardsurgeon.pruning.keep_lists import KeepList, is_plan, write_plan
+from shardsurgeon.pruning.keep_list_files import is_plan
+from shardsurgeon.pruning.keep_lists import KeepList, write_plan
 from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.planner import (
     SizeEstimate,
@@ -27,7 +29,7 @@ from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
-from shardsurgeon.storage.files import output_path, require_output, sha256_of, write_output
+from shardsurgeon.storage.files import Output, output_path, sha256_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Pruning:
     >>> plan.report.total_size_before, plan.report.total_size_after
     (597056, 372800)
     >>> plan.write_plan("keep.json")
+    True
     >>> again = shardsurgeon.plan("fixtures/qwen3_moe", plan_file="keep.json")
     >>> again.report.total_size_after == plan.report.total_size_after
     True
@@ -68,11 +71,11 @@ class Pruning:
             str(self.out),
         )
 
-    def write_plan(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Save the keep-lists as a plan.json that `--plan` reads.
+    def write_plan(self, path: str | os.PathLike[str], *, force: bool = False) -> bool:
+        """Save the keep-lists as a plan.json that `--plan` reads; False where it is saved already.
 
-        A file that holds this very plan stays as it is. force: replace another plan of ours. Raises
-        OutputError for any other file that exists, a file that this plan was made from among them.
+        force: replace another plan of ours. Raises OutputError for any other file that exists, a
+        file that this plan was made from among them.
         """
         data = write_plan(
             self.decision.keep,
@@ -83,14 +86,11 @@ class Pruning:
             },
         )
         model = self.checkpoint.source
-        local = (model.local_path(file.name) for file in self.plan.source_files)
         inputs = [Path(origin) for _, origin, _ in self.plan.score_files]
-        inputs += [place for place in local if place is not None]
-        target, remedy = output_path(path), "choose another -o, or replace a plan with --force"
-        if require_output(
-            target, data, inputs, replaces=lambda old: force and is_plan(old), remedy=remedy
-        ):
-            write_output(target, data)
+        inputs += filter(None, (model.local_path(file.name) for file in self.plan.source_files))
+        inputs += files_read(self.checkpoint, self.declared)
+        output = Output(output_path(path), "a plan", is_plan, force)
+        return output.apart_from(inputs).write(data)
 
 
 def plan(
@@ -160,9 +160,12 @@ def compare(
     return [plan(checkpoint, scores, request).report for request in requests]
 
 
-def require_ready(pruning: Pruning) -> None:
+def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
     """Raise UsageError where layers keep different numbers and the request does not allow it,
-    OutputError where there is an OUT already."""
+    OutputError where there is an OUT already that is not this prune's result.
+
+    stays: whether the result stays on this machine.
+    """
     keep = pruning.decision.keep
     if not keep.is_uniform and not pruning.request.allow_nonuniform:
         counts = [len(layer.retained) for layer in keep.layers.values()]
@@ -172,7 +175,11 @@ def require_ready(pruning: Pruning) -> None:
         remedy = "give it for an engine that reads a count per layer"
         raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
     if os.path.lexists(pruning.out):
-        raise OutputError(pruning.out, "exists", "choose another -o or remove it")
+        plan = pruning.plan
+        if not stays or not holds_result(pruning.out, plan, output_sizes(plan)):
+            raise OutputError(
+                pruning.out, "exists and holds something else", "choose another -o or remove it"
+            )
 
 
 def complete(out: str) -> str:
@@ -230,17 +237,19 @@ def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepLis
 
 
 def require_apart(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise OutputError where the output would be inside the source, or the source inside it."""
+    """Raise OutputError where the output, or the folder that it is made in, would be inside the
+    source, or the source inside it."""
     home = _home(checkpoint)
     if home is None:
         return
-    target = Path(os.path.realpath(out.absolute().parent), out.name)
-    if target == home:
-        raise OutputError(out, "is the source itself", "choose another -o")
-    if target.is_relative_to(home):
-        raise OutputError(out, f"is inside the source {home}", "choose another -o")
-    if home.is_relative_to(target):
-        raise OutputError(out, f"contains the source {home}", "choose another -o")
+    for place in (out, Path(f"{out}.partial")):
+        target = Path(os.path.realpath(place.absolute().parent), place.name)
+        if target == home:
+            raise OutputError(place, "is the source itself", "choose another -o")
+        if target.is_relative_to(home):
+            raise OutputError(place, f"is inside the source {home}", "choose another -o")
+        if home.is_relative_to(target):
+            raise OutputError(place, f"contains the source {home}", "choose another -o")
 
 
 def _home(checkpoint: Checkpoint) -> Path | None:

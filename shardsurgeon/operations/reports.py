@@ -117,7 +117,10 @@ class ScoreLayerReport:
 
 @dataclass(frozen=True, slots=True)
 class RouterScoresReport:
-    """Scores taken from a model's routers. out: the score file, which holds one `metric`."""
+    """Scores taken from a model's routers. out: the score file, which holds one `metric`.
+
+    written: False where the file held these scores already.
+    """
 
     model: str
     norm: str
@@ -125,13 +128,15 @@ class RouterScoresReport:
     num_experts: int
     layers: tuple[ScoreLayerReport, ...]
     out: str
+    written: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineReport:
     """Scores made without running the model. out: the score file, which holds one `metric`.
 
-    method: `expert-weight-norm` or `random`; seed: of random scores.
+    method: `expert-weight-norm` or `random`; seed: of random scores; written: False where the file
+    held these scores already.
     """
 
     model: str
@@ -141,6 +146,7 @@ class BaselineReport:
     layers: tuple[ScoreLayerReport, ...]
     out: str
     seed: int | None = None
+    written: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +177,7 @@ class WrittenScoresReport:
     """A score file that was converted or merged.
 
     inputs: the files it came from; layers, metrics: what it holds; samples, tokens: of the
-    calibration in it, None without one.
+    calibration in it, None without one; written: False where the file held this already.
     """
 
     inputs: tuple[str, ...]
@@ -180,3 +186,4 @@ class WrittenScoresReport:
     metrics: tuple[str, ...]
     samples: int | None
     tokens: int | None
+    written: bool = True

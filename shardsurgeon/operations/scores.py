@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.layer_names import Layer
-from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.accumulators import TOTAL_TOKENS
 from shardsurgeon.layerwise.calibration_file import (
@@ -41,11 +42,12 @@ from shardsurgeon.pruning.lineage import check_lineage
 from shardsurgeon.pruning.routing import routing_facts
 from shardsurgeon.pruning.selection import SUPER_METRIC
 from shardsurgeon.scores.checks import doubts
-from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
+from shardsurgeon.scores.files import ScoreContent, read_scores, score_output, write_scores
 from shardsurgeon.scores.observed import is_observed, merge_observed
 from shardsurgeon.scores.router_norms import RouterNorm, random_scores, router_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.scores.weight_norms import weight_norms
+from shardsurgeon.storage.files import Output
 
 _Item = TypeVar("_Item")
 Path = str | os.PathLike[str]
@@ -93,39 +95,53 @@ def _notes(scores: Scores, metric: str) -> tuple[str, ...]:
     return tuple(f"`plan` refuses these scores: {problem}" for problem, _ in found)
 
 
-def convert_scores(source: Path, out: Path, *, model: Path | None = None) -> WrittenScoresReport:
+def convert_scores(
+    source: Path, out: Path, *, model: Path | None = None, force: bool = False
+) -> WrittenScoresReport:
     """Write a score file in another format: all metrics, and the accumulators where it has them.
 
-    model: names the layers of a file that has only rows. Raises UsageError and OutputError where
-    `out` cannot be written so, ScoreError for a file that cannot be read.
+    model: names the layers of a file that has only rows; force: replace another score file. Raises
+    UsageError and OutputError where `out` cannot be written so, ScoreError for a file that cannot
+    be read.
     """
-    check_out(out)
+    output = _output(out, force, source)
     scores = read_scores(source)
     if model is not None:
-        anatomy = read_anatomy(open_model(model, follow_links=True))
+        checkpoint = open_model(model, follow_links=True)
+        output = output.apart_from(files_read(checkpoint, None))
+        anatomy = read_anatomy(checkpoint)
         scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
     calibration = find_calibration(source)
-    write_scores(out, _content(scores, calibration))
-    return _written((source,), out, scores, calibration)
+    written = write_scores(output, _content(scores, calibration))
+    layers = len(scores.layers) or len(next(iter(scores.rows.values())))
+    return _written((source,), out, layers, scores.metrics or scores.rows, calibration, written)
 
 
 def merge_scores(
-    files: Sequence[Path], out: Path, *, same_model: bool = False
+    files: Sequence[Path], out: Path, *, same_model: bool = False, force: bool = False
 ) -> WrittenScoresReport:
     """Add the accumulators of several calibrations of one model and write their score file.
 
     Files of REAP's observer are added up as well, if all of them are such files. same_model:
-    models of one config under two names are one. Raises UsageError and OutputError where `out`
-    cannot be written, ScoreError for files without accumulators, of different models, or with a
-    sample in common.
+    models of one config under two names are one; force: replace another score file. Raises
+    UsageError and OutputError where `out` cannot be written, ScoreError for files without
+    accumulators, of different models, or with a sample in common.
     """
-    check_out(out)
+    output = _output(out, force, *files)
     if (observed := _observed(files)) is not None:
-        write_scores(out, merge_observed(observed))
-        return _written(files, out, read_scores(out), None)
-    merged = merge([read_calibration(file) for file in files], str(out), any_name=same_model)
-    write_scores(out, merged.content())
-    return _written(files, out, read_scores(out), merged)
+        content, merged = merge_observed(observed), None
+    else:
+        merged = merge([read_calibration(file) for file in files], str(out), any_name=same_model)
+        content = merged.content()
+    written = write_scores(output, content)
+    metrics = {
+        name for row in content.layers.values() for name, item in row.items() if item.ndim == 1
+    }
+    return _written(files, out, len(content.layers), metrics, merged, written)
+
+
+def _output(out: Path, force: bool, *inputs: Path) -> Output:
+    return score_output(out, force=force).apart_from(pathlib.Path(path) for path in inputs)
 
 
 def _observed(files: Sequence[Path]) -> list[Scores] | None:
@@ -157,41 +173,52 @@ def compare_scores(
     return compare(read_scores(a), read_scores(b), ratios, wanted)
 
 
-def scores_from_router(model: Path | None, out: Path, *, norm: str = "l2") -> RouterScoresReport:
+def scores_from_router(
+    model: Path | None, out: Path, *, norm: str = "l2", force: bool = False
+) -> RouterScoresReport:
     """Write router magnitudes, of MTP layers too, as a score file; norm: `l2` or `l1`.
 
-    Raises OutputError where `out` exists, UsageError where its suffix is not one of a score file
-    that can be written, and whatever opening the model and reading its routers raises.
+    force: replace another score file. Raises OutputError where the file that is there stays,
+    UsageError where its suffix is not one of a score file that can be written, and whatever
+    opening the model and reading its routers raises.
     """
-    check_out(out)
-    checkpoint = open_model(model, follow_links=True)
-    anatomy = read_anatomy(checkpoint)
+    output, checkpoint, anatomy = _begin(model, out, force)
     scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
     name, metric = checkpoint.source.name, f"router_{norm}"
     facts = {"method": "router-magnitude", "model": name, "norm": norm}
-    layers = _save(out, anatomy, scores, metric, facts)
-    return RouterScoresReport(name, norm, metric, anatomy.num_experts, layers, str(out))
+    layers, written = _save(output, anatomy, scores, metric, facts)
+    experts = anatomy.num_experts
+    return RouterScoresReport(name, norm, metric, experts, layers, str(out), written)
 
 
 def scores_from_weights(
-    model: Path | None, out: Path, *, on_bytes: Callable[[int, int], None] | None = None
+    model: Path | None,
+    out: Path,
+    *,
+    on_bytes: Callable[[int, int], None] | None = None,
+    force: bool = False,
 ) -> BaselineReport:
     """Write the norm of each expert's weights, of MTP layers too, as a score file.
 
     on_bytes: called with the bytes read and the bytes in all. Raises what `scores_from_router`
     raises, and FamilyError for weights stored in a form whose norm is not computed here.
     """
-    check_out(out)
-    checkpoint = open_model(model, follow_links=True)
-    anatomy = read_anatomy(checkpoint)
+    output, checkpoint, anatomy = _begin(model, out, force)
     require_complete(anatomy.incomplete, None, checkpoint.location)
-    scores = weight_norms(checkpoint, anatomy, on_bytes)
     name, method, metric = checkpoint.source.name, "expert-weight-norm", "weight_l2"
-    layers = _save(out, anatomy, scores, metric, {"method": method, "model": name})
-    return BaselineReport(name, method, metric, anatomy.num_experts, layers, str(out))
+    facts = {"method": method, "model": name}
+    # All experts are read to find out what a file holds: not for one that says it is another's.
+    if not force and output.path.is_file() and dict(read_scores(out).facts) != facts:
+        output.refuse()
+    scores = weight_norms(checkpoint, anatomy, on_bytes)
+    layers, written = _save(output, anatomy, scores, metric, facts)
+    experts = anatomy.num_experts
+    return BaselineReport(name, method, metric, experts, layers, str(out), written=written)
 
 
-def scores_random(model: Path | None, out: Path, *, seed: int) -> BaselineReport:
+def scores_random(
+    model: Path | None, out: Path, *, seed: int, force: bool = False
+) -> BaselineReport:
     """Write a random number from 0 to 1 for each expert, of MTP layers too, as a score file.
 
     seed: 0 or more; the same seed gives the same numbers on every machine, and a layer's do not
@@ -199,29 +226,36 @@ def scores_random(model: Path | None, out: Path, *, seed: int) -> BaselineReport
     """
     if seed < 0:
         raise UsageError("--seed", f"{seed} is less than 0")
-    check_out(out)
-    checkpoint = open_model(model, follow_links=True)
-    anatomy = read_anatomy(checkpoint)
+    output, checkpoint, anatomy = _begin(model, out, force)
     scores = {
         layer.index: random_scores(seed, layer.index, layer.num_experts) for layer in anatomy.layers
     }
     name, method, metric = checkpoint.source.name, "random", "random"
     facts = {"method": method, "model": name, "seed": str(seed)}
-    layers = _save(out, anatomy, scores, metric, facts)
-    return BaselineReport(name, method, metric, anatomy.num_experts, layers, str(out), seed)
+    layers, written = _save(output, anatomy, scores, metric, facts)
+    return BaselineReport(
+        name, method, metric, anatomy.num_experts, layers, str(out), seed, written=written
+    )
+
+
+def _begin(model: Path | None, out: Path, force: bool) -> tuple[Output, Checkpoint, Anatomy]:
+    output = _output(out, force)
+    checkpoint = open_model(model, follow_links=True)
+    output = output.apart_from(files_read(checkpoint, None))
+    return output, checkpoint, read_anatomy(checkpoint)
 
 
 def _save(
-    out: Path, anatomy: Anatomy, scores: Scored, metric: str, facts: Mapping[str, str]
-) -> tuple[ScoreLayerReport, ...]:
-    """Write a score file of one metric, and report each layer's range."""
+    output: Output, anatomy: Anatomy, scores: Scored, metric: str, facts: Mapping[str, str]
+) -> tuple[tuple[ScoreLayerReport, ...], bool]:
+    """Write a score file of one metric; each layer's range, and whether it was not there yet."""
     table = _keyed({layer: {metric: row} for layer, row in scores.items()})
-    write_scores(out, ScoreContent(layers=table, facts=facts))
+    written = write_scores(output, ScoreContent(layers=table, facts=facts))
     layers = []
     for layer in anatomy.layers:
         lowest, median, highest = np.quantile(scores[layer.index], (0, 0.5, 1)).tolist()
         layers.append(ScoreLayerReport(layer.index, layer.is_mtp, lowest, median, highest))
-    return tuple(layers)
+    return tuple(layers), written
 
 
 def _analysis_for_model(
@@ -274,14 +308,20 @@ def _content(scores: Scores, calibration: Calibration | None) -> ScoreContent:
 
 
 def _written(
-    files: Sequence[Path], out: Path, scores: Scores, calibration: Calibration | None
+    files: Sequence[Path],
+    out: Path,
+    layers: int,
+    metrics: Iterable[str],
+    calibration: Calibration | None,
+    written: bool,
 ) -> WrittenScoresReport:
     samples = None if calibration is None else calibration.samples
     return WrittenScoresReport(
         inputs=tuple(map(str, files)),
         out=str(out),
-        layers=len(scores.layers) or len(next(iter(scores.rows.values()))),
-        metrics=scores.metrics or tuple(sorted(scores.rows)),
+        layers=layers,
+        metrics=tuple(sorted(metrics)),
         samples=None if samples is None else len(samples),
         tokens=None if samples is None else sum(sample[2] for sample in samples),
+        written=written,
     )

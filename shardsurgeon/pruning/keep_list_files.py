@@ -21,6 +21,7 @@ from shardsurgeon.storage.formats.strict_json import (
     as_number,
     brief,
     is_whole_number,
+    parse_for_a_hint,
     read_records,
 )
 from shardsurgeon.storage.limits import KEEP_LIST, MAX_EXPERTS, read_limited
@@ -36,12 +37,26 @@ def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> 
     Raises KeepListError naming the file, the layer and the id at fault.
     """
     where = str(path)
-    raw = read_limited(path, KEEP_LIST, KeepListError, "no keep-list is so large")
+    raw = _read(path)
     remedy = "save it again as JSON"
     value = read_records(raw, where, "the keep-list", KeepListError, remedy, KEEP_LIST)
     if isinstance(value, dict) and layer_of(value) is not None:
         value = [value]  # JSON lines with one line
     return recognise(value if isinstance(value, dict) else {"layers": value}, where, meaning)
+
+
+def is_plan(path: str | PathLike[str]) -> bool:
+    """Whether a file is a plan.json that was written here."""
+    try:
+        raw = _read(path)
+    except KeepListError:
+        return False
+    found = parse_for_a_hint(raw, KEEP_LIST)
+    return isinstance(found, dict) and found.get("kind") == PLAN_KIND
+
+
+def _read(path: str | PathLike[str]) -> bytes:
+    return read_limited(path, KEEP_LIST, KeepListError, "no keep-list is so large")
 
 
 def recognise(value: Mapping[str, object], where: str, meaning: Meaning | None) -> KeepListFile:

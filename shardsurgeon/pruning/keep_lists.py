@@ -16,8 +16,6 @@ from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_laye
 from shardsurgeon.errors import KeepListError
 from shardsurgeon.pruning.keep_list_files import PLAN_FORMAT, PLAN_KIND
 from shardsurgeon.pruning.keep_list_shapes import Ids, KeepListFile
-from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
-from shardsurgeon.storage.limits import KEEP_LIST
 
 _SAME_EVERYWHERE: Mapping[int, int] = MappingProxyType({})
 
@@ -132,12 +130,6 @@ def write_plan(
     )
     lines.append(f'  "layers": {{\n{layers}\n  }}')
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def is_plan(data: bytes) -> bool:
-    """Whether a file's content is a plan.json that was written here."""
-    found = parse_for_a_hint(data, KEEP_LIST)
-    return isinstance(found, dict) and found.get("kind") == PLAN_KIND
 
 
 def _own_count(keep_list: KeepList, keep: LayerKeep) -> dict[str, object]:

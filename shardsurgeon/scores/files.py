@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.layer_names import Layer
-from shardsurgeon.errors import HeaderError, OutputError, ScoreError, UsageError
+from shardsurgeon.errors import HeaderError, ScoreError, ShardSurgeonError, UsageError
 from shardsurgeon.scores.shapes import flat_metric, read_tables, small_facts
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, UNNAMED, Fact, Scores
-from shardsurgeon.storage.files import output_path, write_output
+from shardsurgeon.storage.files import Output, output_path
 from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray, decode
 from shardsurgeon.storage.formats.npz import read_npz
 from shardsurgeon.storage.formats.safetensors import (
@@ -59,6 +59,7 @@ _NPZ_METADATA = "metadata"
 # numpy's names of the two types that are written, and those of safetensors headers.
 _DTYPES = {"f8": "F64", "i8": "I64"}
 
+AnyPath = str | PathLike[str]
 Table = Mapping[Layer, Mapping[str, NDArray[Any]]]
 # What a file holds, arrays unread, and its metadata.
 _Held = tuple[object, Mapping[str, str]]
@@ -110,31 +111,41 @@ def read_value(path: str | PathLike[str]) -> _Held:
     return read(file, where)
 
 
-def write_scores(out: str | os.PathLike[str], content: ScoreContent) -> None:
-    """Write a score file, whole or not at all; a file of that name is replaced.
+def write_scores(out: Output | AnyPath, content: ScoreContent) -> bool:
+    """Write a score file, whole or not at all; False where the file holds this content already.
 
-    The ending says the format, as `check_out` allows it. Raises OutputWriteError where the disk
-    does not take it, UsageError for more samples than the format's reader takes and for a metric
-    whose name the format cannot keep.
+    out: what `score_output` gave, or a name. The ending says the format. Raises OutputError where
+    the file that is there stays, OutputWriteError where the disk does not take it, UsageError for
+    more samples than the format's reader takes and for a metric whose name it cannot keep.
     """
+    output = out if isinstance(out, Output) else score_output(out)
     listed = (content.calibration or {}).get("samples")
-    check_samples(out, len(listed) if isinstance(listed, list) else 0)
-    data = _torch_file(content) if is_torch_file(out) else score_file(out, content)
-    write_output(Path(out), data)
+    check_samples(output.path, len(listed) if isinstance(listed, list) else 0)
+    path = output.path
+    return output.write(_torch_file(content) if is_torch_file(path) else score_file(path, content))
 
 
-def check_out(out: str | os.PathLike[str]) -> None:
-    """Check, before any work, that a score file can be written there.
+def score_output(out: AnyPath, *, force: bool = False) -> Output:
+    """The score file that -o names, for `write_scores`.
 
-    Raises OutputError where the name is taken, UsageError where its ending is not that of a score
-    file, or needs torch and torch is not installed.
+    force: let it replace another score file. Raises OutputError for a place that is none of this
+    machine, UsageError where its ending is not that of a score file, or needs torch and torch is
+    not installed.
     """
-    check_score_file_name(out)
-    if is_torch_file(out) and find_spec("torch") is None:
+    path = output_path(out)
+    check_score_file_name(path)
+    if is_torch_file(path) and find_spec("torch") is None:
         remedy = "install shardsurgeon[torch], or give a name that ends in .safetensors"
-        raise UsageError(out, "writing this format needs torch, which is not installed", remedy)
-    if os.path.lexists(output_path(out)):
-        raise OutputError(out, "exists", "choose another -o or remove it")
+        raise UsageError(path, "writing this format needs torch, which is not installed", remedy)
+    return Output(path, "a score file", _is_score_file, force)
+
+
+def _is_score_file(path: Path) -> bool:
+    try:
+        read_scores(path)
+    except ShardSurgeonError:
+        return False
+    return True
 
 
 def check_samples(out: str | os.PathLike[str], samples: int) -> None:

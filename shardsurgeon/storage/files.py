@@ -15,16 +15,16 @@ import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
 from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
+from shardsurgeon.storage.pipes import is_stream, open_file, write_into
 from shardsurgeon.storage.system import System, default_system
 
 # Large enough that the calls cost nothing beside the bytes, small enough for any machine.
 BUFFER_NBYTES = 1 << 20
-# Larger files are none that a command would write again.
-_MOST_COMPARED = 1 << 30
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -77,15 +77,7 @@ def open_regular(path: Path) -> FileIO:
     """A file, open for reading. Raises SourceReadError for a pipe or a device: neither is waited
     for."""
     with reading(path):
-        file = FileIO(str(path), opener=_open_at_once)
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
-            raise SourceReadError(path, "is no regular file", "put the file itself there")
-    return file
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        return open_file(path)
 
 
 def read_exact(
@@ -163,7 +155,7 @@ class FileCopier:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hex. Raises SourceReadError."""
-    with reading(path), FileIO(path) as file:
+    with reading(path), open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -174,26 +166,6 @@ def write_file(path: Path, data: bytes, system: System | None = None) -> None:
     OutputWriteError.
     """
     _write_by_way_of(path.with_name(path.name + ".writing"), path, data, system)
-
-
-def write_output(path: Path, data: bytes, system: System | None = None) -> None:
-    """Make a file that the user named hold `data`, whole or not at all.
-
-    A device or a pipe is written into. Whether a file may be replaced is for the caller to say
-    (`require_output`). Raises OutputWriteError.
-    """
-    if _is_stream(path):
-        with writing(path), open(path, "wb") as stream:
-            stream.write(data)
-        return
-    # No other file has such a name, not even one that somebody laid there.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.writing")
-    try:
-        _write_by_way_of(temporary, path, data, system)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _write_by_way_of(temporary: Path, path: Path, data: bytes, system: System | None) -> None:
@@ -219,49 +191,95 @@ def new_file(path: Path, where: Path | None = None) -> Iterator[FileIO]:
 
 
 def output_path(out: str | os.PathLike[str]) -> Path:
-    """The place that -o names, a path of this machine. Raises OutputError for an address."""
+    """The place that -o names, a path of this machine. Raises OutputError for an address, and for
+    no name at all."""
+    if not os.fspath(out):
+        raise OutputError("-o", "is an empty name", "say where to write")
     if _ADDRESS.match(os.fspath(out)):
         problem = "is an address, and results are written to folders and files of this machine"
         raise OutputError(out, problem, "give a path; --push-to-hub REPO_ID pushes to the Hub")
     return Path(out)
 
 
-def require_output(
-    path: Path,
-    data: bytes,
-    inputs: Iterable[Path],
-    *,
-    replaces: Callable[[bytes], bool],
-    remedy: str,
-) -> bool:
-    """Whether an output that the user named is still to be written: not where it holds `data`.
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A file that the user named, and the one rule of what may become of what is there already.
 
-    inputs: files that the command reads; replaces: whether a file of this content may make way;
-    remedy: what to do where it may not. Raises OutputError for an input, a folder, a link to
-    nowhere, and a file that may not.
+    An input stays, whatever was asked. So does every other file, except that `force` lets one of
+    the same kind make way. A device or a pipe is written into. All else is refused.
+
+    kind: what the command writes, in words; is_kind: whether a file that exists is one; inputs:
+    files that the command reads.
     """
-    if not os.path.lexists(path) or _is_stream(path):
+
+    path: Path
+    kind: str
+    is_kind: Callable[[Path], bool]
+    force: bool = False
+    inputs: tuple[Path, ...] = ()
+
+    def apart_from(self, inputs: Iterable[Path | None]) -> Output:
+        """The same output, which is none of these files either; those that are None are nowhere.
+
+        For the time before any work. Raises OutputError where it can be nothing that this command
+        wrote or may replace.
+        """
+        output = replace(self, inputs=(*self.inputs, *filter(None, inputs)))
+        output._found()
+        return output
+
+    def refuse(self) -> None:
+        """Raise OutputError for a file that stays."""
+        remedy = "choose another -o"
+        remedy += "" if self.force else f", or replace {self.kind} with --force"
+        raise OutputError(self.path, "exists and holds something else", remedy)
+
+    def write(self, data: bytes, system: System | None = None) -> bool:
+        """Make it hold `data`, whole or not at all; False where it does already.
+
+        Raises OutputError where it may not, OutputWriteError where the disk does not take it.
+        """
+        found = self._found()
+        if found is None:
+            with writing(self.path):
+                write_into(self.path, data)
+            return True
+        if os.path.lexists(found):
+            with writing(self.path):
+                same = found.stat().st_size == len(data) and found.read_bytes() == data
+            if same:
+                return False
+            if not self.force:
+                self.refuse()
+        # No other file has such a name, not even one that somebody laid there.
+        temporary = found.with_name(f".{secrets.token_hex(8)}.writing")
+        try:
+            _write_by_way_of(temporary, found, data, system)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
         return True
-    with writing(path):
-        if any(each.exists() and path.exists() and path.samefile(each) for each in inputs):
-            raise OutputError(path, "is read by this command", "choose another -o")
-        if not path.is_file():
-            raise OutputError(path, "is no file that can be written", "choose another -o")
-        found = path.read_bytes() if path.stat().st_size <= _MOST_COMPARED else b""
-    if found == data:
-        return False
-    if not replaces(found):
-        raise OutputError(path, "exists and holds something else", remedy)
-    return True
 
+    def _found(self) -> Path | None:
+        """The path to write to by way of another name; None for what is written into as it is.
 
-def _is_stream(path: Path) -> bool:
-    """Whether a path is written into as it is: a device, a pipe."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        A link stays one: its end is written.
+        """
+        with writing(self.path):
+            if not os.path.lexists(self.path):
+                return self.path
+            mode = self.path.stat().st_mode if self.path.exists() else 0
+            if is_stream(mode):
+                return None
+            if mode and any(each.exists() and self.path.samefile(each) for each in self.inputs):
+                raise OutputError(self.path, "is read by this command", "choose another -o")
+        if not stat.S_ISREG(mode):
+            problem = "is no file that can be written"
+            raise OutputError(self.path, problem, "choose another -o")
+        if not self.is_kind(self.path):
+            self.refuse()
+        return Path(os.path.realpath(self.path))
 
 
 def publish(temporary: Path, path: Path, system: System) -> None:

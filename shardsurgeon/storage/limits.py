@@ -8,11 +8,11 @@ largest model's takes: `[],` is three bytes of text and a hundred of memory.
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardsurgeon.errors import InputError
+from shardsurgeon.storage.pipes import read_once
 
 MIB = 2**20
 
@@ -127,13 +127,9 @@ def read_limited(
     """
     where = str(path)
     try:
-        with Path(path).open("rb") as file:
-            # Python reserves as many bytes as are asked for, so no more than the file has.
-            status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode):
-                require_size(status.st_size, limit, where, error, remedy)
-                return file.read(status.st_size)
-            raw = file.read(limit.nbytes + 1)
+        if Path(path).is_file():
+            require_size(Path(path).stat().st_size, limit, where, error, remedy)
+        raw = read_once(path, limit.nbytes + 1)
     except OSError as cause:
         raise error(where, f"cannot be read ({cause.strerror or cause})") from cause
     require_size(len(raw), limit, where, error, remedy)

@@ -248,8 +248,9 @@ class FakePruning:
     args: tuple[Any, ...]
     options: dict[str, Any]
 
-    def write_plan(self, path: str, *, force: bool = False) -> None:
+    def write_plan(self, path: str, *, force: bool = False) -> bool:
         Path(path).write_text("keep-lists")
+        return True
 
 
 @dataclass

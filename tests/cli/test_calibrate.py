@@ -48,9 +48,9 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
     ((model, request, out), options) = fake.calls[0]
     assert (model, out) == (None, "scores.pt")
     assert request == CalibrationRequest("chats.jsonl", Settings())
-    assert options == {"family": None, "restart": False, "progress": None}
+    assert options == {"family": None, "restart": False, "force": False, "progress": None}
     words = "m --samples 8 --max-length 16 --seed 7 --device cuda:1 --dtype float32 --batch-size 4"
-    words += " --activation-budget 16GB --extend old.pt --share 2/3 --field body --restart"
+    words += " --activation-budget 16GB --extend old.pt --share 2/3 --field body --restart --force"
     words += " --tokenizer t --trust-remote-code --family auto"
     assert run(*LEAST, *words.split()).status == 0
     ((model, request, _), options) = fake.calls[1]
@@ -67,7 +67,7 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
         tokenizer="t",
         trust_remote_code=True,
     )
-    assert options == {"family": "auto", "restart": True, "progress": None}
+    assert options == {"family": "auto", "restart": True, "force": True, "progress": None}
 
 
 def test_a_bar_shows_layer_tokens_and_time_left(run: Run, fake: FakeOperations) -> None:

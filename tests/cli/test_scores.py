@@ -27,33 +27,36 @@ EVERY = {
 @pytest.mark.parametrize(
     ("words", "handed"),
     [
-        (WORDS, ((None, "scores.safetensors"), {"norm": "l2"})),
+        (WORDS, ((None, "scores.safetensors"), {"norm": "l2", "force": False})),
         (
             ("scores", "from-router", "/models/K2", "--norm", "l1", "-o", "s.json"),
-            (("/models/K2", "s.json"), {"norm": "l1"}),
+            (("/models/K2", "s.json"), {"norm": "l1", "force": False}),
         ),
         (
             ("scores", "from-weights", "/models/K2", "--no-progress", "-o", "s.json"),
-            (("/models/K2", "s.json"), {"on_bytes": None}),
+            (("/models/K2", "s.json"), {"on_bytes": None, "force": False}),
         ),
-        (("scores", "random", "-o", "s.npz"), ((None, "s.npz"), {"seed": 42})),
+        (("scores", "random", "-o", "s.npz"), ((None, "s.npz"), {"seed": 42, "force": False})),
         (
-            ("scores", "random", "/models/K2", "--seed", "7", "-o", "s.npz"),
-            (("/models/K2", "s.npz"), {"seed": 7}),
+            ("scores", "random", "/models/K2", "--seed", "7", "-o", "s.npz", "--force"),
+            (("/models/K2", "s.npz"), {"seed": 7, "force": True}),
         ),
         (("scores", "show", "s.pt"), (("s.pt", None), {"metric": None})),
         (
             ("scores", "show", "s.pt", "--model", "/models/K2", "--metric", "ean_sum"),
             (("s.pt", "/models/K2"), {"metric": "ean_sum"}),
         ),
-        (("scores", "convert", "a.pt", "-o", "b.json"), (("a.pt", "b.json"), {"model": None})),
+        (
+            ("scores", "convert", "a.pt", "-o", "b.json"),
+            (("a.pt", "b.json"), {"model": None, "force": False}),
+        ),
         (
             ("scores", "merge", "a.pt", "b.pt", "-o", "c.pt"),
-            ((("a.pt", "b.pt"), "c.pt"), {"same_model": False}),
+            ((("a.pt", "b.pt"), "c.pt"), {"same_model": False, "force": False}),
         ),
         (
             ("scores", "merge", "--same-model", "a.pt", "b.pt", "-o", "c.pt"),
-            ((("a.pt", "b.pt"), "c.pt"), {"same_model": True}),
+            ((("a.pt", "b.pt"), "c.pt"), {"same_model": True, "force": False}),
         ),
         (
             ("scores", "compare", "a.pt", "b.pt"),

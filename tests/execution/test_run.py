@@ -22,6 +22,7 @@ from shardsurgeon.errors import (
 from shardsurgeon.execution import shards
 from shardsurgeon.execution.plan import OutputShard
 from shardsurgeon.execution.run import execute
+from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.execution.workers import Progress
 from shardsurgeon.storage import files
 from shardsurgeon.storage.source import MemorySource
@@ -379,6 +380,47 @@ def test_a_second_run_on_the_same_out_is_refused(job: Job, out: Path) -> None:
     execute(job.plan, job.source, out, on_progress=listen)
     assert "another run writes there now" in refusals[0]
     assert content(out) == job.expected
+
+
+def test_a_run_whose_result_is_there_is_done_and_checked_again(job: Job, out: Path) -> None:
+    first = execute(job.plan, job.source, out)
+    before = {path: path.stat() for path in out.rglob("*")}
+    checked: list[Path] = []
+    again = execute(job.plan, job.source, out, before_delivery=checked.append)
+    assert (again.bytes_copied, again.bytes_resumed) == (0, first.bytes_copied)
+    assert checked == [out]
+    after = {path: path.stat() for path in out.rglob("*")}
+    assert [(path, each.st_mtime_ns) for path, each in after.items()] == [
+        (path, each.st_mtime_ns) for path, each in before.items()
+    ]
+    assert not Path(f"{out}.partial").exists()
+
+
+def test_what_a_kill_after_the_last_rename_left_goes_with_the_next_run(
+    job: Job, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(WorkDir, "clean_up", lambda self: None)
+        execute(job.plan, job.source, out)
+    assert Path(f"{out}.partial", "shardsurgeon.journal").exists()
+    execute(job.plan, job.source, out)
+    assert not Path(f"{out}.partial").exists()
+
+
+@pytest.mark.parametrize("what", ["shard", "header", "generated", "score file", "missing"])
+def test_a_result_that_is_not_whole_is_no_result(job: Job, out: Path, what: str) -> None:
+    execute(job.plan, job.source, out)
+    names = {
+        "generated": job.plan.generated_files[0][0],
+        "score file": job.plan.score_files[0][0],
+        "missing": job.plan.copied_files[0],
+    }
+    path = out / names.get(what, job.plan.shards[0].file)
+    if what == "missing":
+        path.unlink()
+    else:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-1] if what == "shard" else b"X" + raw[1:])
     with pytest.raises(OutputError, match="exists"):
         execute(job.plan, job.source, out)
 

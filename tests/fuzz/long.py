@@ -43,7 +43,7 @@ NOT_READING = re.compile(
     r"|_finite|_json$|Journal|require_same|_difference|_line|_run_as_json|_eight_bit_floats"
     r"|_powers_of_two|_string.|_number.|_bytes.|_constant|write_scores|score_file|_torch_file"
     r"|_npz|_safetensors|_flat|_listed|_small_values|_suffix|_tree|is_torch_file"
-    r"|check_out|check_samples|check_score_file_name"
+    r"|score_output|_is_score_file|check_samples|check_score_file_name"
 )
 
 

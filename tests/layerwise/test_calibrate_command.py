@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import engine, settings
+from shardsurgeon.layerwise import run as calibration
 from shardsurgeon.layerwise.calibration_file import read_calibration
+from shardsurgeon.layerwise.resume import PartialCalibration
 from shardsurgeon.scores.files import read_scores
 from tests.layerwise.chats import FIXTURES, sums, words, write_chats
 from tests.support.hub.models import add_fixture
@@ -152,6 +154,70 @@ def test_an_existing_file_is_not_overwritten(
     out.write_text("mine")
     assert "exists" in refused(capsys, words(MODEL, chats, out))
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("more", [(), ("--extend", "first.pt"), ("--share", "1/2")])
+def test_a_calibration_whose_result_is_there_is_done(
+    tmp_path: Path,
+    chats: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fresh = write_chats(tmp_path / "fresh.jsonl", seed=2)
+    assert main(words(MODEL, chats, Path("first.pt"))) == 0
+    command = words(MODEL, fresh, Path("scores.pt"), *more)
+    # A kill between the result and the end leaves the work beside it.
+    with monkeypatch.context() as killed:
+        killed.setattr(PartialCalibration, "clear", lambda self: None)
+        assert main(command) == 0
+    assert Path("scores.pt.partial").is_dir()
+    before, stamp = Path("scores.pt").read_bytes(), Path("scores.pt").stat().st_mtime_ns
+    monkeypatch.setattr(calibration, "_run_layers", never)
+    capsys.readouterr()
+    assert main(command) == main([*command, "--force", "--restart"]) == 0
+    assert capsys.readouterr().out.count("3 MoE layers, 3 by an earlier run") == 2
+    assert (Path("scores.pt").read_bytes(), Path("scores.pt").stat().st_mtime_ns) == (before, stamp)
+    assert not Path("scores.pt.partial").exists()
+
+
+def never(*arguments: object) -> None:
+    raise AssertionError("a layer was run")
+
+
+def test_another_calibration_makes_way_only_by_force_and_an_input_never(
+    tmp_path: Path,
+    model: Path,
+    chats: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("scores.pt")
+    command = words(MODEL, chats, out)
+    command[1] = str(model)
+    assert main(command) == 0
+    first = out.read_bytes()
+    # Another request, and the same one of a model whose weights were written anew.
+    others = [[*command, "--seed", "7"], [*command, "--share", "1/2"], command]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(calibration, "_run_layers", never)
+        for number, other in enumerate(others):
+            if number == 2:
+                shard = model / "model-00001-of-00003.safetensors"
+                os.utime(shard, ns=(1, 1))
+            line = refused(capsys, other)
+            assert "exists and holds something else; choose another -o" in line
+            assert "replace a score file with --force" in line
+        assert "is read by this command" in refused(
+            capsys, [*command, "--extend", str(out), "--force"]
+        )
+        out.write_text("mine")
+        assert "exists and holds something else" in refused(capsys, [*command, "--force"])
+    out.write_bytes(first)
+    assert main([*command, "--seed", "7", "--force"]) == 0
+    assert out.read_bytes() != first
 
 
 def test_a_model_on_the_hub_gives_the_sums_of_its_folder(

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from shardsurgeon.errors import OutputError, ScoreError, UsageError
 from shardsurgeon.layerwise.calibration_file import find_calibration, read_calibration
-from shardsurgeon.scores.files import ScoreContent, check_out, read_scores, write_scores
+from shardsurgeon.scores.files import ScoreContent, read_scores, score_output, write_scores
 from tests.cli.standins import in_python
 from tests.layerwise.files import calibration
 from tests.support import torch_file
@@ -181,13 +181,13 @@ def test_a_calibration_without_a_list_of_samples_is_refused(samples: object) -> 
 def test_an_existing_file_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "s.npz").write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists"):
-        check_out(tmp_path / "s.npz")
+        score_output(tmp_path / "s.npz").apart_from(())
 
 
 @pytest.mark.parametrize(("name", "message"), [("scores.bin", "'.bin'"), ("scores", "no ending")])
 def test_other_endings_are_refused_with_those_that_work(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=r"\.pt, \.safetensors, \.npz or \.json") as caught:
-        check_out(name)
+        score_output(name)
     assert message in str(caught.value)
 
 

@@ -22,7 +22,7 @@ from shardsurgeon.operations import prune, verify
 from shardsurgeon.operations.apply import apply
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
-from shardsurgeon.scores.files import check_out
+from shardsurgeon.scores.files import score_output
 from tests.cli.standins import in_python
 from tests.operations.workbench import Shell, scores_of
 from tests.support.hub.models import fixture_folder
@@ -267,7 +267,7 @@ def test_an_address_is_no_place_for_a_result(out: str, tmp_path: Path) -> None:
             lambda: shardsurgeon.plan(fixture_folder(FAMILY), scores_of(FAMILY), keep=4, out=out),
             lambda: shardsurgeon.apply(planned(tmp_path / "out"), out),
             lambda: planned(tmp_path / "out").write_plan(f"{out}.json"),
-            lambda: check_out(f"{out}.json"),
+            lambda: score_output(f"{out}.json"),
         ):
             with pytest.raises(OutputError, match="is an address, and results are written to"):
                 call()

@@ -196,8 +196,8 @@ def test_what_cannot_be_merged_leaves_no_file(tmp_path: Path) -> None:
     for other in (K25 / "scores.pt", tmp_path / "a.pt"):
         with pytest.raises(ScoreError):
             scores.merge_scores([tmp_path / "a.pt", other], tmp_path / "all.pt")
-    with pytest.raises(OutputError, match="exists"):
-        scores.merge_scores([tmp_path / "a.pt"] * 2, tmp_path / "a.pt")
+    with pytest.raises(OutputError, match="is read by this command"):
+        scores.merge_scores([tmp_path / "a.pt"] * 2, tmp_path / "a.pt", force=True)
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
@@ -399,7 +399,7 @@ def test_a_seed_is_not_negative(tmp_path: Path) -> None:
     [
         (("show", "none.pt"), "none.pt: cannot be read"),
         (("show", "bad.pt"), "bad.pt: this is not a file of torch.save"),
-        (("convert", "s.npz", "-o", "s.npz"), "s.npz: exists; choose another -o"),
+        (("convert", "s.npz", "-o", "s.npz"), "s.npz: is read by this command; choose another -o"),
         (("convert", "s.npz", "-o", "s.gguf"), "scores are not written as '.gguf'"),
         (("merge", "s.npz", "s.npz", "-o", "m.npz"), "without the accumulators"),
         (("merge", "s.npz", "-o", "m.npz"), "without the accumulators"),

@@ -1,7 +1,9 @@
 """Whole files, exact reads, full writes, and errors that name the file."""
 
+import contextlib
 import errno
 import os
+import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
-from shardsurgeon.storage import files
+from shardsurgeon.storage import files, pipes
 from shardsurgeon.storage.system import System, native, portable
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
@@ -183,40 +185,54 @@ def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -
 # Outputs that the user named.
 
 
-def take(path: Path, data: bytes, *inputs: Path, force: bool = False) -> bool:
-    return files.require_output(
-        path, data, inputs, replaces=lambda old: force, remedy="choose another"
-    )
+def output(path: Path, *inputs: Path, force: bool = False) -> files.Output:
+    """An output whose kind is told by its first byte."""
+    return files.Output(
+        path, "a note", lambda path: path.read_bytes()[:1] == b"n", force
+    ).apart_from(inputs)
 
 
 def test_an_output_goes_to_a_name_that_is_free_and_leaves_nothing_beside_it(
     tmp_path: Path,
 ) -> None:
-    assert take(tmp_path / "a", b"new")
-    files.write_output(tmp_path / "a", b"new")
+    assert output(tmp_path / "a").write(b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_a_file_that_holds_the_output_already_is_done(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"new")
-    assert not take(tmp_path / "a", b"new")
+    before = (tmp_path / "a").stat().st_mtime_ns
+    assert not output(tmp_path / "a").write(b"new")
+    assert not output(tmp_path / "a", force=True).write(b"new")
+    assert (tmp_path / "a").stat().st_mtime_ns == before
 
 
-def test_another_file_makes_way_only_where_it_may(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(OutputError, match="exists and holds something else; choose another"):
-        take(tmp_path / "a", b"new")
-    assert take(tmp_path / "a", b"new", force=True)
+def test_another_file_of_its_kind_makes_way_for_an_output_only_by_force(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"n old")
+    with pytest.raises(
+        OutputError, match=r"exists and holds something else; .* a note with --force"
+    ):
+        output(tmp_path / "a").write(b"new")
+    assert output(tmp_path / "a", force=True).write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("name", ["a", "link", "sub/../a"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_of_another_kind_is_refused_before_any_work(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "a").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="exists and holds something else; choose another -o"):
+        output(tmp_path / "a", force=force)
+
+
+@pytest.mark.parametrize("name", ["a", "link", "hard", "sub/../a"])
 def test_an_input_is_never_an_output(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "link").symlink_to("a")
+    (tmp_path / "hard").hardlink_to(tmp_path / "a")
     with pytest.raises(OutputError, match="is read by this command"):
-        take(tmp_path / name, b"new", tmp_path / "other", tmp_path / "a", force=True)
+        output(tmp_path / name, tmp_path / "other", tmp_path / "a", force=True)
 
 
 def test_a_folder_and_a_link_to_nowhere_are_no_outputs(tmp_path: Path) -> None:
@@ -224,29 +240,96 @@ def test_a_folder_and_a_link_to_nowhere_are_no_outputs(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("link", "folder"):
         with pytest.raises(OutputError, match="is no file that can be written"):
-            take(tmp_path / name, b"new", force=True)
+            output(tmp_path / name, force=True)
+
+
+def test_a_file_that_appears_while_the_command_works_stays(tmp_path: Path) -> None:
+    late = output(tmp_path / "a")
+    (tmp_path / "a").write_bytes(b"n of somebody else")
+    with pytest.raises(OutputError, match="exists and holds something else"):
+        late.write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"n of somebody else"
+
+
+def test_a_link_to_an_output_stays_one_and_its_end_is_written(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_bytes(b"n old")
+    (tmp_path / "a").symlink_to("elsewhere/a")
+    assert output(tmp_path / "a", force=True).write(b"new")
+    assert (tmp_path / "a").is_symlink()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["a"]
+    assert (tmp_path / "elsewhere" / "a").read_bytes() == b"new"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no devices and pipes by path")
 def test_devices_and_pipes_are_written_into_and_never_replaced(tmp_path: Path) -> None:
-    assert take(Path("/dev/null"), b"new")
-    files.write_output(Path("/dev/null"), b"new")
+    assert output(Path("/dev/null")).write(b"new")
     assert Path("/dev/null").is_char_device()
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    assert take(pipe, b"new")
     with ThreadPoolExecutor(1) as pool:
         came = pool.submit(pipe.read_bytes)
-        files.write_output(pipe, b"new")
-        assert came.result(timeout=60) == b"new"
+        assert output(pipe).write(CONTENT * 20)
+        assert came.result(timeout=60) == CONTENT * 20
     assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes by path")
+def test_a_pipe_that_nobody_reads_and_a_socket_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipes, "PATIENCE_SECONDS", 0.0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputWriteError, match="it is a pipe that nobody reads"):
+        output(tmp_path / "pipe").write(b"new")
+    with contextlib.chdir(tmp_path), socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+        with pytest.raises(OutputError, match="is no file that can be written"):
+            output(Path("socket"), force=True)
 
 
 def test_a_failed_output_leaves_nothing(tmp_path: Path) -> None:
     full = replace(native(), write_at=failing(errno.ENOSPC))
     with pytest.raises(OutputWriteError):
-        files.write_output(tmp_path / "a", b"new", full)
+        output(tmp_path / "a").write(b"new", full)
     assert not list(tmp_path.iterdir())
+
+
+# Inputs that the user named.
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes by path")
+def test_a_pipe_is_read_once_however_slowly_it_comes(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with pipe.open("wb", buffering=0) as file:
+            for begin in range(0, len(CONTENT), 1000):
+                file.write(CONTENT[begin : begin + 1000])
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write)
+        assert pipes.read_once(pipe, 1 << 20) == CONTENT
+        writer.result(timeout=60)
+        writer = pool.submit(write)
+        assert pipes.read_once(pipe, 9) == CONTENT[:9]
+        assert isinstance(writer.exception(timeout=60), BrokenPipeError | None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes by path")
+def test_a_pipe_is_no_file_that_is_read_twice_and_none_is_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipes, "PATIENCE_SECONDS", 0.0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a pipe that nobody writes into"):
+        pipes.read_once(tmp_path / "pipe", 9)
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is a pipe or a device; save it to a file first"):
+            pipes.open_file(path)
+    with pytest.raises(IsADirectoryError):
+        pipes.open_file(tmp_path)
 
 
 @pytest.mark.parametrize("call", ["write", "reserve"])

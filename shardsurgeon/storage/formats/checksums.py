@@ -20,7 +20,12 @@ def with_checksums(document: bytes, digests: Mapping[str, str]) -> bytes:
         f"    {json.dumps(name)}: {json.dumps(digests[name])}" for name in sorted(digests)
     )
     member = f',\n  "{CHECKSUMS_KEY}": {{\n{listed}\n  }}\n}}\n'
-    return document.removesuffix(b"\n}\n") + member.encode()
+    return begin_with_checksums(document) + member.encode()
+
+
+def begin_with_checksums(document: bytes) -> bytes:
+    """What `with_checksums` begins with, whatever the digests."""
+    return document.removesuffix(b"\n}\n")
 
 
 def nbytes_with_checksums(document: bytes, names: Collection[str]) -> int:

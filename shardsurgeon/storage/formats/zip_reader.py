@@ -17,6 +17,7 @@ from pathlib import Path
 
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.storage.limits import MAX_DIRECTORY_NBYTES, MAX_ENTRIES, MAX_MEMBER_NBYTES
+from shardsurgeon.storage.pipes import open_file
 
 _END = struct.Struct("<4s4H2LH")
 _END64_PLACE = struct.Struct("<4sLQL")
@@ -226,7 +227,7 @@ def read_range(path: Path, begin: int, nbytes: int, where: str) -> bytes:
 
     Raises ScoreError where the file cannot be read.
     """
-    with _as_score_error(where), path.open("rb") as file:
+    with _as_score_error(where), open_file(path) as file:
         held = os.fstat(file.fileno()).st_size
         file.seek(min(begin, held))
         return file.read(min(nbytes, max(0, held - begin)))
