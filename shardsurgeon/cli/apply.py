@@ -155,7 +155,7 @@ def apply_command(
             destination,
         )
     try:
-        emit(report, _lines(report, follow_links), as_json)
+        emit(report, _lines(report, follow_links), as_json, told_otherwise=not dry_run)
     except BaseException as stop:
         if report.out is not None:
             stop.add_note(prune.complete(report.out))

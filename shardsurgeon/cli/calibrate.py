@@ -188,7 +188,7 @@ def calibrate_command(
             force=force,
             progress=partial(_show_layer, bar) if bar else None,
         )
-    emit(report, _lines(report), as_json)
+    emit(report, _lines(report), as_json, told_otherwise=True)
 
 
 def _show_layer(bar: ProgressBar, progress: Progress) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -19,20 +19,22 @@ from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
-from shardsurgeon.cli.output import forgiving_stderr, let_any_text_through, silence_stdout
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.scores import scores_commands
+from shardsurgeon.cli.streams import StdoutLost, watched_streams
 from shardsurgeon.cli.verify import verify_command
 from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError, printable
 
 PROGRAM = "shardsurgeon"
 DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
+# What shells call the end of a program whose reader left: 128 and the number of SIGPIPE.
+_READER_LEFT = 141
 _ASK_FOR_TRACEBACK = f"set {DEBUG_VARIABLE}=1 for the traceback"
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM as an exception that `except Exception` does not catch."""
+    """SIGINT, SIGTERM or SIGHUP as an exception that `except Exception` does not catch."""
 
     def __init__(self, exit_status: int) -> None:
         super().__init__(exit_status)
@@ -49,6 +51,9 @@ class _Commands(InOrder):
         except Stopped as stopped:
             stopped.command = ctx.invoked_subcommand
             raise
+        except BrokenPipeError as error:
+            # None of stdout's: click would end without a word.
+            raise WorkError("", f"a pipe or a connection broke ({error.strerror})") from error
 
 
 @click.group(
@@ -91,12 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Whatever goes wrong ends here as one line on stderr. With SHARDSURGEON_DEBUG=1 the traceback
     comes before it.
     """
-    with forgiving_stderr():
+    with watched_streams():
         return _run(arguments)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    let_any_text_through()
     # A plan is made of half a million small values without a cycle; at the default threshold the
     # collector spends a quarter of the time looking for one.
     gc.set_threshold(100_000)
@@ -108,13 +112,19 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _stop(stopped)
     except click.Abort:
         return _stop(Stopped(130))
+    except StdoutLost as lost:
+        if lost.reader_left:
+            return _READER_LEFT
+        _say(f"error: stdout: cannot be written ({lost})")
+        return WorkError.exit_status
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             traceback.print_exc()
         line, status = describe(error)
         _say(f"error: {line}")
         if isinstance(error, UndeclaredFamilyError) and "--json" not in (arguments or sys.argv):
-            click.echo(error.skeleton, nl=False)
+            with suppress(StdoutLost):
+                click.echo(error.skeleton, nl=False)
         return status
 
 
@@ -149,14 +159,18 @@ def _stop(stopped: Stopped) -> int:
 
 
 def _say(text: str) -> None:
-    silence_stdout()
     click.echo(f"{PROGRAM}: {printable(' '.join(text.split()))}", err=True)
 
 
 @contextmanager
 def _signals_as_stopped() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise Stopped, with the status that shells give such an end."""
+    """Make SIGINT and SIGTERM raise Stopped, with the status that shells give such an end.
+
+    SIGHUP too: a terminal that is closed stops what runs in it, and nohup has it ignored.
+    """
     statuses = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    if hasattr(signal, "SIGHUP"):
+        statuses[signal.SIGHUP] = 129
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(statuses[signal.Signals(number)])

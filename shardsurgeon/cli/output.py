@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import math
 import os
@@ -14,11 +12,12 @@ import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 from shardsurgeon import units
+from shardsurgeon.cli.streams import StdoutLost
 from shardsurgeon.errors import printable, redacted
 
 if TYPE_CHECKING:
@@ -46,17 +45,27 @@ class ScoredLayer(Protocol):
         ...
 
 
-def emit(report: object, lines: Iterable[str], as_json: bool) -> None:
+def emit(
+    report: object, lines: Iterable[str], as_json: bool, *, told_otherwise: bool = False
+) -> None:
     """Print a report: as one JSON document, or for people as lines.
 
     report: a dataclass, or a dict of those. The JSON is plain ASCII; a number that JSON lacks (inf,
-    NaN) becomes null.
+    NaN) becomes null. told_otherwise: the result lies somewhere, or the exit status says it, so
+    that a stdout which is lost costs the words; else that raises StdoutLost.
     """
     if as_json:
         # Redacted value by value: in the document, a secret's end and a string's look alike.
-        click.echo(json.dumps(_plain(report), indent=2, allow_nan=False))
+        text = json.dumps(_plain(report), indent=2, allow_nan=False)
     else:
-        click.echo(printable("\n".join(lines)))
+        text = printable("\n".join(lines))
+    try:
+        click.echo(text)
+    except StdoutLost as lost:
+        if not told_otherwise:
+            raise
+        if not lost.reader_left:
+            click.echo(f"shardsurgeon: the report is lost: stdout: {lost}", err=True)
 
 
 def _plain(value: Any) -> Any:
@@ -72,75 +81,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def let_any_text_through() -> None:
-    """Escape what stdout cannot encode: a file name may be any bytes."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-class _Forgiving(io.TextIOBase):
-    """A stderr whose reader may leave: from then on what is written is lost, and nothing else.
-
-    A bar that raised would stop the work that it only tells of.
-    """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        """stream: None where there is no stderr at all."""
-        self._stream = stream
-
-    def write(self, text: str, /) -> int:
-        if self._stream is not None:
-            try:
-                return self._stream.write(text)
-            except (OSError, ValueError):
-                self._stream = None
-        return len(text)
-
-    def flush(self) -> None:
-        if self._stream is not None:
-            try:
-                self._stream.flush()
-            except (OSError, ValueError):
-                self._stream = None
-
-    def isatty(self) -> bool:
-        return self._stream is not None and self._stream.isatty()
-
-    def fileno(self) -> int:
-        if self._stream is None:
-            raise OSError(errno.EBADF, "stderr is gone")
-        return self._stream.fileno()
-
-    def writable(self) -> bool:
-        return True
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return (self._stream and self._stream.encoding) or "utf-8"
-
-
-@contextmanager
-def forgiving_stderr() -> Iterator[None]:
-    """For the time of a `with`, a stderr that goes away costs the words and never the work."""
-    stderr = sys.stderr
-    sys.stderr = _Forgiving(stderr)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        sys.stderr = stderr
-
-
-def silence_stdout() -> None:
-    """Point a closed stdout at the null device, so that the flush at exit does not fail as well."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)
 
 
 class ProgressBar:

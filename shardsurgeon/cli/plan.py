@@ -87,7 +87,7 @@ def plan_command(
     if plan_out is not None:
         written = pruning.write_plan(plan_out, force=force)
         lines = chain(lines, ["", saved("Keep-lists", plan_out, written)])
-    emit(pruning.report, lines, as_json)
+    emit(pruning.report, lines, as_json, told_otherwise=plan_out is not None)
 
 
 def plan_lines(report: PlanReport) -> Iterator[str]:

@@ -76,7 +76,7 @@ def push_command(
         follow_links=follow_links,
         bars=shows_progress(progress),
     )
-    emit(report, _lines(pruned, report), as_json)
+    emit(report, _lines(pruned, report), as_json, told_otherwise=True)
 
 
 def _lines(pruned: str, report: PushReport) -> Iterator[str]:

@@ -238,7 +238,7 @@ def convert_command(source: str, out: str, force: bool, model: str | None, as_js
     from shardsurgeon.operations import scores
 
     report = scores.convert_scores(source, out, model=model, force=force)
-    emit(report, _written_lines(report), as_json)
+    emit(report, _written_lines(report), as_json, told_otherwise=True)
 
 
 @click.command("merge")
@@ -268,7 +268,7 @@ def merge_command(
     from shardsurgeon.operations import scores
 
     report = scores.merge_scores(files, out, same_model=same_model, force=force)
-    emit(report, _written_lines(report), as_json)
+    emit(report, _written_lines(report), as_json, told_otherwise=True)
 
 
 def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
@@ -308,7 +308,7 @@ def from_router_command(model: str | None, out: str, force: bool, norm: str, as_
     from shardsurgeon.operations import scores
 
     report = scores.scores_from_router(model, out, norm=norm, force=force)
-    emit(report, _baseline_lines(report, "router"), as_json)
+    emit(report, _baseline_lines(report, "router"), as_json, told_otherwise=True)
 
 
 @click.command("from-weights")
@@ -336,7 +336,7 @@ def from_weights_command(
         report = scores.scores_from_weights(
             model, out, on_bytes=bar.show if bar else None, force=force
         )
-    emit(report, _baseline_lines(report, "layer"), as_json)
+    emit(report, _baseline_lines(report, "layer"), as_json, told_otherwise=True)
 
 
 @click.command("random")
@@ -365,7 +365,7 @@ def random_command(model: str | None, out: str, force: bool, seed: int, as_json:
     from shardsurgeon.operations import scores
 
     report = scores.scores_random(model, out, seed=seed, force=force)
-    emit(report, _baseline_lines(report, "layer"), as_json)
+    emit(report, _baseline_lines(report, "layer"), as_json, told_otherwise=True)
 
 
 def _baseline_lines(report: RouterScoresReport | BaselineReport, thing: str) -> Iterator[str]:
