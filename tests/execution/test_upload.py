@@ -10,10 +10,11 @@ import pytest
 
 from shardsurgeon.errors import OutputError, OutputWriteError, PublishError, UsageError
 from shardsurgeon.execution import shards, upload
+from shardsurgeon.execution.journal import read_journal
 from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.upload import DiskBudget
 from shardsurgeon.execution.workers import Progress, ProgressMeter, Stopped
-from shardsurgeon.storage.system import portable
+from shardsurgeon.storage.system import System, portable
 from tests.support.far_source import FarSource, FolderDestination, far_job, receipts
 from tests.support.tiny_job import Job, content, make_job
 
@@ -360,3 +361,66 @@ def test_who_waits_for_room_hears_of_a_stop() -> None:
         room.take(1)
     room.release(1)
     room.take(1)
+
+
+def disk_of(nbytes: int) -> System:
+    return replace(portable(), free_space=lambda folder: nbytes)
+
+
+def test_a_large_budget_needs_no_more_disk_than_the_result(
+    job: Job, out: Path, destination: FolderDestination
+) -> None:
+    total = sum(map(len, job.expected.values()))
+    execute(
+        job.plan,
+        job.source,
+        out,
+        destination=destination,
+        disk_budget=10 * total,
+        system=disk_of(total),
+    )
+    assert destination.content() == job.expected
+
+
+def test_shards_that_are_finished_already_have_their_part_of_the_budget(
+    job: Job, out: Path, destination: FolderDestination
+) -> None:
+    def listen(progress: Progress) -> None:
+        if progress.shards_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(job.plan, job.source, out, workers=1, on_progress=listen)
+    finished = len(job.expected[ONE]) + len(job.expected[TWO])
+
+    def send(free: int) -> None:
+        execute(
+            job.plan,
+            job.source,
+            out,
+            destination=destination,
+            disk_budget=finished + 500,
+            system=disk_of(free),
+        )
+
+    with pytest.raises(OutputWriteError, match=r"the disk is full: .*\(500 bytes\) are needed"):
+        send(499)
+    send(500)
+    assert destination.content() == job.expected
+
+
+def test_shards_that_were_sent_need_no_disk(
+    job: Job, out: Path, destination: FolderDestination
+) -> None:
+    fail_at(destination, TWO, lambda: PublishError("hf://me/pruned", "the Hub refused"))
+    with pytest.raises(PublishError):
+        execute(job.plan, job.source, out, destination=destination, workers=1)
+    destination.on_send = lambda name: None
+    record = read_journal(out.with_name("OUT.partial") / "shardsurgeon.journal")
+    assert record is not None and ONE in record.done.sent
+    done = {*record.done.sent, *record.done.finished}
+    rest = sum(len(data) for name, data in job.expected.items() if name not in done)
+    with pytest.raises(OutputWriteError, match=rf"\({rest:,} bytes\) are needed"):
+        execute(job.plan, job.source, out, destination=destination, system=disk_of(0))
+    execute(job.plan, job.source, out, destination=destination, system=disk_of(rest))
+    assert destination.content() == job.expected

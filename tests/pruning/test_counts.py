@@ -154,6 +154,7 @@ def test_routing_facts_that_contradict_each_other_are_refused(numbers: tuple[int
         (KIMI, 8),
         (DEEPSEEK, 16),  # two of a token's four groups would do; each is scored by its best two
         (RoutingFacts(64, 6, n_group=8, topk_group=2), 24),  # three in each of two groups
+        (RoutingFacts(64, 4, n_group=8, topk_group=4, group_score_top=2), 16),  # one would do
     ],
 )
 def test_the_fewest_experts_are_those_below_which_a_router_is_refused(
@@ -211,3 +212,10 @@ def test_a_target_size_gives_the_count_that_trying_them_all_gives(
     else:
         with pytest.raises(UsageError):
             largest_kept(lambda kept: 7 + each * kept, limit, facts)
+
+
+@pytest.mark.parametrize("where", [{"ratio": 0.5}, {"keep": 128}, {"target_size": 128}])
+def test_the_multiple_is_the_least_that_groups_and_multiple_of_share(where: dict[str, Any]) -> None:
+    # Of 8 groups and --multiple-of 12 that is 24, and not 96.
+    request = SelectionRequest(**where, multiple_of=12)
+    assert kept_count(request, DEEPSEEK, lambda kept: kept).kept == 144

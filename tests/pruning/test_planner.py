@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
@@ -221,3 +221,28 @@ def test_experts_whose_rows_are_not_whole_bytes_are_refused_by_name() -> None:
     files["model.safetensors.index.json"] = json.dumps(index).encode()
     with pytest.raises(FamilyError, match=r"down_proj_packed: an expert's row takes 12 bits"):
         planned(files, keep(0, 1, 2, 5, layers=(0, 1, 2)))
+
+
+def with_metadata(files: dict[str, bytes], metadata: dict[int, dict[str, str]]) -> None:
+    """Give shards, by number, metadata of their own."""
+    for number, words in metadata.items():
+        name = f"model-0000{number}-of-00002.safetensors"
+        files[name] = save(load(files[name]), words)
+
+
+def metadata_of(shard: bytes) -> object:
+    header = json.loads(shard[8 : 8 + int.from_bytes(shard[:8], "little")])
+    return header.get("__metadata__")
+
+
+def test_a_repacked_shard_has_the_metadata_of_those_it_was_filled_from() -> None:
+    files = tiny.files(shard_of=lambda name: 1 if "layers.1" in name else 2)
+    with_metadata(files, {1: {"format": "pt", "of": "one"}, 2: {"of": "two", "by": "me"}})
+    one = sum(v.nbytes for name, v in tiny.tensors().items() if "layers.1" in name) // 2
+    shards = planned(files, keep(0, 1, 2, 3, layers=(1, 2, 3)), max_shard_nbytes=one)
+    found = {name: metadata_of(data) for data in shards.values() for name in load(data)}
+    assert found["model.layers.1.input_layernorm.weight"] == {"format": "pt", "of": "one"}
+    assert found["model.norm.weight"] == {"of": "two", "by": "me"}
+    # A shard with tensors of both has what both say, of one name what the first says.
+    (both,) = planned(files, keep(0, 1, layers=(1, 2, 3)), max_shard_nbytes=10**6).values()
+    assert metadata_of(both) == {"format": "pt", "of": "one", "by": "me"}

@@ -293,7 +293,10 @@ def test_mtp_layers_with_numbers_of_their_own_and_a_talkers_experts() -> None:
 
 
 def test_a_talkers_experts_and_config_stay() -> None:
-    talker = {"quantization_config": {"ignore": ["model.layers.0.mlp.experts.3.up_proj"]}}
+    talker = {
+        "num_experts": 4,  # as many as the model's own, and still others
+        "quantization_config": {"ignore": ["model.layers.0.mlp.experts.3.up_proj"]},
+    }
     entries = [f"{part}.model.layers.0.mlp.experts.3.up_proj" for part in ("talker", "thinker")]
     config = {
         "model_type": "qwen3_omni_moe",
@@ -357,3 +360,17 @@ def test_the_lists_name_the_new_ids_of_the_survivors_they_named_before(
     # Every override is still the override of the expert it was made for.
     made_for = [[form, layer, old] for form, layer, _, old in survivors]
     assert after["extra_config"] == dict(zip(image, made_for, strict=True))
+
+
+def test_an_entry_that_the_renumbering_forgot_is_found_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    section = {"ignore": [NAME.format(1, 12, "up_proj")]}
+    document = Document.parse(json.dumps(section).encode(), "hf_quant_config.json")
+    monkeypatch.setattr(QuantizationLists, "changes", lambda *_: {})
+    with pytest.raises(ConfigError, match=r"config\.json: .*still names expert 12 of 4"):
+        pruned(section)
+    with pytest.raises(ConfigError, match=r"hf_quant_config\.json: .*still names expert 12 of 4"):
+        pruned_quantization_file(
+            document, anatomy_of(FILES), keep_list(RETAINED), "hf_quant_config.json"
+        )

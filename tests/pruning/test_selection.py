@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
-from shardsurgeon.pruning.routing import RoutingFacts
+from shardsurgeon.pruning.request import MtpPolicy
+from shardsurgeon.pruning.routing import RoutingFacts, routing_facts
 from shardsurgeon.pruning.selection import (
     check_keep_list,
     check_order,
@@ -23,7 +26,9 @@ from shardsurgeon.pruning.selection import (
     saliency_cut,
     select,
     super_experts,
+    with_mtp,
 )
+from tests.support import tiny
 
 Rows = Mapping[int, NDArray[np.float64]]
 
@@ -191,6 +196,10 @@ def test_the_check_compares_within_groups_where_routing_is_group_limited() -> No
             KeepList(8, {0: keep_of((1.0,) * 8, (0, 1, 2, 4))}),
             "layer 0 keeps 3 experts of group 0, not 2",
         ),
+        (
+            KeepList(8, {0: keep_of((1.0,) * 8, (0, 4, 5, 6))}),
+            "layer 0 keeps 1 experts of group 0, not 2",
+        ),
     ],
 )
 def test_a_keep_list_the_router_cannot_use_is_refused(keep_list: KeepList, says: str) -> None:
@@ -293,3 +302,13 @@ def test_activation_norms_that_are_not_finite_are_refused(value: float) -> None:
 
 def test_without_activation_norms_there_are_no_super_experts() -> None:
     assert super_experts({}) == {}
+
+
+def test_layers_come_in_ascending_order_with_mtp_layers_behind_them() -> None:
+    checkpoint = open_checkpoint(tiny.source())
+    anatomy = read_anatomy(checkpoint)
+    backwards = KeepList(8, {layer: keep_of((1.0,) * 8, (0, 1, 4)) for layer in (3, 2, 1)})
+    main = KeepList(8, {layer: backwards.layers[layer] for layer in (2, 1)})
+    for policy in (MtpPolicy.LAST, MtpPolicy.ROUTER_NORM):
+        found, _ = with_mtp(main, checkpoint, anatomy, policy, routing_facts(anatomy))
+        assert list(found.layers) == [1, 2, 3]

@@ -343,3 +343,12 @@ def test_a_link_that_was_laid_for_a_work_file_is_not_followed(tmp_path: Path, ca
         files.reserve_file(tmp_path / "a", 100, native())
     assert (tmp_path / "precious").read_bytes() == b"precious"
     assert not (tmp_path / "a").is_symlink()
+
+
+def test_the_name_of_every_new_folder_is_synced(tmp_path: Path) -> None:
+    synced: list[Path] = []
+    system = replace(native(), sync_folder=synced.append)
+    files.make_folder(tmp_path / "a" / "b", system)
+    assert synced == [tmp_path, tmp_path / "a"]
+    files.make_folder(tmp_path / "a" / "b", system)
+    assert len(synced) == 2
