@@ -172,6 +172,14 @@ def is_needed(name: str) -> bool:
     return _NEEDED.fullmatch(name) is not None
 
 
+def looks_like_weights(name: str) -> bool:
+    """Whether a file or folder, or a folder that it lies in, is called as weights or as the index
+    of some are."""
+    suffixes = ("." + part.rpartition(".")[2].lower() for part in name.split("/"))
+    named = any(suffix in _OTHER_WEIGHTS or suffix == ".safetensors" for suffix in suffixes)
+    return named or _RULES[OTHER_WEIGHTS].fullmatch(name) is not None
+
+
 def names_of(location: str, files: Iterable[str]) -> FileNames:
     """What a model's files are called: as transformers has them, or Mistral's own format.
 

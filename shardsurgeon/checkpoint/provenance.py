@@ -247,7 +247,7 @@ class _Reader(CheckedJson):
             return None
         files = self.member(top, "files", "")
         for name, nbytes in files.items():
-            if not is_whole_number(nbytes):
+            if not is_whole_number(nbytes) or nbytes >> 63:
                 self.refuse(f"files: {name[:40]} is not given a size in bytes")
         return files
 
@@ -297,7 +297,7 @@ class _Reader(CheckedJson):
         preserved = self.ids(fields, "preserved", place) if "preserved" in fields else ()
         if len(retained) not in left or len(retained) + len(pruned) != before:
             found = f"{len(retained)} retained and {len(pruned)} pruned"
-            which = "at most " if len(left) > 1 else ""
+            which = "at most " if left.stop - left.start > 1 else ""
             expected = f"{which}{left[-1]} and {before - left[-1]}"
             self.refuse(f"{place}: {found} experts, expected {expected}")
         if sorted(retained + pruned) != list(range(before)):

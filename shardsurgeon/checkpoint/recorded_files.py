@@ -18,7 +18,7 @@ from shardsurgeon.storage.threads import map_in_threads
 
 _READS_AT_ONCE = 4
 # Remote places may stamp large files with their SHA-256.
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def deviations(pruned: Checkpoint, *, shards: bool) -> list[Deviation]:
 
 def _sha256_in(source: Source, file: SourceFile, stopped: threading.Event) -> str:
     """SHA-256 (hex) of a source's file: as a remote place lists it, or else of its bytes."""
-    if source.is_remote and _SHA256.fullmatch(file.stamp):
+    if source.is_remote and SHA256.fullmatch(file.stamp):
         return file.stamp
     found = hashlib.sha256()
     for piece in source.stream(file.name, 0, file.nbytes):

@@ -57,7 +57,7 @@ def verify_command(
     SOURCE and PRUNED are folders, or repositories of the Hub such as org/name.
     Checks headers, index, config, side files and metadata, and compares every
     byte of every surviving tensor. Exit status 1 where it does not hold, with
-    the first differences.
+    the first differences. A sample that shows none says no more than that.
 
     \b
     Examples:
@@ -88,7 +88,7 @@ def verify_command(
 
 
 def _lines(report: VerifyReport) -> Iterator[str]:
-    yield f"{report.pruned}: {'holds' if report.holds else 'does not hold'}"
+    yield f"{report.pruned}: {report.verdict}"
     yield ""
     yield from facts(_facts(report))
     if not report.holds:
@@ -104,6 +104,7 @@ def _facts(report: VerifyReport) -> Iterator[tuple[str, str]]:
     yield "bytes", f"{format_size(report.bytes_compared)} of {compared}"
     if report.architecture is not None:
         yield from _architecture_facts(report.architecture)
+    yield from (("note", note) for note in report.notes)
 
 
 def _architecture_facts(report: ArchitectureReport) -> Iterator[tuple[str, str]]:

@@ -38,10 +38,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What a comparison looked at."""
+    """What a comparison looked at; complete: whether that was every byte."""
 
     tensors: int
     nbytes: int
+    complete: bool = False
 
 
 def compare_bytes(
@@ -63,7 +64,8 @@ def compare_bytes(
     found = map_in_threads(run.problems, _batches(chosen), max(workers, 1), "verify", run.stop)
     for pair, problem in chain.from_iterable(found):
         findings.add(f"{pair.file} {pair.name}", problem)
-    return Compared(len(chosen), run.done)
+    every = sum(pair.nbytes for each in pairs.values() for pair in each)
+    return Compared(len(chosen), run.done, run.total == every)
 
 
 def _picked(file: str, pairs: list[Pair], sampling: Sampling) -> Iterable[Pair]:

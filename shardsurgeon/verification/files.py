@@ -1,7 +1,7 @@
 """The output as files: names, headers, order, alignment, index, and the files beside the weights.
 
 Files whose content changes (config.json, the index, the metadata, quantization lists) have checks
-of their own. Files that were added later, such as a model card, are not checked.
+of their own, and so has what lies there besides (`strays`).
 
 What belongs to a model beside its weights, `checkpoint.side_files` says, by the globs in the
 record; whether it is there is found out here.
@@ -15,12 +15,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.files import (
-    CALIBRATION_FOLDER,
-    OTHER_WEIGHTS,
-    set_aside,
-    why_left_behind,
-)
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, set_aside
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.checkpoint.side_files import side_files
@@ -142,7 +137,7 @@ def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
 def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
     """What belongs to the model beside its weights is there, byte for byte."""
     there = {file.name: file.nbytes for file in pruned.files}
-    carried = _carried(source, pruned)
+    carried = carried_files(source, pruned)
     with RangeComparer(source, pruned) as sides:
         same = _Sameness(source, pruned, sides)
         for file in source.files:
@@ -188,23 +183,7 @@ class _Sameness:
         return begun.hexdigest()
 
 
-def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
-    """There are no weight files besides the model's own: a loader might read them."""
-    expected = {shard.file for shard in pruned.shards} | _carried(source, pruned)
-    expected |= pruned.rewritten
-    if pruned.provenance is not None and pruned.provenance.files is None:
-        # Earlier versions copied whatever lay there.
-        old_shards = {shard.file for shard in source.shards} | set(source.unindexed)
-        expected |= {file.name for file in source.files} - old_shards
-    for file in pruned.files:
-        name = file.name
-        if name in expected or name.startswith(CALIBRATION_FOLDER):
-            continue
-        if why_left_behind(name) == OTHER_WEIGHTS or name.endswith(".safetensors"):
-            findings.add(name, "is a weight file that is not part of the model")
-
-
-def _carried(source: Checkpoint, pruned: Checkpoint) -> set[str]:
+def carried_files(source: Checkpoint, pruned: Checkpoint) -> set[str]:
     """The files of the source that belong to the pruned model, by the globs it was made with."""
     record = pruned.provenance
     globs = (record.include, record.exclude) if record is not None else ()

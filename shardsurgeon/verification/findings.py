@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KEPT = 20
 
+# What a report ends in.
+HOLDS = "holds"
+AS_FAR_AS_SAMPLED = "identical as far as sampled"
+DOES_NOT_HOLD = "does not hold"
+
 
 class Findings:
-    """Differences in the order in which they were found, one line each."""
+    """Differences in the order in which they were found, one line each, and notes beside them."""
 
     def __init__(self, keep: int = KEPT) -> None:
         """keep: how many lines are kept; those that follow are only counted."""
         self._keep = keep
         self._lines: list[str] = []
+        self._places: set[str] = set()
         self.count = 0
+        self.notes: list[str] = []
 
     def add(self, where: str, problem: str) -> None:
         """Note a difference. where: file, tensor or metadata entry; problem: with its numbers."""
         self.count += 1
+        self._places.add(where)
         if len(self._lines) < self._keep:
             self._lines.append(f"{where}: {problem}")
+
+    def note(self, text: str) -> None:
+        """Say what is no difference and should be known: what lies there, what was not compared."""
+        self.notes.append(text)
+
+    def tells_of(self, name: str) -> bool:
+        """Whether a difference was found in a file: as a whole, or at a place in it."""
+        return any(where == name or where.startswith(f"{name} ") for where in self._places)
 
     def lines(self) -> tuple[str, ...]:
         """The lines that were kept, and one more that says how many were not."""
@@ -60,12 +76,14 @@ class ArchitectureReport:
 class VerifyReport:
     """What a verification compared. differences: the first ones, one clear line each.
 
-    sampled: tensors per shard whose bytes were compared, None for all of them.
-    architecture: None where it was not asked for.
+    sampled: tensors per shard whose bytes were compared, None for all of them. architecture: None
+    where it was not asked for. complete: whether every byte was compared. notes: what is no
+    difference and should be known: files that apply did not write, what could not be compared.
+    verdict: `holds`, `identical as far as sampled` or `does not hold`.
 
     >>> report = shardsurgeon.verify("fixtures/kimi_k25", "fixtures/kimi_k2")
-    >>> report.holds, len(report.differences) > 0
-    (False, True)
+    >>> report.holds, report.verdict, len(report.differences) > 0
+    (False, 'does not hold', True)
     """
 
     source: str
@@ -76,6 +94,13 @@ class VerifyReport:
     bytes_compared: int
     differences: tuple[str, ...]
     architecture: ArchitectureReport | None = None
+    complete: bool = True
+    notes: tuple[str, ...] = ()
+    verdict: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = HOLDS if self.complete else AS_FAR_AS_SAMPLED
+        object.__setattr__(self, "verdict", found if self.holds else DOES_NOT_HOLD)
 
     @property
     def all_differences(self) -> tuple[str, ...]:
@@ -85,5 +110,5 @@ class VerifyReport:
 
     @property
     def holds(self) -> bool:
-        """Whether no difference was found."""
+        """Whether no difference was found, in what was compared."""
         return not self.all_differences

@@ -1,24 +1,17 @@
 """The record that a prune leaves: which experts were kept, and their saliencies.
 
 It is read first: tensors and config are compared with its keep-lists, in the source's numbering.
-What the record says about itself must be true as well, and its saliencies must justify the choice
-of experts.
+What the record says about itself must be true as well; its other fields, `record_fields` checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, LayerRecord, Provenance
-from shardsurgeon.storage.formats.strict_json import as_number, parse_json
-from shardsurgeon.storage.limits import METADATA
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance
 from shardsurgeon.verification.findings import Findings
-
-_LEAST = "min_retained_saliency"
-_MOST = "max_pruned_saliency"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,59 +139,3 @@ def _check_steps(
             f"was pruned from a model whose config.json has sha256 {str(made_from)[:12]}…, "
             f"the source's has {source.config_sha256[:12]}…",
         )
-
-
-def check_saliencies(pruned: Checkpoint, findings: Findings) -> None:
-    """In every layer (or router group) no pruned expert has more saliency than a retained one.
-
-    Preserved experts are left out. The extremes that the file names must be those of its own
-    saliencies, where it has any.
-    """
-    record = pruned.provenance
-    if record is None:
-        return
-    content = parse_json(pruned.read_file(PROVENANCE_NAME, METADATA), METADATA)
-    for key, fields in content["layers"].items():
-        where = f"{PROVENANCE_NAME} layers.{key}"
-        layer = record.layers[int(key)]
-        groups = fields.get("groups")
-        _check_extremes(where, fields, layer, range(layer.num_experts), findings)
-        if groups is None:
-            _check_order(where, fields, findings)
-            continue
-        size = layer.num_experts // len(groups)
-        for number, group in enumerate(groups):
-            ids = range(number * size, (number + 1) * size)
-            _check_extremes(f"{where}.groups[{number}]", group, layer, ids, findings)
-            _check_order(f"{where}.groups[{number}]", group, findings)
-
-
-def _check_order(where: str, fields: object, findings: Findings) -> None:
-    least, most = _number(fields, _LEAST), _number(fields, _MOST)
-    if least is not None and most is not None and least < most:
-        findings.add(where, f"{_LEAST} {least} is below {_MOST} {most}")
-
-
-def _check_extremes(
-    where: str, fields: object, layer: LayerRecord, ids: range, findings: Findings
-) -> None:
-    retained = set(layer.retained).difference(layer.preserved)
-    expected = {
-        _LEAST: min(_saliencies(layer, retained, ids), default=None),
-        _MOST: max(_saliencies(layer, set(layer.pruned), ids), default=None),
-    }
-    for key, value in expected.items():
-        given = _number(fields, key)
-        if given is not None and value is not None and given != value:
-            findings.add(where, f"{key} is {given}, its saliencies say {value}")
-
-
-def _saliencies(layer: LayerRecord, members: Collection[int], ids: range) -> Iterator[float]:
-    for old_id in ids:
-        value = layer.saliency[old_id]
-        if value is not None and old_id in members:
-            yield value
-
-
-def _number(fields: object, key: str) -> float | None:
-    return as_number(fields.get(key)) if isinstance(fields, Mapping) else None

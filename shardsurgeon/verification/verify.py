@@ -12,10 +12,12 @@ from shardsurgeon.errors import CheckpointError, InputError
 from shardsurgeon.storage.source import Source
 from shardsurgeon.verification.byte_comparison import Compared, Progress, Sampling, compare_bytes
 from shardsurgeon.verification.config_check import check_settings
-from shardsurgeon.verification.files import check_side_files, check_strays, check_structure
+from shardsurgeon.verification.files import check_side_files, check_structure
 from shardsurgeon.verification.findings import Findings, VerifyReport
 from shardsurgeon.verification.pairing import pair_tensors
-from shardsurgeon.verification.record import check_layers, check_saliencies, read_keeps
+from shardsurgeon.verification.record import check_layers, read_keeps
+from shardsurgeon.verification.record_fields import check_fields, check_saliencies
+from shardsurgeon.verification.strays import check_recorded, check_strays
 
 _MOST_WORKERS = 4
 
@@ -62,12 +64,14 @@ def verify_checkpoint(
         check_settings(before, anatomy, after, keeps, pairing, findings)
         check_side_files(before, after, findings)
         check_strays(before, after, findings)
-        check_saliencies(after, findings)
+        check_fields(anatomy, after, findings)
+        check_saliencies(before, anatomy, after, findings)
         sampling = Sampling(sample, sample_nbytes, seed)
         threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
         compared = compare_bytes(
             before, after, pairing.pairs, sampling, threads, on_progress, findings
         )
+        check_recorded(after, findings, complete=compared.complete)
     return VerifyReport(
         source=before.location,
         pruned=place,
@@ -76,4 +80,6 @@ def verify_checkpoint(
         tensors_compared=compared.tensors,
         bytes_compared=compared.nbytes,
         differences=findings.lines(),
+        complete=compared.complete,
+        notes=tuple(findings.notes),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.errors import SourceReadError, VerificationError
 from shardsurgeon.operations import api
 from shardsurgeon.operations.prune import Pruning
@@ -179,6 +180,10 @@ def test_a_side_file_that_differs_from_a_far_one_is_found(
     source = FarSource({**tiny.files(), name: b"AB"})
     far = replace(pruning.checkpoint, source=source, files=source.list())
     documents = {file.name: (out / file.name).read_bytes() for file in LocalSource(out).list()}
+    # Made of other files than these, by its own account.
+    record = json.loads(documents[PROVENANCE_NAME])
+    del record["sha256"]
+    documents[PROVENANCE_NAME] = json.dumps(record).encode()
     for content, holds in ((b"AB", True), (b"AC", False)):
         found = verify_checkpoint(far, MemorySource({**documents, name: content}), sample=0)
         assert found.holds is holds, found.differences
