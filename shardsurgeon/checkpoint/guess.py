@@ -7,6 +7,7 @@ rest. Experts may be numbered, or stacked in tensors `[E, ...]` beside a router 
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,12 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS
 from shardsurgeon.checkpoint.layouts import is_companion
 from shardsurgeon.errors import UndeclaredFamilyError
-from shardsurgeon.families.schema import Family, numbers_of_experts, parse_family
+from shardsurgeon.families.schema import (
+    Family,
+    architectures_of,
+    numbers_of_experts,
+    parse_family,
+)
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = (
@@ -85,6 +91,7 @@ class _FamilyGuess:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.ambiguities: list[str] = []
         self._config = checkpoint.settings
+        self._where = checkpoint.config_place
         self._sections = self._count_sections()
         self._counts = [key for key in _COUNTS if any(key in s for s in self._sections.values())]
         self._section = next(iter(self._sections.values()), self._config)
@@ -95,7 +102,7 @@ class _FamilyGuess:
 
     def toml(self) -> str:
         """The declaration, as far as it is known."""
-        architectures = self._config.get("architectures") or []
+        architectures = architectures_of(self._config, self._where)
         lines = [
             'facts = "read off one checkpoint by shardsurgeon; check it"',
             f"model_types = {_list([self._config.get('model_type')])}",
@@ -285,8 +292,7 @@ def _objects(node: object, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]
             yield from _objects(value, f"{path}.{key}".lstrip("."))
 
 
-def _list(items: list[Any]) -> str:
-    quoted = ", ".join(
-        '"' + str(item).replace("\\", "\\\\").replace('"', '\\"') + '"' for item in items
-    )
-    return f"[{quoted}]"
+def _list(items: Iterable[Any]) -> str:
+    """Texts as TOML has them: as JSON, but for one character more that is escaped."""
+    quoted = (json.dumps(str(item), ensure_ascii=False) for item in items)
+    return f"[{', '.join(quoted)}]".replace("\x7f", "\\u007f")

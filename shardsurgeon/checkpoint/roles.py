@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from shardsurgeon.checkpoint.layouts import is_companion, with_other_layouts
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.families.schema import Family, Rule, pattern
+from shardsurgeon.families.schema import Family, Rule
+from shardsurgeon.families.templates import pattern
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 

@@ -1,10 +1,7 @@
 """What a family file may say, and how it is read.
 
 A family is data: where the config keeps its counts, how the tensors of a decoder layer are
-named, and which of them have an expert axis. The language of the names is small:
-
-    {layer}   a layer number          {expert}  an expert number
-    {part}    the rest of the name    *         anything
+named, and which of them have an expert axis. `templates` has the language of the names.
 
 `like = "deepseek_v3"` starts from another family and overrides single entries of its tables.
 """
@@ -22,19 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from shardsurgeon.errors import FamilyError
+from shardsurgeon.families.templates import pattern, require_templates
+from shardsurgeon.storage.formats.strict_json import brief
 from shardsurgeon.storage.limits import FAMILY, read_limited
 
 # The standard library takes time that grows with the square of a dotted key.
 _MAX_LINE = 16_000
-# No more digits than Python turns into a number at once; names come from strangers.
-_NUMBER = r"(?:0|[1-9][0-9]{0,8})"
-_PLACEHOLDERS = {
-    "{layer}": rf"(?P<layer>{_NUMBER})",
-    "{expert}": rf"(?P<expert>{_NUMBER})",
-    "{part}": r"(?P<part>.+)",
-    "*": r".*",
-}
-_TOKEN = re.compile("|".join(re.escape(token) for token in _PLACEHOLDERS))
+_SEE = "see 'Adding a family' in CONTRIBUTING.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +169,6 @@ class Family:
     transformers: TransformersView = TransformersView()
 
 
-def pattern(template: str) -> str:
-    """The regular expression of a name template; every placeholder becomes a named group."""
-    out, last = [], 0
-    for token in _TOKEN.finditer(template):
-        out += [re.escape(template[last : token.start()]), _PLACEHOLDERS[token[0]]]
-        last = token.end()
-    return "".join(out) + re.escape(template[last:])
-
-
 def parse_family(text: str, where: str) -> Family:
     """Read the text of a family file. where: its name, for messages and as the family's name.
 
@@ -199,7 +181,7 @@ def parse_family(text: str, where: str) -> Family:
         raise FamilyError(where, f"not TOML: {error}") from error
     except RecursionError as error:
         raise FamilyError(where, "is nested too deeply") from error
-    return _family(data, where)
+    return _sound(_family(data, where), where)
 
 
 def read_family(path: str) -> Family:
@@ -234,7 +216,7 @@ def family_for(config: Mapping[str, Any], where: str, tensors: Iterable[str] = (
     """
     families = all_families()
     model_type = config.get("model_type")
-    architectures = config.get("architectures") or []
+    architectures = architectures_of(config, where)
     for family in families:
         if model_type in family.model_types:
             return family
@@ -255,12 +237,27 @@ def family_for(config: Mapping[str, Any], where: str, tensors: Iterable[str] = (
     raise FamilyError(where, *_unknown(config, families, tensors))
 
 
+def architectures_of(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The classes that a config.json names. Raises FamilyError where it lists something else."""
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        problem = f"architectures is {brief(named)}, not a list of names"
+        raise FamilyError(where, problem, "fetch the file again")
+    return tuple(named)
+
+
 @cache
 def all_families() -> tuple[Family, ...]:
     """Every shipped family, sorted by name."""
+    return tuple(parse_family(_read(f"{name}.toml"), f"{name}.toml") for name in _shipped())
+
+
+@cache
+def _shipped() -> tuple[str, ...]:
+    """The names of the shipped families, sorted."""
     folder = resources.files("shardsurgeon.families")
-    files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".toml"))
-    return tuple(parse_family(_read(name), name) for name in files)
+    names = (file.name for file in folder.iterdir())
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
 
 def _read(file_name: str) -> str:
@@ -344,7 +341,7 @@ def _would_fit(family: Family, config: Mapping[str, Any], tensors: list[str]) ->
 
 
 def _family(data: dict[str, Any], where: str) -> Family:
-    data = _inherit(data)
+    data = _inherit(data, where)
     config = _build(ConfigKeys, data.pop("config", {}), f"{where} [config]")
     tensors = _build(TensorNames, data.pop("tensors", {}), f"{where} [tensors]")
     view = _build(TransformersView, data.pop("transformers", {}), f"{where} [transformers]")
@@ -358,21 +355,64 @@ def _family(data: dict[str, Any], where: str) -> Family:
     return family
 
 
-def _inherit(data: dict[str, Any]) -> dict[str, Any]:
+def _sound(family: Family, where: str) -> Family:
+    """The family, if every name can be read and none of what is needed is empty."""
+    tensors, config = family.tensors, family.config
+    needed = {
+        "layers": tensors.layers,
+        "routers": tensors.routers,
+        "experts": tensors.experts or tensors.stacked,
+        "at": config.at,
+        "num_experts": config.num_experts,
+        "top_k": config.top_k,
+        "num_layers": config.num_layers,
+    }
+    for entry, values in needed.items():
+        if not values:
+            raise FamilyError(where, f"entry '{entry}' is empty", _SEE)
+    for place in (config.per_layer, config.per_mtp_layer):
+        if place and place.split(".").count("*") != 1:
+            problem = f"'{place}' has not one '*' for the number of a layer"
+            raise FamilyError(f"{where} [config]", problem, _SEE)
+    templates = [
+        (field.name, item.name if isinstance(item, Rule) else item)
+        for field in fields(tensors)
+        for item in getattr(tensors, field.name)
+    ]
+    templates += [("absent", name) for name in family.transformers.absent]
+    require_templates(templates, where)
+    return family
+
+
+def _inherit(data: dict[str, Any], where: str) -> dict[str, Any]:
     """The table with the entries of the family that it is `like`, except where it has its own."""
     parent = data.get("like")
     if parent is None:
         return data
-    base = _inherit(tomllib.loads(_read(f"{parent}.toml")))
-    tables = {name: {**base[name], **data.get(name, {})} for name in ("config", "tensors")}
+    if parent not in _shipped():
+        near = difflib.get_close_matches(str(parent), _shipped(), n=1)
+        remedy = f"did you mean {near[0]}?" if near else "name one of shardsurgeon/families"
+        raise FamilyError(where, f"is like {parent!r}, which is no family", remedy)
+    base = _inherit(tomllib.loads(_read(f"{parent}.toml")), where)
+    tables = {
+        name: {**base[name], **_table(data.get(name, {}), f"{where} [{name}]")}
+        for name in ("config", "tensors")
+    }
     merged = {**base, **data, **tables}
     del merged["like"]
     merged["transformers"] = data.get("transformers", {})
     return merged
 
 
-def _build(kind: Any, data: dict[str, Any], where: str) -> Any:
+def _table(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FamilyError(where, f"is {brief(value)}, not a table", _SEE)
+    return value
+
+
+def _build(kind: Any, value: object, where: str) -> Any:
     """One of the frozen values above from a TOML table, whose entries must have its types."""
+    data = _table(value, where)
     declared = {field.name: field for field in fields(kind)}
     for key in data:
         if key not in declared:
@@ -383,9 +423,13 @@ def _build(kind: Any, data: dict[str, Any], where: str) -> Any:
     for field in declared.values():
         if field.default is MISSING and field.name not in data:
             raise FamilyError(where, f"entry '{field.name}' is missing")
-    return kind(
-        **{key: _entry(declared[key].type, value, f"{where} {key}") for key, value in data.items()}
-    )
+    entries = {
+        key: _entry(declared[key].type, item, f"{where} {key}") for key, item in data.items()
+    }
+    try:
+        return kind(**entries)
+    except FamilyError as error:
+        raise FamilyError(f"{where} {error.where}", error.problem, error.remedy) from error
 
 
 def _entry(declared: Any, value: Any, where: str) -> Any:
@@ -402,4 +446,4 @@ def _entry(declared: Any, value: Any, where: str) -> Any:
             return tuple(value.items())
     elif type(value).__name__ == declared:
         return value
-    raise FamilyError(where, f"{value!r} is not what this entry holds ({declared})")
+    raise FamilyError(where, f"{brief(value)} is not what this entry holds ({declared})")

@@ -19,6 +19,7 @@ from shardsurgeon.checkpoint.provenance import Provenance
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
 from shardsurgeon.errors import InputError
+from shardsurgeon.families.schema import architectures_of
 from shardsurgeon.pruning.config_edits import says_per_layer
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.formats.index import HUGGING_FACE
@@ -143,7 +144,7 @@ def _loading(pruned: Checkpoint, stock_engines: bool) -> Loading:
         return Loading("", "", remote_code=False, stock_engines=stock_engines)
     code = config.get("auto_map")
     code = code if isinstance(code, Mapping) else _NOTHING
-    architecture = next(iter(config.get("architectures") or ()), "")
+    architecture = next(iter(architectures_of(config, pruned.config_place)), "")
     has_vision = architecture.endswith("ForConditionalGeneration")
     auto = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
     # The card has it in a snippet of code, which no config may write.

@@ -8,6 +8,7 @@ from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.errors import UsageError
+from shardsurgeon.families.schema import architectures_of
 from shardsurgeon.operations.reports import InspectReport
 from shardsurgeon.pruning.config_edits import quantization_name, side_file_quantization
 from shardsurgeon.pruning.counts import uniform_counts
@@ -40,7 +41,7 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
     return InspectReport(
         name=checkpoint.source.name,
         model_type=config.get("model_type"),
-        architectures=tuple(config.get("architectures") or ()),
+        architectures=architectures_of(config, checkpoint.config_place),
         family=anatomy.family.name,
         num_hidden_layers=anatomy.num_layers,
         moe_layers=tuple(layer.index for layer in anatomy.main_layers),

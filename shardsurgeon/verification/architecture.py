@@ -29,7 +29,8 @@ from shardsurgeon.checkpoint.transformers_model import (
     name_in_transformers,
 )
 from shardsurgeon.errors import FamilyError, InputError, UsageError
-from shardsurgeon.families.schema import Family, pattern
+from shardsurgeon.families.schema import Family
+from shardsurgeon.families.templates import pattern
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.source import Source
 from shardsurgeon.verification.findings import ArchitectureReport, Findings
