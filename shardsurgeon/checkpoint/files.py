@@ -96,7 +96,7 @@ _NO_PART = {
     "partial work": "|".join(
         (
             _called(r"[^/]*\.(?:te?mp|part|partial|incomplete|crdownload|download|aria2|sw[op])"),
-            _called(r"[^/]*\.(?:lock|writing)"),
+            _called(r"[^/]*\.(?:lock|writing)|shardsurgeon\.journal"),
             _below(r"[^/]*\.(?:partial|incomplete|te?mp)|te?mp"),
         )
     ),

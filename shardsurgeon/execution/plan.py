@@ -107,7 +107,8 @@ class Plan:
                     if isinstance(piece, Literal):
                         found.update(_joined(piece.data))
                     else:
-                        found.update(f"{piece.file}\0{piece.begin}\0{piece.nbytes}\0".encode())
+                        place = f"{piece.file}\0{piece.begin}\0{piece.nbytes}\0"
+                        found.update(place.encode(errors="surrogateescape"))
         for name, data in self.generated_files:
             found.update(_joined(name.encode(), data))
         scores = [(name, sha256) for name, _, sha256 in self.score_files]

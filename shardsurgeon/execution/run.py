@@ -33,12 +33,12 @@ from shardsurgeon.errors import (
     OutputError,
     OutputWriteError,
     SourceChangedError,
-    SourceReadError,
     UsageError,
     VerificationError,
 )
 from shardsurgeon.execution.checksums import shard_checksums
 from shardsurgeon.execution.journal import Run
+from shardsurgeon.execution.outputs import holds_result, output_sizes, require_distinct
 from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
 from shardsurgeon.execution.ranges import CopyRange, batches
 from shardsurgeon.execution.shards import BATCH_NBYTES, ResumeState, ShardWriter, find_resume_state
@@ -49,21 +49,18 @@ from shardsurgeon.execution.upload import (
     ShardUploader,
     require_receipts,
 )
-from shardsurgeon.execution.workdir import RunContext, WorkDir, has_file, lock_workdir
+from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
 from shardsurgeon.storage.files import (
     carry_mode,
-    reading,
     reserve_file,
     sha256_of,
     sync_path,
 )
 from shardsurgeon.storage.formats.checksums import (
-    begin_with_checksums,
-    nbytes_with_checksums,
     with_checksums,
 )
-from shardsurgeon.storage.source import Source, SourceFile, leads_out, require_unchanged
+from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
 
@@ -138,6 +135,8 @@ def execute(
             before_delivery(out)
         return ExecutionReport(0, sum(sizes.values()), shards, shards, time.monotonic() - begun)
     with lock_workdir(out, system) as workdir, _blaming_the_source(source, planned, workdir):
+        if workdir.folds_case:
+            require_distinct(sizes)
         for _, origin, sha256 in plan.score_files:
             _require_read(Path(origin), sha256, origin)
         with workdir.open_journal(_run(plan, source), restart) as journal:
@@ -183,49 +182,6 @@ def execute(
     )
 
 
-def output_sizes(plan: Plan) -> dict[str, int]:
-    """Every output file and its size. Raises OutputError for a name that must not be written."""
-    source_sizes = {file.name: file.nbytes for file in plan.source_files}
-    files = [(shard.file, shard.nbytes) for shard in plan.shards]
-    files += [(name, source_sizes[name]) for name in plan.copied_files]
-    files += [(name, _size_on_disk(path)) for name, path, _ in plan.score_files]
-    files += [(name, len(data)) for name, data in plan.generated_files]
-    sizes: dict[str, int] = {}
-    for name, nbytes in files:
-        if leads_out(name):
-            raise OutputError(name, "is a file name that leads out of the output folder")
-        if name in sizes:
-            raise OutputError(name, "is the name of two output files")
-        sizes[name] = nbytes
-    if plan.record:
-        left_out = (
-            {plan.record} if plan.checksums else {plan.record, *(s.file for s in plan.shards)}
-        )
-        document = dict(plan.generated_files)[plan.record]
-        sizes[plan.record] = nbytes_with_checksums(document, sizes.keys() - left_out)
-    return sizes
-
-
-def holds_result(out: Path, plan: Plan, sizes: dict[str, int]) -> bool:
-    """Whether the folder `out` is what this plan gives, as far as small files and headers tell.
-
-    sizes: of every output file. Reads no weights. Files beside those of the plan do not matter.
-    """
-    begins = {shard.file: shard.header for shard in plan.shards} | dict(plan.generated_files)
-    if plan.record:
-        begins[plan.record] = begin_with_checksums(begins[plan.record])
-    try:
-        return (
-            out.is_dir()
-            and all(
-                has_file(out / name, size, begins.get(name, b"")) for name, size in sizes.items()
-            )
-            and all(sha256_of(out / name) == sha256 for name, _, sha256 in plan.score_files)
-        )
-    except (OutputWriteError, SourceReadError):
-        return False
-
-
 def _clear_leftovers(out: Path, run: Run, system: System) -> None:
     """Remove the OUT.partial that a kill in the last moment of this run left beside OUT."""
     if Path(f"{out}.partial").is_dir():
@@ -235,11 +191,6 @@ def _clear_leftovers(out: Path, run: Run, system: System) -> None:
             workdir.open_journal(run, restart=False),
         ):
             pass  # it has nothing that a run could go on with, and goes when it is let go of
-
-
-def _size_on_disk(path: str) -> int:
-    with reading(path):
-        return os.stat(path).st_size
 
 
 def _require_space(needed: int, workdir: WorkDir) -> None:

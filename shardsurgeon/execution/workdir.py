@@ -124,6 +124,11 @@ class WorkDir:
         """Whether the folder belongs to this run: its journal has been opened."""
         return self._journal is not None
 
+    @property
+    def folds_case(self) -> bool:
+        """Whether a name in another case is the same file there; to be asked while it is locked."""
+        return (self.folder / _LOCK.swapcase()).exists()
+
     def has(self, name: str, nbytes: int, begins: bytes) -> bool:
         """Whether the file is finished, has that size, and begins with those bytes."""
         return has_file(self.files / name, nbytes, begins)

@@ -94,7 +94,7 @@ def _part(piece: str) -> DatasetPart:
     if count == 0:
         raise UsageError(OPTION, f"'{piece}' asks for no sample", _GRAMMAR)
     # The name of an existing file or folder may contain any character.
-    if name and Path(name).exists():
+    if name and os.path.exists(name):
         return DatasetPart(name, count=count)
     match = _NAME.fullmatch(name)
     if not match:
@@ -146,7 +146,7 @@ def open_dataset(part: DatasetPart) -> OpenDataset:
     """Open one part. Raises DatasetError where the dataset does not exist or is empty."""
     path = Path(part.name).expanduser()
     suffix = path.suffix.lower()
-    if path.is_file() or suffix in (*_READERS, _PARQUET):
+    if os.path.isfile(path) or suffix in (*_READERS, _PARQUET):
         source, records = _open_file(part, path, suffix)
     else:
         source, records = _open_with_library(part, path)
@@ -157,7 +157,7 @@ def open_dataset(part: DatasetPart) -> OpenDataset:
 
 
 def _open_file(part: DatasetPart, path: Path, suffix: str) -> tuple[str, Records]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DatasetError(path, "there is no such file", "check the path")
     if part.subset or part.split or part.revision:
         raise DatasetError(part.words, "is a file, and files have no subset, split or revision")
@@ -171,12 +171,12 @@ def _open_file(part: DatasetPart, path: Path, suffix: str) -> tuple[str, Records
 
 
 def _open_with_library(part: DatasetPart, path: Path) -> tuple[str, Records]:
-    if path.is_dir() and any((path / name).is_file() for name in _SAVED):
+    if os.path.isdir(path) and any((path / name).is_file() for name in _SAVED):
         dataset, split = _load_from_disk(part, path)
     else:
-        dataset, split = _load(part, str(path) if path.is_dir() else part.name)
+        dataset, split = _load(part, str(path) if os.path.isdir(path) else part.name)
     # With the split, even where the spec leaves it out, so that one dataset has one name.
-    name = folder_content_name(path) if path.is_dir() else part.name
+    name = folder_content_name(path) if os.path.isdir(path) else part.name
     return replace(part, name=name, split=split).words, LibraryRecords(dataset, part.words)
 
 

@@ -13,8 +13,8 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.errors import OutputError, UsageError
+from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import holds_result, output_sizes
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import KeepList, write_plan
@@ -194,7 +194,9 @@ def _digests(*files: object) -> dict[Path, str]:
     not among them; of a file that cannot be read, its reader says so.
     """
     paths = [Path(file).absolute() for file in files if isinstance(file, str | os.PathLike)]
-    return {path: sha256_of(path) for path in paths if path.is_file() and os.access(path, os.R_OK)}
+    return {
+        path: sha256_of(path) for path in paths if os.path.isfile(path) and os.access(path, os.R_OK)
+    }
 
 
 def _selection_settings(pruning: Pruning) -> dict[str, object]:

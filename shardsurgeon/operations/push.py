@@ -17,8 +17,9 @@ from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
+from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import output_sizes, require_budget
+from shardsurgeon.execution.run import require_budget
 from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.operations.card_data import model_facts
 from shardsurgeon.operations.model_card import (
@@ -218,7 +219,8 @@ def _card(pruned: Checkpoint, folder: Path, repository: Repository, command: str
     facts = model_facts(pruned, read_anatomy(pruned), record, folder)
     revision = None if repository.revision == MAIN else repository.revision
     lines = with_files(command or recipe_by_record(facts), repository.repo_id, revision)
-    return model_card(facts, Placement(repository.repo_id, revision, lines)).encode()
+    card = model_card(facts, Placement(repository.repo_id, revision, lines))
+    return card.encode(errors="backslashreplace")  # a folder's name may be any bytes
 
 
 def _origins(source: Checkpoint) -> list[SourceIdentity]:
@@ -260,7 +262,7 @@ def _complete_prune(
     folder: Path, family: str | None, follow_links: bool
 ) -> tuple[Checkpoint, Provenance]:
     """Open a folder that `apply` wrote. Raises CheckpointError and its children for another one."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(folder, "is not a folder", "give the folder that apply wrote")
     _require_finished(folder)
     checkpoint = open_model(folder, family, follow_links=follow_links)

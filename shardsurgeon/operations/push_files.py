@@ -18,10 +18,11 @@ from shardsurgeon.checkpoint.files import CARD_NAME, SECRET, set_aside, why_left
 from shardsurgeon.checkpoint.recorded_files import deviations
 from shardsurgeon.checkpoint.side_files import matches, side_files
 from shardsurgeon.errors import CheckpointError, UsageError
+from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.hub.upload import Content
-from shardsurgeon.storage.source import Source, SourceFile, require_plain
+from shardsurgeon.storage.source import Source, SourceFile, require_plain, unusual
 from shardsurgeon.storage.threads import map_in_threads
 
 _AS_IT_IS = (
@@ -66,8 +67,9 @@ def select_files(
     """Choose what is pushed of a pruned model's folder.
 
     include: globs of files that are pushed too; exclude: globs of files that stay. Raises
-    UsageError for one that fits nothing, and for the exclusion of what a model needs;
-    CheckpointError for a file that is a link out of the folder, a shard excepted, or no file.
+    UsageError for one that fits nothing, for the exclusion of what a model needs, and for a name
+    that no repository can have; CheckpointError for a file that is a link out of the folder, a
+    shard excepted, or no file.
     """
     record = pruned.provenance
     written = record.files if record is not None else None
@@ -93,6 +95,7 @@ def select_files(
 
     require_plain(pruned.source, filter(is_chosen, pruned.odd))
     chosen = [file for file in pruned.files if is_chosen(file.name)]
+    require_names(file.name for file in chosen)
     left = {*there, *pruned.odd} - {file.name for file in chosen}
     return Selection(tuple(chosen), tuple(sorted(left)))
 
@@ -155,8 +158,18 @@ def refuse_secrets(source: Source, files: Iterable[SourceFile]) -> None:
     map_in_threads(search, texts, _READS_AT_ONCE if source.is_remote else 1, "secrets")
 
 
+def require_names(names: Iterable[str]) -> None:
+    """Raise UsageError for the name of a file that no repository can have: it is no text."""
+    for name in names:
+        if (what := unusual(name)) is not None:
+            problem = f"is a {what}, and the Hub takes none such"
+            raise UsageError(name, problem, "rename it, or leave it behind (apply --exclude)")
+
+
 def refuse_planned_secrets(plan: Plan, source: Source) -> None:
-    """Raise UsageError where the result of a plan would hold a secret. Reads its small files."""
+    """Raise UsageError where the result of a plan would hold a secret, or a file of a name that no
+    repository can have. Reads its small files."""
+    require_names(output_sizes(plan))
     copied = set(plan.copied_files)
     refuse_secrets(source, [file for file in plan.source_files if file.name in copied])
     contents: dict[str, bytes] = dict(plan.generated_files)

@@ -20,8 +20,8 @@ from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.checkpoint.side_files import require_sound, side_files
+from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import OutputShard, Plan
-from shardsurgeon.execution.run import output_sizes
 from shardsurgeon.pruning.config_edits import pruned_config, pruned_quantization_file
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.lineage import compose, step_of

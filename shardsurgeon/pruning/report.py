@@ -17,8 +17,8 @@ from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
 from shardsurgeon.checkpoint.side_files import side_files
+from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
-from shardsurgeon.execution.run import output_sizes
 from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer, stale_counts
 from shardsurgeon.pruning.decide import Decision

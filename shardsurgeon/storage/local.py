@@ -24,12 +24,15 @@ from shardsurgeon.storage.source import (
     Source,
     SourceFile,
     require_inside,
+    unusual,
 )
 
 _GIVE_FOLDER = "give the folder that holds the model"
 # Where the Hub's cache keeps the bytes that the files of its snapshots, and of folders that
 # `hf download` made, are links to.
 _BLOB = re.compile(r".*/models--[^/]+/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})", re.DOTALL)
+# Folders in folders that are looked into.
+_DEEPEST = 100
 _KINDS = {
     stat.S_IFIFO: "FIFO",
     stat.S_IFSOCK: "socket",
@@ -54,9 +57,11 @@ class LocalSource(Source):
         Raises CheckpointError where it is neither.
         """
         place = Path(path)
-        if place.is_file() and place.suffix == ".safetensors":
+        # Unlike Path, os.path takes a name that is too long for one that is not there.
+        is_file = os.path.isfile(place)
+        if is_file and place.suffix == ".safetensors":
             place = place.parent
-        elif place.is_file():
+        elif is_file:
             raise CheckpointError(place, "is not a .safetensors file", _GIVE_FOLDER)
         # Resolved once: a later change of the working directory must not move the source.
         self._folder = Path(os.path.realpath(place))
@@ -80,6 +85,9 @@ class LocalSource(Source):
         odd: dict[str, str] = {}
         for folder, folders, files in os.walk(self._folder, onerror=_raise):
             folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+            if folder.count(os.sep) - str(self._folder).count(os.sep) >= _DEEPEST:
+                odd[self._name_of(Path(folder))] = "folder that is too deep"
+                folders.clear()
             for path in (Path(folder, name) for name in folders):
                 if path.is_symlink():
                     odd[self._name_of(path)] = "linked folder"
@@ -114,8 +122,9 @@ class LocalSource(Source):
         return self._folder / name
 
     def _require_folder(self) -> None:
-        if not self._folder.is_dir():
-            problem = "is not a folder" if self._folder.exists() else "there is no such folder"
+        if not os.path.isdir(self._folder):
+            there = os.path.lexists(self._folder)
+            problem = "is not a folder" if there else "there is no such folder"
             raise CheckpointError(self.location, problem, _GIVE_FOLDER)
 
     def _name_of(self, path: Path) -> str:
@@ -136,6 +145,9 @@ class LocalSource(Source):
             if isinstance(error, FileNotFoundError):
                 return None
             _raise(error)
+        if (what := unusual(name, os.fsencode)) is not None:
+            odd[name] = what
+            return None
         if not stat.S_ISREG(status.st_mode):
             odd[name] = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
             return None

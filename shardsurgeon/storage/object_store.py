@@ -19,6 +19,7 @@ from shardsurgeon.storage.source import (
     SourceFile,
     is_left_behind,
     require_inside,
+    unusual,
 )
 
 # Bytes that are asked of a filesystem at once; they pass through memory.
@@ -63,9 +64,13 @@ class StoreSource(Source):
         where there is nothing or access is refused, NetworkError where the store is not reached.
         """
         found = retry(self._found, self.location, self._policy.brief())
+        odd: dict[str, str] = {}
         files = [
-            self._describe(path, facts) for path, facts in found.items() if not path.endswith("/")
+            self._describe(path, facts, odd)
+            for path, facts in found.items()
+            if not path.endswith("/")
         ]
+        self.odd = odd
         kept = [file for file in files if file is not None]
         if not kept:
             problem = "there is no such folder, or it is empty"
@@ -118,11 +123,15 @@ class StoreSource(Source):
                 return {}  # some filesystems raise for a folder that is not there, some do not
             return found
 
-    def _describe(self, path: str, facts: dict[str, Any]) -> SourceFile | None:
-        """A listed file; None for what is not a file of the model."""
-        name = path.removeprefix(self._root).lstrip("/")
+    def _describe(self, path: str, facts: dict[str, Any], odd: dict[str, str]) -> SourceFile | None:
+        """A listed file; None for what is not a file of the model. odd: is told of names that no
+        file here can have."""
+        name = path.removeprefix(self._root).removeprefix("/")
         nbytes = facts.get("size")
         if facts.get("type") != "file" or not name or is_left_behind(name):
+            return None
+        if ".." not in name.split("/") and (what := unusual(name)) is not None:
+            odd[name] = what
             return None
         require_inside(name, self.location)
         if nbytes is None:

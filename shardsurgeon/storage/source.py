@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -17,6 +17,9 @@ from shardsurgeon.storage.files import open_regular
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
 # The largest piece of a stream.
 CHUNK_NBYTES = 1 << 20
+
+# Bytes of a file's name, and characters of its path, that any file system takes.
+_LONGEST, _LONGEST_PATH = 255, 1024
 
 # What may lie in a folder and is no file of it.
 OUTSIDE, NOWHERE = "link out of the folder", "link to nothing"
@@ -106,6 +109,22 @@ def leads_out(name: str) -> bool:
     return bool(
         path.is_absolute() or path.drive or ".." in path.parts or "\0" in name or not path.parts
     )
+
+
+def unusual(name: str, encode: Callable[[str], bytes] = str.encode) -> str | None:
+    """What keeps a file of this name, inside its place, from being written here; None if nothing.
+
+    Names as stores and repositories can have them: `a//b`, `./a`, longer than any file system
+    takes, no text. encode: what makes bytes of a name; it raises UnicodeEncodeError.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".") for part in parts):
+        return "name that is no plain path"
+    try:
+        longest = max(len(encode(part)) for part in parts)
+    except UnicodeEncodeError:
+        return "name that is no text"
+    return "name that is too long" if longest > _LONGEST or len(name) > _LONGEST_PATH else None
 
 
 def require_inside(name: str, location: str, remedy: str = "") -> None:

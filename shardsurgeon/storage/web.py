@@ -33,7 +33,7 @@ from shardsurgeon.storage.http import (
 )
 from shardsurgeon.storage.limits import CONFIG, INDEX
 from shardsurgeon.storage.retry import RetryPolicy, retry, stream_pieces
-from shardsurgeon.storage.source import Source, SourceFile, leads_out
+from shardsurgeon.storage.source import Source, SourceFile, leads_out, unusual
 from shardsurgeon.storage.threads import map_in_threads
 
 _CONFIG = "config.json"
@@ -165,7 +165,7 @@ class WebSource(Source):
         """The shards that the index names, in the order of their numbers."""
         index = self._json(INDEX_NAME).get("weight_map")
         values = index.values() if isinstance(index, dict) else ()
-        names = {name for name in values if isinstance(name, str) and not leads_out(name)}
+        names = {name for name in values if isinstance(name, str) and _may_be(name)}
         return sorted(names, key=natural_order)
 
     def _code(self) -> set[str]:
@@ -185,7 +185,7 @@ class WebSource(Source):
                     # `module.Class`; with `--` in it, the code is in another repository.
                     if isinstance(entry, str) and "--" not in entry:
                         names.add(f"{entry.partition('.')[0]}.py")
-        return {name for name in names if name and not leads_out(name)}
+        return {name for name in names if _may_be(name)}
 
     def _json(self, name: str) -> dict[str, Any]:
         """A JSON object among the files; an empty one where the file is missing or holds none."""
@@ -200,6 +200,11 @@ class WebSource(Source):
 
     def _address(self, name: str) -> str:
         return urlunsplit(self._parts._replace(path=f"{self._parts.path}/{quote(name)}"))
+
+
+def _may_be(name: str) -> bool:
+    """Whether a file of the model can have a name that a config or the index says."""
+    return not leads_out(name) and unusual(name) is None
 
 
 def _stamp(response: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from os import PathLike, fspath
-from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +42,7 @@ def verify_checkpoint(
     for a source that cannot be read as a model, and where the path `pruned` is not a folder.
     """
     place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
-    if isinstance(pruned, str | PathLike) and not Path(pruned).is_dir():
+    if isinstance(pruned, str | PathLike) and not os.path.isdir(pruned):
         raise CheckpointError(pruned, "is not a folder", "give the folder that apply wrote")
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     anatomy = read_anatomy(before)

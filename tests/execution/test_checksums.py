@@ -14,7 +14,8 @@ import pytest
 
 from shardsurgeon.errors import OutputError, SourceReadError
 from shardsurgeon.execution import checksums
-from shardsurgeon.execution.run import execute, output_sizes
+from shardsurgeon.execution.outputs import output_sizes
+from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workers import Progress
 from shardsurgeon.storage.formats.checksums import with_checksums
 from tests.support.tiny_job import Job, content, make_job

@@ -12,6 +12,7 @@ not per range. The token is sent to the Hub's hosts only.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ from shardsurgeon.storage.hub.errors import refused_read, require_sound_settings
 from shardsurgeon.storage.limits import INDEX, read_limited
 from shardsurgeon.storage.local import pieces_of
 from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry, stream_pieces
-from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, leads_out
+from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, leads_out, unusual
 
 # The Hub's own hosts: a redirect from one to another keeps the login.
 _HUBS = ("https://huggingface.co", "https://hf.co")
@@ -109,7 +110,7 @@ class HubSource(Source):
         self.revision = info.sha or "of no commit"
         self.name = repo_id.rpartition("/")[2]
         self.location = f"hf://{repo_id}@{self.revision[:12]}"
-        self._files = _listing(info, self.location)
+        self._files, self.odd = _listing(info, self.location)
         self._headers = build_hf_headers(user_agent=_AGENT)
         self._trusted = {_origin(address) for address in (self._endpoint, *_HUBS)}
         # File → where its bytes are. Several threads may write an entry; any of them will do.
@@ -223,9 +224,13 @@ def _info(repo_id: str, revision: str | None, asked: str) -> ModelInfo:
         raise CheckpointError(asked, problem, "check HF_ENDPOINT") from error
 
 
-def _listing(info: ModelInfo, location: str) -> dict[str, SourceFile]:
-    """The files of a commit by name, sorted. Raises CheckpointError for names that lead out."""
+def _listing(info: ModelInfo, location: str) -> tuple[dict[str, SourceFile], dict[str, str]]:
+    """The files of a commit by name, sorted, and names that no file here can have → why.
+
+    Raises CheckpointError for names that lead out.
+    """
     files: dict[str, SourceFile] = {}
+    odd: dict[str, str] = {}
     for found in sorted(info.siblings or (), key=lambda sibling: sibling.rfilename):
         name, nbytes = found.rfilename, found.size
         stamp = found.lfs.sha256 if found.lfs else found.blob_id
@@ -234,9 +239,11 @@ def _listing(info: ModelInfo, location: str) -> dict[str, SourceFile]:
         if nbytes is None or stamp is None:
             problem = f"the Hub does not say the size and the hash of {name}"
             raise CheckpointError(location, problem, "check HF_ENDPOINT")
-        if not is_left_behind(name):
+        if (what := unusual(name)) is not None:
+            odd[name] = what
+        elif not is_left_behind(name):
             files[name] = SourceFile(name, nbytes, stamp)
-    return files
+    return files, odd
 
 
 def _require_listed(file: SourceFile, where: str, headers: Any, etag: str | None = None) -> None:
@@ -259,7 +266,10 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 def cached_file(repo_id: str, commit: str, file: SourceFile) -> Path | None:
     """A file of a commit in the local cache, where it is there and of the right size."""
-    found = try_to_load_from_cache(repo_id, file.name, revision=commit)
+    try:
+        found = try_to_load_from_cache(repo_id, file.name, revision=commit)
+    except ValueError:  # a name that Windows has no file for, and that huggingface_hub refuses
+        return None
     if not isinstance(found, str):
         return None
     path = Path(found)
@@ -309,7 +319,7 @@ def _inside(folder: Path) -> list[Path]:
 def _ref(store: Path, revision: str) -> str | None:
     """The commit of a branch or a tag when it was last fetched."""
     path = store / "refs" / revision
-    if ".." in Path(revision).parts or not path.is_file():
+    if ".." in Path(revision).parts or not os.path.isfile(path):
         return None
     return path.read_text(encoding="utf-8").strip()
 
