@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -87,18 +88,21 @@ class WorkDir:
             self._require_plain()
 
     def _require_plain(self) -> None:
-        """Raise OutputError where OUT.partial is another user's or leads elsewhere by links."""
-        if is_strangers(self.folder.stat()):
-            raise OutputError(
-                self.folder, "belongs to another user", "choose another -o or remove it"
-            )
-        for below, folders, names in os.walk(self.folder):
-            for name in (*folders, *names):
-                path = Path(below, name)
-                if path.is_symlink():
-                    raise OutputError(
-                        path, "is a link, and shardsurgeon makes none", "remove it, run again"
-                    )
+        """Raise OutputError where OUT.partial, or what is in it, is another user's, leads elsewhere
+        by a link, or is neither a file nor a folder."""
+        below = (
+            Path(folder, name)
+            for folder, folders, names in os.walk(self.folder)
+            for name in (*folders, *names)
+        )
+        for path in (self.folder, *below):
+            status = path.lstat()
+            if is_strangers(status):
+                raise OutputError(path, "belongs to another user", "choose another -o or remove it")
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                what = "link" if stat.S_ISLNK(status.st_mode) else "pipe or device"
+                problem = f"is a {what}, and shardsurgeon makes none"
+                raise OutputError(path, problem, "remove it, run again")
 
     def open_journal(self, run: Run, restart: bool) -> Journal:
         """Prepare the folder for `run`; the journal says what is finished.
@@ -134,10 +138,17 @@ class WorkDir:
         return has_file(self.files / name, nbytes, begins)
 
     def has_part(self, name: str, nbytes: int) -> bool:
-        """Whether the file is being written and already has its final size."""
+        """Whether the file is being written and already has its final size.
+
+        One that has another name as well, such as in a backup made of hard links, is not written
+        on.
+        """
         path = self.writing / name
         with writing(path):
-            return path.is_file() and path.stat().st_size == nbytes
+            if not path.is_file():
+                return False
+            status = path.stat()
+            return status.st_size == nbytes and status.st_nlink <= 1
 
     def space(self) -> int:
         """Free bytes on the disk, plus those that unfinished files of an earlier run take."""

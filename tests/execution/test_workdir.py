@@ -1,6 +1,7 @@
 """OUT.partial: who may work there, what is thrown away, and how it becomes OUT."""
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,57 @@ def test_a_link_that_was_laid_into_the_place_is_refused_and_not_followed(
     with pytest.raises(OutputError, match="is a link, and shardsurgeon makes none"):
         try_to_hold(tmp_path / "OUT")
     assert precious.read_bytes() == b"precious" and link.is_symlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices as POSIX has them")
+@pytest.mark.parametrize("name", ["shardsurgeon.journal", "shardsurgeon.lock", "writing/one", "x"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder of a link"])
+def test_what_is_neither_file_nor_folder_is_refused_and_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    interrupted(tmp_path / "OUT")
+    path = tmp_path / "OUT.partial" / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(path.parent)  # the path of a socket must be short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+    else:
+        (tmp_path / "OUT.partial").rename(tmp_path / "elsewhere")
+        (tmp_path / "OUT.partial").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / "shardsurgeon.journal").touch()
+    with pytest.raises(OutputError, match=r"is a (pipe or device|link), and shardsurgeon makes"):
+        try_to_hold(tmp_path / "OUT")
+
+
+def test_another_users_file_in_a_place_of_ones_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "OUT")
+    theirs = tmp_path / "OUT.partial" / "writing" / "one"
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_bytes(b"theirs")
+
+    def is_theirs(status: os.stat_result) -> bool:
+        return status.st_ino == theirs.stat().st_ino
+
+    monkeypatch.setattr("shardsurgeon.execution.workdir.is_strangers", is_theirs)
+    with pytest.raises(OutputError, match="writing/one: belongs to another user"):
+        try_to_hold(tmp_path / "OUT")
+
+
+def test_a_part_that_a_backup_shares_is_not_written_on(tmp_path: Path) -> None:
+    with (
+        lock_workdir(tmp_path / "OUT", native()) as place,
+        place.open_journal(RUN, restart=False),
+    ):
+        place.begin_file("one").write_bytes(b"12")
+        assert place.has_part("one", 2)
+        os.link(place.writing / "one", tmp_path / "backup")
+        assert not place.has_part("one", 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no owners")
