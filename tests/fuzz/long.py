@@ -3,6 +3,7 @@
     pip install atheris
     python tests/fuzz/long.py --executions 1000000
     python tests/fuzz/long.py --executions 20000 --only torch
+    python tests/fuzz/long.py --minutes 20 --only header,index,config
 
 Inputs that break a promise are kept in `--findings`, named by their target.
 """
@@ -36,6 +37,8 @@ FUZZED = [
     "pruning/keep_list_files.py", "pruning/keep_lists.py",
     "scores/files.py", "scores/shapes.py", "scores/table.py",
     "checkpoint/provenance.py", "execution/journal.py",
+    "checkpoint/config.py", "checkpoint/anatomy.py", "checkpoint/quantization_names.py",
+    "families/schema.py", "families/templates.py",
 ]  # fmt: skip
 # What in these modules writes, or runs when they are imported.
 NOT_READING = re.compile(
@@ -56,11 +59,13 @@ class Result:
     edges: int = 0
     corpus: int = 0
     seconds: float = 0.0
+    lines: int = 0
     findings: list[str] = field(default_factory=list)
 
     def line(self) -> str:
         """A row of markdown."""
-        figures = f"{self.executions:,} | {self.edges:,} | {self.corpus:,} | {self.seconds:.0f}"
+        figures = f"{self.executions:,} | {self.edges:,} | {self.lines:,} | {self.corpus:,}"
+        figures += f" | {self.seconds:.0f}"
         return f"| {self.name} | {figures} | {len(self.findings)} |"
 
 
@@ -78,14 +83,22 @@ def fuzz_here(name: str, arguments: list[str]) -> None:
     atheris.Fuzz()
 
 
-def fuzz(name: str, executions: int, work: Path, findings: Path, seed: int) -> Result:
-    """Fuzz a target in processes of its own, a new one after each finding."""
+def fuzz(
+    name: str, executions: int, minutes: float, work: Path, findings: Path, seed: int
+) -> Result:
+    """Fuzz a target in processes of its own, a new one after each finding.
+
+    minutes: how long, whatever the number of executions; 0 for as long as these take.
+    """
     corpus = prepare(name, work)
     result = Result(name)
     begun = time.monotonic()
-    while result.executions < executions and len(result.findings) < 5:
+    while len(result.findings) < 5:
+        left = 60 * minutes - (time.monotonic() - begun)
+        if left < 1 if minutes else result.executions >= executions:
+            break
         options = [
-            f"-runs={executions - result.executions}",
+            f"-max_total_time={left:.0f}" if minutes else f"-runs={executions - result.executions}",
             f"-max_len={max(MAX_NBYTES, *(path.stat().st_size for path in corpus.iterdir()))}",
             f"-dict={work / name}.dict",
             f"-artifact_prefix={findings / name}-",
@@ -113,6 +126,14 @@ def fuzz(name: str, executions: int, work: Path, findings: Path, seed: int) -> R
             raise SystemExit(done.stderr[-4000:])
     result.corpus = len(list(corpus.iterdir()))
     result.seconds = time.monotonic() - begun
+    done = subprocess.run(
+        [sys.executable, __file__, "--lines", name, str(work)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    result.lines = int(done.stdout) if done.stdout else 0
     return result
 
 
@@ -136,8 +157,11 @@ def problem(said: str) -> str:
     return lines[-1] if lines else "timeout or memory"
 
 
-def lines_reached(work: Path) -> tuple[int, int]:
-    """Lines of the fuzzed modules that the corpora reach, and how many there are."""
+def lines_reached(work: Path, name: str = "") -> tuple[int, int]:
+    """Lines of the fuzzed modules that the corpora reach, and how many there are.
+
+    name: the target whose corpus is meant, "" for all of them.
+    """
     from tests.fuzz.targets import TARGETS
 
     wanted = {str(ROOT / "shardsurgeon" / file) for file in FUZZED}
@@ -153,7 +177,7 @@ def lines_reached(work: Path) -> tuple[int, int]:
     scratch = Path(tempfile.mkdtemp(dir=work))
     sys.settrace(trace)  # type: ignore[arg-type]
     try:
-        for target in TARGETS:
+        for target in (one for one in TARGETS if name in ("", one.name)):
             for path in (work / target.name).glob("*"):
                 target.run(path.read_bytes(), scratch)
     finally:
@@ -180,24 +204,30 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--executions", type=int, default=1_000_000, help="over all targets")
-    parser.add_argument("--only", default="", help="targets whose name contains this")
+    parser.add_argument("--minutes", type=float, default=0, help="each target so long instead")
+    parser.add_argument(
+        "--only", default="", help="targets whose names begin with one of these, by commas"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--findings", type=Path, default=Path("findings"))
     parser.add_argument("--corpus", type=Path, help="keep what was found to be worth a try here")
     options = parser.parse_args()
-    names = [one.name for one in TARGETS if options.only in one.name]
+    names = [one.name for one in TARGETS if one.name.startswith(tuple(options.only.split(",")))]
     options.findings.mkdir(exist_ok=True, parents=True)
     with tempfile.TemporaryDirectory() as folder:
         work = options.corpus or Path(folder)
         work.mkdir(exist_ok=True, parents=True)
         share = -(-options.executions // len(names))
-        print("| target | executions | edges | corpus | seconds | findings |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+        print("| target | executions | edges | lines | corpus | seconds | findings |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         results = []
         with ThreadPoolExecutor(options.jobs) as pool:
             for result in pool.map(
-                lambda name: fuzz(name, share, work, options.findings, options.seed), names
+                lambda name: fuzz(
+                    name, share, options.minutes, work, options.findings, options.seed
+                ),
+                names,
             ):
                 results.append(result)
                 print(result.line(), flush=True)
@@ -214,4 +244,7 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--here"]:
         fuzz_here(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["--lines"]:
+        print(lines_reached(Path(sys.argv[3]), sys.argv[2])[0])
+        sys.exit()
     sys.exit(main())

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from tests.support import tiny
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 _FEW = 4
 _DTYPES = ("F4", "F6_E2M3", "F8_E4M3", "BF16", "I32", "F32", "I64", "BOOL", "C64")
@@ -78,6 +80,38 @@ def indexes() -> list[bytes]:
 def documents() -> list[bytes]:
     """Configs."""
     return [path.read_bytes() for path in sorted(FIXTURES.glob("*/config.json"))]
+
+
+def configs() -> list[bytes]:
+    """Configs of the tiny model, with the quantization of every fixture."""
+    found = [
+        json.dumps(tiny.config()).encode(),
+        json.dumps({"text_config": tiny.config()}).encode(),
+    ]
+    for path in sorted(FIXTURES.glob("*/config.json")):
+        said = json.loads(path.read_bytes())
+        part = said.get("quantization_config") or said.get("text_config", {}).get(
+            "quantization_config"
+        )
+        if part:
+            found.append(json.dumps(tiny.config(quantization_config=part)).encode())
+    return found
+
+
+def edits() -> list[bytes]:
+    """Changes of documents, as `edits.edited` reads them."""
+    return [
+        b"",
+        bytes(5),
+        *(bytes([n, kind, 0, 3 * n, 5 * n]) for n in range(12) for kind in range(4)),
+    ]
+
+
+def families() -> list[bytes]:
+    """Declarations: of one family, of one like another, and of one read off a model."""
+    folder = FIXTURES.parent / "shardsurgeon" / "families"
+    names = ("deepseek_v3", "kimi_k25", "qwen3_moe")
+    return [(folder / f"{name}.toml").read_bytes() for name in names]
 
 
 def provenances() -> list[bytes]:

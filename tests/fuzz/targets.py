@@ -14,28 +14,44 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import safetensors
 
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.checkpoint.config import PER_LAYER_KEY
+from shardsurgeon.checkpoint.guess import guess_family
 from shardsurgeon.checkpoint.provenance import is_foreign, parse_provenance
+from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.errors import (
     CheckpointError,
     ConfigError,
+    FamilyError,
     HeaderError,
     IndexFileError,
+    InputError,
     KeepListError,
     OutputError,
     ScoreError,
 )
 from shardsurgeon.execution.journal import read_journal
+from shardsurgeon.families.schema import (
+    ConfigKeys,
+    Family,
+    TensorNames,
+    TransformersView,
+    is_declared,
+    parse_family,
+)
 from shardsurgeon.layerwise.calibration_file import find_calibration, read_calibration
 from shardsurgeon.pruning.analysis import view_alone
+from shardsurgeon.pruning.config_edits import pruned_config
 from shardsurgeon.pruning.keep_list_files import read_keeplist
 from shardsurgeon.pruning.keep_list_shapes import Meaning
-from shardsurgeon.pruning.keep_lists import resolve
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep, resolve
 from shardsurgeon.scores.checks import check_values
 from shardsurgeon.scores.files import read_scores, score_file
 from shardsurgeon.storage.formats.dtypes import Array, StoredArray
@@ -45,7 +61,10 @@ from shardsurgeon.storage.formats.npz import read_npz
 from shardsurgeon.storage.formats.safetensors import Header, header_length, parse_header
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.torch_objects import _CALLS
+from shardsurgeon.storage.source import MemorySource
 from tests.fuzz import seeds
+from tests.fuzz.edits import as_json, edited
+from tests.support import tiny
 
 # The library reads these and we do not: files on which readers disagree.
 DELIBERATE = re.compile(
@@ -168,6 +187,60 @@ def keep_list(data: bytes, scratch: Path) -> None:
             continue
         for keep in resolved.layers.values():
             assert sorted(keep.retained + keep.pruned) == list(range(16))
+
+
+# A model's config and its declaration, with a model behind them
+
+
+_TINY = tiny.files()
+
+
+def config(data: bytes, scratch: Path) -> None:
+    """config.json of a tiny model, which is opened, read and pruned to half of its experts."""
+    _model(data, None)
+
+
+def config_edited(data: bytes, scratch: Path) -> None:
+    """The same with a sound config that has odd values."""
+    _model(as_json(edited(_CONFIGS, data, _CONFIG_KEYS)), None)
+
+
+def family(data: bytes, scratch: Path) -> None:
+    """A family file, and the tiny model read by it."""
+    try:
+        declared = parse_family(data.decode("utf-8", "replace"), "my.toml")
+    except FamilyError:
+        return
+    _model(_TINY["config.json"], declared)
+
+
+def _model(config_json: bytes, declared: Family | None) -> None:
+    try:
+        checkpoint = open_checkpoint(MemorySource({**_TINY, "config.json": config_json}), declared)
+        if declared is None and not is_declared(checkpoint.settings):
+            guess_family(checkpoint)
+        anatomy = read_anatomy(checkpoint)
+        count_parameters(checkpoint.records, checkpoint.settings)
+        kept = {layer.index: max(layer.num_experts // 2, 1) for layer in anatomy.layers}
+        layers = {
+            layer.index: LayerKeep(
+                tuple(range(kept[layer.index])), tuple(range(kept[layer.index], layer.num_experts))
+            )
+            for layer in anatomy.layers
+        }
+        pruned_config(checkpoint, anatomy, KeepList(anatomy.num_experts, layers), drop_mtp=False)
+    except InputError as error:
+        assert len(str(error)) < 4000, "a sentence that nobody reads"
+
+
+def keep_list_edited(data: bytes, scratch: Path) -> None:
+    """A plan or another keep-list that has odd values."""
+    keep_list(as_json(edited(_KEEP_LISTS, data, _KEEP_KEYS)), scratch)
+
+
+def provenance_edited(data: bytes, scratch: Path) -> None:
+    """A pruned model's metadata that has odd values."""
+    provenance(as_json(edited(_PROVENANCES, data, _PROVENANCE_KEYS)), scratch)
 
 
 # Scores
@@ -321,6 +394,26 @@ _PICKLE_WORDS = (
 _NAMES = tuple(b"c%b\n%b\n" % tuple(map(str.encode, name.rsplit(".", 1))) for name in _CALLS)
 _NPY_WORDS = (b"'descr': '<f8'", b"'fortran_order': True", b"'shape': (", b"PK\x01\x02")
 
+_TOML_WORDS = (
+    b'like = "deepseek_v3"\n', b"[config]\n", b"[tensors]\n", b"[transformers]\n", b"{layer}",
+    b"{expert}", b"{part}", b"axis = ", b"[[", b'"""', b"1979-05-27", *(
+        f"{field.name} = ".encode() for kind in (Family, ConfigKeys, TensorNames, TransformersView)
+        for field in fields(kind)
+    ),
+)  # fmt: skip
+_CONFIGS = [json.loads(raw) for raw in seeds.configs()]
+_CONFIG_KEYS = (
+    "n_routed_experts", "num_experts", "num_local_experts", "num_hidden_layers", "n_group",
+    "topk_group", "num_experts_per_tok", "num_nextn_predict_layers", PER_LAYER_KEY,
+    "model_type", "architectures", "quantization_config", "compression_config", "quantization",
+    "text_config", "ignore", "modules_to_not_convert", "targets", "config_groups", "dynamic",
+    "bits", "group_size", "quant_method", "x",
+)  # fmt: skip
+_KEEP_LISTS = [json.loads(raw) for raw in seeds.keep_lists()[:-1]]
+_KEEP_KEYS = ("kept", "dropped", "retained", "pruned", "layers", "num_experts", "mtp", "3", "kind")
+_PROVENANCES = [json.loads(raw) for raw in seeds.provenances()]
+_PROVENANCE_KEYS = ("format", "steps", "groups", "files", "include", "retained", "saliency", "2")
+
 TARGETS = [
     Target("header", header, seeds.headers, (*_JSON_WORDS, *_HEADER_WORDS)),
     Target("header-file", header_file, seeds.header_files, (*_JSON_WORDS, *_HEADER_WORDS)),
@@ -343,4 +436,12 @@ TARGETS = [
     Target("torch-pickle", torch_pickle, seeds.torch_pickles, (*_PICKLE_WORDS, *_NAMES)),
     Target("npz-file", npz_file, seeds.npz_files, _NPY_WORDS),
     Target("npz-member", npz_member, seeds.npz_members, _NPY_WORDS),
+    Target(
+        "config", config, seeds.configs, (*_JSON_WORDS, *(f'"{k}":'.encode() for k in _CONFIG_KEYS))
+    ),
+    Target("config-edited", config_edited, seeds.edits),
+    Target("plan", keep_list_edited, seeds.edits),
+    Target("metadata", provenance_edited, seeds.edits),
+    Target("family", family, seeds.families, _TOML_WORDS),
 ]
+# Targets with a module of their own join here: `TARGETS += hub_answers.TARGETS`.
