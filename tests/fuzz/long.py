@@ -100,7 +100,7 @@ def fuzz(
         options = [
             f"-max_total_time={left:.0f}" if minutes else f"-runs={executions - result.executions}",
             f"-max_len={max(MAX_NBYTES, *(path.stat().st_size for path in corpus.iterdir()))}",
-            f"-dict={work / name}.dict",
+            *([f"-dict={words}"] if (words := work / f"{name}.dict").stat().st_size else []),
             f"-artifact_prefix={findings / name}-",
             f"-seed={seed + len(result.findings)}",
             f"-rss_limit_mb={MAX_MEMORY_MB}",
