@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
-from shardsurgeon.errors import ScoreError, UsageError
+from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
 from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_counts
 from shardsurgeon.pruning.keep_list_files import read_keeplist
 from shardsurgeon.pruning.keep_list_shapes import KeepListFile, Meaning
@@ -96,7 +96,15 @@ def decide(
         raise ScoreError("SCORES", "no score file was given", remedy)
     else:
         decision = _from_scores(checkpoint, anatomy, scores, request, facts, size_of)
-    check_order(decision.keep, facts)
+    try:
+        check_order(decision.keep, facts)
+    except VerificationError as error:
+        if request.plan_file is None:
+            raise
+        # Not this program's choice but what the file says of its own.
+        problem = f"{error.where}: {error.problem}"
+        remedy = "make the plan again, or name the expert among the preserved"
+        raise KeepListError(request.plan_file, problem, remedy) from error
     return decision
 
 
