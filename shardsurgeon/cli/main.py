@@ -24,7 +24,13 @@ from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.streams import StdoutLost, watched_streams
 from shardsurgeon.cli.verify import verify_command
-from shardsurgeon.errors import ShardSurgeonError, UndeclaredFamilyError, WorkError, printable
+from shardsurgeon.errors import (
+    ShardSurgeonError,
+    UndeclaredFamilyError,
+    UsageError,
+    WorkError,
+    printable,
+)
 
 PROGRAM = "shardsurgeon"
 DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
@@ -46,6 +52,7 @@ class _Commands(InOrder):
     """The commands. A Stopped that leaves one of them carries its name."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        _require_folder()
         try:
             return super().invoke(ctx)
         except Stopped as stopped:
@@ -105,6 +112,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     # collector spends a quarter of the time looking for one.
     gc.set_threshold(100_000)
     try:
+        _require_words(sys.argv[1:] if arguments is None else arguments)
         with _signals_as_stopped():
             status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -128,6 +136,24 @@ def _run(arguments: Sequence[str] | None) -> int:
         return status
 
 
+def _require_words(arguments: Sequence[str]) -> None:
+    """Raise UsageError for an empty word, which a variable of a script that is not set leaves."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        option, given, value = word.partition("=")
+        if not word or (option.startswith("--") and given and not value):
+            named = option or (before if before.startswith("-") else "an argument")
+            raise UsageError(named, "is given an empty word", "leave it out or give it a value")
+
+
+def _require_folder() -> None:
+    """Raise UsageError where the current folder is gone: libraries fail in it in odd ways."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror})"
+        raise UsageError("the current folder", problem, "go to one that exists") from error
+
+
 def describe(error: Exception) -> tuple[str, int]:
     """The line and the exit status that an error ends a command with."""
     if isinstance(error, ShardSurgeonError):
@@ -143,6 +169,14 @@ def describe(error: Exception) -> tuple[str, int]:
         return f"{where}{what}; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
     if isinstance(error, MemoryError):
         return f"memory ran out; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
+    if isinstance(error, ImportError):
+        cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+        what = f"a library cannot be loaded ({cause})"
+        remedy = f"give the program more memory, or install it anew; {_ASK_FOR_TRACEBACK}"
+        return f"{what}; {remedy}", WorkError.exit_status
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        remedy = "raise the limits of memory and processes, or give fewer --workers"
+        return f"the system starts no more threads; {remedy}", WorkError.exit_status
     if isinstance(error, RecursionError):
         return f"input is nested too deeply; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
     problem = f"{type(error).__name__}: {error}"

@@ -43,7 +43,9 @@ class _Forgiving(io.TextIOBase):
         if not isinstance(text, str):  # click asks so whether a stream is a binary one
             raise TypeError(f"{type(text).__name__} is no text")
         if text:
-            self._try(lambda stream: stream.write(text))
+            # What the stream cannot spell is escaped: a file name may be any bytes.
+            spelled = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+            self._try(lambda stream: stream.write(spelled))
         return len(text)
 
     def flush(self) -> None:
@@ -104,9 +106,6 @@ def watched_streams() -> Iterator[None]:
     StdoutLost, and no file of the work under the numbers of these two."""
     _fill_descriptors()
     streams = sys.stdout, sys.stderr
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # What stdout cannot encode is escaped: a file name may be any bytes.
-        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _Watched(sys.stdout), _Forgiving(sys.stderr)
     try:
         yield

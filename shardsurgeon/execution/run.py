@@ -135,6 +135,8 @@ def execute(
             before_delivery(out)
         return ExecutionReport(0, sum(sizes.values()), shards, shards, time.monotonic() - begun)
     with lock_workdir(out, system) as workdir, _blaming_the_source(source, planned, workdir):
+        if not destination:
+            workdir.require_one_mount()
         if workdir.folds_case:
             require_distinct(sizes)
         for _, origin, sha256 in plan.score_files:

@@ -30,7 +30,7 @@ from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.workers import ProgressMeter
 from shardsurgeon.storage.files import free_space, make_folder, publish, writing
 from shardsurgeon.storage.source import Source
-from shardsurgeon.storage.system import System, is_strangers
+from shardsurgeon.storage.system import System, is_strangers, mount_of
 
 _LOCK = "shardsurgeon.lock"
 _JOURNAL = "shardsurgeon.journal"
@@ -75,7 +75,12 @@ class WorkDir:
                     return
                 present = {"a link to nowhere"}
             except NotADirectoryError:
-                present = {"a file of that name"}
+                if self.out.parent.is_dir():
+                    present = {"a file of that name"}
+                else:
+                    raise OutputError(
+                        self.out, "would be inside a file", "choose another -o"
+                    ) from None
         # A kill in a run's first moments leaves the lock, and at most half a journal.
         if _JOURNAL not in present and present - {_LOCK, _JOURNAL + ".writing"}:
             raise OutputError(
@@ -103,6 +108,18 @@ class WorkDir:
                 what = "link" if stat.S_ISLNK(status.st_mode) else "pipe or device"
                 problem = f"is a {what}, and shardsurgeon makes none"
                 raise OutputError(path, problem, "remove it, run again")
+
+    def require_one_mount(self) -> None:
+        """Raise OutputError where the finished files could not be renamed to OUT."""
+        with writing(self.folder):
+            here = mount_of(self.folder.parent)
+            for place in (self.folder, self.files, self.writing):
+                if place.exists() and mount_of(place) != here:
+                    raise OutputError(
+                        place,
+                        f"is mounted from elsewhere, and could not become {self.out.name}",
+                        "choose an -o beside which nothing is mounted, or unmount it",
+                    )
 
     def open_journal(self, run: Run, restart: bool) -> Journal:
         """Prepare the folder for `run`; the journal says what is finished.

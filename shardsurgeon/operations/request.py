@@ -65,7 +65,8 @@ class Destination:
     stream: upload every shard as soon as it is finished and keep none; disk_budget: bytes of
     shards that may be on the disk meanwhile, None for a few of the largest.
 
-    Raises UsageError for a card beside `with_card=False` and for a disk_budget without stream.
+    Raises UsageError for a card beside `with_card=False`, for a disk_budget without stream, and for
+    what can be no revision.
     """
 
     repo_id: str
@@ -78,7 +79,11 @@ class Destination:
     disk_budget: int | None = None
 
     def __post_init__(self) -> None:
+        from shardsurgeon.storage.open import require_revision
+
         refuse_budget(self.disk_budget, self.stream)
+        if self.revision is not None:
+            require_revision(self.revision, "--revision")
         if self.card is not None and not self.with_card:
             raise UsageError("--card", "and --no-card contradict each other", "give one of them")
 

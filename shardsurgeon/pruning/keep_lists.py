@@ -129,7 +129,8 @@ def write_plan(
         for number, keep in sorted(keep_list.layers.items())
     )
     lines.append(f'  "layers": {{\n{layers}\n  }}')
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    # Bytes of a name that are no text become escapes, which JSON has for them.
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "backslashreplace")
 
 
 def _own_count(keep_list: KeepList, keep: LayerKeep) -> dict[str, object]:

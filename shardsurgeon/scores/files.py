@@ -292,7 +292,8 @@ def _safetensors(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
     rows = {name: array.astype(f"<{array.dtype.str[1:]}") for name, array in arrays.items()}
     header = build_header(
         [(name, _DTYPES[row.dtype.str[1:]], row.shape, row.nbytes) for name, row in rows.items()],
-        dict(metadata),
+        # A name of bytes that are no text is in no file that others can read.
+        {key: text.encode("utf-8", "backslashreplace").decode() for key, text in metadata.items()},
     )
     return header + b"".join(row.tobytes() for row in rows.values())
 

@@ -18,14 +18,18 @@ from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source
 
-_REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>.+))?", re.ASCII)
+_REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _HUB_URL = re.compile(
-    r"hf://(models/)?(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>.+))?", re.ASCII
+    r"hf://(models/)?(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>.*))?", re.ASCII | re.DOTALL
 )
 _HOW = "write it like hf://org/name or hf://org/name@revision"
 
 _HUB = re.compile(r"hf://([^/@]+/[^/@]+)(?:@.*)?")
 _IN_CACHE = "models--"
+# As git names branches and tags, without what leads out of a folder or commands a terminal.
+_REVISION = re.compile(
+    r"(?!.*(\.\.|//|@\{|/\.))[^\s\x00-\x20\x7f-\x9f~^:?*\[\\\ud800-\udfff]{1,255}"
+)
 
 
 def open_source(model: str | PathLike[str] | Source, *, follow_links: bool = False) -> Source:
@@ -52,10 +56,19 @@ def open_source(model: str | PathLike[str] | Source, *, follow_links: bool = Fal
         found = _HUB_URL.fullmatch(model)
         if found is None or found["id"].startswith(("datasets/", "spaces/", "buckets/")):
             raise UsageError(model, "is not a model on the Hub", _HOW)
-        return _hub(found["id"], unquote(found["revision"] or "") or None)
+        revision = found["revision"]
+        return _hub(found["id"], None if revision is None else unquote(revision))
     if scheme == "file":
         return LocalSource(url2pathname(urlsplit(model).path), follow_links=follow_links)
     return _elsewhere(scheme, model)
+
+
+def require_revision(revision: str, where: str) -> None:
+    """Raise UsageError, naming `where`, for what can be no branch, tag or commit."""
+    bad_end = revision.startswith(("-", "/", ".")) or revision.endswith(("/", ".", ".lock"))
+    if bad_end or not _REVISION.fullmatch(revision):
+        problem = f"{revision!a} is no name of a revision"
+        raise UsageError(where, problem, "give a branch, a tag or a commit")
 
 
 def _unmarked(model: str) -> Source:
@@ -78,6 +91,8 @@ def _exists(path: str) -> bool:
 
 
 def _hub(repo_id: str, revision: str | None) -> Source:
+    if revision is not None:
+        require_revision(revision, repo_id)
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -90,6 +105,8 @@ def _hub(repo_id: str, revision: str | None) -> Source:
 
 
 def _elsewhere(scheme: str, url: str) -> Source:
+    if ascii(url) != ascii(url.encode("utf-8", "replace").decode()):
+        raise UsageError(url, "is no address: it holds bytes that are no text", "write them as %..")
     if scheme in ("http", "https"):
         from shardsurgeon.storage.web import WebSource
 

@@ -100,6 +100,23 @@ def is_strangers(status: os.stat_result) -> bool:
     return user != 0 and status.st_uid != user
 
 
+def mount_of(path: Path) -> tuple[int, str]:
+    """What a path is mounted as: no rename leads from one mount into another.
+
+    One device may be mounted twice, which Linux alone tells.
+    """
+    number = ""
+    if hasattr(os, "O_PATH"):
+        with suppress(OSError):
+            place = os.open(path, os.O_PATH)
+            try:
+                lines = Path(f"/proc/self/fdinfo/{place}").read_text().splitlines()
+            finally:
+                os.close(place)
+            number = next((line for line in lines if line.startswith("mnt_id:")), "")
+    return path.stat().st_dev, number
+
+
 def _seek_and_read(file: FileIO, buffer: memoryview, offset: int) -> int:
     file.seek(offset)
     return file.readinto(buffer) or 0

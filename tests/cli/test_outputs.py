@@ -151,7 +151,7 @@ def test_a_name_that_is_none_is_refused(
     name: str, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(capsys, name, out)
-    assert ("-o: is an empty name" if not out else "is an address") in line
+    assert ("-o: is given an empty word" if not out else "is an address") in line
 
 
 # `apply`: its output is a folder.

@@ -75,7 +75,7 @@ def test_a_pull_request_against_a_branch_that_is_not_there(shell: Shell, pruned:
     assert "has no such revision" in shell.refused(*words)
 
 
-@pytest.mark.parametrize("repo_id", ["a/b/c", "me/ti ny", "", "me/tiny.git", "-x/y"])
+@pytest.mark.parametrize("repo_id", ["a/b/c", "me/ti ny", "me/tiny.git", "-x/y"])
 def test_no_repository_id(shell: Shell, pruned: Path, repo_id: str) -> None:
     line = shell.refused("push", "--", str(pruned), repo_id)
     assert "is not a repository id" in line
