@@ -62,7 +62,7 @@ def push_command(
     Examples:
       shardsurgeon push Kimi-K2.5-REAP-65pct me/Kimi-K2.5-REAP-65pct
       shardsurgeon push Kimi-K2.5-REAP-65pct me/pruned --private --revision 65pct
-      shardsurgeon push Kimi-K2.5-REAP-65pct me/pruned --include chat_template.jinja
+      shardsurgeon push Kimi-K2.5-REAP-65pct me/x --include chat_template.jinja
     """
     from shardsurgeon.operations import push
 

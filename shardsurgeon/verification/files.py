@@ -24,6 +24,7 @@ from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.verification.byte_ranges import RangeComparer
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pair
+from shardsurgeon.verification.parameter_count import parameter_bounds
 
 _HEADER_UNIT = 8
 
@@ -121,6 +122,22 @@ def _check_index(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
         silent = found is None and key == "total_parameters" and key not in before
         if (type(found), found) != (type(value), value) and not silent:
             findings.add(name, f"{key} is {found!r}, expected {value!r}")
+    _check_parameters(source, pruned, findings)
+
+
+def _check_parameters(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
+    """The index counts weights, not the words that they are packed into, unless the source's does.
+
+    Found out by the bytes alone, whatever the scheme of the weights is taken for.
+    """
+    found = (pruned.index_metadata or {}).get("total_parameters")
+    said = (source.index_metadata or {}).get("total_parameters")
+    if type(found) is not int or said == count_stored_elements(source.records):
+        return
+    least, most = parameter_bounds(pruned.records)
+    if not least <= found <= most:
+        problem = f"total_parameters is {found:,}, its tensors hold {least:,} to {most:,}"
+        findings.add(source.names.index, problem)
 
 
 def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:

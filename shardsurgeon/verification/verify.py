@@ -16,6 +16,7 @@ from shardsurgeon.verification.findings import Findings, VerifyReport
 from shardsurgeon.verification.pairing import pair_tensors
 from shardsurgeon.verification.record import check_layers, read_keeps
 from shardsurgeon.verification.record_fields import check_fields, check_saliencies
+from shardsurgeon.verification.shapes import check_shapes
 from shardsurgeon.verification.strays import check_recorded, check_strays
 
 _MOST_WORKERS = 4
@@ -59,6 +60,7 @@ def verify_checkpoint(
     if keeps is not None:
         pairing = pair_tensors(before, anatomy, after, keeps, findings)
         check_layers(anatomy, after, keeps, pairing.mtp_dropped, findings)
+        check_shapes(anatomy, keeps, pairing.pairs, findings)
         check_structure(before, after, pairing.pairs, findings)
         check_settings(before, anatomy, after, keeps, pairing, findings)
         check_side_files(before, after, findings)

@@ -1,0 +1,46 @@
+"""How many parameters a model can have at least and at most, by what its tensors take.
+
+The index's number is worked out from the scheme of every weight; here each tensor is only asked
+how many weights of the narrowest and of the widest kind its bytes can hold. Words that were counted
+as if each were a parameter, or the other way round, fall outside.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+
+_FLOATS = ("F64", "F32", "F16", "BF16", "C64")
+_WORDS = ("I32", "U32")
+_NO_WEIGHTS = ("I64", "U64", "BOOL", *_WORDS)
+_WORD = 32
+# Weights that are packed into words, in whatever scheme.
+_PACKED = re.compile(r".*(?:\.qweight|_packed|\.weight)")
+# What stands beside weights and may or may not be counted.
+_BESIDE = re.compile(
+    r".*(?:scales?|scale_inv|scale_2|zero_point|zeros|biases|g_idx|_shape|absmax|quant_map|SCB"
+    r"|weight_format|quant_state\..*)"
+)
+# Of integers that are packed into words.
+_LEAST_BITS, _MOST_BITS = 2, 8
+
+
+def parameter_bounds(tensors: Iterable[TensorRecord]) -> tuple[int, int]:
+    """(least, most) parameters of a model whose tensors are these."""
+    least = most = 0
+    for tensor in tensors:
+        elements = math.prod(tensor.shape)
+        if tensor.dtype in _WORDS and len(tensor.shape) > 1 and _PACKED.fullmatch(tensor.name):
+            # The last word of a row, along whichever dimension it lies, may hold fewer than fit.
+            rows = elements // max(min(tensor.shape), 1)
+            least += (elements - rows) * _WORD // _MOST_BITS
+            most += elements * _WORD // _LEAST_BITS
+        elif tensor.dtype not in _NO_WEIGHTS:
+            # A byte may be a weight, two of four bits, or a part of one of six.
+            sure = tensor.dtype != "U8" and not _BESIDE.fullmatch(tensor.name)
+            least += elements if sure else 0
+            most += elements if tensor.dtype in _FLOATS else 2 * elements
+    return least, most
