@@ -1,7 +1,7 @@
 """What pruning changes in config.json and the quantization files. Pure.
 
-Expert counts in every spelling that is present, MTP counts, and quantization lists that name an
-expert by its number: an entry gets the expert's new number, or is removed with the expert.
+Expert counts in every spelling that is present and MTP counts; the quantization lists are
+`quantization_lists`' own matter.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from shardsurgeon.checkpoint.config import (
     per_layer_paths,
     quantization_sections,
 )
-from shardsurgeon.checkpoint.quantization_names import (
-    NamedExpert,
-    highest_expert,
-    is_regex,
-    named_expert,
-    plain_name,
-)
+from shardsurgeon.checkpoint.quantization_lists import tool_of
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
-from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert, Rename
+from shardsurgeon.pruning.quantization_lists import QuantizationLists
+from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert
 from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
 from shardsurgeon.storage.limits import OTHER_JSON
 
@@ -53,27 +48,39 @@ def pruned_config(
     settings, where = checkpoint.settings, checkpoint.config_place
     changes: dict[Path, object] = dict(_counts(settings, anatomy, keep, drop_mtp))
     _refuse_forgotten_counts(settings, anatomy, changes, where)
-    lists = QuantizationLists(anatomy, keep, where)
+    lists = QuantizationLists(checkpoint, anatomy, keep, where, drop_mtp=drop_mtp)
     sections = _sections(settings, anatomy)
     for path in sections:
         changes.update(lists.changes(_at(settings, path), path))
     edited = checkpoint.config.edit(changes)
-    after = Document.parse(edited, where).value
+    after: Any = Document.parse(edited, where).value
     for path in sections:
-        lists.refuse_leftovers(_at(after, path))
+        lists.refuse_changed(_at(settings, path), _at(after, path), path)
     return edited
 
 
 def pruned_quantization_file(
-    document: Document, anatomy: Anatomy, keep: KeepList, where: str
+    name: str,
+    document: Document,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    keep: KeepList,
+    *,
+    drop_mtp: bool,
 ) -> bytes:
-    """A side file such as hf_quant_config.json with its expert entries renumbered.
+    """A side file such as hf_quant_config.json (`name`) with its lists rewritten.
 
     Raises ConfigError as `pruned_config` does.
     """
-    lists = QuantizationLists(anatomy, keep, where)
+    where = f"{checkpoint.location}/{name}"
+    lists = QuantizationLists(
+        checkpoint, anatomy, keep, where, drop_mtp=drop_mtp, method=tool_of(name)
+    )
+    if not isinstance(document.value, dict):
+        raise ConfigError(where, "is not a JSON object", "fetch it again")
     edited = document.edit(lists.changes(document.value))
-    lists.refuse_leftovers(Document.parse(edited, where).value)
+    after: Any = Document.parse(edited, where).value
+    lists.refuse_changed(document.value, after)
     return edited
 
 
@@ -84,7 +91,7 @@ def partial_lists(checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList) -> l
     any), and renumbering can make another expert that one. Raises what `pruned_config` raises.
     """
     settings, where = checkpoint.settings, checkpoint.config_place
-    lists = QuantizationLists(anatomy, keep, where)
+    lists = QuantizationLists(checkpoint, anatomy, keep, where)
     layers: dict[str, list[int]] = {}
     for path in _sections(settings, anatomy):
         for inner, layer in lists.partly_named(_at(settings, path), path):
@@ -107,14 +114,6 @@ def quantization_name(config: Mapping[str, Any]) -> str | None:
     return next(filter(None, names), "unnamed") if names else None
 
 
-# Side files that do not say which tool wrote them.
-_TOOLS = {
-    "hf_quant_config.json": "modelopt",
-    "quantize_config.json": "gptq",
-    "quant_config.json": "awq",
-}
-
-
 def side_file_quantization(name: str, content: object) -> str | None:
     """The quantization that a side file says, in a few words; None where it says none.
 
@@ -127,7 +126,7 @@ def side_file_quantization(name: str, content: object) -> str | None:
     section = section if isinstance(section, Mapping) else {}
     bits = section.get("bits", section.get("w_bit"))
     what = section.get("quant_algo") or section.get("format") or (bits and f"{bits} bits")
-    tool = section.get("quant_method") or _TOOLS.get(name, "")
+    tool = section.get("quant_method") or tool_of(name)
     return f"{tool} {what}".strip() if what else section.get("quant_method")
 
 
@@ -286,161 +285,3 @@ def _at(node: Any, path: Path) -> Any:
     for part in path:
         node = node[part]
     return node
-
-
-class QuantizationLists:
-    """Renumbers the quantization lists of one file. where: the file, as messages name it."""
-
-    def __init__(self, anatomy: Anatomy, keep: KeepList, where: str) -> None:
-        self._num_experts = anatomy.num_experts
-        self._num_layers = anatomy.num_layers
-        self._own_mtp_numbers = bool(anatomy.family.tensors.mtp)
-        self._reader = anatomy.reader
-        self._where = where
-        # Old id → new id; a main layer without a keep-list keeps all, a dropped MTP layer none.
-        self._new_ids = {
-            layer.index: {expert: expert for expert in range(anatomy.num_experts)}
-            for layer in anatomy.main_layers
-        }
-        self._new_ids |= {
-            layer: {old: new for new, old in enumerate(kept.retained)}
-            for layer, kept in keep.layers.items()
-        }
-        self._kept = max(map(len, self._new_ids.values()))
-
-    def changes(self, node: object, path: Path = ()) -> dict[Path, object]:
-        """What renumbers or removes every entry below `node` (at `path` of its document).
-
-        Raises ConfigError where an entry names experts in a way that cannot be renumbered.
-        """
-        changes: dict[Path, object] = {}
-        if isinstance(node, Mapping):
-            for key, value in node.items():
-                renamed = self._renamed(key, (*path, key), node)
-                if renamed is None:
-                    changes[(*path, key)] = DELETE
-                    continue
-                if renamed != key:
-                    changes[(*path, key)] = Rename(renamed)
-                changes.update(self._value(value, (*path, key)))
-        elif isinstance(node, list):
-            entries = dict.fromkeys(entry for entry in node if isinstance(entry, str))
-            for position, value in enumerate(node):
-                if isinstance(value, str):
-                    renamed = self._renamed(value, path, entries)
-                    if renamed != value:
-                        changes[(*path, position)] = DELETE if renamed is None else renamed
-                else:
-                    changes.update(self.changes(value, (*path, position)))
-        return changes
-
-    def refuse_leftovers(self, node: object) -> None:
-        """Raise ConfigError where an edited section names an expert beyond those that are left."""
-        for path, text in _texts(node, ()):
-            highest = highest_expert(text)
-            if highest < 0 or self._is_elsewhere(text):
-                continue
-            named = self._named(text, path)
-            layers = self._layers(named) if named else list(self._new_ids)
-            left = max((len(self._new_ids[layer]) for layer in layers), default=0)
-            if highest >= left:
-                raise ConfigError(
-                    self._where,
-                    f"quantization entry {text!r} still names expert {highest} of {left}",
-                    "write the entry as the others are, or remove it",
-                )
-
-    def partly_named(self, node: object, path: Path) -> Iterator[tuple[Path, int]]:
-        """(path of a list, layer) where the list names some survivors of a layer and not others.
-
-        node: a section as it is before the prune. Names of one projection belong together.
-        """
-        found: dict[tuple[Path, int, str], set[int]] = {}
-        for place, text in _texts(node, path):
-            named = None if self._is_elsewhere(text) else self._named(text, place)
-            if named is None:
-                continue
-            for layer in self._layers(named):
-                new_id = self._new_ids[layer].get(named.expert)
-                if new_id is not None:
-                    found.setdefault((place[:-1], layer, text[named.end :]), set()).add(new_id)
-        for (place, layer, _), experts in found.items():
-            if len(experts) < len(self._new_ids[layer]):
-                yield place, layer
-
-    def _value(self, value: object, path: Path) -> dict[Path, object]:
-        if not isinstance(value, str):
-            return self.changes(value, path)
-        renamed = self._renamed(value, path, {value: None})
-        if renamed is None:
-            raise ConfigError(
-                self._where,
-                f"{'.'.join(map(str, path))} is {value!r}, an expert that goes",
-                "make it a list, or name another module",
-            )
-        return {} if renamed == value else {path: renamed}
-
-    def _renamed(self, text: str, path: Path, siblings: Mapping[str, Any]) -> str | None:
-        """An entry with its expert renumbered; None where the expert is gone.
-
-        siblings: the entries beside it and itself, with their values where they have any.
-        """
-        if self._is_elsewhere(text):
-            return text
-        named = self._named(text, path)
-        if named is None:
-            return text
-        answers = {self._new_ids[layer].get(named.expert) for layer in self._layers(named)}
-        if not answers:
-            # A dense layer, or a dropped MTP layer.
-            return None
-        if len(answers) > 1:
-            if not self._names_all(text, named, siblings):
-                raise ConfigError(
-                    self._where,
-                    f"quantization entry {text!r} names expert {named.expert} of no single layer",
-                    "the experts of each layer get numbers of their own; write one entry per layer",
-                )
-            return text if named.expert < self._kept else None
-        (new_id,) = answers
-        return None if new_id is None else named.renumbered(text, new_id)
-
-    def _named(self, text: str, path: Path) -> NamedExpert | None:
-        return named_expert(text, is_regex(text, path), self._num_experts, self._where)
-
-    def _names_all(self, text: str, named: NamedExpert, siblings: Mapping[str, Any]) -> bool:
-        """Whether every expert has an entry of its own that says the same: then numbers that
-        mean other experts in every layer still mean all of them."""
-        entries = [named.renumbered(text, expert) for expert in range(self._num_experts)]
-        return all(e in siblings and siblings[e] == siblings[text] for e in entries)
-
-    def _layers(self, named: NamedExpert) -> list[int]:
-        """The layers that have experts and may be meant."""
-        if named.layer is None:
-            return list(self._new_ids)
-        begin = str(named.layer)
-        numbers = [named.layer]
-        if named.open_layer:
-            most = max(self._new_ids)
-            numbers = [n for n in range(most + 1) if str(n).startswith(begin)]
-        firsts = {True: [self._num_layers], False: [0], None: [0]}[named.mtp]
-        if named.mtp is None and self._own_mtp_numbers:
-            firsts = [0, self._num_layers]
-        return [first + n for first in firsts for n in numbers if first + n in self._new_ids]
-
-    def _is_elsewhere(self, text: str) -> bool:
-        """Whether the entry names other experts than the model's own (a talker's)."""
-        return self._reader.is_elsewhere(plain_name(text))
-
-
-def _texts(node: object, path: Path) -> Iterator[tuple[Path, str]]:
-    """Every key and every string below a node, with the path of it."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield (*path, key), key
-            yield from _texts(value, (*path, key))
-    elif isinstance(node, list):
-        for position, value in enumerate(node):
-            yield from _texts(value, (*path, position))
-    elif isinstance(node, str):
-        yield path, node

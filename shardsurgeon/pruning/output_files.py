@@ -102,9 +102,11 @@ def _generated_files(
     for name in QUANTIZATION_FILES:
         if name in present:
             raw = checkpoint.read_file(name, CONFIG)
-            where = f"{checkpoint.location}/{name}"
-            document = Document.parse(raw, where)
-            files.append((name, pruned_quantization_file(document, anatomy, decision.keep, where)))
+            document = Document.parse(raw, f"{checkpoint.location}/{name}")
+            edited = pruned_quantization_file(
+                name, document, checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp
+            )
+            files.append((name, edited))
     config = pruned_config(checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp)
     files.append((checkpoint.names.config, config))
     if len(shards) > 1:

@@ -15,18 +15,22 @@ from shardsurgeon.checkpoint.config import (
     config_section,
     config_values,
     per_layer_paths,
+    quantization_sections,
 )
 from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
+from shardsurgeon.checkpoint.quantization_lists import ModuleList, module_lists, tool_of
 from shardsurgeon.checkpoint.quantization_names import (
     NamedExpert,
     is_regex,
     named_expert,
     plain_name,
 )
+from shardsurgeon.errors import ConfigError
 from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.storage.limits import CONFIG
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
+from shardsurgeon.verification.quantization_lists import ListCheck
 from shardsurgeon.verification.record import RetainedIds
 
 # Keys that count experts, and keys about experts that count something else.
@@ -58,8 +62,16 @@ def check_settings(
     name = source.names.config
     found = _load(pruned, name)
     no_mtp = _counts_no_mtp(anatomy, pairing, found)
-    expected = _Expected(source.settings, anatomy, keeps, no_mtp)
-    _compare(name, "", expected.config(_load(source, name), ()), found, findings)
+    lists = ListCheck(source, anatomy, keeps, mtp_dropped=no_mtp)
+    expected = _Expected(source.settings, anatomy, keeps, no_mtp, lists)
+    before = _load(source, name)
+    wanted = expected.config(before, ())
+    for path, section in quantization_sections(before):
+        if not expected.is_elsewhere(path):
+            now = _at(found, path)
+            _replace(wanted, path, lists.admit(_at(wanted, path), now))
+            lists.check(name, section, now, findings)
+    _compare(name, "", wanted, found, findings)
     for path in expected.forgotten(found, ()):
         dotted = ".".join(map(str, path))
         problem = f"{dotted} is {anatomy.shared_count}, the expert count of the source"
@@ -74,7 +86,23 @@ def check_settings(
         except (ValueError, RecursionError) as error:
             findings.add(name, f"is not valid JSON ({error})")
             continue
-        _compare(name, "", expected.quantization(_load(source, name)), found, findings)
+        before, method = _load(source, name), tool_of(name)
+        wanted = lists.admit(expected.section(before, method), found, method)
+        lists.check(name, before, found, findings, method)
+        _compare(name, "", wanted, found, findings)
+
+
+def _at(document: Any, path: Path) -> Any:
+    """The value at a path, None where there is none."""
+    for part in path:
+        document = document.get(part) if isinstance(document, dict) else None
+    return document
+
+
+def _replace(document: Any, path: Path, value: Any) -> None:
+    above = _at(document, path[:-1])
+    if isinstance(above, dict) and path[-1] in above:
+        above[path[-1]] = value
 
 
 def _load(checkpoint: Checkpoint, name: str) -> Any:
@@ -110,11 +138,18 @@ class _Expected:
     """What a JSON value of the source must have become."""
 
     def __init__(
-        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: RetainedIds, no_mtp: bool
+        self,
+        config: Mapping[str, Any],
+        anatomy: Anatomy,
+        keeps: RetainedIds,
+        no_mtp: bool,
+        lists: ListCheck,
     ) -> None:
         keys = anatomy.family.config
         self._anatomy = anatomy
         self._keeps = keeps
+        self._lists = lists
+        self._known: dict[Path, ModuleList] = {}
         self._counts = ExpectedCounts(config, anatomy, keeps, no_mtp)
         self._mtp = set(keys.mtp_layers) if no_mtp else set()
         self._elsewhere = {tuple(dotted.split(".")) for dotted in keys.elsewhere}
@@ -123,7 +158,7 @@ class _Expected:
         if path in self._elsewhere:
             return value
         if path and path[-1] in QUANTIZATION_KEYS:
-            return self.quantization(value)
+            return self.section(value)
         if isinstance(value, dict):
             members = {key: self.config(inner, (*path, key)) for key, inner in value.items()}
             return members | self._counts.added(path, value)
@@ -146,15 +181,26 @@ class _Expected:
         old = self._anatomy.shared_count
         for at, value in _integers(found, path):
             name = next((part for part in reversed(at) if isinstance(part, str)), "")
-            inside = {at[:length] for length in range(1, len(at) + 1)}
-            if inside & self._elsewhere or not QUANTIZATION_KEYS.isdisjoint(at):
+            if self.is_elsewhere(at) or not QUANTIZATION_KEYS.isdisjoint(at):
                 continue
             counts = _COUNTING.search(name) and not _NOT_COUNTING.search(name)
             if counts and value == old and self._counts.of(at, value) is None:
                 yield at
 
-    def quantization(self, value: Any, path: Path = ()) -> Any:
-        """The section with the new number in every entry that names an expert."""
+    def is_elsewhere(self, path: Path) -> bool:
+        """Whether a part of the config is about other experts, a talker's say."""
+        return any(path[:length] in self._elsewhere for length in range(1, len(path) + 1))
+
+    def section(self, value: Any, method: str = "") -> Any:
+        """A quantization section with the new number in every entry that names an expert.
+
+        method: the quant_method of a section that says none.
+        """
+        if isinstance(value, dict):
+            self._known = {each.path: each for each in module_lists(value, (), method)}
+        return self._quantization(value, ())
+
+    def _quantization(self, value: Any, path: Path) -> Any:
         if isinstance(value, dict):
             return dict(self._members(value, path))
         if isinstance(value, list):
@@ -164,7 +210,7 @@ class _Expected:
     def _members(self, value: dict[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
         for key, inner in value.items():
             try:
-                yield self._entry(key, (*path, key)), self.quantization(inner, (*path, key))
+                yield self._entry(key, (*path, key)), self._quantization(inner, (*path, key))
             except _Gone:
                 continue
 
@@ -174,7 +220,9 @@ class _Expected:
                 # A _Spelled number is a str too, and not an entry.
                 named = type(inner) is str
                 yield (
-                    self._entry(inner, path) if named else self.quantization(inner, (*path, number))
+                    self._entry(inner, path)
+                    if named
+                    else self._quantization(inner, (*path, number))
                 )
             except _Gone:
                 continue
@@ -182,12 +230,18 @@ class _Expected:
     def _entry(self, text: str, path: Path) -> str:
         if self._anatomy.reader.is_elsewhere(plain_name(text)):
             return text
-        named = named_expert(text, is_regex(text, path), self._anatomy.num_experts, "")
+        known = self._known.get(path, self._known.get(path[:-1]))
+        try:
+            named = named_expert(text, is_regex(text, path), self._anatomy.num_experts, "")
+        except ConfigError:
+            named = None  # it stays, or the names that it means stand in its place
         if named is None:
+            if known is not None and self._lists.only_dropped(text, known):
+                raise _Gone
             return text
         new_ids = {self._new_id(layer, named.expert) for layer in self._layers(named)}
         if len(new_ids) > 1:
-            # Every expert has such an entry, or apply would have refused it.
+            # Every expert has such an entry; or what this one means is checked, not its text.
             kept = max(map(len, self._keeps.retained.values()))
             new_ids = {named.expert if named.expert < kept else None}
         new_id = new_ids.pop() if new_ids else None

@@ -116,8 +116,14 @@ def test_modelopts_lists_follow_in_both_files() -> None:
         "quantization": {"exclude_modules": excluded, "quantized_layers": layers},
     }
     raw = json.dumps(document, indent=4).encode()
+    checkpoint = open_checkpoint(tiny.MemorySource(FILES, name="tiny"))
     result = pruned_quantization_file(
-        Document.parse(raw, "f"), anatomy_of(FILES), keep_list(RETAINED), "f"
+        "hf_quant_config.json",
+        Document.parse(raw, "f"),
+        checkpoint,
+        read_anatomy(checkpoint),
+        keep_list(RETAINED),
+        drop_mtp=False,
     )
     assert json.loads(result)["quantization"] == {
         "exclude_modules": followed,
@@ -198,7 +204,7 @@ def test_other_prefixes_than_the_tensors_mean_the_same_layers() -> None:
 
 def test_entries_of_a_dropped_mtp_layer_and_of_a_dense_layer_go() -> None:
     entries = [NAME.format(3, 4, "up_proj"), NAME.format(0, 1, "w1"), "model.layers.3.mlp.gate"]
-    assert pruned({"ignore": entries}, drop_mtp=True)["ignore"] == ["model.layers.3.mlp.gate"]
+    assert pruned({"ignore": entries}, drop_mtp=True)["ignore"] == []
     assert pruned({"ignore": entries})["ignore"] == [
         NAME.format(3, 0, "up_proj"),
         "model.layers.3.mlp.gate",
@@ -227,7 +233,7 @@ def test_names_inside_a_layer_follow_where_every_layer_keeps_the_same() -> None:
     ("section", "says"),
     [
         ({"dynamic": {r"-:model\.layers\.1\.mlp\.experts\.(5|6)\.": {}}}, "several experts"),
-        ({"ignore": [r"re:.*\.experts\.5\..*"]}, "of no single layer"),
+        ({"extra_config": {r".*\.experts\.5\..*": {"bits": 8}}}, "of no single layer"),
         ({"ignore": ["model.layers.1.mlp.experts.05.up_proj"]}, "several experts"),
         ({"only": NAME.format(1, 2, "up_proj")}, "an expert that goes"),
         ({"extra_config": {"model.layers.1.mlp.experts.5.*": {}}}, "several experts"),
@@ -243,13 +249,30 @@ def test_a_single_name_that_survives_is_renumbered() -> None:
 
 
 def test_an_entry_that_was_left_behind_is_found_and_refused_with_its_text() -> None:
-    lists = QuantizationLists(anatomy_of(FILES), keep_list(RETAINED), "config.json")
+    checkpoint = open_checkpoint(tiny.MemorySource(FILES, name="tiny"))
+    anatomy = read_anatomy(checkpoint)
+    lists = QuantizationLists(checkpoint, anatomy, keep_list(RETAINED), "config.json")
     fine = ["lm_head", NAME.format(1, 3, "up_proj"), "re:.*experts.*", "layers.99.mlp.experts_a.9"]
-    lists.refuse_leftovers({"ignore": fine, "deep": [{NAME.format(3, 0, "w1"): 14}]})
+    edited = {"ignore": fine, "deep": [{NAME.format(3, 0, "w1"): 14}]}
+    lists.refuse_changed({}, edited)
     for left in (NAME.format(2, 4, "up_proj"), r"re:.*\.experts\.13\..*"):
         with pytest.raises(ConfigError) as caught:
-            lists.refuse_leftovers({"deep": [{"ignore": [*fine, left]}]})
+            lists.refuse_changed({}, {"deep": [{"ignore": [*fine, left]}]})
         assert repr(left) in str(caught.value)
+
+
+def test_an_edited_list_that_means_another_module_is_refused_with_entry_and_module() -> None:
+    checkpoint = open_checkpoint(tiny.MemorySource(FILES, name="tiny"))
+    lists = QuantizationLists(
+        checkpoint, read_anatomy(checkpoint), keep_list(RETAINED), "config.json"
+    )
+    before = {"ignore": [NAME.format(1, 5, "up_proj")], "quant_method": "fp8"}
+    lists.refuse_changed(before, before | {"ignore": [NAME.format(1, 2, "up_proj")]})
+    for wrong in ([], [NAME.format(1, 3, "up_proj")], ["model.layers.1.mlp.experts.2"]):
+        with pytest.raises(ConfigError) as caught:
+            lists.refuse_changed(before, before | {"ignore": wrong})
+        assert "model.layers.1.mlp.experts." in str(caught.value)
+        assert "would no longer mean what it does now" in str(caught.value)
 
 
 def test_mtp_layers_with_numbers_of_their_own_and_a_talkers_experts() -> None:
@@ -288,8 +311,12 @@ def test_mtp_layers_with_numbers_of_their_own_and_a_talkers_experts() -> None:
         "model.language_model.layers.0.mlp.experts.1.up_proj",
         r"re:.*layers\.0\.mlp\.experts\.0\..*",
     ]
-    with pytest.raises(ConfigError, match="of no single layer"):
-        ignored((1, 3), (0, 1))
+    # And written out where it becomes another in each.
+    assert ignored((1, 3), (0, 1)) == [
+        "model.language_model.layers.0.mlp.experts.1.up_proj",
+        "model.language_model.layers.0.mlp.experts.0.up_proj",
+        "mtp.layers.0.mlp.experts.1.up_proj",
+    ]
 
 
 def test_a_talkers_experts_and_config_stay() -> None:
@@ -319,6 +346,197 @@ def test_a_talkers_experts_and_config_stay() -> None:
         entries[0],
         "thinker.model.layers.0.mlp.experts.1.up_proj",
     ]
+
+
+COMPRESSED = {"quant_method": "compressed-tensors"}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "entries", "becomes"),
+    [
+        # Of layer 1 the experts 0, 1, 5 and 12 are left, as 0 to 3.
+        (COMPRESSED, "ignore", [r"re:.*layers\.1\..*\.5\.(gate|up|down)_proj"], [(1, 2)]),
+        (COMPRESSED, "ignore", [r"re:model\.layers\.1\.mlp\.e.perts\.12\..*"], [(1, 3)]),
+        (COMPRESSED, "ignore", [r"re:.*layers\.1\..*exp\w+\.(5|12)\..*"], [(1, 2), (1, 3)]),
+        (COMPRESSED, "ignore", [r"re:.*layers\.1\.mlp\.experts\.\d\d\..*"], [(1, 3)]),
+        # From the beginning and no further: 1, and 10 to 13.
+        (COMPRESSED, "ignore", [r"re:model\.layers\.1\.mlp\.experts\.1"], [(1, 1), (1, 3)]),
+        # 5 is left of layers 1 and 3, and 2 of layer 2 alone.
+        (COMPRESSED, "ignore", [r"re:.*\.5\.up_proj"], [(1, 2), (3, 1)]),
+        (COMPRESSED, "ignore", [r"re:.*[^0-9]2\.up_proj"], [(2, 1)]),
+        (COMPRESSED, "ignore", [r"re:.*\.9\.up_proj"], None),  # of no expert, before and after
+        ({"quant_method": "modelopt"}, "ignore", ["*.5.*"], [(1, 2), (3, 1)]),
+        ({"quant_method": "modelopt"}, "ignore", ["*layers.1.*.1[0-9]*"], [(1, 3)]),
+        ({"quant_method": "modelopt"}, "exclude_modules", ["*.layers.2.*[.]13.*"], [(2, 3)]),
+        ({"quant_method": "quark"}, "exclude", [r"re:.*\.layers\.2\..*[.]13\..*"], [(2, 3)]),
+        ({"quant_method": "awq"}, "modules_to_not_convert", ["s.13.up_proj"], [(2, 3)]),
+        ({"quant_method": "fp8"}, "ignored_layers", ["re:x", "lm_head"], None),
+    ],
+)
+def test_entries_that_reach_an_experts_number_otherwise_are_written_out(
+    section: dict[str, Any], key: str, entries: list[str], becomes: list[tuple[int, int]] | None
+) -> None:
+    entries = ["lm_head", *entries, "re:.*self_attn.*"]
+    after = pruned(section | {key: entries})[key]
+    if becomes is None:
+        assert after == entries
+    else:
+        names = [NAME.format(layer, expert, "up_proj") for layer, expert in becomes]
+        assert after == ["lm_head", *names, "re:.*self_attn.*"]
+
+
+@pytest.mark.parametrize(
+    ("section", "module"),
+    [
+        # The module of a layer with this number as well.
+        ({**COMPRESSED, "ignore": [r"re:.*\.1\..*"]}, "model.layers.3.mlp.experts.5.up_proj"),
+        ({"quant_method": "modelopt", "ignore": ["*.1.*"]}, "model.layers.3.mlp.experts.5.up_proj"),
+        # 1 for transformers; 10 to 13 too for the engines that look for the text.
+        (
+            {"quant_method": "awq", "modules_to_not_convert": ["model.layers.1.mlp.experts.1"]},
+            "model.layers.1.mlp.experts.1",
+        ),
+        # A pattern to Quark, and no module to vLLM.
+        ({"quant_method": "quark", "exclude": ["*.5.*"]}, "model.layers.1.mlp.experts.5.up_proj"),
+        # Keys say something each: one cannot become several.
+        (
+            {"quant_method": "gptq", "dynamic": {r"+:.*\.5\.up_proj": {"bits": 8}}},
+            "model.layers.1.mlp.experts.5.up_proj",
+        ),
+        (
+            {"quant_method": "auto-round", "extra_config": {r".*\.1[0-3]\.": {"bits": 8}}},
+            "model.layers.1.mlp.experts.12.up_proj",
+        ),
+        (
+            {"quant_method": "quark", "layer_quant_config": {"*.e*s.5.*": {"weight": {}}}},
+            "model.layers.1.mlp.experts.5.up_proj",
+        ),
+        (
+            {"quant_method": "gptq", "modules_in_block_to_quantize": [["ts.5.up_proj"]]},
+            "model.layers.1.mlp.experts.5.up_proj",
+        ),
+        (
+            {
+                "quant_method": "torchao",
+                "quant_type": {
+                    "default": {"_data": {"module_fqn_to_config": {r"re:.*\.5\.up_proj": None}}}
+                },
+            },
+            "model.layers.1.mlp.experts.5.up_proj",
+        ),
+    ],
+)
+def test_entries_that_would_mean_other_modules_are_refused_with_one(
+    section: dict[str, Any], module: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pruned(section)
+    assert module in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_groups_of_compressed_tensors_keep_their_modules() -> None:
+    groups = {
+        "group_0": {"targets": [r"re:.*\.5\.up_proj"], "weights": {"num_bits": 8}},
+        "group_1": {"targets": ["Linear", NAME.format(2, 13, "up_proj")]},
+    }
+    after = pruned({**COMPRESSED, "config_groups": groups})["config_groups"]
+    assert after["group_0"] == {
+        "targets": [NAME.format(1, 2, "up_proj"), NAME.format(3, 1, "up_proj")],
+        "weights": {"num_bits": 8},
+    }
+    assert after["group_1"]["targets"] == ["Linear", NAME.format(2, 3, "up_proj")]
+
+
+def test_all_experts_by_a_pattern_for_each_stay_all_experts() -> None:
+    entries = [rf"re:.*\.{expert}\.up_proj" for expert in range(EXPERTS)]
+    assert pruned({**COMPRESSED, "ignore": entries})["ignore"] == entries
+
+
+def test_a_list_keeps_its_lines_where_an_entry_is_written_out() -> None:
+    section = {**COMPRESSED, "ignore": ["lm_head", r"re:.*\.5\.up_proj"]}
+    raw = json.dumps(config_of(section), indent=2).encode()
+    checkpoint = open_checkpoint(tiny.MemorySource({**FILES, "config.json": raw}, name="tiny"))
+    anatomy = read_anatomy(checkpoint)
+    after = pruned_config(checkpoint, anatomy, keep_list(RETAINED), drop_mtp=False)
+    assert json.dumps(json.loads(after), indent=2).encode() == after
+
+
+@pytest.mark.parametrize("entry", ["re:*lm_head", "re:(", "re:a{99999999999}"])
+def test_what_is_no_regular_expression_is_refused_with_its_text(entry: str) -> None:
+    with pytest.raises(ConfigError, match="is not a regular expression") as caught:
+        pruned({**COMPRESSED, "ignore": ["lm_head", entry]})
+    assert repr(entry) in str(caught.value)
+    # An engine that looks for it as text, or passes over it, is not asked to read it.
+    for key in ("modules_to_not_convert", "extra_config"):
+        place: Any = [entry] if key == "modules_to_not_convert" else {entry: {}}
+        assert pruned({"quant_method": "x", key: place})[key] == place
+
+
+def test_entries_for_experts_that_a_checkpoint_has_stacked_are_written_out_too() -> None:
+    stem = "model.language_model.layers.0.mlp"
+    config = {
+        "model_type": "qwen3_5_moe",
+        "text_config": {"num_experts": 4, "num_experts_per_tok": 1, "num_hidden_layers": 1},
+        "quantization_config": {**COMPRESSED, "ignore": [r"re:.*\.3\.(gate|up)_proj"]},
+    }
+    weights: tiny.Tensors = {
+        f"{stem}.gate.weight": np.zeros((4, 2), "f4"),
+        f"{stem}.experts.gate_up_proj": np.zeros((4, 6, 2), "f4"),
+        f"{stem}.experts.down_proj": np.zeros((4, 2, 3), "f4"),
+    }
+    checkpoint = open_checkpoint(tiny.MemorySource(tiny.files(config, weights), name="tiny"))
+    keep = KeepList(4, {0: LayerKeep((1, 3), (0, 2))})
+    raw = pruned_config(checkpoint, read_anatomy(checkpoint), keep, drop_mtp=False)
+    entries = json.loads(raw)["quantization_config"]["ignore"]
+    assert entries == [f"{stem}.experts.1.gate_proj", f"{stem}.experts.1.up_proj"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        r"re:language_model\.model\.layers\.1\..*\.5\.up_proj",
+        r"re:layers\.1\..*\.5\.up_proj",
+        "language_model.*.5.up_proj",
+    ],
+)
+def test_patterns_for_names_as_other_engines_spell_them_keep_their_meaning(entry: str) -> None:
+    with pytest.raises(ConfigError, match="would no longer mean what it does now"):
+        pruned({"ignore": [entry]})
+    assert pruned({"ignore": [entry.replace("5", "1")]}, dict.fromkeys((1, 2, 3), (0, 1, 2, 3)))
+
+
+DROPPED = [
+    NAME.format(3, 4, "up_proj"),
+    "model.layers.3.mlp.gate",
+    "model.layers.3.mlp*",
+    "model.layers.3*",
+    "model.layers.3.self_attn.q_proj",  # which has no tensor here
+    r"re:model\.layers\.3\..*",
+    r"re:.*\.layers\.3\.mlp\.(gate|experts.*)",
+]
+
+
+def test_every_entry_of_dropped_mtp_layers_goes_and_no_other() -> None:
+    others = ["lm_head", "model.layers.1.mlp.gate", "re:.*gate", "*.gate", "re:.*vision.*"]
+    section = {"quant_method": "quark", "exclude": [*DROPPED, *others]}
+    assert pruned(section, drop_mtp=True)["exclude"] == others
+    assert pruned(section)["exclude"] == [NAME.format(3, 0, "up_proj"), *DROPPED[1:], *others]
+    settings = {
+        name: {"bits": 8} for name in ("model.layers.3.mlp.gate", "model.layers.2.mlp.gate")
+    }
+    for key in ("quantized_layers", "extra_config"):
+        kept = pruned({key: settings}, drop_mtp=True)[key]
+        assert list(kept) == ["model.layers.2.mlp.gate"]
+
+
+def test_lists_of_more_patterns_than_can_be_tried_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shardsurgeon.pruning.module_names._MOST_TRIED", 500)
+    section = {**COMPRESSED, "ignore": [f"re:.*l.{{{n}}}[a-z]" for n in range(100)]}
+    with pytest.raises(ConfigError, match="too many quantization entries"):
+        pruned(section)
 
 
 FORMS = [
