@@ -25,6 +25,7 @@ from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.execution.workers import Progress
 from shardsurgeon.storage import files
+from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import MemorySource
 from shardsurgeon.storage.system import System, native, portable
 from tests.support.tiny_job import SIDE, A, B, Job, content, make_job
@@ -112,6 +113,20 @@ def test_scripts_stay_executable_and_the_rest_is_not(job: Job, out: Path) -> Non
     execute(job.plan, job.source, out)
     assert (out / "code" / "model.py").stat().st_mode & 0o100
     assert not (out / "tokenizer.json").stat().st_mode & 0o111
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
+def test_nobody_reads_a_result_who_could_not_read_what_it_was_made_of(job: Job, out: Path) -> None:
+    model, scores = out.with_name("Tiny-MoE"), out.with_name("scores.pt")
+    for path in (model / "b.safetensors", model / "tokenizer.json", scores):
+        path.chmod(0o600)
+    source = LocalSource(model)
+    execute(replace(job.plan, source_files=source.list()), source, out)
+    hidden = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    hidden = {name for name in hidden if not (out / name).stat().st_mode & 0o077}
+    # The first two shards hold bytes of b.safetensors.
+    shards = {"model-1.safetensors", "model-2.safetensors"}
+    assert hidden == {*shards, "tokenizer.json", "calibration/scores.pt"}
 
 
 @pytest.mark.usefixtures("small_pieces")
