@@ -129,6 +129,10 @@ class TestMtpLayers:
         assert kept(file, mtp_layers=[9, 10]) == expected
         assert kept(file, mtp_layers=[9, 10], num_layers=9) == expected
 
+    def test_an_mtp_layer_without_experts_has_its_number_all_the_same(self, tmp_path: Path) -> None:
+        file = read(tmp_path, {"kept": {**by_layer(KEPT), "mtp.1": [3]}})
+        assert kept(file, mtp_layers=[4], num_layers=3) == {**KEPT, 4: (3,)}
+
     def test_a_list_may_leave_them_out(self, tmp_path: Path) -> None:
         assert kept(read(tmp_path, {"kept": by_layer(KEPT)}), mtp_layers=[3]) == KEPT
 

@@ -169,6 +169,10 @@ REFUSED = {
         "the object under 'layers' names 'kept' twice",
     ),
     "a broken line": ('{"layer": 0, "kept": [1]}\n{"layer": 1, kept}\n', "line 2 of the keep-list"),
+    "a list of the other kind among layers": (
+        {"kept": {**{str(n): ids for n, ids in KEPT.items()}, "dropped": DROPPED}},
+        "key 'dropped' names no layer",
+    ),
     "another number of rows": ({"keep": [[0], [1], [2]]}, "lists 3 layers without names"),
     "a number beside another list": ({"0": {"retained": [1], "kept": 2}}, "and says 2"),
 }

@@ -218,6 +218,9 @@ def test_layers_that_keep_different_numbers_suit_a_router_and_are_not_uniform() 
     with pytest.raises(KeepListError, match="layer 0 keeps 2 experts, layer 2 8"):
         check_uniform(unequal, "keep.json")
     check_uniform(KeepList(8, {2: everyone, 3: everyone}), "keep.json")
+    with pytest.raises(KeepListError, match="layer 2 keeps 8 experts, layer 4 2"):
+        last = KeepList(8, {2: everyone, 3: everyone, 4: unequal.layers[0]})
+        check_uniform(last, "keep.json")
 
 
 def test_each_layer_keeps_its_own_count_of_its_own_experts() -> None:
@@ -312,3 +315,16 @@ def test_layers_come_in_ascending_order_with_mtp_layers_behind_them() -> None:
     for policy in (MtpPolicy.LAST, MtpPolicy.ROUTER_NORM):
         found, _ = with_mtp(main, checkpoint, anatomy, policy, routing_facts(anatomy))
         assert list(found.layers) == [1, 2, 3]
+
+
+def test_an_mtp_layer_that_keeps_more_than_the_last_layer_keeps_all_that_it_does() -> None:
+    checkpoint = open_checkpoint(tiny.source())
+    anatomy = read_anatomy(checkpoint)
+    values = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
+    most = LayerKeep((0, 1, 2, 3), (4, 5, 6, 7), (), values)
+    # The last layer keeps its two best, and the worst, which is preserved.
+    last = LayerKeep((0, 1, 7), (2, 3, 4, 5, 6), (7,), values)
+    keep = KeepList(8, {1: most, 2: last})
+    found, policies = with_mtp(keep, checkpoint, anatomy, MtpPolicy.LAST, routing_facts(anatomy))
+    assert found.layers[3] == LayerKeep((0, 1, 2, 7), (3, 4, 5, 6))
+    assert policies == {3: "last"}
