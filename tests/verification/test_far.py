@@ -1,0 +1,86 @@
+"""A source behind a network: what verification asks of it, and how often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+from shardsurgeon.storage.source import MemorySource
+from shardsurgeon.verification import byte_ranges
+from shardsurgeon.verification.verify import verify_checkpoint
+from tests.support.handmade import ALL, DEEPSEEK, record, write
+
+KEEPS = {1: (0, 1, 4, 5), 2: (1, 3, 6, 7), 3: (0, 2, 5, 6)}
+
+
+class Counting(MemorySource):
+    """Counts how often, and how much, is streamed of every file."""
+
+    def __init__(self, folder: Path) -> None:
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        super().__init__(files, "far", remote=True)
+        self.streams: Counter[str] = Counter()
+        self.nbytes: Counter[str] = Counter()
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        self.streams[name] += 1
+        for piece in super().stream(name, begin, end):
+            self.nbytes[name] += len(piece)
+            yield piece
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> tuple[Counting, Path]:
+    """(source, its prune), made by hand."""
+    everyone = dict.fromkeys((1, 2, 3), ALL)
+    source = write(tmp_path / "source", DEEPSEEK, everyone)
+    out = record(write(tmp_path / "out", DEEPSEEK, KEEPS), KEEPS, [(source, 8, 4)])
+    return Counting(source), out
+
+
+def test_what_lies_close_together_is_one_request(far: tuple[Counting, Path]) -> None:
+    source, out = far
+    opened = open_checkpoint(source)
+    source.streams.clear()
+    assert verify_checkpoint(opened, out, workers=1).holds
+    shards = {name: n for name, n in source.streams.items() if name.endswith(".safetensors")}
+    assert list(shards.values()) == [1, 1]
+
+
+def test_what_lies_far_apart_is_asked_for_by_itself(
+    far: tuple[Counting, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = far
+    for module in ("byte_ranges", "byte_comparison"):
+        monkeypatch.setattr(f"shardsurgeon.verification.{module}.GAP_NBYTES", 0)
+    opened = open_checkpoint(source)
+    source.streams.clear()
+    source.nbytes.clear()
+    report = verify_checkpoint(opened, out, workers=1)
+    assert report.holds
+    shards = {name for name in source.streams if name.endswith(".safetensors")}
+    assert sum(source.streams[name] for name in shards) > 2
+    assert sum(source.nbytes[name] for name in shards) == report.bytes_compared
+
+
+@pytest.mark.parametrize("block", [3, 7, 64])
+def test_tensors_longer_than_a_block_are_compared_to_their_end(
+    far: tuple[Counting, Path], monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    source, out = far
+    monkeypatch.setattr(byte_ranges, "BLOCK_NBYTES", block)
+    monkeypatch.setattr(byte_ranges, "_AHEAD_NBYTES", block)
+    opened = open_checkpoint(source)
+    assert verify_checkpoint(opened, out, workers=1).holds
+    shard = out / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    (line,) = verify_checkpoint(opened, out, workers=1).differences
+    assert "differs from" in line
