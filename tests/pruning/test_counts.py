@@ -219,3 +219,12 @@ def test_the_multiple_is_the_least_that_groups_and_multiple_of_share(where: dict
     # Of 8 groups and --multiple-of 12 that is 24, and not 96.
     request = SelectionRequest(**where, multiple_of=12)
     assert kept_count(request, DEEPSEEK, lambda kept: kept).kept == 144
+
+
+@pytest.mark.parametrize(("kept", "remedy"), [(7, "keep 6"), (5, "keep 4 or 6"), (1, "keep 2")])
+def test_the_counts_that_are_offered_are_whole_groups_and_prune_something(
+    kept: int, remedy: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_routing(kept, RoutingFacts(8, 2, n_group=2, topk_group=2), "here")
+    assert caught.value.remedy == remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.execution.plan import Literal, OutputShard
+from shardsurgeon.families.schema import parse_family
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
-from shardsurgeon.pruning.planner import plan_shards
+from shardsurgeon.pruning.planner import check_expert_counts, plan_shards
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 from tests.support import tiny
 
@@ -246,3 +248,19 @@ def test_a_repacked_shard_has_the_metadata_of_those_it_was_filled_from() -> None
     # A shard with tensors of both has what both say, of one name what the first says.
     (both,) = planned(files, keep(0, 1, layers=(1, 2, 3)), max_shard_nbytes=10**6).values()
     assert metadata_of(both) == {"format": "pt", "of": "one", "by": "me"}
+
+
+@pytest.mark.parametrize("said", [8, 9])
+def test_a_declared_count_must_be_the_number_of_experts_where_none_is_stacked(said: int) -> None:
+    weights = tiny.tensors()
+    for layer in (1, 2, 3):
+        weights[f"model.layers.{layer}.mlp.counts"] = np.array([said if layer == 2 else 8, 5, 7])
+    family = parse_family('like = "deepseek_v3"\n[tensors]\nexpert_counts = ["mlp.counts"]\n', "x")
+    opened = open_checkpoint(tiny.MemorySource(tiny.files(weights=weights), name="tiny"))
+    checkpoint = replace(opened, family=family)
+    anatomy = read_anatomy(checkpoint)
+    if said == 8:
+        check_expert_counts(checkpoint, anatomy)
+        return
+    with pytest.raises(FamilyError, match=r"layers\.2\.mlp\.counts: begins with 9, .* experts, 8"):
+        check_expert_counts(checkpoint, anatomy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -328,3 +329,14 @@ def test_an_mtp_layer_that_keeps_more_than_the_last_layer_keeps_all_that_it_does
     found, policies = with_mtp(keep, checkpoint, anatomy, MtpPolicy.LAST, routing_facts(anatomy))
     assert found.layers[3] == LayerKeep((0, 1, 2, 7), (3, 4, 5, 6))
     assert policies == {3: "last"}
+
+
+def test_an_mtp_layer_with_another_number_of_experts_cannot_follow_the_last_layer() -> None:
+    checkpoint = open_checkpoint(tiny.source())
+    anatomy = read_anatomy(checkpoint)
+    *main, mtp = anatomy.layers
+    other = replace(anatomy, layers=(*main, replace(mtp, expert_nbytes=mtp.expert_nbytes[:4])))
+    keep = KeepList(8, {layer: keep_of((1.0,) * 8, (0, 1, 2, 3)) for layer in (1, 2)})
+    says = "layer 3 keeps 2 of 4 experts, the last main layer 4 of 8"
+    with pytest.raises(UsageError, match=says):
+        with_mtp(keep, checkpoint, other, MtpPolicy.LAST, routing_facts(anatomy))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.storage.source import MemorySource
@@ -84,3 +85,17 @@ def test_tensors_longer_than_a_block_are_compared_to_their_end(
     shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
     (line,) = verify_checkpoint(opened, out, workers=1).differences
     assert "differs from" in line
+
+
+def test_a_sample_of_bytes_tells_how_much_it_will_compare(far: tuple[Counting, Path]) -> None:
+    source, out = far
+    told: list[tuple[int, int]] = []
+    options = {"workers": 1, "sample_nbytes": 16}
+    report = verify_checkpoint(
+        open_checkpoint(source), out, on_progress=lambda *each: told.append(each), **options
+    )
+    shards = [load_file(path) for path in out.glob("*.safetensors")]
+    sizes = [tensor.nbytes for shard in shards for tensor in shard.values()]
+    assert {total for _, total in told} == {sum(min(size, 16) for size in sizes)}
+    assert report.holds and report.bytes_compared < sum(sizes)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
