@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any
 
 from shardsurgeon.errors import ConfigError
+from shardsurgeon.storage.patterns import QuickPattern
 
 JsonPath = tuple[str | int, ...]
 
@@ -146,15 +147,25 @@ def tool_of(name: str) -> str:
     return _TOOLS.get(name.rpartition("/")[2], "")
 
 
-def compiled(pattern: str, entry: str, where: str) -> re.Pattern[str]:
-    """A pattern of a downloaded list. Raises ConfigError, naming the entry, where it is none."""
+def compiled(pattern: str, entry: str, where: str) -> QuickPattern:
+    """A pattern of a downloaded list. Raises ConfigError, naming the entry, where it is none or
+    could take for ever."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        problem = f"quantization entry {entry!r} is not a regular expression ({error})"
+        return QuickPattern(pattern, where)
+    except ConfigError as error:
+        problem = f"quantization entry {entry!r}: {error.problem}"
         raise ConfigError(where, problem, "correct it, or remove it") from error
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression at all."""
+    try:
+        with warnings.catch_warnings():  # of what a later Python reads in another way
+            warnings.simplefilter("ignore")
+            re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _readings(key: str, method: str) -> tuple[Reading, ...]:

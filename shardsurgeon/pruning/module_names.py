@@ -23,6 +23,7 @@ from shardsurgeon.checkpoint.quantization_lists import (
     SEARCH_CHARACTERS,
     Reading,
     compiled,
+    is_pattern,
 )
 from shardsurgeon.checkpoint.quantization_names import plain_name
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus
@@ -183,10 +184,10 @@ class Modules:
         # A dot is any character; in a plain name it can only be the dot that it looks like.
         if table.has_plain(entry):
             return entry, lambda name: f"{name}.".startswith(f"{entry}.") or name.endswith(entry)
-        try:
-            regex = compiled(f"(?:{entry}){MODULE_BOUNDARY}", entry, self._where)
-        except ConfigError:
+        pattern = f"(?:{entry}){MODULE_BOUNDARY}"
+        if not is_pattern(pattern):
             return entry, lambda name: name.endswith(entry)
+        regex = compiled(pattern, entry, self._where)
         text = needed_text(entry) if _SPECIAL.search(entry) else ""  # else a name may end with it
         return text, lambda name: regex.match(name) or name.endswith(entry)
 
@@ -194,12 +195,9 @@ class Modules:
         def ends(name: str) -> bool:
             return name == entry or name.endswith(f".{entry}")
 
-        if SEARCH_CHARACTERS.isdisjoint(entry):
+        if SEARCH_CHARACTERS.isdisjoint(entry) or not is_pattern(entry):
             return entry, ends
-        try:
-            regex = compiled(entry, entry, self._where)
-        except ConfigError:
-            return entry, ends
+        regex = compiled(entry, entry, self._where)
         return needed_text(entry), lambda name: ends(name) or regex.search(name)
 
 

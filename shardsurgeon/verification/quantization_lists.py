@@ -22,6 +22,7 @@ from shardsurgeon.checkpoint.quantization_lists import (
     ModuleList,
     Reading,
     compiled,
+    is_pattern,
     module_lists,
 )
 from shardsurgeon.checkpoint.quantization_names import plain_name
@@ -368,23 +369,21 @@ def _pattern(entry: str, how: Reading) -> tuple[_Matches, _Near] | None:
         text = entry[2:] if entry[:2] in ("-:", "+:") else entry
         return compiled(text, entry, "").match, _near(text)
     if how is Reading.SEARCH and SEARCH_CHARACTERS & set(entry):
-        return _try(entry, entry, re.Pattern.search)
+        return _try(entry, entry, anywhere=True)
     if how is Reading.MODULE and re.search(r"[^\w.-]", entry):
-        return _try(f"(?:{entry}){MODULE_BOUNDARY}", entry, re.Pattern.match)
+        return _try(f"(?:{entry}){MODULE_BOUNDARY}", entry)
     return None
 
 
-def _try(
-    pattern: str, entry: str, how: Callable[[re.Pattern[str], str], object]
-) -> tuple[_Matches, _Near]:
+def _try(pattern: str, entry: str, *, anywhere: bool = False) -> tuple[_Matches, _Near]:
     """A pattern of an engine that passes over what is no regular expression."""
-    try:
-        regex = compiled(pattern, entry, "")
-    except ConfigError:
+    if not is_pattern(pattern):
         return (lambda name: False), ("", entry)
+    regex = compiled(pattern, entry, "")
     begins, holds = _near(entry)
-    near = ("", begins or holds) if how is re.Pattern.search else (begins, holds)
-    return (lambda name: how(regex, name)), near
+    if anywhere:
+        return regex.search, ("", begins or holds)
+    return regex.match, (begins, holds)
 
 
 def _near(pattern: str) -> _Near:

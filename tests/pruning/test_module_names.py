@@ -77,9 +77,9 @@ def test_both_readers_find_what_a_look_at_every_name_finds(reading: Reading, loo
         try:
             expected = [n for n in modules.names if READERS[reading](entry, n)]
         except re.error:
-            with pytest.raises(ConfigError, match="is not a regular expression"):
+            with pytest.raises(ConfigError, match="is no regular expression"):
                 modules.meant(entry, reading)
-            with pytest.raises(ConfigError, match="is not a regular expression"):
+            with pytest.raises(ConfigError, match="is no regular expression"):
                 verifiers.meant([entry], reading)
             continue
         found = [modules.names[place] for place in modules.meant(entry, reading)]
