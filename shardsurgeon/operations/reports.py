@@ -87,7 +87,7 @@ class ApplyReport:
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", verify=False)
     >>> report.bytes_copied, report.bytes_resumed, report.verification
-    (588060, 0, None)
+    (589597, 0, None)
     """
 
     plan: PlanReport

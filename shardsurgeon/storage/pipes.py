@@ -58,7 +58,7 @@ def read_once(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def _open(path: str | os.PathLike[str]) -> FileIO:
-    file = FileIO(os.open(path, os.O_RDONLY | _AT_ONCE))
+    file = FileIO(os.fspath(path), opener=lambda name, flags: os.open(name, flags | _AT_ONCE))
     if stat.S_ISDIR(os.fstat(file.fileno()).st_mode):
         file.close()
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

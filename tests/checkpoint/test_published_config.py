@@ -17,7 +17,11 @@ model_types = ["it"]
 architectures = []
 facts = "made up"
 config = { num_experts = ["e"], top_k = ["k"] }
-tensors = { layers = ["l.{layer}"], blocks = ["mlp"], routers = ["mlp.gate"] }
+[tensors]
+layers = ["l.{layer}"]
+blocks = ["mlp"]
+routers = ["mlp.gate"]
+experts = ["mlp.experts.{expert}"]
 """
 
 

@@ -21,7 +21,7 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
     planned, ((pruning, options, destination), _) = fake.calls
     assert planned == (
         (None, "scores.pt", SelectionRequest(ratio=0.65)),
-        {"out": None, "max_shard_nbytes": None, "family": None},
+        {"out": None, "max_shard_nbytes": None, "family": None, "follow_links": False},
     )
     assert (pruning.args, pruning.options) == planned
     assert (options, destination) == (RunOptions(), None)
@@ -29,10 +29,24 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     words = ("--model", "/m", "-o", "/out", "--max-shard-size", "5GB", "--workers", "3")
-    run(*APPLY, *words, "--no-verify", "--dry-run", "--restart", "--family", "auto")
+    run(
+        *APPLY,
+        *words,
+        "--no-verify",
+        "--dry-run",
+        "--restart",
+        "--family",
+        "auto",
+        "--follow-links",
+    )
     (args, planned), ((_, options, _), _) = fake.calls
     assert args[0] == "/m"
-    assert planned == {"out": "/out", "max_shard_nbytes": 5 * 10**9, "family": "auto"}
+    assert planned == {
+        "out": "/out",
+        "max_shard_nbytes": 5 * 10**9,
+        "family": "auto",
+        "follow_links": True,
+    }
     assert options == RunOptions(workers=3, verify=False, dry_run=True, restart=True)
 
 

@@ -84,8 +84,11 @@ def test_inspect_of_the_result_names_the_new_count(models: Path, pruned: Path) -
     assert json.loads(done.stdout)["num_experts"] == 12
 
 
-def test_an_existing_output_is_refused_in_one_line(models: Path, pruned: Path) -> None:
-    done = shardsurgeon(models / "kimi_k25", "apply", "scores.pt", "--ratio", "0.65")
+def test_an_existing_output_is_done_or_refused_in_one_line(models: Path, pruned: Path) -> None:
+    again = ("apply", "scores.pt", "--ratio", "0.65")
+    assert shardsurgeon(models / "kimi_k25", *again).returncode == 0
+    (pruned / "LICENSE").write_text("mine")
+    done = shardsurgeon(models / "kimi_k25", *again)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

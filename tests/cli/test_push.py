@@ -17,17 +17,24 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
     assert run("push", "out", "me/x").status == 0
     [(args, options)] = fake.calls
     assert args == ("out", Destination("me/x"))
-    assert options == {"family": None, "include": (), "exclude": (), "bars": False}
+    assert options == {
+        "family": None,
+        "include": (),
+        "exclude": (),
+        "follow_links": False,
+        "bars": False,
+    }
 
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     more = ("--private", "--revision", "dev", "--create-pr", "--card", "c.md", "--family", "auto")
     more += ("--include", "eval/*", "--include", "a.md", "--exclude", "LICENSE")
-    run("push", "out", "me/x", *more, "--progress")
+    run("push", "out", "me/x", *more, "--progress", "--follow-links")
     [(args, options)] = fake.calls
     assert args[1] == Destination("me/x", True, "dev", True, "c.md", True)
     assert options == {
         "family": "auto",
+        "follow_links": True,
         "include": ("eval/*", "a.md"),
         "exclude": ("LICENSE",),
         "bars": True,

@@ -32,7 +32,13 @@ def test_the_words_reach_the_operation(run: Run, fake: FakeOperations) -> None:
     assert fake.calls == [
         (
             ("/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct"),
-            {"sample": 3, "architecture": False, "progress": None, "family": None},
+            {
+                "sample": 3,
+                "architecture": False,
+                "progress": None,
+                "family": None,
+                "follow_links": False,
+            },
         )
     ]
 
@@ -135,6 +141,7 @@ def test_the_bar_is_in_bytes(run: Run, fake: FakeOperations) -> None:
         architecture: bool,
         progress: Callable[[int, int], None],
         family: str | None,
+        follow_links: bool,
     ) -> object:
         progress(0, 10**9)
         progress(10**9, 10**9)

@@ -207,7 +207,7 @@ def as_before(model: Path, out: Path) -> None:
     """Turn a prune into what versions without the record of files made of the same folder."""
     path = out / PROVENANCE_NAME
     record = json.loads(path.read_bytes())
-    del record["files"]
+    del record["files"], record["sha256"]
     path.write_text(json.dumps(record))
     for name in LEFT - {"training_args.bin"}:
         (out / name).parent.mkdir(parents=True, exist_ok=True)

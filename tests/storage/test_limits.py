@@ -23,8 +23,7 @@ from shardsurgeon.errors import (
     ScoreError,
 )
 from shardsurgeon.families.schema import read_family
-from shardsurgeon.pruning.keep_list_files import read_keeplist
-from shardsurgeon.pruning.keep_lists import is_plan
+from shardsurgeon.pruning.keep_list_files import is_plan, read_keeplist
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage import limits
 from shardsurgeon.storage.formats.index import INDEX_NAME, parse_index
@@ -151,13 +150,14 @@ def test_json_that_would_take_too_much_memory_is_refused_unparsed(
     assert peak(refused) < 4 * len(raw)
 
 
-def test_a_hint_is_not_taken_from_what_would_take_too_much_memory() -> None:
+def test_a_hint_is_not_taken_from_what_would_take_too_much_memory(tmp_path: Path) -> None:
     raw = repeated(b"[],", MIB)
     assert parse_for_a_hint(raw, OTHER_JSON) is None
     assert parse_for_a_hint(b"[" * 101 + b"]" * 101, OTHER_JSON) is None
     assert parse_for_a_hint(b"[" * 100 + b"]" * 100, OTHER_JSON) is not None
     dense = repeated(b"[],", 12 * MIB)
-    assert not is_foreign(dense) and not is_plan(dense)
+    (tmp_path / "dense.json").write_bytes(dense)
+    assert not is_foreign(dense) and not is_plan(tmp_path / "dense.json")
 
 
 class Claiming(MemorySource):
