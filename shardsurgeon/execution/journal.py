@@ -24,6 +24,7 @@ from typing import Self
 from shardsurgeon._version import __version__
 from shardsurgeon.errors import OutputError
 from shardsurgeon.storage.files import write_all, write_file, writing
+from shardsurgeon.storage.limits import JOURNAL, require_size
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.storage.system import System
 
@@ -168,6 +169,7 @@ def read_journal(path: Path) -> JournalFile | None:
     if not path.is_file():
         return None
     with writing(path):
+        require_size(path.stat().st_size, JOURNAL, str(path), OutputError, _START_OVER)
         data = path.read_bytes()
     *lines, torn = data.split(b"\n")
     values: list[object] = []

@@ -30,7 +30,7 @@ from shardsurgeon.layerwise.settings import require
 from shardsurgeon.storage.files import writing
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
-from shardsurgeon.storage.limits import TOKENIZER_CONFIG, read_limited
+from shardsurgeon.storage.limits import TOKENIZER_CONFIG, TOKENIZER_FILE, read_limited, require_size
 from shardsurgeon.storage.source import Source, require_plain
 
 SampleEntry: TypeAlias = tuple[str, int, int]
@@ -273,6 +273,8 @@ def tokenizer_folder(source: Source) -> Iterator[Path]:
     with TemporaryDirectory() as name:
         for file in source.list():
             if "/" not in file.name and file.name.endswith(_ENDINGS) and file.name != INDEX_NAME:
+                where = f"{source.location}/{file.name}"
+                require_size(file.nbytes, TOKENIZER_FILE, where, UsageError)
                 copy = Path(name, file.name)
                 with writing(copy):
                     copy.write_bytes(source.read(file.name, 0, file.nbytes))

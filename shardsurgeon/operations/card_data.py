@@ -24,6 +24,7 @@ from shardsurgeon.pruning.config_edits import says_per_layer
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.limits import CARD, MAX_CARD_METADATA, read_limited
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -175,12 +176,17 @@ def _source_card(path: Path) -> Mapping[str, Any] | None:
     """The metadata of a card; empty where it cannot be read, None where there is no card."""
     if not path.is_file():
         return None
-    return metadata_of(path.read_text(encoding="utf-8-sig", errors="replace"))
+    try:
+        raw = read_limited(path, CARD, InputError)
+    except InputError:
+        return _NOTHING
+    return metadata_of(raw.decode("utf-8-sig", "replace"))
 
 
 def metadata_of(text: str) -> Mapping[str, Any]:
     """The YAML between the first two `---` lines of a card; empty where it cannot be read."""
-    if not text.lstrip().startswith("---"):
+    text = text.lstrip()
+    if not text.startswith("---") or text.find("\n---") > MAX_CARD_METADATA:
         return _NOTHING
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -46,6 +46,7 @@ from shardsurgeon.operations.verify import headers_only
 from shardsurgeon.pruning.lineage import check_lineage
 from shardsurgeon.storage.hub.repository import MAIN, Repository
 from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, publish, silence_hub
+from shardsurgeon.storage.limits import CARD, read_limited
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import default_system
@@ -178,9 +179,10 @@ def _own_card(destination: Destination) -> bytes | None:
     """The content of the user's card. Raises UsageError where it cannot be read as one."""
     if destination.card is None:
         return None
+    raw = read_limited(destination.card, CARD, UsageError)
     try:
-        text = Path(destination.card).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        text = raw.decode("utf-8-sig")
+    except ValueError as error:
         raise UsageError(destination.card, f"cannot be read as a card ({error})") from error
     require_metadata(text, destination.card)
     refuse_secret(text.encode(), os.fspath(destination.card))

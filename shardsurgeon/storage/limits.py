@@ -43,6 +43,13 @@ JOURNAL = Limit(256 * MIB, 256 * MIB)
 TOKENIZER_CONFIG = Limit(16 * MIB, 320 * MIB)
 OTHER_JSON = Limit(MIB, 64 * MIB)
 
+# Text with metadata at its beginning, in YAML, which takes a second for each 100 kB.
+CARD = Limit(4 * MIB, 64 * MIB)
+MAX_CARD_METADATA = 200_000
+TOKENIZER_FILE = Limit(256 * MIB, 256 * MIB)  # that is copied to be read by its own reader
+
+# No tensor's name is half as long: matching takes time that grows with its square.
+MAX_NAME = 500
 # Of all shards of a model together.
 MAX_TENSORS = 1_500_000
 MAX_HEADERS_NBYTES = 256 * MIB

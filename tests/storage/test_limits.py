@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
@@ -20,9 +23,12 @@ from shardsurgeon.errors import (
     IndexFileError,
     InputError,
     KeepListError,
+    OutputError,
     ScoreError,
 )
+from shardsurgeon.execution.journal import read_journal
 from shardsurgeon.families.schema import read_family
+from shardsurgeon.operations.card_data import metadata_of
 from shardsurgeon.pruning.keep_list_files import is_plan, read_keeplist
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage import limits
@@ -199,6 +205,62 @@ def test_all_headers_together_have_a_limit(
     monkeypatch.setattr(f"shardsurgeon.checkpoint.shards.{most}", found - 1)
     with pytest.raises(HeaderError, match=rf"safetensors: with this file .* {found:,} "):
         open_shards(source, shards)
+
+
+def test_the_name_of_a_tensor_has_a_limit() -> None:
+    """Patterns are run on it."""
+    entry = '{"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    longest = (entry % ("a" * 500)).encode()
+    assert len(parse_header(longest, len(longest) + 8, "f").tensors) == 1
+    longer = (entry % ("a" * 501)).encode()
+    with pytest.raises(HeaderError, match=r"^f: tensor 'aaa.*its name has 501 characters"):
+        parse_header(longer, len(longer) + 8, "f")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among files")
+@pytest.mark.parametrize("suffix", [".pt", ".json", ".npz", ".safetensors", ""])
+def test_a_pipe_is_no_score_file_and_is_not_waited_for(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"scores{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(ScoreError, match="it is a pipe or a device; save it to a file first"):
+        read_scores(path)
+
+
+def test_a_card_whose_metadata_takes_minutes_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("---\n" + "a: 1\n" * 50_000 + "---\n")
+    assert metadata_of(path.read_text()) == {}
+    path.write_text("---\nlicense: mit\n---\n" + "a" * 300_000)
+    assert metadata_of(path.read_text()) == {"license": "mit"}
+
+
+def test_a_journal_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with path.open("wb") as file:
+        file.truncate(300 * MIB)
+    with pytest.raises(OutputError, match=r"journal: has 314,572,800 bytes.*--restart"):
+        read_journal(path)
+
+
+def test_an_archive_of_more_members_than_it_announces_is_refused_at_the_first(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "scores.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(50):
+            archive.writestr(f"{number}.npy", b"")
+    raw = bytearray(path.read_bytes())
+    raw[-14:-10] = (2).to_bytes(2, "little") * 2  # members on this disk, and in all
+    path.write_bytes(raw)
+    with pytest.raises(ScoreError, match="a zip directory of more members announces 2"):
+        read_scores(path)
+
+
+def test_metadata_and_storages_of_scores_that_inflate_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.npz"
+    np.savez_compressed(path, metadata=np.zeros(65 * MIB, np.uint8), a=np.ones((2, 2)))
+    with pytest.raises(ScoreError, match=r"scores.npz, metadata: has 68,157,440 bytes"):
+        read_scores(path)
 
 
 HOSTILE_TOML = {
