@@ -29,9 +29,9 @@ from functools import partial
 from pathlib import Path
 
 from shardsurgeon.errors import (
-    InputError,
     OutputError,
     OutputWriteError,
+    ShardSurgeonError,
     SourceChangedError,
     UsageError,
     VerificationError,
@@ -166,9 +166,7 @@ def execute(
         shards = len(plan.shards)
         # The check needs the memory that the plan takes, if the caller has dropped it too.
         del plan, context
-        require_unchanged(source, planned)
-        if before_delivery is not None:
-            before_delivery(workdir.files)
+        _have_checked(workdir.files, before_delivery, source, planned)
         if destination:
             destination.publish(workdir.files, receipts)
             workdir.discard()
@@ -307,18 +305,33 @@ def _fill(
     )
 
 
+def _have_checked(
+    folder: Path,
+    check: Callable[[Path], None] | None,
+    source: Source,
+    planned: tuple[SourceFile, ...],
+) -> None:
+    require_unchanged(source, planned)
+    if check is None:
+        return
+    try:
+        check(folder)
+    except ShardSurgeonError:
+        # A sound result does not verify against a source that changed meanwhile: say that instead.
+        require_unchanged(source, planned)
+        raise
+
+
 @contextmanager
 def _blaming_the_source(
     source: Source, planned: tuple[SourceFile, ...], workdir: WorkDir
 ) -> Iterator[None]:
-    """Say that the source changed where it did and something else went wrong for that.
-
-    A sound result does not verify against a source that changed meanwhile.
-    """
+    """Say that the source changed where a shard on its way out does not hold for that, and keep
+    nothing that a rerun could not tell from what it reads."""
     try:
         try:
             yield
-        except (InputError, VerificationError):
+        except VerificationError:
             require_unchanged(source, planned)
             raise
     except SourceChangedError:

@@ -33,10 +33,11 @@ class Fault:
     what: a key of SIGNALS; `error` (this call and all later ones fail with `code`); `short`
     (this call and all later ones move at most 7 bytes); `end` (reads find the end of the file);
     `replace`, `truncate`, `grow` or `remove` (done to `victim`); `no files` (the process may
-    open no more files). portable: without the kernel's copy; ample: free space is not asked.
-    counted: a file that receives how many calls there were. batch: how many bytes a worker asks
-    of a network at a time, so that small checkpoints take as many requests as big ones; hasty:
-    without pauses between the tries at a request.
+    open no more files). inside, beyond: only reads of files whose path has this in it count, from
+    this byte on. portable: without the kernel's copy; ample: free space is not asked. counted: a
+    file that receives how many calls there were. batch: how many bytes a worker asks of a network
+    at a time, so that small checkpoints take as many requests as big ones; hasty: without pauses
+    between the tries at a request.
     """
 
     what: str = ""
@@ -46,6 +47,8 @@ class Fault:
     victim: str = ""
     portable: bool = False
     ample: bool = False
+    inside: str = ""
+    beyond: int = 0
     counted: str = ""
     batch: int = 0
     hasty: bool = False
@@ -70,6 +73,8 @@ class FaultySystem:
             return real
 
         def call(*arguments: Any) -> Any:
+            if not self._concerns(arguments):
+                return real(*arguments)
             with self._counting:
                 self.count += 1
                 count = self.count
@@ -80,6 +85,13 @@ class FaultySystem:
             return real(*arguments)
 
         return call
+
+    def _concerns(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether a call is one of those that are counted."""
+        if not self.fault.inside:
+            return True
+        file, _, offset = arguments
+        return self.fault.inside in str(file.name) and offset >= self.fault.beyond
 
     def _happen(self) -> None:
         what, victim = self.fault.what, Path(self.fault.victim)

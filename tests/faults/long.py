@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.faults.catalogue import CATALOGUE, Entry, Unavailable
 from tests.faults.network import BENCHES
+from tests.faults.odd_files import ODD_FILES
 from tests.faults.trial import Bench, Ended, Lost
 
 
@@ -90,7 +91,7 @@ def main() -> int:
     rows: list[Row] = []
     print("| fault | tries | lost | what the user sees (status) |", flush=True)
     print("| --- | ---: | ---: | --- |")
-    for make_bench, catalogue in [(Bench, CATALOGUE), *BENCHES]:
+    for make_bench, catalogue in [(Bench, [*CATALOGUE, *ODD_FILES]), *BENCHES]:
         entries = [entry for entry in catalogue if options.only.lower() in entry.name.lower()]
         if entries:
             with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ import pytest
 from tests.faults import network
 from tests.faults.bench import RemoteBench, StreamBench
 from tests.faults.catalogue import CATALOGUE, Entry, Unavailable
+from tests.faults.odd_files import ODD_FILES
 from tests.faults.trial import Bench
 
 KILLS = 12
@@ -51,7 +52,7 @@ def nothing_is_lost(entry: Entry, bench: Bench) -> None:
     assert len(ended) == tries
 
 
-@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [*CATALOGUE, *ODD_FILES], ids=lambda entry: entry.name)
 def test_nothing_is_lost(entry: Entry, bench: Bench) -> None:
     nothing_is_lost(entry, bench)
 

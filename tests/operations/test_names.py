@@ -57,7 +57,7 @@ FILE_NAMES: dict[str, str | None] = {
     "shardsurgeon.journal": "partial work",
     "sub/shardsurgeon.lock": "partial work",
     "x.writing": "partial work",
-    "calibration": "calibration: is the name of a file, and of the folder of calibration/",
+    "calibration": "calibration: is a file, and calibration/",
 }
 SOME = ["C:\\evil", "a:b", "x ", "e\x1b[31mvil", "a\nb", "x.writing", "calibration"]
 # Names that no folder has, but a store or a repository may.
@@ -71,8 +71,8 @@ FAR_NAMES: dict[str, str | None] = {
     "n" * 256: "name that is too long",
     "sub/" + "n" * 256: "name that is too long",
     "x" + "/d" * 600: "name that is too long",
-    "config.json/x": "config.json: is the name of a file, and of the folder of config.json/x",
-    "calibration/scores.pt/x": "calibration/scores.pt: is the name of a file, and of the folder",
+    "config.json/x": "config.json: is a file, and config.json/x needs a folder of that name",
+    "calibration/scores.pt/x": "calibration/scores.pt: is a file, and calibration/",
 }
 
 
