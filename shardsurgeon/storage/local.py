@@ -30,7 +30,7 @@ from shardsurgeon.storage.source import (
 _GIVE_FOLDER = "give the folder that holds the model"
 # Where the Hub's cache keeps the bytes that the files of its snapshots, and of folders that
 # `hf download` made, are links to.
-_BLOB = re.compile(r".*/models--[^/]+/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})", re.DOTALL)
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # Folders in folders that are looked into.
 _DEEPEST = 100
 _KINDS = {
@@ -168,8 +168,11 @@ class LocalSource(Source):
         end = Path(os.path.realpath(link))
         if end.is_relative_to(self._folder):
             return not any(part.startswith(".") for part in end.relative_to(self._folder).parts)
-        own = self._blobs is not None and end.is_relative_to(os.path.realpath(self._blobs))
-        return own or _BLOB.fullmatch(end.as_posix()) is not None
+        if not _BLOB.fullmatch(end.name):
+            return False
+        if self._blobs is not None and end.parent == Path(os.path.realpath(self._blobs)):
+            return True
+        return end.parent.name == "blobs" and end.parent.parent.name.startswith("models--")
 
 
 def pieces_of(opened: Callable[[], FileIO], begin: int, end: int) -> Iterator[bytes]:

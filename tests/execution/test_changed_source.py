@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shardsurgeon.errors import SourceChangedError, VerificationError
+from shardsurgeon.errors import OutputError, SourceChangedError, VerificationError
 from shardsurgeon.execution.plan import Segment
 from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workers import Progress
@@ -122,7 +122,7 @@ def test_another_runs_folder_stays_as_it_is(job: Job, out: Path) -> None:
     journal.write_text("\n".join([json.dumps(other), *lines, ""]))
     before = content(partial)
     with_time_put_back(out.parent / "Tiny-MoE" / "a.safetensors", write_in_place)
-    with pytest.raises(SourceChangedError):
+    with pytest.raises(OutputError, match="was begun by"):
         execute(job.plan, job.source, out)
     assert content(partial) == before
 

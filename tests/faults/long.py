@@ -61,7 +61,7 @@ def sight(ended: Ended, bench: Bench) -> str:
     if not ended.stderr:
         return f"status {ended.status}"
     line = ended.stderr.strip().removeprefix("shardsurgeon: ")
-    for folder, name in ((bench.place, ""), (bench.model, "model")):
+    for folder, name in ((bench.place, ""), (bench.model, "model"), (bench.place.parent, "")):
         line = line.replace(f"{folder}/", f"{name}/" if name else "").replace(str(folder), name)
     return f"`{line}` ({ended.status})"
 

@@ -141,14 +141,14 @@ def test_links_into_the_hubs_blobs_are_files_of_the_model(tmp_path: Path) -> Non
     disk.mkdir()
     (store / "blobs").symlink_to(disk)  # people move the cache's bytes to a larger disk
     (disk / blob).write_bytes(b"x")
-    (disk / "odd-etag").write_bytes(b"x")
+    (disk / "token").write_bytes(b"x")
     (snapshot / "sub" / "a").symlink_to(f"../../../blobs/{blob}")
-    (snapshot / "b").symlink_to("../../blobs/odd-etag")
+    (snapshot / "b").symlink_to("../../blobs/token")
     (snapshot / "c").symlink_to("../../refs")
     (store / "refs").write_text(COMMIT)
     source = LocalSource(snapshot)
     assert names(source) == ["b", "c", "sub/a"]
-    assert source.odd == {"c": OUTSIDE}
+    assert source.odd == {"b": OUTSIDE, "c": OUTSIDE}
     # What `hf download --local-dir` once made.
     (tmp_path / "cache" / "models--org--tiny" / "blobs").mkdir(parents=True)
     real = tmp_path / "cache" / "models--org--tiny" / "blobs" / blob
