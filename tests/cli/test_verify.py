@@ -29,17 +29,12 @@ BROKEN = replace(ALL, differences=("a.weight: differs at byte 7", "b.weight: is 
 
 def test_the_words_reach_the_operation(run: Run, fake: FakeOperations) -> None:
     run(*VERIFY, "--sample", "3")
+    run(*VERIFY, "--follow-links")
+    folders = ("/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct")
+    plain = {"sample": None, "architecture": False, "progress": None, "family": None}
     assert fake.calls == [
-        (
-            ("/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct"),
-            {
-                "sample": 3,
-                "architecture": False,
-                "progress": None,
-                "family": None,
-                "follow_links": False,
-            },
-        )
+        (folders, {**plain, "sample": 3, "follow_links": False}),
+        (folders, {**plain, "follow_links": True}),
     ]
 
 

@@ -129,6 +129,25 @@ def test_a_quantization_list_and_a_record_are_not_read_through_a_link_either(
         (model / name).unlink()
 
 
+def test_the_commands_take_the_option_and_hand_it_on(
+    model: Path, token: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "notes.txt").symlink_to(token)
+    move_away(model, "config.json")
+    given = [str(scores_of(FAMILY)), "--ratio", "0.5", "--model", str(model)]
+    out = str(model.parent / "out")
+    for words in (["plan", *given], ["plan", *given, "--ratio", "0.25,0.5"]):
+        assert main(words) == 2
+        assert "config.json: is a link out of" in capsys.readouterr().err
+        assert main([*words, "--follow-links"]) == 0
+    assert main(["apply", *given, "-o", out, "--follow-links"]) == 0
+    said = capsys.readouterr().out
+    assert f"shardsurgeon verify {model} {out} --follow-links\n" in said
+    assert (model.parent / "out" / "notes.txt").read_bytes() == token.read_bytes()
+    assert main(["verify", str(model), out]) == 2
+    assert main(["verify", str(model), out, "--follow-links"]) == 0
+
+
 def test_commands_that_copy_no_file_follow_every_link(model: Path) -> None:
     before = shardsurgeon.inspect(str(model))
     for name in ("config.json", INDEX, "tokenizer.json"):
