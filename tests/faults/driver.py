@@ -22,7 +22,14 @@ from shardsurgeon.cli.main import main
 from shardsurgeon.execution import shards
 from shardsurgeon.storage import system as systems
 
-SIGNALS = {"kill": "SIGKILL", "terminate": "SIGTERM", "interrupt": "SIGINT", "pause": "SIGSTOP"}
+SIGNALS = {
+    "kill": "SIGKILL",
+    "terminate": "SIGTERM",
+    "interrupt": "SIGINT",
+    "pause": "SIGSTOP",
+    "hang up": "SIGHUP",
+}
+LOSSES = ("reader left", "log disk full", "terminal hung up")
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,12 @@ class Fault:
     what: a key of SIGNALS; `error` (this call and all later ones fail with `code`); `short`
     (this call and all later ones move at most 7 bytes); `end` (reads find the end of the file);
     `replace`, `truncate`, `grow` or `remove` (done to `victim`); `no files` (the process may
-    open no more files). inside, beyond: only reads of files whose path has this in it count, from
-    this byte on. portable: without the kernel's copy; ample: free space is not asked. counted: a
-    file that receives how many calls there were. batch: how many bytes a worker asks of a network
-    at a time, so that small checkpoints take as many requests as big ones; hasty: without pauses
-    between the tries at a request.
+    open no more files); one of LOSSES (stdout and stderr lead there from now on; with nth 0 from
+    the beginning). nohup: SIGHUP is ignored. inside, beyond: only reads of files whose path has
+    this in it count, from this byte on. portable: without the kernel's copy; ample: free space is
+    not asked. counted: a file that receives how many calls there were. batch: how many bytes a
+    worker asks of a network at a time, so that small checkpoints take as many requests as big
+    ones; hasty: without pauses between the tries at a request.
     """
 
     what: str = ""
@@ -52,6 +60,7 @@ class Fault:
     counted: str = ""
     batch: int = 0
     hasty: bool = False
+    nohup: bool = False
 
 
 class FaultySystem:
@@ -99,6 +108,8 @@ class FaultySystem:
             os.kill(os.getpid(), getattr(signal, SIGNALS[what]))
         elif what == "no files":
             _open_no_more_files()
+        elif what in LOSSES:
+            lose_streams(what)
         elif what == "replace":
             spoiled = victim.with_name("replacement")
             spoiled.write_bytes(victim.read_bytes()[::-1])
@@ -126,6 +137,21 @@ class FaultySystem:
             *places, nbytes = arguments
             return real(*places, max(7, nbytes // 3))
         return real(*arguments)
+
+
+def lose_streams(how: str) -> None:
+    """Point stdout and stderr at what takes no word."""
+    if how == "reader left":
+        reader, writer = os.pipe()
+        os.close(reader)
+    elif how == "log disk full":
+        writer = os.open("/dev/full", os.O_WRONLY)
+    else:
+        leader, writer = os.openpty()
+        os.close(leader)
+    for number in (1, 2):
+        os.dup2(writer, number)
+    os.close(writer)
 
 
 def _open_no_more_files() -> None:
@@ -161,6 +187,10 @@ def run(spec: str, words: list[str]) -> int:
         _make_hasty()
     # A shell that runs this harness in the background has SIGINT ignored, and children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if fault.nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if fault.what in LOSSES and not fault.nth:
+        lose_streams(fault.what)
     status = main(words)
     if fault.counted:
         Path(fault.counted).write_text(str(faulty.count))

@@ -15,9 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.faults.bench import StreamBench
 from tests.faults.catalogue import CATALOGUE, Entry, Unavailable
 from tests.faults.network import BENCHES
 from tests.faults.odd_files import ODD_FILES
+from tests.faults.places import PLACES, SmallBench
+from tests.faults.streams import SENDINGS, TERMINALS
 from tests.faults.trial import Bench, Ended, Lost
 
 
@@ -91,7 +94,9 @@ def main() -> int:
     rows: list[Row] = []
     print("| fault | tries | lost | what the user sees (status) |", flush=True)
     print("| --- | ---: | ---: | --- |")
-    for make_bench, catalogue in [(Bench, [*CATALOGUE, *ODD_FILES]), *BENCHES]:
+    local = (Bench, [*CATALOGUE, *ODD_FILES])
+    small = (SmallBench, [*TERMINALS, *PLACES])
+    for make_bench, catalogue in [local, small, *BENCHES, (StreamBench, SENDINGS)]:
         entries = [entry for entry in catalogue if options.only.lower() in entry.name.lower()]
         if entries:
             with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,8 @@ from tests.faults import network
 from tests.faults.bench import RemoteBench, StreamBench
 from tests.faults.catalogue import CATALOGUE, Entry, Unavailable
 from tests.faults.odd_files import ODD_FILES
+from tests.faults.places import PLACES
+from tests.faults.streams import SENDINGS, TERMINALS
 from tests.faults.trial import Bench
 
 KILLS = 12
@@ -52,7 +54,10 @@ def nothing_is_lost(entry: Entry, bench: Bench) -> None:
     assert len(ended) == tries
 
 
-@pytest.mark.parametrize("entry", [*CATALOGUE, *ODD_FILES], ids=lambda entry: entry.name)
+LOCAL = [*CATALOGUE, *ODD_FILES, *TERMINALS, *PLACES]
+
+
+@pytest.mark.parametrize("entry", LOCAL, ids=lambda entry: entry.name)
 def test_nothing_is_lost(entry: Entry, bench: Bench) -> None:
     nothing_is_lost(entry, bench)
 
@@ -62,6 +67,6 @@ def test_nothing_is_lost_on_the_way_here(entry: Entry, remote_bench: Bench) -> N
     nothing_is_lost(entry, remote_bench)
 
 
-@pytest.mark.parametrize("entry", network.SENDINGS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [*network.SENDINGS, *SENDINGS], ids=lambda entry: entry.name)
 def test_nothing_is_lost_on_the_way_out(entry: Entry, stream_bench: Bench) -> None:
     nothing_is_lost(entry, stream_bench)

@@ -22,6 +22,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENVIRONMENT.pop("SHARDSURGEON_DEBUG", None)
 
 State = Mapping[str, str]
+# How long any command may take on the small checkpoint, whatever happens to it.
+LIMIT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,33 @@ class Bench:
             process.kill()
         status = process.returncode
         return Ended(128 - status if status < 0 else status, said)
+
+    def run_words(
+        self,
+        words: list[str],
+        fault: Mapping[str, object] | None = None,
+        *,
+        closed: bool = False,
+        alone: float = 0.0,
+    ) -> Ended:
+        """Any command from begin to end.
+
+        closed: without stdout and stderr; alone: seconds that it takes undisturbed, where that is
+        long. Raises Lost where it takes a minute more.
+        """
+        begin = [str(DRIVER), json.dumps(fault)] if fault else ["-m", "shardsurgeon"]
+        command = [sys.executable, *begin, *words]
+        process = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command] if closed else command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            return self.finish(process, timeout=LIMIT_SECONDS + alone)
+        except subprocess.TimeoutExpired:
+            raise Lost(f"hangs: {' '.join(command)}") from None
 
     def run(self, *more: str, fault: Mapping[str, object] | None = None) -> Ended:
         """The command from begin to end."""
