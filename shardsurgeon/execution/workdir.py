@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 
 from shardsurgeon.errors import OutputError, OutputWriteError
@@ -93,21 +94,25 @@ class WorkDir:
             self._require_plain()
 
     def _require_plain(self) -> None:
-        """Raise OutputError where OUT.partial, or what is in it, is another user's, leads elsewhere
-        by a link, or is neither a file nor a folder."""
-        below = (
-            Path(folder, name)
-            for folder, folders, names in os.walk(self.folder)
-            for name in (*folders, *names)
-        )
-        for path in (self.folder, *below):
+        """Raise OutputError where OUT.partial, or what is in it, is another user's or leads
+        elsewhere: a link, a pipe, a device, a journal or a lock that has a second name."""
+        tree = os.walk(self.folder)
+        inside = (Path(below, name) for below, *names in tree for name in chain(*names))
+        for path in (self.folder, *inside):
             status = path.lstat()
             if is_strangers(status):
                 raise OutputError(path, "belongs to another user", "choose another -o or remove it")
-            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-                what = "link" if stat.S_ISLNK(status.st_mode) else "pipe or device"
-                problem = f"is a {what}, and shardsurgeon makes none"
-                raise OutputError(path, problem, "remove it, run again")
+            if stat.S_ISLNK(status.st_mode):
+                what = "is a link"
+            elif stat.S_ISDIR(status.st_mode):
+                continue
+            elif not stat.S_ISREG(status.st_mode):
+                what = "is a pipe or a device"
+            elif status.st_nlink > 1 and path.parent == self.folder:
+                what = "is a file of two names"  # those here are written on, no others are
+            else:
+                continue
+            raise OutputError(path, f"{what}, and shardsurgeon makes none", "remove it, run again")
 
     def require_one_mount(self) -> None:
         """Raise OutputError where the finished files could not be renamed to OUT."""

@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -149,24 +150,46 @@ def test_a_file_or_link_in_the_way_is_not_ours_either(tmp_path: Path, kind: str)
         try_to_hold(tmp_path / "OUT")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no links and pipes for everybody")
 @pytest.mark.parametrize(
-    "name", ["shardsurgeon.journal", "shardsurgeon.journal.writing", "writing/one", "files", "x"]
+    ("name", "kind"),
+    [
+        # A part that has a second name is begun again instead.
+        *(("writing/one", kind) for kind in ("link", "pipe")),
+        *product(
+            ("shardsurgeon.journal", "shardsurgeon.journal.writing", "files", "x"),
+            ("link", "file of two names", "pipe"),
+        ),
+    ],
 )
-def test_a_link_that_was_laid_into_the_place_is_refused_and_not_followed(
-    tmp_path: Path, name: str
+def test_what_leads_elsewhere_and_was_laid_into_the_place_is_refused(
+    tmp_path: Path, name: str, kind: str
 ) -> None:
     interrupted(tmp_path / "OUT")
     precious = tmp_path / "precious"
     precious.write_bytes(b"precious")
-    link = tmp_path / "OUT.partial" / name
-    if link.is_dir():
-        link.rename(tmp_path / "moved")
-    link.parent.mkdir(exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(precious)
+    laid = tmp_path / "OUT.partial" / name
+    if laid.is_dir():
+        laid.rename(tmp_path / "moved")
+    laid.parent.mkdir(exist_ok=True)
+    laid.unlink(missing_ok=True)
+    if kind == "link":
+        laid.symlink_to(precious)
+    elif kind == "pipe":
+        os.mkfifo(laid)
+    else:
+        laid.hardlink_to(precious)
+    with pytest.raises(OutputError, match=rf"is a {kind}.*, and shardsurgeon makes none"):
+        try_to_hold(tmp_path / "OUT")
+    assert precious.read_bytes() == b"precious" and os.path.lexists(laid)
+
+
+def test_a_place_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "OUT.partial").symlink_to("elsewhere")
     with pytest.raises(OutputError, match="is a link, and shardsurgeon makes none"):
         try_to_hold(tmp_path / "OUT")
-    assert precious.read_bytes() == b"precious" and link.is_symlink()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices as POSIX has them")
@@ -189,7 +212,7 @@ def test_what_is_neither_file_nor_folder_is_refused_and_not_opened(
         (tmp_path / "OUT.partial").rename(tmp_path / "elsewhere")
         (tmp_path / "OUT.partial").symlink_to(tmp_path / "elsewhere")
         (tmp_path / "elsewhere" / "shardsurgeon.journal").touch()
-    with pytest.raises(OutputError, match=r"is a (pipe or device|link), and shardsurgeon makes"):
+    with pytest.raises(OutputError, match=r"is a (pipe or a device|link), and shardsurgeon makes"):
         try_to_hold(tmp_path / "OUT")
 
 

@@ -170,6 +170,7 @@ def _require_made(bench: Bench, case: Case) -> None:
     """The command makes the right thing once nothing is in its way."""
     assert case.made is not None
     if case.made == bench.out:
+        shutil.rmtree(bench.place / "made")
         bench.require_finishes()
         return
     if case.made.exists() or case.made.is_symlink():

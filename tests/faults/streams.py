@@ -64,10 +64,10 @@ def lost(what: str, *, nohup: bool = False) -> Attempt:
     calls of every part of the run; `closed`: there never were any."""
 
     def attempt(bench: Bench, tries: int, numbers: random.Random) -> Iterator[Ended]:
-        (bench.place / "made").mkdir(exist_ok=True)
         every = cases(bench)[:tries]
         share = [range(tries)[number :: len(every)] for number in range(len(every))]
         for case, moments in zip(every, share, strict=True):
+            (bench.place / "made").mkdir(exist_ok=True)
             begun = time.monotonic()
             alone = bench.run_words(case.words, alone=120)
             seconds = time.monotonic() - begun
