@@ -118,6 +118,11 @@ def test_the_files_of_a_prune_and_its_globs_are_listed_and_read_back() -> None:
     assert (said["include"], said["exclude"]) == (["eval/*"], ["*.pdf", "x"])
     assert parse_provenance(written.to_bytes(), "metadata") == written
     assert parse_provenance(single().to_bytes(), "metadata").files is None
+    digests = {"b.json": "ab" * 32, "a\udcff": "cd" * 32}
+    written = replace(written, sha256=digests)
+    said = json.loads(written.to_bytes())
+    assert list(said["sha256"].items()) == sorted(digests.items()) and list(said)[-1] == "sha256"
+    assert parse_provenance(written.to_bytes(), "metadata") == written
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,13 @@ def test_the_files_of_a_prune_and_its_globs_are_listed_and_read_back() -> None:
         ({"files": {"a.json": "7"}}, "files: a.json is not given a size in bytes"),
         ({"files": {"a.json": True}}, "files: a.json is not given a size in bytes"),
         ({"files": {"a.json": -1}}, "files: a.json is not given a size in bytes"),
+        ({"files": {"a.json": 10**400}}, "files: a.json is not given a size in bytes"),
+        ({"files": {"a": 1}, "sha256": []}, "sha256: found list, expected an object"),
+        ({"files": {"a": 1}, "sha256": {"a": 1}}, "sha256: a is not given a SHA-256"),
+        ({"files": {"a": 1}, "sha256": {"a": "AB" * 32}}, "sha256: a is not given a SHA-256"),
+        ({"files": {"a": 1}, "sha256": {"a": "ab" * 31}}, "sha256: a is not given a SHA-256"),
+        ({"files": {"a": 1}, "sha256": {"b": "ab" * 32}}, "sha256: b is none of the files"),
+        ({"sha256": {"b": "ab" * 32}}, "sha256: b is none of the files"),
         ({"include": "a*"}, "include: not a list of globs"),
         ({"exclude": [1]}, "exclude: not a list of globs"),
     ],
