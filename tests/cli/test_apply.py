@@ -29,13 +29,14 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     words = ("--model", "/m", "-o", "/out", "--max-shard-size", "5GB", "--workers", "3")
-    words += ("--family", "auto", "--follow-links")
+    words += ("--family", "auto", "--follow-links", "--checksums")
     run(*APPLY, *words, "--no-verify", "--dry-run", "--restart")
     (args, planned), ((_, options, _), _) = fake.calls
     assert args[0] == "/m"
     opening = {"family": "auto", "follow_links": True}
     assert planned == {"out": "/out", "max_shard_nbytes": 5 * 10**9, **opening}
-    assert options == RunOptions(workers=3, verify=False, dry_run=True, restart=True)
+    expected = RunOptions(3, verify=False, dry_run=True, restart=True, checksums=True)
+    assert options == expected
 
 
 def test_the_shard_size_may_be_the_sources(run: Run, fake: FakeOperations) -> None:

@@ -58,6 +58,22 @@ def test_a_sample_is_called_one(run: Run) -> None:
     )
 
 
+def test_a_sample_without_a_difference_is_identical_as_far_as_sampled(
+    run: Run, fake: FakeOperations
+) -> None:
+    fake.verify = replace(VERIFIED, complete=False, notes=("calibration/x was not compared",))
+    ended = run(*VERIFY, "--sample", "8")
+    assert (ended.status, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("/models/Kimi-K2.5-REAP-65pct: identical as far as sampled\n")
+    assert ended.stdout.endswith("  note          calibration/x was not compared\n")
+    said = json.loads(run(*VERIFY, "--sample", "8", "--json").stdout)
+    assert said["verdict"] == "identical as far as sampled" and said["complete"] is False
+    fake.verify = replace(fake.verify, differences=("a: is missing",))
+    assert json.loads(run(*VERIFY, "--json").stdout)["verdict"] == "does not hold"
+    fake.verify = ALL
+    assert json.loads(run(*VERIFY, "--json").stdout)["verdict"] == "holds"
+
+
 def test_differences_are_printed_and_end_with_status_1(run: Run, fake: FakeOperations) -> None:
     fake.verify = BROKEN
     ended = run(*VERIFY)
