@@ -49,7 +49,8 @@ class Step:
 
     ratio: the ratio asked for, or else the exact fraction removed; rounding: None unless a ratio
     was asked for; metric: None where a keep-list decided; selection: `ratio`, `keep`,
-    `target-size` or `plan`; source: the checkpoint it was applied to.
+    `target-size` or `plan`; source: the checkpoint it was applied to; saliency_of: the other model
+    whose plan was used and whose saliencies these are, None where they are the source's own.
     """
 
     num_experts_before: int
@@ -59,6 +60,14 @@ class Step:
     metric: str | None
     selection: str
     source: SourceIdentity
+    saliency_of: SourceIdentity | None = None
+
+    def fields(self) -> dict[str, object]:
+        """As the file has them: without what is not said."""
+        fields = asdict(self)
+        if self.saliency_of is None:
+            del fields["saliency_of"]
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +162,7 @@ class Provenance:
             **({"exclude": self.exclude} if self.exclude else {}),
         }
         lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
-        steps = ",\n".join(f"    {_json(asdict(step))}" for step in self.steps)
+        steps = ",\n".join(f"    {_json(step.fields())}" for step in self.steps)
         lines.append(f'  "steps": [\n{steps}\n  ]')
         if self.files is not None:
             files = ",\n".join(f"    {_json(k)}: {v}" for k, v in sorted(self.files.items()))
@@ -347,7 +356,7 @@ class _Reader(CheckedJson):
         return tuple(steps)
 
     def step(self, fields: dict[str, Any], place: str) -> Step:
-        source = self.member(fields, "source", place)
+        other = self.member(fields, "saliency_of", place) if "saliency_of" in fields else None
         return Step(
             num_experts_before=self.count(fields, "num_experts_before", place),
             num_experts_after=self.count(fields, "num_experts_after", place),
@@ -355,11 +364,15 @@ class _Reader(CheckedJson):
             rounding=self.text(fields, "rounding", place),
             metric=self.text(fields, "metric", place),
             selection=self.text(fields, "selection", place) or "keep",
-            source=SourceIdentity(
-                name=self.text(source, "name", f"{place}.source") or "",
-                revision=self.text(source, "revision", f"{place}.source"),
-                config_sha256=self.text(source, "config_sha256", f"{place}.source"),
-            ),
+            source=self.identity(self.member(fields, "source", place), f"{place}.source"),
+            saliency_of=None if other is None else self.identity(other, f"{place}.saliency_of"),
+        )
+
+    def identity(self, fields: dict[str, Any], place: str) -> SourceIdentity:
+        return SourceIdentity(
+            name=self.text(fields, "name", place) or "",
+            revision=self.text(fields, "revision", place),
+            config_sha256=self.text(fields, "config_sha256", place),
         )
 
     def ids(self, fields: dict[str, Any], key: str, place: str) -> tuple[int, ...]:

@@ -181,7 +181,8 @@ def _layer_row(layer: LayerReport) -> dict[str, str]:
 def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:
     yield "chosen by", _chosen_by(report)
     if (dropped := _dropped(report)) is not None:
-        yield "saliency", _dropped_words(report, dropped)
+        of = f", as measured on {report.saliency_of}" if report.saliency_of else ""
+        yield "saliency", f"{_dropped_words(report, dropped)}{of}"
     if (uniform := _dropped_if_uniform(report)) is not None:
         yield "if equal", _dropped_words(report, uniform)
     if report.mtp_dropped:

@@ -189,8 +189,13 @@ def _step(step: Step) -> tuple[str, str, str, str]:
         f"{_plain(source.name)}{at}",
         f"{step.num_experts_before} → {step.num_experts_after}",
         how.get(step.selection) or _plain(step.selection),
-        _plain(step.metric) if step.metric else "a keep-list",
+        _plain(step.metric) if step.metric else f"a keep-list{_other(step)}",
     )
+
+
+def _other(step: Step) -> str:
+    """Whose the saliencies are, where they were measured on another model."""
+    return f" made for {_plain(step.saliency_of.name)}" if step.saliency_of is not None else ""
 
 
 def _preserved(record: Provenance) -> Iterator[str]:
@@ -213,6 +218,9 @@ def _policies(record: Provenance) -> Iterator[str]:
         "last": "follow the last scored layer",
         "keep": "stay whole, the config counting them apart",
     }
+    others = [step.saliency_of for step in record.steps if step.saliency_of is not None]
+    for other in dict.fromkeys(others):
+        yield f"The saliencies are those of {_plain(other.name)}, whose plan was used."
     for policy, reason in reasons.items():
         layers = [n for n, layer in record.layers.items() if layer.policy == policy]
         if layers:

@@ -19,6 +19,7 @@ from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import KeepList, write_plan
 from shardsurgeon.pruning.output_files import assemble
+from shardsurgeon.pruning.plan_model import facts_of
 from shardsurgeon.pruning.planner import (
     SizeEstimate,
     check_expert_counts,
@@ -84,6 +85,7 @@ class Pruning:
                 "name": self.checkpoint.source.name,
                 "config_sha256": self.checkpoint.config_sha256,
             },
+            model=facts_of(self.checkpoint, self.anatomy),
         )
         model = self.checkpoint.source
         inputs = [Path(origin) for _, origin, _ in self.plan.score_files]

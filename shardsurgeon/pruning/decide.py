@@ -21,6 +21,7 @@ from shardsurgeon.pruning.keep_list_files import read_keeplist
 from shardsurgeon.pruning.keep_list_shapes import KeepListFile, Meaning
 from shardsurgeon.pruning.keep_lists import KeepList, resolve
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
+from shardsurgeon.pruning.plan_model import PlannedModel, other_model
 from shardsurgeon.pruning.request import Allocation, Lists, MtpPolicy, SelectionRequest
 from shardsurgeon.pruning.routing import RoutingFacts, main_facts, routing_facts
 from shardsurgeon.pruning.selection import (
@@ -52,7 +53,8 @@ class Decision:
     keep-list file; policies: layer → what decided where it was not the scores; never_routed:
     layer → experts that no calibration token reached; uniform: the choice with as many experts
     in every layer, to compare a global allocation with; None without --allocate global, or
-    where it would keep too few experts for those preserved.
+    where it would keep too few experts for those preserved; made_for: the model whose plan was
+    used and whose saliencies these are, where it is another one.
     """
 
     keep: KeepList
@@ -62,6 +64,7 @@ class Decision:
     never_routed: Mapping[int, tuple[int, ...]]
     notes: tuple[str, ...]
     uniform: KeepList | None = None
+    made_for: PlannedModel | None = None
 
     @property
     def kept(self) -> int:
@@ -248,19 +251,17 @@ def _from_file(
         check_uniform(keep, listed.origin)
     policies = dict.fromkeys(keep.layers, "plan")
     keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
-    notes = _of_another_model(checkpoint, listed)
-    return Decision(keep, drop_mtp, None, {**policies, **others}, {}, notes)
+    other = other_model(listed.made_for, checkpoint, anatomy, listed.origin)
+    notes = () if other is None else (_of_another_model(checkpoint, listed.origin, other),)
+    return Decision(keep, drop_mtp, None, {**policies, **others}, {}, notes, made_for=other)
 
 
-def _of_another_model(checkpoint: Checkpoint, listed: KeepListFile) -> tuple[str, ...]:
+def _of_another_model(checkpoint: Checkpoint, origin: str, other: PlannedModel) -> str:
     """Says that a plan was made for a model with another config: a quantization, a fine-tune."""
-    name, digest = listed.made_for or ("", checkpoint.config_sha256)
-    if digest == checkpoint.config_sha256:
-        return ()
     here = checkpoint.source.name
     differs = f"whose {checkpoint.names.config} is not that of {here}"
-    used = f"its keep-lists are used, and the saliencies shown are those of {name}"
-    return (f"{listed.origin} was made for {name}, {differs}: {used}",)
+    used = f"its keep-lists are used, and the saliencies shown are those of {other.name}"
+    return f"{origin} was made for {other.name}, {differs}: {used}"
 
 
 def model_values(

@@ -15,6 +15,7 @@ from shardsurgeon.pruning.keep_list_shapes import (
     Meaning,
     OthersLists,
 )
+from shardsurgeon.pruning.plan_model import PlannedModel
 from shardsurgeon.scores.list_names import layer_of
 from shardsurgeon.storage.formats.strict_json import (
     Repeated,
@@ -101,19 +102,15 @@ class _OwnFiles(ListReader):
         if not is_whole_number(count) or count > MAX_EXPERTS:
             raise self.fault(f"num_experts is {brief(count)}", "make the plan again")
         found = self._recorded(value, count, original_ids=False)
-        source = value.get("source")
-        if isinstance(source, dict):
-            name, digest = source.get("name"), source.get("config_sha256")
-            if isinstance(name, str) and isinstance(digest, str):
-                return replace(found, made_for=(name, digest))
-        return found
+        return replace(found, made_for=_made_for(value))
 
     def metadata(self, value: Mapping[str, object]) -> KeepListFile:
         """The record of a prune, in the ids of the original."""
         count = value["num_experts_before"]
         if not is_whole_number(count) or count > MAX_EXPERTS:
             raise self.fault(f"num_experts_before is {brief(count)}", "fetch the file again")
-        return self._recorded(value, count, original_ids=True)
+        found = self._recorded(value, count, original_ids=True)
+        return replace(found, made_for=_made_for(value))
 
     def _recorded(
         self, value: Mapping[str, object], num_experts: int, original_ids: bool
@@ -169,3 +166,14 @@ class _OwnFiles(ListReader):
         if number is None and value is not None:
             raise self.fault(f"{place}: {brief(value)} is not a saliency")
         return number
+
+
+def _made_for(value: Mapping[str, object]) -> PlannedModel | None:
+    """The model that a file of ours names, as far as it does."""
+    source, facts = value.get("source"), value.get("model")
+    if not isinstance(source, dict):
+        return None
+    name, digest = source.get("name"), source.get("config_sha256")
+    if not isinstance(name, str) or not isinstance(digest, str):
+        return None
+    return PlannedModel(name, digest, facts if isinstance(facts, dict) else {})

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 
 from shardsurgeon.checkpoint.layer_names import Layer, layer_order, parse_layer
 from shardsurgeon.errors import KeepListError
+from shardsurgeon.pruning.plan_model import PlannedModel
 from shardsurgeon.scores.list_names import (
     LAYER_TABLES,
     ListMeaning,
@@ -50,8 +51,8 @@ class KeepListFile:
     layers without a list of their own use the first layer's (as omnimergekit's drop maps do);
     preserved, saliency, per_layer: of the layers for which the file says them; per_layer: the
     layer's own number of experts before, at most num_experts. rows: the ids of the model's MoE
-    layers in order, of a file that names no layers; then layers is empty. made_for: name of the
-    model and SHA-256 of its config, of a plan.json.
+    layers in order, of a file that names no layers; then layers is empty. made_for: the model, of
+    a plan.json or of the record of a prune.
     """
 
     origin: str
@@ -64,7 +65,7 @@ class KeepListFile:
     saliency: Mapping[Layer, tuple[float | None, ...]] = field(default_factory=dict)
     per_layer: Mapping[Layer, int] = field(default_factory=dict)
     rows: tuple[Ids, ...] = ()
-    made_for: tuple[str, str] | None = None
+    made_for: PlannedModel | None = None
 
 
 class ListReader:

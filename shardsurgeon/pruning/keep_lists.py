@@ -108,12 +108,17 @@ def resolve(
 
 
 def write_plan(
-    keep_list: KeepList, *, selection: Mapping[str, object], source: Mapping[str, object]
+    keep_list: KeepList,
+    *,
+    selection: Mapping[str, object],
+    source: Mapping[str, object],
+    model: Mapping[str, object],
 ) -> bytes:
     """plan.json, one line per layer, the same bytes for the same arguments.
 
     selection: how it was asked for, in the command's words; source: the model's name and the
-    sha256 of its config. `read_keeplist` reads it back; saliencies that JSON has no number for
+    sha256 of its config; model: what `plan_model.facts_of` says of it. `read_keeplist` reads it
+    back; saliencies that JSON has no number for
     (+inf, NaN) become null.
     """
     head: dict[str, object] = {
@@ -122,6 +127,7 @@ def write_plan(
         "num_experts": keep_list.num_experts,
         "selection": selection,
         "source": source,
+        "model": model,
     }
     lines = [f"  {_json(key)}: {_json(value)}" for key, value in head.items()]
     layers = ",\n".join(

@@ -21,6 +21,7 @@ from shardsurgeon.checkpoint.provenance import (
 )
 from shardsurgeon.errors import CheckpointError, ScoreError
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.plan_model import PlannedModel
 from shardsurgeon.pruning.request import SelectionRequest
 
 if TYPE_CHECKING:
@@ -106,13 +107,20 @@ def restrict_ids(
 
 
 def step_of(
-    request: SelectionRequest, keep_list: KeepList, metric: str | None, source: SourceIdentity
+    request: SelectionRequest,
+    keep_list: KeepList,
+    metric: str | None,
+    source: SourceIdentity,
+    made_for: PlannedModel | None = None,
 ) -> Step:
     """The record of this prune: the request as it was meant, the counts as they came out.
 
     metric: the one that decided, None where a keep-list did; source: the checkpoint that is
-    pruned.
+    pruned; made_for: the other model whose plan was used.
     """
+    other = None
+    if made_for is not None:
+        other = SourceIdentity(made_for.name, None, made_for.config_sha256)
     return Step(
         num_experts_before=keep_list.num_experts,
         num_experts_after=keep_list.most,
@@ -121,6 +129,7 @@ def step_of(
         metric=metric,
         selection=request.selection,
         source=source,
+        saliency_of=other,
     )
 
 

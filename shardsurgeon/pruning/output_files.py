@@ -54,7 +54,9 @@ def assemble(
     were not. Raises ConfigError and HeaderError where config or quantization lists cannot be
     rewritten, SourceReadError where they cannot be read.
     """
-    step = step_of(request, decision.keep, decision.metric, identity_of(checkpoint))
+    step = step_of(
+        request, decision.keep, decision.metric, identity_of(checkpoint), decision.made_for
+    )
     provenance = compose(
         checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
     )

@@ -63,7 +63,8 @@ class PlanReport:
     largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
     `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
     where the storage format hides them. carried_along: the files beside the weights that are
-    copied; left_behind: those that are not → why.
+    copied; left_behind: those that are not → why. saliency_of: the other model whose plan this is
+    and whose saliencies these are, None where they are this model's own.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -93,6 +94,7 @@ class PlanReport:
     stock_engines: bool = True
     carried_along: tuple[str, ...] = ()
     left_behind: Mapping[str, str] = field(default_factory=dict)
+    saliency_of: str | None = None
 
 
 def plan_report(
@@ -149,6 +151,7 @@ def plan_report(
         ),
         carried_along=plan.copied_files,
         left_behind=_left_behind(checkpoint, request, plan),
+        saliency_of=decision.made_for.name if decision.made_for is not None else None,
     )
 
 

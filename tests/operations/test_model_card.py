@@ -227,6 +227,23 @@ def test_a_prune_of_a_prune_tells_both(half: Path, tmp_path: Path) -> None:
     assert facts_of(out).before == facts_of(half).before
 
 
+def test_the_card_says_whose_plan_was_used(tmp_path: Path) -> None:
+    """A plan made for one model serves a fine-tune of it, with the saliencies of the former."""
+    model = fixture_folder("qwen3_moe")
+    plan = tmp_path / "plan.json"
+    api.plan(model, scores_of("qwen3_moe"), ratio=0.5).write_plan(plan)
+    other = Path(shutil.copytree(model, tmp_path / "fine-tune"))
+    rewritten(other, "config.json", lambda config: config.update(finetuned=True))
+    out = tmp_path / "out"
+    api.apply(api.plan(other, plan_file=plan), out)
+    card = card_of(out)
+    assert "| `fine-tune` | 16 → 8 | a keep-list | a keep-list made for `qwen3_moe` |" in card
+    assert "- The saliencies are those of `qwen3_moe`, whose plan was used." in card
+    own = tmp_path / "own"
+    api.apply(api.plan(model, plan_file=plan), own)
+    assert "made for" not in card_of(own) and "whose plan" not in card_of(own)
+
+
 # How to use it, and how to make it again
 
 

@@ -197,7 +197,8 @@ class TestOurOwnFiles:
 
     def written(self) -> bytes:
         source = {"name": "Kimi", "config_sha256": "ab"}
-        return write_plan(self.KEEP, selection={"keep": 2}, source=source)
+        model = {"model_type": "kimi_k2", "top_k": 2}
+        return write_plan(self.KEEP, selection={"keep": 2}, source=source, model=model)
 
     def test_a_plan_is_json_with_a_line_per_layer(self) -> None:
         assert self.written().decode() == (
@@ -207,6 +208,7 @@ class TestOurOwnFiles:
             '  "num_experts": 4,\n'
             '  "selection": {"keep": 2},\n'
             '  "source": {"name": "Kimi", "config_sha256": "ab"},\n'
+            '  "model": {"model_type": "kimi_k2", "top_k": 2},\n'
             '  "layers": {\n'
             '    "1": {"retained": [0, 2], "pruned": [1, 3], "preserved": [], "saliency": null},\n'
             '    "2": {"retained": [1, 3], "pruned": [0, 2], "preserved": [3], '
@@ -224,7 +226,7 @@ class TestOurOwnFiles:
 
     def test_a_plan_says_where_a_layer_had_fewer_experts(self, tmp_path: Path) -> None:
         keep = KeepList(4, {1: LayerKeep((0, 2), (1, 3)), 2: LayerKeep((0, 1), ())})
-        plan = json.loads(write_plan(keep, selection={}, source={}))
+        plan = json.loads(write_plan(keep, selection={}, source={}, model={}))
         assert "num_experts_before" not in plan["layers"]["1"]
         assert plan["layers"]["2"]["num_experts_before"] == 2
         assert resolve(read(tmp_path, plan), [1, 2], 4, per_layer={2: 2}) == keep
@@ -235,7 +237,7 @@ class TestOurOwnFiles:
 
     def test_what_json_has_no_number_for_is_written_as_null(self) -> None:
         odd = KeepList(3, {1: LayerKeep((0, 1), (2,), (0,), (math.inf, 1.0, math.nan))})
-        plan = json.loads(write_plan(odd, selection={}, source={}))
+        plan = json.loads(write_plan(odd, selection={}, source={}, model={}))
         assert plan["layers"]["1"]["saliency"] == [None, 1.0, None]
 
     def test_the_metadata_of_a_pruned_checkpoint_is_a_keep_list_of_the_original(
