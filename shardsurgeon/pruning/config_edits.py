@@ -22,17 +22,14 @@ from shardsurgeon.checkpoint.config import (
     quantization_sections,
 )
 from shardsurgeon.checkpoint.quantization_lists import tool_of
+from shardsurgeon.checkpoint.second_configs import other_configs
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.pruning.quantization_lists import QuantizationLists
 from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert
-from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
-from shardsurgeon.storage.limits import OTHER_JSON
 
 Path = tuple[str | int, ...]
 
-# The config of another program than transformers and vLLM, in a folder of its own.
-_OTHER_CONFIG = re.compile(r"[^/]+/(?:.*/)?[^/]*(?:config|params)[^/]*\.json", re.IGNORECASE)
 _COUNT_KEY = re.compile(r"expert|routed")
 _NOT_A_COUNT = re.compile(r"size|dim|shared|per_tok|top_?k|freq|step|interval|layer|group")
 
@@ -45,14 +42,44 @@ def pruned_config(
     Raises ConfigError where a value that looks like the expert count is known to no rule, or a
     quantization list names experts in a way that cannot be renumbered.
     """
-    settings, where = checkpoint.settings, checkpoint.config_place
+    where, remedy = checkpoint.config_place, "see 'Adding a family' in CONTRIBUTING.md"
+    return _pruned(checkpoint.config, where, checkpoint, anatomy, keep, drop_mtp, remedy)
+
+
+def pruned_second_config(
+    name: str,
+    document: Document,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    keep: KeepList,
+    *,
+    drop_mtp: bool,
+) -> bytes:
+    """A config beside the model's own, as `second_configs` finds them, changed as that is.
+
+    Raises ConfigError as `pruned_config` does.
+    """
+    where, remedy = f"{checkpoint.location}/{name}", f"--exclude {name} leaves it behind"
+    return _pruned(document, where, checkpoint, anatomy, keep, drop_mtp, remedy)
+
+
+def _pruned(
+    document: Document,
+    where: str,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    keep: KeepList,
+    drop_mtp: bool,
+    remedy: str,
+) -> bytes:
+    settings: Any = document.value
     changes: dict[Path, object] = dict(_counts(settings, anatomy, keep, drop_mtp))
-    _refuse_forgotten_counts(settings, anatomy, changes, where)
+    _refuse_forgotten_counts(settings, anatomy, changes, where, remedy)
     lists = QuantizationLists(checkpoint, anatomy, keep, where, drop_mtp=drop_mtp)
     sections = _sections(settings, anatomy)
     for path in sections:
         changes.update(lists.changes(_at(settings, path), path))
-    edited = checkpoint.config.edit(changes)
+    edited = document.edit(changes)
     after: Any = Document.parse(edited, where).value
     for path in sections:
         lists.refuse_changed(_at(settings, path), _at(after, path), path)
@@ -207,6 +234,7 @@ def _refuse_forgotten_counts(
     anatomy: Anatomy,
     changes: Mapping[Path, object],
     where: str,
+    remedy: str,
 ) -> None:
     """Raise ConfigError for a value that looks like the expert count and is not in `changes`.
 
@@ -226,7 +254,7 @@ def _refuse_forgotten_counts(
             raise ConfigError(
                 where,
                 f"{dotted} is {num_experts}, the expert count, and no rule rewrites it",
-                "see 'Adding a family' in CONTRIBUTING.md",
+                remedy,
             )
 
 
@@ -236,15 +264,11 @@ def stale_counts(checkpoint: Checkpoint, anatomy: Anatomy, names: Iterable[str])
 
     Raises SourceReadError.
     """
-    sizes = {file.name: file.nbytes for file in checkpoint.files}
     notes = []
-    for name in names:
-        if not _OTHER_CONFIG.fullmatch(name) or sizes[name] > OTHER_JSON.nbytes:
-            continue
-        content = parse_for_a_hint(checkpoint.read_file(name, OTHER_JSON), OTHER_JSON)
+    for name, document in other_configs(checkpoint, names):
         stale = [
             ".".join(map(str, path))
-            for path, value in _leaves(content, ())
+            for path, value in _leaves(document.value, ())
             if type(value) is int and value == anatomy.shared_count and _is_count(path)
         ]
         if stale:

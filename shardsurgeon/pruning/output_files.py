@@ -19,10 +19,15 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
+from shardsurgeon.checkpoint.second_configs import second_configs
 from shardsurgeon.checkpoint.side_files import require_sound, side_files
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import OutputShard, Plan
-from shardsurgeon.pruning.config_edits import pruned_config, pruned_quantization_file
+from shardsurgeon.pruning.config_edits import (
+    pruned_config,
+    pruned_quantization_file,
+    pruned_second_config,
+)
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.lineage import compose, step_of
 from shardsurgeon.pruning.request import SelectionRequest
@@ -61,9 +66,11 @@ def assemble(
         checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
     )
     require_sound(checkpoint, request.include, request.exclude)
-    copied, score_files = _copied_files(checkpoint, request, given)
-    source_files = _source_files(checkpoint, copied)
-    generated = _generated_files(checkpoint, anatomy, decision, shards)
+    beside, score_files = _copied_files(checkpoint, request, given)
+    source_files = _source_files(checkpoint, beside)
+    second = second_configs(checkpoint, anatomy, beside)
+    copied = tuple(name for name in beside if name not in second)
+    generated = _generated_files(checkpoint, anatomy, decision, shards, second)
     plan = Plan(
         shards=shards,
         generated_files=generated,
@@ -91,8 +98,11 @@ def _generated_files(
     anatomy: Anatomy,
     decision: Decision,
     shards: tuple[OutputShard, ...],
+    second: Mapping[str, Document],
 ) -> tuple[tuple[str, bytes], ...]:
     """(name, content) of every file written anew but the record, in the order of writing.
+
+    second: what `second_configs` found.
 
     config.json and the index come last: a folder without them does not look like a model.
     """
@@ -109,6 +119,11 @@ def _generated_files(
                 name, document, checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp
             )
             files.append((name, edited))
+    for name, document in second.items():
+        edited = pruned_second_config(
+            name, document, checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp
+        )
+        files.append((name, edited))
     config = pruned_config(checkpoint, anatomy, decision.keep, drop_mtp=decision.drop_mtp)
     files.append((checkpoint.names.config, config))
     if len(shards) > 1:

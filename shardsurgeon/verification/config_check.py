@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
@@ -25,6 +25,8 @@ from shardsurgeon.checkpoint.quantization_names import (
     named_expert,
     plain_name,
 )
+from shardsurgeon.checkpoint.second_configs import second_configs
+from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.storage.limits import CONFIG
@@ -57,27 +59,23 @@ def check_settings(
     keeps: RetainedIds,
     pairing: Pairing,
     findings: Findings,
-) -> None:
-    """config.json and quantization files have the new counts and are otherwise the source's."""
+) -> Collection[str]:
+    """config.json and quantization files have the new counts and are otherwise the source's.
+
+    So have second configs; their names are given back, for they are no copies.
+    """
     name = source.names.config
     found = _load(pruned, name)
     no_mtp = _counts_no_mtp(anatomy, pairing, found)
     lists = ListCheck(source, anatomy, keeps, mtp_dropped=no_mtp)
     expected = _Expected(source.settings, anatomy, keeps, no_mtp, lists)
-    before = _load(source, name)
-    wanted = expected.config(before, ())
-    for path, section in quantization_sections(before):
-        if not expected.is_elsewhere(path):
-            now = _at(found, path)
-            _replace(wanted, path, lists.admit(_at(wanted, path), now))
-            lists.check(name, section, now, findings)
-    _compare(name, "", wanted, found, findings)
-    for path in expected.forgotten(found, ()):
-        dotted = ".".join(map(str, path))
-        problem = f"{dotted} is {anatomy.shared_count}, the expert count of the source"
-        findings.add(name, problem)
+    _check_config(name, _load(source, name), found, expected, findings)
+    record = pruned.provenance
+    globs = (record.include, record.exclude) if record is not None else ()
+    second = second_configs(source, anatomy, side_files(source, *globs).carried)
     there = {file.name for file in pruned.files}
-    for name in (file.name for file in source.files if file.name in QUANTIZATION_FILES):
+    quantization = [file.name for file in source.files if file.name in QUANTIZATION_FILES]
+    for name in (*second, *quantization):
         if name not in there:
             findings.add(name, "is missing")
             continue
@@ -86,10 +84,32 @@ def check_settings(
         except (ValueError, RecursionError) as error:
             findings.add(name, f"is not valid JSON ({error})")
             continue
-        before, method = _load(source, name), tool_of(name)
+        before = _load(source, name)
+        if name in second:
+            own = _Expected(before, anatomy, keeps, no_mtp, lists)
+            _check_config(name, before, found, own, findings)
+            continue
+        method = tool_of(name)
         wanted = lists.admit(expected.section(before, method), found, method)
         lists.check(name, before, found, findings, method)
         _compare(name, "", wanted, found, findings)
+    return second.keys()
+
+
+def _check_config(
+    name: str, before: Any, found: Any, expected: _Expected, findings: Findings
+) -> None:
+    """Note where a config differs from what the source's must have become."""
+    wanted = expected.config(before, ())
+    for path, section in quantization_sections(before):
+        if not expected.is_elsewhere(path):
+            now = _at(found, path)
+            _replace(wanted, path, expected.lists.admit(_at(wanted, path), now))
+            expected.lists.check(name, section, now, findings)
+    _compare(name, "", wanted, found, findings)
+    for path in expected.forgotten(found, ()):
+        dotted, count = ".".join(map(str, path)), expected.count_before
+        findings.add(name, f"{dotted} is {count}, the expert count of the source")
 
 
 def _at(document: Any, path: Path) -> Any:
@@ -148,7 +168,8 @@ class _Expected:
         keys = anatomy.family.config
         self._anatomy = anatomy
         self._keeps = keeps
-        self._lists = lists
+        self.lists = lists
+        self.count_before = anatomy.shared_count
         self._known: dict[Path, ModuleList] = {}
         self._counts = ExpectedCounts(config, anatomy, keeps, no_mtp)
         self._mtp = set(keys.mtp_layers) if no_mtp else set()
@@ -178,7 +199,7 @@ class _Expected:
 
         Keys that the family declares are left out: their values have been compared.
         """
-        old = self._anatomy.shared_count
+        old = self.count_before
         for at, value in _integers(found, path):
             name = next((part for part in reversed(at) if isinstance(part, str)), "")
             if self.is_elsewhere(at) or not QUANTIZATION_KEYS.isdisjoint(at):
@@ -236,7 +257,7 @@ class _Expected:
         except ConfigError:
             named = None  # it stays, or the names that it means stand in its place
         if named is None:
-            if known is not None and self._lists.only_dropped(text, known):
+            if known is not None and self.lists.only_dropped(text, known):
                 raise _Gone
             return text
         new_ids = {self._new_id(layer, named.expert) for layer in self._layers(named)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
@@ -151,10 +151,15 @@ def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
     return count_parameters(pruned.records, pruned.settings)
 
 
-def check_side_files(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> None:
-    """What belongs to the model beside its weights is there, byte for byte."""
+def check_side_files(
+    source: Checkpoint, pruned: Checkpoint, findings: Findings, rewritten: Collection[str] = ()
+) -> None:
+    """What belongs to the model beside its weights is there, byte for byte.
+
+    rewritten: files of the source that are no copies in the output, and checked elsewhere.
+    """
     there = {file.name: file.nbytes for file in pruned.files}
-    carried = carried_files(source, pruned)
+    carried = carried_files(source, pruned).difference(rewritten)
     with RangeComparer(source, pruned) as sides:
         same = _Sameness(source, pruned, sides)
         for file in source.files:
