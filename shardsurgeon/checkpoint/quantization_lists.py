@@ -153,7 +153,8 @@ def compiled(pattern: str, entry: str, where: str) -> QuickPattern:
     try:
         return QuickPattern(pattern, where)
     except ConfigError as error:
-        problem = f"quantization entry {entry!r}: {error.problem}"
+        shown = entry if len(entry) <= 200 else f"{entry[:197]}..."
+        problem = f"quantization entry {shown!r}: {error.problem}"
         raise ConfigError(where, problem, "correct it, or remove it") from error
 
 

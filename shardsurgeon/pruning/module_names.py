@@ -30,9 +30,11 @@ from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
 
-# Names that entries are tried on, all in all: some ten seconds.
-_MOST_TRIED = 20_000_000
-_SCAN = 20  # names that can be looked through for a text while a pattern is tried on one
+# Names that entries are tried on, all in all: some ten seconds. In the time of one, that many can
+# be looked through for a text; in that of so many, a pattern is compiled.
+_MOST_TRIED = 40_000_000
+_SCAN = 20
+_COMPILE = 400
 # Of the modules that stacked experts stand for.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # One module for several of a checkpoint, in vLLM.
@@ -140,7 +142,7 @@ class Modules:
         text, means = self._matcher(entry, reading, table)
         places = table.near(text)
         candidates = [place for place in places if text in table.names[place]]
-        self._tried += len(candidates) + len(places) // _SCAN
+        self._tried += _COMPILE + len(candidates) + len(places) // _SCAN
         if self._tried > _MOST_TRIED:
             problem = f"has too many quantization entries to try on {len(self.names):,} modules"
             raise ConfigError(self._where, problem, "name the modules, or use fewer patterns")

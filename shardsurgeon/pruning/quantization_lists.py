@@ -242,7 +242,8 @@ class QuantizationLists:
 
     def _changed(self, text: str, place: int) -> ConfigError:
         name = self._modules.names[place]
-        problem = f"quantization entry {text!r} would no longer mean what it does now for {name}"
+        shown = text if len(text) <= 200 else f"{text[:197]}..."
+        problem = f"quantization entry {shown!r} would no longer mean what it does now for {name}"
         return ConfigError(self._where, problem, _REMEDY)
 
     def _stays(self, text: str, known: ModuleList) -> bool:

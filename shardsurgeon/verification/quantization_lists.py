@@ -33,7 +33,9 @@ from shardsurgeon.verification.record import RetainedIds
 
 Path = tuple[str | int, ...]
 
-_MOST_TRIED = 50_000_000  # names that patterns are tried on: half a minute
+# Names that patterns are tried on: half a minute. A pattern is compiled in the time of so many.
+_MOST_TRIED = 50_000_000
+_COMPILE = 400
 _FEW = 50
 _STACKED = ("gate_proj", "up_proj", "down_proj")
 _FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
@@ -184,10 +186,18 @@ class _Modules:
                     self.of_result.add(new)
         self.before, self.after = _Names(self.pairs), _Names(self.pairs.values())
         self._all = _Names({*self.pairs, *self.experts, *self.gone})
+        self._meant: dict[int, tuple[ModuleList, dict[str, set[str]]]] = {}
 
     def meant(self, entry: str, known: ModuleList) -> set[str]:
         """The modules of the source that an entry means, in any way in which its list is read."""
-        return {name for how in known.readings for name in self._all.meant([entry], how)}
+        if id(known) not in self._meant:
+            found: dict[str, set[str]] = {text: set() for text in known.entries}
+            for how in known.readings:
+                for name, numbers in self._all.meant(known.entries, how).items():
+                    for number in numbers:
+                        found[known.entries[number]].add(name)
+            self._meant[id(known)] = known, found
+        return self._meant[id(known)][1].get(entry, set())
 
 
 def _modules_of(
@@ -256,7 +266,7 @@ class _Names:
                 continue
             matches, near = pattern
             names = self._near(near)
-            self._tried += len(names)
+            self._tried += _COMPILE + len(names)
             if self._tried > _MOST_TRIED:
                 problem = f"has too many quantization entries to try on {len(self._names):,} names"
                 raise ConfigError("", problem)
