@@ -47,6 +47,8 @@ class Reading(Enum):
     SEARCH = "search"
 
 
+# Of an object that is read so, the first key that means a module counts, and no later one.
+FIRST_COUNTS = frozenset({Reading.DYNAMIC, Reading.GLOB, Reading.TAGGED})
 REGEX_TAG = "re:"
 DYNAMIC_TAGS = ("+:", "-:")
 SEARCH_CHARACTERS = frozenset(r"*+?^$()[]{}|\\")

@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.quantization_lists import ModuleList, Reading, module_lists
+from shardsurgeon.checkpoint.quantization_lists import (
+    FIRST_COUNTS,
+    ModuleList,
+    Reading,
+    module_lists,
+)
 from shardsurgeon.checkpoint.quantization_names import (
     NamedExpert,
     highest_expert,
@@ -288,11 +293,13 @@ class QuantizationLists:
             now = self._said(new, way, in_order)
             for place, source in enumerate(modules.before):
                 if source >= 0 and was.get(place) != now.get(place):
-                    entry = self._first(old, source, way) or self._first(new, place, way)
+                    entry = self._first(old, source, place, way)
+                    entry = entry or self._first(new, place, source, way)
                     raise self._changed(entry, source)
 
     def _said(self, known: ModuleList, way: Way, in_order: bool) -> dict[int, tuple[str, ...]]:
-        """Place of a module → what a list says of it: the values of its entries, in order.
+        """Place of a module → what a list says of it: the values of its entries, in order, or of
+        the first, where that alone counts.
 
         in_order: sort the entries first.
         """
@@ -305,13 +312,14 @@ class QuantizationLists:
         for text, value in pairs:
             for place in self._meant(text, way):
                 said = found.get(place, ())
-                if said[-1:] != (value,):
+                if said[-1:] != (value,) and not (said and way.reading in FIRST_COUNTS):
                     found[place] = alike.setdefault((*said, value), (*said, value))
         return found
 
-    def _first(self, known: ModuleList, place: int, way: Way) -> str:
-        """The first entry that means a module."""
-        return next((t for t in known.entries if place in self._meant(t, way)), "")
+    def _first(self, known: ModuleList, place: int, other: int, way: Way) -> str:
+        """The first entry that means a module, and not the other if there is such an entry."""
+        means = [text for text in known.entries if place in self._meant(text, way)]
+        return next((t for t in means if other not in self._meant(t, way)), next(iter(means), ""))
 
     def _refuse_leftovers(self, node: object) -> None:
         """Raise ConfigError where an edited section names an expert beyond those that are left."""

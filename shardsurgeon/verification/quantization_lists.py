@@ -17,6 +17,7 @@ from typing import Any
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.quantization_lists import (
+    FIRST_COUNTS,
     MODULE_BOUNDARY,
     SEARCH_CHARACTERS,
     ModuleList,
@@ -227,14 +228,16 @@ def _modules_of(
 
 
 def _said(known: ModuleList, how: Reading, names: _Names, sort: bool) -> dict[str, tuple[str, ...]]:
-    """Module → the values of the entries that mean it, in order, each once in a row."""
+    """Module → the values of the entries that mean it, in order, each once in a row; where the
+    first alone counts, its value."""
     values = known.values or ("",) * len(known.entries)
     pairs = list(zip(known.entries, values, strict=True))
     if sort:
         pairs.sort(key=lambda pair: ("re:" in pair[0], pair[0]))
     found: dict[str, tuple[str, ...]] = {}
     for name, numbers in names.meant([text for text, _ in pairs], how).items():
-        said = [pairs[number][1] for number in sorted(numbers)]
+        first = min(numbers) + 1 if how in FIRST_COUNTS else len(pairs)
+        said = [pairs[number][1] for number in sorted(numbers) if number < first]
         found[name] = tuple(v for at, v in enumerate(said) if not at or said[at - 1] != v)
     return found
 

@@ -448,6 +448,14 @@ def test_groups_of_compressed_tensors_keep_their_modules() -> None:
     assert after["group_1"]["targets"] == ["Linear", NAME.format(2, 3, "up_proj")]
 
 
+def test_what_stands_behind_the_first_key_that_counts_does_not_count() -> None:
+    section = {"quant_method": "gptq", "dynamic": {"-:.*": {}, r"+:.*\.5\..*": {"bits": 8}}}
+    assert pruned(section) == section
+    section["dynamic"] = {r"+:.*\.5\..*": {"bits": 8}, "-:.*": {}}
+    with pytest.raises(ConfigError, match=r"entry '\+:\.\*"):
+        pruned(section)
+
+
 def test_all_experts_by_a_pattern_for_each_stay_all_experts() -> None:
     entries = [rf"re:.*\.{expert}\.up_proj" for expert in range(EXPERTS)]
     assert pruned({**COMPRESSED, "ignore": entries})["ignore"] == entries
