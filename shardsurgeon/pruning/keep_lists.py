@@ -64,7 +64,7 @@ class KeepList:
     def is_uniform(self) -> bool:
         """Whether every layer keeps the same number, and those apart one of their own."""
         counts = {(n in self.apart, len(keep.retained)) for n, keep in self.layers.items()}
-        return len(counts) == len({apart for apart, _ in counts}) > 0
+        return len(counts) == len({apart for apart, _ in counts})
 
 
 def resolve(

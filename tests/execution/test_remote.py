@@ -335,3 +335,16 @@ def test_a_commit_that_is_no_longer_the_newest_can_be_named_to_go_on(job: Job, o
     newer = replace(job.plan, source_fingerprint="b" * 64)
     with pytest.raises(OutputError, match=f"--model hf://org/name@{'a' * 40} goes on with it"):
         execute(newer, source, out)
+
+
+@pytest.mark.parametrize(("nbytes", "requests"), [(50, 1), (49, 2)])
+def test_a_gap_of_a_hundredth_is_read_over_and_a_wider_one_is_not(
+    job: Job, source: FarSource, out: Path, nbytes: int, requests: int
+) -> None:
+    pieces = Segment("a.safetensors", 0, 50), Segment("a.safetensors", 51, nbytes)
+    # What the plan itself holds does not travel.
+    shard = OutputShard("model-1.safetensors", b"1" * 64, (tensor(*pieces, Literal(b"x" * 99)),))
+    execute(replace(job.plan, shards=(shard,), copied_files=()), source, out)
+    assert len(source.requests) == requests
+    written = (out / "model-1.safetensors").read_bytes()
+    assert written == b"1" * 64 + A[:50] + A[51 : 51 + nbytes] + b"x" * 99

@@ -231,3 +231,11 @@ def test_with_the_same_scores_a_chain_of_prunes_equals_the_direct_one(
     assert chained.layers == direct.layers
     assert chained.ratio == direct.ratio
     assert parse_provenance(chained.to_bytes(), "metadata") == chained
+
+
+def test_preserved_ids_are_ascending_whenever_they_were_preserved() -> None:
+    first = keep_list(tuple(range(1, 20)), None, (16, 17), experts=20)
+    record = compose(None, first, step_of(BY_KEEP, first, None, ORIGINAL))
+    # Of those that are left, 8 is now 7 and 1 is now 0.
+    second = keep_list((0, 7, 15, 16), None, (0, 7), experts=19)
+    assert prune_again(record, second).layers[3].preserved == (1, 8, 16, 17)

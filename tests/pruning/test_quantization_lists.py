@@ -606,3 +606,9 @@ def test_an_entry_that_the_renumbering_forgot_is_found_before_anything_is_writte
             keep_list(RETAINED),
             drop_mtp=False,
         )
+
+
+def test_names_inside_a_layer_reach_as_far_as_the_layer_that_keeps_the_most() -> None:
+    retained = {1: (0, 1, 5), 2: (1, 2, 3, 9, 13), 3: (4, 5, 6)}
+    names = [f"mlp.experts.{expert}.up_proj" for expert in range(EXPERTS)]
+    assert pruned({"ignore": names}, retained) == {"ignore": names[:5]}
