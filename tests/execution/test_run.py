@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from io import FileIO
@@ -234,7 +235,9 @@ def test_a_finished_shard_is_not_copied_again(job: Job, out: Path) -> None:
     with pytest.raises(SourceReadError):
         execute(plan, job.source, out, workers=1, system=system)
     steps: list[Progress] = []
+    begun = time.monotonic()
     report = execute(plan, job.source, out, workers=1, on_progress=steps.append)
+    assert 0 <= report.seconds <= time.monotonic() - begun
     assert (report.bytes_resumed, report.shards_resumed) == (11, 1)
     assert (steps[0].done, steps[0].resumed, steps[0].shards_done) == (11, 11, 1)
     assert content(out) == job.expected

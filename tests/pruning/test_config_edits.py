@@ -79,6 +79,12 @@ def test_a_count_that_no_rule_knows_is_refused_with_its_path() -> None:
         pruned(text)
 
 
+def test_a_count_inside_a_list_is_not_forgotten_either() -> None:
+    text = json.dumps(tiny.config(blocks=[{"kind": "dense"}, {"experts_in_block": 8}]))
+    with pytest.raises(ConfigError, match=r"blocks\.1\.experts_in_block is 8"):
+        pruned(text)
+
+
 def test_sizes_that_happen_to_equal_the_count_stay() -> None:
     text = json.dumps(tiny.config(moe_intermediate_size=8, shared_expert_intermediate_size=8))
     assert json.loads(pruned(text))["moe_intermediate_size"] == 8
@@ -89,6 +95,8 @@ def test_the_quantization_is_named_in_a_few_words() -> None:
     assert quantization_name({"text_config": {"quantization_config": section}}) == (
         "compressed-tensors pack-quantized"
     )
+    assert quantization_name({"quantization_config": {"quant_method": "fp8"}}) == "fp8"
+    assert quantization_name({"quantization_config": {"bits": 4}}) == "unnamed"
     assert quantization_name({"model_type": "x"}) is None
 
 

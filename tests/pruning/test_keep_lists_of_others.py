@@ -169,6 +169,10 @@ REFUSED = {
         "the object under 'layers' names 'kept' twice",
     ),
     "a broken line": ('{"layer": 0, "kept": [1]}\n{"layer": 1, kept}\n', "line 2 of the keep-list"),
+    "both without names of layers": (
+        {"keep": [[0], [1]], "drop": [[1], [0]]},
+        "says both keep and drop, and names no layers",
+    ),
     "a list of the other kind among layers": (
         {"kept": {**{str(n): ids for n, ids in KEPT.items()}, "dropped": DROPPED}},
         "key 'dropped' names no layer",
