@@ -233,7 +233,7 @@ def widest_gap(values: Values) -> Gap | None:
     """
     known = np.sort(np.where(np.isnan(values), 0.0, values)[~np.isposinf(values)])
     count = len(known)
-    begin, end = max(1, math.ceil(_GAP_FROM * count)), min(count - 1, int(_GAP_TO * count))
+    begin, end = max(1, math.ceil(_GAP_FROM * count)), int(_GAP_TO * count)
     if end < begin or known[0] < 0:
         return None
     below, above = known[begin - 1 : end], known[begin : end + 1]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardsurgeon.errors import ScoreError
 from shardsurgeon.pruning.analysis import (
     LIMITS,
     ScoreAnalysis,
@@ -16,11 +17,13 @@ from shardsurgeon.pruning.analysis import (
     lost_shares,
     ratio_of,
     suggested_cuts,
+    view_alone,
     widest_gap,
 )
 from shardsurgeon.pruning.request import removed_count
 from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import dropped_share, select
+from shardsurgeon.scores.table import Scores
 
 NAN, INF = math.nan, math.inf
 
@@ -159,3 +162,33 @@ def test_a_layer_loses_whole_groups_where_the_router_divides_it() -> None:
     # The second group has nothing that costs nothing; five experts are no two groups.
     assert [layer.removable["0.25"] for layer in grouped] == [2, 2]
     assert [layer.removable["0.25"] for layer in alone] == [4, 2]
+
+
+def test_a_layer_is_told_by_its_known_values() -> None:
+    values = {3: np.array([0.5, NAN, 2.0, INF, 1.0]), 4: np.array([NAN, INF])}
+    analysis = ScoreAnalysis("reap", values, {3: (1,)}, {4: (1,)}, mtp=frozenset({4}))
+    one, other = analysis.layers()
+    assert (one.layer, one.is_mtp, one.num_experts) == (3, False, 5)
+    assert (one.min, one.median, one.max) == (0.5, 1.0, 2.0)
+    assert (one.never_routed, one.super_experts, one.preserved) == ((1,), (), (3,))
+    assert (other.min, other.median, other.max, other.is_mtp) == (None, None, None, True)
+    assert (other.never_routed, other.super_experts, other.preserved) == ((), (1,), (1,))
+    assert other.removable == {} and other.gap is None
+    alone = ScoreAnalysis("reap", values, {}, None).layers()
+    assert [(layer.is_mtp, layer.super_experts) for layer in alone] == [(None, ())] * 2
+
+
+def test_super_experts_are_found_where_every_layer_has_their_metric() -> None:
+    def scores(*norms: list[float] | None) -> Scores:
+        layers = {}
+        for layer, row in enumerate(norms):
+            layers[layer] = {"reap": np.linspace(1.0, 2.0, 300)}
+            if row is not None:
+                layers[layer]["max_activations"] = np.array(row)
+        return Scores("scores.npz", layers)
+
+    quiet, loud = [1.0] * 300, [1.0] * 299 + [90.0]
+    assert view_alone(scores(quiet, loud, quiet, quiet), "reap").super_experts == {1: (299,)}
+    assert view_alone(scores(quiet, loud, None, quiet), "reap").super_experts is None
+    with pytest.raises(ScoreError, match=r"scores\.npz: layer 1: max_activations of expert 299"):
+        view_alone(scores(quiet, [*quiet[:-1], INF], quiet, quiet), "reap")

@@ -17,7 +17,7 @@ from shardsurgeon.errors import FamilyError
 from shardsurgeon.execution.plan import Literal, OutputShard
 from shardsurgeon.families.schema import parse_family
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
-from shardsurgeon.pruning.planner import check_expert_counts, plan_shards
+from shardsurgeon.pruning.planner import check_expert_counts, expert_id_tables, plan_shards
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 from tests.support import tiny
 
@@ -264,3 +264,21 @@ def test_a_declared_count_must_be_the_number_of_experts_where_none_is_stacked(sa
         return
     with pytest.raises(FamilyError, match=r"layers\.2\.mlp\.counts: begins with 9, .* experts, 8"):
         check_expert_counts(checkpoint, anatomy)
+
+
+def test_tables_of_expert_ids_name_the_survivors_by_their_new_numbers() -> None:
+    weights, name = tiny.tensors(), "model.layers.{}.mlp.tid2eid"
+    tables = {layer: np.array([[0, 7], [5, 1], [7, 5]], "i8") for layer in (1, 2, 3)}
+    weights |= {name.format(layer): table for layer, table in tables.items()}
+    files = tiny.files(weights=weights)
+    family = parse_family('like = "deepseek_v3"\n[tensors]\nexpert_ids = ["mlp.tid2eid"]\n', "x")
+    opened = open_checkpoint(tiny.MemorySource(files, name="tiny"))
+    checkpoint = replace(opened, family=family)
+    anatomy = read_anatomy(checkpoint)
+    keep_list = keep(0, 1, 5, 7, layers=(1, 2))
+    made = expert_id_tables(checkpoint, anatomy, keep_list)
+    assert set(made) == {name.format(1), name.format(2)}
+    shards = plan_shards(checkpoint, anatomy, keep_list, tables=made, drop_mtp=True)
+    found = read({shard.file: assembled(shard, files) for shard in shards})
+    for layer in (1, 2):
+        assert found[name.format(layer)].tolist() == [[0, 3], [2, 1], [3, 2]]
