@@ -338,6 +338,8 @@ class SizeEstimate:
         }
         if self._mtp is MtpPolicy.KEEP:
             counts |= {layer.index: layer.num_experts for layer in self._anatomy.mtp_layers}
+        if self._mtp is MtpPolicy.DROP:
+            counts |= dict.fromkeys((layer.index for layer in self._anatomy.mtp_layers), 0)
         data = self._anatomy.total_nbytes(counts, drop_mtp=self._mtp is MtpPolicy.DROP)
         headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
         others = headers - sum(self._entries.values())
