@@ -2,9 +2,13 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +16,7 @@ from shardsurgeon.errors import OutputError, OutputWriteError, PublishError, Usa
 from shardsurgeon.execution import shards, upload
 from shardsurgeon.execution.journal import read_journal
 from shardsurgeon.execution.run import execute
-from shardsurgeon.execution.upload import DiskBudget
+from shardsurgeon.execution.upload import DiskBudget, ShardUploader
 from shardsurgeon.execution.workers import Progress, ProgressMeter, Stopped
 from shardsurgeon.storage.system import System, portable
 from tests.support.far_source import FarSource, FolderDestination, far_job, receipts
@@ -361,6 +365,38 @@ def test_who_waits_for_room_hears_of_a_stop() -> None:
         room.take(1)
     room.release(1)
     room.take(1)
+
+
+def test_after_an_error_the_shard_in_hand_is_sent_and_those_that_wait_are_not(
+    tmp_path: Path, destination: FolderDestination
+) -> None:
+    """An error of the caller's own, which no worker has met."""
+    begun = threading.Event()
+    noted: list[str] = []
+    names = ["1", "2", "3"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"shard")
+
+    meter = ProgressMeter(Progress(0, 0, 0, 0, 0), None)
+
+    def on_send(name: str) -> None:
+        begun.set()
+        with suppress(Stopped):
+            for _ in range(300):
+                meter.check()
+                time.sleep(0.01)
+
+    destination.on_send = on_send
+    journal = SimpleNamespace(send=lambda name, *_: noted.append(name))
+    workdir = SimpleNamespace(files=tmp_path, drop_file=lambda name: None)
+    context: Any = SimpleNamespace(meter=meter, journal=journal, workdir=workdir)
+    uploader = ShardUploader(destination, context, DiskBudget(100, 15, meter))
+    with pytest.raises(ValueError, match="the caller's"), uploader:
+        for name in names:
+            uploader.put(name, 5)
+        assert begun.wait(60)
+        raise ValueError("the caller's")
+    assert destination.sends == noted == ["1"]
 
 
 def disk_of(nbytes: int) -> System:

@@ -162,6 +162,8 @@ def test_a_layer_loses_whole_groups_where_the_router_divides_it() -> None:
     # The second group has nothing that costs nothing; five experts are no two groups.
     assert [layer.removable["0.25"] for layer in grouped] == [2, 2]
     assert [layer.removable["0.25"] for layer in alone] == [4, 2]
+    cut = suggested_cuts({1: values[1]}, facts)[-1]
+    assert (cut.limit, cut.removed, cut.kept) == (0.25, 2, 6)
 
 
 def test_a_layer_is_told_by_its_known_values() -> None:

@@ -164,6 +164,10 @@ REFUSED = {
         {"pruned": records(DROPPED) + records({0: [2]})},
         "layer 0: expert 2 is listed twice",
     ),
+    "records of experts and of layers": (
+        [{"layer": 0, "expert": 1}, {"layer": 1, "dropped": [2]}],
+        "has records with and without an expert (layer 1)",
+    ),
     "a repeated key in a record": (
         '[{"layer": 0, "kept": [1], "kept": [2]}]',
         "the object under 'layers' names 'kept' twice",

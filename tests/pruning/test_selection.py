@@ -24,6 +24,7 @@ from shardsurgeon.pruning.selection import (
     check_order,
     check_uniform,
     dropped_share,
+    mtp_counts,
     saliency_cut,
     select,
     super_experts,
@@ -301,7 +302,7 @@ def test_a_tenth_of_the_maximum_must_be_exceeded_and_late_layers_do_not_count() 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_activation_norms_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(ScoreError, match=f"layer 3: max_activations of expert 1 is {value}"):
-        super_experts({3: row(1, value)})
+        super_experts({3: row(1, value, -value)})
 
 
 def test_without_activation_norms_there_are_no_super_experts() -> None:
@@ -340,3 +341,41 @@ def test_an_mtp_layer_with_another_number_of_experts_cannot_follow_the_last_laye
     says = "layer 3 keeps 2 of 4 experts, the last main layer 4 of 8"
     with pytest.raises(UsageError, match=says):
         with_mtp(keep, checkpoint, other, MtpPolicy.LAST, routing_facts(anatomy))
+
+
+def test_layers_with_a_count_of_their_own_must_agree_among_themselves_alone() -> None:
+    def listed(*counts: int) -> KeepList:
+        layers = {n: keep_of((1.0,) * 8, tuple(range(count))) for n, count in enumerate(counts)}
+        return KeepList(8, layers, apart=frozenset({2, 3}))
+
+    for counts in ((4, 4, 2, 2), (4, 4, 4, 4)):
+        check_uniform(listed(*counts), "x")
+        assert listed(*counts).is_uniform
+    with pytest.raises(KeepListError, match="layer 2 keeps 2 experts, layer 3 3"):
+        check_uniform(listed(4, 4, 2, 3), "x")
+    with pytest.raises(KeepListError, match="layer 0 keeps 4 experts, layer 1 3"):
+        check_uniform(listed(4, 3, 3, 3), "x")
+    assert not listed(4, 4, 2, 3).is_uniform
+
+
+@pytest.mark.parametrize(
+    ("main", "experts", "count"),
+    [
+        ((4, 4), 8, 4),
+        ((2, 4), 8, 4),  # as the layer that keeps the most
+        ((3, 3), 8, 4),  # whole groups
+        ((1, 1), 8, 2),  # what the router needs
+        ((8, 8), 8, 8),
+        ((4, 4), 4, 2),  # the same part of its own experts
+        ((7, 5), 4, 4),
+    ],
+)
+def test_an_mtp_layer_keeps_the_same_part_in_whole_groups_and_enough_for_its_router(
+    main: tuple[int, int], experts: int, count: int
+) -> None:
+    anatomy = read_anatomy(open_checkpoint(tiny.source()))
+    *others, mtp = anatomy.layers
+    sized = replace(mtp, expert_nbytes=mtp.expert_nbytes[:experts])
+    facts = RoutingFacts(8, 2, n_group=2, topk_group=2)
+    counts = mtp_counts(replace(anatomy, layers=(*others, sized)), facts, dict(enumerate(main)))
+    assert counts == {3: count}
