@@ -4,6 +4,8 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from io import FileIO
 from itertools import product
 from pathlib import Path
 
@@ -343,3 +345,19 @@ def test_leftovers_that_will_be_given_back_count_as_free(tmp_path: Path) -> None
     before = place.space()
     (place.writing / "one").write_bytes(os.urandom(64 << 20))
     assert abs(place.space() - before) < 48 << 20  # others use this disk too
+
+
+def test_a_lock_whose_file_another_run_removed_meanwhile_is_taken_anew(tmp_path: Path) -> None:
+    folder, real = tmp_path / "OUT.partial", native()
+    asked: list[bool] = []
+
+    def lock(file: FileIO) -> bool:
+        asked.append(real.lock(file))
+        if len(asked) == 1:
+            (folder / "shardsurgeon.lock").unlink()
+        return asked[-1]
+
+    with lock_workdir(tmp_path / "OUT", replace(real, lock=lock)) as workdir:
+        assert asked == [True, True]
+        with pytest.raises(OutputError, match="in use"), lock_workdir(workdir.out, real):
+            pass

@@ -15,7 +15,7 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.planner import SizeEstimate
-from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.request import Allocation, Lists, MtpPolicy, SelectionRequest
 from shardsurgeon.scores.table import Scores
 from tests.support import tiny
 
@@ -149,3 +149,16 @@ def test_a_plan_made_for_another_model_is_used_and_told_of(
     assert decision.policies == dict.fromkeys((1, 2, 3), "plan")
     notes = [note for note in decision.notes if "made for org/other" in note]
     assert len(notes) == said == bool(decision.notes)
+
+
+def test_a_ranking_is_read_as_one_where_the_user_says_so() -> None:
+    order = [3.0, 1.0, 0.0, 6.0, 4.0, 5.0, 2.0, 7.0]
+    best = decided({1: order, 2: order}, lists=Lists.BEST_FIRST)
+    assert kept(best)[1] == (0, 1, 3, 6)
+    assert best.notes == ("scores.npz is read as a ranking, best-first",)
+    assert kept(decided({1: order, 2: order}, lists=Lists.WORST_FIRST))[1] == (2, 4, 5, 7)
+
+
+def test_without_scores_and_without_a_list_nothing_is_decided() -> None:
+    with pytest.raises(ScoreError, match="no score file was given"):
+        decide(CHECKPOINT, ANATOMY, None, SelectionRequest(keep=4), lambda kept: 0)
