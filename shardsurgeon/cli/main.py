@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -113,7 +114,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     gc.set_threshold(100_000)
     try:
         _require_words(sys.argv[1:] if arguments is None else arguments)
-        with _signals_as_stopped():
+        with _signals_as_stopped(), _waits_as_lines():
             status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
         return status if isinstance(status, int) else 0
     except Stopped as stopped:
@@ -127,7 +128,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return WorkError.exit_status
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
-            traceback.print_exc()
+            click.echo(printable(traceback.format_exc()), err=True, nl=False)
         line, status = describe(error)
         _say(f"error: {line}")
         if isinstance(error, UndeclaredFamilyError) and "--json" not in (arguments or sys.argv):
@@ -194,6 +195,29 @@ def _stop(stopped: Stopped) -> int:
 
 def _say(text: str) -> None:
     click.echo(f"{PROGRAM}: {printable(' '.join(text.split()))}", err=True)
+
+
+class _Lines(logging.Handler):
+    """What is waited for, and why, as lines on stderr that no bar is torn by."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{PROGRAM}: {printable(record.getMessage())}"
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None:
+            click.echo(text, err=True)
+        else:
+            tqdm.tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def _waits_as_lines() -> Iterator[None]:
+    """Within a `with`, print what the package logs: that it waits for a server."""
+    log, lines = logging.getLogger(PROGRAM), _Lines(logging.WARNING)
+    log.addHandler(lines)
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
 
 
 @contextmanager

@@ -112,8 +112,9 @@ def run_tasks(
                 task(state)
         except Stopped:
             pass
-        except BaseException as error:  # raised again below
+        except BaseException as error:
             meter.stop(error)
+            raise
 
     run_threads(work, workers, "shardsurgeon", meter.stop)
     if meter.error is not None:

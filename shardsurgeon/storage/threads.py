@@ -21,6 +21,19 @@ Result = TypeVar("Result")
 WAKE_SECONDS = 0.2
 
 
+# Of a thread of `run_threads`: the event that says that it is to end.
+_group = threading.local()
+
+
+def is_stopping() -> bool:
+    """Whether this thread is one of several that are to end, be it by an error or by Ctrl-C.
+
+    Whoever waits for the network looks here every now and then, and gives up.
+    """
+    told: threading.Event | None = getattr(_group, "told", None)
+    return told is not None and told.is_set()
+
+
 def wait_for(event: threading.Event, seconds: float = math.inf) -> None:
     """Wait for an event, for so many seconds at most.
 
@@ -46,16 +59,21 @@ def run_threads(
     calls `stop`, which should have the others return soon, and waits for them unless `daemon`.
     """
     errors: list[BaseException] = []
-    interrupted = threading.Event()
+    interrupted, told = threading.Event(), threading.Event()
     ends = [threading.Event() for _ in range(count)]
 
+    def tell() -> None:
+        told.set()
+        stop()
+
     def run(end: threading.Event) -> None:
+        _group.told = told
         try:
             if not interrupted.is_set():
                 work()
         except BaseException as error:  # raised again below
             errors.append(error)
-            stop()
+            tell()
         finally:
             end.set()
 
@@ -68,13 +86,41 @@ def run_threads(
                 pass
     except BaseException:
         interrupted.set()
-        stop()
+        tell()
         for thread, end in zip(threads, ends, strict=True):
             if thread.ident is not None and not daemon:  # it was started
                 wait_for(end)
         raise
     if errors:
         raise errors[0]
+
+
+def call_in_time(call: Callable[[], Result], seconds: float) -> Result:
+    """What `call` returns or raises; raises TimeoutError after so many seconds, or when stopped.
+
+    For calls that wait for the network by rules of their own: one that is given up goes on, on a
+    thread that nothing waits for.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # raised again below
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(None, run, "in-time", daemon=True).start()
+    end = time.monotonic() + seconds
+    while not ended.wait(min(max(end - time.monotonic(), 0.0), WAKE_SECONDS)):
+        if is_stopping() or time.monotonic() >= end:
+            raise TimeoutError(f"no answer within {seconds:,.0f} s")
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def map_in_threads(

@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import takewhile
 from typing import Any
 from urllib.parse import quote, urlunsplit
 
-from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
+from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError, keep_secret
+from shardsurgeon.storage.connections import status_line
 from shardsurgeon.storage.formats.index import INDEX_NAME, natural_order
 from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
 from shardsurgeon.storage.http import (
-    answer,
     body,
     changed,
     drain,
     etag_of,
+    followed,
+    kept_words,
     parse_address,
     plain_client,
     printable,
     range_header,
-    status_line,
+    secrets_of,
     total_nbytes,
+    without_secrets,
 )
 from shardsurgeon.storage.limits import CONFIG, INDEX
-from shardsurgeon.storage.retry import RetryPolicy, retry, stream_pieces
+from shardsurgeon.storage.retry import RetryPolicy, Waits, retry, stream_pieces
 from shardsurgeon.storage.source import Source, SourceFile, leads_out, unusual
 from shardsurgeon.storage.threads import map_in_threads
 
@@ -74,7 +77,10 @@ class WebSource(Source):
             raise UsageError(printable(url), "names no server", "write it like https://host/folder")
         self.name = self._parts.path.rpartition("/")[2] or self._parts.hostname
         self.location = printable(urlunsplit(self._parts))
-        self._policy = policy
+        self._policy, self._waits = policy, Waits(policy)
+        self._secrets = secrets_of(url)
+        for secret in self._secrets:
+            keep_secret(secret)
         self._files: dict[str, SourceFile] = {}
         self._find([_CONFIG])
         if _CONFIG not in self._files:
@@ -113,18 +119,23 @@ class WebSource(Source):
         def request(at: int) -> Any:
             return self._range(file, where, at, end)
 
-        return stream_pieces(request, where, begin, end, self._policy)
+        pieces = stream_pieces(request, where, begin, end, self._policy, self._waits)
+        return without_secrets(pieces, self._secrets, where)
 
     @contextmanager
     def _range(
         self, file: SourceFile, where: str, begin: int, end: int
     ) -> Iterator[Iterator[bytes]]:
         """One try at [begin, end)."""
-        asked = range_header(begin, end)
-        with answer(plain_client(), self._address(file.name), asked, follow=True) as response:
+        with self._answer(file.name, range_header(begin, end)) as response:
             if response.status_code in (200, 206) and _stamp(response) != file.stamp:
                 raise changed(where, f"was {file.stamp} when it was found, is {_stamp(response)}")
             yield body(response, file, where, begin, end)
+
+    def _answer(self, name: str, headers: dict[str, str]) -> AbstractContextManager[Any]:
+        """The response for a file, wherever redirects lead."""
+        where, address = f"{self.location}/{name}", self._address(name)
+        return followed(plain_client(), address, lambda url: headers, where, self._policy)
 
     def _find(self, names: Iterable[str], *, need_all: bool = False) -> None:
         """Ask for files, several at once, and keep those that are there.
@@ -140,18 +151,19 @@ class WebSource(Source):
             return file
 
         asked = takewhile(lambda name: not missing.is_set(), names)
-        for file in map_in_threads(probe, asked, _QUESTIONS_AT_ONCE, "find"):
+        # Daemons: Ctrl-C does not wait for their requests.
+        for file in map_in_threads(probe, asked, _QUESTIONS_AT_ONCE, "find", daemon=True):
             if file is not None:
                 self._files[file.name] = file
 
     def _probe(self, name: str) -> SourceFile | None:
         """Size and stamp of a file, by its first byte; None where there is none."""
         where = f"{self.location}/{name}"
-        return retry(partial(self._look, name, where), where, self._policy.brief())
+        look = partial(self._look, name, where)
+        return retry(look, where, self._policy.brief(), self._waits)
 
     def _look(self, name: str, where: str) -> SourceFile | None:
-        asked = range_header(0, 1)
-        with answer(plain_client(), self._address(name), asked, follow=True) as response:
+        with self._answer(name, range_header(0, 1)) as response:
             drain(response)
             if response.status_code in _ABSENT:
                 return None
@@ -209,5 +221,5 @@ def _may_be(name: str) -> bool:
 
 def _stamp(response: Any) -> str:
     """What changes with a file's content: its etag, its date, or at least its size."""
-    etag = etag_of(response.headers)
-    return etag or response.headers.get("Last-Modified") or f"{total_nbytes(response)} bytes"
+    dated = kept_words(response.headers.get("Last-Modified", ""))
+    return etag_of(response.headers) or dated or f"{total_nbytes(response)} bytes"

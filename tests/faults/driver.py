@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from io import FileIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from shardsurgeon.cli.main import main
@@ -45,7 +44,8 @@ class Fault:
     this in it count, from this byte on. portable: without the kernel's copy; ample: free space is
     not asked. counted: a file that receives how many calls there were. batch: how many bytes a
     worker asks of a network at a time, so that small checkpoints take as many requests as big
-    ones; hasty: without pauses between the tries at a request.
+    ones; hasty: without pauses between the tries at a request; window: over so many seconds a
+    connection is measured.
     """
 
     what: str = ""
@@ -61,6 +61,7 @@ class Fault:
     batch: int = 0
     hasty: bool = False
     nohup: bool = False
+    window: float = 0.0
 
 
 class FaultySystem:
@@ -171,7 +172,14 @@ def _make_hasty() -> None:
         yield b""
 
     retry._waiting = at_once
-    retry.time = SimpleNamespace(sleep=lambda seconds: None)  # type: ignore[assignment]
+
+
+def _measure_over(seconds: float) -> None:
+    from shardsurgeon.storage.hub.source import HubSource
+    from shardsurgeon.storage.retry import RetryPolicy
+
+    policy = RetryPolicy(window=seconds)
+    HubSource.__init__.__defaults__ = (None, policy)  # type: ignore[misc]
 
 
 def run(spec: str, words: list[str]) -> int:
@@ -185,6 +193,8 @@ def run(spec: str, words: list[str]) -> int:
         shards.REMOTE_BATCH_NBYTES = fault.batch
     if fault.hasty:
         _make_hasty()
+    if fault.window:
+        _measure_over(fault.window)
     # A shell that runs this harness in the background has SIGINT ignored, and children inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if fault.nohup:

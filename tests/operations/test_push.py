@@ -82,7 +82,7 @@ def test_killed_between_two_uploads_it_goes_on(
         (r"POST .*/preupload/", {"status": 500}),
         (r"PUT /upload/", {"cut_upload_after": 1000}),
         (r"PUT /upload/", {"status": 503, "retry_after": 0}),
-        (r"GET .*/tree/", {"cut_after": 10}),
+        (r"GET .*/revision/", {"cut_after": 10}),
         (r"POST .*/commit/", {"status": 503, "retry_after": 0}),
         (r"POST .*/objects/batch", {"lose_answer": True}),
     ],

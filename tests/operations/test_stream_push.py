@@ -148,7 +148,7 @@ def test_killed_it_goes_on_and_uploads_no_shard_twice(
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 def test_killed_behind_the_commit_it_finds_it(shell: Shell, source: LocalHub) -> None:
     process = shell.start(*words("--stream-push", "me/small"))
-    source.fault(r"GET /api/models/me/small/tree/[0-9a-f]{40}", do=process.kill)
+    source.fault(r"GET /api/models/me/small/revision/[0-9a-f]{40}", do=process.kill)
     process.communicate(timeout=60)
     assert len(source.commits("me/small")) == 2
     uploads = dict(source.uploads)

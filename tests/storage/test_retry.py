@@ -18,7 +18,12 @@ DATA = bytes(range(200))
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds of every pause, which then takes none."""
     pauses: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", pauses.append)
+
+    def waiting(seconds: float) -> Iterator[bytes]:
+        pauses.append(seconds)
+        yield b""
+
+    monkeypatch.setattr(module, "_waiting", waiting)
     return pauses
 
 
@@ -53,6 +58,15 @@ def test_it_is_given_up_after_so_many_tries(waits: list[float]) -> None:
     with pytest.raises(NetworkError, match=r"x: gave up after 4 tries in a row \(busy\)"):
         retry(failing(99), "x", RetryPolicy().brief())
     assert len(waits) == 3
+
+
+def test_a_call_may_take_long_where_it_is_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload takes an hour, and is no wait."""
+    clock = iter(range(0, 10**6, 3600))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    assert retry(lambda: "done", "x", RetryPolicy()) == "done"
+    with pytest.raises(NetworkError, match="of waiting in all"):
+        retry(lambda: "done", "x", RetryPolicy(), module.Waits(RetryPolicy()))
 
 
 def in_steps(*steps: int) -> Callable[[int], object]:

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from shardsurgeon.storage.threads import map_in_threads, run_threads, wait_for
+from shardsurgeon.storage.threads import (
+    call_in_time,
+    is_stopping,
+    map_in_threads,
+    run_threads,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -115,3 +121,48 @@ def test_a_wait_ends_with_the_event_or_with_the_time_given() -> None:
     threading.Timer(0.3, event.set).start()
     wait_for(event)
     assert event.is_set()
+
+
+def test_threads_that_wait_are_told_of_an_error_of_another() -> None:
+    told: list[bool] = []
+    waiting = threading.Barrier(2)
+
+    def work() -> None:
+        if waiting.wait() == 0:
+            raise ValueError("failed")
+        while not is_stopping():
+            time.sleep(0.01)
+        told.append(True)
+
+    with pytest.raises(ValueError, match="failed"):
+        run_threads(work, 2, "waiting", lambda: None)
+    assert told == [True]
+    assert not is_stopping()
+
+
+def test_a_call_in_time_gives_what_it_returns_or_raises() -> None:
+    assert call_in_time(lambda: 5, 10) == 5
+    with pytest.raises(ValueError, match="x"):
+        call_in_time(lambda: int("x"), 10)
+
+
+def test_a_call_that_does_not_end_is_left_alone() -> None:
+    never = threading.Event()
+    with pytest.raises(TimeoutError, match="no answer within 0 s"):
+        call_in_time(never.wait, 0.05)
+    never.set()
+
+
+def test_a_call_that_does_not_end_is_left_when_the_others_end() -> None:
+    never = threading.Event()
+
+    def work() -> None:
+        if waiting.wait() == 0:
+            raise ValueError("failed")
+        with pytest.raises(TimeoutError):
+            call_in_time(never.wait, 1000)
+
+    waiting = threading.Barrier(2)
+    with pytest.raises(ValueError, match="failed"):
+        run_threads(work, 2, "waiting", lambda: None)
+    never.set()

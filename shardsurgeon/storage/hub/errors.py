@@ -31,8 +31,10 @@ from shardsurgeon.errors import (
     PublishError,
     ShardSurgeonError,
     UsageError,
+    redacted,
 )
-from shardsurgeon.storage.http import HTTP_ERROR, raise_if_passing, status_line
+from shardsurgeon.storage.connections import HTTP_ERROR, raise_if_passing, status_line
+from shardsurgeon.storage.http import raise_if_hopeless
 from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry
 
 LOG_IN = "log in with `hf auth login`"
@@ -42,6 +44,11 @@ _AGAIN = "run the same command again: what has been uploaded is not uploaded twi
 _UNDONE = (429, 503)
 # huggingface_hub tries uploads again by itself, before we do.
 RETRY_POLICY = RetryPolicy(tries=5)
+
+# Of what a server says, so many characters are shown.
+_MOST_WORDS = 200
+# What huggingface_hub raises over an answer of another shape than it expects.
+_SENSELESS = (ValueError, TypeError, AttributeError, LookupError, RecursionError, AssertionError)
 
 _Answer = TypeVar("_Answer")
 
@@ -83,17 +90,44 @@ def with_retries(call: Callable[[], _Answer], repo_id: str, *, repeatable: bool 
     """The result of `call`, tried again while the server is busy or the connection breaks.
 
     repeatable: whether `call` may be done twice; where not, it is tried again only if the server
-    says that nothing was done. Raises NetworkError where trying again did not help.
+    says that nothing was done. Raises NetworkError where trying again did not help, and
+    PublishError where the answer is of another shape than huggingface_hub expects.
     """
 
     def once() -> _Answer:
         try:
             return call()
         except Exception as error:
+            _raise_if_ours(error, repeatable)
             _raise_if_passing(error, repeatable)
+            raise_if_hopeless(error, urlsplit(constants.ENDPOINT).hostname or repo_id)
+            if _is_senseless(error):
+                problem = f"{constants.ENDPOINT} does not answer as a Hub does"
+                told = f"{type(error).__name__}: {_last_line(error)}"
+                raise PublishError(repo_id, f"{problem} ({told})", "check HF_ENDPOINT") from error
             raise
 
     return retry(once, repo_id, RETRY_POLICY)
+
+
+def _raise_if_ours(error: Exception, repeatable: bool) -> None:
+    """Raise the error of a guarded connection, also behind one of huggingface_hub's threads."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ShardSurgeonError):
+            raise cause
+        if isinstance(cause, RetryableError):
+            # A server that names a wait has done nothing yet.
+            if repeatable or cause.wait:
+                raise cause
+            raise _gave_up(cause, "the Hub") from error
+        cause = cause.__cause__
+
+
+def _is_senseless(error: Exception) -> bool:
+    """Whether huggingface_hub stumbled over an answer; not what it raises on purpose."""
+    meant = isinstance(error, HFValidationError) or re.search(r"README\.md|LFS", str(error))
+    return isinstance(error, _SENSELESS) and not meant
 
 
 def _raise_if_passing(error: Exception, repeatable: bool) -> None:
@@ -194,7 +228,7 @@ def _unseen() -> tuple[str, str]:
 
 def _words(error: HfHubHTTPError) -> str:
     line = status_line(error.response)
-    words = (error.server_message or "").strip()
+    words = _cut(error.server_message or "")
     return f"{line}: {words}" if words else line
 
 
@@ -229,16 +263,15 @@ def _said(error: BaseException) -> str:
     message = getattr(error, "server_message", None)
     if not message and isinstance(error.__cause__, Exception):
         return _said(error.__cause__)
-    words = without_token(" ".join(str(message or "").split()))
-    return f": {words[:200]}" if words else ""
+    words = _cut(str(message or ""))
+    return f": {words}" if words else ""
 
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_token(lines[-1][:200]) if lines else ""
+    return _cut(lines[-1]) if lines else ""
 
 
-def without_token(text: str) -> str:
-    """The text with the user's token, should it be in there, replaced."""
-    token = get_token()
-    return text.replace(token, "[token]") if token else text
+def _cut(words: str) -> str:
+    """Words of a server, on one line and cut to a readable length; a token is not cut in two."""
+    return redacted(" ".join(words.split()))[:_MOST_WORDS]

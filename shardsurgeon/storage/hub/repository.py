@@ -20,18 +20,19 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from shardsurgeon._version import __version__
-from shardsurgeon.errors import OutputError, UsageError
+from shardsurgeon.errors import OutputError, PublishError, UsageError, keep_secret, redacted
 from shardsurgeon.storage.formats.index import HUGGING_FACE, MISTRAL
 from shardsurgeon.storage.hub.errors import (
     LOG_IN_TO_PUSH,
+    RETRY_POLICY,
     hub_errors,
     require_sound_settings,
     with_retries,
 )
+from shardsurgeon.storage.hub.listing import fetch_listing
 from shardsurgeon.storage.hub.source import HubSource
 
 MAIN = "main"
@@ -47,6 +48,7 @@ _NO_BRANCH = re.compile(
 
 # Larger files are not hashed to find out whether two are equal.
 _TWIN_NBYTES = 1 << 26
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -119,13 +121,18 @@ class Repository:
             raise UsageError(
                 self.repo_id, "there is no Hugging Face token to push with", LOG_IN_TO_PUSH
             )
+        keep_secret(get_token())
         user = self._with_retries(self._api.whoami)
-        access = user.get("auth", {}).get("accessToken", {})
-        if access.get("role") == "read":
+        if _member(user, "auth", "accessToken", "role") == "read":
             problem = "the token may only read"
             raise UsageError(self.repo_id, problem, f"make one that may write at {_TOKENS}")
         if "/" not in self.repo_id:
-            self.repo_id = f"{user['name']}/{self.repo_id}"
+            name = _member(user, "name")
+            if not isinstance(name, str) or redacted(name) != name:
+                problem = f"{self.endpoint} does not answer as a Hub does: it names no user"
+                raise PublishError(self.repo_id, problem, "check HF_ENDPOINT")
+            validate_repo_id(f"{name}/{self.repo_id}")
+            self.repo_id = f"{name}/{self.repo_id}"
 
     def _create(self, private: bool) -> None:
         try:
@@ -163,13 +170,11 @@ class Repository:
         """Every file of the branch, or of another revision, by name."""
 
         def listed() -> dict[str, RemoteFile]:
-            tree = self._api.list_repo_tree(
-                self.repo_id, recursive=True, revision=revision or self.revision
-            )
+            asked = revision or self.revision
+            found = fetch_listing(self.repo_id, asked, self.repo_id, RETRY_POLICY).files
             return {
-                entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None)
-                for entry in tree
-                if isinstance(entry, RepoFile)
+                name: RemoteFile(file.nbytes, file.digest if file.is_large else None)
+                for name, file in found.items()
             }
 
         with hub_errors(self.repo_id):
@@ -214,6 +219,9 @@ class Repository:
             additions += [uploaded_before(name, receipt) for name, receipt in sent.items()]
             deletions = [CommitOperationDelete(path_in_repo=name) for name in removed]
             info = self._commit([*additions, *deletions], message)
+        if not isinstance(info.oid, str) or not _COMMIT.fullmatch(info.oid):
+            problem = f"{self.endpoint} does not answer as a Hub does: it names no commit"
+            raise PublishError(self.repo_id, problem, "look whether the commit is there")
         return Commit(info.oid, str(info.commit_url), info.pr_url)
 
     def _preupload(self, additions: Iterable[Any]) -> None:
@@ -289,6 +297,13 @@ class Receipt:
                 return cls(sha256, nbytes)
         problem = "its receipt in the journal is not that of an upload"
         raise OutputError(where, problem, "--restart starts over")
+
+
+def _member(value: Any, *keys: str) -> Any:
+    """What lies under keys of objects in one another, None where one of them is something else."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def without_twins(additions: Sequence[CommitOperationAdd]) -> list[CommitOperationAdd]:

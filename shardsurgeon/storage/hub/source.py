@@ -8,10 +8,16 @@ and it retries by its own rules. Plain ranges work with every endpoint.
 A large file's address on the Hub redirects, with size and hash in the headers, to a signed address
 on another host. That one is used for every range until it expires: one request to the Hub per file,
 not per range. The token is sent to the Hub's hosts only.
+
+The listing gives the size and a hash of every file. A file that is read whole (config, index,
+tokenizer, code) is compared with them, bytes and all. A shard is read by ranges, which no hash of
+the whole can prove: there the size, and the hash that the Hub and its storage say they have, must
+be the listed ones, and a storage that sends other bytes of the same size is not found out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -19,13 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+from typing import Any, NoReturn
 
 from huggingface_hub import (
-    HfApi,
     constants,
     get_session,
+    get_token,
     hf_hub_url,
     snapshot_download,
     try_to_load_from_cache,
@@ -37,39 +42,40 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from shardsurgeon.errors import CheckpointError, IndexFileError, SourceReadError, UsageError
+from shardsurgeon.storage.connections import (
+    MOST_REDIRECTS,
+    REDIRECTS,
+    redirect_target,
+    status_line,
+    whole_number,
+)
 from shardsurgeon.storage.files import open_regular
 from shardsurgeon.storage.formats.index import INDEX_NAME, parse_index
 from shardsurgeon.storage.http import (
-    HTTP_ERROR,
-    MOST_REDIRECTS,
-    REDIRECTS,
     answer,
     body,
     changed,
     drain,
+    endless,
     etag_of,
-    raise_if_passing,
     range_header,
-    said,
-    status_line,
+    without_secrets,
 )
 from shardsurgeon.storage.hub.errors import refused_read, require_sound_settings
+from shardsurgeon.storage.hub.listing import HubHeaders, Listing, fetch_listing, hub_error
 from shardsurgeon.storage.limits import INDEX, read_limited
 from shardsurgeon.storage.local import pieces_of
-from shardsurgeon.storage.retry import RetryableError, RetryPolicy, retry, stream_pieces
-from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, leads_out, unusual
+from shardsurgeon.storage.retry import RetryableError, RetryPolicy, Waits, retry, stream_pieces
+from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, unusual
 
-# The Hub's own hosts: a redirect from one to another keeps the login.
-_HUBS = ("https://huggingface.co", "https://hf.co")
-_AGENT = "shardsurgeon"
 _RETRY_POLICY = RetryPolicy()
 
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _OF_TOTAL = re.compile(r"-\d+-of-(\d+)\.safetensors$")
+# A link that the Hub has just given may have expired on the way; not so twice.
+_FRESH_LINKS = 3
 # A snapshot without these is complete: they are not part of a result.
 _NOT_NEEDED = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
 
@@ -103,16 +109,26 @@ class HubSource(Source):
         """
         require_sound_settings()
         self._repo_id = repo_id
-        self._policy = policy
+        self._policy, self._waits = policy, Waits(policy)
         self._endpoint = constants.ENDPOINT
         asked = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
-        info = retry(partial(_info, repo_id, revision, asked), asked, policy.brief())
-        self.revision = info.sha or "of no commit"
+        brief = policy.brief()
+        listing = retry(
+            partial(_listing, repo_id, revision, asked, brief), asked, brief, self._waits
+        )
+        self.revision = listing.commit or "of no commit"
         self.name = repo_id.rpartition("/")[2]
         self.location = f"hf://{repo_id}@{self.revision[:12]}"
-        self._files, self.odd = _listing(info, self.location)
-        self._headers = build_hf_headers(user_agent=_AGENT)
-        self._trusted = {_origin(address) for address in (self._endpoint, *_HUBS)}
+        self._files: dict[str, SourceFile] = {}
+        odd: dict[str, str] = {}
+        for name, file in listing.files.items():
+            if (what := unusual(name)) is not None:
+                odd[name] = what
+            elif not is_left_behind(name):
+                self._files[name] = SourceFile(name, file.nbytes, file.digest)
+        self.odd = odd
+        self._hashed = listing.files
+        self._headers, self._token = HubHeaders(), get_token()
         # File → where its bytes are. Several threads may write an entry; any of them will do.
         self._routes: dict[str, _Route] = {}
         self._cached: dict[str, Path | None] = {}
@@ -124,8 +140,9 @@ class HubSource(Source):
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The bytes [begin, end) of a file: from the local cache, or by one request.
 
-        Raises SourceReadError, SourceChangedError or NetworkError, and CheckpointError where
-        the Hub no longer lets this login read it.
+        All bytes of a file are compared with the hash that the Hub lists for it. Raises
+        SourceReadError, SourceChangedError or NetworkError, and CheckpointError where the Hub no
+        longer lets this login read it.
         """
         where = f"{self.location}/{name}"
         file = self._files.get(name)
@@ -141,7 +158,30 @@ class HubSource(Source):
         def request(at: int) -> Any:
             return self._range(file, where, at, end)
 
-        return stream_pieces(request, where, begin, end, self._policy)
+        pieces = stream_pieces(request, where, begin, end, self._policy, self._waits)
+        pieces = without_secrets(pieces, [self._token], where)
+        return self._hashed_pieces(pieces, file, where) if end - begin == file.nbytes else pieces
+
+    def _hashed_pieces(
+        self, pieces: Iterator[bytes], file: SourceFile, where: str
+    ) -> Iterator[bytes]:
+        """The pieces of a whole file. Raises SourceReadError in place of the last one, unless
+        they have the hash that is listed.
+        """
+        blob = hashlib.sha1(b"blob %d\0" % file.nbytes, usedforsecurity=False)
+        digest = hashlib.sha256() if self._hashed[file.name].is_large else blob
+        left = file.nbytes
+        for piece in pieces:
+            digest.update(piece)
+            left -= len(piece)
+            if left <= 0 and digest.hexdigest() != file.stamp:
+                problem = (
+                    f"other bytes came than the Hub lists (expected {digest.name} "
+                    f"{file.stamp[:12]}, found {digest.hexdigest()[:12]})"
+                )
+                remedy = "run the same command again; if it stays so, do not trust that server"
+                raise SourceReadError(where, problem, remedy)
+            yield piece
 
     def local_path(self, name: str) -> Path | None:
         """Where the local cache has this file of this commit, if it has."""
@@ -159,16 +199,16 @@ class HubSource(Source):
         known = self._routes.get(file.name)
         url = known.url if known else self._address(file.name)
         for step in range(MOST_REDIRECTS):
-            headers = {**self._known_to(url), **range_header(begin, end)}
-            with answer(get_session(), url, headers) as response:
+            headers = {**self._headers.of(url), **range_header(begin, end)}
+            with answer(get_session(), url, headers, self._policy) as response:
                 if response.status_code in REDIRECTS:
                     _require_listed(file, where, response.headers)
                     drain(response)
-                    url = urljoin(url, response.headers.get("Location", ""))
+                    url = redirect_target(response, where)
                     continue
                 is_hubs = known is None and step == 0
                 if response.status_code not in (200, 206, 416):
-                    self._raise(response, where, file.name, is_hubs)
+                    self._raise(response, where, file.name, is_hubs, known is not None)
                 etag = etag_of(response.headers)
                 if is_hubs:
                     _require_listed(file, where, response.headers, etag)
@@ -178,72 +218,36 @@ class HubSource(Source):
                     self._routes[file.name] = _Route(url, etag)
                 yield body(response, file, where, begin, end)
                 return
-        raise SourceReadError(where, f"leads to more than {MOST_REDIRECTS} other addresses")
+        raise endless(where)
 
-    def _raise(self, response: Any, where: str, name: str, is_hubs: bool) -> None:
+    def _raise(
+        self, response: Any, where: str, name: str, is_hubs: bool, was_known: bool
+    ) -> NoReturn:
         """Raise the error for an answer that is not part of a file."""
         if not is_hubs and "X-Error-Code" not in response.headers:
             # A signed address expires; the next try asks the Hub for a new one.
             self._routes.pop(name, None)
-            raise RetryableError(f"{status_line(response)} from {response.url.host}")
-        try:
-            hf_raise_for_status(response)
-        except EntryNotFoundError as error:
+            said = f"{status_line(response)} from {response.url.host}"
+            raise RetryableError(said, most=None if was_known else _FRESH_LINKS)
+        error = hub_error(response)
+        if isinstance(error, EntryNotFoundError):
             raise SourceReadError(where, "is no longer there", "check the repository") from error
-        except HfHubHTTPError as error:
-            raise refused_read(error, where, self._repo_id, self.revision) from error
-        raise SourceReadError(where, f"cannot be read ({status_line(response)})")
+        raise refused_read(error, where, self._repo_id, self.revision) from error
 
     def _address(self, name: str) -> str:
         return hf_hub_url(self._repo_id, name, revision=self.revision, endpoint=self._endpoint)
 
-    def _known_to(self, url: str) -> dict[str, str]:
-        """The headers for an address: the login is for the Hub only."""
-        if _origin(url) in self._trusted:
-            return dict(self._headers)
-        return {key: self._headers[key] for key in self._headers if key != "authorization"}
 
-
-def _info(repo_id: str, revision: str | None, asked: str) -> ModelInfo:
+def _listing(repo_id: str, revision: str | None, asked: str, policy: RetryPolicy) -> Listing:
     """What the Hub says about a revision. Raises RetryableError where another try may succeed."""
     try:
-        timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        api = HfApi(user_agent=_AGENT)
-        return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+        return fetch_listing(repo_id, revision, asked, policy)
     except HFValidationError as error:
         raise UsageError(
             asked, "is not the name of a repository", "write it like org/name"
         ) from error
     except HfHubHTTPError as error:
-        raise_if_passing(error.response)
         raise refused_read(error, asked, repo_id, revision) from error
-    except HTTP_ERROR as error:
-        raise RetryableError(f"{constants.ENDPOINT}: {said(error)}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        problem = f"{constants.ENDPOINT} does not answer as a Hub does"
-        raise CheckpointError(asked, problem, "check HF_ENDPOINT") from error
-
-
-def _listing(info: ModelInfo, location: str) -> tuple[dict[str, SourceFile], dict[str, str]]:
-    """The files of a commit by name, sorted, and names that no file here can have → why.
-
-    Raises CheckpointError for names that lead out.
-    """
-    files: dict[str, SourceFile] = {}
-    odd: dict[str, str] = {}
-    for found in sorted(info.siblings or (), key=lambda sibling: sibling.rfilename):
-        name, nbytes = found.rfilename, found.size
-        stamp = found.lfs.sha256 if found.lfs else found.blob_id
-        if leads_out(name):
-            raise CheckpointError(location, f"file name {name!r} leads out of the repository")
-        if nbytes is None or stamp is None:
-            problem = f"the Hub does not say the size and the hash of {name}"
-            raise CheckpointError(location, problem, "check HF_ENDPOINT")
-        if (what := unusual(name)) is not None:
-            odd[name] = what
-        elif not is_left_behind(name):
-            files[name] = SourceFile(name, nbytes, stamp)
-    return files, odd
 
 
 def _require_listed(file: SourceFile, where: str, headers: Any, etag: str | None = None) -> None:
@@ -254,14 +258,9 @@ def _require_listed(file: SourceFile, where: str, headers: Any, etag: str | None
     found = etag_of(headers, "X-Linked-Etag") or etag
     if found is not None and found != file.stamp:
         raise changed(where, f"had hash {file.stamp[:12]} when it was listed, has {found[:12]}")
-    size = headers.get("X-Linked-Size", "")
-    if size.isdigit() and int(size) != file.nbytes:
-        raise changed(where, f"had {file.nbytes:,} bytes when it was listed, has {int(size):,}")
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port
+    size = whole_number(headers.get("X-Linked-Size"))
+    if size is not None and size != file.nbytes:
+        raise changed(where, f"had {file.nbytes:,} bytes when it was listed, has {size:,}")
 
 
 def cached_file(repo_id: str, commit: str, file: SourceFile) -> Path | None:

@@ -23,6 +23,7 @@ from huggingface_hub.utils import (
 )
 
 from shardsurgeon.errors import PublishError
+from shardsurgeon.storage.connections import guarded_sessions
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.storage.hub.repository import Commit, Receipt, RemoteFile, Repository
@@ -175,7 +176,8 @@ def upload_in_parallel(
 def silence_hub(bars: bool) -> Iterator[list[str]]:
     """Within a `with`, let huggingface_hub show its upload bars or nothing at all.
 
-    Its warnings meanwhile are in the list, a line each. Affects the whole process.
+    Its warnings meanwhile are in the list, a line each, and its requests are guarded. Affects the
+    whole process.
     """
     # Made once here: uploads on several threads would make and delete it by turns.
     bar: Any = tqdm
@@ -187,6 +189,7 @@ def silence_hub(bars: bool) -> Iterator[list[str]]:
         warnings.simplefilter("always", UserWarning)
         logging.set_verbosity(levels.CRITICAL)
         stack.callback(logging.set_verbosity, level)
+        stack.enter_context(guarded_sessions())
         if not (bars or are_progress_bars_disabled()):
             stack.callback(enable_progress_bars)
             disable_progress_bars()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -24,8 +24,14 @@ class Fault:
     do: Callable[[], object] | None = None
     # The answer begins later.
     delay: float = 0.0
-    # This answer instead of the true one.
+    # This answer instead of the true one, with `body` or a JSON error.
     status: int | None = None
+    body: bytes | None = None
+    # These headers instead of the answer's own. In them and in `body`, {token} is the token that
+    # the request carried.
+    headers: Mapping[str, str] = field(default_factory=dict)
+    # The true answer's body, changed.
+    rewrite: Callable[[bytes], bytes] | None = None
     retry_after: int | str | None = None
     # With a 429: the Hub's own RateLimit header instead of Retry-After, in seconds.
     ratelimit_reset: int | None = None
@@ -42,6 +48,8 @@ class Fault:
     shift_range: int = 0
     # This answer trickles.
     bytes_per_second: float | None = None
+    # Its body comes byte by byte, with so many seconds between two.
+    drip: float | None = None
 
     matched: int = field(default=0, init=False)
     struck: int = field(default=0, init=False)

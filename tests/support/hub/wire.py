@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import uvicorn
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -195,6 +195,11 @@ class Passage:
         self._cut_upload_at = None if upload is None else number(upload)
         # Whether the connection was ended here.
         self.ended = False
+        login = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        self._token = login.partition(" ")[2]
+        # The head and the body so far of an answer that is to be changed.
+        self._held: Message = {}
+        self._body = b""
 
     async def go(self, app: ASGIApp) -> None:
         """Through, or into the fault."""
@@ -204,7 +209,7 @@ class Passage:
         await asyncio.sleep(self._wire.latency + fault.delay)
         self._change_range()
         if fault.status is not None:
-            app = _answer(fault)
+            app = _answer(fault, self._token)
         await app(self._scope, self.receive, self.send)
 
     def _change_range(self) -> None:
@@ -236,14 +241,32 @@ class Passage:
             await self._hang_up()
         if message["type"] == "http.response.start":
             self._count.status = message["status"]
-            await self._send(message)
+            self._held = self._with_headers(message)
+            if self._fault.rewrite is None:
+                await self._send(self._held)
             return
         body, more = message.get("body", b""), message.get("more_body", False)
+        if self._fault.rewrite is not None:
+            self._body += body
+            if more:
+                return
+            body = self._fault.rewrite(self._body)
+            length = (b"content-length", b"%d" % len(body))
+            kept = [pair for pair in self._held["headers"] if pair[0] != length[0]]
+            await self._send({**self._held, "headers": [*kept, length]})
         shaped = self._wire.down is not None or self._trickle is not None
-        step = SHAPED_NBYTES if shaped else CHUNK_NBYTES
+        step = 1 if self._fault.drip else SHAPED_NBYTES if shaped else CHUNK_NBYTES
         for begin in range(0, max(len(body), 1), step):
             last = begin + step >= len(body)
             await self._send_piece(body[begin : begin + step], more=more or not last)
+
+    def _with_headers(self, message: Message) -> Message:
+        changed = {
+            name.lower().encode(): value.replace("{token}", self._token).encode("latin-1")
+            for name, value in self._fault.headers.items()
+        }
+        kept = [pair for pair in message["headers"] if pair[0].lower() not in changed]
+        return {**message, "headers": [*kept, *changed.items()]}
 
     async def _send_piece(self, piece: bytes, *, more: bool) -> None:
         cut_at = self._cut_at
@@ -253,6 +276,8 @@ class Passage:
         for link in (self._wire.down, self._trickle):
             if link is not None:
                 await link.carry(len(piece))
+        if self._fault.drip:
+            await asyncio.sleep(self._fault.drip)
         self._count.sent += len(piece)
         await self._send({"type": "http.response.body", "body": piece, "more_body": more or torn})
         if torn:
@@ -268,7 +293,7 @@ class Passage:
         raise Cut
 
 
-def _answer(fault: Fault) -> ASGIApp:
+def _answer(fault: Fault, token: str) -> ASGIApp:
     headers = {}
     if fault.retry_after is not None:
         headers["Retry-After"] = str(fault.retry_after)
@@ -276,6 +301,8 @@ def _answer(fault: Fault) -> ASGIApp:
         headers["RateLimit"] = f'"resolvers";r=0;t={fault.ratelimit_reset}'
         headers["RateLimit-Policy"] = '"fixed window";"resolvers";q=3000;w=300'
     assert fault.status is not None
+    if fault.body is not None:
+        return Response(fault.body.replace(b"{token}", token.encode()), fault.status, headers)
     return JSONResponse({"error": f"fault {fault.status}"}, fault.status, headers)
 
 
