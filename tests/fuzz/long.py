@@ -36,7 +36,7 @@ FUZZED = [
     )),
     "pruning/keep_list_files.py", "pruning/keep_lists.py",
     "scores/files.py", "scores/shapes.py", "scores/table.py",
-    "checkpoint/provenance.py", "execution/journal.py",
+    "checkpoint/provenance.py", "execution/journal.py", "storage/hub/listing.py",
     "checkpoint/config.py", "checkpoint/anatomy.py", "checkpoint/quantization_names.py",
     "families/schema.py", "families/templates.py",
 ]  # fmt: skip
@@ -46,7 +46,7 @@ NOT_READING = re.compile(
     r"|_finite|_json$|Journal|require_same|_difference|_line|_run_as_json|_eight_bit_floats"
     r"|_powers_of_two|_string.|_number.|_bytes.|_constant|write_scores|score_file|_torch_file"
     r"|_npz|_safetensors|_flat|_listed|_small_values|_suffix|_tree|is_torch_file"
-    r"|score_output|_is_score_file|check_samples|check_score_file_name"
+    r"|score_output|_is_score_file|check_samples|check_score_file_name|fetch_listing|HubHeaders"
 )
 
 

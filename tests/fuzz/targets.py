@@ -62,7 +62,7 @@ from shardsurgeon.storage.formats.safetensors import Header, header_length, pars
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.torch_objects import _CALLS
 from shardsurgeon.storage.source import MemorySource
-from tests.fuzz import quantization_lists, seeds
+from tests.fuzz import hub_answers, quantization_lists, seeds
 from tests.fuzz.edits import as_json, edited
 from tests.support import tiny
 
@@ -445,5 +445,5 @@ TARGETS = [
     Target("metadata", provenance_edited, seeds.edits),
     Target("family", family, seeds.families, _TOML_WORDS),
     Target("quantization-lists", quantization_lists.run, quantization_lists.seeds),
+    *(Target(*told) for told in hub_answers.targets(_JSON_WORDS)),
 ]
-# Targets with a module of their own join here: `TARGETS += hub_answers.TARGETS`.
