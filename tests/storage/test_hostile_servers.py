@@ -110,7 +110,7 @@ ENDLESS: dict[str, tuple[Answer, str]] = {
     ),
     "an answer for ever": (
         lambda asked: then([head()], for_ever(b"x" * (1 << 20))),
-        "answers with more than 16,777,216 bytes",
+        "answers with more than 12,582,912 bytes",
     ),
     "redirects without an end": (
         lambda asked: [head("302 Found", Location="/next", Content_Length=0)],

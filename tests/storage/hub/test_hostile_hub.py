@@ -120,7 +120,7 @@ def test_a_listing_is_read_up_to_a_limit_and_takes_no_more_memory(tiny: LocalHub
     one = json.dumps(sibling("a" * 40)).encode() + b","
     tiny.fault(LISTING, status=200, body=b'{"siblings":[' + one * (200 << 20 >> 7), times=None)
     tracemalloc.start()
-    with pytest.raises(NetworkError, match="answers with more than 16,777,216 bytes"):
+    with pytest.raises(NetworkError, match="answers with more than 12,582,912 bytes"):
         HubSource("org/tiny", policy=QUICK)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -42,7 +42,7 @@ PUSHES = {
     "a model without an end": Case(
         "GET /api/models/",
         {"status": 200, "body": b'{"id": "' + b"x" * (20 << 20)},
-        "answers with more than 16,777,216 bytes",
+        "answers with more than 12,582,912 bytes",
     ),
     "compressed": Case(
         "GET /api/models/", {"headers": {"Content-Encoding": "gzip"}}, "answers compressed"
