@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsurgeon.execution.journal import read_journal
-from tests.faults.trial import ENVIRONMENT, Bench, Ended, State
+from tests.faults.trial import ENVIRONMENT, Bench, Ended, Lost, State
 from tests.support.hub.server import LocalHub
 
 # Requests that bring bytes of files.
@@ -49,6 +49,13 @@ class RemoteBench(Bench):
 
     def start(self, *more: str, fault: Mapping[str, object] | None = None) -> subprocess.Popen[str]:
         return super().start(*more, fault={**self._settings, **(fault or {})})
+
+    def run_soon(self, fault: Mapping[str, object]) -> Ended:
+        """The command from begin to end; raises Lost where it has not ended after a minute."""
+        try:
+            return self.finish(self.start(fault=fault), timeout=60)
+        except subprocess.TimeoutExpired as expired:
+            raise Lost("it hangs") from expired
 
     def bytes_sent(self) -> int:
         """Bytes of files that the Hub sent since the counts began."""

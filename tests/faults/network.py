@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tests.faults.bench import BYTES, RemoteBench, StreamBench
@@ -42,7 +43,7 @@ def disturbed(
         count = remote.requests_of(at)
         for skip in spread(count, tries, numbers):
             arrange(remote, skip - 1, numbers)
-            ended = remote.run(fault=settings)
+            ended = remote.run_soon(settings)
             remote.require(ended.status in statuses, f"status is not in {statuses}", ended)
             if ended.status:
                 remote.require_told(ended, statuses, says)
@@ -183,6 +184,67 @@ def cut_uploads(bench: RemoteBench, skip: int, numbers: random.Random) -> None:
     bench.hub.fault("POST .*/commit/", lose_answer=numbers.random() < 0.5, times=1)
 
 
+def drips(bench: RemoteBench, skip: int, numbers: random.Random) -> None:
+    """A connection, or every one from now on, brings a byte now and then."""
+    times = numbers.choice([1, None])
+    bench.hub.fault(numbers.choice(["GET /cdn/", "GET /"]), skip=skip, drip=0.1, times=times)
+
+
+def lies(bench: RemoteBench, skip: int, numbers: random.Random) -> None:
+    """What the Hub or its storage says of sizes and bytes is not so."""
+    name = numbers.choice(["tokenizer.json", "config.json", _SHARD])
+    size = bench.model.joinpath(name).stat().st_size
+    listed = (b'"size":%d' % size, b'"size":%d' % (size + numbers.choice([-1, 1, 3 << 30])))
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("GET /api/models/", {"rewrite": lambda body: body.replace(*listed)}),
+        (f"GET /org/.*/{name}", {"headers": {"X-Linked-Size": str(size + 1)}}),
+        ("GET /cdn/", {"skip": skip, "headers": {"Content-Range": "bytes 0-9/10"}}),
+        ("GET /cdn/", {"skip": skip, "shift_range": 8}),
+        # As many bytes, other ones, of a file that is read whole.
+        (
+            "GET /api/resolve-cache/.*/config.json",
+            {"rewrite": lambda body: body[:9] + bytes([body[9] ^ 1]) + body[10:]},
+        ),
+    ]
+    on, how = numbers.choice(kinds)
+    bench.hub.fault(on, times=None, **how)
+
+
+def leads_elsewhere(bench: RemoteBench, skip: int, numbers: random.Random) -> None:
+    """Files are said to lie where no server is."""
+    places = ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[x", "", f"/{bench.id}/{_SHARD}"]
+    how = {"status": 302, "headers": {"Location": numbers.choice(places)}}
+    bench.hub.fault(f"GET /{bench.id}/", skip=skip, times=None, **how)
+
+
+def echoes(bench: Bench, tries: int, numbers: random.Random) -> Iterator[Ended]:
+    """The server sends the token back: in words, names and files; it gets nowhere."""
+    remote = _remote(bench)
+    count = remote.requests_of("GET /")
+    everywhere = dict.fromkeys(("ETag", "X-Linked-Etag", "X-Error-Message", "Server"), "{token}")
+    kinds: list[dict[str, Any]] = [
+        {"status": 403, "body": b'{"error": "Bearer {token}"}', "headers": everywhere},
+        {"status": 302, "headers": {"Location": "ftp://{token}/"}},
+        {"status": 200, "body": b'{"a": "{token}"}'},
+        {"headers": everywhere},
+    ]
+    for skip in spread(count, tries, numbers):
+        remote.hub.fault("GET /", skip=skip - 1, times=None, **numbers.choice(kinds))
+        ended = remote.run_soon({"hasty": True})
+        if ended.status:
+            remote.require_told(ended, {1, 2}, "")
+            remote.require_no_out(ended)
+        remote.require(remote.hub.token not in ended.stderr, "the token is told", ended)
+        for path in filter(Path.is_file, remote.place.rglob("*")):
+            kept = remote.hub.token.encode() in path.read_bytes() or remote.hub.token in path.name
+            remote.require(not kept, f"{path} holds the token", ended)
+        remote.require_source(ended)
+        remote.mend()
+        remote.require_finishes(*(("--restart",) if ended.status else ()))
+        remote.clear()
+        yield ended
+
+
 DOWNLOADS = [
     Entry("SIGKILL while downloading", kills_of_downloads, 20),
     Entry("connections cut at random", disturbed(cut, {0}), 20),
@@ -210,6 +272,33 @@ DOWNLOADS = [
         ),
         10,
     ),
+    Entry(
+        "a server that drips",
+        disturbed(drips, {0, 1}, "less than 1,024 bytes a second came", hasty=True, window=1.0),
+        10,
+    ),
+    Entry(
+        "a server that lies about sizes and bytes",
+        disturbed(
+            lies,
+            {0, 1},
+            "when it was listed|another range than|other bytes came than the Hub lists",
+            rerun=("--restart",),
+            hasty=True,
+        ),
+        20,
+    ),
+    Entry(
+        "a server that redirects elsewhere",
+        disturbed(
+            leads_elsewhere,
+            {1},
+            "which is not followed|which is no address|leads to more than 10",
+            at="GET /org/tiny/resolve/",
+        ),
+        10,
+    ),
+    Entry("a server that echoes the token", echoes, 20),
 ]
 SENDINGS = [
     Entry("SIGKILL while shards are sent (`--stream-push`)", kills_while_sending, 20),
