@@ -261,13 +261,13 @@ class _Reader(CheckedJson):
         return files
 
     def sha256(self, top: dict[str, Any]) -> dict[str, str] | None:
-        if CHECKSUMS_KEY not in top:
+        if CHECKSUMS_KEY not in top or "files" not in top:
             return None
         digests = self.member(top, CHECKSUMS_KEY, "")
         for name, digest in digests.items():
             if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
                 self.refuse(f"{CHECKSUMS_KEY}: {name[:40]} is not given a SHA-256")
-            if name not in top.get("files", {}):
+            if name not in top["files"]:
                 self.refuse(f"{CHECKSUMS_KEY}: {name[:40]} is none of the files")
         return digests
 

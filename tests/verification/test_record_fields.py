@@ -100,7 +100,8 @@ def test_no_field_can_be_missing(made: Path, copy: Path) -> None:
     for path in short(content(made)):
         record = content(made)
         parent = at(record, path[:-1])
-        if isinstance(parent, dict) and path != ("sha256",):
+        # Without a list of files it is a record of an earlier version.
+        if isinstance(parent, dict) and path not in (("sha256",), ("files",)):
             del parent[path[-1]]
             assert told(copy, record), path
 
