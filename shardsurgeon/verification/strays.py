@@ -21,6 +21,7 @@ from shardsurgeon.checkpoint.files import (
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.checkpoint.recorded_files import SHA256, deviations
 from shardsurgeon.storage.source import SKIPPED_FOLDERS
+from shardsurgeon.units import counted
 from shardsurgeon.verification.files import carried_files
 from shardsurgeon.verification.findings import Findings
 
@@ -109,4 +110,4 @@ def check_recorded(pruned: Checkpoint, findings: Findings, *, complete: bool) ->
             findings.add(deviation.name, deviation.problem)
     left = 0 if complete and near else len(weights.intersection(record.sha256 or ()))
     if left:
-        findings.note(f"the recorded SHA-256 of {left} shards were not compared")
+        findings.note(f"not compared: the recorded SHA-256 of {counted(left, 'shard')}")
