@@ -29,6 +29,7 @@ from typing import Any, Protocol, TypeAlias
 from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.settings import require
 from shardsurgeon.storage.files import BUFFER_NBYTES, read_exact, reading
+from shardsurgeon.storage.pipes import open_file
 
 OPTION = "--dataset"
 DEFAULT_SAMPLES = 512
@@ -146,6 +147,8 @@ def open_dataset(part: DatasetPart) -> OpenDataset:
     """Open one part. Raises DatasetError where the dataset does not exist or is empty."""
     path = Path(part.name).expanduser()
     suffix = path.suffix.lower()
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise DatasetError(path, "is a pipe or a device", "save it to a file first")
     if os.path.isfile(path) or suffix in (*_READERS, _PARQUET):
         source, records = _open_file(part, path, suffix)
     else:
@@ -359,7 +362,7 @@ def _is_data(name: str) -> bool:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with reading(path), path.open("rb") as file:
+    with reading(path), open_file(path) as file:
         while block := file.read(BUFFER_NBYTES):
             digest.update(block)
     return digest.hexdigest()

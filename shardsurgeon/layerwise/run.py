@@ -162,7 +162,7 @@ def _files_named(request: CalibrationRequest) -> Iterator[Path]:
     if request.extend is not None:
         yield Path(request.extend)
     for part in parse_spec(request.dataset, request.samples):
-        place = Path(part.name)
+        place = Path(part.name).expanduser()
         yield from place.rglob("*") if place.is_dir() else [place]
 
 

@@ -53,6 +53,7 @@ from shardsurgeon.storage.system import default_system
 
 # The budget where none is given, in shards of the largest size: `--disk-budget` documents it.
 _FEW_SHARDS = 4
+# A longer card is none, and the Hub would not show it.
 
 
 def push(

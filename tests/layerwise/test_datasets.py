@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from shardsurgeon.errors import DatasetError
+from shardsurgeon.errors import DatasetError, SourceReadError
 from shardsurgeon.layerwise.datasets import (
     OpenDataset,
     folder_content_name,
@@ -224,3 +225,19 @@ def test_an_empty_folder_is_refused() -> None:
     Path("void").mkdir()
     with pytest.raises(DatasetError, match="void: cannot be opened"):
         opened("void")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by path")
+@pytest.mark.parametrize("name", ["pipe", "pipe.jsonl", "pipe.json", "pipe.txt", "pipe.parquet"])
+def test_a_pipe_is_no_dataset_and_is_not_waited_for(name: str) -> None:
+    os.mkfifo(name)
+    with pytest.raises(DatasetError, match="is a pipe or a device; save it to a file first"):
+        opened(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by path")
+def test_a_pipe_in_a_folder_of_data_is_not_waited_for() -> None:
+    place = Path(in_a_folder())
+    os.mkfifo(place / "pipe.parquet")
+    with pytest.raises(SourceReadError, match="it is a pipe or a device; save it to a file first"):
+        folder_content_name(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,9 @@ def test_a_card_that_is_not_there_or_is_no_text(shell: Shell, pruned: Path, tmp_
     broken = tmp_path / "broken.md"
     broken.write_bytes(b"\xff\xfe\xff")
     assert "cannot be read as a card" in shell.refused(*words, str(broken))
+    os.mkfifo(tmp_path / "pipe.md")
+    line = shell.refused(*words, str(tmp_path / "pipe.md"))
+    assert "it is a pipe that nobody writes into" in line
     assert shell.hub.requests == []
 
 
