@@ -37,7 +37,11 @@ class _Forgiving(io.TextIOBase):
         self._stream = stream
 
     def _lost(self, stream: TextIO, error: OSError | ValueError) -> None:
-        """Called once."""
+        """Called once. The flush at exit would fail as well: it goes to the null device."""
+        with suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
 
     def write(self, text: str, /) -> int:
         if not isinstance(text, str):  # click asks so whether a stream is a binary one
@@ -92,11 +96,7 @@ class _Watched(_Forgiving):
         return super().write(text)
 
     def _lost(self, stream: TextIO, error: OSError | ValueError) -> None:
-        # The flush at exit would fail as well: from here on it goes to the null device.
-        with suppress(OSError, ValueError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, stream.fileno())
-            os.close(nothing)
+        super()._lost(stream, error)
         raise StdoutLost(error, reader_left=isinstance(error, BrokenPipeError))
 
 
