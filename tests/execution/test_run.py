@@ -322,6 +322,18 @@ def test_the_whole_result_is_shown_before_it_becomes_out_and_may_be_refused(
     assert content(out) == job.expected
 
 
+def test_a_result_that_does_not_hold_because_its_source_changed_meanwhile_says_so(
+    job: Job, out: Path
+) -> None:
+    def change_and_refuse(folder: Path) -> None:
+        (out.with_name("Tiny-MoE") / "a.safetensors").write_bytes(A[:-1])
+        raise VerificationError(folder, "does not hold")
+
+    with pytest.raises(SourceChangedError, match=r"a\.safetensors"):
+        execute(job.plan, job.source, out, before_delivery=change_and_refuse)
+    assert not out.exists()
+
+
 def test_a_source_that_changed_since_it_was_planned_is_named(job: Job, out: Path) -> None:
     path = job.source.local_path("b.safetensors")
     assert path is not None

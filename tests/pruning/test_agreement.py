@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardsurgeon.pruning.agreement import kendall, overlap, spearman
+from shardsurgeon.errors import ScoreError
+from shardsurgeon.pruning.agreement import OverlapReport, compare, kendall, overlap, spearman
+from shardsurgeon.scores.table import Scores
 
 NAN, INF = math.nan, math.inf
 
@@ -93,3 +95,72 @@ def test_a_large_layer_is_quick() -> None:
     a = numbers.random(4096)
     b = a + numbers.random(4096)
     assert 0 < (kendall(a, b) or 0) < (spearman(a, b) or 0) < 1
+
+
+def scores(name: str, metric: str, layers: dict[int | str, list[float]]) -> Scores:
+    return Scores(name, {layer: {metric: np.array(row)} for layer, row in layers.items()})
+
+
+def test_two_files_are_compared_in_the_layers_that_both_have() -> None:
+    up, down, flat = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0] * 4
+    a = scores("a.npz", "reap", {0: up, 1: up, 2: [*up, 5.0], 5: up})
+    b = scores("b.npz", "ean", {1: down, 2: [*up, 5.0], 3: up, 0: flat})
+    report = compare(a, b, [0.5], ("reap", None))
+    assert (report.a, report.b, report.metric_a, report.metric_b) == (
+        "a.npz",
+        "b.npz",
+        "reap",
+        "ean",
+    )
+    assert ([layer.layer for layer in report.layers], report.only_a, report.only_b) == (
+        [0, 1, 2],
+        (5,),
+        (3,),
+    )
+    assert [layer.kendall for layer in report.layers] == [None, -1.0, pytest.approx(1.0)]
+    # Of four 2 stay, of five 3: {2, 3} and {0, 1}, twice, and the same three.
+    assert [layer.overlaps["0.5"] for layer in report.layers] == [
+        OverlapReport(2, 0.0, 0.0),
+        OverlapReport(2, 0.0, 0.0),
+        OverlapReport(3, 1.0, 1.0),
+    ]
+    mean = report.mean
+    assert (mean.layer, mean.num_experts) == ("mean", 5)
+    assert [mean.spearman, mean.kendall] == pytest.approx([0.0, 0.0])
+    assert mean.overlaps == {"0.5": OverlapReport(None, pytest.approx(1 / 3), pytest.approx(1 / 3))}
+
+
+def test_each_file_is_compared_by_the_metric_that_is_named_for_it() -> None:
+    up, down = np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])
+    both = Scores("x.npz", {1: {"reap": up, "ean": down}})
+    for metrics, agree in ((("reap", "ean"), -1.0), (("ean", "ean"), 1.0)):
+        report = compare(both, both, [], metrics)
+        assert (report.metric_a, report.metric_b) == metrics
+        assert report.layers[0].spearman == report.mean.spearman == pytest.approx(agree)
+
+
+def test_rows_without_names_are_the_layers_of_the_other_file() -> None:
+    table = Scores("table.npy", {}, rows={"reap": np.array([[1.0, 2.0], [2.0, 1.0]])})
+    named = scores("b.npz", "reap", {4: [1.0, 2.0], 7: [1.0, 2.0], "mtp.0": [1.0, 2.0]})
+    for one, other in ((table, named), (named, table)):
+        report = compare(one, other, [], (None, None))
+        assert [(layer.layer, layer.kendall) for layer in report.layers] == [(4, 1.0), (7, -1.0)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ({9: [1.0, 2.0]}, r"b\.npz: has no layer in common with a\.npz"),
+        ({1: [1.0, 2.0]}, r"b\.npz: layer 1 has 2 scores, in a\.npz 3"),
+    ],
+)
+def test_files_of_two_models_are_not_compared(
+    layers: dict[int | str, list[float]], says: str
+) -> None:
+    with pytest.raises(ScoreError, match=says):
+        compare(
+            scores("a.npz", "reap", {1: [1.0, 2.0, 3.0]}),
+            scores("b.npz", "reap", layers),
+            [0.5],
+            (None, None),
+        )

@@ -13,6 +13,7 @@ from shardsurgeon.pruning.config_edits import (
     pruned_config,
     quantization_name,
     side_file_quantization,
+    stale_counts,
 )
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from tests.support import tiny
@@ -97,6 +98,8 @@ def test_the_quantization_is_named_in_a_few_words() -> None:
     )
     assert quantization_name({"quantization_config": {"quant_method": "fp8"}}) == "fp8"
     assert quantization_name({"quantization_config": {"bits": 4}}) == "unnamed"
+    assert quantization_name({"quantization": {"bits": 4, "group_size": 64}}) == "mlx"
+    assert quantization_name({"quantization": {"bits": 4, "mode": "mxfp4"}}) == "mlx mxfp4"
     assert quantization_name({"model_type": "x"}) is None
 
 
@@ -127,3 +130,28 @@ def test_the_quantization_is_named_from_a_side_file(
     name: str, content: object, said: str | None
 ) -> None:
     assert side_file_quantization(name, content) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("inference/config.json", '{"n_routed_experts": 8}', "n_routed_experts 8, the number"),
+        ("a/b/params.json", '{"moe": [{"num_experts": 8}]}', "moe.0.num_experts 8, the number"),
+        ("inference/config.json", '{"n_routed_experts": 9, "n_layers": 8}', ""),
+        ("inference/config.json", '{"n_routed_experts": "8", "expert_dim": 8}', ""),
+        ("inference/config.json", "{oops", ""),
+        ("inference/readme.json", '{"n_routed_experts": 8}', ""),
+        ("other.json", '{"n_routed_experts": 8}', ""),
+        # Too large for a config.
+        ("inference/config.json", '{"n_routed_experts": 8}' + " " * (1 << 20), ""),
+    ],
+)
+def test_a_config_of_another_program_that_keeps_the_old_count_is_told_of(
+    name: str, content: str, said: str
+) -> None:
+    files = {**tiny.files(), name: content.encode()}
+    checkpoint = open_checkpoint(tiny.MemorySource(files, name="tiny"))
+    notes = stale_counts(checkpoint, read_anatomy(checkpoint), [name])
+    assert [note.startswith(f"{name} is copied as it is and says {said}") for note in notes] == (
+        [True] if said else []
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.verification.verify import verify_checkpoint
@@ -73,3 +74,29 @@ def test_the_config_of_experts_that_are_not_the_models_own_stays(tmp_path: Path)
     written["talker_config"]["num_experts"] = 2
     (out / "config.json").write_text(json.dumps(written))
     assert "talker_config.num_experts is 2, expected 4" in differences(source, out)
+
+
+def test_an_index_that_never_counted_parameters_need_not_begin_to(source: Path) -> None:
+    out = pruned(source, SCORES, "--keep", "4")
+    path = out / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    assert index["metadata"].pop("total_parameters") > 0
+    path.write_text(json.dumps(index))
+    assert differences(source, out) == ""
+    index["metadata"]["total_parameters"] = 7
+    path.write_text(json.dumps(index))
+    assert "total_parameters is 7, expected" in differences(source, out)
+
+
+def test_a_shard_has_the_metadata_of_the_shards_that_its_tensors_come_from(source: Path) -> None:
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+    def write_metadata(folder: Path, name: str, words: dict[str, str]) -> None:
+        (folder / name).write_bytes(save(load((folder / name).read_bytes()), words))
+
+    for name, word in zip(shards, ("one", "two"), strict=True):
+        write_metadata(source, name, {"format": "pt", "of": word})
+    out = pruned(source, SCORES, "--keep", "4")
+    assert differences(source, out) == ""
+    write_metadata(out, shards[0], {"format": "pt", "of": "two"})
+    assert differences(source, out) == f"{shards[0]}: __metadata__ 'of' is 'two', expected 'one'"
