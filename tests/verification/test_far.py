@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from safetensors.numpy import load_file
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
-from shardsurgeon.storage.source import MemorySource
+from shardsurgeon.storage.source import MemorySource, SourceFile
 from shardsurgeon.verification import byte_ranges
 from shardsurgeon.verification.verify import verify_checkpoint
 from tests.support.handmade import ALL, DEEPSEEK, record, write
@@ -22,15 +25,27 @@ KEEPS = {1: (0, 1, 4, 5), 2: (1, 3, 6, 7), 3: (0, 2, 5, 6)}
 class Counting(MemorySource):
     """Counts how often, and how much, is streamed of every file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        more: Mapping[str, bytes] = MappingProxyType({}),
+        stamps: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """more: files beside those of the folder; stamps: name → what a Hub would say."""
         files = {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*")
             if path.is_file()
         }
-        super().__init__(files, "far", remote=True)
+        super().__init__({**files, **more}, "far", remote=True)
+        self._stamps = stamps
         self.streams: Counter[str] = Counter()
         self.nbytes: Counter[str] = Counter()
+
+    def list(self) -> tuple[SourceFile, ...]:
+        return tuple(
+            replace(file, stamp=self._stamps.get(file.name, file.stamp)) for file in super().list()
+        )
 
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         self.streams[name] += 1
@@ -121,3 +136,39 @@ def test_any_byte_of_a_tensor_may_be_in_a_sample(far: tuple[Counting, Path], at:
     # Half of it is compared.
     assert () in found
     assert any(f"{name}: differs" in line for lines in found for line in lines)
+
+
+def test_a_file_is_compared_with_one_name_after_the_other(
+    far: tuple[Counting, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BLOCK_NBYTES", "_AHEAD_NBYTES"):
+        monkeypatch.setattr(byte_ranges, name, 16)
+    source, out = far
+    scores = bytes(range(40))
+    source = Counting(out.with_name("source"), {"scores.pt": scores})
+    # The first differs in its first block, so that the second is begun in the middle of things.
+    (out / "calibration" / "scores.pt").write_bytes(b"x" + scores[1:])
+    (out / "calibration" / "scores-2.pt").write_bytes(scores)
+    assert verify_checkpoint(open_checkpoint(source), out).differences == ()
+    (out / "calibration" / "scores-2.pt").write_bytes(scores[:-1] + b"x")
+    found = verify_checkpoint(open_checkpoint(source), out).differences
+    assert found == ("scores.pt: is missing",)
+
+
+def test_side_files_with_a_digest_are_not_read_a_second_time(far: tuple[Counting, Path]) -> None:
+    source, out = far
+    digests = {
+        "tokenizer.json": hashlib.sha1(b"blob 2\0{}").hexdigest(),
+        "remote/code.py": hashlib.sha256(b"# remote code\n").hexdigest(),
+    }
+    source = Counting(out.with_name("source"), stamps=digests)
+    opened = open_checkpoint(source)
+    source.streams.clear()
+    assert verify_checkpoint(opened, out).holds
+    assert not source.streams.keys() & digests.keys()
+    (out / "tokenizer.json").write_text("[]")
+    (out / "remote" / "code.py").write_text("# other codes\n")
+    found = verify_checkpoint(opened, out).differences
+    assert sorted(found) == [
+        f"{name}: is not the source's, byte for byte" for name in sorted(digests)
+    ]
