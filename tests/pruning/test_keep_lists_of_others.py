@@ -107,6 +107,7 @@ def test_a_word_of_the_file_says_what_its_lists_are(tmp_path: Path, spelling: st
 BARE = {
     "lists by layer": KEPT,
     "one set of an arm": {"armA": KEPT},
+    "a count of layers": {"layers": 2, "armA": KEPT},
     "below layers": {"source_experts": 6, "retained_count": 3, "layers": KEPT},
     "bare L": {f"L{n}": ids for n, ids in KEPT.items()},
     "layer0": {f"layer{n}": ids for n, ids in KEPT.items()},

@@ -282,3 +282,28 @@ def test_tables_of_expert_ids_name_the_survivors_by_their_new_numbers() -> None:
     found = read({shard.file: assembled(shard, files) for shard in shards})
     for layer in (1, 2):
         assert found[name.format(layer)].tolist() == [[0, 3], [2, 1], [3, 2]]
+
+
+def test_identity_experts_move_up_behind_the_survivors_and_keep_their_router_rows() -> None:
+    config = {
+        "model_type": "longcat_flash",
+        "n_routed_experts": 8,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "num_layers": 2,
+    }
+    weights: tiny.Tensors = {}
+    for layer in (0, 1):
+        block = f"model.layers.{layer}.mlp"
+        weights[f"{block}.router.classifier.weight"] = np.arange(30, dtype="f4").reshape(10, 3)
+        # As transformers saves it again: weights of the experts that have none, too.
+        for expert in range(10):
+            weights[f"{block}.experts.{expert}.up_proj.weight"] = np.full((2, 3), expert, "f4")
+    retained = (0, 3, 4, 7)
+    found = read(planned(tiny.files(config, weights), keep(*retained, layers=(0, 1))))
+    for layer in (0, 1):
+        block, rows = f"model.layers.{layer}.mlp", [*retained, 8, 9]
+        experts = [found[f"{block}.experts.{n}.up_proj.weight"][0, 0] for n in range(6)]
+        assert experts == rows and f"{block}.experts.6.up_proj.weight" not in found
+        router = f"{block}.router.classifier.weight"
+        np.testing.assert_array_equal(found[router], weights[router][rows])
