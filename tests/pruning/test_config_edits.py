@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import ConfigError
+from shardsurgeon.families.schema import parse_family
 from shardsurgeon.pruning.config_edits import (
     pruned_config,
     quantization_name,
@@ -155,3 +157,23 @@ def test_a_config_of_another_program_that_keeps_the_old_count_is_told_of(
     assert [note.startswith(f"{name} is copied as it is and says {said}") for note in notes] == (
         [True] if said else []
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "mtp", "after"), [(0, 5, 0), (0, 3, 3), (8, 5, 5), (8, 3, 3), (8, None, 8)]
+)
+def test_an_mtp_count_of_its_own_says_what_is_left_and_0_as_many_as_the_largest_layer(
+    before: int, mtp: int | None, after: int
+) -> None:
+    text = 'like = "deepseek_v3"\n[config]\nmtp_num_experts = ["n_mtp_experts"]\n'
+    content = tiny.config(n_mtp_experts=before)
+    source = tiny.MemorySource(tiny.files(content), name="tiny")
+    checkpoint = replace(open_checkpoint(source), family=parse_family(text, "own.toml"))
+    counts = {1: 3, 2: 5} | ({} if mtp is None else {3: mtp})
+    keep = {
+        layer: LayerKeep(tuple(range(count)), tuple(range(count, 8)))
+        for layer, count in counts.items()
+    }
+    anatomy = read_anatomy(checkpoint)
+    raw = pruned_config(checkpoint, anatomy, KeepList(8, keep), drop_mtp=mtp is None)
+    assert json.loads(raw)["n_mtp_experts"] == after

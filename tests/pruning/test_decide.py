@@ -162,3 +162,9 @@ def test_a_ranking_is_read_as_one_where_the_user_says_so() -> None:
 def test_without_scores_and_without_a_list_nothing_is_decided() -> None:
     with pytest.raises(ScoreError, match="no score file was given"):
         decide(CHECKPOINT, ANATOMY, None, SelectionRequest(keep=4), lambda kept: 0)
+
+
+def test_numbers_that_are_places_in_a_ranking_are_no_saliencies() -> None:
+    order = [3.0, 1.0, 0.0, 6.0, 4.0, 5.0, 2.0, 7.0]
+    with pytest.raises(ScoreError, match="which is a ranking of the experts and no saliency"):
+        decided({1: order, 2: order[::-1]})
