@@ -225,6 +225,7 @@ class WorkDir:
 
     def clean_up(self) -> None:
         """Remove what is of no use to a later run; all of it if nothing was finished."""
+        self.journal.with_name(_JOURNAL + ".writing").unlink(missing_ok=True)
         if self._journal is None:
             return
         done = self._journal.done

@@ -361,3 +361,12 @@ def test_a_lock_whose_file_another_run_removed_meanwhile_is_taken_anew(tmp_path:
         assert asked == [True, True]
         with pytest.raises(OutputError, match="in use"), lock_workdir(workdir.out, real):
             pass
+
+
+def test_half_a_journal_beside_a_whole_one_does_not_stay(tmp_path: Path) -> None:
+    interrupted(tmp_path / "OUT")
+    (tmp_path / "OUT.partial" / "shardsurgeon.journal").touch()
+    half = tmp_path / "OUT.partial" / "shardsurgeon.journal.writing"
+    half.write_bytes(b"{")
+    try_to_hold(tmp_path / "OUT")
+    assert not half.exists()
