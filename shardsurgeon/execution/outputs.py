@@ -43,8 +43,8 @@ def _require_folders(sizes: dict[str, int]) -> None:
     for name in sizes:
         for folder in map(str, PurePosixPath(name).parents):
             if folder in sizes:
-                problem = f"is the name of a file, and of the folder of {name}"
-                raise OutputError(folder, problem, "leave one of the two behind with --exclude")
+                problem = f"is a file, and {name} needs a folder of that name"
+                raise OutputError(folder, problem, f"leave it behind with --exclude {folder}")
 
 
 def holds_result(out: Path, plan: Plan, sizes: dict[str, int]) -> bool:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import fsspec
 import pytest
@@ -21,7 +19,6 @@ from shardsurgeon.errors import OutputError
 from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.operations import api
-from shardsurgeon.storage.hub.source import _listing
 from shardsurgeon.storage.local import LocalSource
 from tests.operations.workbench import Shell, scores_of
 from tests.support.hub.models import fixture_folder
@@ -148,16 +145,6 @@ def test_of_a_repository(
     online.add_model("org/tiny", {**FILES, name: DATA})
     told = {**FILE_NAMES, **FAR_NAMES}[name]
     require_as_told("org/tiny", name, told, tmp_path, capsys)
-
-
-def test_a_repository_may_list_what_is_no_text() -> None:
-    def listed(name: str) -> Any:
-        return SimpleNamespace(rfilename=name, size=3, lfs=None, blob_id="0" * 40)
-
-    info: Any = SimpleNamespace(siblings=[listed("x\ud800"), listed("x\udcff"), listed("a")])
-    files, odd = _listing(info, "hf://org/tiny")
-    assert list(files) == ["a"]
-    assert odd == dict.fromkeys(["x\ud800", "x\udcff"], "name that is no text")
 
 
 def test_a_web_server_is_not_asked_for_what_no_file_is_called(hub: LocalHub) -> None:
