@@ -31,8 +31,8 @@ class Limit:
 
 # A trillion-parameter model has 0.2 million tensors: 25 MB of index, as much in all its headers.
 CONFIG = Limit(16 * MIB, 320 * MIB, placed=True)
-INDEX = Limit(128 * MIB, 448 * MIB)
-HEADER = Limit(100_000_000, 512 * MIB)  # the safetensors library reads no longer one
+INDEX = Limit(128 * MIB, 384 * MIB)
+HEADER = Limit(100_000_000, 416 * MIB)  # the safetensors library reads no longer one
 METADATA = Limit(64 * MIB, 320 * MIB)
 KEEP_LIST = Limit(64 * MIB, 384 * MIB)
 SCORES_JSON = Limit(128 * MIB, 448 * MIB)
@@ -63,7 +63,7 @@ MAX_EXPERTS = 65_536  # of a layer
 MAX_EXPERTS_IN_ALL = 2**20
 
 # Of the zip archives that `.pt` and `.npz` files are.
-MAX_ENTRIES = 200_000
+MAX_ENTRIES = 100_000
 MAX_DIRECTORY_NBYTES = 64 * MIB
 # Of one tensor of scores: numbers of 64 bits, as many as all scores of a file may be.
 MAX_NUMBERS = 2**24
