@@ -17,13 +17,15 @@ from typing import Any
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS
 from shardsurgeon.checkpoint.layouts import is_companion
-from shardsurgeon.errors import UndeclaredFamilyError
+from shardsurgeon.errors import FamilyError, UndeclaredFamilyError
 from shardsurgeon.families.schema import (
     Family,
     architectures_of,
     numbers_of_experts,
     parse_family,
 )
+from shardsurgeon.storage.formats.strict_json import brief
+from shardsurgeon.storage.limits import MAX_NAME
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = (
@@ -97,6 +99,13 @@ class _FamilyGuess:
         self._section = next(iter(self._sections.values()), self._config)
         self._experts = next((self._section[k] for k in self._counts if k in self._section), 0)
         self._shapes = {record.name: record.shape for record in checkpoint.records}
+        longest = max(self._shapes, key=len, default="")
+        if len(longest) > MAX_NAME:
+            problem = (
+                f"tensor {brief(longest)} has a name of {len(longest):,} characters, a family "
+            )
+            problem += f"is guessed by names of at most {MAX_NAME}"
+            raise FamilyError(self._where, problem, "declare it with --family FILE")
         self._prefix, self._block, self._stacked = self._place()
         self._routers, self._shared = self._others()
 

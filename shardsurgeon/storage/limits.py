@@ -49,7 +49,7 @@ CARD = Limit(4 * MIB, 64 * MIB)
 MAX_CARD_METADATA = 200_000
 TOKENIZER_FILE = Limit(256 * MIB, 256 * MIB)  # that is copied to be read by its own reader
 
-# No tensor's name is half as long: matching takes time that grows with its square.
+# Of tensors whose family is guessed, in a time that grows with its square. None is half as long.
 MAX_NAME = 500
 # Of all shards of a model together.
 MAX_TENSORS = 1_500_000

@@ -17,11 +17,7 @@ model_types = ["it"]
 architectures = []
 facts = "made up"
 config = { num_experts = ["e"], top_k = ["k"] }
-[tensors]
-layers = ["l.{layer}"]
-blocks = ["mlp"]
-routers = ["mlp.gate"]
-experts = ["mlp.experts.{expert}"]
+tensors = { layers = ["l.{layer}"], blocks = ["m"], routers = ["m.g"], experts = ["m.{expert}"] }
 """
 
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from shardsurgeon.errors import HeaderError
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
-from shardsurgeon.storage.limits import HEADER, MAX_NAME
+from shardsurgeon.storage.limits import HEADER
 
 PREFIX_NBYTES = 8
 
@@ -251,9 +251,6 @@ class _HeaderReader:
             self._refuse_tensor(name, _key_problem(entry))
         if not is_text(name):
             self._refuse_tensor(name, "the name holds a lone surrogate")
-        if len(name) > MAX_NAME:
-            problem = f"its name has {len(name):,} characters, at most {MAX_NAME} are read"
-            self._refuse_tensor(name, problem)
         begin, end = self._offsets(name, entry["data_offsets"])
         dtype = entry["dtype"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
