@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
-from shardsurgeon.errors import CheckpointError, ConfigError, HeaderError, IndexFileError
+from shardsurgeon.errors import CheckpointError, ConfigError, IndexFileError
 from shardsurgeon.storage.source import MemorySource
 from tests.support import tiny
 
@@ -235,16 +235,14 @@ def test_a_byte_order_mark_and_a_null_for_metadata_change_nothing(index: bytes) 
 @pytest.mark.parametrize(
     "name", ["model.layers.{}.mlp.gate.weight", "model.layers.1.mlp.experts.{}.up_proj.weight"]
 )
-def test_a_number_of_many_digits_in_a_name_is_no_number(name: str) -> None:
+def test_a_name_with_a_number_of_thousands_of_digits_is_a_name(name: str) -> None:
     """In a shard, and in a file that no index lists."""
-    odd = {name.format("9" * 300): np.ones((2, 3), np.float32)}
-    held = opened(tiny.files(weights={**tiny.tensors(), **odd}))
-    assert held.num_tensors == 1 + len(tiny.tensors())
+    odd = {name.format("9" * 5000): np.ones((2, 3), np.float32)}
+    assert opened(tiny.files(weights={**tiny.tensors(), **odd})).num_tensors == 1 + len(
+        tiny.tensors()
+    )
     beside = {**tiny.files(), "beside.safetensors": save(odd)}
     assert opened(beside).unindexed == ("beside.safetensors",)
-    endless = {name.format("9" * 5000): np.ones((2, 3), np.float32)}
-    with pytest.raises(HeaderError, match=r"its name has 5,0\d\d characters, at most"):
-        opened(tiny.files(weights={**tiny.tensors(), **endless}))
 
 
 def test_a_shard_of_a_billion_says_that_the_others_are_missing() -> None:
