@@ -19,13 +19,11 @@ interruptions, the number of workers and the system calls.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from shardsurgeon.errors import (
@@ -39,9 +37,9 @@ from shardsurgeon.errors import (
 from shardsurgeon.execution.checksums import shard_checksums
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.execution.outputs import holds_result, output_sizes, require_distinct
-from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
-from shardsurgeon.execution.ranges import CopyRange, batches
-from shardsurgeon.execution.shards import BATCH_NBYTES, ResumeState, ShardWriter, find_resume_state
+from shardsurgeon.execution.plan import OutputShard, Plan
+from shardsurgeon.execution.shards import ResumeState, ShardWriter, find_resume_state
+from shardsurgeon.execution.small_files import require_read, write_small_files
 from shardsurgeon.execution.transfer import RangeTransfer
 from shardsurgeon.execution.upload import (
     DiskBudget,
@@ -51,15 +49,6 @@ from shardsurgeon.execution.upload import (
 )
 from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
-from shardsurgeon.storage.files import (
-    carry_mode,
-    reserve_file,
-    sha256_of,
-    sync_path,
-)
-from shardsurgeon.storage.formats.checksums import (
-    with_checksums,
-)
 from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
@@ -140,7 +129,7 @@ def execute(
         if workdir.folds_case:
             require_distinct(sizes)
         for _, origin, sha256 in plan.score_files:
-            _require_read(Path(origin), sha256, origin)
+            require_read(Path(origin), sha256, origin)
         with workdir.open_journal(_run(plan, source), restart) as journal:
             require_unchanged(source, planned)
             require_receipts(destination, journal.done, workdir)
@@ -338,69 +327,3 @@ def _blaming_the_source(
         if workdir.is_ours and not source.touched.isdisjoint(file.name for file in planned):
             workdir.discard()
         raise
-
-
-def write_small_files(
-    context: RunContext, sizes: dict[str, int], workers: int, shards: Mapping[str, str]
-) -> None:
-    """Copy files of the source and score files, then write the generated files in order.
-
-    sizes: of every output file, in bytes; shards: the SHA-256 of those to be recorded. Raises the
-    first error met.
-    """
-    digests = dict(shards)
-
-    def new_mover() -> RangeTransfer:
-        return RangeTransfer(context.source, context.workdir.system, context.meter)
-
-    tasks = (
-        partial(_carry_over, context, name, sizes[name], digests)
-        for name in context.plan.copied_files
-    )
-    run_tasks(tasks, new_mover, workers, context.meter)
-    transfer = new_mover()
-    for name, origin, sha256 in context.plan.score_files:
-        with _new_file(context, name, sizes[name]) as path:
-            transfer.copy_file(Path(origin), sizes[name], path)
-            _require_read(path, sha256, origin)
-            carry_mode([Path(origin)], path)
-        digests[name] = sha256
-    generated = dict(context.plan.generated_files)
-    for name in generated.keys() - {context.plan.record}:
-        digests[name] = hashlib.sha256(generated[name]).hexdigest()
-    if context.plan.record:
-        generated[context.plan.record] = with_checksums(generated[context.plan.record], digests)
-    known = {file.name for file in context.plan.source_files}
-    for name, data in generated.items():
-        with _new_file(context, name, 0) as path:
-            transfer.write([CopyRange(Literal(data), 0)], path)
-            carry_mode([context.source.local_path(name)] if name in known else (), path)
-
-
-def _require_read(path: Path, sha256: str, origin: str) -> None:
-    """Raise SourceChangedError, naming `origin`, unless `path` holds what was planned with."""
-    if (found := sha256_of(path)) != sha256:
-        problem = f"had SHA-256 {sha256[:12]} when the run was planned, has {found[:12]}"
-        remedy = "restore it, or run the command again with --restart"
-        raise SourceChangedError(origin, problem, remedy)
-
-
-def _carry_over(
-    context: RunContext, name: str, nbytes: int, digests: dict[str, str], transfer: RangeTransfer
-) -> None:
-    """Copy a file of the source, byte for byte, and note its SHA-256."""
-    with _new_file(context, name, nbytes) as path:
-        for batch in batches([CopyRange(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
-            transfer.write(batch, path)
-        carry_mode([context.source.local_path(name)], path)
-        digests[name] = sha256_of(path)
-
-
-@contextmanager
-def _new_file(context: RunContext, name: str, nbytes: int) -> Iterator[Path]:
-    """A file to be written inside the `with` block, and finished at its end."""
-    path = context.workdir.begin_file(name)
-    reserve_file(path, nbytes, context.workdir.system)
-    yield path
-    sync_path(path, context.workdir.system)
-    context.workdir.finish_file(name)
