@@ -112,7 +112,8 @@ class LocalSource(Source):
         status, first = os.fstat(file.fileno()), self._first.get(name)
         if first is not None and first[1] != (status.st_dev, status.st_ino):
             file.close()
-            problem, remedy = "was replaced since it was listed", "let no one write there"
+            problem = "was replaced since it was listed"
+            remedy = "once it is whole, run the command again with --restart"
             raise SourceChangedError(f"{self.location}/{name}", problem, remedy)
         return file
 

@@ -275,7 +275,7 @@ CATALOGUE = [
     ),
     Entry(
         "a source shard is replaced",
-        changed_source("replace", "was written to or replaced|the header is said to be"),
+        changed_source("replace", "replaced since|the header is said to be"),
     ),
     Entry(
         "a source shard is truncated",

@@ -303,10 +303,10 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
 ) -> None:
     found = settings.importlib.import_module
 
-    def without(name: str) -> object:
+    def without(name: str, package: str | None = None) -> object:
         if name == missing:
             raise ModuleNotFoundError(name=missing)
-        return found(name)
+        return found(name, package)
 
     monkeypatch.setattr(settings.importlib, "import_module", without)
     dataset = chats if missing != "datasets" else Path("org/name")
