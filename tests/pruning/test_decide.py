@@ -168,3 +168,9 @@ def test_numbers_that_are_places_in_a_ranking_are_no_saliencies() -> None:
     order = [3.0, 1.0, 0.0, 6.0, 4.0, 5.0, 2.0, 7.0]
     with pytest.raises(ScoreError, match="which is a ranking of the experts and no saliency"):
         decided({1: order, 2: order[::-1]})
+
+
+def test_activation_norms_of_another_number_of_experts_are_refused() -> None:
+    norms = {layer: [1.0] * 7 for layer in (1, 2)}
+    with pytest.raises(ScoreError, match="layer 1 has 7 scores, the model has 8 experts"):
+        decided(rows(), {"max_activations": norms}, preserve_super_experts=True)

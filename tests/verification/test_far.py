@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.storage.source import MemorySource, SourceFile
-from shardsurgeon.verification import byte_ranges
+from shardsurgeon.verification import byte_comparison, byte_ranges
 from shardsurgeon.verification.verify import verify_checkpoint
 from tests.support.handmade import ALL, DEEPSEEK, record, write
 
@@ -116,6 +116,17 @@ def test_a_sample_of_bytes_tells_how_much_it_will_compare(far: tuple[Counting, P
     assert report.holds and report.bytes_compared < sum(sizes)
     done = [each for each, _ in told]
     assert done == sorted(done) and done[0] < done[-1] == report.bytes_compared
+
+
+def test_a_sample_is_as_many_blocks_as_its_bytes_allow(
+    far: tuple[Counting, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byte_comparison, "BLOCK_NBYTES", 16)
+    source, out = far
+    report = verify_checkpoint(open_checkpoint(source), out, workers=1, sample_nbytes=64)
+    shards = [load_file(path) for path in out.glob("*.safetensors")]
+    sizes = [tensor.nbytes for shard in shards for tensor in shard.values()]
+    assert report.holds and report.bytes_compared == sum(min(size, 64) for size in sizes)
 
 
 @pytest.mark.parametrize("at", [0, 191])
