@@ -78,7 +78,7 @@ def test_experts_that_are_kept_though_no_token_reached_them_are_told_of() -> Non
     (note,) = decided(rows(layer2=few)).notes
     assert note.startswith("kept although no calibration token reached them: 2 of 4 in layer 2;")
     # Where a value is negative, 0 is a value as any other.
-    few = [0.0, 5.0, -1.0, 3.0, 0.5, 0.2, -2.0, -3.0]
+    few = [0.0, 5.0, -0.1, 3.0, 0.5, 0.2, -0.2, -0.3]
     assert decided(rows(layer2=few), keep=6).notes == ()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from shardsurgeon.operations import prune
 from shardsurgeon.operations.prune import Pruning
-from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
 from tests.support import tiny
 
 INDEX = "model.safetensors.index.json"
@@ -158,3 +158,30 @@ def test_a_source_that_changed_in_any_way_has_another_fingerprint(
     second = planned(model, scores).plan.source_fingerprint
     (model / "notes.txt").write_bytes(b"more")
     assert len({first, second, planned(model, scores).plan.source_fingerprint}) == 3
+
+
+def test_weights_in_a_folder_are_told_of_and_the_score_file_is_not_left_behind(
+    model: Path, scores: Path
+) -> None:
+    for folder in ("vision", "calibration"):
+        (model / folder).mkdir()
+        (model / folder / "x.safetensors").write_bytes(bytes(2000))
+    inside = scores.rename(model / "scores.json")
+    (model / "trace.log").write_text("words")
+    report = planned(model, inside, include=("trace.log",)).report
+    told = [note for note in report.notes if "of weights, which are carried along" in note]
+    assert [note.partition(" ")[0] for note in told] == ["vision/"]
+    assert "vision/x.safetensors" in report.carried_along
+    assert "scores.json" not in {*report.left_behind, *report.carried_along}
+    assert "trace.log" in report.carried_along
+
+
+def test_mtp_layers_are_dropped_only_where_there_are_some(model: Path, scores: Path) -> None:
+    assert planned(model, scores, mtp=MtpPolicy.DROP).report.mtp_dropped
+    assert not planned(model, scores).report.mtp_dropped
+    weights = {name: each for name, each in tiny.tensors().items() if ".layers.3." not in name}
+    config = tiny.config(num_nextn_predict_layers=None)
+    for name, content in tiny.files(config, weights).items():
+        (model / name).write_bytes(content)
+    scores.write_text(json.dumps({layer: SCORES[layer] for layer in ("1", "2")}))
+    assert not planned(model, scores, mtp=MtpPolicy.DROP).report.mtp_dropped
