@@ -156,12 +156,14 @@ def test_a_file_is_compared_with_one_name_after_the_other(
         monkeypatch.setattr(byte_ranges, name, 16)
     source, out = far
     scores = bytes(range(40))
-    source = Counting(out.with_name("source"), {"scores.pt": scores})
-    # The first differs in its first block, so that the second is begun in the middle of things.
-    (out / "calibration" / "scores.pt").write_bytes(b"x" + scores[1:])
-    (out / "calibration" / "scores-2.pt").write_bytes(scores)
+    stamps = {"scores.pt": "no digest"}
+    source = Counting(out.with_name("source"), {"scores.pt": scores}, stamps)
+    # The first of them differs in its first block: the second is begun with that one at hand.
+    first, second = (out / "calibration" / name for name in ("scores-2.pt", "scores.pt"))
+    first.write_bytes(b"x" + scores[1:])
+    second.write_bytes(scores)
     assert verify_checkpoint(open_checkpoint(source), out).differences == ()
-    (out / "calibration" / "scores-2.pt").write_bytes(scores[:-1] + b"x")
+    second.write_bytes(scores[:-1] + b"x")
     found = verify_checkpoint(open_checkpoint(source), out).differences
     assert found == ("scores.pt: is missing",)
 
