@@ -65,7 +65,8 @@ def _changed(document: Any, place: Place, kind: int, choice: int, words: Sequenc
         holder = holder[key]
     odd = deepcopy(ODD[choice % len(ODD)])
     if kind % 4 == 1 and isinstance(holder, dict):
-        return put(document, (*place, words[choice % len(words)]), ODD[kind // 4 % len(ODD)])
+        other = deepcopy(ODD[kind // 4 % len(ODD)])  # later changes may go into it
+        return put(document, (*place, words[choice % len(words)]), other)
     if kind % 4 == 2 and isinstance(holder, list) and len(holder) < 64:
         holder.append(odd)
         return document
