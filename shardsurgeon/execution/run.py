@@ -2,7 +2,8 @@
 
 It obeys the plan, decides nothing, and knows no experts. The order of a run:
 
- 1. OUT must not exist; OUT.partial is locked and must be empty or belong to this very run.
+ 1. An OUT that holds this very result is checked and done; any other stands in the way.
+    OUT.partial is locked and must be empty or belong to this very run.
  2. Source and score files must be what they were when planned, and the disk must have room.
  3. Every unfinished shard is reserved, written by the workers, synced, renamed, journalled.
  4. Copied files, score files and generated files follow, those generated in the plan's order;

@@ -8,8 +8,8 @@ means, where it can be. Then the old and the new list are compared by what they 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
@@ -84,9 +84,8 @@ class QuantizationLists:
             last = max((layer.index for layer in anatomy.layers), default=0)
             end = max(last + 1, anatomy.num_layers + anatomy.num_mtp_layers)
             self._dropped = range(anatomy.num_layers, end)
-        self._list_modules: Callable[[], Modules] = lambda: Modules(
-            checkpoint, anatomy, keep, drop_mtp=drop_mtp
-        )
+        # Listing every module takes a while, and most models have no list that needs it.
+        self._list_modules = partial(Modules, checkpoint, anatomy, keep, drop_mtp=drop_mtp)
         self._known: dict[Path, ModuleList] = {}
 
     @cached_property

@@ -38,8 +38,7 @@ def read_object(
     raw: the whole text, a byte order mark before it or not; subject: what messages call it, such
     as "the header". Raises `error` for what is beyond the limit of its kind, for bytes that are
     not UTF-8 or not JSON, for nesting too deep to follow, and for anything but an object whose
-    keys differ. -0 is read as a float, as other
-    readers do.
+    keys differ. -0 is read as a float, as other readers do.
     """
     require_json(raw, limit, where, error)
     # A hook for integers doubles the time: only where there may be a -0.
