@@ -21,7 +21,7 @@ from shardsurgeon.cli.options import (
     shard_size,
     size,
 )
-from shardsurgeon.cli.output import as_typed, emit, fact, progress_bar
+from shardsurgeon.cli.output import Steps, as_typed, emit, fact, progress_bar
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
 from shardsurgeon.cli.push import push_lines, served
 from shardsurgeon.operations.request import Destination, RunOptions
@@ -128,7 +128,7 @@ def apply_command(
     """
     from shardsurgeon.operations import apply, prune
 
-    request = only_one(requests)
+    request, steps = only_one(requests), Steps.here()
     destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
     with progress_bar(progress) as bar:
         options = RunOptions(
@@ -150,6 +150,7 @@ def apply_command(
                 max_shard_nbytes=max_shard_nbytes,
                 family=family,
                 follow_links=follow_links,
+                recipe=steps.recipe if steps else None,
             ),
             options,
             destination,

@@ -18,10 +18,12 @@ import click
 from shardsurgeon._version import __version__
 from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
+from shardsurgeon.cli.env import env_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
+from shardsurgeon.cli.run import run_command
 from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.streams import StdoutLost, watched_streams
 from shardsurgeon.cli.verify import verify_command
@@ -74,6 +76,8 @@ class _Commands(InOrder):
         push_command,
         scores_commands,
         calibrate_command,
+        run_command,
+        env_command,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     invoke_without_command=True,
@@ -187,7 +191,8 @@ def describe(error: Exception) -> tuple[str, int]:
 def _stop(stopped: Stopped) -> int:
     # A note says that the result is complete: there is nothing to resume.
     notes = getattr(stopped, "__notes__", [])
-    if stopped.command in (apply_command.name, push_command.name, calibrate_command.name):
+    resumable = (apply_command, push_command, calibrate_command, run_command)
+    if stopped.command in [command.name for command in resumable]:
         notes = notes or ["the same command resumes"]
     _say("; ".join(["stopped", *notes[:1]]))
     return stopped.exit_status

@@ -53,13 +53,23 @@ def _gathered(
 
     @functools.wraps(command)
     def with_options(*args: Any, **given: Any) -> Any:
-        given[name] = gather(**{option: given.pop(option) for option in options})
-        return command(*args, **given)
+        given[name] = check(given)
+        return command(*args, **{each: given[each] for each in given if each not in options})
 
+    def check(given: Mapping[str, Any]) -> object:
+        return gather(**{option: given[option] for option in options})
+
+    with_options.checks = [check, *getattr(command, "checks", ())]  # type: ignore[attr-defined]
     decorated = cast(Command, with_options)
     for option in reversed([*options.values()]):
         decorated = option(decorated)
     return decorated
+
+
+def check_options(context: click.Context) -> None:
+    """Raise UsageError where the options that a command was given contradict each other."""
+    for check in getattr(context.command.callback, "checks", ()):
+        check(context.params)
 
 
 def only_one(requests: Sequence[SelectionRequest]) -> SelectionRequest:

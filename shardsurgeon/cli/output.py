@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from shardsurgeon.execution.workers import Progress
+    from shardsurgeon.operations.recipe import Recipe
 
 WIDTH = 80
 _LABEL = 14
@@ -45,6 +46,24 @@ class ScoredLayer(Protocol):
         ...
 
 
+@dataclass
+class Steps:
+    """What the commands of a recipe report, by their names; the `obj` of their click contexts.
+
+    recipe: that of them all; silent: whether they print nothing, since one document follows.
+    """
+
+    recipe: Recipe
+    silent: bool
+    reports: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls) -> Steps | None:
+        """Those that the running command is one of, None where it runs alone."""
+        context = click.get_current_context(silent=True)
+        return context.obj if context is not None and isinstance(context.obj, cls) else None
+
+
 def emit(
     report: object, lines: Iterable[str], as_json: bool, *, told_otherwise: bool = False
 ) -> None:
@@ -54,6 +73,10 @@ def emit(
     NaN) becomes null. told_otherwise: the result lies somewhere, or the exit status says it, so
     that a stdout which is lost costs the words; else that raises StdoutLost.
     """
+    if (steps := Steps.here()) is not None:
+        steps.reports[click.get_current_context().command.name or ""] = report
+        if steps.silent:
+            return
     if as_json:
         # Redacted value by value: in the document, a secret's end and a string's look alike.
         text = json.dumps(_plain(report), indent=2, allow_nan=False)

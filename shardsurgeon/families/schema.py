@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -21,10 +20,9 @@ from typing import Any
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.templates import pattern, require_templates
 from shardsurgeon.storage.formats.strict_json import brief
-from shardsurgeon.storage.limits import FAMILY, read_limited
+from shardsurgeon.storage.formats.strict_toml import parse_toml, read_toml
+from shardsurgeon.storage.limits import FAMILY
 
-# The standard library takes time that grows with the square of a dotted key.
-_MAX_LINE = 16_000
 _SEE = "see 'Adding a family' in CONTRIBUTING.md"
 
 
@@ -175,27 +173,13 @@ def parse_family(text: str, where: str) -> Family:
     Raises FamilyError where it is not TOML, or has an entry that is unknown, missing or of
     another type.
     """
-    try:
-        data = tomllib.loads(text)
-    except ValueError as error:  # TOML's own error is one, and so is that of too many digits
-        raise FamilyError(where, f"not TOML: {error}") from error
-    except RecursionError as error:
-        raise FamilyError(where, "is nested too deeply") from error
-    return _sound(_family(data, where), where)
+    return _sound(_family(parse_toml(text, where, FamilyError), where), where)
 
 
 def read_family(path: str) -> Family:
     """Read a user's own family file. Raises FamilyError where it cannot be read."""
-    raw = read_limited(path, FAMILY, FamilyError, "no declaration is so large")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FamilyError(path, f"cannot be read: {error}") from error
-    longest = max(map(len, text.splitlines()), default=0)
-    if longest > _MAX_LINE:
-        problem = f"has a line of {longest:,} characters, at most {_MAX_LINE:,} are read"
-        raise FamilyError(path, problem, "break its lists into lines")
-    return parse_family(text, path)
+    data = read_toml(path, FAMILY, FamilyError, "no declaration is so large")
+    return _sound(_family(data, path), path)
 
 
 def is_declared(config: Mapping[str, Any]) -> bool:
@@ -393,7 +377,7 @@ def _inherit(data: dict[str, Any], where: str) -> dict[str, Any]:
         near = difflib.get_close_matches(str(parent), _shipped(), n=1)
         remedy = f"did you mean {near[0]}?" if near else "name one of shardsurgeon/families"
         raise FamilyError(where, f"is like {parent!r}, which is no family", remedy)
-    base = _inherit(tomllib.loads(_read(f"{parent}.toml")), where)
+    base = _inherit(parse_toml(_read(f"{parent}.toml"), where, FamilyError), where)
     tables = {
         name: {**base[name], **_table(data.get(name, {}), f"{where} [{name}]")}
         for name in ("config", "tensors")

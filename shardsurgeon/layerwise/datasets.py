@@ -103,6 +103,36 @@ def _part(piece: str) -> DatasetPart:
     return DatasetPart(**match.groupdict(), count=count)
 
 
+def renamed(text: str, rename: Callable[[str], str]) -> str:
+    """A spec with other names of its parts; their numbers, subsets and splits stay."""
+    pieces = _PARTS.findall(text)
+    return ",".join(
+        rename(name) + piece.strip()[len(name) :]
+        for name, piece in zip(_names(text), pieces, strict=True)
+    )
+
+
+def without_folders(text: str) -> str:
+    """A spec as files record it: where local data lay on one machine says nothing to another."""
+    return renamed(text, lambda name: Path(name).name if os.path.exists(name) else name)
+
+
+def _names(text: str) -> list[str]:
+    """The parts of a spec without their numbers."""
+    pieces = [piece.strip() for piece in _PARTS.findall(text)]
+    counted = [_COUNT.fullmatch(piece) for piece in pieces]
+    return [each["name"] if each else piece for each, piece in zip(counted, pieces, strict=True)]
+
+
+def local_parts(text: str) -> Iterator[tuple[str, str]]:
+    """(path, SHA-256) of the files of a spec; of folders the first digits of that of their data."""
+    for path in _names(text):
+        if os.path.isdir(path):
+            yield path, folder_content_name(Path(path)).rpartition(_DIGEST_MARK)[2]
+        elif os.path.isfile(path):
+            yield path, _sha256(Path(path))
+
+
 def _share_out(parts: Sequence[DatasetPart], samples: int | None) -> tuple[DatasetPart, ...]:
     """The parts, those without a number with an equal share of the samples that are left."""
     counted = sum(part.count or 0 for part in parts)

@@ -25,7 +25,7 @@ from shardsurgeon.layerwise.calibration_file import (
     merge,
     read_calibration,
 )
-from shardsurgeon.layerwise.datasets import parse_spec
+from shardsurgeon.layerwise.datasets import parse_spec, without_folders
 from shardsurgeon.layerwise.resume import ActivationStore, PartialCalibration, partial_calibration
 from shardsurgeon.layerwise.samples import (
     Sample,
@@ -274,7 +274,7 @@ def _run_identity(
     settings = asdict(request.settings)
     asked = {
         "results": _RESULTS,
-        "dataset": request.dataset,
+        "dataset": without_folders(request.dataset),
         "samples": samples_sha256(samples),
         "settings": settings,
         "max_length": request.max_length,
@@ -338,7 +338,7 @@ def _calibration_settings(
         "model": checkpoint.source.name,
         "revision": checkpoint.source.revision,
         "config_sha256": checkpoint.config_sha256,
-        "dataset": request.dataset,
+        "dataset": without_folders(request.dataset),
         "seed": request.settings.seed,
         "max_length": request.max_length,
         "dtype": request.settings.dtype,

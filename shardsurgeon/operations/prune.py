@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
@@ -15,6 +15,7 @@ from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
+from shardsurgeon.operations.recipe import Recipe
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import KeepList, write_plan
@@ -104,6 +105,7 @@ def plan(
     max_shard_nbytes: int | None = None,
     family: str | None = None,
     follow_links: bool = False,
+    recipe: Recipe | None = None,
 ) -> Pruning:
     """Decide which experts stay and plan every byte of the result. Writes nothing.
 
@@ -111,8 +113,9 @@ def plan(
     file, a table that `read_scores` gave, or None with a keep-list file; out: where the
     result is to go (None: named after the model); max_shard_nbytes: None keeps the source's
     cutting; family: a file with the model's declaration, or `auto` to read a model without
-    one, where that leaves no doubt; follow_links: take files that are links out of the model.
-    Raises InputError and its children for whatever does not fit.
+    one, where that leaves no doubt; follow_links: take files that are links out of the model;
+    recipe: what the result keeps a copy of. Raises InputError and its children for whatever does
+    not fit.
     """
     place = None if out is None else output_path(out)
     if isinstance(model, Checkpoint):
@@ -141,7 +144,8 @@ def plan(
     )
     folder = place if place is not None else default_out(checkpoint, request, decision.keep)
     require_apart(checkpoint, folder)
-    plan = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes)
+    kept = None if recipe is None else partial(recipe.copy_for, checkpoint)
+    plan = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes, kept)
     return Pruning(checkpoint, anatomy, request, decision, plan, folder, max_shard_nbytes, family)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
-from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES, RECIPE_NAME
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.checkpoint.second_configs import second_configs
@@ -42,6 +42,8 @@ _TENSOR_COUNTS = ("total_tensors", "num_tensors")
 # Where another tool's file of our record's name is kept.
 _FOREIGN_PROVENANCE = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source.json"
 
+Recipe = Callable[[Sequence[tuple[str, str, str]]], bytes]
+
 
 def assemble(
     checkpoint: Checkpoint,
@@ -51,13 +53,15 @@ def assemble(
     shards: tuple[OutputShard, ...],
     given: Mapping[Path, str],
     max_shard_nbytes: int | None,
+    recipe: Recipe | None = None,
 ) -> Plan:
     """The whole plan.
 
     shards: what `plan_shards` made; given: the score or keep-list file of this run → its SHA-256
     (hex) when it was read; max_shard_nbytes: what the shards were repacked to, None where they
-    were not. Raises ConfigError and HeaderError where config or quantization lists cannot be
-    rewritten, SourceReadError where they cannot be read.
+    were not; recipe: makes the copy of the recipe that is kept, of the plan's `score_files`.
+    Raises ConfigError and HeaderError where config or quantization lists cannot be rewritten,
+    SourceReadError where they cannot be read.
     """
     step = step_of(
         request, decision.keep, decision.metric, identity_of(checkpoint), decision.made_for
@@ -71,6 +75,9 @@ def assemble(
     second = second_configs(checkpoint, anatomy, beside)
     copied = tuple(name for name in beside if name not in second)
     generated = _generated_files(checkpoint, anatomy, decision, shards, second)
+    if recipe is not None:
+        taken = {*copied, *(name for name, _, _ in score_files), PROVENANCE_NAME}
+        generated = ((_free_name(RECIPE_NAME, taken), recipe(score_files)), *generated)
     plan = Plan(
         shards=shards,
         generated_files=generated,

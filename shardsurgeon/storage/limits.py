@@ -38,6 +38,7 @@ KEEP_LIST = Limit(64 * MIB, 384 * MIB)
 SCORES_JSON = Limit(128 * MIB, 448 * MIB)
 CALIBRATION_JSON = Limit(64 * MIB, 320 * MIB)  # within a score file
 FAMILY = Limit(64 * 2**10, 16 * MIB)
+RECIPE = Limit(64 * 2**10, 16 * MIB)
 LISTING = Limit(12 * MIB, 320 * MIB)  # of a repository: 150,000 files
 JOURNAL = Limit(256 * MIB, 256 * MIB)
 # Of files that only a note, or the choice of what is copied, depends on: others are passed over.

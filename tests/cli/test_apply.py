@@ -21,7 +21,10 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
     planned, ((pruning, options, destination), _) = fake.calls
     assert planned == (
         (None, "scores.pt", SelectionRequest(ratio=0.65)),
-        {"out": None, "max_shard_nbytes": None, "family": None, "follow_links": False},
+        {
+            **{"out": None, "max_shard_nbytes": None, "family": None, "follow_links": False},
+            "recipe": None,
+        },
     )
     assert (pruning.args, pruning.options) == planned
     assert (options, destination) == (RunOptions(), None)
@@ -33,7 +36,7 @@ def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> N
     run(*APPLY, *words, "--no-verify", "--dry-run", "--restart")
     (args, planned), ((_, options, _), _) = fake.calls
     assert args[0] == "/m"
-    opening = {"family": "auto", "follow_links": True}
+    opening = {"family": "auto", "follow_links": True, "recipe": None}
     assert planned == {"out": "/out", "max_shard_nbytes": 5 * 10**9, **opening}
     expected = RunOptions(3, verify=False, dry_run=True, restart=True, checksums=True)
     assert options == expected

@@ -85,7 +85,7 @@ def test_the_report_and_the_file_describe_the_run(
     assert max(tokens for _, _, tokens in samples) <= 48
     assert all(source.startswith("chats.jsonl@sha256:") for source, _, _ in samples)
     assert (report["layers"], report["layers_resumed"]) == (3, 0)
-    assert settings["dataset"] == str(chats)
+    assert settings["dataset"] == "chats.jsonl"  # and nothing of the folder that it lay in
     assert (settings["seed"], settings["max_length"]) == (42, 48)
     assert (settings["dtype"], settings["model"]) == ("float32", MODEL)
     assert settings["versions"]["torch"] == torch.__version__  # type: ignore[index,call-overload]
