@@ -273,3 +273,11 @@ def in_python(code: str, *words: str, **options: Any) -> subprocess.CompletedPro
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *words]
     return subprocess.run(command, env=environment, text=True, **options)
+
+
+def lay_recipes(folder: Path) -> None:
+    """Recipes under the names that help texts and documents give them."""
+    for name in ("", "pruned/calibration", "Kimi-K2.5-REAP-65pct/calibration"):
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "recipe.toml").write_text('[apply]\nscores = "scores.pt"\nratio = 0.65\n')

@@ -22,7 +22,10 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
     assert planned == (
         (None, "scores.pt", SelectionRequest(ratio=0.65)),
         {
-            **{"out": None, "max_shard_nbytes": None, "family": None, "follow_links": False},
+            "out": None,
+            "max_shard_nbytes": None,
+            "family": None,
+            "follow_links": False,
             "recipe": None,
         },
     )

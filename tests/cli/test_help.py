@@ -12,7 +12,7 @@ import pytest
 
 import shardsurgeon
 from shardsurgeon.cli.main import cli
-from tests.cli.standins import Run, in_python
+from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
 COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "run", "env"]
@@ -69,9 +69,7 @@ def test_the_examples_in_the_help_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for recipe in ("recipe.toml", "pruned/calibration/recipe.toml"):
-        (tmp_path / recipe).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / recipe).write_text('[apply]\nscores = "scores.pt"\nratio = 0.65\n')
+    lay_recipes(tmp_path)
     found = examples(run(*words, "--help").stdout)
     assert len(found) >= 2
     for example in found:

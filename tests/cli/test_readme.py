@@ -13,7 +13,7 @@ from shardsurgeon._version import __version__
 from shardsurgeon.cli.main import cli
 from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.families.schema import all_families
-from tests.cli.standins import ROOT, Run
+from tests.cli.standins import ROOT, Run, lay_recipes
 
 # Every document of ours, by its path; those of the fixtures stand for a publisher's own.
 DOCUMENTS = {
@@ -63,6 +63,7 @@ def test_every_command_of_the_documents_runs(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    lay_recipes(tmp_path)
     ended = run(*shlex.split(line))
     assert ended.status == 0, ended.stderr
 
