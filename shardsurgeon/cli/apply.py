@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardsurgeon.cli.options import (
+    OUT,
     at_least,
     family_option,
     json_option,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 @family_option
 @links_option
 @click.option(
-    "-o",
+    *OUT,
     "out",
     metavar="OUT",
     help="Folder to write.  [default: <name>-REAP-<percent>pct]",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--workers",
+    "-j",
     metavar="N",
     type=int,
     default=0,

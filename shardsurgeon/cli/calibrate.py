@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardsurgeon.cli.options import (
+    OUT,
     at_least,
     family_option,
     force_option,
     json_option,
+    model_argument,
     progress_option,
     size,
 )
@@ -47,7 +49,7 @@ def _share(
 
 
 @click.command("calibrate")
-@click.argument("model", required=False)
+@model_argument
 @click.option(
     "--dataset",
     metavar="SPEC",
@@ -56,7 +58,7 @@ def _share(
     "the Hub, a local folder, or a .jsonl, .json, .parquet or .txt file (a line a sample).",
 )
 @click.option(
-    "-o",
+    *OUT,
     "out",
     metavar="FILE",
     required=True,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardsurgeon.cli.options import family_option, json_option
+from shardsurgeon.cli.options import family_option, json_option, model_argument
 from shardsurgeon.cli.output import emit, facts, parameters, percent, table
 from shardsurgeon.units import counted, format_size, number_ranges
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("model", required=False)
+@model_argument
 @family_option
 @json_option
 def inspect_command(model: str | None, family: str | None, as_json: bool) -> None:

@@ -83,7 +83,7 @@ class _Commands(InOrder):
     invoke_without_command=True,
     subcommand_metavar="COMMAND ...",
 )
-@click.version_option(__version__, prog_name=PROGRAM)
+@click.version_option(__version__, "--version", "-V", prog_name=PROGRAM)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Remove whole experts from a Mixture-of-Experts checkpoint.

@@ -20,6 +20,8 @@ from shardsurgeon.pruning.request import (
 from shardsurgeon.units import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+# The ways to name an output, of every command that writes one.
+OUT = ("-o", "--out", "--output")
 
 
 def selection_options(command: Command) -> Command:
@@ -82,12 +84,62 @@ def only_one(requests: Sequence[SelectionRequest]) -> SelectionRequest:
 
 def model_option(command: Command) -> Command:
     """Add `--model MODEL`."""
-    return click.option(
-        "--model",
-        metavar="MODEL",
-        help="The checkpoint: a folder, org/name[@revision] on the Hugging Face Hub, or a URL"
-        " (s3://, gs://, https://).  [default: the current folder]",
+    return _model_option(
+        "The checkpoint: a folder, org/name[@revision] on the Hugging Face Hub, or a URL"
+        " (s3://, gs://, https://).  [default: the current folder]"
     )(command)
+
+
+def model_argument(command: Command) -> Command:
+    """Add the optional positional MODEL, and `--model` for the same; received as `model`."""
+
+    @functools.wraps(command)
+    def with_model(*args: Any, model: str | None, named: str | None, **given: Any) -> Any:
+        return command(*args, model=one_model("MODEL", model, named), **given)
+
+    option = _model_option("The same as MODEL.  [default: the current folder]", "named")
+    return click.argument("model", required=False)(option(cast(Command, with_model)))
+
+
+def source_and_pruned(command: Command) -> Command:
+    """Add the positionals SOURCE and PRUNED, and `--model` in place of SOURCE.
+
+    The command receives them as `source` and `pruned`. A single word is PRUNED.
+    """
+
+    @functools.wraps(command)
+    def with_both(*args: Any, places: tuple[str, ...], model: str | None, **given: Any) -> Any:
+        if len(places) > 2:
+            raise click.UsageError(f"Got unexpected extra argument ({' '.join(places[2:])})")
+        source = one_model("SOURCE", places[0] if len(places) > 1 else None, model)
+        if source is None:
+            count = "one of them" if places else "none"
+            raise click.UsageError(f"SOURCE and PRUNED are needed, {count} is given")
+        if not places:
+            raise click.UsageError("Missing argument 'PRUNED'")
+        return command(*args, source=source, pruned=places[-1], **given)
+
+    option = _model_option("The same as SOURCE; then PRUNED stands alone.")
+    places = click.argument("places", metavar="[SOURCE] PRUNED", nargs=-1)
+    return places(option(cast(Command, with_both)))
+
+
+def one_model(what: str, given: str | None, named: str | None) -> str | None:
+    """The model of a command, said as a positional, with --model, both or not at all.
+
+    what: what the positional is called. Raises UsageError where the two are different.
+    """
+    if given is not None and named is not None and _same_place(given) != _same_place(named):
+        raise UsageError(what, f"says {given}, --model says {named}", "give one of them")
+    return named if given is None else given
+
+
+def _same_place(name: str) -> str:
+    return name.rstrip("/\\") or name
+
+
+def _model_option(text: str, *names: str) -> Callable[[Command], Command]:
+    return click.option("--model", "-m", *names, metavar="MODEL", help=text)
 
 
 def family_option(command: Command) -> Command:
@@ -184,7 +236,7 @@ def _made(kind: type[StrEnum]) -> Callable[[click.Context, click.Parameter, Any]
 def out_option(command: Command) -> Command:
     """Add the required `-o FILE`, received as `out`, and `--force`."""
     return click.option(
-        "-o",
+        *OUT,
         "out",
         metavar="FILE",
         required=True,
@@ -199,14 +251,10 @@ def force_option(command: Command) -> Command:
     )(command)
 
 
-def model_argument(command: Command) -> Command:
-    """Add the optional positional MODEL."""
-    return click.argument("model", required=False)(command)
-
-
 _SELECTION: dict[str, Callable[[Any], Any]] = {
     "ratio": click.option(
         "--ratio",
+        "-r",
         metavar="R",
         callback=ratios("write it like 0.65"),
         help="Remove this fraction of the experts of every MoE layer, 0 < R < 1.",

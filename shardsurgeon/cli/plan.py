@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardsurgeon.cli.options import (
+    OUT,
     family_option,
     json_option,
     links_option,
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 @selection_options
 @family_option
 @links_option
-@click.option("-o", "plan_out", metavar="PLAN.JSON", help="Save the keep-lists, for `--plan`.")
+@click.option(
+    *OUT, "plan_out", metavar="PLAN.JSON", help="Save the keep-lists, for `apply --plan`."
+)
 @click.option("--force", is_flag=True, help="Let -o replace another plan that was saved there.")
 @json_option
 def plan_command(

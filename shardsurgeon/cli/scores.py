@@ -9,6 +9,7 @@ import click
 
 from shardsurgeon.cli.options import (
     InOrder,
+    family_option,
     json_option,
     model_argument,
     out_option,
@@ -47,6 +48,7 @@ _SHARES = ("0.05", "0.25")
 @click.argument("file", metavar="FILE")
 @click.option(
     "--model",
+    "-m",
     metavar="MODEL",
     help="Folder of a checkpoint that the scores must fit; cuts then suit its router.",
 )
@@ -55,8 +57,11 @@ _SHARES = ("0.05", "0.25")
     metavar="NAME",
     help="Which metric to show where the file holds several.  [default: reap]",
 )
+@family_option
 @json_option
-def show_command(file: str, model: str | None, metric: str | None, as_json: bool) -> None:
+def show_command(
+    file: str, model: str | None, metric: str | None, family: str | None, as_json: bool
+) -> None:
     """Show what a score file says of each layer.
 
     The range of the scores, experts that no token reached, experts with extreme
@@ -71,7 +76,7 @@ def show_command(file: str, model: str | None, metric: str | None, as_json: bool
     """
     from shardsurgeon.operations import scores
 
-    report = scores.show_scores(file, model, metric=metric)
+    report = scores.show_scores(file, model, metric=metric, family=family)
     emit(report, _shown_lines(report), as_json)
 
 
@@ -155,6 +160,7 @@ def _cuts(report: ScoresReport) -> Iterator[str]:
 @click.argument("b", metavar="B")
 @click.option(
     "--ratio",
+    "-r",
     "at",
     metavar="R[,R...]",
     default="0.25,0.5",
@@ -219,11 +225,15 @@ def _correlation(value: float | None) -> str:
 @out_option
 @click.option(
     "--model",
+    "-m",
     metavar="MODEL",
     help="Folder of the checkpoint, to name the layers of a file that only has rows.",
 )
+@family_option
 @json_option
-def convert_command(source: str, out: str, force: bool, model: str | None, as_json: bool) -> None:
+def convert_command(
+    source: str, out: str, force: bool, model: str | None, family: str | None, as_json: bool
+) -> None:
     """Write a score file in another format.
 
     Every metric with one number per expert is kept to the last bit, and so are
@@ -237,7 +247,7 @@ def convert_command(source: str, out: str, force: bool, model: str | None, as_js
     """
     from shardsurgeon.operations import scores
 
-    report = scores.convert_scores(source, out, model=model, force=force)
+    report = scores.convert_scores(source, out, model=model, family=family, force=force)
     emit(report, _written_lines(report), as_json, told_otherwise=True)
 
 
@@ -292,8 +302,11 @@ def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
     help="Length of a router row (l2), or the sum of its magnitudes, as compressed-tensors' "
     "MagnitudeExpertPruner ranks experts (l1).",
 )
+@family_option
 @json_option
-def from_router_command(model: str | None, out: str, force: bool, norm: str, as_json: bool) -> None:
+def from_router_command(
+    model: str | None, out: str, force: bool, norm: str, family: str | None, as_json: bool
+) -> None:
     """Score experts by the size of their router rows.
 
     MODEL is the folder of a checkpoint, by default the current folder. Needs no
@@ -307,17 +320,23 @@ def from_router_command(model: str | None, out: str, force: bool, norm: str, as_
     """
     from shardsurgeon.operations import scores
 
-    report = scores.scores_from_router(model, out, norm=norm, force=force)
+    report = scores.scores_from_router(model, out, norm=norm, family=family, force=force)
     emit(report, _baseline_lines(report, "router"), as_json, told_otherwise=True)
 
 
 @click.command("from-weights")
 @model_argument
 @out_option
+@family_option
 @progress_option
 @json_option
 def from_weights_command(
-    model: str | None, out: str, force: bool, progress: bool | None, as_json: bool
+    model: str | None,
+    out: str,
+    force: bool,
+    family: str | None,
+    progress: bool | None,
+    as_json: bool,
 ) -> None:
     """Score experts by the norm of their weights.
 
@@ -334,7 +353,7 @@ def from_weights_command(
 
     with progress_bar(progress) as bar:
         report = scores.scores_from_weights(
-            model, out, on_bytes=bar.show if bar else None, force=force
+            model, out, on_bytes=bar.show if bar else None, family=family, force=force
         )
     emit(report, _baseline_lines(report, "layer"), as_json, told_otherwise=True)
 
@@ -350,8 +369,11 @@ def from_weights_command(
     show_default=True,
     help="The same seed gives the same scores, on every machine.",
 )
+@family_option
 @json_option
-def random_command(model: str | None, out: str, force: bool, seed: int, as_json: bool) -> None:
+def random_command(
+    model: str | None, out: str, force: bool, seed: int, family: str | None, as_json: bool
+) -> None:
     """Score experts at random.
 
     MODEL is the folder of a checkpoint, by default the current folder. What a
@@ -364,7 +386,7 @@ def random_command(model: str | None, out: str, force: bool, seed: int, as_json:
     """
     from shardsurgeon.operations import scores
 
-    report = scores.scores_random(model, out, seed=seed, force=force)
+    report = scores.scores_random(model, out, seed=seed, family=family, force=force)
     emit(report, _baseline_lines(report, "layer"), as_json, told_otherwise=True)
 
 

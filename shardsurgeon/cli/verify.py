@@ -13,6 +13,7 @@ from shardsurgeon.cli.options import (
     json_option,
     links_option,
     progress_option,
+    source_and_pruned,
 )
 from shardsurgeon.cli.output import emit, facts, progress_bar
 from shardsurgeon.errors import VerificationError
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("source")
-@click.argument("pruned")
+@source_and_pruned
 @click.option(
     "--sample",
     metavar="N",

@@ -55,19 +55,25 @@ Scored = Mapping[int, NDArray[np.float64]]
 
 
 def show_scores(
-    file: Path, model: Path | None = None, *, metric: str | None = None
+    file: Path,
+    model: Path | None = None,
+    *,
+    metric: str | None = None,
+    family: str | None = None,
 ) -> ScoresReport:
     """What a score file says of each layer, and where the layers could be cut.
 
     model: a folder that the scores must fit, None to look at the file alone; metric: None for
-    the one that `plan` would take. Scores that are no measurement are shown, with a note that
-    `plan` refuses them. Raises ScoreError for scores that are broken or do not fit.
+    the one that `plan` would take; family: as for `plan`. Scores that are no measurement are
+    shown, with a note that `plan` refuses them. Raises ScoreError for scores that are broken or do
+    not fit.
     """
+    _require_model(model, family)
     scores = read_scores(file)
     calibration = find_calibration(file)
     name, analysis = None, None
     if model is not None:
-        checkpoint = open_model(model, follow_links=True)
+        checkpoint = open_model(model, family, follow_links=True)
         name = checkpoint.source.name
         analysis = _analysis_for_model(checkpoint, scores, metric)
     analysis = analysis or view_alone(scores, metric)
@@ -96,19 +102,26 @@ def _notes(scores: Scores, metric: str) -> tuple[str, ...]:
 
 
 def convert_scores(
-    source: Path, out: Path, *, model: Path | None = None, force: bool = False
+    source: Path,
+    out: Path,
+    *,
+    model: Path | None = None,
+    family: str | None = None,
+    force: bool = False,
 ) -> WrittenScoresReport:
     """Write a score file in another format: all metrics, and the accumulators where it has them.
 
-    model: names the layers of a file that has only rows; force: replace another score file. Raises
-    UsageError and OutputError where `out` cannot be written so, ScoreError for a file that cannot
+    model: names the layers of a file that has only rows; family: as for `plan`;
+    force: replace another score file. Raises UsageError and OutputError where `out` cannot be
+    written so, ScoreError for a file that cannot
     be read.
     """
+    _require_model(model, family)
     output = _output(out, force, source)
     scores = read_scores(source)
     if model is not None:
-        checkpoint = open_model(model, follow_links=True)
-        output = output.apart_from(files_read(checkpoint, None))
+        checkpoint = open_model(model, family, follow_links=True)
+        output = output.apart_from(files_read(checkpoint, family))
         anatomy = read_anatomy(checkpoint)
         scores = scores.assign_rows([layer.index for layer in anatomy.main_layers])
     calibration = find_calibration(source)
@@ -138,6 +151,11 @@ def merge_scores(
         name for row in content.layers.values() for name, item in row.items() if item.ndim == 1
     }
     return _written(files, out, len(content.layers), metrics, merged, written)
+
+
+def _require_model(model: Path | None, family: str | None) -> None:
+    if model is None and family is not None:
+        raise UsageError("--family", "says how to read a model, and none is named", "add --model")
 
 
 def _output(out: Path, force: bool, *inputs: Path) -> Output:
@@ -174,15 +192,20 @@ def compare_scores(
 
 
 def scores_from_router(
-    model: Path | None, out: Path, *, norm: str = "l2", force: bool = False
+    model: Path | None,
+    out: Path,
+    *,
+    norm: str = "l2",
+    family: str | None = None,
+    force: bool = False,
 ) -> RouterScoresReport:
     """Write router magnitudes, of MTP layers too, as a score file; norm: `l2` or `l1`.
 
-    force: replace another score file. Raises OutputError where the file that is there stays,
-    UsageError where its suffix is not one of a score file that can be written, and whatever
-    opening the model and reading its routers raises.
+    family: as for `plan`; force: replace another score file. Raises OutputError where the file
+    that is there stays, UsageError where its suffix is not one of a score file that can be written,
+    and whatever opening the model and reading its routers raises.
     """
-    output, checkpoint, anatomy = _begin(model, out, force)
+    output, checkpoint, anatomy = _begin(model, out, family, force)
     scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
     name, metric = checkpoint.source.name, f"router_{norm}"
     facts = {"method": "router-magnitude", "model": name, "norm": norm}
@@ -196,6 +219,7 @@ def scores_from_weights(
     out: Path,
     *,
     on_bytes: Callable[[int, int], None] | None = None,
+    family: str | None = None,
     force: bool = False,
 ) -> BaselineReport:
     """Write the norm of each expert's weights, of MTP layers too, as a score file.
@@ -203,7 +227,7 @@ def scores_from_weights(
     on_bytes: called with the bytes read and the bytes in all. Raises what `scores_from_router`
     raises, and FamilyError for weights stored in a form whose norm is not computed here.
     """
-    output, checkpoint, anatomy = _begin(model, out, force)
+    output, checkpoint, anatomy = _begin(model, out, family, force)
     require_complete(anatomy.incomplete, None, checkpoint.location)
     name, method, metric = checkpoint.source.name, "expert-weight-norm", "weight_l2"
     facts = {"method": method, "model": name}
@@ -217,7 +241,12 @@ def scores_from_weights(
 
 
 def scores_random(
-    model: Path | None, out: Path, *, seed: int, force: bool = False
+    model: Path | None,
+    out: Path,
+    *,
+    seed: int,
+    family: str | None = None,
+    force: bool = False,
 ) -> BaselineReport:
     """Write a random number from 0 to 1 for each expert, of MTP layers too, as a score file.
 
@@ -226,7 +255,7 @@ def scores_random(
     """
     if seed < 0:
         raise UsageError("--seed", f"{seed} is less than 0")
-    output, checkpoint, anatomy = _begin(model, out, force)
+    output, checkpoint, anatomy = _begin(model, out, family, force)
     scores = {
         layer.index: random_scores(seed, layer.index, layer.num_experts) for layer in anatomy.layers
     }
@@ -238,10 +267,12 @@ def scores_random(
     )
 
 
-def _begin(model: Path | None, out: Path, force: bool) -> tuple[Output, Checkpoint, Anatomy]:
+def _begin(
+    model: Path | None, out: Path, family: str | None, force: bool
+) -> tuple[Output, Checkpoint, Anatomy]:
     output = _output(out, force)
-    checkpoint = open_model(model, follow_links=True)
-    output = output.apart_from(files_read(checkpoint, None))
+    checkpoint = open_model(model, family, follow_links=True)
+    output = output.apart_from(files_read(checkpoint, family))
     return output, checkpoint, read_anatomy(checkpoint)
 
 

@@ -27,28 +27,31 @@ EVERY = {
 @pytest.mark.parametrize(
     ("words", "handed"),
     [
-        (WORDS, ((None, "scores.safetensors"), {"norm": "l2", "force": False})),
+        (WORDS, ((None, "scores.safetensors"), {"norm": "l2", "family": None, "force": False})),
         (
             ("scores", "from-router", "/models/K2", "--norm", "l1", "-o", "s.json"),
-            (("/models/K2", "s.json"), {"norm": "l1", "force": False}),
+            (("/models/K2", "s.json"), {"norm": "l1", "family": None, "force": False}),
         ),
         (
             ("scores", "from-weights", "/models/K2", "--no-progress", "-o", "s.json"),
-            (("/models/K2", "s.json"), {"on_bytes": None, "force": False}),
+            (("/models/K2", "s.json"), {"on_bytes": None, "family": None, "force": False}),
         ),
-        (("scores", "random", "-o", "s.npz"), ((None, "s.npz"), {"seed": 42, "force": False})),
+        (
+            ("scores", "random", "-o", "s.npz"),
+            ((None, "s.npz"), {"seed": 42, "family": None, "force": False}),
+        ),
         (
             ("scores", "random", "/models/K2", "--seed", "7", "-o", "s.npz", "--force"),
-            (("/models/K2", "s.npz"), {"seed": 7, "force": True}),
+            (("/models/K2", "s.npz"), {"seed": 7, "family": None, "force": True}),
         ),
-        (("scores", "show", "s.pt"), (("s.pt", None), {"metric": None})),
+        (("scores", "show", "s.pt"), (("s.pt", None), {"metric": None, "family": None})),
         (
             ("scores", "show", "s.pt", "--model", "/models/K2", "--metric", "ean_sum"),
-            (("s.pt", "/models/K2"), {"metric": "ean_sum"}),
+            (("s.pt", "/models/K2"), {"metric": "ean_sum", "family": None}),
         ),
         (
             ("scores", "convert", "a.pt", "-o", "b.json"),
-            (("a.pt", "b.json"), {"model": None, "force": False}),
+            (("a.pt", "b.json"), {"model": None, "family": None, "force": False}),
         ),
         (
             ("scores", "merge", "a.pt", "b.pt", "-o", "c.pt"),

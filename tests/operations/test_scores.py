@@ -424,3 +424,10 @@ def test_bad_input_is_one_line_and_status_2(
     assert told in ended.err
     assert (ended.out, ended.err.count("\n")) == ("", 1)
     assert sorted(os.listdir(tmp_path)) == ["bad.pt", "s.npz"]
+
+
+def test_a_family_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="none is named; add --model"):
+        scores.show_scores(K25 / "scores.pt", family="auto")
+    with pytest.raises(UsageError, match="none is named; add --model"):
+        scores.convert_scores(K25 / "scores.pt", tmp_path / "s.npz", family="auto")
