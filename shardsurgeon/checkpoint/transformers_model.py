@@ -213,8 +213,8 @@ def _engine() -> _Engine:
             Transpose=core_model_loading.Transpose,
         )
     except (ImportError, AttributeError) as error:
-        problem = f"knows transformers 5.23, and {transformers.__version__} is installed ({error})"
-        raise UsageError(OPTION, problem, _INSTALL) from error
+        problem = f"{transformers.__version__} is installed, and 5.23 is what is known ({error})"
+        raise UsageError("transformers", problem, _INSTALL) from error
 
 
 def _build(engine: _Engine, config: Mapping[str, Any], attention: str | None, dtype: str) -> Any:

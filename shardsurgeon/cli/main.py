@@ -180,7 +180,7 @@ def describe(error: Exception) -> tuple[str, int]:
         remedy = f"give the program more memory, or install it anew; {_ASK_FOR_TRACEBACK}"
         return f"{what}; {remedy}", WorkError.exit_status
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
-        remedy = "raise the limits of memory and processes, or give fewer --workers"
+        remedy = "raise the limits of memory and processes, or give `apply` fewer --workers"
         return f"the system starts no more threads; {remedy}", WorkError.exit_status
     if isinstance(error, RecursionError):
         return f"input is nested too deeply; {_ASK_FOR_TRACEBACK}", WorkError.exit_status

@@ -32,6 +32,7 @@ _DAMAGED = "the file is damaged: fetch it again or calibrate anew"
 
 _MODEL = ("model", "config_sha256", "revision")
 _ONE_MODEL = "merge calibrations of one model"
+_TWO_NAMES = "`scores merge --same-model`, if they are one under two names"
 _SAMPLES, _PARTS = "samples", "parts"
 
 
@@ -214,8 +215,7 @@ def _require_same_model(first: Calibration, other: Calibration, any_name: bool) 
         if values[0] != values[1] and (key != "revision" or None not in values):
             shown = [str(value)[:40] for value in values]
             problem = f"was made with {key} {shown[1]}, {first.origin} with {shown[0]}"
-            remedy = "--same-model, if they are one under two names" if key == "model" else ""
-            raise ScoreError(other.origin, problem, remedy or _ONE_MODEL)
+            raise ScoreError(other.origin, problem, _TWO_NAMES if key == "model" else _ONE_MODEL)
     sizes = [{n: sums.num_experts for n, sums in part.layers.items()} for part in (first, other)]
     if sizes[0] != sizes[1]:
         layer = min(n for n in {**sizes[0], **sizes[1]} if sizes[0].get(n) != sizes[1].get(n))

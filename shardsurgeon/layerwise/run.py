@@ -227,6 +227,14 @@ def _earlier(request: CalibrationRequest, checkpoint: Checkpoint) -> Calibration
         problem = f"was made for {earlier.settings.get('model')}, config {str(made)[:12]}; "
         problem += f"{checkpoint.location} has config {checkpoint.config_sha256[:12]}"
         raise ScoreError(request.extend, problem, "extend with the model that it was made for")
+    # What the merge at the end would refuse, after hours.
+    here = {"model": checkpoint.source.name, "revision": checkpoint.source.revision}
+    for key, now in here.items():
+        before = earlier.settings.get(key)
+        if before != now and (key == "model" or None not in (before, now)):
+            problem = f"was made with {key} {before}, this one is {now}"
+            add_up = "`scores merge --same-model`" if key == "model" else "`scores merge`"
+            raise ScoreError(request.extend, problem, f"calibrate anew, then {add_up} adds them up")
     return earlier
 
 

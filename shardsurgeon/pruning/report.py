@@ -228,7 +228,7 @@ def absent_mtp_notes(anatomy: Anatomy) -> list[str]:
     return [
         f"config.json counts {layers} ({' or '.join(anatomy.family.config.mtp_layers)}), the "
         f"shards have {counted - absent or 'none'}: an engine that is to predict further tokens "
-        "will miss them; --mtp drop sets the count to 0"
+        "will miss them; `apply --mtp drop` sets the count to 0"
     ]
 
 

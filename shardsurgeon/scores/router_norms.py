@@ -60,7 +60,7 @@ def _rows(checkpoint: Checkpoint, shard: Shard, record: TensorRecord) -> Array:
         raise FamilyError(
             record.name,
             f"is stored as {record.dtype}, whose rows have no norm by themselves",
-            "use scores from a calibration; for an MTP layer, --mtp last or --mtp drop",
+            "use scores from a calibration; `apply` has --mtp last and drop for MTP layers",
         )
     begin = shard.header.data_begin
     raw = checkpoint.source.read(shard.file, begin + record.begin, begin + record.end)

@@ -42,7 +42,7 @@ _ORDERS = {
     **dict.fromkeys(("worst-first", "coldest-first"), RankingOrder.WORST_FIRST),
 }
 
-_WITH_PLAN = "give a keep-list with --plan, and scores as SCORES"
+_WITH_PLAN = "`plan` and `apply` take a keep-list with --plan, and scores as SCORES"
 _SHAPES = "scores are {layer: tensor[experts]} or {layer: {metric: tensor[experts]}}"
 
 

@@ -34,7 +34,7 @@ _WRITE_REMEDIES = {
     errno.EROFS: "choose an output place that can be written",
     errno.EACCES: "choose an output place that you may write to",
     errno.EPERM: "choose an output place that you may write to",
-    errno.EFBIG: "the file system takes no files of this size; choose a smaller --max-shard-size",
+    errno.EFBIG: "the file system takes no such large files; see `apply --max-shard-size`",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs: the system is out of open files",
     errno.EIO: "check the disk, then run the same command again",
@@ -197,7 +197,7 @@ def output_path(out: str | os.PathLike[str]) -> Path:
         raise OutputError("-o", "is an empty name", "say where to write")
     if _ADDRESS.match(os.fspath(out)):
         problem = "is an address, and results are written to folders and files of this machine"
-        raise OutputError(out, problem, "give a path; --push-to-hub REPO_ID pushes to the Hub")
+        raise OutputError(out, problem, "give a path; `apply --push-to-hub REPO_ID` pushes")
     return Path(out)
 
 

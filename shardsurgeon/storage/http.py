@@ -42,7 +42,7 @@ from shardsurgeon.storage.connections import (
 )
 from shardsurgeon.storage.limits import LISTING
 from shardsurgeon.storage.retry import RetryableError, RetryPolicy
-from shardsurgeon.storage.source import SourceFile
+from shardsurgeon.storage.source import RUN_AGAIN, SourceFile
 
 _SECRET_PARTS = re.compile(r"\?[^\s'\"]*|(?<=//)[^/\s'\"]*@")
 
@@ -263,7 +263,7 @@ def body(response: Any, file: SourceFile, where: str, begin: int, end: int) -> I
 
 def changed(where: str, problem: str) -> SourceChangedError:
     """The error for a file that is no longer what the listing says."""
-    return SourceChangedError(where, problem, "run the command again with --restart")
+    return SourceChangedError(where, problem, RUN_AGAIN)
 
 
 def _part(response: Any, skip: int, nbytes: int) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ from shardsurgeon.storage.source import (
     CHUNK_NBYTES,
     NOWHERE,
     OUTSIDE,
+    RUN_AGAIN,
     SKIPPED_FOLDERS,
     Source,
     SourceFile,
@@ -113,8 +114,7 @@ class LocalSource(Source):
         if first is not None and first[1] != (status.st_dev, status.st_ino):
             file.close()
             problem = "was replaced since it was listed"
-            remedy = "once it is whole, run the command again with --restart"
-            raise SourceChangedError(f"{self.location}/{name}", problem, remedy)
+            raise SourceChangedError(f"{self.location}/{name}", problem, RUN_AGAIN)
         return file
 
     def local_path(self, name: str) -> Path:

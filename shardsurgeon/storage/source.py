@@ -21,6 +21,8 @@ CHUNK_NBYTES = 1 << 20
 # Bytes of a file's name, and characters of its path, that any file system takes.
 _LONGEST, _LONGEST_PATH = 255, 1024
 
+# What to do about a file that changes while it is read. Only what resumes has --restart.
+RUN_AGAIN = "once it is whole, run the command again (`apply` and `calibrate` with --restart)"
 # What may lie in a folder and is no file of it.
 OUTSIDE, NOWHERE = "link out of the folder", "link to nothing"
 _REMEDIES = {
@@ -204,5 +206,5 @@ def require_unchanged(source: Source, planned: Iterable[SourceFile]) -> None:
         raise SourceChangedError(
             f"{source.location}/{file.name}",
             problem,
-            "once it is whole, run the command again with --restart",
+            RUN_AGAIN,
         )

@@ -85,7 +85,10 @@ def with_layers(layers: dict[int, Accumulators]) -> Calibration:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (calibration(2, model="Other"), "made with model Other, 1.pt with Tiny; --same-model"),
+        (
+            calibration(2, model="Other"),
+            "made with model Other, 1.pt with Tiny; `scores merge --same-model`",
+        ),
         (calibration(2, config_sha256="cd"), "made with config_sha256 cd, 1.pt with abab"),
         (with_layers({1: sums(1), 2: sums(2)}), "0 experts in layer 5, 1.pt has 6 experts"),
         (

@@ -234,3 +234,15 @@ def test_only_the_same_model_is_extended(
     command = words("deepseek_v3", chats, tmp_path / "a.pt", "--extend", str(in_float64))
     assert main(command) == 2
     assert "was made for qwen3_moe, config" in capsys.readouterr().err
+
+
+def test_a_model_under_another_name_is_refused_before_it_is_run(
+    tmp_path: Path, chats: Path, in_float64: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(FIXTURES / MODEL, tmp_path / "renamed")
+    # As a path of its own it stands for itself.
+    command = words(str(model), chats, tmp_path / "a.pt", "--extend", str(in_float64))
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"was made with model {MODEL}, this one is renamed; calibrate anew" in said
+    assert not list(tmp_path.glob("a.pt*"))

@@ -222,7 +222,7 @@ def test_mtp_layers_that_are_promised_and_not_there_are_said(tmp_path: Path) -> 
     said = "config.json counts 1 MTP layer (num_nextn_predict_layers), the shards have none"
     for report in (planned(model).report, shardsurgeon.inspect(str(model))):
         (note,) = [note for note in report.notes if said in note]
-        assert "--mtp drop sets the count to 0" in note
+        assert "`apply --mtp drop` sets the count to 0" in note
     assert not [note for note in planned(model, mtp="drop").report.notes if said in note]
     out = pruned(model, mtp="drop")
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0

@@ -166,7 +166,7 @@ def build_header(
             "",
             f"the header of a shard of {len(tensors):,} tensors would be {len(text):,} bytes, "
             f"readers accept {HEADER.nbytes:,}",
-            "use a smaller --max-shard-size",
+            "`apply --max-shard-size` makes smaller ones",
         )
     return len(text).to_bytes(PREFIX_NBYTES, "little") + text
 
