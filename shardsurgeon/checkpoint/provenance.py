@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -131,13 +131,25 @@ class Provenance:
 
     @property
     def ratio(self) -> float:
-        """The ratio last asked for; where the last prune was not asked for by ratio, the fraction
-        of the original experts that has been removed."""
+        """The ratio last asked for; where the last prune was not asked for by ratio, or removed
+        another share than rounding gives, the fraction of the original experts that has been
+        removed."""
         last = self.steps[-1]
         records = self.layers.values()
         gone = sum(len(record.pruned) for record in records)
         original = sum(record.num_experts for record in records)
-        return last.ratio if last.selection == "ratio" else gone / original
+        is_true = last.selection == "ratio" and rounding_alone(last.ratio, self._last_removed())
+        return last.ratio if is_true else gone / original
+
+    def _last_removed(self) -> list[tuple[int, int]]:
+        """(experts before, experts removed) of layers in the last prune, as far as is known."""
+        last = self.steps[-1]
+        if self.is_uniform:
+            return [(last.num_experts_before, last.num_experts_before - last.num_experts_after)]
+        if len(self.steps) > 1:
+            return []
+        pruned = [record for record in self.layers.values() if record.policy != "keep"]
+        return [(record.num_experts, len(record.pruned)) for record in pruned]
 
     @property
     def is_uniform(self) -> bool:
@@ -191,6 +203,17 @@ class Provenance:
             groups = (range(g * size, (g + 1) * size) for g in range(self.n_group))
             fields["groups"] = [record.cut(ids) for ids in groups]
         return {**fields, "saliency": record.saliency}
+
+
+def rounding_alone(ratio: float, removed: Iterable[tuple[int, int]]) -> bool:
+    """Whether less than one expert lies between a ratio and what was removed, and not the
+    multiple that a router's groups or --multiple-of ask for.
+
+    removed: (experts before, experts removed) of every layer. On average over the layers, which
+    may share one budget; no layer tells of no difference.
+    """
+    apart = [gone - ratio * before for before, gone in removed]
+    return abs(sum(apart)) < max(len(apart), 1)
 
 
 def is_foreign(raw: bytes) -> bool:

@@ -21,7 +21,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.files import SOURCE_CARD_NAME
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity, Step
+from shardsurgeon.checkpoint.provenance import (
+    PROVENANCE_NAME,
+    Provenance,
+    SourceIdentity,
+    Step,
+    rounding_alone,
+)
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.card_data import Calibration, ModelFacts
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
@@ -88,7 +94,7 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
         "share": percent(pruned / experts_before),
         "counts": _counts(record),
         "sizes": _rows(_sizes(facts, experts_before, experts_before - pruned)),
-        "steps": _rows(map(_step, record.steps)),
+        "steps": _rows(_step(step, record.is_uniform) for step in record.steps),
         "notes": "\n".join(f"- {note}" for note in notes),
         "layers": "" if record.is_uniform else _layer_table(record),
         "use": _use(facts, placement),
@@ -176,11 +182,17 @@ def _rows(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
-def _step(step: Step) -> tuple[str, str, str, str]:
-    source = step.source
+def _step(step: Step, is_uniform: bool) -> tuple[str, str, str, str]:
+    """is_uniform: whether its counts are those of every layer."""
+    source, before = step.source, step.num_experts_before
+    removed = before - step.num_experts_after
+    # By a multiple of the router's groups, or the one asked for.
+    raised = is_uniform and not rounding_alone(step.ratio, [(before, removed)])
+    other = f" asked for, {percent(removed / before)} removed" if raised else ""
     at = f" at {_plain(source.revision[:12])}" if source.revision else ""
     how = {
-        "ratio": f"ratio {step.ratio:g}" + (f", rounded {step.rounding}" if step.rounding else ""),
+        "ratio": f"ratio {step.ratio:g}{other}"
+        + (f", rounded {step.rounding}" if step.rounding else ""),
         "keep": f"{step.num_experts_after} kept",
         "target-size": "the most that fit a size",
         "plan": "a keep-list",

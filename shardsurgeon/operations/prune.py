@@ -12,13 +12,14 @@ from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import files_read, open_model
+from shardsurgeon.checkpoint.provenance import rounding_alone
 from shardsurgeon.errors import OutputError, UsageError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.operations.recipe import Recipe
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_list_files import is_plan
-from shardsurgeon.pruning.keep_lists import KeepList, write_plan
+from shardsurgeon.pruning.keep_lists import write_plan
 from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.plan_model import facts_of
 from shardsurgeon.pruning.planner import (
@@ -142,7 +143,7 @@ def plan(
         drop_mtp=decision.drop_mtp,
         max_shard_nbytes=max_shard_nbytes,
     )
-    folder = place if place is not None else default_out(checkpoint, request, decision.keep)
+    folder = place if place is not None else default_out(checkpoint, decision)
     require_apart(checkpoint, folder)
     kept = None if recipe is None else partial(recipe.copy_for, checkpoint)
     plan = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes, kept)
@@ -209,7 +210,7 @@ def _selection_settings(pruning: Pruning) -> dict[str, object]:
     request, decision = pruning.request, pruning.decision
     return {
         "selection": request.selection,
-        "ratio": request.ratio,
+        "ratio": decision.ratio,
         "rounding": request.effective_rounding,
         "metric": decision.metric,
         "kept": decision.kept,
@@ -218,19 +219,21 @@ def _selection_settings(pruning: Pruning) -> dict[str, object]:
     }
 
 
-def default_out(checkpoint: Checkpoint, request: SelectionRequest, keep: KeepList) -> Path:
-    """`<model name>-REAP-65pct`, or `-REAP-134e` where no ratio was given.
+def default_out(checkpoint: Checkpoint, decision: Decision) -> Path:
+    """`<model name>-REAP-65pct`, or `-REAP-134e` where no ratio was asked for, by the request or
+    by its plan, or where more than rounding lies between it and what is removed.
 
     Where layers keep different numbers it is their mean, and `-nonuniform` follows. In the current
     folder; where that is the model itself, beside the model, because nothing is ever written into
     a source. Raises OutputError where that would be inside a Hub cache.
     """
-    counts = [len(layer.retained) for n, layer in keep.layers.items() if n not in keep.apart]
-    what = (
-        f"{round(sum(counts) / len(counts))}e"
-        if request.ratio is None
-        else f"{_percent(request.ratio)}pct"
-    )
+    keep, ratio = decision.keep, decision.ratio
+    layers = [layer for number, layer in keep.layers.items() if number not in keep.apart]
+    removed = [(layer.num_experts, len(layer.pruned)) for layer in layers]
+    if ratio is not None and rounding_alone(ratio, removed):
+        what = f"{_percent(ratio)}pct"
+    else:
+        what = f"{round(sum(len(layer.retained) for layer in layers) / len(layers))}e"
     what += "" if keep.is_uniform else "-nonuniform"
     name = f"{checkpoint.source.name}-REAP-{what}"
     folder = Path.cwd()

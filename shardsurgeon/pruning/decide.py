@@ -54,7 +54,8 @@ class Decision:
     layer → experts that no calibration token reached; uniform: the choice with as many experts
     in every layer, to compare a global allocation with; None without --allocate global, or
     where it would keep too few experts for those preserved; made_for: the model whose plan was
-    used and whose saliencies these are, where it is another one.
+    used and whose saliencies these are, where it is another one; ratio: the one asked for, by
+    the request or by the plan that it names.
     """
 
     keep: KeepList
@@ -65,6 +66,7 @@ class Decision:
     notes: tuple[str, ...]
     uniform: KeepList | None = None
     made_for: PlannedModel | None = None
+    ratio: float | None = None
 
     @property
     def kept(self) -> int:
@@ -142,7 +144,9 @@ def _from_scores(
     keep, policies = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
     notes = [counts.note, _ranked_by(scores), _unreached_kept(keep, values, never_routed)]
     said = tuple(filter(None, notes))
-    return Decision(keep, drop_mtp, metric, policies, never_routed, said, compared)
+    return Decision(
+        keep, drop_mtp, metric, policies, never_routed, said, compared, ratio=request.ratio
+    )
 
 
 def _require_measured(anatomy: Anatomy, scores: Scores, metric: str, values: Values) -> None:
@@ -253,7 +257,9 @@ def _from_file(
     keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
     other = other_model(listed.made_for, checkpoint, anatomy, listed.origin)
     notes = () if other is None else (_of_another_model(checkpoint, listed.origin, other),)
-    return Decision(keep, drop_mtp, None, {**policies, **others}, {}, notes, made_for=other)
+    policies |= others
+    ratio = listed.ratio
+    return Decision(keep, drop_mtp, None, policies, {}, notes, made_for=other, ratio=ratio)
 
 
 def _of_another_model(checkpoint: Checkpoint, origin: str, other: PlannedModel) -> str:

@@ -102,7 +102,7 @@ class _OwnFiles(ListReader):
         if not is_whole_number(count) or count > MAX_EXPERTS:
             raise self.fault(f"num_experts is {brief(count)}", "make the plan again")
         found = self._recorded(value, count, original_ids=False)
-        return replace(found, made_for=_made_for(value))
+        return replace(found, made_for=_made_for(value), ratio=_ratio(value))
 
     def metadata(self, value: Mapping[str, object]) -> KeepListFile:
         """The record of a prune, in the ids of the original."""
@@ -110,7 +110,7 @@ class _OwnFiles(ListReader):
         if not is_whole_number(count) or count > MAX_EXPERTS:
             raise self.fault(f"num_experts_before is {brief(count)}", "fetch the file again")
         found = self._recorded(value, count, original_ids=True)
-        return replace(found, made_for=_made_for(value))
+        return replace(found, made_for=_made_for(value), ratio=_ratio(value))
 
     def _recorded(
         self, value: Mapping[str, object], num_experts: int, original_ids: bool
@@ -177,3 +177,14 @@ def _made_for(value: Mapping[str, object]) -> PlannedModel | None:
     if not isinstance(name, str) or not isinstance(digest, str):
         return None
     return PlannedModel(name, digest, facts if isinstance(facts, dict) else {})
+
+
+def _ratio(value: Mapping[str, object]) -> float | None:
+    """The ratio that a plan.json, or the record of a single prune, says was asked for."""
+    said, steps = value.get("selection"), value.get("steps")
+    if isinstance(steps, list) and len(steps) == 1:
+        said = steps[0]
+    if not isinstance(said, dict) or said.get("selection") not in ("ratio", "plan"):
+        return None
+    ratio = as_number(said.get("ratio"))
+    return ratio if ratio is not None and 0 < ratio < 1 else None

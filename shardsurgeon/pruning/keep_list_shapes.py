@@ -52,7 +52,7 @@ class KeepListFile:
     preserved, saliency, per_layer: of the layers for which the file says them; per_layer: the
     layer's own number of experts before, at most num_experts. rows: the ids of the model's MoE
     layers in order, of a file that names no layers; then layers is empty. made_for: the model, of
-    a plan.json or of the record of a prune.
+    a plan.json or of the record of a prune; ratio: that these files say was asked for.
     """
 
     origin: str
@@ -66,6 +66,7 @@ class KeepListFile:
     per_layer: Mapping[Layer, int] = field(default_factory=dict)
     rows: tuple[Ids, ...] = ()
     made_for: PlannedModel | None = None
+    ratio: float | None = None
 
 
 class ListReader:
