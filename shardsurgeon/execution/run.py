@@ -36,7 +36,7 @@ from shardsurgeon.errors import (
     VerificationError,
 )
 from shardsurgeon.execution.checksums import shard_checksums
-from shardsurgeon.execution.journal import Run
+from shardsurgeon.execution.journal import JournalState, Run
 from shardsurgeon.execution.outputs import holds_result, output_sizes, require_distinct
 from shardsurgeon.execution.plan import OutputShard, Plan
 from shardsurgeon.execution.shards import ResumeState, ShardWriter, find_resume_state
@@ -48,8 +48,9 @@ from shardsurgeon.execution.upload import (
     ShardUploader,
     require_receipts,
 )
-from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir
+from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir, look_at_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
+from shardsurgeon.storage.files import free_space
 from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
@@ -125,20 +126,10 @@ def execute(
             before_delivery(out)
         return ExecutionReport(0, sum(sizes.values()), shards, shards, time.monotonic() - begun)
     with lock_workdir(out, system) as workdir, _blaming_the_source(source, planned, workdir):
-        if not destination:
-            workdir.require_one_mount()
-        if workdir.folds_case:
-            require_distinct(sizes)
-        for _, origin, sha256 in plan.score_files:
-            require_read(Path(origin), sha256, origin)
+        _require_place(plan, sizes, workdir, destination)
         with workdir.open_journal(_run(plan, source), restart) as journal:
-            require_unchanged(source, planned)
-            require_receipts(destination, journal.done, workdir)
-            found = find_resume_state(plan.shards, workdir, journal.done)
-            needed = _needed(sizes, found)
-            if destination:
-                needed = min(needed, budget - sum(found.whole.values()))
-            _require_space(needed, workdir)
+            found = _earlier_work(plan, source, workdir, journal.done, destination)
+            require_space(Space(_needed(sizes, found, destination, budget), workdir.space()), out)
             start = _start(plan, sizes, found)
             if plan.checksums and not destination:
                 read_back = sum(shard.nbytes for shard in plan.shards)
@@ -183,15 +174,80 @@ def _clear_leftovers(out: Path, run: Run, system: System) -> None:
             pass  # it has nothing that a run could go on with, and goes when it is let go of
 
 
-def _require_space(needed: int, workdir: WorkDir) -> None:
-    free = workdir.space()
-    if needed > free:
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Bytes of disk: that a run still needs, and that are free for it."""
+
+    needed: int
+    free: int
+
+
+def rehearse(
+    plan: Plan,
+    source: Source,
+    out: Path,
+    *,
+    restart: bool = False,
+    destination: ShardDestination | None = None,
+    disk_budget: int | None = None,
+    system: System | None = None,
+) -> Space:
+    """What `execute` would need of the disk. Writes nothing, and sends nothing.
+
+    Arguments and errors are those of `execute`, as far as it raises them before its first byte;
+    but for too little space, of which `require_space` tells.
+    """
+    system = system or default_system()
+    sizes = output_sizes(plan)
+    budget = sum(sizes.values()) if disk_budget is None else disk_budget
+    if destination:
+        require_budget(budget, sizes)
+    if not destination and holds_result(out, plan, sizes):
+        require_unchanged(source, plan.source_files)
+        return Space(0, free_space(out, system))
+    workdir = look_at_workdir(out, system)
+    _require_place(plan, sizes, workdir, destination)
+    record = workdir.earlier_work(_run(plan, source), restart)
+    done = record.done if record else JournalState()
+    found = _earlier_work(plan, source, workdir, done, destination)
+    needed = _needed(sizes, found, destination, budget)
+    return Space(needed, workdir.space(restart=restart))
+
+
+def require_space(space: Space, out: Path) -> None:
+    """Raise OutputWriteError where a run to `out` would not fit its disk."""
+    if space.needed > space.free:
         raise OutputWriteError(
-            workdir.out,
-            f"the disk is full: {format_size(needed)} ({needed:,} bytes) are needed, "
-            f"{format_size(free)} ({free:,} bytes) are free",
+            out,
+            f"the disk is too small: {format_size(space.needed)} ({space.needed:,} bytes) are "
+            f"needed, {format_size(space.free)} ({space.free:,} bytes) are free",
             "free some space or choose another -o",
         )
+
+
+def _require_place(
+    plan: Plan, sizes: dict[str, int], workdir: WorkDir, destination: ShardDestination | None
+) -> None:
+    """Raise where the folder cannot take the result, or a score file is no longer what it was."""
+    if not destination:
+        workdir.require_one_mount()
+    if workdir.folds_case:
+        require_distinct(sizes)
+    for _, origin, sha256 in plan.score_files:
+        require_read(Path(origin), sha256, origin)
+
+
+def _earlier_work(
+    plan: Plan,
+    source: Source,
+    workdir: WorkDir,
+    done: JournalState,
+    destination: ShardDestination | None,
+) -> ResumeState:
+    """What earlier runs have done. Raises where the source changed, or the destination differs."""
+    require_unchanged(source, plan.source_files)
+    require_receipts(destination, done, workdir)
+    return find_resume_state(plan.shards, workdir, done)
 
 
 def _run(plan: Plan, source: Source) -> Run:
@@ -213,9 +269,16 @@ def require_budget(budget: int, sizes: dict[str, int]) -> None:
         )
 
 
-def _needed(sizes: dict[str, int], found: ResumeState) -> int:
-    """Bytes still to be written. Shards written in part count whole: their disk is counted free."""
-    return sum(sizes.values()) - sum(found.whole.values()) - sum(found.sent.values())
+def _needed(
+    sizes: dict[str, int], found: ResumeState, destination: ShardDestination | None, budget: int
+) -> int:
+    """Bytes of disk still needed. Shards written in part count whole: their disk is counted free.
+
+    budget: bytes of shards that may be here at a time, on their way to a destination.
+    """
+    whole = sum(found.whole.values())
+    left = sum(sizes.values()) - whole - sum(found.sent.values())
+    return min(left, budget - whole) if destination else left
 
 
 def _start(plan: Plan, sizes: dict[str, int], found: ResumeState) -> Progress:

@@ -15,6 +15,7 @@ or an all but empty folder says which run the place belongs to.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -132,18 +133,24 @@ class WorkDir:
         restart: throw away what an earlier run left, whatever run it was. Raises OutputError if
         the folder belongs to another run, or the journal cannot be read.
         """
-        record: JournalFile | None = None
+        record = self.earlier_work(run, restart)
         if restart:
             _remove_tree(self.files)
-        else:
-            record = read_journal(self.journal)
-            if record:
-                require_same(record.run, run, self.folder)
         _remove_tree(self.writing, record.done.parts if record else ())
         self._journal = Journal(self.journal, run, record, self.system)
         make_folder(self.files, self.system)
         make_folder(self.writing, self.system)
         return self._journal
+
+    def earlier_work(self, run: Run, restart: bool) -> JournalFile | None:
+        """The journal that `run` would go on with, None for none; reads only.
+
+        Raises what `open_journal` raises of what it finds.
+        """
+        record = None if restart else read_journal(self.journal)
+        if record:
+            require_same(record.run, run, self.folder)
+        return record
 
     @property
     def is_ours(self) -> bool:
@@ -152,8 +159,10 @@ class WorkDir:
 
     @property
     def folds_case(self) -> bool:
-        """Whether a name in another case is the same file there; to be asked while it is locked."""
-        return (self.folder / _LOCK.swapcase()).exists()
+        """Whether a name in another case is the same file there, or where the folder will be."""
+        place = _nearest(self.folder / _LOCK)
+        twin = place.with_name(place.name.swapcase()) if place.name else place
+        return twin.name != place.name and twin.exists() and twin.samefile(place)
 
     def has(self, name: str, nbytes: int, begins: bytes) -> bool:
         """Whether the file is finished, has that size, and begins with those bytes."""
@@ -172,9 +181,13 @@ class WorkDir:
             status = path.stat()
             return status.st_size == nbytes and status.st_nlink <= 1
 
-    def space(self) -> int:
-        """Free bytes on the disk, plus those that unfinished files of an earlier run take."""
-        return free_space(self.folder, self.system) + _held(self.writing)
+    def space(self, *, restart: bool = False) -> int:
+        """Free bytes on the disk, plus those that unfinished files of an earlier run take.
+
+        restart: as if its finished ones had been thrown away too.
+        """
+        held = _held(self.writing) + (_held(self.files) if restart else 0)
+        return free_space(self.folder, self.system) + held
 
     def begin_file(self, name: str) -> Path:
         """The path under which to write a file until it is whole; its folder is made."""
@@ -271,6 +284,41 @@ def lock_workdir(out: Path, system: System, *, may_exist: bool = False) -> Itera
         _release_lock(workdir, lock)
 
 
+def look_at_workdir(out: Path, system: System) -> WorkDir:
+    """OUT.partial as a run would find it; nothing is made or removed.
+
+    Raises what `lock_workdir` raises, and OutputWriteError where the folder could not be made.
+    """
+    workdir = WorkDir(out, system)
+    workdir.require_free_name()
+    workdir.require_ours()
+    with writing(workdir.folder):
+        place = _nearest(workdir.folder)
+        for path in {place, place / _LOCK}:
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        if (workdir.folder / _LOCK).is_file():
+            with FileIO(workdir.folder / _LOCK, "r+") as lock:
+                if not system.lock(lock):
+                    raise _in_use(workdir)
+    return workdir
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    path = Path(os.path.abspath(path))
+    while not path.exists() and path.parent != path:
+        path = path.parent
+    return path
+
+
+def _in_use(workdir: WorkDir) -> OutputError:
+    problem = "is in use: another run writes there now"
+    return OutputError(workdir.folder, problem, "wait for it, or choose another -o")
+
+
 def _take_lock(workdir: WorkDir, system: System) -> FileIO:
     path = workdir.folder / _LOCK
     make_folder(workdir.folder.parent, system)
@@ -291,11 +339,7 @@ def _take_lock(workdir: WorkDir, system: System) -> FileIO:
                 raise
             lock.close()
         if not held:
-            raise OutputError(
-                workdir.folder,
-                "is in use: another run writes there now",
-                "wait for it, or choose another -o",
-            )
+            raise _in_use(workdir)
 
 
 def _is_file(path: Path, lock: FileIO) -> bool:

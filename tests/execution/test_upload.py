@@ -154,7 +154,7 @@ def test_a_disk_as_small_as_the_budget_is_enough(
 ) -> None:
     budget = len(job.expected[TWO]) + 100
     short = replace(portable(), free_space=lambda folder: budget - 1)
-    with pytest.raises(OutputWriteError, match="the disk is full"):
+    with pytest.raises(OutputWriteError, match="the disk is too small"):
         execute(
             job.plan, job.source, out, destination=destination, disk_budget=budget, system=short
         )
@@ -439,7 +439,7 @@ def test_shards_that_are_finished_already_have_their_part_of_the_budget(
             system=disk_of(free),
         )
 
-    with pytest.raises(OutputWriteError, match=r"the disk is full: .*\(500 bytes\) are needed"):
+    with pytest.raises(OutputWriteError, match=r"the disk is too small: .*\(500 bytes\) are needed"):
         send(499)
     send(500)
     assert destination.content() == job.expected

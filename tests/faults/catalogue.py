@@ -193,7 +193,7 @@ def full_disk(bench: Bench, tries: int, numbers: random.Random) -> Iterator[Ende
             _remount(bench.place, f"size={int(nbytes * numbers.uniform(0.05, 0.45))}")
             fault = {"ample": number % 3 > 0, "portable": number % 3 == 2}
             ended = bench.run(fault=fault)
-            says = "the disk is full: .* are free;" if number % 3 == 0 else "No space left"
+            says = "the disk is too small: .* are free;" if number % 3 == 0 else "No space left"
             bench.require_told(ended, {1}, says)
             bench.require_no_out(ended)
             bench.require_source(ended)
