@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any, TypeVar, cast
 
@@ -17,7 +19,7 @@ from shardsurgeon.pruning.request import (
     Rounding,
     SelectionRequest,
 )
-from shardsurgeon.units import parse_size
+from shardsurgeon.units import parse_ratios, parse_size, percent
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The ways to name an output, of every command that writes one.
@@ -206,21 +208,23 @@ def at_least(smallest: int) -> Callable[[click.Context, click.Parameter, int | N
     return check
 
 
-def ratios(example: str) -> Callable[[click.Context, click.Parameter, Any], tuple[float, ...]]:
-    """A callback that turns `0.25,0.5` into numbers, and no text into none.
+def ratios(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[float, ...]:
+    """A callback that turns `0.25,50%` into numbers, and no text into none."""
+    return () if text is None else parse_ratios(text, parameter.opts[0])
 
-    example: the remedy where they are not numbers.
-    """
 
-    def parse(
-        context: click.Context, parameter: click.Parameter, text: str | None
-    ) -> tuple[float, ...]:
-        try:
-            return () if text is None else tuple(float(part) for part in text.split(","))
-        except ValueError:
-            raise UsageError("--ratio", f"'{text}' is not a number", example) from None
-
-    return parse
+def _kept(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """A callback that turns `72` into a number of experts, and knows a share where it sees one."""
+    if text is None or re.fullmatch(r"\s*[+-]?\d{1,9}\s*", text, re.ASCII):
+        return None if text is None else int(text)
+    problem, how = f"'{text}' is not a number of experts", "write it like 72"
+    with suppress(UsageError):
+        share, *more = parse_ratios(text)
+        meant = f"did you mean --ratio {1 - share:.6g}, which keeps {percent(share)} of them?"
+        how = how if more else meant
+    raise UsageError(parameter.opts[0], problem, how)
 
 
 def size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
@@ -256,11 +260,11 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         "--ratio",
         "-r",
         metavar="R",
-        callback=ratios("write it like 0.65"),
-        help="Remove this fraction of the experts of every MoE layer, 0 < R < 1.",
+        callback=ratios,
+        help="Remove this fraction of the experts of every MoE layer: 0.65 or 65%.",
     ),
     "keep": click.option(
-        "--keep", metavar="N", type=int, help="Keep this many experts in every MoE layer."
+        "--keep", metavar="N", callback=_kept, help="Keep this many experts in every MoE layer."
     ),
     "target_size": click.option(
         "--target-size",

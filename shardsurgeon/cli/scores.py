@@ -165,7 +165,7 @@ def _cuts(report: ScoresReport) -> Iterator[str]:
     metavar="R[,R...]",
     default="0.25,0.5",
     show_default=True,
-    callback=ratios("write it like 0.25,0.5"),
+    callback=ratios,
     help="Compare what is kept when this fraction of the experts is removed.",
 )
 @click.option(

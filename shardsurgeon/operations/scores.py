@@ -48,6 +48,7 @@ from shardsurgeon.scores.router_norms import RouterNorm, random_scores, router_s
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.scores.weight_norms import weight_norms
 from shardsurgeon.storage.files import Output
+from shardsurgeon.units import require_ratios
 
 _Item = TypeVar("_Item")
 Path = str | os.PathLike[str]
@@ -182,9 +183,7 @@ def compare_scores(
     one for each, none for the one that `plan` would take. Raises ScoreError where the files have no
     layer in common or different numbers of experts in one.
     """
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise UsageError("--ratio", f"{ratio} is not between 0 and 1")
+    require_ratios(ratios)
     if len(metrics) > 2:
         raise UsageError("--metric", f"{len(metrics)} metrics for two files", "give one or two")
     wanted = (metrics[0], metrics[-1]) if metrics else (None, None)

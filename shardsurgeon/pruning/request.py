@@ -11,6 +11,7 @@ from enum import StrEnum
 from os import PathLike
 
 from shardsurgeon.errors import UsageError
+from shardsurgeon.units import require_ratios
 
 
 class Rounding(StrEnum):
@@ -119,11 +120,8 @@ class SelectionRequest:
             raise UsageError("selection", problem, "give one of them")
 
     def _check_values(self) -> None:
-        # Written so that NaN, which compares false with everything, is refused too.
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            problem = f"{self.ratio} is not between 0 and 1"
-            remedy = "give the fraction of the experts to remove, such as 0.5"
-            raise UsageError("--ratio", problem, remedy)
+        if self.ratio is not None:
+            require_ratios((self.ratio,))
         for option, value in (
             ("--keep", self.keep),
             ("--target-size", self.target_size),

@@ -70,7 +70,7 @@ def test_with_json_an_error_prints_nothing_on_stdout(run: Run, fake: FakeOperati
         (("--verbose",), "--verbose"),
         (("apply", "--ration", "0.5"), "--ration"),
         (("apply", "a.pt", "b.pt", "--ratio", "0.5"), "b.pt"),
-        (("apply", "--keep", "many"), "'many'"),
+        (("apply", "--workers", "many"), "'many'"),
         (("apply", "--rounding", "up"), "'floor', 'nearest', 'ceil'"),
         (("verify", "only-one"), "PRUNED"),
         (("apply", "scores.pt", "--ratio"), "--ratio"),
