@@ -123,9 +123,16 @@ class Anatomy:
         return "stacked" if 2 * stacked > len(self.layers) else "per-expert"
 
     @property
-    def expert_nbytes(self) -> int:
-        """Bytes of the largest expert of any layer."""
-        return max(max(layer.expert_nbytes) for layer in self.layers)
+    def expert_nbytes(self) -> tuple[int, int]:
+        """Bytes of the smallest and of the largest expert of any layer."""
+        sizes = [nbytes for layer in self.layers for nbytes in layer.expert_nbytes]
+        return min(sizes), max(sizes)
+
+    @property
+    def expert_nbytes_over_layers(self) -> tuple[int, int]:
+        """Bytes of one expert of every layer, of the smallest ones and of the largest ones."""
+        sizes = [layer.expert_nbytes for layer in self.layers]
+        return sum(map(min, sizes)), sum(map(max, sizes))
 
     def role(self, record: TensorRecord) -> Role:
         """What removing experts does to a tensor. Raises FamilyError where no rule claims it."""

@@ -56,8 +56,10 @@ def _lines(report: InspectReport) -> Iterator[str]:
 
 def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     layers = f"{len(report.moe_layers)} ({number_ranges(report.moe_layers)})"
-    every = len(report.moe_layers) + len(report.mtp_layers)
-    expert = format_size(report.expert_size)
+    expert = _size_range(report.smallest_expert_size, report.expert_size)
+    over_layers = _size_range(
+        report.smallest_expert_size_over_layers, report.expert_size_over_layers
+    )
     yield "architecture", ", ".join(report.architectures) or "not named"
     yield "family", report.family
     yield "layers", str(report.num_hidden_layers)
@@ -72,10 +74,7 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     yield "tensor data", format_size(report.total_size)
     if report.total_parameters is not None:
         yield "parameters", parameters(report.total_parameters)
-    yield (
-        "one expert",
-        f"{expert} in a layer, {format_size(every * report.expert_size)} over all layers",
-    )
+    yield "one expert", f"{expert} in a layer, {over_layers} over all layers"
 
 
 def _experts(report: InspectReport) -> str:
@@ -84,6 +83,11 @@ def _experts(report: InspectReport) -> str:
         return str(report.num_experts)
     counts = report.num_experts_per_layer.values()
     return f"{min(counts)} to {max(counts)}"
+
+
+def _size_range(smallest: int, largest: int) -> str:
+    """`25.1 MB`, or `8.2 MB to 25.1 MB` where they differ as they are written."""
+    return " to ".join(dict.fromkeys((format_size(smallest), format_size(largest))))
 
 
 def _sizes(report: InspectReport) -> Iterator[tuple[str, str, str]]:

@@ -18,6 +18,7 @@ from shardsurgeon.pruning.routing import main_facts, routing_facts
 from shardsurgeon.pruning.selection import mtp_counts
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.limits import CONFIG
+from shardsurgeon.units import number_ranges
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
 
@@ -37,6 +38,8 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
     checkpoint = open_model(model, family, follow_links=True)
     anatomy = read_anatomy(checkpoint)
     config = checkpoint.settings
+    smallest, largest = anatomy.expert_nbytes
+    least, most = anatomy.expert_nbytes_over_layers
     records = (record for shard in checkpoint.shards for record in shard.header.tensors)
     return InspectReport(
         name=checkpoint.source.name,
@@ -56,9 +59,12 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
         tensors=checkpoint.num_tensors,
         total_size=checkpoint.total_size,
         total_parameters=count_parameters(records, config),
-        expert_size=anatomy.expert_nbytes,
+        expert_size=largest,
+        smallest_expert_size=smallest,
+        expert_size_over_layers=most,
+        smallest_expert_size_over_layers=least,
         sizes_at=_sizes_at(anatomy),
-        notes=(*checkpoint.notes, *absent_mtp_notes(anatomy)),
+        notes=(*checkpoint.notes, *absent_mtp_notes(anatomy), *_differing(anatomy)),
         incomplete_experts={n: tuple(sorted(found)) for n, found in anatomy.incomplete.items()}
         or None,
         num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,
@@ -88,6 +94,15 @@ def _sizes_at(anatomy: Anatomy) -> dict[str, int]:
         mtp = mtp_counts(anatomy, routing_facts(anatomy), kept)
         sizes[str(ratio)] = anatomy.total_nbytes({**kept, **mtp})
     return sizes
+
+
+def _differing(anatomy: Anatomy) -> list[str]:
+    """What a user must know of the sizes left where the experts of a layer differ in size."""
+    layers = [layer.index for layer in anatomy.layers if len(set(layer.expert_nbytes)) > 1]
+    if not layers:
+        return []
+    differ = f"experts of layer {number_ranges(layers)} differ in size"
+    return [f"{differ}: the tensor data left is at most this, `plan` says how much it is"]
 
 
 def _alike(anatomy: Anatomy) -> bool:

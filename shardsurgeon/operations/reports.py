@@ -13,8 +13,10 @@ from shardsurgeon.verification.findings import VerifyReport
 class InspectReport:
     """What a model is made of. Sizes in bytes.
 
-    total_size: tensor data of the whole model; expert_size: one expert of one layer;
-    sizes_at: ratio removed (as text) → tensor data that would stay. num_experts: of the largest
+    total_size: tensor data of the whole model; expert_size, smallest_expert_size: the largest and
+    the smallest expert of any layer; expert_size_over_layers, smallest_expert_size_over_layers: one
+    expert of every layer, the largest and the smallest of each; sizes_at: ratio removed (as text) →
+    tensor data that would stay, at most. num_experts: of the largest
     layers; num_experts_per_layer: MoE layer → its experts, where they differ. incomplete_experts:
     layer → experts that lack a tensor which others have, where there are any.
 
@@ -41,6 +43,9 @@ class InspectReport:
     total_size: int
     total_parameters: int | None
     expert_size: int
+    smallest_expert_size: int
+    expert_size_over_layers: int
+    smallest_expert_size_over_layers: int
     sizes_at: dict[str, int]
     notes: tuple[str, ...]
     num_experts_per_layer: dict[int, int] | None = None

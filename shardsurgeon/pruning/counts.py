@@ -255,7 +255,9 @@ def _largest_fitting(
     message what the first of them is."""
     fitting = bisect_right(counts, limit, key=size_of)
     if fitting == 0:
-        least = f"the smallest checkpoint possible{smallest} has {_size(size_of(counts[0]))}"
+        least = (
+            f"the smallest checkpoint possible{smallest} takes up to {_size(size_of(counts[0]))}"
+        )
         problem = f"{least}, the target is {_size(limit)}"
         raise UsageError("--target-size", problem, "give a larger size")
     return counts[fitting - 1]

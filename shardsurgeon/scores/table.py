@@ -88,13 +88,16 @@ class Scores:
         """One metric of every layer, and its name.
 
         metric: its name, which the file must have; None means the default: `reap`, else the
-        saliency of a table without names, else the only metric the file has. Raises
-        ScoreError, listing the metrics there are.
+        saliency of a table without names, else the only metric the file has. To ask for `reap`
+        in a file that names no metric is to ask for the default. Raises ScoreError, listing the
+        metrics there are.
         """
         if self.rows:
             raise ScoreError(
                 self.origin, "its 2-D table does not say which layer a row is", "give the model"
             )
+        if metric == _PREFERRED[0] and self.metrics == (UNNAMED,):
+            metric = None
         name = self._default_metric() if metric is None else metric
         lacking = [layer for layer, metrics in self.layers.items() if name not in metrics]
         if lacking:

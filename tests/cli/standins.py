@@ -45,6 +45,9 @@ INSPECTED = InspectReport(
     total_size=594_100_000_000,
     total_parameters=1_026_400_000_000,
     expert_size=25_100_000,
+    smallest_expert_size=25_100_000,
+    expert_size_over_layers=1_506_000_000,
+    smallest_expert_size_over_layers=1_506_000_000,
     sizes_at={"0.25": 448_000_000_000, "0.5": 302_000_000_000},
     notes=(),
 )

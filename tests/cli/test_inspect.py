@@ -58,6 +58,17 @@ def test_groups_and_notes_are_told_where_there_are_any(run: Run, fake: FakeOpera
     assert lines[-1] == "  note          x.bin is left out"
 
 
+def test_smallest_and_largest_are_told_where_experts_differ_in_size(
+    run: Run, fake: FakeOperations
+) -> None:
+    sizes = {"smallest_expert_size": 8_200_000, "expert_size_over_layers": 508_900_000}
+    fake.inspect = replace(INSPECTED, **sizes, smallest_expert_size_over_layers=508_900_000)
+    assert (
+        "  one expert    8.2 MB to 25.1 MB in a layer, 508.9 MB over all layers"
+        in run("inspect").stdout.splitlines()
+    )
+
+
 def test_what_is_unknown_is_not_made_up(run: Run, fake: FakeOperations) -> None:
     fake.inspect = replace(
         INSPECTED, model_type=None, architectures=(), total_parameters=None, sizes_at={}

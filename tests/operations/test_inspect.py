@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import shardsurgeon
+from shardsurgeon.cli.main import main
 from shardsurgeon.errors import ConfigError
+from tests.support import tiny
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "qwen3_moe"
 
@@ -35,6 +37,51 @@ def test_what_the_config_says_goes_before_a_side_file(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
     (model / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
     assert shardsurgeon.inspect(str(model)).quantization == "fp8"
+
+
+def narrowed(layer: int, *experts: int) -> tiny.Tensors:
+    """The tiny model with some experts of a layer in half precision."""
+    weights = tiny.tensors()
+    for expert in experts:
+        for part in ("up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+            weights[name] = weights[name].astype("f2")
+    return weights
+
+
+# Two matrices of 4 x 6 numbers, and an expert's rows of the router and its bias, all F32.
+WIDE, NARROW = 2 * 24 * 4 + 6 * 4 + 4, 2 * 24 * 2 + 6 * 4 + 4
+
+
+def saved(weights: tiny.Tensors, folder: Path) -> str:
+    folder.mkdir()
+    for name, content in tiny.files(tiny.config(), weights).items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def test_one_expert_over_the_layers_is_added_up_layer_by_layer(tmp_path: Path) -> None:
+    report = shardsurgeon.inspect(saved(narrowed(1, *range(8)), tmp_path / "m"))
+    assert (report.smallest_expert_size, report.expert_size) == (NARROW, WIDE)
+    assert report.expert_size_over_layers == NARROW + 2 * WIDE
+    assert report.smallest_expert_size_over_layers == NARROW + 2 * WIDE
+    assert not any("differ in size" in note for note in report.notes)
+
+
+def test_where_experts_of_a_layer_differ_sizes_are_said_to_be_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved(narrowed(2, 3, 5), tmp_path / "m")
+    report = shardsurgeon.inspect(model)
+    assert report.expert_size_over_layers == 3 * WIDE
+    assert report.smallest_expert_size_over_layers == 2 * WIDE + NARROW
+    (note,) = (note for note in report.notes if "differ in size" in note)
+    assert note.startswith("experts of layer 2 differ in size: the tensor data left is at most")
+    # What stays of the wide ones is the most that can stay.
+    assert report.sizes_at["0.5"] == report.total_size - 3 * 4 * WIDE + 2 * (WIDE - NARROW)
+    assert main(["inspect", model]) == 0
+    line = f"one expert    {NARROW} B to {WIDE} B in a layer, {2 * WIDE + NARROW} B to {3 * WIDE} B"
+    assert line in capsys.readouterr().out
 
 
 def test_a_broken_side_file_is_named(model: Path) -> None:

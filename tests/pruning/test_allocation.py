@@ -116,7 +116,7 @@ def test_the_largest_budget_within_a_size_is_taken() -> None:
     assert allocation.largest_fitting(size, 179, 8) == {0: 2, 1: 2}
     assert allocation.largest_fitting(size, 180, 8) == {0: 2, 1: 3}
     assert allocation.largest_fitting(size, 500, 3) == {0: 2, 1: 1}
-    with pytest.raises(UsageError, match="the smallest checkpoint possible has 130 B"):
+    with pytest.raises(UsageError, match="the smallest checkpoint possible takes up to 130 B"):
         allocation.largest_fitting(size, 129, 8)
 
 

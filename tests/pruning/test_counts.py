@@ -24,8 +24,8 @@ KIMI = RoutingFacts(384, 8)
         ({}, "nothing says how many"),
         ({"ratio": 0.5, "keep": 10}, "2 selections at once (--ratio, --keep)"),
         ({"target_size": 5, "plan_file": "plan.json"}, "(--target-size, --plan)"),
-        ({"ratio": 0.0}, "0.0 is not between 0 and 1"),
-        ({"ratio": 1.0}, "1.0 is not between 0 and 1"),
+        ({"ratio": 0.0}, "0 is not between 0 and 1"),
+        ({"ratio": 1.0}, "1 is not between 0 and 1"),
         ({"ratio": -0.5}, "-0.5 is not between 0 and 1"),
         ({"ratio": math.nan}, "nan is not between 0 and 1"),
         ({"ratio": math.inf}, "inf is not between 0 and 1"),
@@ -190,7 +190,10 @@ def test_the_count_of_a_target_size_is_raised_to_whole_groups_and_the_report_say
     ("limit", "says"),
     [
         (4840, "nothing needs pruning: the checkpoint has 4.8 kB (4,840 bytes), the target"),
-        (1079, "with 8 experts kept, has 1.1 kB (1,080 bytes), the target is 1.1 kB (1,079"),
+        (
+            1079,
+            "with 8 experts kept, takes up to 1.1 kB (1,080 bytes), the target is 1.1 kB (1,079",
+        ),
     ],
 )
 def test_a_target_size_that_cannot_be_met_is_refused(limit: int, says: str) -> None:

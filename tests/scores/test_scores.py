@@ -359,8 +359,16 @@ class TestSelect:
 
     def test_an_asked_for_metric_must_be_there(self) -> None:
         assert self.scores("ean_sum", "reap").select("ean_sum")[0] == "ean_sum"
-        with pytest.raises(ScoreError, match=r"no metric 'reap'; choose with --metric: saliency$"):
-            self.scores("saliency").select("reap")
+        with pytest.raises(ScoreError, match=r"no metric 'reap'; choose with --metric: ean_sum$"):
+            self.scores("ean_sum").select("reap")
+        with pytest.raises(ScoreError, match=r"no metric 'ean_sum'; .*--metric: saliency$"):
+            self.scores("saliency").select("ean_sum")
+
+    def test_the_default_may_be_asked_for_where_no_metric_is_named(self) -> None:
+        assert self.scores("saliency").select("reap")[0] == "saliency"
+        assert self.scores("saliency", "reap").select("reap")[0] == "reap"
+        with pytest.raises(ScoreError, match="no metric 'reap'"):
+            self.scores("saliency", "ean_sum").select("reap")
 
     def test_a_choice_between_others_is_left_to_the_user(self) -> None:
         with pytest.raises(ScoreError, match=r"--metric: ean_mean, ean_sum$"):
