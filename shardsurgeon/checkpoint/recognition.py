@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from shardsurgeon.checkpoint.files import (
     CALIBRATION_FOLDER,
@@ -24,7 +25,7 @@ PLAN, SCORES = "plan", "scores"
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # Plans and scores show what they are within so many bytes.
-_HEAD_NBYTES = 4096
+HEAD_NBYTES = 4096
 _HEADS_AT_ONCE = 8
 
 # Files that every model has, and shards, are not looked into.
@@ -140,9 +141,27 @@ def recognised(name: str, head: bytes) -> str | None:
     return SCORES if is_scores else None
 
 
+def kind_of(path: Path) -> str | None:
+    """`plan` or `scores` for a file on this machine, whatever it is called; None for any other
+    file, a pipe, and what cannot be read."""
+    name = path.name
+    if not name.lower().endswith(_MAY_BE_EITHER) or is_well_known(name) or not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            return recognised(name, file.read(HEAD_NBYTES))
+    except OSError:
+        return None
+
+
+def is_well_known(name: str) -> bool:
+    """Whether a file is called as those that models have: a config, a tokenizer, a shard, …"""
+    return _WELL_KNOWN.fullmatch(name) is not None
+
+
 def _kinds(source: Source, files: Sequence[SourceFile]) -> list[str | None]:
     def kind(file: SourceFile) -> str | None:
-        return recognised(file.name, source.read(file.name, 0, min(file.nbytes, _HEAD_NBYTES)))
+        return recognised(file.name, source.read(file.name, 0, min(file.nbytes, HEAD_NBYTES)))
 
     if not source.is_remote:
         return [kind(file) for file in files]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
+from shardsurgeon.cli.output import as_typed
 from shardsurgeon.errors import UsageError
 from shardsurgeon.pruning.request import (
+    SELECTION,
     Allocation,
     Lists,
     MtpPolicy,
@@ -36,7 +40,26 @@ def selection_options(command: Command) -> Command:
     def requests(ratio: tuple[float, ...], **others: Any) -> tuple[SelectionRequest, ...]:
         return tuple(SelectionRequest(ratio=value, **others) for value in ratio or (None,))
 
-    return _gathered(command, _SELECTION, "requests", requests)
+    gathered = _gathered(command, _SELECTION, "requests", requests)
+
+    @functools.wraps(gathered)
+    def with_hint(*args: Any, **given: Any) -> Any:
+        try:
+            return gathered(*args, **given)
+        except UsageError as error:
+            if error.where == SELECTION:
+                _refuse_keep_list(given.get("scores"))
+            raise
+
+    return cast(Command, with_hint)
+
+
+def _refuse_keep_list(scores: str | None) -> None:
+    """Raise UsageError where the file of scores is a keep-list, which says how many to keep."""
+    from shardsurgeon.checkpoint.recognition import PLAN, kind_of
+
+    if scores is not None and kind_of(Path(scores)) == PLAN:
+        raise UsageError(scores, "is a keep-list, not scores", "give it with --plan")
 
 
 def push_options(command: Command) -> Command:
@@ -165,7 +188,24 @@ def links_option(command: Command) -> Command:
 
 def scores_argument(command: Command) -> Command:
     """Add the optional positional SCORES."""
-    return click.argument("scores", required=False)(command)
+    return click.argument(
+        "scores", metavar="[SCORES]", nargs=-1, required=False, callback=_one_file
+    )(command)
+
+
+def _one_file(
+    context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
+) -> str | None:
+    """A callback that takes one word, and knows a model where it sees one beside it."""
+    if len(words) < 2:
+        return words[0] if words else None
+    folders = [word for word in words if os.path.isdir(word)]
+    others = [word for word in words if not os.path.isfile(word)]
+    if len(words) == 2 and len(folders or others) == 1:
+        (model,) = folders or others
+        problem = "is a second argument beside SCORES"
+        raise UsageError(model, problem, f"did you mean --model {as_typed(model)}?")
+    raise click.UsageError(f"Got unexpected extra argument ({' '.join(words[1:])})", context)
 
 
 class InOrder(click.Group):

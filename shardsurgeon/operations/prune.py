@@ -13,7 +13,9 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.checkpoint.provenance import rounding_alone
-from shardsurgeon.errors import OutputError, UsageError
+from shardsurgeon.checkpoint.recognition import PLAN, SCORES
+from shardsurgeon.checkpoint.wrong_files import files_of, is_model, require_file
+from shardsurgeon.errors import KeepListError, OutputError, ScoreError, UsageError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.operations.recipe import Recipe
@@ -119,6 +121,7 @@ def plan(
     not fit.
     """
     place = None if out is None else output_path(out)
+    _require_files(model, scores, request.plan_file)
     if isinstance(model, Checkpoint):
         if family is not None or follow_links:
             problem = "is for a model that is still to be opened"
@@ -192,6 +195,24 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
 def complete(out: str) -> str:
     """The note of an interrupted command whose result is already written."""
     return f"{out} is complete"
+
+
+def _require_files(
+    model: str | os.PathLike[str] | Checkpoint | None,
+    scores: str | os.PathLike[str] | Scores | None,
+    plan_file: str | os.PathLike[str] | None,
+) -> None:
+    """Raise ScoreError or KeepListError for a file that is not there, before the model is read."""
+    folder = "." if model is None else None if isinstance(model, Checkpoint) else model
+    if plan_file is not None:
+        require_file(plan_file, PLAN, KeepListError, folder)
+    elif isinstance(scores, str | os.PathLike):
+        if os.path.isdir(scores) and is_model(scores):
+            problem = "is a model's folder, and SCORES is a file"
+            found = files_of(SCORES, scores)
+            remedy = f"give it with --model, and {found[0] if found else 'a score file'} as SCORES"
+            raise ScoreError(scores, problem, remedy)
+        require_file(scores, SCORES, ScoreError, folder)
 
 
 def _digests(*files: object) -> dict[Path, str]:

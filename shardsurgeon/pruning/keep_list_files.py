@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 
 from shardsurgeon.checkpoint.layer_names import Layer
+from shardsurgeon.checkpoint.recognition import HEAD_NBYTES, SCORES, recognised
 from shardsurgeon.errors import KeepListError
 from shardsurgeon.pruning.keep_list_shapes import (
     Ids,
@@ -30,6 +32,9 @@ from shardsurgeon.storage.limits import KEEP_LIST, MAX_EXPERTS, read_limited
 PLAN_KIND = "shardsurgeon-plan"
 PLAN_FORMAT = 1
 
+# What scores have in them, and lists of experts, ranked or not, have not.
+_FRACTION = re.compile(rb"\d\.\d")
+
 
 def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> KeepListFile:
     """Read a keep-list file: JSON or JSON lines of any accepted shape.
@@ -39,6 +44,18 @@ def read_keeplist(path: str | PathLike[str], meaning: Meaning | None = None) -> 
     """
     where = str(path)
     raw = _read(path)
+    try:
+        return _parsed(raw, where, meaning)
+    except KeepListError as error:
+        head = raw[:HEAD_NBYTES]
+        if recognised(where, head) != SCORES or (head.isascii() and not _FRACTION.search(head)):
+            raise
+        problem = "holds scores, not lists of the experts to keep"
+        remedy = "give it as SCORES, and say how many with --ratio"
+        raise KeepListError(where, problem, remedy) from error
+
+
+def _parsed(raw: bytes, where: str, meaning: Meaning | None) -> KeepListFile:
     remedy = "save it again as JSON"
     value = read_records(raw, where, "the keep-list", KeepListError, remedy, KEEP_LIST)
     if isinstance(value, dict) and layer_of(value) is not None:

@@ -13,6 +13,9 @@ from os import PathLike
 from shardsurgeon.errors import UsageError
 from shardsurgeon.units import require_ratios
 
+# What an error is about that says how many selections there are.
+SELECTION = "selection"
+
 
 class Rounding(StrEnum):
     """How ratio × experts becomes the number of experts removed."""
@@ -114,10 +117,10 @@ class SelectionRequest:
         given = self._given()
         if not given:
             remedy = "give one of --ratio, --keep, --target-size, --plan"
-            raise UsageError("selection", "nothing says how many experts to keep", remedy)
+            raise UsageError(SELECTION, "nothing says how many experts to keep", remedy)
         if len(given) > 1:
             problem = f"{len(given)} selections at once ({', '.join(given)})"
-            raise UsageError("selection", problem, "give one of them")
+            raise UsageError(SELECTION, problem, "give one of them")
 
     def _check_values(self) -> None:
         if self.ratio is not None:

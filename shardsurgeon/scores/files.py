@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.layer_names import Layer
+from shardsurgeon.checkpoint.recognition import SCORES, is_well_known
+from shardsurgeon.checkpoint.wrong_files import require_file
 from shardsurgeon.errors import HeaderError, ScoreError, ShardSurgeonError, UsageError
 from shardsurgeon.scores.shapes import flat_metric, read_tables, small_facts
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, UNNAMED, Fact, Scores
@@ -96,8 +98,14 @@ def read_scores(path: str | PathLike[str]) -> Scores:
     (('ean_mean', 'ean_sum', 'expert_frequency'), {'total_tokens': 4096})
     """
     where = str(path)
-    value, notes = read_value(path)
-    scores = read_tables(value, where)
+    try:
+        value, notes = read_value(path)
+        if _is_keep_list(value):
+            raise _no_scores(where)
+        scores = read_tables(value, where)
+    except ScoreError as error:
+        _refuse_others(Path(path), error)
+        raise
     return replace(scores, facts={**small_facts(notes), **scores.facts})
 
 
@@ -107,8 +115,29 @@ def read_value(path: str | PathLike[str]) -> _Held:
     Raises ScoreError where it cannot be read, is hostile or broken.
     """
     file, where = Path(path), str(path)
+    require_file(path, SCORES, ScoreError)
     read = _READERS.get(file.suffix.lower()) or _recognised(file, where)
     return read(file, where)
+
+
+def _refuse_others(path: Path, error: ScoreError) -> None:
+    """Raise ScoreError for a file that cannot be read as scores, because it is a model's."""
+    if is_well_known(path.name) and path.is_file():
+        remedy = "give a file of scores, and the model's folder as the model"
+        raise ScoreError(path, "is a file of a model, not scores", remedy) from error
+
+
+def _is_keep_list(value: object) -> bool:
+    """Whether it is a plan or the record of a prune, which repeat the saliencies they came from:
+    those of the experts that stay whatever these say are missing there."""
+    layers = value.get("layers") if isinstance(value, dict) else None
+    records = layers.values() if isinstance(layers, dict) else ()
+    return any(isinstance(each, dict) and {"retained", "pruned"} <= each.keys() for each in records)
+
+
+def _no_scores(where: str) -> ScoreError:
+    problem = "is a keep-list, not scores"
+    return ScoreError(where, problem, "`plan` and `apply` take it with --plan")
 
 
 def write_scores(out: Output | AnyPath, content: ScoreContent) -> bool:

@@ -190,14 +190,25 @@ def new_file(path: Path, where: Path | None = None) -> Iterator[FileIO]:
             yield file
 
 
+def unexpanded_home(path: str | os.PathLike[str]) -> str:
+    """What to do about a ~ that no shell expanded, in quotes or behind a =; "" without one."""
+    text = os.fspath(path)
+    full = os.path.expanduser(text)
+    if not text.startswith("~") or full == text or os.path.lexists(text.split("/")[0]):
+        return ""
+    return f"the shell left the ~ as it is: write {full}"
+
+
 def output_path(out: str | os.PathLike[str]) -> Path:
-    """The place that -o names, a path of this machine. Raises OutputError for an address, and for
-    no name at all."""
+    """The place that -o names, a path of this machine. Raises OutputError for an address, for a ~
+    that no shell expanded, and for no name at all."""
     if not os.fspath(out):
         raise OutputError("-o", "is an empty name", "say where to write")
     if _ADDRESS.match(os.fspath(out)):
         problem = "is an address, and results are written to folders and files of this machine"
         raise OutputError(out, problem, "give a path; `apply --push-to-hub REPO_ID` pushes")
+    if home := unexpanded_home(out):
+        raise OutputError(out, "is in no folder of this name", home)
     return Path(out)
 
 

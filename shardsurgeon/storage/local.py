@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError
-from shardsurgeon.storage.files import open_regular, read_exact, reading
+from shardsurgeon.storage.files import open_regular, read_exact, reading, unexpanded_home
 from shardsurgeon.storage.source import (
     CHUNK_NBYTES,
     NOWHERE,
@@ -126,7 +126,8 @@ class LocalSource(Source):
         if not os.path.isdir(self._folder):
             there = os.path.lexists(self._folder)
             problem = "is not a folder" if there else "there is no such folder"
-            raise CheckpointError(self.location, problem, _GIVE_FOLDER)
+            remedy = unexpanded_home(self.location) or _GIVE_FOLDER
+            raise CheckpointError(self.location, problem, remedy)
 
     def _name_of(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()

@@ -397,13 +397,13 @@ def test_a_seed_is_not_negative(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("show", "none.pt"), "none.pt: cannot be read"),
+        (("show", "none.pt"), "none.pt: there is no such file"),
         (("show", "bad.pt"), "bad.pt: this is not a file of torch.save"),
         (("convert", "s.npz", "-o", "s.npz"), "s.npz: is read by this command; choose another -o"),
         (("convert", "s.npz", "-o", "s.gguf"), "scores are not written as '.gguf'"),
         (("merge", "s.npz", "s.npz", "-o", "m.npz"), "without the accumulators"),
         (("merge", "s.npz", "-o", "m.npz"), "without the accumulators"),
-        (("compare", "s.npz", "none.pt"), "none.pt: cannot be read"),
+        (("compare", "s.npz", "none.pt"), "none.pt: there is no such file"),
         (("compare", "s.npz", "s.npz", "--metric", "ean"), "has no metric 'ean'"),
         (("from-weights", "nowhere", "-o", "w.json"), "nowhere"),
         (("random", "-o", "w.json"), "the current folder has no config.json"),

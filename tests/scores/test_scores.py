@@ -276,8 +276,8 @@ class TestFormats:
     @pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors", ".json", ""])
     def test_missing_files_and_folders(self, tmp_path: Path, suffix: str) -> None:
         (tmp_path / f"folder{suffix}").mkdir()
-        refused(tmp_path / f"folder{suffix}")
-        assert "cannot be read" in refused(tmp_path / f"missing{suffix}").problem
+        assert refused(tmp_path / f"folder{suffix}").problem == "is a folder, not a score file"
+        assert refused(tmp_path / f"missing{suffix}").problem == "there is no such file"
 
 
 class TestRefusals:
