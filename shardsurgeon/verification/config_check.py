@@ -171,6 +171,7 @@ class _Expected:
         self.lists = lists
         self.count_before = anatomy.shared_count
         self._known: dict[Path, ModuleList] = {}
+        self._texts: dict[Path, frozenset[str]] = {}
         self._counts = ExpectedCounts(config, anatomy, keeps, no_mtp)
         self._mtp = set(keys.mtp_layers) if no_mtp else set()
         self._elsewhere = {tuple(dotted.split(".")) for dotted in keys.elsewhere}
@@ -219,6 +220,7 @@ class _Expected:
         """
         if isinstance(value, dict):
             self._known = {each.path: each for each in module_lists(value, (), method)}
+            self._texts = {path: frozenset(each.entries) for path, each in self._known.items()}
         return self._quantization(value, ())
 
     def _quantization(self, value: Any, path: Path) -> Any:
@@ -262,13 +264,21 @@ class _Expected:
             return text
         new_ids = {self._new_id(layer, named.expert) for layer in self._layers(named)}
         if len(new_ids) > 1:
-            # Every expert has such an entry; or what this one means is checked, not its text.
             kept = max(map(len, self._keeps.retained.values()))
-            new_ids = {named.expert if named.expert < kept else None}
+            if named.expert >= kept and self._names_all(text, named, known):
+                raise _Gone
+            return text  # the names that it means may stand in its place
         new_id = new_ids.pop() if new_ids else None
         if new_id is None:
             raise _Gone
-        return text[: named.begin] + str(new_id) + text[named.end :]
+        return named.renumbered(text, new_id)
+
+    def _names_all(self, text: str, named: NamedExpert, known: ModuleList | None) -> bool:
+        """Whether every expert has such an entry: those that are left then mean all experts."""
+        texts = self._texts[known.path] if known is not None else frozenset()
+        return all(
+            named.renumbered(text, expert) in texts for expert in range(self._anatomy.num_experts)
+        )
 
     def _new_id(self, layer: int, old_id: int) -> int | None:
         retained = self._keeps.retained[layer]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.operations import api
+from shardsurgeon.storage.source import MemorySource
 from shardsurgeon.verification import byte_comparison
 from shardsurgeon.verification.verify import verify_checkpoint
 from tests.support.handmade import (
@@ -125,6 +127,24 @@ def test_high_bytes_of_an_id_count(tmp_path: Path) -> None:
     source, out = both(tmp_path, with_table("<i8"), KEPT)
     edit(out, TABLE, 1, 1 + (1 << 32), "<i8")
     assert "row 0 is [0, 4294967297]" in differences(source, out)
+
+
+def test_of_a_table_that_comes_over_a_network_every_row_is_compared(tmp_path: Path) -> None:
+    """Whatever part of other tensors is."""
+    source, out = both(tmp_path, with_table("<i8"), KEPT)
+
+    def problems() -> tuple[str, ...]:
+        before, after = (MemorySource(files_of(folder)) for folder in (source, out))
+        return verify_checkpoint(open_checkpoint(before), after, sample_nbytes=8).differences
+
+    assert problems() == ()
+    edit(out, TABLE, 13, 3, "<i8")
+    assert problems() == (f"model.safetensors {TABLE}: {DAMAGED['the last of the ids'][2]}",)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 # Tensors whose first number is how many experts there are
@@ -249,6 +269,18 @@ def test_layers_are_the_models_no_more_and_no_fewer(tmp_path: Path) -> None:
     assert "has an entry for layer 0, which has no experts" in differences(source, out)
     respoken(out, lambda c: [c["layers"].pop(key) for key in ("0", "1")])
     assert "has no entry for MoE layer 1" in differences(source, out)
+
+
+def test_layers_without_a_keep_list_are_named_in_order(tmp_path: Path) -> None:
+    def config_of(experts: int, mtp: int, ignored: Sequence[str]) -> str:
+        config = json.loads(DEEPSEEK[1](experts, mtp, ignored))
+        return json.dumps({**config, "num_hidden_layers": 9, "num_nextn_predict_layers": 0})
+
+    layout = (DEEPSEEK[0], config_of, 9)
+    source, out = both(tmp_path, layout, dict.fromkeys((1, 2, 8), HALF[1]))
+    respoken(out, lambda c: [c["layers"].pop(key) for key in ("1", "8")])
+    lines = [line for line in differences(source, out).splitlines() if "has no entry" in line]
+    assert [line.rpartition(" ")[2] for line in lines] == ["1", "8"]
 
 
 def test_counts_of_another_model_are_found(tmp_path: Path) -> None:
