@@ -27,6 +27,7 @@ RANKS = [
     ["checkpoint*"],
     ["execution*", "families*"],
     ["storage*"],
+    ["reports"],
     ["units"],
     ["errors", "_version"],
 ]
@@ -190,7 +191,7 @@ def test_the_package_reads_like_a_table_of_contents() -> None:
     ranked = {name.removesuffix("*") for rank in RANKS for name in rank if name.endswith("*")}
     assert packages == ranked and len(packages) == 10
     modules = {path.stem for path in PACKAGE.glob("*.py")}
-    assert modules == {"__init__", "__main__", "_version", "errors", "units"}
+    assert modules == {"__init__", "__main__", "_version", "errors", "reports", "units"}
 
 
 def test_the_drawing_for_contributors_is_the_real_one() -> None:

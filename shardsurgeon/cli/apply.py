@@ -23,7 +23,7 @@ from shardsurgeon.cli.options import (
     size,
 )
 from shardsurgeon.cli.output import Steps, as_typed, emit, fact, progress_bar
-from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines, title
+from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines
 from shardsurgeon.cli.push import push_lines, served
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
@@ -171,7 +171,7 @@ def _lines(report: ApplyReport, follow_links: bool) -> Iterator[str]:
         yield ""
         yield "Dry run: nothing was written."
         return
-    yield title(report.plan)
+    yield report.title
     yield ""
     yield from outcome_lines(report.plan)
     if report.out is not None:
@@ -190,10 +190,8 @@ def _written(report: ApplyReport) -> str:
     if not report.bytes_copied:
         size = format_size(report.bytes_resumed)
         return f"{counted(report.files, 'file')}, {size}, all of it by an earlier run"
-    seconds = max(report.seconds, 0.001)
-    rate = format_size(int(report.bytes_copied / seconds))
     words = f"{counted(report.files, 'file')}, {format_size(report.bytes_copied)}"
-    words += f" in {seconds:.1f} s ({rate}/s)"
+    words += f" in {report.seconds:.1f} s ({format_size(report.bytes_per_second)}/s)"
     if report.bytes_resumed:
         words += f", {format_size(report.bytes_resumed)} by an earlier run"
     return words

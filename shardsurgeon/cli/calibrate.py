@@ -201,11 +201,11 @@ def _show_layer(bar: ProgressBar, progress: Progress) -> None:
 
 
 def _lines(report: CalibrationReport) -> Iterator[str]:
-    yield f"{report.model}: {report.dataset}"
+    yield report.title
     yield ""
     tokens = f"{counted(report.samples, 'sample')}, {counted(report.tokens, 'token')}"
-    rate = report.tokens / max(report.seconds, 0.001)
-    yield from fact("samples", f"{tokens} in {report.seconds:.1f} s ({rate:,.0f} tokens/s)")
+    rate = f"{report.tokens_per_second:,.0f} tokens/s"
+    yield from fact("samples", f"{tokens} in {report.seconds:.1f} s ({rate})")
     if report.total_samples != report.samples:
         yield from fact("in the file", counted(report.total_samples, "sample"))
     yield from fact("computed", f"in {report.dtype} on {report.device}")

@@ -8,13 +8,16 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import click
 
-from shardsurgeon._version import __version__
 from shardsurgeon.cli.options import json_option
 from shardsurgeon.cli.output import emit, fact
 from shardsurgeon.units import format_size
+
+if TYPE_CHECKING:
+    from shardsurgeon.operations.reports import EnvReport
 
 _PACKAGES = (
     *("numpy", "safetensors", "huggingface_hub", "hf_xet", "click", "tqdm", "fsspec", "s3fs"),
@@ -43,17 +46,18 @@ def env_command(as_json: bool) -> None:
       shardsurgeon env
       shardsurgeon env --json
     """
-    report = {
-        "shardsurgeon": __version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "encoding": sys.getfilesystemencoding(),
-        "cores": _cores(),
-        "memory": _memory(),
-        "free_space": _free_space(),
-        "packages": dict(_packages()),
-        "variables": dict(_variables()),
-    }
+    from shardsurgeon.operations.reports import EnvReport
+
+    report = EnvReport(
+        python=platform.python_version(),
+        system=platform.platform(),
+        encoding=sys.getfilesystemencoding(),
+        cores=_cores(),
+        memory=_memory(),
+        free_space=_free_space(),
+        packages=dict(_packages()),
+        variables=dict(_variables()),
+    )
     emit(report, _lines(report), as_json)
 
 
@@ -95,18 +99,15 @@ def _variables() -> Iterator[tuple[str, str]]:
             yield name, os.environ[name] if plain else "(set)"
 
 
-def _lines(report: dict[str, object]) -> Iterator[str]:
-    yield f"shardsurgeon {report['shardsurgeon']}"
+def _lines(report: EnvReport) -> Iterator[str]:
+    yield report.title
     yield ""
-    for name in ("python", "system", "encoding"):
-        yield from fact(name, str(report[name]))
-    yield from fact("cores", str(report["cores"]))
-    for name in ("memory", "free_space"):
-        size = report[name]
-        words = format_size(size) if isinstance(size, int) else "unknown"
-        yield from fact(name.replace("_", " "), words)
-    for name in ("packages", "variables"):
-        members = report[name]
-        assert isinstance(members, dict)
-        said = ", ".join(f"{key} {value}" for key, value in members.items())
-        yield from fact(name, said or "none")
+    yield from fact("python", report.python)
+    yield from fact("system", report.system)
+    yield from fact("encoding", report.encoding)
+    yield from fact("cores", str(report.cores))
+    for label, size in (("memory", report.memory), ("free space", report.free_space)):
+        yield from fact(label, "unknown" if size is None else format_size(size))
+    for label, members in (("packages", report.packages), ("variables", report.variables)):
+        said = ", ".join(f"{name} {value}" for name, value in members.items())
+        yield from fact(label, said or "none")

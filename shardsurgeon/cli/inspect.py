@@ -38,7 +38,7 @@ def inspect_command(model: str | None, family: str | None, as_json: bool) -> Non
 
 
 def _lines(report: InspectReport) -> Iterator[str]:
-    yield f"{report.name}: {report.model_type or report.family}"
+    yield report.title
     yield ""
     yield from facts(_facts(report))
     if report.sizes_at:
@@ -92,4 +92,4 @@ def _size_range(smallest: int, largest: int) -> str:
 
 def _sizes(report: InspectReport) -> Iterator[tuple[str, str, str]]:
     for ratio, nbytes in report.sizes_at.items():
-        yield f"{float(ratio):.0%}", format_size(nbytes), percent(nbytes / report.total_size)
+        yield f"{float(ratio):.0%}", format_size(nbytes), percent(report.shares_at[ratio])

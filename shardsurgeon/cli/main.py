@@ -10,6 +10,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
@@ -21,6 +23,7 @@ from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.env import env_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
+from shardsurgeon.cli.output import as_text
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.run import run_command
@@ -34,6 +37,7 @@ from shardsurgeon.errors import (
     WorkError,
     printable,
 )
+from shardsurgeon.reports import document, failure
 
 PROGRAM = "shardsurgeon"
 DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
@@ -105,21 +109,46 @@ def cli(context: click.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; arguments: default sys.argv[1:].
 
-    Whatever goes wrong ends here as one line on stderr. With SHARDSURGEON_DEBUG=1 the traceback
-    comes before it.
+    Whatever goes wrong ends here as one line on stderr, and with `--json` as a document on stdout,
+    unless that holds a report already. With SHARDSURGEON_DEBUG=1 the traceback comes before it.
     """
-    with watched_streams():
-        return _run(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in takewhile(lambda word: word != "--", words)
+    with watched_streams() as stdout:
+        end = _run(words, as_json)
+        if isinstance(end, int):
+            return end
+        _say(end.line)
+        if as_json and not stdout.used:
+            with suppress(StdoutLost):
+                click.echo(as_text(document({"error": end.document})))
+        return end.status
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+@dataclass(frozen=True)
+class _Failure:
+    """How a command ended that is not done. line: what stderr is told; the rest is the document."""
+
+    line: str
+    where: str
+    problem: str
+    remedy: str
+    status: int
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The `error` of the document."""
+        return failure(self.where, self.problem, self.remedy, self.status)
+
+
+def _run(words: Sequence[str], as_json: bool) -> int | _Failure:
     # A plan is made of half a million small values without a cycle; at the default threshold the
     # collector spends a quarter of the time looking for one.
     gc.set_threshold(100_000)
     try:
-        _require_words(sys.argv[1:] if arguments is None else arguments)
+        _require_words(words)
         with _signals_as_stopped(), _waits_as_lines():
-            status = cli.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+            status = cli.main(words, prog_name=PROGRAM, standalone_mode=False)
         return status if isinstance(status, int) else 0
     except Stopped as stopped:
         return _stop(stopped)
@@ -128,17 +157,23 @@ def _run(arguments: Sequence[str] | None) -> int:
     except StdoutLost as lost:
         if lost.reader_left:
             return _READER_LEFT
-        _say(f"error: stdout: cannot be written ({lost})")
-        return WorkError.exit_status
+        problem = f"cannot be written ({lost})"
+        return _failure("stdout", problem, "", WorkError.exit_status)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             click.echo(printable(traceback.format_exc()), err=True, nl=False)
-        line, status = describe(error)
-        _say(f"error: {line}")
-        if isinstance(error, UndeclaredFamilyError) and "--json" not in (arguments or sys.argv):
+        failed = _failure(*describe(error))
+        if isinstance(error, UndeclaredFamilyError) and not as_json:
+            _say(failed.line)
             with suppress(StdoutLost):
                 click.echo(error.skeleton, nl=False)
-        return status
+            return failed.status
+        return failed
+
+
+def _failure(where: str, problem: str, remedy: str, status: int) -> _Failure:
+    line = f"error: {where}: {problem}" if where else f"error: {problem}"
+    return _Failure(f"{line}; {remedy}" if remedy else line, where, problem, remedy, status)
 
 
 def _require_words(arguments: Sequence[str]) -> None:
@@ -159,43 +194,45 @@ def _require_folder() -> None:
         raise UsageError("the current folder", problem, "go to one that exists") from error
 
 
-def describe(error: Exception) -> tuple[str, int]:
-    """The line and the exit status that an error ends a command with."""
+def describe(error: Exception) -> tuple[str, str, str, int]:
+    """Where, problem and remedy of an error, and the exit status that it ends a command with."""
     if isinstance(error, ShardSurgeonError):
-        return str(error), error.exit_status
+        return error.where, error.problem, error.remedy, error.exit_status
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else PROGRAM
-        return f"{error.format_message().rstrip('.')}; see `{path} --help`", error.exit_code
+        return "", error.format_message().rstrip("."), f"see `{path} --help`", error.exit_code
     if isinstance(error, click.ClickException):
-        return error.format_message(), error.exit_code
+        return "", error.format_message(), "", error.exit_code
+    return *_unexpected(error), WorkError.exit_status
+
+
+def _unexpected(error: Exception) -> tuple[str, str, str]:
     if isinstance(error, OSError):
         what = error.strerror or str(error) or type(error).__name__
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{what}; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
+        return str(error.filename or ""), what, _ASK_FOR_TRACEBACK
     if isinstance(error, MemoryError):
-        return f"memory ran out; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
+        return "", "memory ran out", _ASK_FOR_TRACEBACK
     if isinstance(error, ImportError):
         cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
-        what = f"a library cannot be loaded ({cause})"
         remedy = f"give the program more memory, or install it anew; {_ASK_FOR_TRACEBACK}"
-        return f"{what}; {remedy}", WorkError.exit_status
+        return "", f"a library cannot be loaded ({cause})", remedy
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         remedy = "raise the limits of memory and processes, or give `apply` fewer --workers"
-        return f"the system starts no more threads; {remedy}", WorkError.exit_status
+        return "", "the system starts no more threads", remedy
     if isinstance(error, RecursionError):
-        return f"input is nested too deeply; {_ASK_FOR_TRACEBACK}", WorkError.exit_status
-    problem = f"{type(error).__name__}: {error}"
-    return f"this is a bug, {problem}; {_ASK_FOR_TRACEBACK} and report it", WorkError.exit_status
+        return "", "input is nested too deeply", _ASK_FOR_TRACEBACK
+    problem = f"this is a bug, {type(error).__name__}: {error}"
+    return "", problem, f"{_ASK_FOR_TRACEBACK} and report it"
 
 
-def _stop(stopped: Stopped) -> int:
+def _stop(stopped: Stopped) -> _Failure:
     # A note says that the result is complete: there is nothing to resume.
     notes = getattr(stopped, "__notes__", [])
     resumable = (apply_command, push_command, calibrate_command, run_command)
     if stopped.command in [command.name for command in resumable]:
         notes = notes or ["the same command resumes"]
-    _say("; ".join(["stopped", *notes[:1]]))
-    return stopped.exit_status
+    line = "; ".join(["stopped", *notes[:1]])
+    return _Failure(line, "", "stopped", "; ".join(notes[:1]), stopped.exit_status)
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import subprocess
@@ -11,14 +10,15 @@ import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 from shardsurgeon import units
 from shardsurgeon.cli.streams import StdoutLost
-from shardsurgeon.errors import printable, redacted
+from shardsurgeon.errors import ShardSurgeonError, printable
+from shardsurgeon.reports import Report, failure_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -55,7 +55,7 @@ class Steps:
 
     recipe: Recipe
     silent: bool
-    reports: dict[str, object] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)
 
     @classmethod
     def here(cls) -> Steps | None:
@@ -65,21 +65,26 @@ class Steps:
 
 
 def emit(
-    report: object, lines: Iterable[str], as_json: bool, *, told_otherwise: bool = False
+    report: Report,
+    lines: Iterable[str],
+    as_json: bool,
+    *,
+    told_otherwise: bool = False,
+    error: ShardSurgeonError | None = None,
 ) -> None:
     """Print a report: as one JSON document, or for people as lines.
 
-    report: a dataclass, or a dict of those. The JSON is plain ASCII; a number that JSON lacks (inf,
-    NaN) becomes null. told_otherwise: the result lies somewhere, or the exit status says it, so
-    that a stdout which is lost costs the words; else that raises StdoutLost.
+    told_otherwise: the result lies somewhere, or the exit status says it, so that a stdout which is
+    lost costs the words; else that raises StdoutLost. error: what the command raises next, which
+    the document then tells as well.
     """
     if (steps := Steps.here()) is not None:
         steps.reports[click.get_current_context().command.name or ""] = report
         if steps.silent:
             return
     if as_json:
-        # Redacted value by value: in the document, a secret's end and a string's look alike.
-        text = json.dumps(_plain(report), indent=2, allow_nan=False)
+        failed = {} if error is None else {"error": failure_of(error)}
+        text = as_text({**report.to_dict(), **failed})
     else:
         text = printable("\n".join(lines))
     try:
@@ -91,19 +96,9 @@ def emit(
             click.echo(f"shardsurgeon: the report is lost: stdout: {lost}", err=True)
 
 
-def _plain(value: Any) -> Any:
-    """A value made of what JSON has."""
-    if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, str):
-        return redacted(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def as_text(document: dict[str, Any]) -> str:
+    """A JSON document as it is printed, in plain ASCII."""
+    return json.dumps(document, indent=2, allow_nan=False)
 
 
 class ProgressBar:

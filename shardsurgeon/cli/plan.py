@@ -32,11 +32,11 @@ from shardsurgeon.cli.output import (
     table,
 )
 from shardsurgeon.errors import UsageError
-from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
-    from shardsurgeon.pruning.report import LayerReport, PlanReport
+    from shardsurgeon.pruning.report import LayerReport, PlanReport, PlansReport
 
 
 @click.command("plan")
@@ -75,6 +75,7 @@ def plan_command(
       shardsurgeon plan scores.pt --ratio 0.5 --allocate global
     """
     from shardsurgeon.operations import prune
+    from shardsurgeon.pruning.report import PlansReport
 
     if force and plan_out is None:
         raise UsageError("--force", "is about a file that -o names", "give -o as well")
@@ -83,7 +84,8 @@ def plan_command(
             problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
             raise UsageError("-o", problem, "give a single --ratio")
         reports = prune.compare(model, scores, requests, family=family, follow_links=follow_links)
-        emit({"plans": reports}, comparison_lines(reports), as_json)
+        compared = PlansReport(tuple(reports))
+        emit(compared, comparison_lines(compared), as_json)
         return
     pruning = prune.plan(model, scores, requests[0], family=family, follow_links=follow_links)
     lines: Iterable[str] = plan_lines(pruning.report)
@@ -95,18 +97,12 @@ def plan_command(
 
 def plan_lines(report: PlanReport) -> Iterator[str]:
     """A plan in full: every layer, then the totals."""
-    yield title(report)
+    yield report.title
     yield ""
     yield from _layer_table(report.layers)
     yield from mtp_legend(report.layers)
     yield ""
     yield from total_lines(report)
-
-
-def title(report: PlanReport) -> str:
-    """`Kimi-K2.5: keep 135 of 384 experts in each of 60 MoE layers`, or `96 to 212 of 384`."""
-    kept = f"keep {_kept(report)} of {_before(report)} experts"
-    return f"{report.model}: {kept} in each of {len(report.layers)} MoE layers"
 
 
 def total_lines(report: PlanReport) -> Iterator[str]:
@@ -128,9 +124,10 @@ def note_lines(notes: Iterable[str]) -> Iterator[str]:
         yield from fact("note", note)
 
 
-def comparison_lines(reports: Sequence[PlanReport]) -> Iterator[str]:
+def comparison_lines(compared: PlansReport) -> Iterator[str]:
     """Several plans of one model, a line each."""
-    yield f"{reports[0].model}: {len(reports)} ratios compared"
+    reports = compared.plans
+    yield compared.title
     yield ""
     yield from fact("now", _now(reports[0]))
     yield ""
@@ -183,11 +180,13 @@ def _layer_row(layer: LayerReport) -> dict[str, str]:
 
 def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:
     yield "chosen by", _chosen_by(report)
-    if (dropped := _dropped(report)) is not None:
+    if report.saliency_dropped_mean is not None:
         of = f", as measured on {report.saliency_of}" if report.saliency_of else ""
-        yield "saliency", f"{_dropped_words(report, dropped)}{of}"
-    if (uniform := _dropped_if_uniform(report)) is not None:
-        yield "if equal", _dropped_words(report, uniform)
+        worst = report.saliency_dropped_worst, report.saliency_dropped_worst_layer
+        yield "saliency", f"{_dropped_words(report, report.saliency_dropped_mean, *worst)}{of}"
+    if (mean := report.saliency_dropped_uniform_mean) is not None:
+        worst = report.saliency_dropped_uniform_worst, report.saliency_dropped_uniform_worst_layer
+        yield "if equal", _dropped_words(report, mean, *worst)
     if report.mtp_dropped:
         yield "MTP", "the next-token-prediction layers are dropped"
     yield "tensor data", _size_change(report)
@@ -226,69 +225,29 @@ _COMPARED = (
 
 
 def _compared(report: PlanReport) -> tuple[str, ...]:
-    mean, worst, _ = _dropped(report) or (None, None, None)
     return (
         f"{report.ratio:g}",
-        _kept(report, "-"),
+        _kept(report),
         format_size(report.total_size_after),
-        percent(report.total_size_after / report.total_size_before),
+        percent(report.share_left),
         parameters(report.total_parameters_after),
-        percent(mean),
-        percent(worst),
-        percent(_narrowest_cut(report.layers)),
+        percent(report.saliency_dropped_mean),
+        percent(report.saliency_dropped_worst),
+        percent(report.narrowest_cut),
     )
 
 
-def _kept(report: PlanReport, to: str = " to ") -> str:
-    """`135`, or `96 to 212` where layers keep different numbers."""
-    return _extremes([layer.kept for layer in report.layers], to)
+def _kept(report: PlanReport) -> str:
+    """`135`, or `96-212` where layers keep different numbers."""
+    ends = report.kept_least, report.kept_most
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"
 
 
 def _before(report: PlanReport) -> str:
-    return _extremes([layer.kept + layer.pruned for layer in report.layers], " to ")
+    counts = sorted(layer.kept + layer.pruned for layer in report.layers)
+    return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
-def _extremes(counts: Sequence[int], to: str) -> str:
-    ends = (min(counts), max(counts))
-    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}{to}{ends[1]}"
-
-
-_Dropped = tuple[float, float, int]
-"""Mean and largest share of saliency dropped, and the layer of the largest."""
-
-
-def _dropped(report: PlanReport) -> _Dropped | None:
-    return _summed((layer.saliency_dropped, layer.layer) for layer in _scored(report.layers))
-
-
-def _dropped_if_uniform(report: PlanReport) -> _Dropped | None:
-    return _summed((layer.saliency_dropped_uniform, layer.layer) for layer in report.layers)
-
-
-def _summed(every: Iterable[tuple[float | None, int]]) -> _Dropped | None:
-    shares = [(share, layer) for share, layer in every if share is not None]
-    if not shares:
-        return None
-    worst, layer = max(shares)
-    return sum(share for share, _ in shares) / len(shares), worst, layer
-
-
-def _dropped_words(report: PlanReport, dropped: _Dropped) -> str:
-    mean, worst, layer = dropped
+def _dropped_words(report: PlanReport, mean: float, worst: float | None, layer: int | None) -> str:
     worst_of = f", {percent(worst)} at worst (layer {layer})" if len(report.layers) > 1 else ""
     return f"{percent(mean)} dropped on average{worst_of}"
-
-
-def _narrowest_cut(layers: Sequence[LayerReport]) -> float | None:
-    """The smallest gap at any layer's cut, as a share of its lowest kept saliency."""
-    gaps = [
-        1 - layer.max_pruned_saliency / layer.min_retained_saliency
-        for layer in _scored(layers)
-        if layer.max_pruned_saliency is not None and layer.min_retained_saliency
-    ]
-    return min(gaps, default=None)
-
-
-def _scored(layers: Sequence[LayerReport]) -> list[LayerReport]:
-    """Without the layers that were chosen by router norms, having no saliency."""
-    return [layer for layer in layers if layer.policy != MtpPolicy.ROUTER_NORM]

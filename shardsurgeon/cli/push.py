@@ -80,7 +80,7 @@ def push_command(
 
 
 def _lines(pruned: str, report: PushReport) -> Iterator[str]:
-    yield f"{pruned}: pushed to {report.repo_id}"
+    yield f"{pruned}: {report.title}"
     yield ""
     yield from push_lines(report)
     if (words := served(report)) is not None:

@@ -81,7 +81,9 @@ def run_command(
         if not as_json and step != todo[-1]:
             click.echo()
     if as_json:
-        emit({"steps": steps.reports}, (), as_json, told_otherwise=True)
+        from shardsurgeon.operations.reports import RunReport
+
+        emit(RunReport(recipe, steps.reports), (), as_json, told_otherwise=True)
 
 
 def _context(

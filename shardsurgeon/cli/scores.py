@@ -81,9 +81,7 @@ def show_command(
 
 
 def _shown_lines(report: ScoresReport) -> Iterator[str]:
-    of_model = f" for {report.model}" if report.model is not None else ""
-    layers = counted(len(report.layers), "layer")
-    yield f"{report.file}: {report.metric} of {report.num_experts} experts in {layers}{of_model}"
+    yield report.title
     yield from fact("metrics", ", ".join(report.metrics))
     if report.facts:
         yield from fact("beside", ", ".join(f"{k} {v}" for k, v in report.facts.items()))
@@ -197,7 +195,7 @@ def compare_command(
 
 
 def _comparison_lines(report: ComparisonReport) -> Iterator[str]:
-    yield f"{counted(len(report.layers), 'layer')} of {report.mean.num_experts} experts"
+    yield report.title
     yield from fact("A", f"{report.metric_a} of {report.a}")
     yield from fact("B", f"{report.metric_b} of {report.b}")
     yield ""
@@ -282,8 +280,7 @@ def merge_command(
 
 
 def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
-    there = "" if report.written else ": there already"
-    yield f"{' + '.join(report.inputs)} -> {report.out}{there}"
+    yield report.title
     yield from fact("layers", str(report.layers))
     yield from fact("metrics", ", ".join(report.metrics))
     if report.samples is not None and report.tokens is not None:
@@ -321,7 +318,7 @@ def from_router_command(
     from shardsurgeon.operations import scores
 
     report = scores.scores_from_router(model, out, norm=norm, family=family, force=force)
-    emit(report, _baseline_lines(report, "router"), as_json, told_otherwise=True)
+    emit(report, _baseline_lines(report), as_json, told_otherwise=True)
 
 
 @click.command("from-weights")
@@ -355,7 +352,7 @@ def from_weights_command(
         report = scores.scores_from_weights(
             model, out, on_bytes=bar.show if bar else None, family=family, force=force
         )
-    emit(report, _baseline_lines(report, "layer"), as_json, told_otherwise=True)
+    emit(report, _baseline_lines(report), as_json, told_otherwise=True)
 
 
 @click.command("random")
@@ -387,12 +384,11 @@ def random_command(
     from shardsurgeon.operations import scores
 
     report = scores.scores_random(model, out, seed=seed, family=family, force=force)
-    emit(report, _baseline_lines(report, "layer"), as_json, told_otherwise=True)
+    emit(report, _baseline_lines(report), as_json, told_otherwise=True)
 
 
-def _baseline_lines(report: RouterScoresReport | BaselineReport, thing: str) -> Iterator[str]:
-    scored = counted(len(report.layers), thing)
-    yield f"{report.model}: {report.metric} of {report.num_experts} experts in {scored}"
+def _baseline_lines(report: RouterScoresReport | BaselineReport) -> Iterator[str]:
+    yield report.title
     yield ""
     yield from table(("layer", *_RANGE), ((layer_number(x), *_range(x)) for x in report.layers))
     yield from mtp_legend(report.layers)

@@ -83,14 +83,17 @@ class _Forgiving(io.TextIOBase):
         return (self._stream and self._stream.errors) or "backslashreplace"
 
 
-class _Watched(_Forgiving):
-    """For stdout: the first word that is lost raises StdoutLost."""
+class WatchedStdout(_Forgiving):
+    """For stdout: the first word that is lost raises StdoutLost. used: whether one was written."""
 
     def __init__(self, stream: TextIO | None) -> None:
         super().__init__(stream)
         self._never_was = stream is None
+        self.used = False
 
     def write(self, text: str, /) -> int:
+        """As a stream does; raises StdoutLost."""
+        self.used = self.used or bool(text)
         if self._never_was and text:
             raise StdoutLost(OSError(errno.EBADF, "it is closed"))
         return super().write(text)
@@ -101,14 +104,15 @@ class _Watched(_Forgiving):
 
 
 @contextmanager
-def watched_streams() -> Iterator[None]:
+def watched_streams() -> Iterator[WatchedStdout]:
     """For the time of a `with`: a stderr whose loss nobody notices, a stdout whose loss is
     StdoutLost, and no file of the work under the numbers of these two."""
     _fill_descriptors()
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Watched(sys.stdout), _Forgiving(sys.stderr)
+    stdout = WatchedStdout(sys.stdout)
+    sys.stdout, sys.stderr = stdout, _Forgiving(sys.stderr)
     try:
-        yield
+        yield stdout
     finally:
         with suppress(StdoutLost):
             sys.stdout.flush()

@@ -77,18 +77,22 @@ def verify_command(
             family=family,
             follow_links=follow_links,
         )
-    emit(report, _lines(report), as_json, told_otherwise=True)
-    if not report.holds:
-        found = counted(len(report.differences), "difference")
-        problem = f"{found} from {source}"
-        if report.architecture is not None:
-            built = counted(len(report.architecture.differences), "difference")
-            problem += f", {built} from {report.architecture.model_class}"
-        raise VerificationError(pruned, problem, "see the report")
+    error = None if report.holds else _error(report, source, pruned)
+    emit(report, _lines(report), as_json, told_otherwise=True, error=error)
+    if error is not None:
+        raise error
+
+
+def _error(report: VerifyReport, source: str, pruned: str) -> VerificationError:
+    problem = f"{counted(len(report.differences), 'difference')} from {source}"
+    if report.architecture is not None:
+        built = counted(len(report.architecture.differences), "difference")
+        problem += f", {built} from {report.architecture.model_class}"
+    return VerificationError(pruned, problem, "see the report")
 
 
 def _lines(report: VerifyReport) -> Iterator[str]:
-    yield f"{report.pruned}: {report.verdict}"
+    yield report.title
     yield ""
     yield from facts(_facts(report))
     if not report.holds:

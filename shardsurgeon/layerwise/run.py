@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
@@ -44,6 +45,7 @@ from shardsurgeon.layerwise.settings import (
     require_packages,
     versions,
 )
+from shardsurgeon.reports import Report
 from shardsurgeon.scores.files import check_samples, score_output, write_scores
 from shardsurgeon.storage.files import Output, reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
@@ -85,8 +87,8 @@ class CalibrationRequest:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class CalibrationReport(Report):
     """What a calibration did.
 
     samples, tokens: of this run; total_samples: of the file, those of an extended file included;
@@ -109,6 +111,18 @@ class CalibrationReport:
     device: str
     seconds: float
     notes: tuple[str, ...]
+
+    figures: ClassVar[tuple[str, ...]] = ("tokens_per_second",)
+
+    @property
+    def title(self) -> str:
+        """The model, and the dataset as it was asked for."""
+        return f"{self.model}: {self.dataset}"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Through the whole model, in this run."""
+        return self.tokens / max(self.seconds, 0.001)
 
 
 def calibrate(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from shardsurgeon._version import __version__
 from shardsurgeon.pruning.analysis import ShownLayerReport, SuggestedCut
 from shardsurgeon.pruning.report import PlanReport
+from shardsurgeon.reports import Report
+from shardsurgeon.units import counted
 from shardsurgeon.verification.findings import VerifyReport
 
 
-@dataclass(frozen=True, slots=True)
-class InspectReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class InspectReport(Report):
     """What a model is made of. Sizes in bytes.
 
     total_size: tensor data of the whole model; expert_size, smallest_expert_size: the largest and
@@ -51,9 +55,21 @@ class InspectReport:
     num_experts_per_layer: dict[int, int] | None = None
     incomplete_experts: dict[int, tuple[int, ...]] | None = None
 
+    figures: ClassVar[tuple[str, ...]] = ("shares_at",)
 
-@dataclass(frozen=True, slots=True)
-class PushReport:
+    @property
+    def title(self) -> str:
+        """`Kimi-K2.5: kimi_k25`."""
+        return f"{self.name}: {self.model_type or self.family}"
+
+    @property
+    def shares_at(self) -> dict[str, float]:
+        """Ratio removed (as text) → share of the tensor data that would stay."""
+        return {ratio: nbytes / self.total_size for ratio, nbytes in self.sizes_at.items()}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PushReport(Report):
     """What a push did. Sizes in bytes.
 
     url: where to look at it, the pull request where one was opened; revision: the branch, None
@@ -80,9 +96,14 @@ class PushReport:
     notes: tuple[str, ...]
     left: tuple[str, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """`pushed to me/Kimi-K2.5-REAP-65pct`."""
+        return f"pushed to {self.repo_id}"
 
-@dataclass(frozen=True, slots=True)
-class ApplyReport:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ApplyReport(Report):
     """What apply did. out: the finished folder, None after a dry run or where none stayed here.
 
     bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
@@ -108,6 +129,18 @@ class ApplyReport:
     source: str = ""
     family: str | None = None
 
+    figures: ClassVar[tuple[str, ...]] = ("bytes_per_second",)
+
+    @property
+    def title(self) -> str:
+        """That of its plan."""
+        return self.plan.title
+
+    @property
+    def bytes_per_second(self) -> int:
+        """How fast this run copied, 0 where it had nothing to copy."""
+        return int(self.bytes_copied / max(self.seconds, 0.001))
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreLayerReport:
@@ -120,8 +153,8 @@ class ScoreLayerReport:
     max: float
 
 
-@dataclass(frozen=True, slots=True)
-class RouterScoresReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class RouterScoresReport(Report):
     """Scores taken from a model's routers. out: the score file, which holds one `metric`.
 
     written: False where the file held these scores already.
@@ -135,9 +168,15 @@ class RouterScoresReport:
     out: str
     written: bool = True
 
+    @property
+    def title(self) -> str:
+        """`Kimi-K2.5: router_l2 of 384 experts in 60 routers`."""
+        scored = counted(len(self.layers), "router")
+        return f"{self.model}: {self.metric} of {self.num_experts} experts in {scored}"
 
-@dataclass(frozen=True, slots=True)
-class BaselineReport:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class BaselineReport(Report):
     """Scores made without running the model. out: the score file, which holds one `metric`.
 
     method: `expert-weight-norm` or `random`; seed: of random scores; written: False where the file
@@ -153,9 +192,15 @@ class BaselineReport:
     seed: int | None = None
     written: bool = True
 
+    @property
+    def title(self) -> str:
+        """`Kimi-K2.5: weight_l2 of 384 experts in 60 layers`."""
+        scored = counted(len(self.layers), "layer")
+        return f"{self.model}: {self.metric} of {self.num_experts} experts in {scored}"
 
-@dataclass(frozen=True, slots=True)
-class ScoresReport:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ScoresReport(Report):
     """What a score file says. model: the model it was looked at with, None without one.
 
     metric: the one shown, of `metrics`; super_experts_known: whether the file has what they are
@@ -176,9 +221,16 @@ class ScoresReport:
     calibration: dict[str, object] | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """`scores.pt: reap of 384 experts in 60 layers`, and the model if there is one."""
+        of_model = f" for {self.model}" if self.model is not None else ""
+        layers = counted(len(self.layers), "layer")
+        return f"{self.file}: {self.metric} of {self.num_experts} experts in {layers}{of_model}"
 
-@dataclass(frozen=True, slots=True)
-class WrittenScoresReport:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class WrittenScoresReport(Report):
     """A score file that was converted or merged.
 
     inputs: the files it came from; layers, metrics: what it holds; samples, tokens: of the
@@ -192,3 +244,46 @@ class WrittenScoresReport:
     samples: int | None
     tokens: int | None
     written: bool = True
+
+    @property
+    def title(self) -> str:
+        """`a.pt + b.pt -> both.pt`."""
+        there = "" if self.written else ": there already"
+        return f"{' + '.join(self.inputs)} -> {self.out}{there}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RunReport(Report):
+    """What the commands of a recipe report. steps: name of the command → its report."""
+
+    recipe: str
+    steps: dict[str, Report]
+
+    @property
+    def title(self) -> str:
+        """`recipe.toml: calibrate, apply, push`."""
+        return f"{self.recipe}: {', '.join(self.steps) or 'nothing left to do'}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EnvReport(Report):
+    """What a report of a fault should say of the machine.
+
+    cores: that this process may use; memory: of the machine, free_space: in the current folder, in
+    bytes, None where the system does not say; packages: name → version of those that are installed;
+    variables: name → value of those of the environment that matter, `(set)` where it may be secret.
+    """
+
+    python: str
+    system: str
+    encoding: str
+    cores: int
+    memory: int | None
+    free_space: int | None
+    packages: dict[str, str]
+    variables: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        """`shardsurgeon 1.0`."""
+        return f"shardsurgeon {__version__}"

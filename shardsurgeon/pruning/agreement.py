@@ -17,7 +17,9 @@ from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.pruning.analysis import ScoreAnalysis, view_alone
 from shardsurgeon.pruning.request import removed_count
+from shardsurgeon.reports import Report
 from shardsurgeon.scores.table import Scores
+from shardsurgeon.units import counted
 
 Values = NDArray[np.float64]
 
@@ -53,8 +55,8 @@ class ComparedLayerReport:
     overlaps: dict[str, OverlapReport]
 
 
-@dataclass(frozen=True, slots=True)
-class ComparisonReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ComparisonReport(Report):
     """How two score files agree in the layers that both have.
 
     mean: over those layers, with "mean" as its `layer`; only_a, only_b: layers that one file
@@ -70,6 +72,11 @@ class ComparisonReport:
     mean: ComparedLayerReport
     only_a: tuple[int | str, ...] = ()
     only_b: tuple[int | str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """`60 layers of 384 experts`."""
+        return f"{counted(len(self.layers), 'layer')} of {self.mean.num_experts} experts"
 
 
 def compare(

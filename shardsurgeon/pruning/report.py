@@ -6,9 +6,9 @@ Numbers per layer and in total, and notes: on what the user should know before a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
@@ -24,8 +24,9 @@ from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer, sta
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.output_files import total_parameters
-from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
 from shardsurgeon.pruning.selection import dropped_share, saliency_cut
+from shardsurgeon.reports import Report
 from shardsurgeon.units import format_size
 
 # Rest of an expert tensor's name, dtype and shape.
@@ -55,8 +56,8 @@ class LayerReport:
     saliency_dropped_uniform: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PlanReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class PlanReport(Report):
     """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
 
     ratio: as asked for, None where the selection was no ratio. num_experts_before, _after: of the
@@ -95,6 +96,115 @@ class PlanReport:
     carried_along: tuple[str, ...] = ()
     left_behind: Mapping[str, str] = field(default_factory=dict)
     saliency_of: str | None = None
+
+    figures: ClassVar[tuple[str, ...]] = (
+        *("kept_least", "kept_most", "share_left", "narrowest_cut"),
+        *("saliency_dropped_mean", "saliency_dropped_worst", "saliency_dropped_worst_layer"),
+        *("saliency_dropped_uniform_mean", "saliency_dropped_uniform_worst"),
+        "saliency_dropped_uniform_worst_layer",
+    )
+
+    @property
+    def title(self) -> str:
+        """`Kimi-K2.5: keep 135 of 384 experts in each of 60 MoE layers`, or `96 to 212 of 384`."""
+        kept = _extremes(layer.kept for layer in self.layers)
+        before = _extremes(layer.kept + layer.pruned for layer in self.layers)
+        every = f"each of {len(self.layers)} MoE layers"
+        return f"{self.model}: keep {kept} of {before} experts in {every}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `plan --json`, which has a list of plans however many there are."""
+        return PlansReport((self,)).to_dict()
+
+    @property
+    def kept_least(self) -> int:
+        """Experts kept in the layer that keeps the fewest."""
+        return min(layer.kept for layer in self.layers)
+
+    @property
+    def kept_most(self) -> int:
+        """Experts kept in the layer that keeps the most."""
+        return max(layer.kept for layer in self.layers)
+
+    @property
+    def share_left(self) -> float | None:
+        """Tensor data after, as a share of that before."""
+        return self.total_size_after / self.total_size_before if self.total_size_before else None
+
+    @property
+    def narrowest_cut(self) -> float | None:
+        """The smallest gap at any layer's cut, as a share of its lowest kept saliency."""
+        gaps = [
+            1 - layer.max_pruned_saliency / layer.min_retained_saliency
+            for layer in self._scored
+            if layer.max_pruned_saliency is not None and layer.min_retained_saliency
+        ]
+        return min(gaps, default=None)
+
+    @property
+    def saliency_dropped_mean(self) -> float | None:
+        """Share of a layer's saliency that goes, on average; layers without saliency left out."""
+        return _mean(layer.saliency_dropped for layer in self._scored)
+
+    @property
+    def saliency_dropped_worst(self) -> float | None:
+        """The largest share that a layer loses."""
+        return _worst((layer.saliency_dropped, layer.layer) for layer in self._scored)[0]
+
+    @property
+    def saliency_dropped_worst_layer(self) -> int | None:
+        """The layer that loses it."""
+        return _worst((layer.saliency_dropped, layer.layer) for layer in self._scored)[1]
+
+    @property
+    def saliency_dropped_uniform_mean(self) -> float | None:
+        """What would go on average had every layer kept as many; None without --allocate global."""
+        return _mean(layer.saliency_dropped_uniform for layer in self.layers)
+
+    @property
+    def saliency_dropped_uniform_worst(self) -> float | None:
+        """The largest share that a layer would then lose."""
+        return _worst((layer.saliency_dropped_uniform, layer.layer) for layer in self.layers)[0]
+
+    @property
+    def saliency_dropped_uniform_worst_layer(self) -> int | None:
+        """The layer that would lose it."""
+        return _worst((layer.saliency_dropped_uniform, layer.layer) for layer in self.layers)[1]
+
+    @property
+    def _scored(self) -> list[LayerReport]:
+        """Without the layers that were chosen by router norms, having no saliency."""
+        return [layer for layer in self.layers if layer.policy != MtpPolicy.ROUTER_NORM]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PlansReport(Report):
+    """Plans of one model, one for each ratio that was asked for."""
+
+    plans: tuple[PlanReport, ...]
+
+    @property
+    def title(self) -> str:
+        """Of a single plan its own."""
+        if len(self.plans) == 1:
+            return self.plans[0].title
+        return f"{self.plans[0].model}: {len(self.plans)} ratios compared"
+
+
+def _extremes(counts: Iterable[int]) -> str:
+    ends = sorted(counts)
+    return str(ends[0]) if ends[0] == ends[-1] else f"{ends[0]} to {ends[-1]}"
+
+
+def _mean(shares: Iterable[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _worst(shares: Iterable[tuple[float | None, int]]) -> tuple[float, int] | tuple[None, None]:
+    """The largest share and the layer it is of; of equal ones the last layer."""
+    known = [(share, layer) for share, layer in shares if share is not None]
+    return max(known, default=(None, None))
 
 
 def plan_report(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+from shardsurgeon.reports import Report
+from shardsurgeon.units import counted
 
 KEPT = 20
 
@@ -46,8 +50,8 @@ class Findings:
         return (*self._lines, f"and {left:,} more difference{'s' if left > 1 else ''}")
 
 
-@dataclass(frozen=True, slots=True)
-class ArchitectureReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class ArchitectureReport(Report):
     """How a pruned checkpoint fits the model that an engine builds from its config.
 
     engine: name and version; model_class: what it built; parameters: how many parameters and
@@ -71,9 +75,15 @@ class ArchitectureReport:
     unchecked: tuple[str, ...]
     differences: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """`Qwen3MoeForCausalLM of transformers 5.23.0: 0 differences`."""
+        found = counted(len(self.differences), "difference")
+        return f"{self.model_class} of {self.engine}: {found}"
 
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class VerifyReport(Report):
     """What a verification compared. differences: the first ones, one clear line each.
 
     sampled: tensors per shard whose bytes were compared, None for all of them. architecture: None
@@ -98,9 +108,16 @@ class VerifyReport:
     notes: tuple[str, ...] = ()
     verdict: str = field(init=False)
 
+    figures: ClassVar[tuple[str, ...]] = ("holds",)
+
     def __post_init__(self) -> None:
         found = HOLDS if self.complete else AS_FAR_AS_SAMPLED
         object.__setattr__(self, "verdict", found if self.holds else DOES_NOT_HOLD)
+
+    @property
+    def title(self) -> str:
+        """The pruned model and the verdict."""
+        return f"{self.pruned}: {self.verdict}"
 
     @property
     def all_differences(self) -> tuple[str, ...]:

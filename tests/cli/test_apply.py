@@ -129,6 +129,8 @@ def test_json_is_the_report(run: Run) -> None:
     assert document["out"] == "/models/Kimi-K2.5-REAP-65pct"
     assert document["plan"]["num_experts_after"] == PLANNED.num_experts_after
     assert document["verification"]["tensors"] == VERIFIED.tensors
+    assert document["bytes_per_second"] == 500_000_000
+    assert document == APPLIED.to_dict()
 
 
 def work(pruning: object, options: RunOptions, destination: object) -> ApplyReport:

@@ -13,7 +13,7 @@ from tests.cli.standins import Run
 
 def test_it_names_versions_and_machine(run: Run) -> None:
     report = json.loads(run("env", "--json").stdout)
-    assert report["shardsurgeon"] == shardsurgeon.__version__
+    assert report["version"] == shardsurgeon.__version__
     assert report["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"numpy", "click", "huggingface_hub"} <= report["packages"].keys()
     assert report["cores"] >= 1

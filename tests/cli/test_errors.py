@@ -8,9 +8,11 @@ import subprocess
 from contextlib import suppress
 from dataclasses import replace
 
+import click
 import pytest
 
 from shardsurgeon import errors
+from shardsurgeon.cli import output as printing
 from shardsurgeon.errors import HeaderError, OutputWriteError, ShardSurgeonError
 from shardsurgeon.operations.reports import InspectReport
 from tests.cli.standins import APPLIED, INSPECTED, FakeOperations, Run, in_python
@@ -56,11 +58,75 @@ def test_the_status_comes_from_the_error_class(run: Run, fake: FakeOperations) -
         assert run(*APPLY).status == kind.exit_status
 
 
-def test_with_json_an_error_prints_nothing_on_stdout(run: Run, fake: FakeOperations) -> None:
-    fake.apply = HeaderError("shard", "problem", "remedy")
+OF_EVERY_KIND = {
+    "input": (HeaderError("shard", "problem", "remedy"), ("shard", "problem", "remedy", 2)),
+    "work": (OutputWriteError("", "the disk is full"), ("", "the disk is full", "", 1)),
+    "disk": (PermissionError(13, "Permission denied", "/m/x"), ("/m/x", "Permission denied", 1)),
+    "bug": (KeyError("k"), ("this is a bug, KeyError: 'k'", 1)),
+    "memory": (MemoryError(), ("memory ran out", 1)),
+    "SIGINT": (signal.SIGINT, ("", "stopped", "the same command resumes", 130)),
+    "SIGTERM": (signal.SIGTERM, ("", "stopped", "the same command resumes", 143)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_EVERY_KIND)
+def test_with_json_a_failure_is_a_document_too(kind: str, run: Run, fake: FakeOperations) -> None:
+    error, told = OF_EVERY_KIND[kind]
+    if isinstance(error, signal.Signals):
+        fake.apply = lambda *args, **options: signal.raise_signal(error)
+    else:
+        fake.apply = error
     ended = run(*APPLY, "--json")
-    assert ended.stdout == ""
-    assert one_line(ended.stderr) == "error: shard: problem; remedy"
+    document = json.loads(ended.stdout)
+    assert list(document) == ["schema", "version", "error"]
+    failed = document["error"]
+    assert list(failed) == ["where", "problem", "remedy", "status"]
+    assert {*told} <= {*failed.values()} and failed["status"] == ended.status
+    line = one_line(ended.stderr)
+    parts = [failed[part] for part in ("where", "problem", "remedy") if failed[part]]
+    assert all(part in line for part in parts)
+    assert line == run(*APPLY).stderr.removeprefix("shardsurgeon: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("aply", "--json"),
+        ("apply", "--json", "--ration", "0.5"),
+        ("apply", "--keep", "many", "--json"),
+        ("plan", "--json", "scores.pt", "--ratio", "1.5"),
+        ("plan", "--json", "scores.pt", "--ratio", ""),
+        ("verify", "only-one", "--json"),
+        ("scores", "compare", "a.pt", "--json"),
+        ("calibrate", "--json"),
+    ],
+)
+def test_with_json_wrong_usage_is_a_document_too(run: Run, words: tuple[str, ...]) -> None:
+    ended = run(*words)
+    failed = json.loads(ended.stdout)["error"]
+    assert failed["status"] == ended.status == 2
+    assert failed["problem"] in one_line(ended.stderr)
+
+
+def test_a_word_that_is_no_option_asks_for_no_document(run: Run, fake: FakeOperations) -> None:
+    fake.inspect = HeaderError("shard", "problem")
+    assert run("inspect", "--", "--json").stdout == ""
+
+
+def test_a_stop_after_the_report_prints_no_second_document(
+    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = printing.as_text
+
+    def stopped_by_then(document: dict[str, object]) -> str:
+        click.echo(printed(document))
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("unreachable")
+
+    monkeypatch.setattr(printing, "as_text", stopped_by_then)
+    ended = run("inspect", "--json")
+    assert ended.status == 143
+    assert json.loads(ended.stdout) == INSPECTED.to_dict()
 
 
 @pytest.mark.parametrize(

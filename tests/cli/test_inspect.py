@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
+import pytest
+
 from tests.cli.standins import INSPECTED, FakeOperations, Run
 
 CONTRACT_KEYS = {
@@ -23,7 +25,11 @@ def test_the_current_folder_is_the_default(run: Run, fake: FakeOperations) -> No
 def test_json_is_one_document_with_the_keys_of_the_contract(run: Run) -> None:
     document = json.loads(run("inspect", "--json").stdout)
     assert set(document) >= CONTRACT_KEYS
-    assert document == json.loads(json.dumps(asdict(INSPECTED)))
+    assert {key: document[key] for key in asdict(INSPECTED)} == json.loads(
+        json.dumps(asdict(INSPECTED))
+    )
+    assert document["shares_at"]["0.5"] == pytest.approx(0.508, abs=0.001)
+    assert document == INSPECTED.to_dict()
 
 
 def test_the_report_reads_well(run: Run) -> None:

@@ -223,7 +223,7 @@ def test_what_is_carried_along_and_left_behind_is_said(run: Run, fake: FakeOpera
         assert (
             "  carried along 2 files\n  left behind   .env, train.log, wandb/, docs/x.log (5)\n"
         ) in said
-    document = json.loads(run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout)
+    (document,) = json.loads(run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout)["plans"]
     assert document["left_behind"] == LEFT
     assert document["carried_along"] == ["LICENSE", "docs/a.md"]
 
@@ -243,23 +243,38 @@ def test_a_note_that_several_plans_share_is_told_once(run: Run, fake: FakeOperat
     assert run("plan", "scores.pt", "--ratio", "0.5,0.65").stdout.count("x.bin is left out") == 1
 
 
-def test_json_of_one_plan_is_the_report(run: Run) -> None:
-    document = json.loads(run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout)
-    assert document["num_experts_after"] == 135
-    assert document["layers"][1]["saliency_dropped"] == 0.375
-
-
-def test_json_of_several_plans_is_a_list_of_them(run: Run, fake: FakeOperations) -> None:
+@pytest.mark.parametrize("ratios", ["0.65", "0.5,0.65,0.75"])
+def test_json_has_a_list_of_plans_however_many_there_are(
+    ratios: str, run: Run, fake: FakeOperations
+) -> None:
     fake.plan = lambda model, scores, request, **_: replace(PLANNED, ratio=request.ratio)
-    document = json.loads(run("plan", "scores.pt", "--ratio", "0.5,0.65,0.75", "--json").stdout)
-    assert list(document) == ["plans"]
-    assert [plan["ratio"] for plan in document["plans"]] == [0.5, 0.65, 0.75]
+    document = json.loads(run("plan", "scores.pt", "--ratio", ratios, "--json").stdout)
+    assert list(document) == ["schema", "version", "plans"]
+    assert [plan["ratio"] for plan in document["plans"]] == [*map(float, ratios.split(","))]
+    assert all(plan["num_experts_after"] == 135 for plan in document["plans"])
+    assert document["plans"][0]["layers"][1]["saliency_dropped"] == 0.375
+
+
+def test_the_figures_of_the_table_are_in_the_json(run: Run, fake: FakeOperations) -> None:
+    scored = [
+        layer(1, saliency_dropped=0.25, min_retained_saliency=0.5, max_pruned_saliency=0.25),
+        layer(2, saliency_dropped=0.5, kept=96, min_retained_saliency=1.0, max_pruned_saliency=0.9),
+        layer(61, policy="router-norm", saliency_dropped=None),
+    ]
+    fake.plan = replace(PLANNED, layers=tuple(scored))
+    (plan,) = json.loads(run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout)["plans"]
+    assert (plan["kept_least"], plan["kept_most"], plan["share_left"]) == (96, 135, 0.4)
+    assert (plan["saliency_dropped_mean"], plan["saliency_dropped_worst"]) == (0.375, 0.5)
+    assert plan["saliency_dropped_worst_layer"] == 2
+    assert plan["narrowest_cut"] == pytest.approx(0.1)
+    assert plan["saliency_dropped_uniform_mean"] is None
 
 
 def test_a_number_that_json_lacks_becomes_null(run: Run, fake: FakeOperations) -> None:
     fake.plan = replace(PLANNED, layers=(layer(1, min_retained_saliency=float("inf")),))
     text = run("plan", "scores.pt", "--ratio", "0.65", "--json").stdout
-    assert json.loads(text)["layers"][0]["min_retained_saliency"] is None
+    (plan,) = json.loads(text)["plans"]
+    assert plan["layers"][0]["min_retained_saliency"] is None
     assert "Infinity" not in text
 
 

@@ -88,7 +88,15 @@ def test_differences_as_json_are_the_report_and_status_1(run: Run, fake: FakeOpe
     fake.verify = BROKEN
     ended = run(*VERIFY, "--json")
     assert ended.status == 1
-    assert json.loads(ended.stdout)["differences"] == list(BROKEN.differences)
+    document = json.loads(ended.stdout)
+    assert document["differences"] == list(BROKEN.differences) and document["holds"] is False
+    assert document.pop("error") == {
+        "where": "/models/Kimi-K2.5-REAP-65pct",
+        "problem": "2 differences from /models/Kimi-K2.5",
+        "remedy": "see the report",
+        "status": 1,
+    }
+    assert document == BROKEN.to_dict()
 
 
 @pytest.mark.parametrize("sample", ["0", "-3"])

@@ -28,7 +28,7 @@ COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate"]
 SCORES = ["show", "compare", "convert", "merge", "from-router", "from-weights", "random"]
 # What differs from one run, or one machine, to the next.
 _PASSING = [
-    (re.compile(r'("(?:\w+_)?seconds": )[\d.e-]+'), r"\1SECONDS"),
+    (re.compile(r'("(?:\w+_)?seconds?": )[\d.e-]+'), r"\1SECONDS"),
     (re.compile(r"\b[\d.]+ s(econds)?\b(?=[,.\n]| at| \()"), "SECONDS"),
     (re.compile(r"\b[\d.]+ [kMG]?B/s\b"), "SPEED"),
     (re.compile(r"\b[0-9a-f]{40}\b"), "COMMIT"),

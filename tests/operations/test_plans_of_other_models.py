@@ -136,13 +136,13 @@ def test_the_figures_of_a_fine_tune_are_marked_as_those_of_the_plans_model(
     assert ", as measured on original" in said
     assert "was made for original, whose config.json is not that of fine-tune" in said
     told = in_python(CODE, *words, "--json", cwd=tmp_path, capture_output=True)
-    assert json.loads(told.stdout)["saliency_of"] == "original"
+    assert json.loads(told.stdout)["plans"][0]["saliency_of"] == "original"
 
     own = in_python(
         CODE, "plan", "--plan", str(made[1]), "--model", str(made[0]), "--json", cwd=tmp_path,
         capture_output=True,
     )  # fmt: skip
-    assert json.loads(own.stdout)["saliency_of"] is None
+    assert json.loads(own.stdout)["plans"][0]["saliency_of"] is None
 
 
 def test_record_and_card_say_whose_the_saliencies_are(
