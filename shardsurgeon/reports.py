@@ -32,18 +32,41 @@ _SIZES = re.compile(r"(^|_)(size|sizes|bytes|nbytes|space)(_|$)")
 _SHARES = re.compile(r"(^|_)(dropped|share|shares|lost|cut)(_|$)")
 
 
-class Report(ABC):
-    """What a command did or found. Its children are frozen dataclasses, without their own repr."""
+class Titled(ABC):
+    """What a notebook's cell may end in: as text it is its title, as HTML that and small tables.
+
+    Its children are frozen dataclasses, without a repr of their own.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The whole in one line."""
+
+    @abstractmethod
+    def shown(self) -> Iterable[tuple[str, Any]]:
+        """What the tables show: (name, value)."""
+
+    def __repr__(self) -> str:
+        return printable(self.title)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.title, self.shown())
+
+
+class Report(Titled):
+    """What a command did or found."""
 
     __slots__ = ()
 
     # Properties that stand in the document beside the fields.
     figures: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """The whole in one line."""
+    def shown(self) -> Iterable[tuple[str, Any]]:
+        """Its fields and figures."""
+        return _items(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints: text, numbers, lists and dicts by text alone.
@@ -51,12 +74,6 @@ class Report(ABC):
         A number that JSON lacks (inf, NaN) is None, a token in a text is three stars.
         """
         return document(self)
-
-    def __repr__(self) -> str:
-        return printable(self.title)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.title, _items(self))
 
 
 def document(report: Report | Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class MoELayer:
     index: int
     is_mtp: bool
     stacked: bool
-    expert_nbytes: tuple[int, ...]
+    expert_nbytes: tuple[int, ...] = field(repr=False)
     router: str
 
     @property

@@ -6,7 +6,7 @@ Reads what a source has besides weights into one frozen value, which `anatomy` i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -41,16 +41,18 @@ from shardsurgeon.checkpoint.shards import (
 from shardsurgeon.checkpoint.unlisted import forgotten_parts
 from shardsurgeon.errors import CheckpointError, ConfigError, IndexFileError
 from shardsurgeon.families.schema import Family, family_for, is_declared
+from shardsurgeon.reports import Titled
 from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
 from shardsurgeon.storage.open import hub_name, open_source
 from shardsurgeon.storage.source import Source, SourceFile, require_plain
+from shardsurgeon.units import counted, format_size
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Titled):
     """Everything of a checkpoint except its weights.
 
     files: every file of the source; names: what they are called; shards: the weight files, in
@@ -79,6 +81,23 @@ class Checkpoint:
     unlisted: tuple[str, ...] = ()
     superseded: tuple[tuple[str, str], ...] = ()
     names: FileNames = HUGGING_FACE
+
+    @property
+    def title(self) -> str:
+        """`Kimi-K2.5: kimi_k25, 208,235 tensors in 64 shards, 594.1 GB`."""
+        held = f"{counted(self.num_tensors, 'tensor')} in {counted(len(self.shards), 'shard')}"
+        kind = self.settings.get("model_type") or "no model type"
+        return f"{self.source.name}: {kind}, {held}, {format_size(self.total_size)}"
+
+    def shown(self) -> Iterable[tuple[str, object]]:
+        """What it is and where, for a notebook."""
+        yield "location", self.location
+        yield "architectures", self.settings.get("architectures")
+        yield "shards", len(self.shards)
+        yield "tensors", self.num_tensors
+        yield "total_size", self.total_size
+        yield "files", len(self.files)
+        yield "notes", self.notes
 
     @property
     def location(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -122,7 +122,7 @@ class Provenance:
     num_experts_before: int
     num_experts_after: int
     n_group: int
-    layers: dict[int, LayerRecord]
+    layers: dict[int, LayerRecord] = field(repr=False)
     steps: tuple[Step, ...]
     files: Mapping[str, int] | None = None
     include: tuple[str, ...] = ()

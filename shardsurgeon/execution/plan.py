@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardsurgeon.storage.source import SourceFile
 
@@ -27,7 +27,7 @@ class Segment:
 class Literal:
     """Bytes that the plan itself holds: tensors whose values are expert counts or ids."""
 
-    data: bytes
+    data: bytes = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -59,8 +59,8 @@ class OutputShard:
     """One output file: its header bytes (length prefix included) and then its tensors, in order."""
 
     file: str
-    header: bytes
-    tensors: tuple[OutputTensor, ...]
+    header: bytes = field(repr=False)
+    tensors: tuple[OutputTensor, ...] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +87,7 @@ class Plan:
     """
 
     shards: tuple[OutputShard, ...]
-    generated_files: tuple[tuple[str, bytes], ...]
+    generated_files: tuple[tuple[str, bytes], ...] = field(repr=False)
     copied_files: tuple[str, ...]
     score_files: tuple[tuple[str, str, str], ...]
     source_files: tuple[SourceFile, ...]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
@@ -32,13 +33,14 @@ from shardsurgeon.pruning.planner import (
 )
 from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.reports import Titled
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import Output, output_path, sha256_of
 
 
-@dataclass(frozen=True)
-class Pruning:
+@dataclass(frozen=True, repr=False)
+class Pruning(Titled):
     """A prune that is decided and planned, and not yet done: what `shardsurgeon.plan` returns.
 
     decision: which experts stay; plan: the bytes to move; out: the folder they go to;
@@ -63,6 +65,15 @@ class Pruning:
     out: Path
     max_shard_nbytes: int | None = None
     declared: str | None = None
+
+    @property
+    def title(self) -> str:
+        """That of its report."""
+        return self.report.title
+
+    def shown(self) -> Iterable[tuple[str, Any]]:
+        """What its report shows."""
+        return self.report.shown()
 
     @cached_property
     def report(self) -> PlanReport:

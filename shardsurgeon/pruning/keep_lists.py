@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from shardsurgeon.checkpoint.layer_names import Layer, layer_number, listed_layers
@@ -31,7 +31,7 @@ class LayerKeep:
     retained: tuple[int, ...]
     pruned: tuple[int, ...]
     preserved: tuple[int, ...] = ()
-    saliency: tuple[float | None, ...] | None = None
+    saliency: tuple[float | None, ...] | None = field(default=None, repr=False)
 
     @property
     def num_experts(self) -> int:
@@ -47,7 +47,7 @@ class KeepList:
     """
 
     num_experts: int
-    layers: dict[int, LayerKeep]
+    layers: dict[int, LayerKeep] = field(repr=False)
     apart: frozenset[int] = frozenset()
 
     @property

@@ -6,7 +6,7 @@ they have, is compared where scores and model meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError
+from shardsurgeon.reports import Titled
+from shardsurgeon.units import counted
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Fact: TypeAlias = str | int | float | bool
@@ -32,8 +34,19 @@ ACCUMULATORS = "accumulators"
 CALIBRATION = "calibration"
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The finite scores of one layer, or of one row, for a notebook."""
+
+    layer: Layer
+    experts: int
+    lowest: float | None
+    median: float | None
+    highest: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Scores(Titled):
     """What a score file says.
 
     origin: the file, as messages name it.
@@ -57,6 +70,38 @@ class Scores:
     facts: Mapping[str, Fact] = field(default_factory=dict)
     tokens: Mapping[Layer, int] = field(default_factory=dict)
     ranking: str = ""
+
+    @property
+    def title(self) -> str:
+        """`scores.pt: ean_mean, reap of 384 experts in 60 layers`."""
+        ranges = list(self._ranges())
+        experts = max((each.experts for each in ranges), default=0)
+        metrics = ", ".join(self.metrics or self.rows)
+        return f"{self.origin}: {metrics} of {experts} experts in {counted(len(ranges), 'layer')}"
+
+    def shown(self) -> Iterable[tuple[str, object]]:
+        """Its metrics, and the range of one of them in each layer, for a notebook."""
+        yield "metrics", self.metrics or tuple(self.rows)
+        yield "ranking", self.ranking or None
+        yield "facts", self.facts
+        yield f"{self._ranged} by layer", tuple(self._ranges())
+
+    @property
+    def _ranged(self) -> str:
+        """The metric whose ranges are shown: the one to prune by, where the file has it."""
+        there = self.metrics or tuple(self.rows)
+        return next((name for name in _PREFERRED if name in there), there[0])
+
+    def _ranges(self) -> Iterator[_Range]:
+        named: Iterable[tuple[Layer, Vector | None]]
+        if self.rows:
+            named = ((f"row {n}", row) for n, row in enumerate(self.rows[self._ranged]))
+        else:
+            named = ((layer, of.get(self._ranged)) for layer, of in self.layers.items())
+        for layer, row in named:
+            values = np.empty(0) if row is None else row[np.isfinite(row)]
+            ends = np.quantile(values, (0, 0.5, 1)).tolist() if values.size else [None] * 3
+            yield _Range(layer, 0 if row is None else len(row), *ends)
 
     @property
     def metrics(self) -> tuple[str, ...]:

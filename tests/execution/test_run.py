@@ -245,7 +245,9 @@ def test_a_finished_shard_is_not_copied_again(job: Job, out: Path) -> None:
 
 def test_a_full_disk_is_found_before_the_first_byte_with_both_numbers(job: Job, out: Path) -> None:
     needed = sum(map(len, job.expected.values()))
-    with pytest.raises(OutputWriteError, match=rf"disk is too small: .*{needed:,} bytes.*1,000 bytes"):
+    with pytest.raises(
+        OutputWriteError, match=rf"disk is too small: .*{needed:,} bytes.*1,000 bytes"
+    ):
         execute(job.plan, job.source, out, system=no_room(native()))
     assert sorted(os.listdir(out.parent)) == ["Tiny-MoE", "scores.pt"]
 

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from shardsurgeon.errors import HeaderError
@@ -72,7 +72,7 @@ class Header:
     data_begin: absolute file offset of the data section.
     """
 
-    tensors: tuple[TensorRecord, ...]
+    tensors: tuple[TensorRecord, ...] = field(repr=False)
     metadata: dict[str, str] | None
     data_begin: int
 
