@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
+    OfMachine,
     at_least,
     family_option,
     json_option,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from shardsurgeon.verification.findings import VerifyReport
 
 
-@click.command("apply")
+@click.command("apply", cls=Command)
 @scores_argument
 @model_option
 @selection_options
@@ -44,20 +46,22 @@ if TYPE_CHECKING:
     *OUT,
     "out",
     metavar="OUT",
-    help="Folder to write.  [default: <name>-REAP-<percent>pct]",
+    help="Folder to write.  [default: <model>-REAP-65pct]",
 )
 @click.option(
     "--max-shard-size",
     "max_shard_nbytes",
-    metavar="SIZE|source",
+    metavar="SIZE",
     default="source",
     callback=shard_size,
     show_default=True,
-    help="Pack shards up to this size, such as 5GB, or keep the source's cutting.",
+    help="Pack shards up to this size, such as 5GB; source keeps the source's cutting.",
 )
 @click.option(
     "--workers",
     "-j",
+    cls=OfMachine,
+    envvar="SHARDSURGEON_WORKERS",
     metavar="N",
     type=int,
     default=0,
@@ -112,13 +116,13 @@ def apply_command(
     progress: bool | None,
     as_json: bool,
 ) -> None:
-    """Write the pruned model.
+    """Write the pruned model. SCORES: a .pt, .safetensors, .npz or .json file.
 
-    SCORES is a file of expert scores: .pt, .safetensors, .npz or .json. Say how
-    much to remove with one of --ratio, --keep, --target-size and --plan. The
-    source is only read. OUT appears when it is complete; until then the work is
-    in OUT.partial, and the same command resumes it after any interruption. An
-    OUT that the same command made is checked again, any other is refused.
+    MODEL is a folder, org/name[@revision] on the Hugging Face Hub, or a URL
+    (s3://, gs://, https://). It is only read. OUT appears when it is complete;
+    until then the work is in OUT.partial, and the same command resumes it after
+    any interruption. An OUT that the same command made is checked again, any
+    other is refused.
 
     \b
     Examples:

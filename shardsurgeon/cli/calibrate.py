@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
+    OfMachine,
     at_least,
     family_option,
     force_option,
@@ -48,21 +50,20 @@ def _share(
     return int(match[1]), int(match[2])
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=Command)
 @model_argument
 @click.option(
     "--dataset",
     metavar="SPEC",
     required=True,
-    help="Where samples come from, comma-separated: name:n, name[subset]:n or name(split):n of "
-    "the Hub, a local folder, or a .jsonl, .json, .parquet or .txt file (a line a sample).",
+    help="Files, folders or names on the Hub, separated by commas (see the notes).",
 )
 @click.option(
     *OUT,
     "out",
     metavar="FILE",
     required=True,
-    help="Score file to write: .pt, .safetensors, .npz or .json.",
+    help="A .pt, .npz, .json or .safetensors.",
 )
 @force_option
 @click.option(
@@ -70,14 +71,14 @@ def _share(
     metavar="N",
     type=int,
     callback=at_least(1),
-    help="Samples in all; datasets without :n share them.  [default: 512, or what SPEC says]",
+    help="Samples in all.  [default: 512, or as SPEC says]",
 )
 @click.option(
     "--max-length",
     metavar="L",
     type=int,
     callback=at_least(1),
-    help="Tokens that a sample is cut to.  [default: 2048, or what the model allows]",
+    help="Tokens of a sample at most.  [default: 2048]",
 )
 @click.option(
     "--seed",
@@ -90,6 +91,8 @@ def _share(
 )
 @click.option(
     "--device",
+    cls=OfMachine,
+    envvar="SHARDSURGEON_DEVICE",
     metavar="NAME",
     default="cpu",
     show_default=True,
@@ -163,8 +166,13 @@ def calibrate_command(
 ) -> None:
     """Score experts by running samples through the model.
 
+    SPEC names a .jsonl, .json, .parquet or .txt file (a line a sample), a local
+    folder, or a dataset of the Hub: name, name[subset] or name(split). `:n`
+    behind it takes n samples of it; parts without a number share the rest.
+
     MODEL is the folder of a checkpoint, by default the current folder, or a
-    repository of the Hub such as org/name. One layer is in memory at a time,
+    repository of the Hub such as org/name. A sample is cut to what the model
+    allows. One layer is in memory at a time,
     read straight from the shards. FILE appears when it is complete; until then
     the work is in FILE.partial, and the same command goes on from the last
     finished layer. Needs shardsurgeon[calibrate].

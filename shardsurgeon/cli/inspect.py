@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import family_option, json_option, model_argument
 from shardsurgeon.cli.output import emit, facts, parameters, percent, table
 from shardsurgeon.units import counted, format_size, number_ranges
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from shardsurgeon.operations.reports import InspectReport
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @model_argument
 @family_option
 @json_option

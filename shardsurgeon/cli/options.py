@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from shardsurgeon.cli.output import as_typed
 from shardsurgeon.errors import UsageError
@@ -28,6 +29,23 @@ from shardsurgeon.units import parse_ratios, parse_size, percent
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The ways to name an output, of every command that writes one.
 OUT = ("-o", "--out", "--output")
+
+
+class OfMachine(click.Option):
+    """An option that an environment variable may give, which messages then name.
+
+    For where and how a command works. What decides which experts go, and where results are
+    written, is said by the command itself.
+    """
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """The variable where the value is from there, else the option."""
+        of_variable = ctx is not None and _of_variable(ctx, self.name)
+        return str(self.envvar) if of_variable else super().get_error_hint(ctx)
+
+
+def _of_variable(context: click.Context, parameter: str | None) -> bool:
+    return context.get_parameter_source(parameter or "") is ParameterSource.ENVIRONMENT
 
 
 def selection_options(command: Command) -> Command:
@@ -109,10 +127,7 @@ def only_one(requests: Sequence[SelectionRequest]) -> SelectionRequest:
 
 def model_option(command: Command) -> Command:
     """Add `--model MODEL`."""
-    return _model_option(
-        "The checkpoint: a folder, org/name[@revision] on the Hugging Face Hub, or a URL"
-        " (s3://, gs://, https://).  [default: the current folder]"
-    )(command)
+    return _model_option("Folder, org/name or URL.  [default: this folder]")(command)
 
 
 def model_argument(command: Command) -> Command:
@@ -120,9 +135,9 @@ def model_argument(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_model(*args: Any, model: str | None, named: str | None, **given: Any) -> Any:
-        return command(*args, model=one_model("MODEL", model, named), **given)
+        return command(*args, model=_one_model("MODEL", model, named, "named"), **given)
 
-    option = _model_option("The same as MODEL.  [default: the current folder]", "named")
+    option = _model_option("The same as MODEL.  [default: this folder]", "named")
     return click.argument("model", required=False)(option(cast(Command, with_model)))
 
 
@@ -136,7 +151,8 @@ def source_and_pruned(command: Command) -> Command:
     def with_both(*args: Any, places: tuple[str, ...], model: str | None, **given: Any) -> Any:
         if len(places) > 2:
             raise click.UsageError(f"Got unexpected extra argument ({' '.join(places[2:])})")
-        source = one_model("SOURCE", places[0] if len(places) > 1 else None, model)
+        first = places[0] if len(places) > 1 else None
+        source = _one_model("SOURCE", first, model, "model")
         if source is None:
             count = "one of them" if places else "none"
             raise click.UsageError(f"SOURCE and PRUNED are needed, {count} is given")
@@ -149,12 +165,14 @@ def source_and_pruned(command: Command) -> Command:
     return places(option(cast(Command, with_both)))
 
 
-def one_model(what: str, given: str | None, named: str | None) -> str | None:
+def _one_model(what: str, given: str | None, named: str | None, option: str) -> str | None:
     """The model of a command, said as a positional, with --model, both or not at all.
 
-    what: what the positional is called. Raises UsageError where the two are different.
+    what: what the positional is called; option: the parameter of --model. Raises UsageError where
+    the two are different; one of the environment gives way.
     """
-    if given is not None and named is not None and _same_place(given) != _same_place(named):
+    named_here = named is not None and not _of_variable(click.get_current_context(), option)
+    if given is not None and named_here and _same_place(given) != _same_place(named or ""):
         raise UsageError(what, f"says {given}, --model says {named}", "give one of them")
     return named if given is None else given
 
@@ -164,7 +182,15 @@ def _same_place(name: str) -> str:
 
 
 def _model_option(text: str, *names: str) -> Callable[[Command], Command]:
-    return click.option("--model", "-m", *names, metavar="MODEL", help=text)
+    return click.option(
+        "--model",
+        "-m",
+        *names,
+        cls=OfMachine,
+        envvar="SHARDSURGEON_MODEL",
+        metavar="MODEL",
+        help=text,
+    )
 
 
 def family_option(command: Command) -> Command:
@@ -242,7 +268,9 @@ def at_least(smallest: int) -> Callable[[click.Context, click.Parameter, int | N
 
     def check(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
         if value is not None and value < smallest:
-            raise UsageError(parameter.opts[0], f"{value} is less than {smallest}")
+            of_variable = _of_variable(context, parameter.name)
+            where = str(parameter.envvar) if of_variable else parameter.opts[0]
+            raise UsageError(where, f"{value} is less than {smallest}")
         return value
 
     return check
@@ -291,7 +319,7 @@ def out_option(command: Command) -> Command:
 def force_option(command: Command) -> Command:
     """Add `--force`, for a score file that is there already."""
     return click.option(
-        "--force", is_flag=True, help="Let -o replace another score file that was saved there."
+        "--force", is_flag=True, help="Replace another score file that lies there."
     )(command)
 
 
@@ -301,7 +329,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         "-r",
         metavar="R",
         callback=ratios,
-        help="Remove this fraction of the experts of every MoE layer: 0.65 or 65%.",
+        help="Share of each layer's experts to remove: 0.65 or 65%.",
     ),
     "keep": click.option(
         "--keep", metavar="N", callback=_kept, help="Keep this many experts in every MoE layer."
@@ -310,13 +338,13 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         "--target-size",
         metavar="SIZE",
         callback=size,
-        help="Keep as many experts as fit a checkpoint of this size, such as 122GB.",
+        help="The most experts that fit a size, such as 122GB.",
     ),
     "plan_file": click.option(
         "--plan",
         "plan_file",
         metavar="FILE",
-        help="Take the experts from a keep-list made by `plan` or elsewhere; no SCORES then.",
+        help="Take a keep-list of `plan`, or from elsewhere.",
     ),
     "lists": click.option(
         "--lists",

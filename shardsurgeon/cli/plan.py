@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
     family_option,
@@ -39,16 +40,14 @@ if TYPE_CHECKING:
     from shardsurgeon.pruning.report import LayerReport, PlanReport, PlansReport
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @scores_argument
 @model_option
 @selection_options
 @family_option
 @links_option
-@click.option(
-    *OUT, "plan_out", metavar="PLAN.JSON", help="Save the keep-lists, for `apply --plan`."
-)
-@click.option("--force", is_flag=True, help="Let -o replace another plan that was saved there.")
+@click.option(*OUT, "plan_out", metavar="FILE", help="Save the keep-lists, for `apply --plan`.")
+@click.option("--force", is_flag=True, help="Replace another plan that was saved there.")
 @json_option
 def plan_command(
     scores: str | None,
@@ -60,11 +59,11 @@ def plan_command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Show what would be removed; writes no model.
+    """Show what would be removed. SCORES: a .pt, .safetensors, .npz or .json file.
 
-    SCORES is a file of expert scores: .pt, .safetensors, .npz or .json. Say how
-    much to remove with one of --ratio, --keep, --target-size and --plan. Several
-    ratios, separated by commas, are compared.
+    Writes no model. Several ratios, separated by commas, are compared. MODEL is
+    a folder, org/name[@revision] on the Hugging Face Hub, or a URL (s3://,
+    gs://, https://).
 
     \b
     Examples:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     family_option,
     json_option,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from shardsurgeon.operations.reports import PushReport
 
 
-@click.command("push")
+@click.command("push", cls=Command)
 @click.argument("pruned")
 @click.argument("repo_id")
 @push_options

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     InOrder,
     family_option,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _SHARES = ("0.05", "0.25")
 
 
-@click.command("show")
+@click.command("show", cls=Command)
 @click.argument("file", metavar="FILE")
 @click.option(
     "--model",
@@ -153,7 +154,7 @@ def _cuts(report: ScoresReport) -> Iterator[str]:
     yield from table(headings, rows)
 
 
-@click.command("compare")
+@click.command("compare", cls=Command)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(
@@ -218,7 +219,7 @@ def _correlation(value: float | None) -> str:
     return "-" if value is None else f"{value:z.3f}"
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("source", metavar="IN")
 @out_option
 @click.option(
@@ -249,7 +250,7 @@ def convert_command(
     emit(report, _written_lines(report), as_json, told_otherwise=True)
 
 
-@click.command("merge")
+@click.command("merge", cls=Command)
 @click.argument("files", metavar="FILE FILE...", nargs=-1, required=True)
 @out_option
 @click.option(
@@ -288,7 +289,7 @@ def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
         yield from fact("calibration", words)
 
 
-@click.command("from-router")
+@click.command("from-router", cls=Command)
 @model_argument
 @out_option
 @click.option(
@@ -321,7 +322,7 @@ def from_router_command(
     emit(report, _baseline_lines(report), as_json, told_otherwise=True)
 
 
-@click.command("from-weights")
+@click.command("from-weights", cls=Command)
 @model_argument
 @out_option
 @family_option
@@ -355,7 +356,7 @@ def from_weights_command(
     emit(report, _baseline_lines(report), as_json, told_otherwise=True)
 
 
-@click.command("random")
+@click.command("random", cls=Command)
 @model_argument
 @out_option
 @click.option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     at_least,
     family_option,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from shardsurgeon.verification.findings import ArchitectureReport, VerifyReport
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @source_and_pruned
 @click.option(
     "--sample",

@@ -11,6 +11,7 @@ import click
 import pytest
 
 import shardsurgeon
+from shardsurgeon.cli.help import SECTIONS
 from shardsurgeon.cli.main import cli
 from tests.cli.standins import Run, in_python, lay_recipes
 
@@ -57,6 +58,57 @@ def test_help_fits_80_columns(run: Run, words: tuple[str, ...], flag: str) -> No
     assert ended.status == 0
     assert ended.stderr == ""
     assert max(map(len, ended.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_examples_come_before_options_and_everything_else_after(
+    run: Run, words: tuple[str, ...]
+) -> None:
+    lines = run(*words, "--help").stdout.splitlines()
+    assert lines[2].startswith("  ") and lines[3] == "" and lines[4] == "  Examples:"
+    if not isinstance(command(words), click.Group):
+        options = next(number for number, line in enumerate(lines) if re.match("  +-", line))
+        assert options > lines.index("  Examples:")
+        headings = [line for line in lines if re.match(r"\S.*:$", line)]
+        assert headings[-1] == "Notes:" or "Notes:" not in headings
+
+
+def test_a_long_help_begins_with_what_most_need(run: Run) -> None:
+    """A terminal of 80x24 shows 23 lines and the prompt."""
+    long = {}
+    for words in WORDS:
+        lines = run(*words, "--help").stdout.splitlines()
+        if len(lines) > 2 * 23:
+            long[words[0]] = re.findall(r"^ +(-.+?)(?:  |$)", "\n".join(lines[:23]), re.MULTILINE)
+            assert lines.count("Options:") == 0
+    how_much = ["-r, --ratio R", "--keep N", "--target-size SIZE", "--plan FILE"]
+    place = "-m, --model MODEL"
+    assert set(long) == {"plan", "apply", "calibrate"}
+    assert set(long["plan"]) >= {*how_much, place, "-o, --out, --output FILE"}
+    assert set(long["apply"]) >= {*how_much, place, "-o, --out, --output OUT", "--dry-run"}
+    assert set(long["calibrate"]) >= {
+        *("--dataset SPEC", "--samples N", "--max-length L", place),
+        *("-o, --out, --output FILE", "--device NAME"),
+    }
+
+
+@pytest.mark.parametrize("words", [("plan",), ("apply",), ("calibrate",)])
+def test_every_option_of_a_long_help_is_in_a_group(run: Run, words: tuple[str, ...]) -> None:
+    grouped = {name for names in SECTIONS.values() for name in names}
+    text = run(*words, "--help").stdout
+    for parameter in command(words).params:
+        if isinstance(parameter, click.Option):
+            assert grouped & set(parameter.opts), parameter.opts
+            assert re.search(rf"^ +(?:-\w, )?{parameter.opts[0]}\b", text, re.MULTILINE)
+    assert len(re.findall(r"^\S.*:$", text, re.MULTILINE)) > 4
+
+
+def test_help_says_which_variables_give_defaults(run: Run) -> None:
+    for words in WORDS:
+        text = " ".join(run(*words, "--help").stdout.split())
+        for parameter in command(words).params:
+            if parameter.envvar:
+                assert f"{parameter.envvar} ({parameter.opts[0]})" in text
 
 
 def test_no_words_at_all_show_the_help(run: Run) -> None:

@@ -134,3 +134,53 @@ def test_every_way_to_name_an_output_is_the_same(
     assert run("apply", *SELECTED, option, "out").status == 0
     assert fake.calls[0][0] == (None, "s.npz")
     assert fake.calls[1][1]["out"] == "out"
+
+
+def test_a_variable_gives_the_model_where_the_words_do_not(
+    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHARDSURGEON_MODEL", "/models/K2")
+    for name in ("inspect", "plan", "verify", "random"):
+        assert run(*WITH_MODEL[name]).status == 0
+        assert run(*WITH_MODEL[name], "-m", "/models/K3").status == 0
+        if name in POSITIONAL:
+            assert run(*with_positional(name, "/models/K4")).status == 0
+    every = ["/models/K2", "/models/K3", "/models/K4"]
+    assert models(fake) == [*every, *every[:2], *every, *every]
+
+
+def test_scores_are_looked_at_alone_whatever_the_variable_says(
+    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHARDSURGEON_MODEL", "/models/K2")
+    assert run("scores", "show", "scores.pt").status == 0
+    assert run("scores", "convert", "scores.pt", *OUT).status == 0
+    assert models(fake) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("-3", "SHARDSURGEON_WORKERS: -3 is less than 0"),
+        ("many", "Invalid value for SHARDSURGEON_WORKERS: 'many' is not a valid integer"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(
+    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch, value: str, line: str
+) -> None:
+    monkeypatch.setenv("SHARDSURGEON_WORKERS", value)
+    ended = run("apply", *SELECTED)
+    assert ended.status == 2 and line in ended.stderr
+    assert run("apply", *SELECTED, "-j", "2").status == 0
+    assert fake.calls[-1][0][1].workers == 2
+
+
+def test_variables_that_are_empty_say_nothing(
+    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MODEL", "WORKERS", "DEVICE"):
+        monkeypatch.setenv(f"SHARDSURGEON_{name}", "")
+    assert run("apply", *SELECTED).status == 0
+    assert models(fake) == [] and fake.calls[-1][0][1].workers == 0
+    assert run("calibrate", "--dataset", "a.txt", *OUT).status == 0
+    assert fake.calls[-1][0][1].settings.device == "cpu"
