@@ -100,7 +100,8 @@ def cli(context: click.Context) -> None:
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
       shardsurgeon apply scores.pt --ratio 0.65
 
-    Exit status: 0 done, 1 the work failed or a check did not hold, 2 bad input.
+    Exit status: 0 done, 1 the work failed or a check found differences,
+    2 bad input.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

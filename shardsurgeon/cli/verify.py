@@ -57,8 +57,8 @@ def verify_command(
 
     SOURCE and PRUNED are folders, or repositories of the Hub such as org/name.
     Checks headers, index, config, side files and metadata, and compares every
-    byte of every surviving tensor. Exit status 1 where it does not hold, with
-    the first differences. A sample that shows none says no more than that.
+    byte of every surviving tensor. Exit status 1 where something differs,
+    with the first differences. A sample that shows none says no more than that.
 
     \b
     Examples:

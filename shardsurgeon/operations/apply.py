@@ -34,7 +34,7 @@ def apply(
 
     Raises UsageError where layers keep different numbers and the request does not allow it, or
     where the Hub refuses; OutputError where OUT holds anything else; WorkError and its children
-    where the work fails or the check does not hold. What was finished is kept for a rerun.
+    where the work fails or the check finds a difference. What was finished is kept for a rerun.
     """
     require_ready(pruning, stays=destination is None or not destination.stream)
     if options.dry_run:

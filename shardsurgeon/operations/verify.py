@@ -104,7 +104,7 @@ class SelfCheck:
     def shard(self, name: str, path: Path) -> None:
         """Check one shard. Raises VerificationError."""
         if found := self._shards.differences(name, path):
-            raise _does_not_hold(str(path), found)
+            raise _differs(str(path), found)
 
     def rest(self, folder: Path) -> None:
         """Check the result as a whole, after each of its shards, by the shards' planned headers.
@@ -128,7 +128,7 @@ class SelfCheck:
         # The result is checked under a working name, just before it gets its own.
         self.report = replace(report, pruned=str(self._out))
         if not report.holds:
-            raise _does_not_hold(report.pruned, report.differences)
+            raise _differs(report.pruned, report.differences)
 
     @property
     def _plan(self) -> Plan:
@@ -156,9 +156,9 @@ def headers_only(plan: Plan, rest: Source, out: Path) -> HeadersOnlySource:
     return HeadersOnlySource(headers, rest, str(out))
 
 
-def _does_not_hold(where: str, differences: tuple[str, ...]) -> VerificationError:
+def _differs(where: str, differences: tuple[str, ...]) -> VerificationError:
     more = len(differences) - 1
     also = f" (and {more} more)" if more else ""
-    problem = f"does not hold: {differences[0]}{also}"
+    problem = f"differs from what it was made of: {differences[0]}{also}"
     remedy = "let nothing write to the source, not even by a memory map, and run it again with "
     return VerificationError(where, problem, f"{remedy}--restart; what comes back is a bug")

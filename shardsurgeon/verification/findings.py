@@ -11,9 +11,9 @@ from shardsurgeon.units import counted
 KEPT = 20
 
 # What a report ends in.
-HOLDS = "holds"
+IDENTICAL = "identical"
 AS_FAR_AS_SAMPLED = "identical as far as sampled"
-DOES_NOT_HOLD = "does not hold"
+DIFFERS = "differs"
 
 
 class Findings:
@@ -89,11 +89,11 @@ class VerifyReport(Report):
     sampled: tensors per shard whose bytes were compared, None for all of them. architecture: None
     where it was not asked for. complete: whether every byte was compared. notes: what is no
     difference and should be known: files that apply did not write, what could not be compared.
-    verdict: `holds`, `identical as far as sampled` or `does not hold`.
+    verdict: `identical`, `identical as far as sampled` or `differs`.
 
     >>> report = shardsurgeon.verify("fixtures/kimi_k25", "fixtures/kimi_k2")
     >>> report.holds, report.verdict, len(report.differences) > 0
-    (False, 'does not hold', True)
+    (False, 'differs', True)
     """
 
     source: str
@@ -111,8 +111,8 @@ class VerifyReport(Report):
     figures: ClassVar[tuple[str, ...]] = ("holds",)
 
     def __post_init__(self) -> None:
-        found = HOLDS if self.complete else AS_FAR_AS_SAMPLED
-        object.__setattr__(self, "verdict", found if self.holds else DOES_NOT_HOLD)
+        found = IDENTICAL if self.complete else AS_FAR_AS_SAMPLED
+        object.__setattr__(self, "verdict", found if self.holds else DIFFERS)
 
     @property
     def title(self) -> str:

@@ -63,7 +63,7 @@ def test_the_users_line_writes_beside_the_model_and_leaves_the_source_alone(
 def test_verify_proves_it(models: Path, pruned: Path) -> None:
     done = shardsurgeon(models, "verify", "kimi_k25", pruned.name)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("kimi_k25-REAP-65pct: holds\n")
+    assert done.stdout.startswith("kimi_k25-REAP-65pct: identical\n")
 
 
 def test_verify_finds_a_changed_byte(models: Path, pruned: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`verify`: holds or does not, in words, JSON and status."""
+"""`verify`: identical or not, in words, JSON and status."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_proof_that_holds_is_status_0(run: Run, fake: FakeOperations) -> None:
     assert ended.status == 0
     assert ended.stderr == ""
     assert ended.stdout == (
-        "/models/Kimi-K2.5-REAP-65pct: holds\n"
+        "/models/Kimi-K2.5-REAP-65pct: identical\n"
         "\n"
         "  source        /models/Kimi-K2.5\n"
         "  structure     74,210 tensors, index, config, side files, metadata\n"
@@ -69,16 +69,16 @@ def test_a_sample_without_a_difference_is_identical_as_far_as_sampled(
     said = json.loads(run(*VERIFY, "--sample", "8", "--json").stdout)
     assert said["verdict"] == "identical as far as sampled" and said["complete"] is False
     fake.verify = replace(fake.verify, differences=("a: is missing",))
-    assert json.loads(run(*VERIFY, "--json").stdout)["verdict"] == "does not hold"
+    assert json.loads(run(*VERIFY, "--json").stdout)["verdict"] == "differs"
     fake.verify = ALL
-    assert json.loads(run(*VERIFY, "--json").stdout)["verdict"] == "holds"
+    assert json.loads(run(*VERIFY, "--json").stdout)["verdict"] == "identical"
 
 
 def test_differences_are_printed_and_end_with_status_1(run: Run, fake: FakeOperations) -> None:
     fake.verify = BROKEN
     ended = run(*VERIFY)
     assert ended.status == 1
-    assert ended.stdout.startswith("/models/Kimi-K2.5-REAP-65pct: does not hold\n")
+    assert ended.stdout.startswith("/models/Kimi-K2.5-REAP-65pct: differs\n")
     assert ended.stdout.endswith("\n  a.weight: differs at byte 7\n  b.weight: is missing\n")
     expected = "/models/Kimi-K2.5-REAP-65pct: 2 differences from /models/Kimi-K2.5; see the report"
     assert ended.stderr == f"shardsurgeon: error: {expected}\n"
@@ -125,7 +125,7 @@ def test_an_architecture_that_does_not_fit_is_status_1(run: Run, fake: FakeOpera
     fake.verify = replace(ALL, architecture=replace(FITS, differences=(bias,)))
     ended = run(*VERIFY, "--architecture")
     assert ended.status == 1
-    assert ended.stdout.startswith("/models/Kimi-K2.5-REAP-65pct: does not hold\n")
+    assert ended.stdout.startswith("/models/Kimi-K2.5-REAP-65pct: differs\n")
     assert ended.stdout.endswith(f"\n\n  {bias}\n")
     expected = "0 differences from /models/Kimi-K2.5, 1 difference from DeepseekV3ForCausalLM"
     assert expected in ended.stderr

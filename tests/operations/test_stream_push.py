@@ -103,7 +103,7 @@ def test_the_line_that_compares_every_byte_can_be_typed(shell: Shell, source: Lo
     said = shell.good(*words("-o", "out"))
     [line] = [line for line in said.splitlines() if line.startswith("  shardsurgeon verify ")]
     assert f"org/Tiny@{source.store.repositories['org/Tiny'].branches['main']} out" in line
-    assert "holds" in shell.good(*line.split()[1:])
+    assert "identical" in shell.good(*line.split()[1:])
 
 
 def test_a_pull_request_to_another_user(shell: Shell, source: LocalHub, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_a_far_model_is_compared_as_well(made: Path) -> None:
         for path in made.rglob("*")
         if path.is_file()
     }
-    assert verify_checkpoint(GROUPED, MemorySource(files, remote=True)).verdict == "holds"
+    assert verify_checkpoint(GROUPED, MemorySource(files, remote=True)).verdict == "identical"
     record = content(made)
     _more(record)
     files[PROVENANCE_NAME] = json.dumps(record).encode()
@@ -269,7 +269,7 @@ def test_every_way_to_prune_leaves_a_record_that_holds(way: str, tmp_path: Path)
     asked = {"checkpoint": QWEN, **WAYS[way](tmp_path)}
     api.apply(api.plan(**asked), tmp_path / "out")
     report = verify_checkpoint(asked["checkpoint"], tmp_path / "out")
-    assert (report.verdict, report.differences, report.notes) == ("holds", (), ())
+    assert (report.verdict, report.differences, report.notes) == ("identical", (), ())
 
 
 def test_a_plans_saliencies_are_compared_as_scores_are(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_prune_of_a_prune_holds_by_either_scores(made: Path, tmp_path: Path, s
 def test_scores_given_as_a_table_leave_nothing_to_compare_with(tmp_path: Path) -> None:
     api.apply(api.plan(QWEN, api_scores(), keep=8), tmp_path / "out")
     report = verify_checkpoint(QWEN, tmp_path / "out")
-    assert report.verdict == "holds"
+    assert report.verdict == "identical"
     assert report.notes == ("no file beside the record says where its saliencies are from",)
 
 

@@ -44,7 +44,7 @@ def write(out: Path, name: str) -> None:
 
 def test_what_apply_wrote_is_known_without_a_word(made: Path) -> None:
     report = verified(made, sample=None)
-    assert (report.differences, report.notes, report.verdict) == ((), (), "holds")
+    assert (report.differences, report.notes, report.verdict) == ((), (), "identical")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_weights_and_indexes_that_are_not_the_models_are_differences(copy: Path,
     write(copy, name)
     report = verified(copy)
     assert report.differences == (f"{name}: is a weight file that is not part of the model",)
-    assert report.verdict == "does not hold"
+    assert report.verdict == "differs"
 
 
 def test_a_record_vouches_for_no_weights(copy: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_index_beside_a_single_shard_is_not_the_models(tmp_path: Path) -> Non
     model = KIMI.parent / "qwen3_moe"
     plan = api.plan(model, model / "scores.pt", keep=8, max_shard_size="1GB", out=tmp_path / "out")
     api.apply(plan)
-    assert verify_checkpoint(model, tmp_path / "out").verdict == "holds"
+    assert verify_checkpoint(model, tmp_path / "out").verdict == "identical"
     names = {path.name: "model.safetensors" for path in (tmp_path / "out").glob("none")}
     header = (tmp_path / "out" / "model.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
@@ -124,7 +124,7 @@ def test_harmless_files_are_named_and_it_holds(copy: Path) -> None:
     (copy / "data").symlink_to(copy / "docs")
     write(copy, "z.txt")
     report = verified(copy, sample=None)
-    assert report.verdict == "holds"
+    assert report.verdict == "identical"
     assert report.notes == (
         "beside the model lie files that apply does not write: calibration/more.pt, "
         "config_vllm.json, data, eval.json, pipe and 2 more",
@@ -234,7 +234,7 @@ def test_a_sample_says_that_it_is_one_and_what_it_left_out(copy: Path) -> None:
     report = verified(copy)
     assert (report.verdict, report.complete) == ("identical as far as sampled", False)
     assert report.notes == ("not compared: the recorded SHA-256 of 5 shards",)
-    assert verified(copy, sample=10_000).verdict == "holds"
+    assert verified(copy, sample=10_000).verdict == "identical"
 
 
 def test_what_apply_checks_of_its_own_result_is_a_sample(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_record_of_an_earlier_version_says_what_was_not_compared(copy: Path) -
     recorded(lambda c: c.pop("files"))(copy)
     (copy / "calibration" / "later.pt").write_bytes(b"scores")
     report = verified(copy, None)
-    assert report.verdict == "holds"
+    assert report.verdict == "identical"
     assert report.notes == (
         "more than one file beside the record says where its saliencies are from",
         f"{PROVENANCE_NAME} is of an earlier version and lists no files",
