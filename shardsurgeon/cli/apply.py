@@ -27,12 +27,13 @@ from shardsurgeon.cli.options import (
 from shardsurgeon.cli.output import Steps, as_typed, emit, fact, progress_bar
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines
 from shardsurgeon.cli.push import push_lines, served
+from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
-    from shardsurgeon.operations.reports import ApplyReport
+    from shardsurgeon.operations.reports import ApplyReport, PushTarget, Refusal
     from shardsurgeon.verification.findings import VerifyReport
 
 
@@ -167,13 +168,23 @@ def apply_command(
         if report.out is not None:
             stop.add_note(prune.complete(report.out))
         raise
+    if report.refusal is not None:
+        raise _refused(report.refusal)
+
+
+def _refused(refusal: Refusal) -> ShardSurgeonError:
+    """What a run would end with, as the end of its dry run."""
+    kind = InputError if refusal.status == InputError.exit_status else WorkError
+    return kind(refusal.where, refusal.problem, refusal.remedy)
 
 
 def _lines(report: ApplyReport, follow_links: bool) -> Iterator[str]:
     if report.dry_run:
         yield from plan_lines(report.plan)
+        yield from _target_lines(report.target) if report.target else ()
         yield ""
-        yield "Dry run: nothing was written."
+        stop = "; the run would stop at once" if report.refusal else ""
+        yield f"Dry run: nothing was written{stop}."
         return
     yield report.title
     yield ""
@@ -188,6 +199,16 @@ def _lines(report: ApplyReport, follow_links: bool) -> Iterator[str]:
     yield from push_lines(report.push) if report.push else ()
     yield from note_lines(report.plan.notes)
     yield from _next(report, follow_links)
+
+
+def _target_lines(target: PushTarget) -> Iterator[str]:
+    """The repository that a run would push to."""
+    where = target.repo_id if target.revision == "main" else f"{target.repo_id}@{target.revision}"
+    which = "a new repository" if target.created else "a repository that is there"
+    words = {True: "private", False: "public", None: "public unless its organization says else"}
+    seen = words[target.private]
+    how = ", by a pull request" if target.pull_request else ""
+    yield from fact("push to", f"{where}: {which}, {seen}{how}")
 
 
 def _written(report: ApplyReport) -> str:

@@ -107,9 +107,18 @@ def plan_lines(report: PlanReport) -> Iterator[str]:
 def total_lines(report: PlanReport) -> Iterator[str]:
     """What a plan comes to, what it needs, and its notes."""
     yield from outcome_lines(report)
-    yield from fact("free space", f"{format_size(report.space_needed)} needed")
+    yield from fact("free space", _space(report))
     yield from fact("output", report.out)
     yield from note_lines(report.notes)
+
+
+def _space(report: PlanReport) -> str:
+    """`224.2 GB needed, 60.8 GB free: not enough`."""
+    words = f"{format_size(report.space_needed)} needed"
+    if report.space_free is None:
+        return words
+    words += f", {format_size(report.space_free)} free"
+    return words if report.space_needed <= report.space_free else f"{words}: not enough"
 
 
 def outcome_lines(report: PlanReport) -> Iterator[str]:

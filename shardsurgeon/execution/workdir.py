@@ -30,7 +30,7 @@ from shardsurgeon.errors import OutputError, OutputWriteError
 from shardsurgeon.execution.journal import Journal, JournalFile, Run, read_journal, require_same
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.workers import ProgressMeter
-from shardsurgeon.storage.files import free_space, make_folder, publish, writing
+from shardsurgeon.storage.files import free_space, make_folder, nearest, publish, writing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System, is_strangers, mount_of
 
@@ -160,7 +160,7 @@ class WorkDir:
     @property
     def folds_case(self) -> bool:
         """Whether a name in another case is the same file there, or where the folder will be."""
-        place = _nearest(self.folder / _LOCK)
+        place = nearest(self.folder / _LOCK)
         twin = place.with_name(place.name.swapcase()) if place.name else place
         return twin.name != place.name and twin.exists() and twin.samefile(place)
 
@@ -293,7 +293,7 @@ def look_at_workdir(out: Path, system: System) -> WorkDir:
     workdir.require_free_name()
     workdir.require_ours()
     with writing(workdir.folder):
-        place = _nearest(workdir.folder)
+        place = nearest(workdir.folder)
         for path in {place, place / _LOCK}:
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -304,14 +304,6 @@ def look_at_workdir(out: Path, system: System) -> WorkDir:
                 if not system.lock(lock):
                     raise _in_use(workdir)
     return workdir
-
-
-def _nearest(path: Path) -> Path:
-    """The path, or the nearest above it that exists."""
-    path = Path(os.path.abspath(path))
-    while not path.exists() and path.parent != path:
-        path = path.parent
-    return path
 
 
 def _in_use(workdir: WorkDir) -> OutputError:

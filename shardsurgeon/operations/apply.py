@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from shardsurgeon.errors import ShardSurgeonError
 from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import execute
+from shardsurgeon.execution.run import execute, rehearse, require_space
 from shardsurgeon.execution.upload import ShardDestination
 from shardsurgeon.operations.prune import Pruning, complete, require_ready
-from shardsurgeon.operations.reports import ApplyReport
+from shardsurgeon.operations.reports import ApplyReport, Refusal
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.operations.verify import SelfCheck
 from shardsurgeon.storage.open import address_of
@@ -30,15 +31,16 @@ def apply(
     """Move the bytes of a plan, check the result, and only then give it its name.
 
     destination: a repository to push the result to, None for no push. With `stream` nothing
-    stays here and there is no OUT.
+    stays here and there is no OUT. A dry run raises nothing: its report says what the run would
+    have raised before its first byte.
 
     Raises UsageError where layers keep different numbers and the request does not allow it, or
     where the Hub refuses; OutputError where OUT holds anything else; WorkError and its children
     where the work fails or the check finds a difference. What was finished is kept for a rerun.
     """
-    require_ready(pruning, stays=destination is None or not destination.stream)
     if options.dry_run:
-        return ApplyReport(pruning.report, True, None, 0, 0, 0, 0.0, None)
+        return _rehearsed(pruning, options, destination)
+    require_ready(pruning, stays=destination is None or not destination.stream)
     if destination is None:
         run = _Run(pruning, by_shard=False)
         del pruning
@@ -56,6 +58,43 @@ def apply(
             report = run.carry_out(options)
             shipment.push()
     return replace(report, push=shipment.report(notes))
+
+
+def _rehearsed(
+    pruning: Pruning, options: RunOptions, destination: Destination | None
+) -> ApplyReport:
+    """What a run would do, or what it would stop at; found by the checks that the run begins with.
+
+    Nothing is written here, and nothing made or sent elsewhere.
+    """
+    report, target, refusal, stream = pruning.report, None, None, None
+    budget: int | None = None
+    plan = replace(pruning.plan, checksums=options.checksums)
+    try:
+        require_ready(pruning, stays=destination is None or not destination.stream)
+        if destination is not None:
+            from shardsurgeon.operations.push import Shipment
+            from shardsurgeon.storage.hub.upload import silence_hub
+
+            with silence_hub(False):
+                shipment = Shipment(pruning, destination, dry_run=True)
+            target = shipment.target
+            if destination.stream:
+                report = replace(report, out=target.repo_id)
+                stream, budget = shipment.shard_destination(_unchecked), shipment.disk_budget
+        space = rehearse(
+            plan,
+            pruning.checkpoint.source,
+            pruning.out,
+            restart=options.restart,
+            destination=stream,
+            disk_budget=budget,
+        )
+        report = replace(report, space_needed=space.needed, space_free=space.free)
+        require_space(space, pruning.out)
+    except ShardSurgeonError as error:
+        refusal = Refusal(error.where, error.problem, error.remedy, error.exit_status)
+    return ApplyReport(report, True, None, 0, 0, 0, 0.0, None, target=target, refusal=refusal)
 
 
 class _Run:

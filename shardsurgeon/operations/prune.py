@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.checkpoint.provenance import rounding_alone
 from shardsurgeon.checkpoint.recognition import PLAN, SCORES
 from shardsurgeon.checkpoint.wrong_files import files_of, is_model, require_file
-from shardsurgeon.errors import KeepListError, OutputError, ScoreError, UsageError
+from shardsurgeon.errors import KeepListError, OutputError, OutputWriteError, ScoreError, UsageError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.operations.recipe import Recipe
@@ -36,7 +36,8 @@ from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.reports import Titled
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
-from shardsurgeon.storage.files import Output, output_path, sha256_of
+from shardsurgeon.storage.files import Output, free_space, output_path, sha256_of
+from shardsurgeon.storage.system import default_system
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +79,7 @@ class Pruning(Titled):
     @cached_property
     def report(self) -> PlanReport:
         """What it would do."""
-        return plan_report(
+        found = plan_report(
             self.checkpoint,
             self.anatomy,
             self.request,
@@ -86,6 +87,7 @@ class Pruning(Titled):
             self.plan,
             str(self.out),
         )
+        return replace(found, space_free=_free_space(self.out))
 
     def write_plan(self, path: str | os.PathLike[str], *, force: bool = False) -> bool:
         """Save the keep-lists as a plan.json that `--plan` reads; False where it is saved already.
@@ -201,6 +203,14 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
             raise OutputError(
                 pruning.out, "exists and holds something else", "choose another -o or remove it"
             )
+
+
+def _free_space(out: Path) -> int | None:
+    """Free bytes where a result would go; None where the disk does not say it."""
+    try:
+        return free_space(out, default_system())
+    except OutputWriteError:
+        return None
 
 
 def complete(out: str) -> str:

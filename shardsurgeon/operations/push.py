@@ -40,7 +40,7 @@ from shardsurgeon.operations.push_files import (
     require_as_written,
     select_files,
 )
-from shardsurgeon.operations.reports import PushReport
+from shardsurgeon.operations.reports import PushReport, PushTarget
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.operations.verify import headers_only
 from shardsurgeon.pruning.lineage import check_lineage
@@ -96,8 +96,10 @@ class Shipment:
     result where that stays on the disk.
     """
 
-    def __init__(self, pruning: Pruning, destination: Destination) -> None:
-        """Make the repository ready.
+    def __init__(
+        self, pruning: Pruning, destination: Destination, *, dry_run: bool = False
+    ) -> None:
+        """Make the repository ready; dry_run: only look whether it can be.
 
         The disk budget is checked first; then that no file tells a secret, the card, the token,
         the repository and the right to write there. Raises UsageError and PublishError where one
@@ -112,7 +114,7 @@ class Shipment:
         refuse_planned_secrets(pruning.plan, pruning.checkpoint.source)
         self._card = _own_card(destination)
         self._repository = _repository(destination)
-        _prepare(self._repository, destination, _origins(pruning.checkpoint))
+        _prepare(self._repository, destination, _origins(pruning.checkpoint), dry_run)
         self._shard_destination: HubDestination | None = None
         self._published: Published | None = None
 
@@ -138,6 +140,11 @@ class Shipment:
         except BaseException as stop:
             stop.add_note(f"{complete(str(out))}; {how}")
             raise
+
+    @property
+    def target(self) -> PushTarget:
+        """The repository, as it was found."""
+        return _target(self._repository)
 
     def report(self, notes: Sequence[str]) -> PushReport:
         """The report of a push that is done; notes: what the Hub said meanwhile."""
@@ -233,9 +240,12 @@ def _origins(source: Checkpoint) -> list[SourceIdentity]:
 
 
 def _prepare(
-    repository: Repository, destination: Destination, origins: Sequence[SourceIdentity]
+    repository: Repository,
+    destination: Destination,
+    origins: Sequence[SourceIdentity],
+    dry_run: bool = False,
 ) -> None:
-    """Make the repository ready.
+    """Make the repository ready; dry_run: only look whether it can be.
 
     origins: the models that the pruned one was made of. Raises UsageError where it would take the
     place of one of them, by the name or by the config that is there; and what `prepare` raises.
@@ -256,9 +266,20 @@ def _prepare(
 
     if replaces:
         refuse_origins()
-    repository.prepare(destination.private)
+    repository.prepare(destination.private, dry_run=dry_run)
     if replaces:
         refuse_origins()
+
+
+def _target(repository: Repository) -> PushTarget:
+    return PushTarget(
+        repo_id=repository.repo_id,
+        url=repository.url,
+        revision=repository.revision,
+        created=repository.is_new,
+        private=repository.is_private,
+        pull_request=repository.create_pr,
+    )
 
 
 def _complete_prune(

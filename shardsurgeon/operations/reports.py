@@ -102,13 +102,41 @@ class PushReport(Report):
         return f"pushed to {self.repo_id}"
 
 
+@dataclass(frozen=True, slots=True)
+class PushTarget:
+    """Where a push would go to. url: its page; revision: the branch; created: whether the
+    repository is still to be made; private: whether only its owners see it, None where a new
+    repository's organization decides; pull_request: whether one would be opened.
+    """
+
+    repo_id: str
+    url: str
+    revision: str
+    created: bool
+    private: bool | None
+    pull_request: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What a run would stop at: the three parts of its line, and its exit status."""
+
+    where: str
+    problem: str
+    remedy: str
+    status: int
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class ApplyReport(Report):
     """What apply did. out: the finished folder, None after a dry run or where none stayed here.
 
     bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
     bytes_downloaded: what came over the network; push: where it was pushed to, if it was;
-    source: the model that was pruned, as it can be named again; family: what --family said.
+    source: the model that was pruned, as it can be named again; family: what --family said. Of a
+    dry run, whose plan counts the disk that is still needed and free: target: the repository that
+    a push would go to, None without a push, and where it could not be looked at; refusal: what the
+    run would stop at, None where nothing stands in its way.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", verify=False)
@@ -128,6 +156,8 @@ class ApplyReport(Report):
     push: PushReport | None = None
     source: str = ""
     family: str | None = None
+    target: PushTarget | None = None
+    refusal: Refusal | None = None
 
     figures: ClassVar[tuple[str, ...]] = ("bytes_per_second",)
 

@@ -65,7 +65,8 @@ class PlanReport(Report):
     `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
     where the storage format hides them. carried_along: the files beside the weights that are
     copied; left_behind: those that are not → why. saliency_of: the other model whose plan this is
-    and whose saliencies these are, None where they are this model's own.
+    and whose saliencies these are, None where they are this model's own. space_free: bytes free
+    where the result would go, None where nobody looked.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -96,6 +97,7 @@ class PlanReport(Report):
     carried_along: tuple[str, ...] = ()
     left_behind: Mapping[str, str] = field(default_factory=dict)
     saliency_of: str | None = None
+    space_free: int | None = None
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),

@@ -344,8 +344,14 @@ def sync_path(path: Path, system: System) -> None:
 
 def free_space(path: Path, system: System) -> int:
     """Free bytes where `path` is, or will be once its missing parents are made."""
-    place = Path(os.path.abspath(path))
-    while not place.exists() and place.parent != place:
-        place = place.parent
+    place = nearest(path)
     with writing(place):
         return system.free_space(place)
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    place = Path(os.path.abspath(path))
+    while not os.path.exists(place) and place.parent != place:
+        place = place.parent
+    return place

@@ -31,6 +31,8 @@ _PASSING = [
     (re.compile(r'("(?:\w+_)?seconds?": )[\d.e-]+'), r"\1SECONDS"),
     (re.compile(r"\b[\d.]+ s(econds)?\b(?=[,.\n]| at| \()"), "SECONDS"),
     (re.compile(r"\b[\d.]+ [kMG]?B/s\b"), "SPEED"),
+    (re.compile(r'("space_free": )\d+'), r"\1SPACE"),
+    (re.compile(r"\b[\d.]+ [kMGT]?B free\b"), "SPACE free"),
     (re.compile(r"\b[0-9a-f]{40}\b"), "COMMIT"),
 ]
 

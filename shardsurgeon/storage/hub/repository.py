@@ -85,6 +85,7 @@ class Repository:
         self.create_pr = create_pr
         self.is_new = False
         self.is_there = False
+        self.is_private: bool | None = None
 
     @cached_property
     def _api(self) -> HfApi:
@@ -101,20 +102,30 @@ class Repository:
         place = f"{self.endpoint}/{self.repo_id}"
         return place if self.revision == MAIN else f"{place}/tree/{self.revision}"
 
-    def prepare(self, private: bool) -> None:
+    def prepare(self, private: bool, *, dry_run: bool = False) -> None:
         """Check the token, make the repository and the branch where they are missing, and make
         sure that they may be written to.
 
-        private: whether a new repository is to be private. Raises UsageError where the Hub refuses
-        any of that, and where the repository exists, is public, and was asked to be private.
+        private: whether a new repository is to be private; dry_run: make nothing, and ask whether
+        it could be made. Afterwards `is_new` says whether the repository is, or would be, made, and
+        `is_private` whether it is seen by its owners only, None where its organization decides.
+        Raises UsageError where the Hub refuses any of that, and where the repository exists, is
+        public, and was asked to be private.
         """
         with hub_errors(self.repo_id):
-            self._sign_in()
-            self._create(private)
-            self._create_branch()
-            self._require_writable()
+            user = self._sign_in()
+            self._find(private)
+            if not self.is_there:
+                self.is_new = True
+                if dry_run:
+                    self._require_own(user, private)
+                    return
+                self._create(private)
+            branch = self._create_branch(dry_run)
+            self._require_writable(branch)
 
-    def _sign_in(self) -> None:
+    def _sign_in(self) -> Mapping[str, Any]:
+        """Who the token is of, as the Hub says it."""
         # A broken token, once sent, would be quoted in the HTTP library's complaint.
         require_sound_settings()
         if get_token() is None:
@@ -133,38 +144,70 @@ class Repository:
                 raise PublishError(self.repo_id, problem, "check HF_ENDPOINT")
             validate_repo_id(f"{name}/{self.repo_id}")
             self.repo_id = f"{name}/{self.repo_id}"
+        return user if isinstance(user, dict) else {}
 
-    def _create(self, private: bool) -> None:
+    def _find(self, private: bool) -> None:
+        """Look for the repository. private: as for `prepare`."""
         try:
             there = self._with_retries(lambda: self._api.model_info(self.repo_id))
         except RepositoryNotFoundError:
-            self._with_retries(
-                lambda: self._api.create_repo(self.repo_id, private=private or None, exist_ok=True)
-            )
-            self.is_new = True
             return
         if private and not there.private:
             remedy = "make it private in its settings, or leave --private out"
             raise UsageError(self.repo_id, "is there already, and public", remedy)
         # As the Hub writes it, to which another case, and an old name, are the same repository.
         self.repo_id, self.is_there = there.id, True
+        self.is_private = bool(there.private)
 
-    def _create_branch(self) -> None:
+    def _require_own(self, user: Mapping[str, Any], private: bool) -> None:
+        """Raise UsageError where the user could make no repository under this name.
+
+        user: what the Hub says of them.
+        """
+        owner, name = self.repo_id.partition("/")[0].casefold(), _member(user, "name")
+        roles = {
+            str(_member(each, "name")).casefold(): _member(each, "roleInOrg")
+            for each in user.get("orgs") or ()
+        }
+        if owner == str(name).casefold():
+            self.is_private = private
+        elif owner not in roles or roles[owner] == "read":
+            what = "may only read there" if owner in roles else "is no member there"
+            problem = f"is not there, and {name} cannot make it: {name} {what}"
+            raise UsageError(self.repo_id, problem, f"name one of your own, {name}/...")
+        else:
+            # Where nothing is asked for, the organization has a setting.
+            self.is_private = private or None
+
+    def _create(self, private: bool) -> None:
+        self._with_retries(
+            lambda: self._api.create_repo(self.repo_id, private=private or None, exist_ok=True)
+        )
+        self.is_private = bool(
+            self._with_retries(lambda: self._api.model_info(self.repo_id)).private
+        )
+
+    def _create_branch(self, dry_run: bool) -> str:
+        """Make the branch where it is missing, and give its name; main's in a dry run, where it
+        would be made."""
         if self.revision == MAIN:
-            return
+            return MAIN
         try:
             self._with_retries(lambda: self._api.model_info(self.repo_id, revision=self.revision))
         except RevisionNotFoundError:
             if self.create_pr:
                 raise
+            if dry_run:
+                return MAIN
             self._with_retries(
                 lambda: self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             )
+        return self.revision
 
-    def _require_writable(self) -> None:
+    def _require_writable(self, branch: str) -> None:
         """Ask how a small file would be uploaded: the Hub answers only those who may write."""
         probe = CommitOperationAdd(path_in_repo="config.json", path_or_fileobj=b"{}")
-        self._preupload([probe])
+        self._preupload([probe], branch)
 
     def files(self, revision: str | None = None) -> dict[str, RemoteFile]:
         """Every file of the branch, or of another revision, by name."""
@@ -224,7 +267,7 @@ class Repository:
             raise PublishError(self.repo_id, problem, "look whether the commit is there")
         return Commit(info.oid, str(info.commit_url), info.pr_url)
 
-    def _preupload(self, additions: Iterable[Any]) -> None:
+    def _preupload(self, additions: Iterable[Any], branch: str | None = None) -> None:
         """Upload large files. gitignore_content: empty, so that a model's .gitignore hides none."""
         additions = list(additions)
         if not additions:
@@ -233,7 +276,7 @@ class Repository:
             lambda: self._api.preupload_lfs_files(
                 self.repo_id,
                 additions,
-                revision=self.revision,
+                revision=branch or self.revision,
                 create_pr=self.create_pr,
                 free_memory=False,
                 gitignore_content="",
