@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -140,6 +141,29 @@ def test_of_a_table_that_comes_over_a_network_every_row_is_compared(tmp_path: Pa
     assert problems() == ()
     edit(out, TABLE, 13, 3, "<i8")
     assert problems() == (f"model.safetensors {TABLE}: {DAMAGED['the last of the ids'][2]}",)
+
+
+class Noting(MemorySource):
+    """A source that notes how many bytes of the weights are asked for at once."""
+
+    asked: ClassVar[list[int]] = []
+
+    def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        if name.endswith(".safetensors"):
+            self.asked.append(end - begin)
+        return super().stream(name, begin, end)
+
+
+def test_of_sampled_tensors_no_more_comes_over_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = both(tmp_path, with_table("<i8"), KEPT)
+    monkeypatch.setattr(Noting, "asked", [])
+    before, after = (Noting(files_of(folder)) for folder in (source, out))
+    assert verify_checkpoint(open_checkpoint(before), after, sample_nbytes=8).holds
+    *others, first, second = sorted(Noting.asked)
+    # The table comes as a whole; neighbouring samples may come together.
+    assert first == second == 8 * np.size(OLD) and max(others) <= 16
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
