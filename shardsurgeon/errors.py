@@ -66,6 +66,14 @@ def printable(text: str) -> str:
     return redacted(_CONTROL.sub(lambda found: ascii(found[0])[1:-1], text))
 
 
+def install(extra: str) -> str:
+    """The remedy where a package is missing that an extra of pyproject.toml brings.
+
+    The one place that says where from: until there is a release, from the clone.
+    """
+    return f"in the clone of shardsurgeon, pip install '.[{extra}]'"
+
+
 class ShardSurgeonError(Exception):
     """The base of every error that shardsurgeon raises on purpose.
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS, config_section
 from shardsurgeon.checkpoint.quantization_schemes import Shape
-from shardsurgeon.errors import UsageError
+from shardsurgeon.errors import UsageError, install
 from shardsurgeon.families.schema import Family, TransformersView
 
 OPTION = "--architecture"
-_INSTALL = "pip install 'shardsurgeon[architecture]'"
+_INSTALL = install("architecture")
 _OTHERWISE = "verify without it"
 _SPELLED_FLOAT = "__float__"
 

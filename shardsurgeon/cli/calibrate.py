@@ -175,7 +175,7 @@ def calibrate_command(
     allows. One layer is in memory at a time,
     read straight from the shards. FILE appears when it is complete; until then
     the work is in FILE.partial, and the same command goes on from the last
-    finished layer. Needs shardsurgeon[calibrate].
+    finished layer. Needs pip install '.[calibrate]'.
 
     \b
     Examples:

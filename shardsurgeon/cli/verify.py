@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     "--architecture",
     is_flag=True,
     help="Also check, by names and shapes, that transformers' model of the pruned config takes"
-    " exactly these tensors. Needs shardsurgeon[architecture].",
+    " exactly these tensors. Needs pip install '.[architecture]'.",
 )
 @family_option
 @links_option

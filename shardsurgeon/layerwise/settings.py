@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-from shardsurgeon.errors import UsageError
+from shardsurgeon.errors import UsageError, install
 from shardsurgeon.layerwise.accumulators import Accumulators
 
 BatchSize: TypeAlias = int | Literal["auto"]
@@ -16,7 +16,7 @@ BatchSize: TypeAlias = int | Literal["auto"]
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
-INSTALL = "pip install 'shardsurgeon[calibrate]'"
+INSTALL = install("calibrate")
 # The numbers of a calibration depend on these; the score file names their versions.
 _ENGINES = ("torch", "transformers")
 _NEEDED = (*_ENGINES, "psutil")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.checkpoint.recognition import SCORES, is_well_known
 from shardsurgeon.checkpoint.wrong_files import require_file
-from shardsurgeon.errors import HeaderError, ScoreError, ShardSurgeonError, UsageError
+from shardsurgeon.errors import HeaderError, ScoreError, ShardSurgeonError, UsageError, install
 from shardsurgeon.scores.shapes import flat_metric, read_tables, small_facts
 from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, UNNAMED, Fact, Scores
 from shardsurgeon.storage.files import Output, output_path
@@ -154,17 +154,18 @@ def write_scores(out: Output | AnyPath, content: ScoreContent) -> bool:
     return output.write(_torch_file(content) if is_torch_file(path) else score_file(path, content))
 
 
-def score_output(out: AnyPath, *, force: bool = False) -> Output:
+def score_output(out: AnyPath, *, force: bool = False, extra: str = "torch") -> Output:
     """The score file that -o names, for `write_scores`.
 
-    force: let it replace another score file. Raises OutputError for a place that is none of this
+    force: let it replace another score file; extra: the one that brings torch, and what else the
+    command needs. Raises OutputError for a place that is none of this
     machine, UsageError where its ending is not that of a score file, or needs torch and torch is
     not installed.
     """
     path = output_path(out)
     check_score_file_name(path)
     if is_torch_file(path) and find_spec("torch") is None:
-        remedy = "install shardsurgeon[torch], or give a name that ends in .safetensors"
+        remedy = f"{install(extra)}, or give a name that ends in .safetensors"
         raise UsageError(path, "writing this format needs torch, which is not installed", remedy)
     return Output(path, "a score file", _is_score_file, force)
 

@@ -23,6 +23,7 @@ from shardsurgeon.errors import (
     ShardSurgeonError,
     SourceReadError,
     UsageError,
+    install,
     keep_secret,
     redacted,
 )
@@ -54,7 +55,8 @@ _STAMPS = (
     *("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum"),
     *("LastModified", "last_modified", "mtime", "updated", "modified", "created"),
 )
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+# Scheme → the extra of pyproject.toml that reads it.
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 _RETRY_POLICY = RetryPolicy()
 
 
@@ -198,8 +200,8 @@ def _filesystem(url: str, location: str) -> tuple[Any, str]:
     try:
         system, root = url_to_fs(url)
     except ImportError as error:
-        package = _PACKAGES.get(scheme)
-        remedy = f"pip install {package}" if package else printable(str(error))
+        extra = _EXTRAS.get(scheme)
+        remedy = install(extra) if extra else printable(str(error))
         raise UsageError(location, f"no package for {scheme}:// is installed", remedy) from error
     except ValueError as error:
         problem = f"{scheme}:// is not a known kind of address"

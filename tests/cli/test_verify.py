@@ -149,7 +149,7 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(
     assert main(["verify", folder, folder, "--architecture"]) == 2
     assert capsys.readouterr().err == (
         f"shardsurgeon: error: --architecture: needs torch and transformers; {package} is not "
-        "installed; pip install 'shardsurgeon[architecture]'\n"
+        "installed; in the clone of shardsurgeon, pip install '.[architecture]'\n"
     )
 
 

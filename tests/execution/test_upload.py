@@ -439,9 +439,7 @@ def test_shards_that_are_finished_already_have_their_part_of_the_budget(
             system=disk_of(free),
         )
 
-    with pytest.raises(
-        OutputWriteError, match=r"the disk is too small: .*\(500 bytes\) are needed"
-    ):
+    with pytest.raises(OutputWriteError, match=r"disk is too small: .*\(500 bytes\) are needed"):
         send(499)
     send(500)
     assert destination.content() == job.expected

@@ -312,7 +312,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     dataset = chats if missing != "datasets" else Path("org/name")
     line = refused(capsys, words(MODEL, dataset, tmp_path / "scores.pt"))
     assert f"needs {missing}, which is not installed" in line
-    assert "pip install 'shardsurgeon[calibrate]'" in line
+    assert "pip install '.[calibrate]'" in line
 
 
 def test_weights_that_change_on_the_way_make_no_scores(
