@@ -8,8 +8,9 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint, with_family
 from shardsurgeon.checkpoint.guess import guess_family
-from shardsurgeon.errors import UsageError
+from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.families.schema import is_declared, read_family
+from shardsurgeon.storage.files import JOURNAL_NAME
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 
 
@@ -27,12 +28,28 @@ def open_model(
     UsageError where the current folder is not a model, and whatever opening a checkpoint raises.
     """
     declared = read_family(family) if family not in (None, "auto") else None
-    checkpoint = open_checkpoint(_named(model), declared, follow_links=follow_links)
+    model = _named(model)
+    require_finished(model)
+    checkpoint = open_checkpoint(model, declared, follow_links=follow_links)
     if family != "auto" or is_declared(checkpoint.settings):
         return checkpoint
     guess = guess_family(checkpoint)
     checkpoint = with_family(checkpoint, guess.family)
     return replace(checkpoint, notes=(*checkpoint.notes, *guess.notes))
+
+
+def require_finished(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError for a folder that an interrupted command left, or that lies in one."""
+    place = Path(folder)
+    for path in (place, place.absolute().parent):
+        if os.path.isfile(path / JOURNAL_NAME):
+            raise unfinished(path)
+
+
+def unfinished(folder: Path) -> CheckpointError:
+    """The error for the folder that an interrupted command left."""
+    problem = "is the unfinished work of an apply"
+    return CheckpointError(folder, problem, "finish it by the same command, or remove it")
 
 
 def files_read(checkpoint: Checkpoint, family: str | None) -> list[Path]:

@@ -75,7 +75,10 @@ def plan_command(
     """
     from shardsurgeon.operations import prune
     from shardsurgeon.pruning.report import PlansReport
+    from shardsurgeon.storage.files import output_path, require_folder_of
 
+    if plan_out is not None:
+        require_folder_of(output_path(plan_out))
     if force and plan_out is None:
         raise UsageError("--force", "is about a file that -o names", "give -o as well")
     if len(requests) > 1:

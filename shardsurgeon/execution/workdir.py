@@ -30,12 +30,18 @@ from shardsurgeon.errors import OutputError, OutputWriteError
 from shardsurgeon.execution.journal import Journal, JournalFile, Run, read_journal, require_same
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.workers import ProgressMeter
-from shardsurgeon.storage.files import free_space, make_folder, nearest, publish, writing
+from shardsurgeon.storage.files import (
+    JOURNAL_NAME,
+    free_space,
+    make_folder,
+    nearest,
+    publish,
+    writing,
+)
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System, is_strangers, mount_of
 
 _LOCK = "shardsurgeon.lock"
-_JOURNAL = "shardsurgeon.journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class WorkDir:
         self.folder = Path(f"{out}.partial")
         self.files = self.folder / "files"
         self.writing = self.folder / "writing"
-        self.journal = self.folder / _JOURNAL
+        self.journal = self.folder / JOURNAL_NAME
         self.system = system
         self._journal: Journal | None = None
 
@@ -84,7 +90,7 @@ class WorkDir:
                         self.out, "would be inside a file", "choose another -o"
                     ) from None
         # A kill in a run's first moments leaves the lock, and at most half a journal.
-        if _JOURNAL not in present and present - {_LOCK, _JOURNAL + ".writing"}:
+        if JOURNAL_NAME not in present and present - {_LOCK, JOURNAL_NAME + ".writing"}:
             raise OutputError(
                 self.folder,
                 "is in the way and was not made by shardsurgeon",
@@ -238,7 +244,7 @@ class WorkDir:
 
     def clean_up(self) -> None:
         """Remove what is of no use to a later run; all of it if nothing was finished."""
-        self.journal.with_name(_JOURNAL + ".writing").unlink(missing_ok=True)
+        self.journal.with_name(JOURNAL_NAME + ".writing").unlink(missing_ok=True)
         if self._journal is None:
             return
         done = self._journal.done

@@ -144,7 +144,8 @@ def calibrate(
     cannot be used, and subclasses of WorkError where the work fails.
     """
     begin = time.monotonic()
-    output = score_output(out, force=force, extra="calibrate").apart_from(_files_named(request))
+    output = replace(score_output(out, force=force, extra="calibrate"), folder_is_made=True)
+    output = output.apart_from(_files_named(request))
     require_packages()
     checkpoint = open_model(model, family, follow_links=True)
     output = output.apart_from(files_read(checkpoint, family))

@@ -14,13 +14,12 @@ from pathlib import Path
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of, open_checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
-from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.open import open_model, require_finished, unfinished
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.run import require_budget
-from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.operations.card_data import model_facts
 from shardsurgeon.operations.model_card import (
     Placement,
@@ -44,12 +43,12 @@ from shardsurgeon.operations.reports import PushReport, PushTarget
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.operations.verify import headers_only
 from shardsurgeon.pruning.lineage import check_lineage
+from shardsurgeon.storage.files import JOURNAL_NAME
 from shardsurgeon.storage.hub.repository import MAIN, Repository
 from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, publish, silence_hub
 from shardsurgeon.storage.limits import CARD, read_limited
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source
-from shardsurgeon.storage.system import default_system
 
 # The budget where none is given, in shards of the largest size: `--disk-budget` documents it.
 _FEW_SHARDS = 4
@@ -301,14 +300,11 @@ def _complete_prune(
 
 
 def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError where the folder, its parent or a folder in it is unfinished work."""
-    journal = WorkDir(folder, default_system()).journal.name
-    around = [path / journal for path in (folder, folder.absolute().parent)]
+    """Raise CheckpointError where the folder, that above or a folder in it is unfinished work."""
+    require_finished(folder)
     within = (folder / file.name for file in LocalSource(folder).list())
-    inside = (path for path in within if path.name == journal)
-    for path in (*filter(Path.exists, around), *inside):
-        problem = "is the unfinished work of an apply"
-        raise CheckpointError(path.parent, problem, "finish it by the same command, or remove it")
+    for path in (path for path in within if path.name == JOURNAL_NAME):
+        raise unfinished(path.parent)
 
 
 def _report(

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from shardsurgeon.checkpoint.open import open_model
-from shardsurgeon.errors import InputError, SourceChangedError, VerificationError
+from shardsurgeon.checkpoint.open import open_model, require_finished
+from shardsurgeon.errors import InputError, SourceChangedError, UsageError, VerificationError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import open_source
@@ -57,6 +57,7 @@ def verify(
     as_source = remote or (follow_links and os.path.isdir(pruned))
     place = open_source(pruned, follow_links=follow_links) if as_source else pruned
     after: AnyCheckpoint = place
+    _require_in_order(before, place)
     fits = None
     if architecture:
         # What cannot be opened is a difference, which both checks find by themselves.
@@ -71,6 +72,28 @@ def verify(
             remedy = "verify again once nothing writes to it"
             raise SourceChangedError(error.where, error.problem, remedy) from error
     return replace(report, architecture=fits)
+
+
+def _require_in_order(before: Checkpoint, pruned: str | os.PathLike[str] | Source) -> None:
+    """Raise UsageError where both are one model, or the first was made of the second."""
+    if isinstance(pruned, Source):
+        location = pruned.location
+        same = location == before.location
+    else:
+        require_finished(pruned)
+        location = os.fspath(pruned)
+        home = before.source.local_path(before.names.config)
+        same = home is not None and os.path.realpath(home.parent) == os.path.realpath(pruned)
+    if same:
+        raise UsageError(location, "is SOURCE itself", "give what `apply` wrote as PRUNED")
+    if before.provenance is None:
+        return
+    digest = None
+    with suppress(InputError):
+        digest = open_checkpoint(pruned).config_sha256
+    if digest in (step.source.config_sha256 for step in before.provenance.steps):
+        problem = f"was made of {location}: SOURCE and PRUNED are swapped"
+        raise UsageError(before.location, problem, f"name {location} first")
 
 
 def _compared(checkpoint: Checkpoint) -> list[SourceFile]:

@@ -23,6 +23,9 @@ from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
 from shardsurgeon.storage.pipes import is_stream, open_file, write_into
 from shardsurgeon.storage.system import System, default_system
 
+# In the folder of work that an interrupted command left: what it is and what is done of it.
+JOURNAL_NAME = "shardsurgeon.journal"
+
 # Large enough that the calls cost nothing beside the bytes, small enough for any machine.
 BUFFER_NBYTES = 1 << 20
 
@@ -212,6 +215,19 @@ def output_path(out: str | os.PathLike[str]) -> Path:
     return Path(out)
 
 
+def require_folder_of(path: Path) -> None:
+    """Raise OutputError where the folder is missing that a file is to be written in."""
+    if os.path.isdir(path.parent):
+        return
+    above = [path.parent, *path.parent.parents]
+    missing = next((each for each in reversed(above) if not os.path.isdir(each)), path.parent)
+    if os.path.lexists(missing):
+        raise OutputError(path, f"{missing} is no folder", "choose another -o")
+    raise OutputError(
+        path, f"there is no folder {missing}", f"make it first: mkdir -p {path.parent}"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """A file that the user named, and the one rule of what may become of what is there already.
@@ -220,7 +236,8 @@ class Output:
     the same kind make way. A device or a pipe is written into. All else is refused.
 
     kind: what the command writes, in words; is_kind: whether a file that exists is one; inputs:
-    files that the command reads.
+    files that the command reads; folder_is_made: whether the command makes the folder of the file
+    where it is missing.
     """
 
     path: Path
@@ -228,6 +245,7 @@ class Output:
     is_kind: Callable[[Path], bool]
     force: bool = False
     inputs: tuple[Path, ...] = ()
+    folder_is_made: bool = False
 
     def apart_from(self, inputs: Iterable[Path | None]) -> Output:
         """The same output, which is none of these files either; those that are None are nowhere.
@@ -279,6 +297,8 @@ class Output:
         """
         with writing(self.path):
             if not os.path.lexists(self.path):
+                if not self.folder_is_made:
+                    require_folder_of(self.path)
                 return self.path
             mode = self.path.stat().st_mode if self.path.exists() else 0
             if is_stream(mode):

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError
-from shardsurgeon.storage.files import open_regular, read_exact, reading, unexpanded_home
+from shardsurgeon.storage.files import (
+    JOURNAL_NAME,
+    open_regular,
+    read_exact,
+    reading,
+    unexpanded_home,
+)
 from shardsurgeon.storage.source import (
     CHUNK_NBYTES,
     NOWHERE,
@@ -29,6 +35,8 @@ from shardsurgeon.storage.source import (
 )
 
 _GIVE_FOLDER = "give the folder that holds the model"
+# Files of a model that stand for the folder they lie in, beside those of weights.
+_OF_FOLDER = re.compile(r"config\.json|.*\.safetensors\.index\.json")
 # Where the Hub's cache keeps the bytes that the files of its snapshots, and of folders that
 # `hf download` made, are links to.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -52,18 +60,19 @@ class LocalSource(Source):
     is_remote = False
 
     def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
-        """path: the folder, or one `.safetensors` file, which stands for the folder it lies in;
-        follow_links: whether a link that leads out of the folder is as good as a file.
+        """path: the folder, or a `.safetensors` file, the index of some or the config, any of which
+        stands for the folder it lies in; follow_links: whether a link that leads out of the
+        folder is as good as a file.
 
         Raises CheckpointError where it is neither.
         """
         place = Path(path)
         # Unlike Path, os.path takes a name that is too long for one that is not there.
         is_file = os.path.isfile(place)
-        if is_file and place.suffix == ".safetensors":
+        if is_file and (place.suffix == ".safetensors" or _OF_FOLDER.fullmatch(place.name)):
             place = place.parent
         elif is_file:
-            raise CheckpointError(place, "is not a .safetensors file", _GIVE_FOLDER)
+            raise CheckpointError(place, "is a file and no .safetensors file", _GIVE_FOLDER)
         # Resolved once: a later change of the working directory must not move the source.
         self._folder = Path(os.path.realpath(place))
         self.location = str(place) if str(place) != "." else str(self._folder)
@@ -126,7 +135,10 @@ class LocalSource(Source):
         if not os.path.isdir(self._folder):
             there = os.path.lexists(self._folder)
             problem = "is not a folder" if there else "there is no such folder"
+            work = f"{self.location.rstrip(os.sep)}.partial"
             remedy = unexpanded_home(self.location) or _GIVE_FOLDER
+            if not there and os.path.isfile(os.path.join(work, JOURNAL_NAME)):
+                remedy = f"its unfinished work is in {work}: run the command again that writes it"
             raise CheckpointError(self.location, problem, remedy)
 
     def _name_of(self, path: Path) -> str:

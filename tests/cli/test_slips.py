@@ -108,3 +108,120 @@ def test_the_keep_list_that_a_pruned_model_carries_is_found(
     line = said(capsys, "apply", "--plan", "small", "--model", "q")
     assert line == f"small: is a model's folder, not a keep-list; did you mean {record}?"
     assert "is a keep-list, not scores" in said(capsys, "plan", str(record), *HALF)
+
+
+def apply_half(out: str) -> None:
+    assert main(["apply", "q/scores.pt", "--model", "q", "--keep", "8", "-o", out]) == 0
+
+
+def test_source_and_pruned_that_are_swapped_or_the_same_are_told_apart(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apply_half("small")
+    swapped = "small: was made of q: SOURCE and PRUNED are swapped; name q first"
+    assert said(capsys, "verify", "small", "q") == swapped
+    for pruned in ("q", "./q", str(here / "q")):
+        assert "is SOURCE itself" in said(capsys, "verify", "q", pruned)
+    # A prune of a prune has its source first as well.
+    again = ("apply", "q/scores.pt", "--model", "small", "--keep", "6", "-o", "smaller")
+    assert main(again) == 0
+    assert main(["verify", "small", "smaller"]) == 0
+    assert "smaller: was made of small" in said(capsys, "verify", "smaller", "small")
+    assert "smaller: was made of q" in said(capsys, "verify", "smaller", "q")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "work.partial"),
+        ("inspect", "work.partial/files"),
+        ("plan", "q/scores.pt", "--keep", "8", "--model", "work.partial"),
+        ("verify", "q", "work.partial"),
+        ("verify", "work.partial", "q"),
+        ("push", "work.partial", "me/x"),
+    ],
+)
+def test_unfinished_work_is_no_model(
+    words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(here / "q", here / "work.partial" / "files")
+    (here / "work.partial" / "shardsurgeon.journal").write_text("{}")
+    line = said(capsys, *words)
+    assert "work.partial: is the unfinished work of an apply; finish it by the same" in line
+
+
+@pytest.mark.parametrize("words", [("inspect", "work"), ("verify", "q", "work")])
+def test_a_result_that_is_not_finished_is_said_to_be_so(
+    words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "work.partial").mkdir()
+    (here / "work.partial" / "shardsurgeon.journal").write_text("{}")
+    assert "work: there is no such folder; its unfinished work is in work.partial: run" in said(
+        capsys, *words
+    )
+
+
+def test_a_partial_calibration_is_no_score_file(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "s.pt.partial").mkdir()
+    assert "is the unfinished work of another command" in said(
+        capsys, "scores", "show", "s.pt.partial"
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_file_of_a_model_stands_for_its_folder(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["inspect", "q"]) == main(["inspect", f"q/{name}"]) == 0
+    text = capsys.readouterr().out
+    assert text[: len(text) // 2] == text[len(text) // 2 :]
+    assert "is a file and no .safetensors file; give the folder" in said(
+        capsys, "inspect", "q/tokenizer.json"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "q/scores.pt", "--model", "q", "--keep", "8"),
+        ("scores", "convert", "q/scores.pt"),
+        ("scores", "from-router", "q"),
+        ("scores", "from-weights", "q"),
+        ("scores", "random", "q"),
+    ],
+)
+def test_a_folder_that_is_missing_for_a_file_is_named_before_any_work(
+    words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "there").mkdir()
+    line = said(capsys, *words, "-o", "there/new/deep/x.json")
+    there = Path("there", "new")
+    assert line.endswith(f"there is no folder {there}; make it first: mkdir -p {there / 'deep'}")
+    assert "plan.json is no folder" in said(capsys, *words, "-o", "plan.json/x.json")
+    assert [*(here / "there").iterdir()] == []
+
+
+def test_a_model_is_written_into_folders_that_are_made(here: Path) -> None:
+    apply_half("new/deep/small")
+    assert (here / "new" / "deep" / "small" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "~/q"),
+        ("plan", "q/scores.pt", "--keep", "8", "--model", "~/q"),
+        ("verify", "q", "~/q"),
+        ("apply", "q/scores.pt", "--model", "q", "--keep", "8", "-o", "~/q"),
+        ("plan", "q/scores.pt", "--model", "q", "--keep", "8", "-o", "~/q"),
+        ("scores", "random", "q", "-o", "~/q"),
+    ],
+)
+def test_a_home_that_no_shell_wrote_out_is_written_out_for_the_user(
+    words: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(capsys, *words).endswith("the shell left the ~ as it is: write /home/me/q")
+    assert not (here / "~").exists()

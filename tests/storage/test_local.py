@@ -235,7 +235,7 @@ def test_a_single_shard_stands_for_its_folder(model: Path) -> None:
     assert names(source) == ["config.json", "model.safetensors", "sub/a.txt"]
 
 
-@pytest.mark.parametrize("given", ["missing", "Tiny-MoE/config.json"])
+@pytest.mark.parametrize("given", ["missing", "Tiny-MoE/sub/a.txt"])
 def test_what_is_no_checkpoint_folder_is_refused(model: Path, given: str) -> None:
     with pytest.raises(CheckpointError, match="give the folder that holds the model"):
         LocalSource(model.parent / given)
