@@ -23,7 +23,7 @@ AnyPath = str | os.PathLike[str]
 _WORDS = {SCORES: "score file", PLAN: "keep-list"}
 _MADE_BY = {
     SCORES: "`shardsurgeon calibrate` or `shardsurgeon scores from-router` makes one",
-    PLAN: "`shardsurgeon plan` saves one with -o",
+    PLAN: "`plan -o FILE` saves one",
 }
 _MOST_SHOWN = 3
 # A folder with more files than this is no place to look for one.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import json_option
 from shardsurgeon.cli.output import emit, fact
 from shardsurgeon.units import format_size
@@ -36,7 +37,7 @@ _VARIABLES = (
 _PLAIN = ("SHARDSURGEON_", "HF_HUB_", "HF_XET_", "NO_COLOR", "COLUMNS")
 
 
-@click.command("env")
+@click.command("env", cls=Command)
 @json_option
 def env_command(as_json: bool) -> None:
     """Show versions and the machine, for a report of a fault.

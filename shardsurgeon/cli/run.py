@@ -11,7 +11,8 @@ import click
 
 from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
-from shardsurgeon.cli.options import check_options, json_option, model_option, progress_option
+from shardsurgeon.cli.help import Command
+from shardsurgeon.cli.options import OUT, check_options, json_option, progress_option
 from shardsurgeon.cli.output import Steps, emit
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
@@ -26,10 +27,14 @@ _COMMANDS = {
 }
 
 
-@click.command("run")
+@click.command("run", cls=Command)
 @click.argument("recipe")
-@model_option
-@click.option("-o", "out", metavar="OUT", help="Folder to write.  [default: as the recipe says]")
+@click.option(
+    *("--model", "-m"),
+    metavar="MODEL",
+    help="Folder, org/name or URL.  [default: as the recipe says]",
+)
+@click.option(*OUT, "out", metavar="OUT", help="Folder to write.  [default: as the recipe says]")
 @progress_option
 @json_option
 def run_command(
@@ -147,12 +152,11 @@ def _spellings(parameter: click.Parameter) -> list[str]:
     if isinstance(parameter, click.Argument):
         return [(parameter.name or "").replace("_", "-")]
     names = [*parameter.opts, *parameter.secondary_opts]
-    out = ["out"] if "-o" in names else []
-    return [name.removeprefix("--") for name in names if name.startswith("--")] + out
+    return [name.removeprefix("--") for name in names if name.startswith("--")]
 
 
 def _option(option: click.Option, name: str, value: Any) -> list[str]:
-    given = "-o" if name == "out" else f"--{name}"
+    given = f"--{name}"
     if option.is_flag or isinstance(value, bool):
         if not isinstance(value, bool) or not option.is_flag:
             problem = f"is {printable(str(value))}, and it is {'' if option.is_flag else 'not '}"
@@ -162,4 +166,4 @@ def _option(option: click.Option, name: str, value: Any) -> list[str]:
     if isinstance(value, list) and option.multiple:
         return [word for each in value for word in (given, str(each))]
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return [f"{given}={text}" if given.startswith("--") else f"{given}{text}"]
+    return [f"{given}={text}"]

@@ -59,6 +59,7 @@ NARROWER = {
     ("operations/scores.py", "--model"): ["scores show", "scores convert"],
     ("storage/files.py", "-o"): [name for name in OPTIONS if "--out" in OPTIONS[name]],
     ("storage/hub/repository.py", "--restart"): ["apply"],
+    ("operations/recipe.py", "--out"): ["run"],
 }
 # Command lines of a card, and of another program.
 ELSEWHERE = {"operations/model_card.py", "cli/push.py"}

@@ -60,7 +60,7 @@ WRONG_PLANS = {
     "the experts to keep; give it as SCORES, and say how many with --ratio",
     ("apply", "--plan", "plane.json", "--model", "q"): "plane.json: there is no such file; did you "
     "mean plan.json?",
-    ("apply", "--plan", "q/plan.json", "--model", "q"): "`shardsurgeon plan` saves one with -o",
+    ("apply", "--plan", "q/plan.json", "--model", "q"): "`plan -o FILE` saves one",
     ("apply", "--plan", "q", "--model", "q"): "q: is a model's folder, not a keep-list",
     ("apply", "--plan", "~/p.json", "--model", "q"): "write /home/me/p.json",
 }

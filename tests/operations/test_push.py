@@ -170,7 +170,9 @@ def test_what_was_pushed_holds_there_and_downloaded(
 ) -> None:
     source = str(fixture_folder("kimi_k25"))
     shell.good("push", str(pruned), "me/tiny")
-    assert re.match("hf://me/tiny@[0-9a-f]{12}: identical\n", shell.good("verify", source, "me/tiny"))
+    assert re.match(
+        "hf://me/tiny@[0-9a-f]{12}: identical\n", shell.good("verify", source, "me/tiny")
+    )
     there = downloaded(shell.hub, "me/tiny", tmp_path / "there")
     shell.good("verify", source, str(there))
     (there / "README.source.md").write_text("another")
