@@ -10,6 +10,8 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tables are as wide as the terminal.
+os.environ["COLUMNS"] = "80"
 
 # `--loop`; the local Hub, `hub` and `online`; the S3 server, `s3`: for tests in every folder.
 pytest_plugins = [

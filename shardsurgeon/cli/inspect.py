@@ -9,11 +9,11 @@ import click
 
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import family_option, json_option, model_argument
-from shardsurgeon.cli.output import emit, facts, parameters, percent, table
+from shardsurgeon.cli.output import emit, facts, parameters, percent, table, units_legend
 from shardsurgeon.units import counted, format_size, number_ranges
 
 if TYPE_CHECKING:
-    from shardsurgeon.operations.reports import InspectReport
+    from shardsurgeon.operations.reports import InspectReport, PrunedReport
 
 
 @click.command("inspect", cls=Command)
@@ -45,6 +45,7 @@ def _lines(report: InspectReport) -> Iterator[str]:
     if report.sizes_at:
         yield ""
         yield from table(("experts\nremoved", "tensor\ndata left", "share\nleft"), _sizes(report))
+    yield from ["", units_legend(report.total_parameters)]
     if report.incomplete_experts:
         yield from [
             "",
@@ -56,6 +57,8 @@ def _lines(report: InspectReport) -> Iterator[str]:
 
 
 def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
+    if report.pruned is not None:
+        yield "pruned", _pruned(report.pruned)
     layers = f"{len(report.moe_layers)} ({number_ranges(report.moe_layers)})"
     expert = _size_range(report.smallest_expert_size, report.expert_size)
     over_layers = _size_range(
@@ -72,10 +75,33 @@ def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     yield "layout", report.expert_layout
     yield "quantization", report.quantization or "none"
     yield "tensors", f"{report.tensors:,} in {counted(report.shards, 'shard')}"
-    yield "tensor data", format_size(report.total_size)
+    yield "tensor data", _data(report)
     if report.total_parameters is not None:
-        yield "parameters", parameters(report.total_parameters)
+        yield "parameters", _parameters(report)
     yield "one expert", f"{expert} in a layer, {over_layers} over all layers"
+
+
+def _pruned(pruned: PrunedReport) -> str:
+    """`from Kimi-K2.5, which had 384 experts per MoE layer, by 65% (metric reap)`."""
+    words = f"from {pruned.origin}, which had {pruned.num_experts} experts per MoE layer"
+    if pruned.prunes > 1:
+        words += f", in {pruned.prunes} prunes, the last of {pruned.source}"
+    words += f", by {100 * pruned.ratio:.4g}%"
+    return words + (f" (metric {pruned.metric})" if pruned.metric else " (a keep-list)")
+
+
+def _data(report: InspectReport) -> str:
+    """The size, and where the dtypes are several that of each."""
+    sizes = [f"{format_size(nbytes)} {dtype}" for dtype, nbytes in report.dtypes.items()]
+    words = format_size(report.total_size)
+    return f"{words}: {', '.join(sizes)}" if len(sizes) > 1 else f"{words} {''.join(report.dtypes)}"
+
+
+def _parameters(report: InspectReport) -> str:
+    words = parameters(report.total_parameters)
+    if report.active_parameters is None:
+        return words
+    return f"{words}, {parameters(report.active_parameters)} of them active per token"
 
 
 def _experts(report: InspectReport) -> str:

@@ -1,10 +1,11 @@
-"""Printing: reports as JSON or text, progress bars, numbers and tables at 80 columns."""
+"""Printing: reports as JSON or text, progress bars, numbers and tables as wide as the terminal."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from shardsurgeon.execution.workers import Progress
     from shardsurgeon.operations.recipe import Recipe
 
-WIDTH = 80
 _LABEL = 14
+# Columns where there is no terminal; and within which text is still text, however wide that is.
+_WIDTH, _NARROWEST, _WIDEST = 80, 40, 120
 # Of files that are only named; a model's folder can have hundreds.
 _MOST_SHOWN = 8
 
@@ -62,6 +64,12 @@ class Steps:
         """Those that the running command is one of, None where it runs alone."""
         context = click.get_current_context(silent=True)
         return context.obj if context is not None and isinstance(context.obj, cls) else None
+
+
+def width() -> int:
+    """Columns to print in: COLUMNS, or the terminal's, or 80 where stdout is none."""
+    columns = shutil.get_terminal_size((_WIDTH, 24)).columns
+    return min(max(columns, _NARROWEST), _WIDEST)
 
 
 def emit(
@@ -167,7 +175,7 @@ def fact(label: str, text: str) -> list[str]:
     indent = " " * (_LABEL + 2)
     lines = textwrap.wrap(
         text,
-        WIDTH,
+        width(),
         initial_indent=f"  {label:<{_LABEL}}",
         subsequent_indent=indent,
         break_long_words=False,
@@ -208,7 +216,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     heads = [[""] * (height - len(head)) + head for head in heads]
     lines = [*zip(*heads, strict=True), *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    gap = 2 if sum(widths) + 2 * len(widths) <= WIDTH else 1
+    gap = 2 if sum(widths) + 2 * len(widths) <= width() else 1
     out = [
         "".join(f"{cell:>{width + gap}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
@@ -220,6 +228,12 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def layer_number(layer: ScoredLayer) -> str:
     """The number of a layer in a table, with a star where `mtp_legend` explains it."""
     return f"{layer.layer}{'*' if layer.is_mtp else ''}"
+
+
+def units_legend(count: int | None) -> str:
+    """What the units of sizes mean, and those of parameters where their count is known."""
+    words = "  kB, MB, GB, TB: powers of 1000 bytes"
+    return words if count is None else f"{words}; K, M, B: powers of 1000 parameters"
 
 
 def mtp_legend(layers: Iterable[ScoredLayer]) -> list[str]:

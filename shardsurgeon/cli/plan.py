@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardsurgeon.cli.help import Command
+from shardsurgeon.cli.layers import layer_lines, scored
 from shardsurgeon.cli.options import (
     OUT,
     family_option,
@@ -24,13 +25,11 @@ from shardsurgeon.cli.output import (
     fact,
     facts,
     grouped,
-    layer_number,
-    mtp_legend,
     parameters,
     percent,
-    saliency,
     saved,
     table,
+    units_legend,
 )
 from shardsurgeon.errors import UsageError
 from shardsurgeon.pruning.request import Allocation, SelectionRequest
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 @links_option
 @click.option(*OUT, "plan_out", metavar="FILE", help="Save the keep-lists, for `apply --plan`.")
 @click.option("--force", is_flag=True, help="Replace another plan that was saved there.")
+@click.option("--layers", is_flag=True, help="Show each layer, not their spread and the worst.")
 @json_option
 def plan_command(
     scores: str | None,
@@ -57,6 +57,7 @@ def plan_command(
     follow_links: bool,
     plan_out: str | None,
     force: bool,
+    layers: bool,
     as_json: bool,
 ) -> None:
     """Show what would be removed. SCORES: a .pt, .safetensors, .npz or .json file.
@@ -90,19 +91,19 @@ def plan_command(
         emit(compared, comparison_lines(compared), as_json)
         return
     pruning = prune.plan(model, scores, requests[0], family=family, follow_links=follow_links)
-    lines: Iterable[str] = plan_lines(pruning.report)
+    lines: Iterable[str] = plan_lines(pruning.report, every=layers)
     if plan_out is not None:
         written = pruning.write_plan(plan_out, force=force)
         lines = chain(lines, ["", saved("Keep-lists", plan_out, written)])
     emit(pruning.report, lines, as_json, told_otherwise=plan_out is not None)
 
 
-def plan_lines(report: PlanReport) -> Iterator[str]:
-    """A plan in full: every layer, then the totals."""
+def plan_lines(report: PlanReport, *, every: bool = False) -> Iterator[str]:
+    """A plan: its layers, then the totals; every: each layer, however many there are."""
     yield report.title
     yield ""
-    yield from _layer_table(report.layers)
-    yield from mtp_legend(report.layers)
+    yield from layer_lines(report.layers, every=every)
+    yield units_legend(report.total_parameters_before)
     yield ""
     yield from total_lines(report)
 
@@ -156,37 +157,6 @@ def _now(report: PlanReport) -> str:
     if report.total_parameters_before is not None:
         words.append(f"{parameters(report.total_parameters_before)} parameters")
     return ", ".join(words)
-
-
-def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
-    """Columns without a value in any layer are left out."""
-    shown = {
-        "never\nrouted": any(layer.never_routed for layer in layers),
-        "pre-\nserved": any(layer.preserved for layer in layers),
-        "lowest\nkept": any(layer.min_retained_saliency is not None for layer in layers),
-        "highest\npruned": any(layer.max_pruned_saliency is not None for layer in layers),
-        "saliency\ndropped": any(layer.saliency_dropped is not None for layer in layers),
-        "dropped,\nif equal": any(layer.saliency_dropped_uniform is not None for layer in layers),
-        "chosen\nby": any(layer.policy != "scores" for layer in layers),
-    }
-    headings = ["layer", "kept", "pruned", *(heading for heading in shown if shown[heading])]
-    rows = [_layer_row(layer) for layer in layers]
-    return table(headings, [[row[heading] for heading in headings] for row in rows])
-
-
-def _layer_row(layer: LayerReport) -> dict[str, str]:
-    return {
-        "layer": layer_number(layer),
-        "kept": str(layer.kept),
-        "pruned": str(layer.pruned),
-        "never\nrouted": str(layer.never_routed),
-        "pre-\nserved": str(layer.preserved),
-        "lowest\nkept": saliency(layer.min_retained_saliency),
-        "highest\npruned": saliency(layer.max_pruned_saliency),
-        "saliency\ndropped": percent(layer.saliency_dropped),
-        "dropped,\nif equal": percent(layer.saliency_dropped_uniform),
-        "chosen\nby": layer.policy,
-    }
 
 
 def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:

@@ -27,6 +27,7 @@ from shardsurgeon.cli.output import (
     saliency,
     saved,
     table,
+    width,
 )
 from shardsurgeon.units import counted
 
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from shardsurgeon.pruning.agreement import ComparedLayerReport, ComparisonReport
     from shardsurgeon.pruning.analysis import Gap, ShownLayerReport
 
-# Of the shares that the report has, those that fit a table.
-_SHARES = ("0.05", "0.25")
+# Of the shares that the report has, those that fit a table of 80 columns, and a wide one.
+_SHARES, _MORE_SHARES, _WIDE = ("0.05", "0.25"), ("0.01", "0.05", "0.1", "0.25"), 100
 
 
 @click.command("show", cls=Command)
@@ -107,7 +108,7 @@ def _calibration(settings: dict[str, object]) -> str:
 
 
 def _shown_headings() -> tuple[str, ...]:
-    shares = (f"can go\nat {float(share):.0%}" for share in _SHARES)
+    shares = (f"can go\nat {float(share):.0%}" for share in _shares())
     return "layer", *_RANGE, "never\nrouted", "super", *shares, "widest\ngap"
 
 
@@ -119,9 +120,13 @@ def _shown_row(report: ScoresReport, layer: ShownLayerReport) -> tuple[str, ...]
         *_range(layer),
         str(len(layer.never_routed)),
         str(len(extreme)) if known else "-",
-        *(str(layer.removable.get(share, "-")) for share in _SHARES),
+        *(str(layer.removable.get(share, "-")) for share in _shares()),
         _gap(layer.gap),
     )
+
+
+def _shares() -> tuple[str, ...]:
+    return _SHARES if width() < _WIDE else _MORE_SHARES
 
 
 _RANGE = ("lowest", "median", "highest")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.provenance import Provenance
 from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced
 from shardsurgeon.errors import UsageError
 from shardsurgeon.families.schema import architectures_of
-from shardsurgeon.operations.reports import InspectReport
+from shardsurgeon.operations.reports import InspectReport, PrunedReport
 from shardsurgeon.pruning.config_edits import quantization_name, side_file_quantization
 from shardsurgeon.pruning.counts import uniform_counts
 from shardsurgeon.pruning.report import absent_mtp_notes
@@ -17,6 +22,7 @@ from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.routing import main_facts, routing_facts
 from shardsurgeon.pruning.selection import mtp_counts
 from shardsurgeon.storage.formats.json_edit import Document
+from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.limits import CONFIG
 from shardsurgeon.units import number_ranges
 
@@ -40,7 +46,7 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
     config = checkpoint.settings
     smallest, largest = anatomy.expert_nbytes
     least, most = anatomy.expert_nbytes_over_layers
-    records = (record for shard in checkpoint.shards for record in shard.header.tensors)
+    records = [record for shard in checkpoint.shards for record in shard.header.tensors]
     return InspectReport(
         name=checkpoint.source.name,
         model_type=config.get("model_type"),
@@ -68,6 +74,55 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
         incomplete_experts={n: tuple(sorted(found)) for n, found in anatomy.incomplete.items()}
         or None,
         num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,
+        active_parameters=_active_parameters(records, anatomy, config),
+        dtypes=_dtypes(records),
+        pruned=_pruned(checkpoint.provenance),
+    )
+
+
+def _active_parameters(
+    records: Iterable[TensorRecord], anatomy: Anatomy, config: Mapping[str, Any]
+) -> int | None:
+    """Parameters that one token meets, None where packing hides them."""
+    always: list[TensorRecord] = []
+    experts: dict[int, list[TensorRecord]] = {layer.index: [] for layer in anatomy.main_layers}
+    for record in records:
+        role = anatomy.role(record)
+        if isinstance(role, Carried):
+            always.extend([] if role.mtp else [record])
+        elif role.layer in experts:
+            chosen = isinstance(role, ExpertTensor) or (
+                isinstance(role, Sliced) and not role.is_router
+            )
+            (experts[role.layer] if chosen else always).append(record)
+    total = count_parameters(always, config)
+    for layer, found in experts.items():
+        every = count_parameters(found, config)
+        if total is None or every is None:
+            return None
+        total += every * anatomy.top_k // anatomy.experts_per_layer[layer]
+    return total
+
+
+def _dtypes(records: Iterable[TensorRecord]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for record in records:
+        sizes[record.dtype] = sizes.get(record.dtype, 0) + record.nbytes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _pruned(record: Provenance | None) -> PrunedReport | None:
+    if record is None:
+        return None
+    first, last = record.steps[0], record.steps[-1]
+    return PrunedReport(
+        origin=first.source.name,
+        num_experts=record.num_experts_before,
+        source=last.source.name,
+        selection=last.selection,
+        ratio=last.ratio,
+        metric=last.metric,
+        prunes=len(record.steps),
     )
 
 

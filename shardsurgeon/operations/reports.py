@@ -13,6 +13,24 @@ from shardsurgeon.units import counted
 from shardsurgeon.verification.findings import VerifyReport
 
 
+@dataclass(frozen=True, slots=True)
+class PrunedReport:
+    """How a model was pruned. origin: the first, unpruned model; num_experts: how many it had.
+
+    Of the last prune: source: the model that was pruned; selection: `ratio`, `keep`, `target-size`
+    or `plan`; ratio: asked for, or else the fraction removed; metric: None for a keep-list.
+    prunes: how many there were.
+    """
+
+    origin: str
+    num_experts: int
+    source: str
+    selection: str
+    ratio: float
+    metric: str | None
+    prunes: int
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class InspectReport(Report):
     """What a model is made of. Sizes in bytes.
@@ -22,7 +40,10 @@ class InspectReport(Report):
     expert of every layer, the largest and the smallest of each; sizes_at: ratio removed (as text) →
     tensor data that would stay, at most. num_experts: of the largest
     layers; num_experts_per_layer: MoE layer → its experts, where they differ. incomplete_experts:
-    layer → experts that lack a tensor which others have, where there are any.
+    layer → experts that lack a tensor which others have, where there are any. active_parameters:
+    of total_parameters those that one token meets: all but MTP layers and the experts that are not
+    chosen for it; None where packing hides them. dtypes: dtype → bytes of tensor data, most first.
+    pruned: what made it, None for a model that was not pruned.
 
     >>> report = shardsurgeon.inspect("fixtures/kimi_k25")
     >>> report.total_size, report.expert_size, report.sizes_at["0.5"]
@@ -54,6 +75,9 @@ class InspectReport(Report):
     notes: tuple[str, ...]
     num_experts_per_layer: dict[int, int] | None = None
     incomplete_experts: dict[int, tuple[int, ...]] | None = None
+    active_parameters: int | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)
+    pruned: PrunedReport | None = None
 
     figures: ClassVar[tuple[str, ...]] = ("shares_at",)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
+from shardsurgeon.operations.reports import PrunedReport
 from tests.cli.standins import INSPECTED, FakeOperations, Run
 
 CONTRACT_KEYS = {
@@ -54,7 +56,38 @@ def test_the_report_reads_well(run: Run) -> None:
         "  -------  ---------  -----\n"
         "      25%   448.0 GB  75.4%\n"
         "      50%   302.0 GB  50.8%\n"
+        "\n"
+        "  kB, MB, GB, TB: powers of 1000 bytes; K, M, B: powers of 1000 parameters\n"
     )
+
+
+def test_dtypes_and_active_parameters_are_said(run: Run, fake: FakeOperations) -> None:
+    fake.inspect = replace(
+        INSPECTED, active_parameters=32_900_000_000, dtypes={"I32": 540 * 10**9, "BF16": 54 * 10**9}
+    )
+    lines = run("inspect").stdout.splitlines()
+    assert "  tensor data   594.1 GB: 540.0 GB I32, 54.0 GB BF16" in lines
+    assert "  parameters    1,026.4B, 32.9B of them active per token" in lines
+    fake.inspect = replace(INSPECTED, dtypes={"BF16": 594_100_000_000})
+    assert "  tensor data   594.1 GB BF16" in run("inspect").stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({}, "from Kimi-K2.5, which had 384 experts per MoE layer, by 65% (metric reap)"),
+        ({"ratio": 0.125, "metric": None}, "per MoE layer, by 12.5% (a keep-list)"),
+        ({"prunes": 2, "source": "half"}, "layer, in 2 prunes, the last of half, by 65% (metric"),
+    ],
+)
+def test_a_pruned_model_is_said_to_be_one(
+    run: Run, fake: FakeOperations, changed: dict[str, Any], line: str
+) -> None:
+    pruned = PrunedReport("Kimi-K2.5", 384, "Kimi-K2.5", "ratio", 0.65, "reap", 1)
+    fake.inspect = replace(INSPECTED, pruned=replace(pruned, **changed))
+    assert line in " ".join(run("inspect").stdout.split())
+    said = json.loads(run("inspect", "--json").stdout)["pruned"]
+    assert said == asdict(replace(pruned, **changed))
 
 
 def test_groups_and_notes_are_told_where_there_are_any(run: Run, fake: FakeOperations) -> None:
@@ -62,6 +95,8 @@ def test_groups_and_notes_are_told_where_there_are_any(run: Run, fake: FakeOpera
     lines = run("inspect").stdout.splitlines()
     assert "  groups        8, 4 of them chosen per token" in lines
     assert lines[-1] == "  note          x.bin is left out"
+    said = json.loads(run("inspect", "--json").stdout)
+    assert (said["n_group"], said["topk_group"]) == (8, 4)
 
 
 def test_smallest_and_largest_are_told_where_experts_differ_in_size(

@@ -112,6 +112,8 @@ def test_a_plan_in_full(run: Run) -> None:
         "  -----  ----  ------  ------  -------  --------\n"
         "      1   135     249     0.5     0.25     12.5%\n"
         "      2   135     249     0.5   0.4375     37.5%\n"
+        "  saliency dropped: share of a layer's saliency that goes with its experts\n"
+        "  kB, MB, GB, TB: powers of 1000 bytes; K, M, B: powers of 1000 parameters\n"
         "\n"
         "  chosen by     --ratio 0.65, rounding floor, metric reap\n"
         "  saliency      25.0% dropped on average, 37.5% at worst (layer 2)\n"
@@ -130,12 +132,61 @@ def test_a_plan_with_everything_to_say_fits_80_columns(run: Run, fake: FakeOpera
     ]
     mtp = layer(61, is_mtp=True, policy="router-norm", saliency_dropped=None)
     fake.plan = replace(PLANNED, layers=(*layers, mtp), mtp_dropped=True, notes=("word " * 40,))
-    lines = run("plan", "scores.pt", "--ratio", "0.65").stdout.splitlines()
+    lines = run("plan", "scores.pt", "--ratio", "0.65", "--layers").stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.endswith(" scores") for line in lines) == 60
     row = next(line for line in lines if line.lstrip().startswith("61*"))
     assert row.split() == ["61*", "135", "249", "0", "0", "0.5", "0.25", "-", "router-norm"]
     assert "  * next-token-prediction layer" in lines
+    short = run("plan", "scores.pt", "--ratio", "0.65").stdout.splitlines()
+    assert max(map(len, short)) <= 80
+    assert row.split() in map(str.split, short) and len(short) < len(lines) - 45
+
+
+def test_many_layers_are_shown_by_their_spread_and_the_worst_five(
+    run: Run, fake: FakeOperations
+) -> None:
+    # Every share from 0.00 to 0.99 once, in no order.
+    layers = tuple(
+        layer(n, kept=100 + n % 2, saliency_dropped=(37 * n % 101 - 1) / 100) for n in range(1, 101)
+    )
+    mtp = layer(101, is_mtp=True, policy="router-norm", saliency_dropped=0.999)
+    fake.plan = replace(PLANNED, layers=(*layers, mtp))
+    words = ("plan", "scores.pt", "--ratio", "0.65")
+    table = [line.split() for line in run(*words).stdout.splitlines()[5:]]
+    shares = {cells[0]: cells[5] for cells in table[:12] if len(cells) > 5}
+    spread = {"lowest": "0.0%", "25%": "24.8%", "median": "49.5%", "75%": "74.2%"}
+    assert shares == spread | {"highest": "99.0%"} | {
+        # 37 n is 100, 99, 98, 97, 96 modulo 101.
+        "30": "99.0%",
+        "60": "98.0%",
+        "90": "97.0%",
+        "19": "96.0%",
+        "49": "95.0%",
+        "101*": "99.9%",
+    }
+    kept = {cells[0]: cells[1] for cells in table[:5]}
+    assert kept == {
+        "lowest": "100",
+        "25%": "100",
+        "median": "100.5",
+        "75%": "101",
+        "highest": "101",
+    }
+    text = run(*words).stdout
+    assert "  the 5 that lose most of 101 layers; `shardsurgeon plan --layers` shows each\n" in text
+    every = run(*words, "--layers").stdout
+    assert sum(line.endswith(" scores") for line in every.splitlines()) == 100
+    assert len(json.loads(run(*words, "--json").stdout)["layers"]) == 101
+
+
+def test_a_dry_run_shows_the_same_summary(run: Run, fake: FakeOperations) -> None:
+    layers = tuple(layer(n) for n in range(1, 61))
+    fake.apply = replace(APPLIED, plan=replace(PLANNED, layers=layers), dry_run=True)
+    assert (
+        "`shardsurgeon plan --layers` shows each"
+        in run("apply", "scores.pt", "--ratio", "0.65", "--dry-run").stdout
+    )
 
 
 def test_router_norms_do_not_count_as_saliency_in_the_totals(
@@ -185,7 +236,7 @@ def test_a_global_allocation_is_shown_beside_the_uniform_one(
         "      1    96     288     0.5     0.25     25.0%     12.5%",
         "      2   174     210     0.5     0.25     12.5%     37.5%",
     ]
-    assert lines[8:11] == [
+    assert lines[10:13] == [
         "  chosen by     --ratio 0.65, rounding floor, metric reap, --allocate global",
         "  saliency      18.8% dropped on average, 25.0% at worst (layer 1)",
         "  if equal      25.0% dropped on average, 37.5% at worst (layer 2)",

@@ -221,3 +221,22 @@ def test_no_file_of_the_work_gets_the_number_of_a_stream_that_is_closed(tmp_path
     )
     assert done.returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_tables_are_as_wide_as_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """COLUMNS says how wide that is; a note wraps there, and wide tables have more columns."""
+    model = str(ROOT / "fixtures" / "kimi_k25")
+    longest = {}
+    for columns in (60, 80, 120, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["scores", "show", f"{model}/scores.pt"]) == 0
+        shown = capsys.readouterr().out
+        longest[columns] = max(map(len, shown.splitlines()))
+        assert ("can go  can go  can go  can go" in shown) is (columns >= 100)
+        assert main(["plan", f"{model}/scores.pt", "--model", model, "--ratio", "0.5"]) == 0
+        text = capsys.readouterr().out.partition("chosen by")[2]
+        assert max(map(len, text.splitlines())) <= columns
+    assert longest[80] <= 80 < longest[120] <= 120
+    assert longest[300] == longest[120]

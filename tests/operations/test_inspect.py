@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import safetensors
 
 import shardsurgeon
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import ConfigError
+from shardsurgeon.operations.reports import PrunedReport
 from tests.support import tiny
 
-FIXTURE = Path(__file__).parents[2] / "fixtures" / "qwen3_moe"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+FIXTURE = FIXTURES / "qwen3_moe"
 
 
 @pytest.fixture
@@ -88,3 +92,40 @@ def test_a_broken_side_file_is_named(model: Path) -> None:
     (model / "hf_quant_config.json").write_text("{oops")
     with pytest.raises(ConfigError, match=r"hf_quant_config\.json"):
         shardsurgeon.inspect(str(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "chosen"),
+    [("qwen3_moe", 16, 4), ("deepseek_v3", 24, 4), ("qwen3_5_moe", 16, 4)],
+)
+def test_active_parameters_are_those_of_the_chosen_experts_and_of_all_else_but_mtp(
+    family: str, experts: int, chosen: int
+) -> None:
+    """Counted from the names and shapes that the safetensors library lists."""
+    mtp = ("mtp.", "model.layers.3.") if family != "qwen3_moe" else ()
+    expected = 0
+    for path in (FIXTURES / family).glob("*.safetensors*"):
+        if path.suffix != ".json":
+            with safetensors.safe_open(path, "np") as file:
+                for name in file.keys():  # noqa: SIM118
+                    count = math.prod(file.get_slice(name).get_shape())
+                    if not name.startswith(mtp):
+                        expected += count * chosen // experts if ".experts." in name else count
+    report = shardsurgeon.inspect(FIXTURES / family)
+    assert (report.num_experts, report.top_k) == (experts, chosen)
+    assert report.active_parameters == expected
+    assert report.total_parameters is not None and expected < report.total_parameters
+    assert sum(report.dtypes.values()) == report.total_size
+
+
+def test_a_prune_of_a_prune_is_told_with_the_first_model(tmp_path: Path) -> None:
+    source = FIXTURE
+    assert shardsurgeon.inspect(source).pruned is None
+    half = shardsurgeon.plan(source, source / "scores.pt", ratio=0.5)
+    shardsurgeon.apply(half, tmp_path / "half")
+    made = shardsurgeon.inspect(tmp_path / "half").pruned
+    assert made == PrunedReport("qwen3_moe", 16, "qwen3_moe", "ratio", 0.5, "saliency", 1)
+    quarter = shardsurgeon.plan(tmp_path / "half", source / "scores.pt", keep=4)
+    shardsurgeon.apply(quarter, tmp_path / "quarter")
+    made = shardsurgeon.inspect(tmp_path / "quarter").pruned
+    assert made == PrunedReport("qwen3_moe", 16, "half", "keep", 0.5, "saliency", 2)
