@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardsurgeon.cli.help import Command
-from shardsurgeon.cli.layers import layer_lines, scored
+from shardsurgeon.cli.layers import layer_lines
 from shardsurgeon.cli.options import (
     OUT,
     family_option,
@@ -36,7 +36,7 @@ from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
-    from shardsurgeon.pruning.report import LayerReport, PlanReport, PlansReport
+    from shardsurgeon.pruning.report import PlanReport, PlansReport
 
 
 @click.command("plan", cls=Command)
