@@ -60,6 +60,11 @@ def is_companion(name: str) -> bool:
     return name.endswith(_COMPANIONS)
 
 
+def is_named_by_mlx(name: str) -> bool:
+    """Whether a tensor has a name that MLX alone gives to stacked experts."""
+    return ".switch_glu." in name or ".switch_mlp." in name
+
+
 def _with_the_resaved_block(names: TensorNames) -> TensorNames:
     """With the rules of each block of experts a second time, for `mlp` in its place."""
     blocks = [block for block in names.blocks if Rule(f"{block}.{_ONE_BY_ONE}") in names.experts]

@@ -24,9 +24,9 @@ from shardsurgeon.cli.options import (
     shard_size,
     size,
 )
-from shardsurgeon.cli.output import Steps, as_typed, emit, fact, progress_bar
+from shardsurgeon.cli.output import Steps, emit, fact, progress_bar, typed
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines
-from shardsurgeon.cli.push import push_lines, served
+from shardsurgeon.cli.push import push_lines
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
@@ -236,12 +236,12 @@ def _next(report: ApplyReport, follow_links: bool) -> Iterator[str]:
     out, check = report.out, report.verification
     source = report.source or (check.source if check else "")
     yield ""
-    if out is not None:
+    if out is not None and source:
+        words = ["shardsurgeon", "verify", source, out]
+        words += ["--family", report.family] if report.family else []
+        words += ["--follow-links"] if follow_links else []
         yield "Compare every byte:"
-        line = f"  shardsurgeon verify {as_typed(source) if source else 'SOURCE'} {as_typed(out)}"
-        line += f" --family {as_typed(report.family)}" if report.family else ""
-        yield f"{line} --follow-links" if follow_links else line
-    place = served(report.push) if report.push else out and f"vllm serve {as_typed(out)}"
-    if report.plan.stock_engines and place:
+        yield f"  {typed(words)}"
+    if report.serve is not None:
         yield "Serve:"
-        yield f"  {place}"
+        yield f"  {typed(report.serve)}"

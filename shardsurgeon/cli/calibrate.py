@@ -21,7 +21,7 @@ from shardsurgeon.cli.options import (
     progress_option,
     size,
 )
-from shardsurgeon.cli.output import ProgressBar, as_typed, emit, fact, progress_bar
+from shardsurgeon.cli.output import ProgressBar, emit, fact, progress_bar, typed
 from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.errors import UsageError
 from shardsurgeon.units import counted
@@ -198,7 +198,7 @@ def calibrate_command(
             force=force,
             progress=partial(_show_layer, bar) if bar else None,
         )
-    emit(report, _lines(report), as_json, told_otherwise=True)
+    emit(report, _lines(report, model, family), as_json, told_otherwise=True)
 
 
 def _show_layer(bar: ProgressBar, progress: Progress) -> None:
@@ -208,7 +208,7 @@ def _show_layer(bar: ProgressBar, progress: Progress) -> None:
     bar.show(done, progress.tokens_total, done, f"layer {progress.layer}, {layers}")
 
 
-def _lines(report: CalibrationReport) -> Iterator[str]:
+def _lines(report: CalibrationReport, model: str | None, family: str | None) -> Iterator[str]:
     yield report.title
     yield ""
     tokens = f"{counted(report.samples, 'sample')}, {counted(report.tokens, 'token')}"
@@ -227,5 +227,8 @@ def _lines(report: CalibrationReport) -> Iterator[str]:
     yield from note_lines(report.notes)
     yield ""
     yield f"Scores saved in {report.out}. Look at them, then prune:"
-    yield f"  shardsurgeon scores show {as_typed(report.out)}"
-    yield f"  shardsurgeon apply {as_typed(report.out)} --ratio 0.5"
+    yield f"  {typed(['shardsurgeon', 'scores', 'show', report.out])}"
+    words = ["shardsurgeon", "apply", report.out, "--ratio", "0.5"]
+    words += [] if model is None else ["--model", model]
+    words += [] if family is None else ["--family", family]
+    yield f"  {typed(words)}"

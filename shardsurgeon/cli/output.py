@@ -267,6 +267,11 @@ def saved(what: str, path: str, written: bool) -> str:
     return f"{what} saved in {path}." if written else f"{what} were saved in {path} already."
 
 
+def typed(words: Iterable[str]) -> str:
+    """A command as it is typed in this system's shell."""
+    return " ".join(map(as_typed, words))
+
+
 def as_typed(path: str) -> str:
     """A path as it is typed in this system's shell."""
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)

@@ -15,7 +15,7 @@ from shardsurgeon.cli.options import (
     progress_option,
     push_options,
 )
-from shardsurgeon.cli.output import as_typed, emit, fact, grouped, shows_progress
+from shardsurgeon.cli.output import emit, fact, grouped, shows_progress, typed
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
 
@@ -84,10 +84,10 @@ def _lines(pruned: str, report: PushReport) -> Iterator[str]:
     yield f"{pruned}: {report.title}"
     yield ""
     yield from push_lines(report)
-    if (words := served(report)) is not None:
+    if report.serve is not None:
         yield ""
         yield "Serve:"
-        yield f"  {words}"
+        yield f"  {typed(report.serve)}"
 
 
 def push_lines(report: PushReport) -> Iterator[str]:
@@ -103,11 +103,3 @@ def push_lines(report: PushReport) -> Iterator[str]:
         yield from fact("left here", grouped(report.left))
     for note in report.notes:
         yield from fact("note", note)
-
-
-def served(report: PushReport) -> str | None:
-    """The command that serves a model from where it was pushed to; None for a pull request."""
-    if report.revision is None:
-        return None
-    words = f"vllm serve {as_typed(report.repo_id)}"
-    return words if report.revision == "main" else f"{words} --revision {as_typed(report.revision)}"

@@ -152,6 +152,8 @@ class Family:
     group-limited; a group must keep at least that many.
     refusal: why models of this family cannot be pruned correctly, where that is so.
     known_by: dotted paths that tell the family where a config names no type, all of them there.
+    only_bytes: whether the bytes of a prune are all that is proven: no engine's answers were
+    compared with those of the original.
     transformers: not inherited; what is `like` another family need not be built like it.
     """
 
@@ -164,6 +166,7 @@ class Family:
     group_score_top: int = 1
     refusal: str = ""
     known_by: tuple[str, ...] = ()
+    only_bytes: bool = False
     transformers: TransformersView = TransformersView()
 
 

@@ -14,6 +14,7 @@ from shardsurgeon.execution.upload import ShardDestination
 from shardsurgeon.operations.prune import Pruning, complete, require_ready
 from shardsurgeon.operations.reports import ApplyReport, Refusal
 from shardsurgeon.operations.request import Destination, RunOptions
+from shardsurgeon.operations.serving import serve_words
 from shardsurgeon.operations.verify import SelfCheck
 from shardsurgeon.storage.open import address_of
 
@@ -57,7 +58,8 @@ def apply(
         else:
             report = run.carry_out(options)
             shipment.push()
-    return replace(report, push=shipment.report(notes))
+    pushed = shipment.report(notes)
+    return replace(report, push=pushed, serve=pushed.serve)
 
 
 def _rehearsed(
@@ -114,6 +116,7 @@ class _Run:
         self._report, self._out = pruning.report, pruning.out
         self._source = pruning.checkpoint.source
         self._family = pruning.declared
+        self._serving = pruning.serving
         self._check = SelfCheck(pruning.checkpoint, plan, pruning.out, by_shard=by_shard)
 
     def carry_out(
@@ -158,7 +161,12 @@ class _Run:
             bytes_downloaded=done.bytes_downloaded,
             source=address_of(self._source),
             family=self._family,
+            serve=self._serve(out) if taken is None else None,
         )
+
+    def _serve(self, out: Path) -> tuple[str, ...] | None:
+        """The command that serves the finished folder."""
+        return serve_words(str(out), None, self._serving) if self._serving.by_vllm else None
 
     def _hand_over(self, checksums: bool) -> Plan:
         """The plan, of which no reference is kept. checksums: whether to record those of shards."""

@@ -20,7 +20,7 @@ from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
 from shardsurgeon.errors import InputError
 from shardsurgeon.families.schema import architectures_of
-from shardsurgeon.pruning.config_edits import says_per_layer
+from shardsurgeon.operations.serving import Serving, serving_of
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 from shardsurgeon.storage.formats.safetensors import TensorRecord
@@ -50,14 +50,12 @@ class Loading:
     """How libraries load the model.
 
     auto_class: of transformers, which `processor` reads the inputs for, both "" where it does not
-    read the model; remote_code: whether the
-    model's code comes with it; stock_engines: whether stock vLLM reads its expert counts.
+    read the model; serving: how engines do.
     """
 
     auto_class: str
     processor: str
-    remote_code: bool
-    stock_engines: bool
+    serving: Serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +88,7 @@ def model_facts(
     records = [record for shard in pruned.shards for record in shard.header.tensors]
     left = {layer: len(record.retained) for layer, record in provenance.layers.items()}
     uniform = anatomy.is_uniform(left)
+    serving = serving_of(pruned, anatomy, left)
     return ModelFacts(
         provenance=provenance,
         before=_extent(_unpruned(anatomy, provenance, records), config),
@@ -98,7 +97,7 @@ def model_facts(
         mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
         mtp_removed=counts_no_mtp(anatomy.family, config),
         uniform=uniform,
-        loading=_loading(pruned, uniform or says_per_layer(config, anatomy) != ""),
+        loading=_loading(pruned, serving),
         calibrations=tuple(_calibrations(pruned, folder)),
         source_card=_source_card(folder / CARD_NAME),
     )
@@ -139,10 +138,10 @@ def _longer(record: TensorRecord, axis: int, more: int) -> TensorRecord:
     return replace(record, shape=shape, end=record.begin + record.nbytes // rows * (rows + more))
 
 
-def _loading(pruned: Checkpoint, stock_engines: bool) -> Loading:
+def _loading(pruned: Checkpoint, serving: Serving) -> Loading:
     config = pruned.settings
-    if pruned.names != HUGGING_FACE:
-        return Loading("", "", remote_code=False, stock_engines=stock_engines)
+    if pruned.names != HUGGING_FACE or serving.is_mlx:
+        return Loading("", "", serving)
     code = config.get("auto_map")
     code = code if isinstance(code, Mapping) else _NOTHING
     architecture = next(iter(architectures_of(config, pruned.config_place)), "")
@@ -156,8 +155,7 @@ def _loading(pruned: Checkpoint, stock_engines: bool) -> Loading:
     return Loading(
         auto_class=auto,
         processor="AutoProcessor" if has_vision else "AutoTokenizer",
-        remote_code=bool(code),
-        stock_engines=stock_engines,
+        serving=serving,
     )
 
 

@@ -30,6 +30,7 @@ from shardsurgeon.checkpoint.provenance import (
 )
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.card_data import Calibration, ModelFacts
+from shardsurgeon.operations.serving import serve_words
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
 from shardsurgeon.units import counted, format_size, number_ranges, parameters, percent
 
@@ -59,6 +60,11 @@ _OTHER_ENGINES = (
     "Its layers keep different numbers of experts, which `config.json` lists under "
     "`num_routed_experts_per_layer`. Stock vLLM and transformers do not read that list "
     "and would load this model wrong: serve it with an engine that does."
+)
+_MLX = "It is in MLX's layout: load it with mlx-lm, as its original."
+_UNPROVEN = (
+    "That every byte is the original's is proven; no engine's answers have been compared with the "
+    "original's yet. Serve it as its original is served, and compare."
 )
 _FILE = re.compile(r"[\w./-]+", re.ASCII)
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -139,6 +145,7 @@ def _metadata(facts: ModelFacts) -> str:
         data["base_model_relation"] = _RELATION
     data |= {key: source[key] for key in _CARRIED_OVER if source.get(key)}
     library = "transformers" if facts.loading.auto_class else "vllm"
+    library = "mlx" if facts.loading.serving.is_mlx else library
     data["library_name"] = source.get("library_name") or library
     data["tags"] = [*dict.fromkeys((*_tags(source), *TAGS))]
     return ModelCardData(**data).to_yaml(original_order=[*data])
@@ -269,18 +276,20 @@ def _layer_table(record: Provenance) -> str:
 
 def _use(facts: ModelFacts, placement: Placement) -> str:
     loading, repo_id, revision = facts.loading, placement.repo_id, placement.revision
-    if not loading.stock_engines:
+    serving = loading.serving
+    if not serving.stock_engines:
         return _OTHER_ENGINES
-    serve, arguments = [f"vllm serve {repo_id}"], [f'"{repo_id}"']
-    if revision:
-        serve.append(f"--revision {revision}")
-        arguments.append(f'revision="{revision}"')
-    if loading.remote_code:
-        serve.append("--trust-remote-code")
-        arguments.append("trust_remote_code=True")
-    served = _SERVED.substitute(serve=" ".join(serve))
+    if serving.is_mlx:
+        return _MLX
+    served = _UNPROVEN
+    if serving.by_vllm:
+        words = serve_words(repo_id, revision, serving)
+        served = _SERVED.substitute(serve=shlex.join(words))
     if not loading.auto_class:
         return served
+    arguments = [f'"{repo_id}"']
+    arguments += [f'revision="{revision}"'] if revision else []
+    arguments += ["trust_remote_code=True"] if serving.remote_code else []
     code = _BY_TRANSFORMERS.substitute(
         model_class=loading.auto_class,
         reader_class=loading.processor,

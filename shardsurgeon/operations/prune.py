@@ -20,6 +20,7 @@ from shardsurgeon.errors import KeepListError, OutputError, OutputWriteError, Sc
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.operations.recipe import Recipe
+from shardsurgeon.operations.serving import Serving, serving_of
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import write_plan
@@ -88,6 +89,13 @@ class Pruning(Titled):
             str(self.out),
         )
         return replace(found, space_free=_free_space(self.out))
+
+    @property
+    def serving(self) -> Serving:
+        """How the result is served."""
+        layers = self.decision.keep.layers
+        kept = {layer: len(keep.retained) for layer, keep in layers.items()}
+        return serving_of(self.checkpoint, self.anatomy, kept)
 
     def write_plan(self, path: str | os.PathLike[str], *, force: bool = False) -> bool:
         """Save the keep-lists as a plan.json that `--plan` reads; False where it is saved already.

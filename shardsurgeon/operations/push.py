@@ -41,6 +41,7 @@ from shardsurgeon.operations.push_files import (
 )
 from shardsurgeon.operations.reports import PushReport, PushTarget
 from shardsurgeon.operations.request import Destination
+from shardsurgeon.operations.serving import Serving, serve_words, serving_of
 from shardsurgeon.operations.verify import headers_only
 from shardsurgeon.pruning.lineage import check_lineage
 from shardsurgeon.storage.files import JOURNAL_NAME
@@ -85,7 +86,10 @@ def push(
         if destination.with_card and card is None:
             card = _card(checkpoint, folder, repository, None)
         published = publish(repository, _named(folder, chosen, card), {})
-    return _report(repository, published, begun, notes, chosen.left)
+    anatomy = read_anatomy(checkpoint)
+    kept = {layer: len(found.retained) for layer, found in record.layers.items()}
+    serving = serving_of(checkpoint, anatomy, kept)
+    return _report(repository, published, begun, notes, serving, chosen.left)
 
 
 class Shipment:
@@ -109,7 +113,8 @@ class Shipment:
         self._planned = pruning.plan if destination.stream else None
         self._out, self._family = pruning.out, pruning.checkpoint.family
         self._destination = destination
-        self._command = _recipe(pruning)
+        self._command, self._serving = _recipe(pruning), pruning.serving
+        self._declared = pruning.declared
         refuse_planned_secrets(pruning.plan, pruning.checkpoint.source)
         self._card = _own_card(destination)
         self._repository = _repository(destination)
@@ -128,6 +133,7 @@ class Shipment:
         out = self._out
         words = ["shardsurgeon", "push", str(out), self._repository.repo_id]
         words += _options(self._destination)
+        words += ["--family", self._declared] if self._declared else []
         how = f"go on with `{shlex.join(words)}`"
         try:
             pruned = self._opened(LocalSource(out))
@@ -150,7 +156,7 @@ class Shipment:
         sent = self._shard_destination
         published = self._published if sent is None else sent.published
         assert published is not None
-        return _report(self._repository, published, self._begun, notes)
+        return _report(self._repository, published, self._begun, notes, self._serving)
 
     def _rest(self, folder: Path) -> Mapping[str, Content]:
         """The files to publish beside the shards, which have been sent."""
@@ -312,9 +318,14 @@ def _report(
     published: Published,
     begun: float,
     notes: Sequence[str],
+    serving: Serving,
     left: tuple[str, ...] = (),
 ) -> PushReport:
     commit = published.commit
+    revision = None if repository.revision == MAIN else repository.revision
+    serve = None
+    if serving.by_vllm and not commit.pull_request:
+        serve = serve_words(repository.repo_id, revision, serving)
     return PushReport(
         repo_id=repository.repo_id,
         url=commit.pull_request or repository.url,
@@ -328,4 +339,5 @@ def _report(
         seconds=time.monotonic() - begun,
         notes=tuple(notes),
         left=left,
+        serve=serve,
     )

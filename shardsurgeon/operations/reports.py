@@ -99,7 +99,8 @@ class PushReport(Report):
     url: where to look at it, the pull request where one was opened; revision: the branch, None
     where that is a pull request; commit: its hash; files, nbytes: of the model there; removed:
     names of an earlier model's weights that the commit took out; notes: what the Hub said; left:
-    files of the folder that were not pushed.
+    files of the folder that were not pushed; serve: the words of the command that serves it, None
+    where no engine is known to, or where it is in a pull request.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", push_to_hub="me/small").push
@@ -119,6 +120,7 @@ class PushReport(Report):
     seconds: float
     notes: tuple[str, ...]
     left: tuple[str, ...] = ()
+    serve: tuple[str, ...] | None = None
 
     @property
     def title(self) -> str:
@@ -157,7 +159,8 @@ class ApplyReport(Report):
 
     bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
     bytes_downloaded: what came over the network; push: where it was pushed to, if it was;
-    source: the model that was pruned, as it can be named again; family: what --family said. Of a
+    source: the model that was pruned, as it can be named again; family: what --family said; serve:
+    the words of the command that serves it, None where no engine is known to. Of a
     dry run, whose plan counts the disk that is still needed and free: target: the repository that
     a push would go to, None without a push, and where it could not be looked at; refusal: what the
     run would stop at, None where nothing stands in its way.
@@ -182,6 +185,7 @@ class ApplyReport(Report):
     family: str | None = None
     target: PushTarget | None = None
     refusal: Refusal | None = None
+    serve: tuple[str, ...] | None = None
 
     figures: ClassVar[tuple[str, ...]] = ("bytes_per_second",)
 

@@ -159,7 +159,7 @@ def test_its_card_speaks_of_the_engine_that_reads_it(tmp_path: Path) -> None:
     assert pruned.provenance is not None
     facts = model_facts(pruned, read_anatomy(pruned), pruned.provenance, out)
     card = model_card(facts, Placement("me/small", None, ("command",)))
-    assert "vllm serve me/small" in card and "library_name: vllm" in card
+    assert "Serve it as its original is served" in card and "library_name: vllm" in card
     assert "transformers" not in card
 
 

@@ -99,6 +99,7 @@ APPLIED = ApplyReport(
     bytes_resumed=0,
     seconds=400.0,
     verification=VERIFIED,
+    serve=("vllm", "serve", "/models/Kimi-K2.5-REAP-65pct"),
 )
 
 PUSHED = PushReport(
@@ -113,6 +114,7 @@ PUSHED = PushReport(
     removed=(),
     seconds=2000.0,
     notes=(),
+    serve=("vllm", "serve", "me/Kimi-K2.5-REAP-65pct"),
 )
 
 SCORED = RouterScoresReport(

@@ -94,22 +94,30 @@ def test_a_resumed_run_says_how_much_was_there(run: Run, fake: FakeOperations) -
 
 
 def test_without_a_check_the_report_says_so(run: Run, fake: FakeOperations) -> None:
-    fake.apply = replace(APPLIED, verification=None)
+    fake.apply = replace(APPLIED, verification=None, source="/models/Kimi-K2.5")
     lines = run(*APPLY).stdout.splitlines()
     assert "  checked       nothing (--no-verify)" in lines
-    assert "  shardsurgeon verify SOURCE /models/Kimi-K2.5-REAP-65pct" in lines
+    assert "  shardsurgeon verify /models/Kimi-K2.5 /models/Kimi-K2.5-REAP-65pct" in lines
+
+
+def test_a_source_without_a_name_is_compared_by_no_command(run: Run, fake: FakeOperations) -> None:
+    fake.apply = replace(APPLIED, verification=None)
+    assert "shardsurgeon verify" not in run(*APPLY).stdout
 
 
 @pytest.mark.skipif("os.name == 'nt'", reason="another shell, other quotes")
 def test_commands_to_copy_are_quoted(run: Run, fake: FakeOperations) -> None:
-    fake.apply = replace(APPLIED, out="/my models/small")
-    assert "  vllm serve '/my models/small'\n" in run(*APPLY).stdout
+    words = ("vllm", "serve", "/my models/small", "--trust-remote-code")
+    fake.apply = replace(APPLIED, out="/my models/small", serve=words)
+    said = run(*APPLY, "--family", "my family.toml").stdout
+    assert "  vllm serve '/my models/small' --trust-remote-code\n" in said
+    assert "  shardsurgeon verify /models/Kimi-K2.5 '/my models/small'\n" in said
 
 
-def test_what_stock_engines_misread_is_not_offered_to_be_served(
+def test_what_no_engine_is_known_to_serve_is_not_offered_to_be_served(
     run: Run, fake: FakeOperations
 ) -> None:
-    fake.apply = replace(APPLIED, plan=replace(APPLIED.plan, stock_engines=False))
+    fake.apply = replace(APPLIED, serve=None)
     assert "vllm serve" not in run(*APPLY).stdout
 
 

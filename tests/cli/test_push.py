@@ -58,13 +58,14 @@ def test_the_report(run: Run) -> None:
 
 
 def test_a_branch_is_served_by_its_name(run: Run, fake: FakeOperations) -> None:
-    fake.push = replace(PUSHED, revision="65 pct", created=False)
+    words = (*(PUSHED.serve or ()), "--revision", "65 pct")
+    fake.push = replace(PUSHED, revision="65 pct", created=False, serve=words)
     assert "--revision '65 pct'\n" in run("push", "out", "me/x").stdout
 
 
 def test_a_pull_request_is_not_served_yet(run: Run, fake: FakeOperations) -> None:
     url = "https://huggingface.co/org/x/discussions/7"
-    fake.push = replace(PUSHED, revision=None, pull_request=url, url=url, created=False)
+    fake.push = replace(PUSHED, revision=None, pull_request=url, url=url, created=False, serve=None)
     said = run("push", "out", "me/x").stdout
     assert f"{url} (pull request)" in said
     assert "vllm serve" not in said
@@ -108,7 +109,7 @@ def test_apply_hands_on_where_to_push(
 
 
 def test_the_report_of_a_push_behind_apply(run: Run, fake: FakeOperations) -> None:
-    fake.apply = replace(APPLIED, push=PUSHED)
+    fake.apply = replace(APPLIED, push=PUSHED, serve=PUSHED.serve)
     said = run(*APPLY, "--push-to-hub", "me/x").stdout
     assert "written       /models/Kimi-K2.5-REAP-65pct: 72 files" in said
     assert "pushed        74 files, 200.0 GB" in said
@@ -116,7 +117,9 @@ def test_the_report_of_a_push_behind_apply(run: Run, fake: FakeOperations) -> No
 
 
 def test_the_report_of_a_streamed_push(run: Run, fake: FakeOperations) -> None:
-    fake.apply = replace(APPLIED, out=None, push=PUSHED, bytes_downloaded=201_000_000_000)
+    fake.apply = replace(
+        APPLIED, out=None, push=PUSHED, bytes_downloaded=201_000_000_000, serve=PUSHED.serve
+    )
     said = run(*APPLY, "--stream-push", "me/x").stdout
     assert "streamed      72 files, 200.0 GB in 400.0 s" in said
     assert "downloaded    201.0 GB" in said
@@ -125,6 +128,6 @@ def test_the_report_of_a_streamed_push(run: Run, fake: FakeOperations) -> None:
 
 
 def test_nothing_is_served_from_a_pull_request_alone(run: Run, fake: FakeOperations) -> None:
-    pushed = replace(PUSHED, revision=None, pull_request="https://hub/1")
-    fake.apply = replace(APPLIED, out=None, push=pushed)
+    pushed = replace(PUSHED, revision=None, pull_request="https://hub/1", serve=None)
+    fake.apply = replace(APPLIED, out=None, push=pushed, serve=None)
     assert "Serve" not in run(*APPLY, "--stream-push", "me/x").stdout

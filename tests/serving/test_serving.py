@@ -6,13 +6,16 @@ unless SHARDSURGEON_SERVING_VENV names an environment that has it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from shardsurgeon.operations.serving import Serving, serve_words
 from tests.serving import reference
 from tests.serving.cases import CASES
 from tests.serving.environment import default_folder, environment
@@ -70,3 +73,18 @@ def swap_two_experts(folder: Path) -> None:
             for name, tensor in load_file(shard).items()
         }
         save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def test_vllm_takes_the_command_that_reports_print(engine: Path) -> None:
+    words = serve_words("me/small", "65pct", Serving(True, False, True, remote_code=True))
+    code = (
+        "import json, sys\n"
+        "from vllm.entrypoints.openai.cli_args import make_arg_parser\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "found = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])\n"
+        "print(json.dumps([found.model_tag, found.revision, found.trust_remote_code]))\n"
+    )
+    done = subprocess.run(
+        [engine, "-c", code, *words[2:]], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == ["me/small", "65pct", True]
