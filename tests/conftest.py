@@ -12,6 +12,8 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tables are as wide as the terminal.
 os.environ["COLUMNS"] = "80"
+# What a command is at is shown where a test asks for it; elsewhere stderr has its errors alone.
+os.environ["SHARDSURGEON_PROGRESS"] = "none"
 
 # `--loop`; the local Hub, `hub` and `online`; the S3 server, `s3`: for tests in every folder.
 pytest_plugins = [

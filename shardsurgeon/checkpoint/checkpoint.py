@@ -47,6 +47,7 @@ from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
 from shardsurgeon.storage.open import hub_name, open_source
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile, require_plain
 from shardsurgeon.units import counted, format_size
 
@@ -182,7 +183,11 @@ def open_checkpoint(
     it. Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
     its subclasses where a file is missing, broken, no plain file or contradicts another one.
     """
-    source = open_source(model, follow_links=follow_links)
+    with phase("reading the model"):
+        return _opened(open_source(model, follow_links=follow_links), family)
+
+
+def _opened(source: Source, family: Family | None) -> Checkpoint:
     files = {file.name: file for file in source.list()}
     called = names_of(source.location, {**files, **source.odd})
     read_whole = (called.config, called.index, PROVENANCE_NAME, *QUANTIZATION_FILES)

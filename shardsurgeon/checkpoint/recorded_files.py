@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import set_aside
+from shardsurgeon.storage.phases import BYTES, Phase, phase
 from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
@@ -44,11 +45,14 @@ def deviations(pruned: Checkpoint, *, shards: bool) -> list[Deviation]:
             digests.pop(shard.file, None)
     there = {file.name: file for file in pruned.files}
     stopped = threading.Event()
+    remote = pruned.source.is_remote
+    read = (f for f in pruned.files if f.name in digests and not (remote and _is_digest(f.stamp)))
+    nbytes = sum(file.nbytes for file in read)
 
     def problem_of(file: SourceFile, nbytes: int, sha256: str | None) -> str | None:
         if file.nbytes != nbytes:
             return f"has {file.nbytes:,} bytes, apply wrote {nbytes:,}"
-        if sha256 is None or (found := _sha256_in(pruned.source, file, stopped)) == sha256:
+        if sha256 is None or (found := _sha256_in(pruned.source, file, stopped, at)) == sha256:
             return None
         told = f"it has SHA-256 {found[:12]}…, {sha256[:12]}… is recorded"
         return f"is not what apply wrote: {told}"
@@ -65,17 +69,23 @@ def deviations(pruned: Checkpoint, *, shards: bool) -> list[Deviation]:
 
     at_once = _READS_AT_ONCE if shards or pruned.source.is_remote else 1
     listed = sorted(record.files.items())
-    found = map_in_threads(compare, listed, at_once, "checksums", stopped.set)
+    with phase("hashing", nbytes, BYTES) as at:
+        found = map_in_threads(compare, listed, at_once, "checksums", stopped.set)
     return [deviation for deviation in found if deviation is not None]
 
 
-def _sha256_in(source: Source, file: SourceFile, stopped: threading.Event) -> str:
+def _is_digest(stamp: str) -> bool:
+    return SHA256.fullmatch(stamp) is not None
+
+
+def _sha256_in(source: Source, file: SourceFile, stopped: threading.Event, at: Phase) -> str:
     """SHA-256 (hex) of a source's file: as a remote place lists it, or else of its bytes."""
-    if source.is_remote and SHA256.fullmatch(file.stamp):
+    if source.is_remote and _is_digest(file.stamp):
         return file.stamp
     found = hashlib.sha256()
     for piece in source.stream(file.name, 0, file.nbytes):
         if stopped.is_set():
             break
         found.update(piece)
+        at.advance(len(piece))
     return found.hexdigest()

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 from shardsurgeon.checkpoint.files import root_safetensors
@@ -24,6 +23,7 @@ from shardsurgeon.storage.formats.safetensors import (
     parse_header,
 )
 from shardsurgeon.storage.limits import MAX_HEADERS_NBYTES, MAX_TENSORS
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
@@ -117,11 +117,16 @@ def _map(
     call: Callable[..., _Opened], source: Source, files: Sequence[SourceFile]
 ) -> list[_Opened]:
     reader = _Reader(source)
-    if not source.is_remote:
-        return [call(reader, file) for file in files]
-    return map_in_threads(
-        partial(call, reader), files, _HEADERS_AT_ONCE, "headers", reader.stopped.set
-    )
+    with phase("reading headers", len(files)) as at:
+
+        def counted(file: SourceFile) -> _Opened:
+            opened = call(reader, file)
+            at.advance()
+            return opened
+
+        if not source.is_remote:
+            return [counted(file) for file in files]
+        return map_in_threads(counted, files, _HEADERS_AT_ONCE, "headers", reader.stopped.set)
 
 
 class _Reader:

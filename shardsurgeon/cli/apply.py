@@ -11,6 +11,7 @@ from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
     OfMachine,
+    as_given,
     at_least,
     family_option,
     json_option,
@@ -24,7 +25,7 @@ from shardsurgeon.cli.options import (
     shard_size,
     size,
 )
-from shardsurgeon.cli.output import Steps, emit, fact, progress_bar, typed
+from shardsurgeon.cli.output import Steps, emit, fact, typed
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines
 from shardsurgeon.cli.push import push_lines
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
@@ -114,7 +115,6 @@ def apply_command(
     stream_push: str | None,
     disk_budget: int | None,
     pushed: dict[str, Any],
-    progress: bool | None,
     as_json: bool,
 ) -> None:
     """Write the pruned model. SCORES: a .pt, .safetensors, .npz or .json file.
@@ -137,31 +137,29 @@ def apply_command(
 
     request, steps = only_one(requests), Steps.here()
     destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
-    with progress_bar(progress) as bar:
-        options = RunOptions(
-            workers=workers,
-            verify=verify,
-            dry_run=dry_run,
-            restart=restart,
-            checksums=checksums,
-            progress=bar.on_progress if bar else None,
-            bars=bar is not None,
-        )
-        report = apply.apply(
-            # No variable holds the plan: its memory is needed for the check at the end.
-            prune.plan(
-                model,
-                scores,
-                request,
-                out=out,
-                max_shard_nbytes=max_shard_nbytes,
-                family=family,
-                follow_links=follow_links,
-                recipe=steps.recipe if steps else None,
-            ),
-            options,
-            destination,
-        )
+    options = RunOptions(
+        workers=workers,
+        verify=verify,
+        dry_run=dry_run,
+        restart=restart,
+        checksums=checksums,
+        command=as_given(),
+    )
+    report = apply.apply(
+        # No variable holds the plan: its memory is needed for the check at the end.
+        prune.plan(
+            model,
+            scores,
+            request,
+            out=out,
+            max_shard_nbytes=max_shard_nbytes,
+            family=family,
+            follow_links=follow_links,
+            recipe=steps.recipe if steps else None,
+        ),
+        options,
+        destination,
+    )
     try:
         emit(report, _lines(report, follow_links), as_json, told_otherwise=not dry_run)
     except BaseException as stop:

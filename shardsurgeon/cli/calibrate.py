@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,7 @@ from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
     OfMachine,
+    as_given,
     at_least,
     family_option,
     force_option,
@@ -21,14 +21,13 @@ from shardsurgeon.cli.options import (
     progress_option,
     size,
 )
-from shardsurgeon.cli.output import ProgressBar, emit, fact, progress_bar, typed
+from shardsurgeon.cli.output import emit, fact, typed
 from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.errors import UsageError
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
     from shardsurgeon.layerwise.run import CalibrationReport
-    from shardsurgeon.layerwise.settings import Progress
 
 
 def _batch_size(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
@@ -160,7 +159,6 @@ def calibrate_command(
     seed: int,
     family: str | None,
     restart: bool,
-    progress: bool | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -188,24 +186,10 @@ def calibrate_command(
 
     settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
     request = run.CalibrationRequest(settings=settings, **options)
-    with progress_bar(progress, "tok") as bar:
-        report = run.calibrate(
-            model,
-            request,
-            out,
-            family=family,
-            restart=restart,
-            force=force,
-            progress=partial(_show_layer, bar) if bar else None,
-        )
+    report = run.calibrate(
+        model, request, out, family=family, restart=restart, force=force, command=as_given()
+    )
     emit(report, _lines(report, model, family), as_json, told_otherwise=True)
-
-
-def _show_layer(bar: ProgressBar, progress: Progress) -> None:
-    """Show how far a calibration is, in tokens times layers."""
-    layers = f"{progress.layers_done}/{progress.layers_total} done"
-    done = progress.tokens_done
-    bar.show(done, progress.tokens_total, done, f"layer {progress.layer}, {layers}")
 
 
 def _lines(report: CalibrationReport, model: str | None, family: str | None) -> Iterator[str]:

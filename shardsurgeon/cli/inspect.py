@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardsurgeon.cli.help import Command
-from shardsurgeon.cli.options import family_option, json_option, model_argument
+from shardsurgeon.cli.options import family_option, json_option, model_argument, progress_option
 from shardsurgeon.cli.output import emit, facts, parameters, percent, table, units_legend
 from shardsurgeon.units import counted, format_size, number_ranges
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.command("inspect", cls=Command)
 @model_argument
 @family_option
+@progress_option
 @json_option
 def inspect_command(model: str | None, family: str | None, as_json: bool) -> None:
     """Show a model's layers, experts and sizes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.output import as_text
 from shardsurgeon.cli.plan import plan_command
+from shardsurgeon.cli.progress import PROGRAM
 from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.run import run_command
 from shardsurgeon.cli.scores import scores_commands
@@ -39,10 +39,16 @@ from shardsurgeon.errors import (
 )
 from shardsurgeon.reports import document, failure
 
-PROGRAM = "shardsurgeon"
 DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
 # What shells call the end of a program whose reader left: 128 and the number of SIGPIPE.
 _READER_LEFT = 141
+# What a command that was stopped leaves, where its work does not say it.
+_RESUMING: dict[str | None, str] = {
+    apply_command.name: "the same command resumes",
+    calibrate_command.name: "the same command resumes",
+    run_command.name: "the same command resumes",
+    push_command.name: "what is uploaded is kept there; the same command resumes",
+}
 _ASK_FOR_TRACEBACK = f"set {DEBUG_VARIABLE}=1 for the traceback"
 
 
@@ -148,8 +154,8 @@ def _run(words: Sequence[str], as_json: bool) -> int | _Failure:
     gc.set_threshold(100_000)
     try:
         _require_words(words)
-        with _signals_as_stopped(), _waits_as_lines():
-            status = cli.main(words, prog_name=PROGRAM, standalone_mode=False)
+        with _signals_as_stopped():
+            status = cli.main(words, prog_name=PROGRAM, standalone_mode=False, obj=tuple(words))
         return status if isinstance(status, int) else 0
     except Stopped as stopped:
         return _stop(stopped)
@@ -227,40 +233,16 @@ def _unexpected(error: Exception) -> tuple[str, str, str]:
 
 
 def _stop(stopped: Stopped) -> _Failure:
-    # A note says that the result is complete: there is nothing to resume.
+    # A note says what is kept, or that the result is complete and there is nothing to resume.
     notes = getattr(stopped, "__notes__", [])
-    resumable = (apply_command, push_command, calibrate_command, run_command)
-    if stopped.command in [command.name for command in resumable]:
-        notes = notes or ["the same command resumes"]
+    if stopped.command in _RESUMING:
+        notes = notes or [_RESUMING[stopped.command]]
     line = "; ".join(["stopped", *notes[:1]])
     return _Failure(line, "", "stopped", "; ".join(notes[:1]), stopped.exit_status)
 
 
 def _say(text: str) -> None:
     click.echo(f"{PROGRAM}: {printable(' '.join(text.split()))}", err=True)
-
-
-class _Lines(logging.Handler):
-    """What is waited for, and why, as lines on stderr that no bar is torn by."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = f"{PROGRAM}: {printable(record.getMessage())}"
-        tqdm = sys.modules.get("tqdm")
-        if tqdm is None:
-            click.echo(text, err=True)
-        else:
-            tqdm.tqdm.write(text, file=sys.stderr)
-
-
-@contextmanager
-def _waits_as_lines() -> Iterator[None]:
-    """Within a `with`, print what the package logs: that it waits for a server."""
-    log, lines = logging.getLogger(PROGRAM), _Lines(logging.WARNING)
-    log.addHandler(lines)
-    try:
-        yield
-    finally:
-        log.removeHandler(lines)
 
 
 @contextmanager

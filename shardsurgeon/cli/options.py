@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 import click
 from click.core import ParameterSource
 
-from shardsurgeon.cli.output import as_typed
+from shardsurgeon.cli.output import Steps, as_typed
+from shardsurgeon.cli.progress import PROGRAM, shown
 from shardsurgeon.errors import UsageError
 from shardsurgeon.pruning.request import (
     SELECTION,
@@ -26,6 +27,8 @@ from shardsurgeon.pruning.request import (
 )
 from shardsurgeon.units import parse_ratios, parse_size, percent
 
+# An address, alone or behind `--model=`: its scheme, login, place and query.
+_ADDRESS = re.compile(r"((?:^|=)\w[\w+.-]*://)(?:[^/?]*@)?([^?]*)(?:\?.*)?", re.DOTALL)
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The ways to name an output, of every command that writes one.
 OUT = ("-o", "--out", "--output")
@@ -105,10 +108,7 @@ def _gathered(
         return gather(**{option: given[option] for option in options})
 
     with_options.checks = [check, *getattr(command, "checks", ())]  # type: ignore[attr-defined]
-    decorated = cast(Command, with_options)
-    for option in reversed([*options.values()]):
-        decorated = option(decorated)
-    return decorated
+    return _with_all([*options.values()], cast(Command, with_options))
 
 
 def check_options(context: click.Context) -> None:
@@ -250,12 +250,47 @@ def json_option(command: Command) -> Command:
 
 
 def progress_option(command: Command) -> Command:
-    """Add `--progress/--no-progress`; None where the user did not say."""
-    return click.option(
-        "--progress/--no-progress",
-        default=None,
-        help="Show a progress bar on stderr.  [default: where stderr is a terminal]",
-    )(command)
+    """Add `-q`, `-v` and `--progress/--no-progress`; what the command does is shown as they say."""
+
+    @functools.wraps(command)
+    def with_progress(
+        *args: Any, quiet: bool, verbose: bool, progress: bool | None, **given: Any
+    ) -> Any:
+        with shown(quiet, verbose, progress):
+            return command(*args, **given)
+
+    return _with_all(_PROGRESS, cast(Command, with_progress))
+
+
+def forwarded_progress_option(command: Command) -> Command:
+    """The same for a command that runs others; it receives the words for these as `shown_as`."""
+
+    @functools.wraps(command)
+    def with_words(
+        *args: Any, quiet: bool, verbose: bool, progress: bool | None, **given: Any
+    ) -> Any:
+        words = ["--quiet"] * quiet + ["--verbose"] * verbose
+        if progress is not None:
+            words.append("--progress" if progress else "--no-progress")
+        return command(*args, shown_as=words, **given)
+
+    return _with_all(_PROGRESS, cast(Command, with_words))
+
+
+def _with_all(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def as_given() -> str:
+    """The command as it was typed, to say later what was interrupted: `shardsurgeon apply …`.
+
+    Without what an address may hold beside its place: logins and queries.
+    """
+    root = click.get_current_context().find_root().obj or ()
+    given: Sequence[str] = root.words if isinstance(root, Steps) else root
+    return " ".join([PROGRAM, *(as_typed(_ADDRESS.sub(r"\1\2", word)) for word in given)])
 
 
 def shard_size(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
@@ -418,6 +453,19 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         help="Leave these files of the model's folder behind.",
     ),
 }
+
+_PROGRESS: list[Callable[[Any], Any]] = [
+    click.option(
+        "--progress/--no-progress",
+        default=None,
+        help="Show on stderr what is being done: in place on a terminal, as lines elsewhere."
+        "  [default: what SHARDSURGEON_PROGRESS says, auto, bar, plain or none]",
+    ),
+    click.option(
+        "-v", "--verbose", is_flag=True, help="Say more on stderr: each file, each new try."
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors."),
+]
 
 _PUSH: dict[str, Callable[[Any], Any]] = {
     "private": click.option(

@@ -1,4 +1,4 @@
-"""Printing: reports as JSON or text, progress bars, numbers and tables as wide as the terminal."""
+"""Printing: reports as JSON or text, numbers and tables as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
 from shardsurgeon import units
+from shardsurgeon.cli.progress import rest
 from shardsurgeon.cli.streams import StdoutLost
 from shardsurgeon.errors import ShardSurgeonError, printable
 from shardsurgeon.reports import Report, failure_of
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from shardsurgeon.execution.workers import Progress
     from shardsurgeon.operations.recipe import Recipe
 
 _LABEL = 14
@@ -52,10 +48,12 @@ class ScoredLayer(Protocol):
 class Steps:
     """What the commands of a recipe report, by their names; the `obj` of their click contexts.
 
-    recipe: that of them all; silent: whether they print nothing, since one document follows.
+    recipe: that of them all; words: of the command line that runs it; silent: whether they print
+    nothing, since one document follows.
     """
 
     recipe: Recipe
+    words: Sequence[str]
     silent: bool
     reports: dict[str, Report] = field(default_factory=dict)
 
@@ -95,6 +93,7 @@ def emit(
         text = as_text({**report.to_dict(), **failed})
     else:
         text = printable("\n".join(lines))
+    rest()
     try:
         click.echo(text)
     except StdoutLost as lost:
@@ -107,67 +106,6 @@ def emit(
 def as_text(document: dict[str, Any]) -> str:
     """A JSON document as it is printed, in plain ASCII."""
     return json.dumps(document, indent=2, allow_nan=False)
-
-
-class ProgressBar:
-    """A tqdm bar on stderr, with rate and time left. It opens at the first news."""
-
-    def __init__(self, unit: str) -> None:
-        """unit: what is counted, as the bar writes it."""
-        self._unit = unit
-        self._bar: tqdm[Any] | None = None
-
-    def show(self, done: int, total: int, resumed: int = 0, label: str = "") -> None:
-        """Show that `done` of `total` are done; label: text before the bar.
-
-        resumed: how many an earlier run did, which count as done and not towards the rate.
-        """
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total,
-                initial=resumed,
-                unit=self._unit,
-                unit_scale=True,
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
-        if label:
-            self._bar.set_description_str(label, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def on_progress(self, progress: Progress) -> None:
-        """Show how far a run of `apply` is."""
-        shards = f"{progress.shards_done}/{progress.shards_total} shards"
-        shards += f", {progress.shards_sent} sent" if progress.shards_sent else ""
-        self.show(progress.done, progress.total, progress.resumed, shards)
-
-    def close(self) -> None:
-        """Leave the bar as it is and end its line."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-@contextmanager
-def progress_bar(asked: bool | None, unit: str = "B") -> Iterator[ProgressBar | None]:
-    """A bar for the time of a `with`; None where none is to be shown.
-
-    asked: whether the user wants one; None: where stderr is a terminal.
-    """
-    if not shows_progress(asked):
-        yield None
-        return
-    bar = ProgressBar(unit)
-    try:
-        yield bar
-    finally:
-        bar.close()
-
-
-def shows_progress(asked: bool | None) -> bool:
-    """Whether to show bars; asked: as for `progress_bar`."""
-    return sys.stderr.isatty() if asked is None else asked
 
 
 def fact(label: str, text: str) -> list[str]:

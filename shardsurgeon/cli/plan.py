@@ -16,6 +16,7 @@ from shardsurgeon.cli.options import (
     json_option,
     links_option,
     model_option,
+    progress_option,
     scores_argument,
     selection_options,
 )
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 @click.option(*OUT, "plan_out", metavar="FILE", help="Save the keep-lists, for `apply --plan`.")
 @click.option("--force", is_flag=True, help="Replace another plan that was saved there.")
 @click.option("--layers", is_flag=True, help="Show each layer, not their spread and the worst.")
+@progress_option
 @json_option
 def plan_command(
     scores: str | None,

@@ -15,7 +15,7 @@ from shardsurgeon.cli.options import (
     progress_option,
     push_options,
 )
-from shardsurgeon.cli.output import emit, fact, grouped, shows_progress, typed
+from shardsurgeon.cli.output import emit, fact, grouped, typed
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
 
@@ -48,7 +48,6 @@ def push_command(
     exclude: tuple[str, ...],
     family: str | None,
     follow_links: bool,
-    progress: bool | None,
     as_json: bool,
 ) -> None:
     """Put a pruned model on the Hugging Face Hub.
@@ -75,7 +74,6 @@ def push_command(
         include=include,
         exclude=exclude,
         follow_links=follow_links,
-        bars=shows_progress(progress),
     )
     emit(report, _lines(pruned, report), as_json, told_otherwise=True)
 

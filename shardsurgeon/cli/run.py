@@ -12,7 +12,7 @@ import click
 from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.help import Command
-from shardsurgeon.cli.options import OUT, check_options, json_option, progress_option
+from shardsurgeon.cli.options import OUT, check_options, forwarded_progress_option, json_option
 from shardsurgeon.cli.output import Steps, emit
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
@@ -35,10 +35,10 @@ _COMMANDS = {
     help="Folder, org/name or URL.  [default: as the recipe says]",
 )
 @click.option(*OUT, "out", metavar="OUT", help="Folder to write.  [default: as the recipe says]")
-@progress_option
+@forwarded_progress_option
 @json_option
 def run_command(
-    recipe: str, model: str | None, out: str | None, progress: bool | None, as_json: bool
+    recipe: str, model: str | None, out: str | None, shown_as: list[str], as_json: bool
 ) -> None:
     """Do what a recipe says: calibrate, plan, apply, push.
 
@@ -66,12 +66,13 @@ def run_command(
     from shardsurgeon.operations.recipe import read_recipe
 
     said = read_recipe(recipe).with_words(model, out)
-    steps = Steps(said, silent=as_json)
+    words = click.get_current_context().find_root().obj or ()
+    steps = Steps(said, words, silent=as_json)
     todo = list(said.steps_to_do())
     # Mistakes of the last step are told before the first one takes hours.
     for step in todo:
         if step != "push":
-            _context(said, step, said.options(step), progress, steps)
+            _context(said, step, said.options(step), shown_as, steps)
     made: set[str] = set()
     for step in todo:
         options = said.options(step)
@@ -79,7 +80,7 @@ def run_command(
             options.setdefault("pruned", _result(steps))
         if step != "push":
             said.require_recorded(step, made)
-        context = _context(said, step, options, progress, steps)
+        context = _context(said, step, options, shown_as, steps)
         with context, _named(said, step):
             context.command.invoke(context)
         made |= {options["out"]} if "out" in options else set()
@@ -92,12 +93,12 @@ def run_command(
 
 
 def _context(
-    recipe: Recipe, step: str, options: Options, progress: bool | None, steps: Steps
+    recipe: Recipe, step: str, options: Options, shown_as: list[str], steps: Steps
 ) -> click.Context:
     """The command of a step with its options parsed. Raises UsageError, naming recipe and step."""
     command = _COMMANDS[step]
     with _named(recipe, step):
-        words = [*_words(command, options), *_shown(progress)]
+        words = [*shown_as, *_words(command, options)]
         # Of a command without a group; it remembers how its help is asked for.
         helps = click.get_current_context().help_option_names
         context = command.make_context(
@@ -105,10 +106,6 @@ def _context(
         )
         check_options(context)
         return context
-
-
-def _shown(progress: bool | None) -> list[str]:
-    return [] if progress is None else ["--progress" if progress else "--no-progress"]
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from shardsurgeon.cli.output import (
     layer_number,
     mtp_legend,
     percent,
-    progress_bar,
     saliency,
     saved,
     table,
@@ -60,6 +59,7 @@ _SHARES, _MORE_SHARES, _WIDE = ("0.05", "0.25"), ("0.01", "0.05", "0.1", "0.25")
     help="Which metric to show where the file holds several.  [default: reap]",
 )
 @family_option
+@progress_option
 @json_option
 def show_command(
     file: str, model: str | None, metric: str | None, family: str | None, as_json: bool
@@ -177,6 +177,7 @@ def _cuts(report: ScoresReport) -> Iterator[str]:
     metavar="NAME[,NAME]",
     help="The metric of both files, or of each.  [default: reap]",
 )
+@progress_option
 @json_option
 def compare_command(
     a: str, b: str, at: tuple[float, ...], metric: str | None, as_json: bool
@@ -234,6 +235,7 @@ def _correlation(value: float | None) -> str:
     help="Folder of the checkpoint, to name the layers of a file that only has rows.",
 )
 @family_option
+@progress_option
 @json_option
 def convert_command(
     source: str, out: str, force: bool, model: str | None, family: str | None, as_json: bool
@@ -263,6 +265,7 @@ def convert_command(
     is_flag=True,
     help="Take models of one config under two names for the same.",
 )
+@progress_option
 @json_option
 def merge_command(
     files: tuple[str, ...], out: str, force: bool, same_model: bool, as_json: bool
@@ -306,6 +309,7 @@ def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
     "MagnitudeExpertPruner ranks experts (l1).",
 )
 @family_option
+@progress_option
 @json_option
 def from_router_command(
     model: str | None, out: str, force: bool, norm: str, family: str | None, as_json: bool
@@ -334,12 +338,7 @@ def from_router_command(
 @progress_option
 @json_option
 def from_weights_command(
-    model: str | None,
-    out: str,
-    force: bool,
-    family: str | None,
-    progress: bool | None,
-    as_json: bool,
+    model: str | None, out: str, force: bool, family: str | None, as_json: bool
 ) -> None:
     """Score experts by the norm of their weights.
 
@@ -354,10 +353,7 @@ def from_weights_command(
     """
     from shardsurgeon.operations import scores
 
-    with progress_bar(progress) as bar:
-        report = scores.scores_from_weights(
-            model, out, on_bytes=bar.show if bar else None, family=family, force=force
-        )
+    report = scores.scores_from_weights(model, out, family=family, force=force)
     emit(report, _baseline_lines(report), as_json, told_otherwise=True)
 
 
@@ -373,6 +369,7 @@ def from_weights_command(
     help="The same seed gives the same scores, on every machine.",
 )
 @family_option
+@progress_option
 @json_option
 def random_command(
     model: str | None, out: str, force: bool, seed: int, family: str | None, as_json: bool

@@ -16,7 +16,7 @@ from shardsurgeon.cli.options import (
     progress_option,
     source_and_pruned,
 )
-from shardsurgeon.cli.output import emit, facts, progress_bar
+from shardsurgeon.cli.output import emit, facts
 from shardsurgeon.errors import VerificationError
 from shardsurgeon.units import counted, format_size, number_ranges
 
@@ -50,7 +50,6 @@ def verify_command(
     architecture: bool,
     family: str | None,
     follow_links: bool,
-    progress: bool | None,
     as_json: bool,
 ) -> None:
     """Prove a pruned model against its source.
@@ -68,16 +67,14 @@ def verify_command(
     """
     from shardsurgeon.operations import verify
 
-    with progress_bar(progress) as bar:
-        report = verify.verify(
-            source,
-            pruned,
-            sample=sample,
-            architecture=architecture,
-            progress=bar.show if bar else None,
-            family=family,
-            follow_links=follow_links,
-        )
+    report = verify.verify(
+        source,
+        pruned,
+        sample=sample,
+        architecture=architecture,
+        family=family,
+        follow_links=follow_links,
+    )
     error = None if report.holds else _error(report, source, pruned)
     emit(report, _lines(report), as_json, told_otherwise=True, error=error)
     if error is not None:

@@ -15,6 +15,7 @@ from shardsurgeon.execution.upload import ShardDestination
 from shardsurgeon.execution.workdir import RunContext
 from shardsurgeon.execution.workers import run_tasks
 from shardsurgeon.storage.files import BUFFER_NBYTES, reading
+from shardsurgeon.storage.phases import BYTES, phase
 
 
 def shard_checksums(
@@ -31,7 +32,9 @@ def shard_checksums(
         return {name: destination.sha256(text) for name, text in context.journal.done.sent.items()}
     found: dict[str, str] = {}
     tasks = (partial(_digest, context, shard.file, found) for shard in context.plan.shards)
-    run_tasks(tasks, lambda: None, workers, context.meter)
+    total = sum(shard.nbytes for shard in context.plan.shards)
+    with phase("hashing", total, BYTES) as context.meter.phase:
+        run_tasks(tasks, lambda: None, workers, context.meter)
     return found
 
 

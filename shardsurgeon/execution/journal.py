@@ -14,23 +14,32 @@ A kill while a line is written leaves a torn last line, which counts as not writ
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Self
 
 from shardsurgeon._version import __version__
-from shardsurgeon.errors import OutputError
+from shardsurgeon.errors import OutputError, redacted
 from shardsurgeon.storage.files import write_all, write_file, writing
 from shardsurgeon.storage.limits import JOURNAL, require_size
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.storage.system import System
+from shardsurgeon.units import counted
 
 FORMAT = "shardsurgeon journal"
 VERSION = 3
 _START_OVER = "--restart starts over"
+# How values of `asked` are written that only a machine can compare.
+_DIGEST = re.compile(r"(SHA-256 )?[0-9a-f]{12}([0-9a-f]{52})?")
+# Characters of a command that a message quotes.
+_LONGEST = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,9 @@ class Run:
     the same two goes on, whatever program wrote the journal. The rest names what differs. asked:
     the command, in words and values; source_files: what `source` was taken from; origin: the
     exact source, if a name leads to it again (`hf://org/name@` and a commit), else ""; program:
-    the version of shardsurgeon.
+    the version of shardsurgeon. For people who find it: command: the words of the run, "" where it
+    had none; shards, nbytes: how many it is to write and their bytes, 0 where it writes none;
+    begun: when that was, as ISO 8601 writes it, "" where it is to begin or nobody noted it.
     """
 
     result: str
@@ -50,6 +61,10 @@ class Run:
     origin: str = ""
     asked: Mapping[str, str] = field(default_factory=dict)
     program: str = __version__
+    command: str = ""
+    shards: int = 0
+    nbytes: int = 0
+    begun: str = field(default="", compare=False)
 
 
 @dataclass(slots=True)
@@ -58,7 +73,7 @@ class JournalState:
 
     finished: name -> size in bytes. parts: name -> (first, one past the last) byte of every range
     that is on the disk, in the order of arrival. sent: name -> receipt;
-    address: where those were sent.
+    address: where those were sent. sizes: of files that are finished or were sent.
     """
 
     finished: dict[str, int] = field(default_factory=dict)
@@ -66,14 +81,28 @@ class JournalState:
     sent: dict[str, str] = field(default_factory=dict)
     address: str = ""
 
+    sizes: dict[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def shards(self) -> int:
+        """How many output files are finished, sent or not."""
+        return len(self.finished) + len(self.sent)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of files that are finished, sent, or written in part."""
+        parts = (end - begin for ranges in self.parts.values() for begin, end in ranges)
+        return sum(self.sizes.values()) + sum(parts)
+
     def follow(self, line: object) -> bool:
         """Apply the value of one more line; False if a journal has no such line."""
         match line:
             case {"finished": str(name), "nbytes": int(nbytes)}:
                 self._forget(name)
-                self.finished[name] = nbytes
+                self.finished[name] = self.sizes[name] = nbytes
             case {"begun": str(name)}:
                 self._forget(name)
+                self.sizes.pop(name, None)
                 self.parts[name] = []
             case {"filled": str(name), "ranges": list(ranges)} if name in self.parts:
                 pairs = [pair for pair in map(_pair, ranges) if pair]
@@ -116,11 +145,13 @@ class Journal:
         self._system = system
         self._writing = threading.Lock()
         if record is None:
+            run = replace(run, begun=datetime.now(UTC).isoformat(timespec="seconds"))
             head = _line({"format": FORMAT, "version": VERSION, **_run_as_json(run)})
             write_file(path, head, system)
             self._end = len(head)
         else:
             self._end = record.nbytes
+        self.run = record.run if record else run
         self.done = record.done if record else JournalState()
         with writing(path):
             self._file = FileIO(path, "r+")
@@ -188,8 +219,11 @@ def read_journal(path: Path) -> JournalFile | None:
     return JournalFile(run, done, len(data) - len(torn))
 
 
-def require_same(found: Run, wanted: Run, where: Path) -> None:
-    """Raise OutputError, naming the difference, unless the folder `where` belongs to this run."""
+def require_same(found: Run, wanted: Run, where: Path, done: JournalState | None = None) -> None:
+    """Raise OutputError, naming the difference, unless the folder `where` belongs to this run.
+
+    done: what the run that was found has done.
+    """
     if (found.result, found.source) == (wanted.result, wanted.source):
         return
     for name in [*wanted.asked, *found.asked]:
@@ -197,8 +231,7 @@ def require_same(found: Run, wanted: Run, where: Path) -> None:
         if before != now:
             raise OutputError(
                 where,
-                "belongs to an interrupted run of a different command "
-                f"({name}: {before}, this one {now})",
+                f"{_whose(found, done)} different command ({_differs(name, before, now)})",
                 f"repeat that command, choose another -o, or {_START_OVER}",
             )
     if found.source != wanted.source:
@@ -215,6 +248,24 @@ def require_same(found: Run, wanted: Run, where: Path) -> None:
         "other bytes for the same command",
         f"finish with that version, choose another -o, or {_START_OVER}",
     )
+
+
+def _whose(found: Run, done: JournalState | None) -> str:
+    """`was made on 2026-11-29 14:02 by `shardsurgeon apply …`, 3 of 12 shards done; this is a`."""
+    when = ""
+    with suppress(ValueError, OverflowError, OSError):
+        when = f"on {datetime.fromisoformat(found.begun).astimezone():%Y-%m-%d %H:%M} "
+    if not found.command:
+        return f"belongs to an interrupted run {when}of a"
+    words = f"was made {when}by `{textwrap.shorten(found.command, _LONGEST, placeholder=' …')}`"
+    if done is not None and found.shards:
+        words += f", {done.shards} of {counted(found.shards, 'shard')} done"
+    return f"{words}; this is a"
+
+
+def _differs(name: str, before: str, now: str) -> str:
+    digests = _DIGEST.fullmatch(before) and _DIGEST.fullmatch(now)
+    return f"it differs in {name}" if digests else f"{name}: {before}, this one {now}"
 
 
 def _difference(found: Run, wanted: Run) -> str:
@@ -240,6 +291,10 @@ def _line(value: dict[str, object]) -> bytes:
 def _run_as_json(run: Run) -> dict[str, object]:
     files = [[file.name, file.nbytes, file.stamp] for file in run.source_files]
     return {
+        "command": redacted(run.command),
+        "begun": run.begun,
+        "shards": run.shards,
+        "nbytes": run.nbytes,
         "result": run.result,
         "source": run.source,
         "asked": dict(run.asked),
@@ -268,8 +323,21 @@ def _run_from_json(value: object, path: Path) -> Run:
             "source_files": list(files),
         } if all(isinstance(value, str) for value in asked.values()):
             described = tuple(_source_file(file, path) for file in files)
-            return Run(result, source, described, origin, asked, program)
+            return Run(result, source, described, origin, asked, program, *_for_people(value))
     raise _garbled(path, 1)
+
+
+def _for_people(head: object) -> tuple[str, int, int, str]:
+    """What identifies a run to people; earlier versions wrote none of it."""
+    match head:
+        case {
+            "command": str(command),
+            "begun": str(begun),
+            "shards": int(shards),
+            "nbytes": int(nbytes),
+        }:
+            return command, shards, nbytes, begun
+    return "", 0, 0, ""
 
 
 def _source_file(value: object, path: Path) -> SourceFile:

@@ -20,6 +20,7 @@ interruptions, the number of workers and the system calls.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +37,7 @@ from shardsurgeon.errors import (
     VerificationError,
 )
 from shardsurgeon.execution.checksums import shard_checksums
-from shardsurgeon.execution.journal import JournalState, Run
+from shardsurgeon.execution.journal import Journal, JournalState, Run
 from shardsurgeon.execution.outputs import holds_result, output_sizes, require_distinct
 from shardsurgeon.execution.plan import OutputShard, Plan
 from shardsurgeon.execution.shards import ResumeState, ShardWriter, find_resume_state
@@ -51,6 +52,7 @@ from shardsurgeon.execution.upload import (
 from shardsurgeon.execution.workdir import RunContext, WorkDir, lock_workdir, look_at_workdir
 from shardsurgeon.execution.workers import Listener, Progress, ProgressMeter, run_tasks
 from shardsurgeon.storage.files import free_space
+from shardsurgeon.storage.phases import BYTES, phase
 from shardsurgeon.storage.source import Source, SourceFile, require_unchanged
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import format_size
@@ -59,6 +61,7 @@ from shardsurgeon.units import format_size
 MOST_WORKERS_BY_DEFAULT = 4
 # One connection seldom fills a link; beyond eight, servers begin to answer 429.
 REMOTE_WORKERS_BY_DEFAULT = 8
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ def execute(
     before_delivery: Callable[[Path], None] | None = None,
     destination: ShardDestination | None = None,
     disk_budget: int | None = None,
+    command: str = "",
     system: System | None = None,
 ) -> ExecutionReport:
     """Write what the plan says to the folder `out`, which appears only when it is complete.
@@ -101,7 +105,7 @@ def execute(
     were sent; an exception from it keeps them from becoming `out` or being published.
     destination: is sent every finished shard, and publishes the rest; `out` then only names the
     folder to work in. disk_budget: how many bytes of shards may be on the disk at a time; None
-    for no limit.
+    for no limit. command: as the user gave it, for the journal.
 
     Raises UsageError (the budget is too small), OutputError (the place is taken, or another
     run's), SourceChangedError, SourceReadError, NetworkError, OutputWriteError, and what the
@@ -117,9 +121,11 @@ def execute(
     if destination:
         require_budget(budget, sizes)
     planned = plan.source_files
+    with phase("preparing"):
+        run = _run(plan, source, command)
     if not destination and holds_result(out, plan, sizes):
         shards = len(plan.shards)
-        _clear_leftovers(out, _run(plan, source), system)
+        _clear_leftovers(out, run, system)
         del plan
         require_unchanged(source, planned)
         if before_delivery is not None:
@@ -127,20 +133,28 @@ def execute(
         return ExecutionReport(0, sum(sizes.values()), shards, shards, time.monotonic() - begun)
     with lock_workdir(out, system) as workdir, _blaming_the_source(source, planned, workdir):
         _require_place(plan, sizes, workdir, destination)
-        with workdir.open_journal(_run(plan, source), restart) as journal:
+        with workdir.open_journal(run, restart) as journal, _saying_what_is_kept(journal, workdir):
             found = _earlier_work(plan, source, workdir, journal.done, destination)
             require_space(Space(_needed(sizes, found, destination, budget), workdir.space()), out)
             start = _start(plan, sizes, found)
             if plan.checksums and not destination:
                 read_back = sum(shard.nbytes for shard in plan.shards)
                 start = replace(start, total=start.total + read_back)
+            if found.nbytes:
+                done, total = map(format_size, (found.nbytes, start.total))
+                shards_done = f"{found.shards} of {start.shards_total} shards"
+                _LOG.info("resuming: %s, %s of %s done", shards_done, done, total)
             meter = ProgressMeter(start, on_progress)
             context = RunContext(plan, source, workdir, journal, meter)
             workers = workers or _workers_for(source)
-            if destination:
-                _send_shards(context, found, destination, budget, workers)
-            else:
-                _write_shards(context, found, workers)
+            what = "downloading" if source.is_remote else "copying"
+            nbytes = sum(shard.nbytes for shard in plan.shards)
+            with phase(what, nbytes, BYTES, found.nbytes) as meter.phase:
+                meter.phase.detail = start.words()
+                if destination:
+                    _send_shards(context, found, destination, budget, workers)
+                else:
+                    _write_shards(context, found, workers)
             digests = shard_checksums(context, destination, workers)
             write_small_files(context, sizes, workers, digests)
             receipts = dict(journal.done.sent)
@@ -207,7 +221,7 @@ def rehearse(
         return Space(0, free_space(out, system))
     workdir = look_at_workdir(out, system)
     _require_place(plan, sizes, workdir, destination)
-    record = workdir.earlier_work(_run(plan, source), restart)
+    record = workdir.earlier_work(_run(plan, source, ""), restart)
     done = record.done if record else JournalState()
     found = _earlier_work(plan, source, workdir, done, destination)
     needed = _needed(sizes, found, destination, budget)
@@ -250,11 +264,20 @@ def _earlier_work(
     return find_resume_state(plan.shards, workdir, done)
 
 
-def _run(plan: Plan, source: Source) -> Run:
+def _run(plan: Plan, source: Source, command: str) -> Run:
     pinned = source.is_remote and source.revision is not None
     origin = f"{source.location.partition('@')[0]}@{source.revision}" if pinned else ""
     asked = dict(plan.asked) | ({"--checksums": "given"} if plan.checksums else {})
-    return Run(plan.digest(), plan.source_fingerprint, plan.source_files, origin, asked)
+    return Run(
+        plan.digest(),
+        plan.source_fingerprint,
+        plan.source_files,
+        origin,
+        asked,
+        command=command,
+        shards=len(plan.shards),
+        nbytes=sum(shard.nbytes for shard in plan.shards),
+    )
 
 
 def require_budget(budget: int, sizes: dict[str, int]) -> None:
@@ -373,6 +396,28 @@ def _have_checked(
         # A sound result does not verify against a source that changed meanwhile: say that instead.
         require_unchanged(source, planned)
         raise
+
+
+@contextmanager
+def _saying_what_is_kept(journal: Journal, workdir: WorkDir) -> Iterator[None]:
+    """Have what interrupts a run say what a rerun goes on from."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as stop:
+        if not os.path.lexists(workdir.out):
+            stop.add_note(_kept(journal, workdir.folder))
+        raise
+
+
+def _kept(journal: Journal, folder: Path) -> str:
+    """`449 MB of 1.5 GB are kept in OUT.partial; the same command resumes`."""
+    if not journal.done.nbytes:
+        return "nothing is finished yet that could be kept"
+    amount = f"{format_size(journal.done.nbytes)} of {format_size(journal.run.nbytes)}"
+    where = f"sent or kept in {folder}" if journal.done.sent else f"kept in {folder}"
+    return f"{amount} are {where}; the same command resumes"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ there. The journal says what was done; what is on the disk must agree with it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from shardsurgeon.execution.transfer import RangeTransfer, gaps, max_gap
 from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.storage.files import carry_mode, reserve_file, sync_path
 from shardsurgeon.storage.source import require_unchanged
+from shardsurgeon.units import format_size
 
 # What a worker writes at a time: large enough that opening files costs nothing, small enough
 # that several workers can share one large tensor.
@@ -28,6 +30,7 @@ BATCH_NBYTES = 64 << 20
 REMOTE_BATCH_NBYTES = 32 << 20
 
 Task = Callable[[RangeTransfer], None]
+_LOG = logging.getLogger(__name__)
 
 
 class _ShardInProgress:
@@ -145,6 +148,7 @@ class ShardWriter:
         sync_path(path, context.workdir.system)
         context.workdir.finish_file(shard.file)
         context.journal.finish(shard.file, shard.nbytes)
+        _LOG.debug("%s is written, %s", shard.file, format_size(shard.nbytes))
         context.meter.advance(0, shards=1)
         self._on_finished(shard)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,9 @@ from shardsurgeon.execution.workdir import RunContext
 from shardsurgeon.execution.workers import run_tasks
 from shardsurgeon.storage.files import carry_mode, reserve_file, sha256_of, sync_path
 from shardsurgeon.storage.formats.checksums import with_checksums
+from shardsurgeon.storage.phases import phase
+
+_LOG = logging.getLogger(__name__)
 
 
 def write_small_files(
@@ -27,7 +31,14 @@ def write_small_files(
     sizes: of every output file, in bytes; shards: the SHA-256 of those to be recorded. Raises the
     first error met.
     """
-    digests = dict(shards)
+    with phase("writing the other files") as context.meter.phase:
+        _write(context, sizes, workers, dict(shards))
+
+
+def _write(
+    context: RunContext, sizes: dict[str, int], workers: int, digests: dict[str, str]
+) -> None:
+    """digests: of the files that are written, for the record, which is written last."""
 
     def new_mover() -> RangeTransfer:
         return RangeTransfer(context.source, context.workdir.system, context.meter)
@@ -83,3 +94,4 @@ def _new_file(context: RunContext, name: str, nbytes: int) -> Iterator[Path]:
     yield path
     sync_path(path, context.workdir.system)
     context.workdir.finish_file(name)
+    _LOG.debug("%s is written", name)

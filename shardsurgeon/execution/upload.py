@@ -7,6 +7,7 @@ a thread of its own sends them and journals the receipts.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Mapping
@@ -19,10 +20,13 @@ from shardsurgeon.errors import OutputError
 from shardsurgeon.execution.journal import JournalState
 from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.execution.workers import ProgressMeter, Stopped
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.threads import WAKE_SECONDS, wait_for
+from shardsurgeon.units import format_size
 
 # How many seconds an interrupted run waits for the shard that is being sent.
 UPLOAD_GRACE_SECONDS = 2.0
+_LOG = logging.getLogger(__name__)
 
 
 class ShardDestination(Protocol):
@@ -138,6 +142,7 @@ class ShardUploader:
                 raise Stopped
             self._context.journal.send(name, self._destination.address, receipt)
             self._context.workdir.drop_file(name)
+        _LOG.debug("%s is sent, %s", name, format_size(nbytes))
         self._disk.release(nbytes)
         self._context.meter.advance(0, sent=1)
 
@@ -156,7 +161,9 @@ class ShardUploader:
         self._waiting.put(None)
         try:
             wants_to_leave = error is not None and not isinstance(error, Exception)
-            wait_for(self._ended, UPLOAD_GRACE_SECONDS if wants_to_leave else math.inf)
+            with phase("waiting for uploads") as at:
+                at.detail, self._context.meter.phase = self._context.meter.now.words(), at
+                wait_for(self._ended, UPLOAD_GRACE_SECONDS if wants_to_leave else math.inf)
         except BaseException:
             self._context.meter.stop()
             raise

@@ -155,7 +155,7 @@ class WorkDir:
         """
         record = None if restart else read_journal(self.journal)
         if record:
-            require_same(record.run, run, self.folder)
+            require_same(record.run, run, self.folder, record.done)
         return record
 
     @property

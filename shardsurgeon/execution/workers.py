@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from shardsurgeon.storage.phases import Phase
 from shardsurgeon.storage.threads import run_threads
 
 WorkerState = TypeVar("WorkerState")
@@ -26,6 +27,11 @@ class Progress:
     shards_total: int
     shards_sent: int = 0
 
+    def words(self) -> str:
+        """`3/12 shards, 2 sent`."""
+        sent = f", {self.shards_sent} sent" if self.shards_sent else ""
+        return f"{self.shards_done}/{self.shards_total} shards{sent}"
+
 
 Listener = Callable[[Progress], None]
 
@@ -39,6 +45,8 @@ class ProgressMeter:
 
     def __init__(self, start: Progress, listener: Listener | None) -> None:
         """Begin at `start`, and report it to the listener."""
+        # Counts the bytes too, until another phase takes its place.
+        self.phase = Phase("")
         self._lock = threading.Lock()
         self._stopped = False
         self._now = start
@@ -46,6 +54,11 @@ class ProgressMeter:
         self._listener = listener
         self.error: BaseException | None = None
         self.advance(0)
+
+    @property
+    def now(self) -> Progress:
+        """How far the run is."""
+        return self._now
 
     @property
     def downloaded(self) -> int:
@@ -77,6 +90,9 @@ class ProgressMeter:
                 shards_done=now.shards_done + shards,
                 shards_sent=now.shards_sent + sent,
             )
+            self.phase.advance(nbytes)
+            if shards or sent:
+                self.phase.detail = self._now.words()
             if self._listener is not None:
                 self._listener(self._now)
 

@@ -45,14 +45,14 @@ def calibrate_layers(
     FamilyError where experts or weights have an unknown form; WorkError where an expert's
     outputs are not finite; OutputWriteError where hidden states or results cannot be written.
     """
-    _require_device(settings.device)
+    require_device(settings.device)
     anatomy = read_anatomy(checkpoint)
     with silence_hub(), torch.inference_mode():
         model = Model(checkpoint, anatomy, settings)
         _Run(model, anatomy, samples, settings, store, sink, on_progress, chunk_tokens).run()
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
     """Raise UsageError where torch cannot use the device."""
     if device == "cpu":
         return

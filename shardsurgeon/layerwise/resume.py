@@ -32,7 +32,7 @@ from shardsurgeon.storage.files import (
     writing,
 )
 from shardsurgeon.storage.system import System, default_system
-from shardsurgeon.units import format_size
+from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -390,19 +390,30 @@ class PartialCalibration:
 
 @contextmanager
 def partial_calibration(
-    out: Path, run: Run, *, restart: bool = False, system: System | None = None
+    out: Path, run: Run, layers: int = 0, *, restart: bool = False, system: System | None = None
 ) -> Iterator[PartialCalibration]:
     """Lock OUT.partial for one run.
 
-    run: identifies the command and the source; restart: discard what an earlier run left. What
-    becomes of an OUT that exists is for the caller to say. Raises OutputError where another
-    process has locked the folder, and where it belongs to another command.
+    run: identifies the command and the source; layers: how many it is to finish; restart: discard
+    what an earlier run left. What becomes of an OUT that exists is for the caller to say. Raises
+    OutputError where another process has locked the folder, and where it belongs to another
+    command.
     """
     with (
         lock_workdir(out, system or default_system(), may_exist=True) as workdir,
         workdir.open_journal(run, restart),
     ):
-        yield PartialCalibration(workdir)
+        partial = PartialCalibration(workdir)
+        try:
+            yield partial
+        except Exception:
+            raise
+        except BaseException as stop:
+            done = len(partial.layers.done_layers())
+            if done and workdir.files.exists():
+                kept = f"{done} of {counted(layers, 'layer')} are kept in {workdir.folder}"
+                stop.add_note(f"{kept}; the same command resumes")
+            raise
 
 
 def _read_layer(path: Path, index: int) -> Accumulators:

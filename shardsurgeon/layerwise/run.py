@@ -33,6 +33,7 @@ from shardsurgeon.layerwise.samples import (
     SamplingOptions,
     Tokenizer,
     draw_samples,
+    open_datasets,
     samples_sha256,
     tokenizer_folder,
     total_tokens,
@@ -42,6 +43,7 @@ from shardsurgeon.layerwise.settings import (
     Listener,
     Progress,
     Settings,
+    load_packages,
     require_packages,
     versions,
 )
@@ -49,6 +51,7 @@ from shardsurgeon.reports import Report
 from shardsurgeon.scores.files import check_samples, score_output, write_scores
 from shardsurgeon.storage.files import Output, reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import require_unchanged
 
 DEFAULT_MAX_LENGTH = 2048
@@ -134,18 +137,21 @@ def calibrate(
     restart: bool = False,
     force: bool = False,
     progress: Listener | None = None,
+    command: str = "",
 ) -> CalibrationReport:
     """Run samples through a model, layer by layer, and write scores of its experts.
 
     model: a folder or an address, None for the current folder; out: the score file, whose ending
     decides its format; family: as for `plan`; restart: discard what an earlier run left; force:
-    replace another score file. Where `out` is what this very request gave, nothing is run. Raises
-    subclasses of InputError, before the work starts, for a request, a model or a dataset that
-    cannot be used, and subclasses of WorkError where the work fails.
+    replace another score file; command: as the user gave it, for the journal. Where `out` is what
+    this very request gave, nothing is run. Raises subclasses of InputError, before the work starts,
+    for a request, a model or a dataset that cannot be used, and subclasses of WorkError where the
+    work fails.
     """
     begin = time.monotonic()
     output = replace(score_output(out, force=force, extra="calibrate"), folder_is_made=True)
     output = output.apart_from(_files_named(request))
+    _check_share(request)
     require_packages()
     checkpoint = open_model(model, family, follow_links=True)
     output = output.apart_from(files_read(checkpoint, family))
@@ -157,10 +163,11 @@ def calibrate(
     entries = [*(earlier.samples if earlier else ()), *(sample.entry for sample in samples)]
     check_samples(out, len(entries))
     _check_vocabulary(checkpoint, anatomy, samples)
-    run = _run_identity(request, checkpoint, samples)
+    run = replace(_run_identity(request, checkpoint, samples), command=command)
     settings = _calibration_settings(request, checkpoint, samples, run)
     done = _done(output, settings, len(entries))
-    with partial_calibration(Path(out), run, restart=restart) as partial:
+    layers = len(anatomy.layers)
+    with partial_calibration(Path(out), run, layers, restart=restart) as partial:
         resumed = len(done.layers if done else partial.layers.done_layers())
         if not done:
             _run_layers(request, checkpoint, samples, partial, progress)
@@ -258,17 +265,31 @@ def _samples(
 ) -> list[Sample]:
     assert request.max_length is not None
     parts = parse_spec(request.dataset, request.samples)
-    tokenizer = _tokenizer(request, checkpoint)
     taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
     options = SamplingOptions(request.settings.seed, request.max_length, request.field, taken)
-    samples = draw_samples(parts, tokenizer, options)
+    with phase("opening the dataset"):
+        datasets = open_datasets(parts, options)
+    # From here on it takes long, whatever else may be wrong with the request.
+    load_packages()
+    from shardsurgeon.layerwise.engine import require_device
+
+    require_device(request.settings.device)
+    samples = draw_samples(datasets, _tokenizer(request, checkpoint), options)
     if request.share is None:
         return samples
     k, n = request.share
-    if len(samples) < n:
-        problem = f"{k}/{n} of {len(samples):,} samples leaves some shares empty"
-        raise UsageError("--share", problem, "make fewer shares")
     return samples[k - 1 :: n]
+
+
+def _check_share(request: CalibrationRequest) -> None:
+    """Raise UsageError where some shares of the samples would be empty."""
+    if request.share is None:
+        return
+    k, n = request.share
+    samples = sum(part.count or 0 for part in parse_spec(request.dataset, request.samples))
+    if samples < n:
+        problem = f"{k}/{n} of {samples:,} samples leaves some shares empty"
+        raise UsageError("--share", problem, "make fewer shares")
 
 
 def _tokenizer(request: CalibrationRequest, checkpoint: Checkpoint) -> Tokenizer:
@@ -329,17 +350,24 @@ def _run_layers(
     from shardsurgeon.layerwise.engine import calibrate_layers
     from shardsurgeon.layerwise.memory import free_memory
 
-    def ignore(progress: Progress) -> None:
-        """Report no progress."""
-
     budget = request.activation_budget
     if budget is None:
         budget = free_memory("cpu") // 2
     lengths = [sample.num_tokens for sample in samples]
-    with ActivationStore(partial.activations, lengths, budget) as store:
-        calibrate_layers(
-            checkpoint, samples, request.settings, store, partial.layers, progress or ignore
-        )
+    with (
+        ActivationStore(partial.activations, lengths, budget) as store,
+        phase("calibrating", unit="tok") as at,
+    ):
+
+        def report(now: Progress) -> None:
+            at.detail = f"layer {now.layer}, {now.layers_done}/{now.layers_total} done"
+            if not at.total:  # what an earlier run did says nothing of the speed of this one
+                at.total, at.resumed = now.tokens_total, now.tokens_done
+            at.advance(now.tokens_done - at.done)
+            if progress is not None:
+                progress(now)
+
+        calibrate_layers(checkpoint, samples, request.settings, store, partial.layers, report)
 
 
 def _require_unchanged(checkpoint: Checkpoint, run: Run, partial: PartialCalibration) -> None:

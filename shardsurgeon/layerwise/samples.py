@@ -31,6 +31,7 @@ from shardsurgeon.storage.files import writing
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
 from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
 from shardsurgeon.storage.limits import TOKENIZER_CONFIG, TOKENIZER_FILE, read_limited, require_size
+from shardsurgeon.storage.phases import Phase, phase
 from shardsurgeon.storage.source import Source, require_plain
 
 SampleEntry: TypeAlias = tuple[str, int, int]
@@ -89,36 +90,56 @@ class SamplingOptions:
     taken: Collection[tuple[str, int]] = ()
 
 
-def draw_samples(
-    parts: Sequence[DatasetPart], tokenizer: Tokenizer, options: SamplingOptions
-) -> list[Sample]:
-    """The samples of all parts, in the order of the parts.
+def open_datasets(
+    parts: Sequence[DatasetPart], options: SamplingOptions
+) -> tuple[OpenDataset, ...]:
+    """The datasets of all parts. What can be wrong with them is found here, without a tokenizer.
 
-    Records without a token are skipped. Raises DatasetError for a dataset that is missing or
-    empty, that holds a record of unknown form, or that has fewer records than asked for, and
-    UsageError where a conversation meets a tokenizer without a chat template and where two parts
-    are the same data.
+    Raises DatasetError for a dataset that is missing or empty, whose first record is of unknown
+    form, or that has fewer records than asked for, and UsageError where two parts are the same
+    data.
     """
-    samples: list[Sample] = []
     opened: dict[str, str] = {}
+    datasets = []
     for part in parts:
         dataset = open_dataset(part)
         twin = opened.setdefault(identity(dataset.source), part.words)
         if twin != part.words:
             problem = f"{twin} and {part.words} hold the same records"
             raise UsageError(OPTION, problem, "name one of them")
-        samples += _draw_part(dataset, tokenizer, options)
+        next(_contents(dataset, options), None)
+        left = len(dataset.records) - len(_taken(dataset, options))
+        if part.count is not None and left < part.count:
+            raise _too_few(dataset, max(left, 0), options)
+        datasets.append(dataset)
+    return tuple(datasets)
+
+
+def draw_samples(
+    datasets: Sequence[OpenDataset], tokenizer: Tokenizer, options: SamplingOptions
+) -> list[Sample]:
+    """The samples of all datasets, in their order.
+
+    Records without a token are skipped. Raises DatasetError for a record of unknown form and for a
+    dataset that has fewer records with a token than asked for, and UsageError where a conversation
+    meets a tokenizer without a chat template.
+    """
+    samples: list[Sample] = []
+    with phase("drawing samples", sum(dataset.part.count or 0 for dataset in datasets)) as at:
+        for dataset in datasets:
+            samples += _draw_part(dataset, tokenizer, options, at)
     return samples
 
 
 def _draw_part(
-    dataset: OpenDataset, tokenizer: Tokenizer, options: SamplingOptions
+    dataset: OpenDataset, tokenizer: Tokenizer, options: SamplingOptions, at: Phase
 ) -> list[Sample]:
     count = dataset.part.count
     assert count is not None
     samples: list[Sample] = []
     for sample in _in_order(dataset, tokenizer, options):
         samples.append(sample)
+        at.advance()
         if len(samples) == count:
             return samples
     raise _too_few(dataset, len(samples), options)
@@ -127,15 +148,21 @@ def _draw_part(
 def _in_order(
     dataset: OpenDataset, tokenizer: Tokenizer, options: SamplingOptions
 ) -> Iterator[Sample]:
-    taken = _taken(dataset, options)
-    for index in _order(len(dataset.records), options.seed, dataset.source).tolist():
-        if index in taken:
-            continue
-        where = f"{dataset.part.words}, record {index:,}"
-        content = read_record(dataset.records[index], where, options.field)
+    for index, where, content in _contents(dataset, options):
         ids = tokenizer.encode(content, where)[: options.max_length]
         if len(ids):
             yield Sample(ids, dataset.source, index)
+
+
+def _contents(
+    dataset: OpenDataset, options: SamplingOptions
+) -> Iterator[tuple[int, str, Conversation | str]]:
+    """(number, how messages name it, content) of every record, in the order of drawing."""
+    taken = _taken(dataset, options)
+    for index in _order(len(dataset.records), options.seed, dataset.source).tolist():
+        if index not in taken:
+            where = f"{dataset.part.words}, record {index:,}"
+            yield index, where, read_record(dataset.records[index], where, options.field)
 
 
 def _taken(dataset: OpenDataset, options: SamplingOptions) -> set[int]:

@@ -6,10 +6,12 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
 
 from shardsurgeon.errors import UsageError, install
 from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.storage.phases import phase
 
 BatchSize: TypeAlias = int | Literal["auto"]
 
@@ -92,9 +94,17 @@ def require(name: str) -> Any:
 
 
 def require_packages() -> None:
-    """Raise UsageError where a package that every calibration needs is missing."""
+    """Raise UsageError where a package that every calibration needs is missing; imports none."""
     for name in _NEEDED:
-        require(name)
+        if find_spec(name) is None:
+            require(name)
+
+
+def load_packages() -> None:
+    """Import them, which takes long. Raises UsageError where one cannot be imported."""
+    with phase("loading torch and transformers"):
+        for name in _NEEDED:
+            require(name)
 
 
 def versions() -> dict[str, str]:

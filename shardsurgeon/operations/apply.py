@@ -49,7 +49,7 @@ def apply(
     from shardsurgeon.operations.push import Shipment
     from shardsurgeon.storage.hub.upload import silence_hub
 
-    with silence_hub(options.bars and not destination.stream) as notes:
+    with silence_hub() as notes:
         shipment = Shipment(pruning, destination)
         run = _Run(pruning, by_shard=destination.stream)
         del pruning
@@ -78,7 +78,7 @@ def _rehearsed(
             from shardsurgeon.operations.push import Shipment
             from shardsurgeon.storage.hub.upload import silence_hub
 
-            with silence_hub(False):
+            with silence_hub():
                 shipment = Shipment(pruning, destination, dry_run=True)
             target = shipment.target
             if destination.stream:
@@ -143,6 +143,7 @@ class _Run:
                 before_delivery=(check.rest if taken else check.whole) if options.verify else None,
                 destination=taken,
                 disk_budget=disk_budget,
+                command=options.command,
             )
         except BaseException as stop:
             # A signal in the last moment: the result is there, and there is nothing to resume.

@@ -24,6 +24,7 @@ from shardsurgeon.pruning.selection import mtp_counts
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.limits import CONFIG
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.units import number_ranges
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
@@ -42,6 +43,11 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
     ('kimi_k25', 32, (1, 2, 3))
     """
     checkpoint = open_model(model, family, follow_links=True)
+    with phase("finding experts"):
+        return _report(checkpoint)
+
+
+def _report(checkpoint: Checkpoint) -> InspectReport:
     anatomy = read_anatomy(checkpoint)
     config = checkpoint.settings
     smallest, largest = anatomy.expert_nbytes

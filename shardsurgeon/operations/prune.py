@@ -38,6 +38,7 @@ from shardsurgeon.reports import Titled
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import Output, free_space, output_path, sha256_of
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.system import default_system
 
 
@@ -80,14 +81,15 @@ class Pruning(Titled):
     @cached_property
     def report(self) -> PlanReport:
         """What it would do."""
-        found = plan_report(
-            self.checkpoint,
-            self.anatomy,
-            self.request,
-            self.decision,
-            self.plan,
-            str(self.out),
-        )
+        with phase("planning"):
+            found = plan_report(
+                self.checkpoint,
+                self.anatomy,
+                self.request,
+                self.decision,
+                self.plan,
+                str(self.out),
+            )
         return replace(found, space_free=_free_space(self.out))
 
     @property
@@ -151,6 +153,20 @@ def plan(
         checkpoint = model
     else:
         checkpoint = open_model(model, family, follow_links=follow_links)
+    with phase("planning"):
+        return _plan(checkpoint, scores, request, place, max_shard_nbytes, family, recipe)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    scores: str | os.PathLike[str] | Scores | None,
+    request: SelectionRequest,
+    place: Path | None,
+    max_shard_nbytes: int | None,
+    family: str | None,
+    recipe: Recipe | None,
+) -> Pruning:
+    """`plan`, of a checkpoint that is open; place: where the result is to go."""
     anatomy = read_anatomy(checkpoint)
     given = _digests(scores, request.plan_file)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)

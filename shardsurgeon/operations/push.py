@@ -49,6 +49,7 @@ from shardsurgeon.storage.hub.repository import MAIN, Repository
 from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, publish, silence_hub
 from shardsurgeon.storage.limits import CARD, read_limited
 from shardsurgeon.storage.local import LocalSource
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source
 
 # The budget where none is given, in shards of the largest size: `--disk-budget` documents it.
@@ -64,23 +65,22 @@ def push(
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     follow_links: bool = False,
-    bars: bool = False,
 ) -> PushReport:
     """Push what `apply` wrote to a folder, with a card, in one commit. The folder stays as it is.
 
     family, follow_links: as for `plan`; include, exclude: as for `select_files`; what they fit may
-    differ from what `apply` wrote; bars: let huggingface_hub show how far the uploads are. A rerun
-    uploads nothing that is there already. Raises CheckpointError and its children where the folder
-    is not a complete prune, or has changed since, UsageError
-    where a file holds a secret or the Hub refuses the token or the repository, PublishError where
-    the upload fails.
+    differ from what `apply` wrote. A rerun uploads nothing that is there already. Raises
+    CheckpointError and its children where the folder is not a complete prune, or has changed since,
+    UsageError where a file holds a secret or the Hub refuses the token or the repository,
+    PublishError where the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
     checkpoint, record = _complete_prune(folder, family, follow_links)
     chosen = select_files(checkpoint, include, exclude)
     require_as_written(checkpoint, [*include, *exclude])
-    refuse_secrets(checkpoint.source, chosen.files)
-    with silence_hub(bars) as notes:
+    with phase("looking for secrets"):
+        refuse_secrets(checkpoint.source, chosen.files)
+    with silence_hub() as notes:
         repository, card = _repository(destination), _own_card(destination)
         _prepare(repository, destination, [step.source for step in record.steps])
         if destination.with_card and card is None:
@@ -115,7 +115,8 @@ class Shipment:
         self._destination = destination
         self._command, self._serving = _recipe(pruning), pruning.serving
         self._declared = pruning.declared
-        refuse_planned_secrets(pruning.plan, pruning.checkpoint.source)
+        with phase("looking for secrets"):
+            refuse_planned_secrets(pruning.plan, pruning.checkpoint.source)
         self._card = _own_card(destination)
         self._repository = _repository(destination)
         _prepare(self._repository, destination, _origins(pruning.checkpoint), dry_run)
@@ -269,11 +270,12 @@ def _prepare(
             return
         raise UsageError(repository.repo_id, problem, "name another one, or a --revision of it")
 
-    if replaces:
-        refuse_origins()
-    repository.prepare(destination.private, dry_run=dry_run)
-    if replaces:
-        refuse_origins()
+    with phase(f"asking for {repository.repo_id}"):
+        if replaces:
+            refuse_origins()
+        repository.prepare(destination.private, dry_run=dry_run)
+        if replaces:
+            refuse_origins()
 
 
 def _target(repository: Repository) -> PushTarget:

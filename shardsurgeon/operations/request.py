@@ -7,7 +7,7 @@ nothing heavy is imported here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,9 @@ class RunOptions:
     workers: threads, 0 for a number that suits the machine; verify: compare the structure of
     everything and the bytes of a sample; dry_run: say what would happen and write nothing;
     restart: discard what an interrupted run left; checksums: record the SHA-256 of shards as well,
-    for which they are read once more; progress: called with how far the run is; bars: let
-    huggingface_hub show its own upload bars. Raises UsageError for workers below 0 or beyond use.
+    for which they are read once more; progress: called with how far the run is; command: the words
+    that asked for it, which an interrupted run is known by. Raises UsageError for workers below 0
+    or beyond use.
     """
 
     workers: int = 0
@@ -47,7 +48,7 @@ class RunOptions:
     restart: bool = False
     checksums: bool = False
     progress: Callable[[Progress], None] | None = None
-    bars: bool = False
+    command: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= _MOST_WORKERS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -217,14 +217,13 @@ def scores_from_weights(
     model: Path | None,
     out: Path,
     *,
-    on_bytes: Callable[[int, int], None] | None = None,
     family: str | None = None,
     force: bool = False,
 ) -> BaselineReport:
     """Write the norm of each expert's weights, of MTP layers too, as a score file.
 
-    on_bytes: called with the bytes read and the bytes in all. Raises what `scores_from_router`
-    raises, and FamilyError for weights stored in a form whose norm is not computed here.
+    Raises what `scores_from_router` raises, and FamilyError for weights stored in a form whose norm
+    is not computed here.
     """
     output, checkpoint, anatomy = _begin(model, out, family, force)
     require_complete(anatomy.incomplete, None, checkpoint.location)
@@ -233,7 +232,7 @@ def scores_from_weights(
     # All experts are read to find out what a file holds: not for one that says it is another's.
     if not force and output.path.is_file() and dict(read_scores(out).facts) != facts:
         output.refuse()
-    scores = weight_norms(checkpoint, anatomy, on_bytes)
+    scores = weight_norms(checkpoint, anatomy)
     layers, written = _save(output, anatomy, scores, metric, facts)
     experts = anatomy.num_experts
     return BaselineReport(name, method, metric, experts, layers, str(out), written=written)

@@ -20,6 +20,7 @@ from shardsurgeon.errors import InputError, SourceChangedError, UsageError, Veri
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import open_source
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import MemorySource, Source, SourceFile, require_unchanged
 from shardsurgeon.verification.architecture import AnyCheckpoint, check_architecture
 from shardsurgeon.verification.byte_comparison import Sampling
@@ -63,7 +64,8 @@ def verify(
         # What cannot be opened is a difference, which both checks find by themselves.
         with suppress(InputError):
             after = open_checkpoint(place, before.family)
-        fits = check_architecture(before, after)
+        with phase("building the model of transformers"):
+            fits = check_architecture(before, after)
     report = verify_checkpoint(before, after, sample=sample, on_progress=progress)
     if not report.holds:
         try:

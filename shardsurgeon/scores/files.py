@@ -45,6 +45,7 @@ from shardsurgeon.storage.limits import (
     require_json,
     require_size,
 )
+from shardsurgeon.storage.phases import phase
 
 # What a file says of itself that a calibration made.
 FORMAT = "shardsurgeon scores"
@@ -99,10 +100,11 @@ def read_scores(path: str | PathLike[str]) -> Scores:
     """
     where = str(path)
     try:
-        value, notes = read_value(path)
-        if _is_keep_list(value):
-            raise _no_scores(where)
-        scores = read_tables(value, where)
+        with phase("reading scores"):
+            value, notes = read_value(path)
+            if _is_keep_list(value):
+                raise _no_scores(where)
+            scores = read_tables(value, where)
     except ScoreError as error:
         _refuse_others(Path(path), error)
         raise

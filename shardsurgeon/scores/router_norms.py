@@ -19,6 +19,7 @@ from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
 from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.phases import phase
 
 # Types whose numbers are what they stand for; others need scales.
 _READABLE = ("BF16", "F16", "F32", "F64")
@@ -45,12 +46,14 @@ def router_scores(
     """
     wanted = {layer.router: layer for layer in layers}
     scores = {}
-    for shard in checkpoint.shards:
-        for record in shard.header.tensors:
-            layer = wanted.get(record.name)
-            if layer is not None:
-                rows = _rows(checkpoint, shard, record)[: layer.num_experts]
-                scores[layer.index] = _norms(rows, norm)
+    with phase("reading routers", len(wanted)) as at:
+        for shard in checkpoint.shards:
+            for record in shard.header.tensors:
+                layer = wanted.get(record.name)
+                if layer is not None:
+                    rows = _rows(checkpoint, shard, record)[: layer.num_experts]
+                    scores[layer.index] = _norms(rows, norm)
+                    at.advance()
     return dict(sorted(scores.items()))
 
 

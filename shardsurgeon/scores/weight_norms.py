@@ -23,6 +23,7 @@ from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
 from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.phases import BYTES, phase
 
 Place: TypeAlias = tuple[Shard, TensorRecord]
 Floats = NDArray[np.float64]
@@ -70,16 +71,11 @@ class _Matrix:
     nbytes: int
 
 
-def weight_norms(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    on_bytes: Callable[[int, int], None] | None = None,
-) -> dict[int, NDArray[np.float64]]:
+def weight_norms(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[int, NDArray[np.float64]]:
     """The Euclidean norm of each expert's weights: layer → float64 [num_experts], ascending.
 
     Score of expert j: sqrt(sum over its matrices W of ||W||_F^2), in the units of the weights;
-    quantized weights count as what they stand for. MTP layers are included. on_bytes: is called
-    after each matrix with the bytes read so far and the bytes in all.
+    quantized weights count as what they stand for. MTP layers are included.
 
     Raises FamilyError, naming a tensor, for a storage whose norm is not worked out here,
     CheckpointError where a matrix holds NaN or infinity, SourceReadError where it cannot be read.
@@ -89,17 +85,13 @@ def weight_norms(
     alone, stacked = _places(checkpoint, anatomy)
     total = sum(record.nbytes for places in alone.values() for _, record in places.values())
     total += sum(record.nbytes for _, record in stacked.values())
-    done = 0
-    for matrix in _matrices(checkpoint, alone):
-        squares[matrix.layer][matrix.expert] += sum_of_squares(matrix.parts, block)
-        done += matrix.nbytes
-        if on_bytes is not None:
-            on_bytes(done, total)
-    for (layer, _), (shard, record) in stacked.items():
-        squares[layer] += _stacked_squares(checkpoint, shard, record, len(squares[layer]))
-        done += record.nbytes
-        if on_bytes is not None:
-            on_bytes(done, total)
+    with phase("reading experts", total, BYTES) as at:
+        for matrix in _matrices(checkpoint, alone):
+            squares[matrix.layer][matrix.expert] += sum_of_squares(matrix.parts, block)
+            at.advance(matrix.nbytes)
+        for (layer, _), (shard, record) in stacked.items():
+            squares[layer] += _stacked_squares(checkpoint, shard, record, len(squares[layer]))
+            at.advance(record.nbytes)
     return {layer: np.sqrt(row) for layer, row in sorted(squares.items())}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.storage.phases import BYTES, Phase, phase
 from shardsurgeon.storage.threads import map_in_threads
 from shardsurgeon.verification.byte_ranges import (
     BLOCK_NBYTES,
@@ -59,9 +60,10 @@ def compare_bytes(
     Raises SourceReadError where a file of either side cannot be read.
     """
     chosen = [pair for file in sorted(pairs) for pair in _picked(file, pairs[file], sampling)]
-    run = _Run(source, pruned, sampling, on_progress)
-    run.total = sum(min(p.nbytes, sampling.nbytes or p.nbytes) for p in chosen)
-    found = map_in_threads(run.problems, _batches(chosen), max(workers, 1), "verify", run.stop)
+    total = sum(min(p.nbytes, sampling.nbytes or p.nbytes) for p in chosen)
+    with phase("comparing", total, BYTES) as at:
+        run = _Run(source, pruned, sampling, on_progress, at)
+        found = map_in_threads(run.problems, _batches(chosen), max(workers, 1), "verify", run.stop)
     for pair, problem in chain.from_iterable(found):
         findings.add(f"{pair.file} {pair.name}", problem)
     every = sum(pair.nbytes for each in pairs.values() for pair in each)
@@ -96,14 +98,16 @@ class _Run:
         pruned: Checkpoint,
         sampling: Sampling,
         on_progress: Progress | None,
+        at: Phase,
     ) -> None:
         self._source = source
         self._pruned = pruned
         self._sampling = sampling
         self._on_progress = on_progress
         self._lock = threading.Lock()
+        self._at = at
         self.done = 0
-        self.total = 0
+        self.total = at.total
         self.stopped = False
 
     def stop(self) -> None:
@@ -197,6 +201,7 @@ class _Run:
         return None
 
     def _advance(self, nbytes: int) -> None:
+        self._at.advance(nbytes)
         with self._lock:
             self.done += nbytes
             if self._on_progress is not None and not self.stopped:

@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shardsurgeon.errors import CheckpointError, InputError
+from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source
 from shardsurgeon.verification.byte_comparison import Compared, Progress, Sampling, compare_bytes
 from shardsurgeon.verification.config_check import check_settings
@@ -42,10 +43,22 @@ def verify_checkpoint(
     What is wrong with the pruned model is in the report. Raises CheckpointError and FamilyError
     for a source that cannot be read as a model, and where the path `pruned` is not a folder.
     """
-    place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
     if isinstance(pruned, str | PathLike) and not os.path.isdir(pruned):
         raise CheckpointError(pruned, "is not a folder", "give the folder that apply wrote")
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
+    with phase("checking"):
+        return _report(before, pruned, Sampling(sample, sample_nbytes, seed), threads, on_progress)
+
+
+def _report(
+    before: Checkpoint,
+    pruned: Checkpoint | str | PathLike[str] | Source,
+    sampling: Sampling,
+    threads: int,
+    on_progress: Progress | None,
+) -> VerifyReport:
+    place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
     anatomy = read_anatomy(before)
     findings = Findings()
     tensors, compared = 0, Compared(0, 0)
@@ -67,8 +80,6 @@ def verify_checkpoint(
         check_strays(before, after, findings)
         check_fields(anatomy, after, findings)
         check_saliencies(before, anatomy, after, findings)
-        sampling = Sampling(sample, sample_nbytes, seed)
-        threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
         compared = compare_bytes(
             before, after, pairing.pairs, sampling, threads, on_progress, findings
         )
@@ -76,7 +87,7 @@ def verify_checkpoint(
     return VerifyReport(
         source=before.location,
         pruned=place,
-        sampled=sample,
+        sampled=sampling.tensors,
         tensors=tensors,
         tensors_compared=compared.tensors,
         bytes_compared=compared.nbytes,

@@ -1,4 +1,4 @@
-"""`apply`: its words, its report, its bar."""
+"""`apply`: its words and its report."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from shardsurgeon.execution.workers import Progress
-from shardsurgeon.operations.reports import ApplyReport
 from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
 from tests.cli.standins import APPLIED, PLANNED, VERIFIED, FakeOperations, Run
@@ -139,46 +137,3 @@ def test_json_is_the_report(run: Run) -> None:
     assert document["verification"]["tensors"] == VERIFIED.tensors
     assert document["bytes_per_second"] == 500_000_000
     assert document == APPLIED.to_dict()
-
-
-def work(pruning: object, options: RunOptions, destination: object) -> ApplyReport:
-    assert options.progress is not None
-    for done in (30, 60, 100):
-        options.progress(Progress(done * 10**9, 100 * 10**9, 30 * 10**9, done // 50, 2))
-    return APPLIED
-
-
-def test_the_bar_is_in_bytes_with_rate_time_and_shards(run: Run, fake: FakeOperations) -> None:
-    fake.apply = work
-    ended = run(*APPLY, "--progress")
-    last = ended.stderr.split("\r")[-1]
-    assert last.startswith("2/2 shards: 100%|")
-    assert "100G/100G [" in last
-    assert "B/s]" in last
-    assert ended.stdout == run(*APPLY, "--progress").stdout
-
-
-def test_what_an_earlier_run_left_is_done_from_the_start(run: Run, fake: FakeOperations) -> None:
-    fake.apply = work
-    assert "| 30.0G/100G [" in run(*APPLY, "--progress").stderr
-
-
-def test_there_is_no_bar_where_stderr_is_not_a_terminal(run: Run, fake: FakeOperations) -> None:
-    run(*APPLY)
-    assert options_of(fake) == [RunOptions()]
-
-
-def test_there_is_a_bar_where_stderr_is_a_terminal_unless_told_otherwise(
-    run: Run, fake: FakeOperations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    run(*APPLY)
-    run(*APPLY, "--no-progress")
-    first, second = options_of(fake)
-    assert first.progress is not None and first.bars
-    assert second == RunOptions()
-
-
-def options_of(fake: FakeOperations) -> list[RunOptions]:
-    """The options of every run."""
-    return [args[1] for args, _ in fake.calls if isinstance(args[1], RunOptions)]

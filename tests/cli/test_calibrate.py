@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, replace
 
 from shardsurgeon.layerwise.run import CalibrationRequest
-from shardsurgeon.layerwise.settings import Progress, Settings
+from shardsurgeon.layerwise.settings import Settings
 from tests.cli.standins import CALIBRATED, FakeOperations, Run
 
 LEAST = ("calibrate", "--dataset", "chats.jsonl", "-o", "scores.pt")
@@ -51,7 +51,8 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
     ((model, request, out), options) = fake.calls[0]
     assert (model, out) == (None, "scores.pt")
     assert request == CalibrationRequest("chats.jsonl", Settings())
-    assert options == {"family": None, "restart": False, "force": False, "progress": None}
+    said = " ".join(("shardsurgeon", *LEAST))
+    assert options == {"family": None, "restart": False, "force": False, "command": said}
     words = "m --samples 8 --max-length 16 --seed 7 --device cuda:1 --dtype float32 --batch-size 4"
     words += " --activation-budget 16GB --extend old.pt --share 2/3 --field body --restart --force"
     words += " --tokenizer t --trust-remote-code --family auto"
@@ -70,21 +71,8 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
         tokenizer="t",
         trust_remote_code=True,
     )
-    assert options == {"family": "auto", "restart": True, "force": True, "progress": None}
-
-
-def test_a_bar_shows_layer_tokens_and_time_left(run: Run, fake: FakeOperations) -> None:
-    def report(*arguments: object, progress: object, **options: object) -> object:
-        assert callable(progress)
-        progress(Progress(3, 2, 60, 500, 6000))
-        progress(Progress(4, 3, 60, 1000, 6000))
-        return CALIBRATED
-
-    fake.calibrate = report
-    shown = run(*LEAST, "--progress").stderr
-    assert "layer 4, 3/60 done" in shown
-    assert "1.00k/6.00k" in shown
-    assert "tok/s" in shown
+    said += f" {words}"
+    assert options == {"family": "auto", "restart": True, "force": True, "command": said}
 
 
 def test_a_dataset_and_a_name_for_the_result_are_needed(run: Run) -> None:

@@ -34,7 +34,7 @@ EVERY = {
         ),
         (
             ("scores", "from-weights", "/models/K2", "--no-progress", "-o", "s.json"),
-            (("/models/K2", "s.json"), {"on_bytes": None, "family": None, "force": False}),
+            (("/models/K2", "s.json"), {"family": None, "force": False}),
         ),
         (
             ("scores", "random", "-o", "s.npz"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
@@ -31,7 +30,7 @@ def test_the_words_reach_the_operation(run: Run, fake: FakeOperations) -> None:
     run(*VERIFY, "--sample", "3")
     run(*VERIFY, "--follow-links")
     folders = ("/models/Kimi-K2.5", "/models/Kimi-K2.5-REAP-65pct")
-    plain = {"sample": None, "architecture": False, "progress": None, "family": None}
+    plain = {"sample": None, "architecture": False, "family": None}
     assert fake.calls == [
         (folders, {**plain, "sample": 3, "follow_links": False}),
         (folders, {**plain, "follow_links": True}),
@@ -152,20 +151,3 @@ def test_a_missing_package_is_one_line_with_the_command_that_installs_it(
         f"shardsurgeon: error: --architecture: needs torch and transformers; {package} is not "
         "installed; in the clone of shardsurgeon, pip install '.[architecture]'\n"
     )
-
-
-def test_the_bar_is_in_bytes(run: Run, fake: FakeOperations) -> None:
-    def work(
-        *folders: str,
-        sample: int | None,
-        architecture: bool,
-        progress: Callable[[int, int], None],
-        family: str | None,
-        follow_links: bool,
-    ) -> object:
-        progress(0, 10**9)
-        progress(10**9, 10**9)
-        return ALL
-
-    fake.verify = work
-    assert "1.00G/1.00G [" in run(*VERIFY, "--progress").stderr

@@ -20,6 +20,7 @@ from shardsurgeon.layerwise.samples import (
     SamplingOptions,
     Tokenizer,
     draw_samples,
+    open_datasets,
     samples_sha256,
     total_tokens,
 )
@@ -44,7 +45,7 @@ def drawn(
     tokenizer: Tokenizer, spec: str, count: int | None = None, **options: object
 ) -> list[Sample]:
     draw = SamplingOptions(**{"seed": 42, "max_length": 64, **options})  # type: ignore[arg-type]
-    return draw_samples(parse_spec(spec, count), tokenizer, draw)
+    return draw_samples(open_datasets(parse_spec(spec, count), draw), tokenizer, draw)
 
 
 def indices(samples: Sequence[Sample]) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,10 +34,14 @@ from shardsurgeon.storage.hub.errors import (
     with_retries,
 )
 from shardsurgeon.storage.hub.listing import fetch_listing
+from shardsurgeon.storage.hub.sent_bytes import CountedAddition, SentBytes
 from shardsurgeon.storage.hub.source import HubSource
+from shardsurgeon.storage.phases import Phase
+from shardsurgeon.units import format_size
 
 MAIN = "main"
 _Answer = TypeVar("_Answer")
+_LOG = logging.getLogger(__name__)
 _TOKENS = "https://huggingface.co/settings/tokens"
 
 _HEADS = "refs/heads/"
@@ -231,12 +236,15 @@ class Repository:
         contents = (there.read(name, 0, sizes[name]) for name in configs if name in sizes)
         return frozenset(hashlib.sha256(raw).hexdigest() for raw in contents)
 
-    def upload(self, name: str, path: Path) -> Receipt:
-        """Send a large file's bytes ahead of the commit that will name it."""
-        with hub_errors(self.repo_id):
+    def upload(self, name: str, path: Path, at: Phase | None = None) -> Receipt:
+        """Send a large file's bytes ahead of the commit that will name it; `at` counts them."""
+        with hub_errors(self.repo_id), SentBytes(at) as sent:
             addition = to_upload_ahead(name, path)
             self._preupload([addition])
-            return receipt_of(addition)
+            receipt = receipt_of(addition)
+            sent.reach(receipt.nbytes)
+        _LOG.debug("%s is uploaded, %s", name, format_size(receipt.nbytes))
+        return receipt
 
     def commit(
         self,
@@ -369,7 +377,7 @@ def to_upload_ahead(name: str, path: Path) -> CommitOperationAdd:
 
     A small file would otherwise be sent inside the commit, when it is no longer on the disk.
     """
-    addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+    addition = CountedAddition(path_in_repo=name, path_or_fileobj=path)
     addition._upload_mode = "lfs"
     addition._should_ignore = False
     return addition

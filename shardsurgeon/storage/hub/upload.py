@@ -27,7 +27,10 @@ from shardsurgeon.storage.connections import guarded_sessions
 from shardsurgeon.storage.files import reading
 from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.storage.hub.repository import Commit, Receipt, RemoteFile, Repository
+from shardsurgeon.storage.hub.sent_bytes import xet_counted
+from shardsurgeon.storage.phases import BYTES, phase
 from shardsurgeon.storage.threads import map_in_threads
+from shardsurgeon.units import counted
 
 Content = Path | bytes
 _WEIGHTS = ".safetensors"
@@ -60,14 +63,29 @@ def publish(
     there = repository.files()
     weights = _weights(files)
     files = {name: content for name, content in files.items() if name not in weights}
-    sent = {**sent, **upload_in_parallel(repository.upload, weights)}
+    sent = {**sent, **_upload(repository, weights)}
     missing = {name: receipt for name, receipt in sent.items() if not _same(there, name, receipt)}
     removed = tuple(sorted(_stray_weights(there, files.keys() | sent.keys())))
-    commit = repository.commit(files, missing, removed, _message(repository, removed))
     sizes = {name: _nbytes(content) for name, content in files.items()}
     sizes |= {name: receipt.nbytes for name, receipt in sent.items()}
-    _require_published(repository, commit, sizes, sent)
+    with phase("committing"):
+        commit = repository.commit(files, missing, removed, _message(repository, removed))
+        _require_published(repository, commit, sizes, sent)
     return Published(commit, len(sizes), sum(sizes.values()), removed)
+
+
+def _upload(repository: Repository, weights: Mapping[str, Path]) -> dict[str, Receipt]:
+    """Upload shards, several at a time; those that the repository has are not sent."""
+    receipts: list[Receipt] = []
+    with phase("uploading", sum(map(_nbytes, weights.values())), BYTES) as at:
+
+        def send(name: str, path: Path) -> Receipt:
+            receipt = repository.upload(name, path, at)
+            receipts.append(receipt)
+            at.detail = f"{len(receipts)}/{counted(len(weights), 'shard')}"
+            return receipt
+
+        return upload_in_parallel(send, weights)
 
 
 def _weights(files: Mapping[str, Content]) -> dict[str, Path]:
@@ -173,8 +191,8 @@ def upload_in_parallel(
 
 
 @contextmanager
-def silence_hub(bars: bool) -> Iterator[list[str]]:
-    """Within a `with`, let huggingface_hub show its upload bars or nothing at all.
+def silence_hub() -> Iterator[list[str]]:
+    """Within a `with`, let huggingface_hub show nothing: its uploads count for one phase of ours.
 
     Its warnings meanwhile are in the list, a line each, and its requests are guarded. Affects the
     whole process.
@@ -190,7 +208,8 @@ def silence_hub(bars: bool) -> Iterator[list[str]]:
         logging.set_verbosity(levels.CRITICAL)
         stack.callback(logging.set_verbosity, level)
         stack.enter_context(guarded_sessions())
-        if not (bars or are_progress_bars_disabled()):
+        stack.enter_context(xet_counted())
+        if not are_progress_bars_disabled():
             stack.callback(enable_progress_bars)
             disable_progress_bars()
         try:
