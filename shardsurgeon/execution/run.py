@@ -131,9 +131,13 @@ def execute(
         if before_delivery is not None:
             before_delivery(out)
         return ExecutionReport(0, sum(sizes.values()), shards, shards, time.monotonic() - begun)
-    with lock_workdir(out, system) as workdir, _blaming_the_source(source, planned, workdir):
+    with (
+        lock_workdir(out, system) as workdir,
+        _saying_what_is_kept(workdir),
+        _blaming_the_source(source, planned, workdir),
+    ):
         _require_place(plan, sizes, workdir, destination)
-        with workdir.open_journal(run, restart) as journal, _saying_what_is_kept(journal, workdir):
+        with workdir.open_journal(run, restart) as journal:
             found = _earlier_work(plan, source, workdir, journal.done, destination)
             require_space(Space(_needed(sizes, found, destination, budget), workdir.space()), out)
             start = _start(plan, sizes, found)
@@ -399,15 +403,15 @@ def _have_checked(
 
 
 @contextmanager
-def _saying_what_is_kept(journal: Journal, workdir: WorkDir) -> Iterator[None]:
+def _saying_what_is_kept(workdir: WorkDir) -> Iterator[None]:
     """Have what interrupts a run say what a rerun goes on from."""
     try:
         yield
     except Exception:
         raise
     except BaseException as stop:
-        if not os.path.lexists(workdir.out):
-            stop.add_note(_kept(journal, workdir.folder))
+        if workdir.opened is not None and not os.path.lexists(workdir.out):
+            stop.add_note(_kept(workdir.opened, workdir.folder))
         raise
 
 

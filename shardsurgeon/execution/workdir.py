@@ -159,6 +159,11 @@ class WorkDir:
         return record
 
     @property
+    def opened(self) -> Journal | None:
+        """This run's journal, once it has been opened; closed by then, maybe."""
+        return self._journal
+
+    @property
     def is_ours(self) -> bool:
         """Whether the folder belongs to this run: its journal has been opened."""
         return self._journal is not None

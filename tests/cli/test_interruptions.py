@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,12 +14,17 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from shardsurgeon.cli.main import main
+from shardsurgeon.cli.main import Stopped, main
+from shardsurgeon.cli.options import as_given
 from shardsurgeon.errors import VerificationError
+from shardsurgeon.execution import run as execution
 from shardsurgeon.operations import verify
 from tests.cli.standins import ROOT
+
+STOPPED = VerificationError("out", "stopped by the test")
 
 
 @pytest.fixture
@@ -30,15 +37,17 @@ def words(model: Path, ratio: str = "0.5") -> list[str]:
     return ["apply", str(model / "scores.pt"), "--model", str(model), "--ratio", ratio, "-o", out]
 
 
-def interrupt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(
+    model: Path, monkeypatch: pytest.MonkeyPatch, by: BaseException = STOPPED, status: int = 1
+) -> None:
     """A run that moved every byte and stopped before its folder got its name."""
 
     def stop(*arguments: object, **options: object) -> None:
-        raise VerificationError("out", "stopped by the test")
+        raise by
 
     with monkeypatch.context() as patched:
         patched.setattr(verify, "verify_checkpoint", stop)
-        assert main(words(model)) == 1
+        assert main(words(model)) == status
     assert not (model.parent / "out").exists()
     assert (model.parent / "out.partial").is_dir()
 
@@ -79,8 +88,51 @@ def test_another_command_is_refused_until_it_says_restart(
         "different command (selection: ratio 0.5, rounding floor, metric saliency, this one ratio"
         in line
     )
+    typed = shlex.join(["shardsurgeon", *words(model)])
+    assert re.search(
+        rf"was made on [-\d]+ [:\d]+ by `{re.escape(typed)}`, 4 of 4 shards done", line
+    )
     assert "--restart" in line and line.count("\n") == 1
     assert main([*words(model, "0.25"), "--restart"]) == 0
+
+
+def test_a_run_that_is_stopped_says_what_is_kept_and_a_rerun_what_is_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(model, monkeypatch, Stopped(143), 143)
+    shards = sum(file.stat().st_size for file in model.parent.rglob("files/*.safetensors"))
+    size = f"{shards / 1000:.1f} kB"
+    kept = f"{size} of {size} are kept in {model.parent / 'out.partial'}; the same command resumes"
+    assert capsys.readouterr().err == f"shardsurgeon: stopped; {kept}\n"
+    assert main([*words(model), "--progress"]) == 0
+    assert f"\nshardsurgeon: resuming: 4 of 4 shards, {size} of " in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_at_once_keeps_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise Stopped(130)
+
+    monkeypatch.setattr(execution, "find_resume_state", stop)
+    assert main(words(model)) == 130
+    said = "shardsurgeon: stopped; nothing is finished yet that could be kept\n"
+    assert capsys.readouterr().err == said
+    assert not (model.parent / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("s3://me:pw@bucket/m?versionId=1", "s3://bucket/m"),
+        ("--model=https://u@host/m?sig=a", "--model=https://host/m"),
+        ("hf://org/name@main", "hf://org/name@main"),
+        ("a b?.json", "'a b?.json'"),
+    ],
+)
+def test_a_command_is_remembered_without_what_an_address_hides(word: str, kept: str) -> None:
+    with click.Context(click.Command("apply"), obj=("apply", word)):
+        assert as_given() == f"shardsurgeon apply {kept}"
 
 
 def upgraded(model: Path, **changed: object) -> None:

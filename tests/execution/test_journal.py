@@ -1,12 +1,16 @@
 """The journal: what it remembers, what it refuses, and what a torn line costs."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from shardsurgeon import errors
 from shardsurgeon.errors import OutputError
 from shardsurgeon.execution.journal import (
     Journal,
@@ -227,3 +231,81 @@ def test_a_commit_that_was_pruned_is_named_where_another_is_there_now(tmp_path: 
     said = r"gone; --model hf://org/name@abc goes on with it, --restart starts over$"
     with pytest.raises(OutputError, match=said):
         require_same(RUN, now, tmp_path)
+
+
+# What people are told of a run that they find.
+
+COMMAND = "shardsurgeon apply scores.pt --ratio 0.5"
+OTHER = Run("9" * 64, "8" * 64, (), asked=ASKED | {"MTP": "kept"})
+
+
+def found(path: Path, run: Run) -> str:
+    """What the command OTHER is told that meets this run, which has finished two shards."""
+    with Journal(path, run, None, native()) as journal:
+        journal.begin("c")
+        journal.finish("a", 100)
+        journal.finish("b", 200)
+        journal.send("b", "there", "receipt")
+    record = read_journal(path)
+    assert record is not None
+    with pytest.raises(OutputError) as caught:
+        require_same(record.run, OTHER, path.parent, record.done)
+    return str(caught.value)
+
+
+def test_a_run_is_known_by_its_command_its_date_and_how_far_it_came(tmp_path: Path) -> None:
+    before = datetime.now().replace(second=0, microsecond=0)
+    said = found(tmp_path / "journal", replace(RUN, command=COMMAND, shards=12))
+    told = re.search(rf"was made on (.*) by `{COMMAND}`, 2 of 12 shards done; this is a diff", said)
+    assert told and before <= datetime.strptime(told[1], "%Y-%m-%d %H:%M") <= datetime.now()
+    assert "different command (MTP: dropped, this one kept); repeat that command, " in said
+
+
+def test_a_journal_of_an_earlier_version_says_what_it_can(tmp_path: Path) -> None:
+    head = {**HEAD, "result": RUN.result, "asked": ASKED}
+    (tmp_path / "journal").write_text(json.dumps(head) + "\n")
+    record = read_journal(tmp_path / "journal")
+    assert record is not None and record.run.command == ""
+    said = r"belongs to an interrupted run of a different command \(MTP: dropped, this one kept\)"
+    with pytest.raises(OutputError, match=said):
+        require_same(record.run, OTHER, tmp_path, record.done)
+
+
+@pytest.mark.parametrize("begun", ["", "yesterday", "9" * 40, "0001-01-01T00:00:00+14:00"])
+def test_a_date_that_is_none_is_left_out(tmp_path: Path, begun: str) -> None:
+    with pytest.raises(OutputError, match=rf"was made by `{COMMAND}`; this is a different"):
+        require_same(replace(RUN, command=COMMAND, begun=begun), OTHER, tmp_path)
+
+
+def test_of_what_only_a_machine_can_compare_the_name_is_told(tmp_path: Path) -> None:
+    asked = {"calibration/scores.pt": "SHA-256 0123456789ab", "keep-lists": "0123456789ab"}
+    for name, digest in asked.items():
+        here = replace(RUN, asked={name: digest})
+        other = Run("9" * 64, "2" * 64, FILES, asked={name: digest[:-1] + "c"})
+        with pytest.raises(OutputError, match=rf"different command \(it differs in {name}\)"):
+            require_same(here, other, tmp_path)
+
+
+def test_no_secret_gets_into_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_IN_USE", set())
+    errors.keep_secret("correct-horse")
+    told = (
+        "--model s3://me:correct-horse@b/m https://h/m?X-Amz-Signature=0a1b2c hf_0123456789abcdefgh"
+    )
+    found(tmp_path / "journal", replace(RUN, command=told))
+    raw = (tmp_path / "journal").read_text()
+    assert "s3://me:***@b/m" in raw
+    assert not [secret for secret in ("horse", "0a1b2c", "0123456789ab") if secret in raw]
+
+
+def test_what_was_done_is_counted_in_bytes_whatever_became_of_it(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal", RUN, None, native()) as journal:
+        journal.finish("a", 100)
+        journal.send("a", "there", "receipt")
+        journal.begin("b")
+        journal.fill("b", [(0, 5), (7, 9)])
+        assert (journal.done.nbytes, journal.done.shards) == (107, 1)
+        journal.finish("b", 50)
+        assert (journal.done.nbytes, journal.done.shards) == (150, 2)
+        journal.begin("b")
+        assert (journal.done.nbytes, journal.done.shards) == (100, 1)
