@@ -49,6 +49,7 @@ SPEAKERS = {
     "storage/source.py": ["plan", "apply", "verify", "push"],
     "storage/files.py": ["plan", "calibrate", *(n for n in SCORES if "--out" in OPTIONS[n])],
     "storage/hub/errors.py": ["push", "apply"],
+    "cli/layers.py": ["plan"],
     "units.py": ["plan", "apply", "scores compare"],
     "storage/hub/repository.py": ["push", "apply"],
 }
