@@ -19,6 +19,7 @@ import click
 from shardsurgeon._version import __version__
 from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
+from shardsurgeon.cli.completion import add_completion, complete, completion_command
 from shardsurgeon.cli.env import env_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
@@ -88,6 +89,7 @@ class _Commands(InOrder):
         calibrate_command,
         run_command,
         env_command,
+        completion_command,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     invoke_without_command=True,
@@ -113,12 +115,17 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+add_completion(cli)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; arguments: default sys.argv[1:].
 
     Whatever goes wrong ends here as one line on stderr, and with `--json` as a document on stdout,
     unless that holds a report already. With SHARDSURGEON_DEBUG=1 the traceback comes before it.
     """
+    if arguments is None and (answer := complete()):
+        return answer(cli)
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in takewhile(lambda word: word != "--", words)
     with watched_streams() as stdout:

@@ -16,7 +16,8 @@ from shardsurgeon.cli.main import cli
 from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "run", "env"]
+COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "run"]
+COMMANDS += ["env", "completion"]
 SCORES = ["show", "compare", "convert", "merge", "from-router", "from-weights", "random"]
 WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
 
