@@ -94,6 +94,7 @@ class _Commands(InOrder):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     invoke_without_command=True,
     subcommand_metavar="COMMAND ...",
+    epilog="Exit status: 0 done, 1 the work failed or a check found differences, 2 bad input.",
 )
 @click.version_option(__version__, "--version", "-V", prog_name=PROGRAM)
 @click.pass_context
@@ -107,9 +108,6 @@ def cli(context: click.Context) -> None:
       shardsurgeon inspect
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
       shardsurgeon apply scores.pt --ratio 0.65
-
-    Exit status: 0 done, 1 the work failed or a check found differences,
-    2 bad input.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

@@ -241,6 +241,11 @@ class InOrder(click.Group):
         """The names, as the group was given them."""
         return list(self.commands)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, which is what one looks for, before the options."""
+        self.format_commands(ctx, formatter)
+        click.Command.format_options(self, ctx, formatter)
+
 
 def json_option(command: Command) -> Command:
     """Add `--json`, received as `as_json`."""

@@ -149,6 +149,7 @@ def comparison_lines(compared: PlansReport) -> Iterator[str]:
     yield ""
     yield "  saliency dropped: share of a layer's saliency that goes with its experts"
     yield "  narrowest cut: how far the highest pruned saliency stays below the lowest kept"
+    yield units_legend(reports[0].total_parameters_before)
     notes = list(note_lines(note for report in reports for note in report.notes))
     yield from ["", *notes] if notes else []
 

@@ -13,6 +13,7 @@ import pytest
 import shardsurgeon
 from shardsurgeon.cli.help import SECTIONS
 from shardsurgeon.cli.main import cli
+from shardsurgeon.cli.scores import scores_commands
 from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
@@ -91,6 +92,13 @@ def test_a_long_help_begins_with_what_most_need(run: Run) -> None:
         *("--dataset SPEC", "--samples N", "--max-length L", place),
         *("-o, --out, --output FILE", "--device NAME"),
     }
+
+
+def test_the_first_screen_lists_the_commands(run: Run) -> None:
+    for words, group in (((), cli), (("scores",), scores_commands)):
+        shown = run(*words, "--help").stdout.splitlines()[:23]
+        listed = [line.split()[0] for line in shown[shown.index("Commands:") + 1 :] if line]
+        assert listed[: len(group.commands)] == list(group.commands)
 
 
 @pytest.mark.parametrize("words", [("plan",), ("apply",), ("calibrate",)])

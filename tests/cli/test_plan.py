@@ -260,6 +260,7 @@ def test_several_ratios_are_compared_a_line_each(run: Run, fake: FakeOperations)
         "\n"
         "  saliency dropped: share of a layer's saliency that goes with its experts\n"
         "  narrowest cut: how far the highest pruned saliency stays below the lowest kept\n"
+        "  kB, MB, GB, TB: powers of 1000 bytes; K, M, B: powers of 1000 parameters\n"
     )
 
 

@@ -113,6 +113,7 @@ def test_what_a_file_says_reads_well(run: Run) -> None:
         "      1       0    0.25      8.5       2      2      17      66  23 x1.31\n"
         "    92*       -       -        -       0      0       -       -         -\n"
         "  * next-token-prediction layer\n"
+        "  widest gap: experts below it, and how many times as high the next score is\n"
         "\n"
         "Cuts alike in every layer, by the mean share of a layer's saliency that goes:\n"
         "                                 lost in the\n"
