@@ -62,7 +62,9 @@ def _summary(layers: Sequence[LayerReport], headings: Sequence[str]) -> Iterator
     ]
     rows = [(label, *cells) for label, *cells in zip(_SPREAD, *spread, strict=True)]
     losing = [layer for layer in measured if layer.saliency_dropped is not None]
-    worst = sorted(losing, key=lambda layer: -(layer.saliency_dropped or 0))[:_WORST]
+    worst = sorted(losing, key=lambda layer: (layer.saliency_dropped, layer.layer))[
+        : -_WORST - 1 : -1
+    ]
     others = [layer for layer in layers if layer not in measured]
     shown = [*worst, *others]
     if shown:

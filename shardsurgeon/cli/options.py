@@ -241,6 +241,16 @@ class InOrder(click.Group):
         """The names, as the group was given them."""
         return list(self.commands)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error of its words then names its help, and not the group's."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            name = ctx.invoked_subcommand
+            if error.ctx is None and name is not None and name in self.commands:
+                error.ctx = click.Context(self.commands[name], parent=ctx, info_name=name)
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands, which is what one looks for, before the options."""
         self.format_commands(ctx, formatter)

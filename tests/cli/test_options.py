@@ -186,3 +186,19 @@ def test_variables_that_are_empty_say_nothing(
     assert models(fake) == [] and fake.calls[-1][0][1].workers == 0
     assert run("calibrate", "--dataset", "a.txt", *OUT).status == 0
     assert fake.calls[-1][0][1].settings.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (("plan", "--ratio"), "shardsurgeon plan"),
+        (("apply", "s.pt", "-j"), "shardsurgeon apply"),
+        (("scores", "random", "-o"), "shardsurgeon scores random"),
+    ],
+)
+def test_an_option_without_its_value_leads_to_the_help_that_has_it(
+    run: Run, words: tuple[str, ...], path: str
+) -> None:
+    ended = run(*words)
+    assert ended.status == 2
+    assert ended.stderr.endswith(f"requires an argument; see `{path} --help`\n")
