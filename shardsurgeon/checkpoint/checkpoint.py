@@ -46,7 +46,7 @@ from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_in
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
-from shardsurgeon.storage.open import hub_name, open_source
+from shardsurgeon.storage.open import hub_address, hub_name, open_source
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile, require_plain
 from shardsurgeon.units import counted, format_size
@@ -307,7 +307,15 @@ def _weight_notes(settled: Settled, unindexed: tuple[str, ...], has_index: bool)
 def _no_model(
     source: Source, files: Mapping[str, SourceFile], called: FileNames
 ) -> CheckpointError:
-    """The error for a place without a config: it may hold a model in another format."""
+    """The error for a place without a config: it may hold a model in another format, or in a
+    folder."""
+    inner = sorted(name.rpartition("/")[0] for name in files if name.endswith(f"/{called.config}"))
+    if inner:
+        name = hub_name(source) if source.is_remote else None
+        where = f"{name or source.location}/{inner[0]}"
+        meant = where if name is None else hub_address(where, source.revision)
+        problem = f"holds no {called.config} but in {counted(len(inner), 'folder')}"
+        return ConfigError(source.location, problem, f"did you mean {meant}?")
     if called == HUGGING_FACE and source.is_remote and not root_safetensors(files):
         suffixes = other_formats(files)
         but = f", only {', '.join(suffixes)}" if suffixes else ""

@@ -30,6 +30,7 @@ PROVENANCE_NAME = f"{CALIBRATION_FOLDER}reap_pruning_metadata.json"
 FORMATS = (1, 2)
 METHOD = "reap"
 
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?=/.|\Z)", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "restore the file, or move it away to prune this checkpoint as if it were an original"
 
@@ -41,6 +42,12 @@ class SourceIdentity:
     name: str
     revision: str | None
     config_sha256: str | None
+
+    @property
+    def repository(self) -> str | None:
+        """`org/name` of a model on the Hub, be it in a folder of the repository; else None."""
+        found = _REPOSITORY.match(self.name)
+        return found[0] if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.card_data import Calibration, ModelFacts
 from shardsurgeon.operations.serving import serve_words
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
+from shardsurgeon.storage.open import hub_address
 from shardsurgeon.units import counted, format_size, number_ranges, parameters, percent
 
 TAGS = ("reap", "pruned", "expert-pruning", "moe", "shardsurgeon")
@@ -129,8 +130,8 @@ def base_models(facts: ModelFacts) -> tuple[str, ...]:
     """The Hub's names of what was pruned: from the record, else what the source's card names."""
     steps = facts.provenance.steps
     for step in (steps[-1], steps[0]):
-        if _REPO_ID.fullmatch(step.source.name):
-            return (step.source.name,)
+        if step.source.repository is not None:
+            return (step.source.repository,)
     named = (facts.source_card or {}).get("base_model")
     listed = named if isinstance(named, list) else [named]
     return tuple(name for name in listed if isinstance(name, str) and name)
@@ -362,4 +363,4 @@ def with_files(command: str, repo_id: str, revision: str | None) -> tuple[str, .
 def address(source: SourceIdentity) -> str:
     """MODEL as it is typed: a repository at its commit, or a folder's name."""
     at_commit = source.revision is not None and "/" in source.name
-    return f"{source.name}@{source.revision}" if at_commit else source.name
+    return hub_address(source.name, source.revision) if at_commit else source.name

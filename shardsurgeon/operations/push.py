@@ -256,7 +256,7 @@ def _prepare(
     origins: the models that the pruned one was made of. Raises UsageError where it would take the
     place of one of them, by the name or by the config that is there; and what `prepare` raises.
     """
-    names = {origin.name.strip().casefold() for origin in origins}
+    names = {(origin.repository or origin.name).strip().casefold() for origin in origins}
     configs = {origin.config_sha256 for origin in origins}
     replaces = repository.revision == MAIN and not repository.create_pr
 

@@ -78,7 +78,8 @@ class LocalSource(Source):
         self.location = str(place) if str(place) != "." else str(self._folder)
         self.name, self.revision = _identity(self._folder)
         self.follows_links = follow_links
-        self._blobs = self._folder.parent.parent / "blobs" if self.revision else None
+        snapshot = _snapshot(self._folder)
+        self._blobs = snapshot.parent.parent / "blobs" if snapshot else None
         # Name → the file at the first listing, its device and inode, its last change of any kind.
         self._first: dict[str, tuple[SourceFile, tuple[int, int], int]] = {}
         self._require_folder()
@@ -198,11 +199,23 @@ def pieces_of(opened: Callable[[], FileIO], begin: int, end: int) -> Iterator[by
 
 
 def _identity(folder: Path) -> tuple[str, str | None]:
-    """Name and revision; the Hugging Face cache keeps `models--org--name/snapshots/<commit>`."""
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.rsplit("--", 1)[1], folder.name
-    return folder.name or "model", None
+    """Name and revision; of a folder in a snapshot, with what leads to it."""
+    snapshot = _snapshot(folder)
+    if snapshot is None:
+        return folder.name or "model", None
+    repository = snapshot.parent.parent.name.rsplit("--", 1)[1]
+    return "-".join((repository, *folder.relative_to(snapshot).parts)), snapshot.name
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The snapshot of the Hub's cache that a folder is, or lies in.
+
+    The cache keeps them as `models--org--name/snapshots/<commit>`.
+    """
+    for each in (folder, *folder.parents):
+        if each.parent.name == "snapshots" and each.parent.parent.name.startswith("models--"):
+            return each
+    return None
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,6 +76,7 @@ _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _OF_TOTAL = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 # A link that the Hub has just given may have expired on the way; not so twice.
 _FRESH_LINKS = 3
+_LOOK = "look at its files on the Hub"
 # A snapshot without these is complete: they are not part of a result.
 _NOT_NEEDED = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*")
 
@@ -92,20 +93,27 @@ class HubSource(Source):
     """The files of one commit of a model repository. Safe to use from several threads.
 
     name: the repository's without its owner; location: `hf://org/name@` and the first digits of
-    the commit; revision: the whole commit. Single files may have a local path, in the Hub's cache.
+    the commit; of a folder of the repository, both with what leads to it; revision: the whole
+    commit. Single files may have a local path, in the Hub's cache.
     """
 
     is_remote = True
     revision: str
 
     def __init__(
-        self, repo_id: str, revision: str | None = None, policy: RetryPolicy = _RETRY_POLICY
+        self,
+        repo_id: str,
+        revision: str | None = None,
+        policy: RetryPolicy = _RETRY_POLICY,
+        *,
+        folder: str = "",
     ) -> None:
         """Ask the Hub which commit a revision is, and what is in it.
 
-        repo_id: `org/name`; revision: a branch, a tag or a commit hash, None for main.
-        Raises CheckpointError or UsageError, with what to do, where the Hub refuses, and
-        NetworkError where it does not answer.
+        repo_id: `org/name`; revision: a branch, a tag or a commit hash, None for main; folder: the
+        one in the repository whose files these are (or a file in it), "" for all of them.
+        Raises CheckpointError or UsageError, with what to do, where the Hub refuses or there is no
+        such folder, and NetworkError where it does not answer.
         """
         require_sound_settings()
         self._repo_id = repo_id
@@ -117,17 +125,28 @@ class HubSource(Source):
             partial(_listing, repo_id, revision, asked, brief), asked, brief, self._waits
         )
         self.revision = listing.commit or "of no commit"
-        self.name = repo_id.rpartition("/")[2]
-        self.location = f"hf://{repo_id}@{self.revision[:12]}"
+        if folder in listing.files:
+            folder = folder.rpartition("/")[0]
+        self._prefix = f"{folder}/" if folder else ""
+        inner = f"/{folder}" if folder else ""
+        self.name = (repo_id.rpartition("/")[2] + inner).replace("/", "-")
+        self.location = f"hf://{repo_id}@{self.revision[:12]}{inner}"
+        listed = {
+            name.removeprefix(self._prefix): file
+            for name, file in listing.files.items()
+            if name.startswith(self._prefix)
+        }
+        if folder and not listed:
+            raise CheckpointError(self.location, "there is no such folder in the repository", _LOOK)
         self._files: dict[str, SourceFile] = {}
         odd: dict[str, str] = {}
-        for name, file in listing.files.items():
+        for name, file in listed.items():
             if (what := unusual(name)) is not None:
                 odd[name] = what
             elif not is_left_behind(name):
                 self._files[name] = SourceFile(name, file.nbytes, file.digest)
         self.odd = odd
-        self._hashed = listing.files
+        self._hashed = listed
         self._headers, self._token = HubHeaders(), get_token()
         # File → where its bytes are. Several threads may write an entry; any of them will do.
         self._routes: dict[str, _Route] = {}
@@ -187,7 +206,8 @@ class HubSource(Source):
         """Where the local cache has this file of this commit, if it has."""
         if name not in self._cached:
             file = self._files.get(name)
-            known = None if file is None else cached_file(self._repo_id, self.revision, file)
+            path = f"{self._prefix}{name}"
+            known = file and cached_file(self._repo_id, self.revision, replace(file, name=path))
             self._cached[name] = known
         return self._cached[name]
 
@@ -235,7 +255,8 @@ class HubSource(Source):
         raise refused_read(error, where, self._repo_id, self.revision) from error
 
     def _address(self, name: str) -> str:
-        return hf_hub_url(self._repo_id, name, revision=self.revision, endpoint=self._endpoint)
+        path = f"{self._prefix}{name}"
+        return hf_hub_url(self._repo_id, path, revision=self.revision, endpoint=self._endpoint)
 
 
 def _listing(repo_id: str, revision: str | None, asked: str, policy: RetryPolicy) -> Listing:
@@ -275,18 +296,19 @@ def cached_file(repo_id: str, commit: str, file: SourceFile) -> Path | None:
     return path if path.stat().st_size == file.nbytes else None
 
 
-def offline_snapshot(repo_id: str, revision: str | None) -> Path:
+def offline_snapshot(repo_id: str, revision: str | None, inner: str = "") -> Path:
     """The newest complete snapshot of a model in the local cache that is of a revision.
 
     revision: a branch, a tag, a commit hash or its first digits; None means main's and, where
-    that is not complete, any. Raises CheckpointError where there is none.
+    that is not complete, any; inner: the folder in the repository that is the model, "" for all of
+    it. Raises CheckpointError where there is none.
     """
     where = f"hf://{repo_id}" + (f"@{revision}" if revision else "")
     incomplete = ""
     for folder in _candidates(repo_id, revision):
-        missing = _missing(folder) or _unlisted(repo_id, folder)
+        missing = _missing(folder / inner) or (not inner and _unlisted(repo_id, folder))
         if not missing:
-            return folder
+            return folder / inner
         incomplete = incomplete or f"; its snapshot {folder.name[:12]} lacks {missing}"
     raise CheckpointError(
         where,
