@@ -21,6 +21,7 @@ from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.completion import add_completion, complete, completion_command
 from shardsurgeon.cli.env import env_command
+from shardsurgeon.cli.families import families_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.output import as_text
@@ -88,6 +89,7 @@ class _Commands(InOrder):
         scores_commands,
         calibrate_command,
         run_command,
+        families_command,
         env_command,
         completion_command,
     ],

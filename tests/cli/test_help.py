@@ -18,7 +18,7 @@ from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
 COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "run"]
-COMMANDS += ["env", "completion"]
+COMMANDS += ["families", "env", "completion"]
 SCORES = ["show", "compare", "convert", "merge", "from-router", "from-weights", "random"]
 WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
 

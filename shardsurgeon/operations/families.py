@@ -1,0 +1,37 @@
+"""`families`: the model families whose declarations are shipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardsurgeon.families.schema import all_families
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyReport:
+    """One family. model_types, architectures: what a config.json calls its models; refusal: why
+    they cannot be pruned, None where they can.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FamiliesReport:
+    """Every family, by name; supported: how many model types can be pruned."""
+
+    families: tuple[FamilyReport, ...]
+    supported: int
+
+
+def list_families() -> FamiliesReport:
+    """The families that are declared here. Reads no model."""
+    families = tuple(
+        FamilyReport(each.name, each.model_types, each.architectures, each.refusal or None)
+        for each in all_families()
+    )
+    types = {name for each in families if each.refusal is None for name in each.model_types}
+    return FamiliesReport(families, len(types))
