@@ -92,11 +92,19 @@ def push_lines(report: PushReport) -> Iterator[str]:
     """What a push came to."""
     what = f"{counted(report.files, 'file')}, {format_size(report.nbytes)}"
     yield from fact("pushed", f"{what} in {report.seconds:.1f} s")
+    there = format_size(report.sent) if report.sent else "nothing: it was all there"
+    yield from fact("sent", there)
     where = "pull request" if report.pull_request else "new repository" if report.created else ""
     yield from fact("to", f"{report.url}" + (f" ({where})" if where else ""))
+    if report.private is not None:
+        yield from fact("visibility", "private" if report.private else "public")
     yield from fact("commit", report.commit)
+    if report.replaced:
+        yield from fact("replaced", grouped(report.replaced))
     if report.removed:
         yield from fact("removed", f"an earlier model's {', '.join(report.removed)}")
+    if report.others:
+        yield from fact("stays there", grouped(report.others))
     if report.left:
         yield from fact("left here", grouped(report.left))
     for note in report.notes:

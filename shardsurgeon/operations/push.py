@@ -342,4 +342,8 @@ def _report(
         notes=tuple(notes),
         left=left,
         serve=serve,
+        private=repository.is_private,
+        sent=published.sent,
+        replaced=published.replaced,
+        others=published.others,
     )

@@ -99,7 +99,10 @@ class PushReport(Report):
     url: where to look at it, the pull request where one was opened; revision: the branch, None
     where that is a pull request; commit: its hash; files, nbytes: of the model there; removed:
     names of an earlier model's weights that the commit took out; notes: what the Hub said; left:
-    files of the folder that were not pushed; serve: the words of the command that serves it, None
+    files of the folder that were not pushed; private: whether only its owners see the repository,
+    None where the Hub does not say it; sent: bytes of files that travelled (where Xet sends them,
+    at most); replaced: files there that have other bytes now; others: files there that are no part
+    of the model, and stay; serve: the words of the command that serves it, None
     where no engine is known to, or where it is in a pull request.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
@@ -121,6 +124,10 @@ class PushReport(Report):
     notes: tuple[str, ...]
     left: tuple[str, ...] = ()
     serve: tuple[str, ...] | None = None
+    private: bool | None = None
+    sent: int = 0
+    replaced: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

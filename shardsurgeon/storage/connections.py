@@ -62,6 +62,30 @@ _now = threading.local()
 _guarding = threading.Lock()
 
 
+class _Uploaded:
+    """Bytes of files that guarded clients have uploaded in this process."""
+
+    def __init__(self) -> None:
+        self._counting = threading.Lock()
+        self.nbytes = 0
+
+    def note(self, request: Any, response: Any) -> None:
+        """Count the body of a request that a store has taken. What is put there is a file."""
+        if request.method == "PUT" and response.status_code < 300:
+            nbytes = whole_number(request.headers.get("Content-Length")) or 0
+            with self._counting:
+                self.nbytes += nbytes
+
+
+_uploaded = _Uploaded()
+
+
+def uploaded_nbytes() -> int:
+    """How many bytes of files `guarded` clients have uploaded since the process began; those that
+    Xet sends by itself are not among them."""
+    return _uploaded.nbytes
+
+
 def whole_number(text: str | None) -> int | None:
     """A number as headers spell it, in ASCII digits; None for anything else."""
     return int(text) if text is not None and _WHOLE_NUMBER.fullmatch(text) else None
@@ -309,6 +333,7 @@ class _Transport(HTTP_LIBRARY.BaseTransport):  # type: ignore[misc,name-defined]
         with _paced(pace):
             response = self._inner.handle_request(request)
         pace.end_head()
+        _uploaded.note(request, response)
         response.request = request
         limit = None if own else LISTING.nbytes
         if response.status_code >= 400:

@@ -115,6 +115,8 @@ PUSHED = PushReport(
     seconds=2000.0,
     notes=(),
     serve=("vllm", "serve", "me/Kimi-K2.5-REAP-65pct"),
+    private=False,
+    sent=150_000_000_000,
 )
 
 SCORED = RouterScoresReport(

@@ -47,7 +47,9 @@ def test_the_report(run: Run) -> None:
         "out: pushed to me/Kimi-K2.5-REAP-65pct\n"
         "\n"
         "  pushed        74 files, 200.0 GB in 2000.0 s\n"
+        "  sent          150.0 GB\n"
         "  to            https://huggingface.co/me/Kimi-K2.5-REAP-65pct (new repository)\n"
+        "  visibility    public\n"
         "  commit        0123456789abcdef0123456789abcdef01234567\n"
         "\n"
         "Serve:\n"
@@ -71,9 +73,20 @@ def test_a_pull_request_is_not_served_yet(run: Run, fake: FakeOperations) -> Non
 
 def test_what_was_removed_and_what_the_hub_said_is_told(run: Run, fake: FakeOperations) -> None:
     fake.push = replace(
-        PUSHED, removed=("model.safetensors",), notes=("no licence",), left=("a.log", "x/b", "x/c")
+        PUSHED,
+        removed=("model.safetensors",),
+        replaced=("README.md", "config.json"),
+        others=("notes.txt",),
+        notes=("no licence",),
+        left=("a.log", "x/b", "x/c"),
+        sent=0,
+        private=True,
     )
     said = run("push", "out", "me/x").stdout
+    assert "  sent          nothing: it was all there\n" in said
+    assert "  visibility    private\n" in said
+    assert "  replaced      README.md, config.json (2)\n" in said
+    assert "  stays there   notes.txt (1)\n" in said
     assert "  left here     a.log, x/ (3)\n" in said
     assert "removed       an earlier model's model.safetensors" in said
     assert "note          no licence" in said

@@ -14,7 +14,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +22,11 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._runtime import is_xet_available
 
 from shardsurgeon._version import __version__
 from shardsurgeon.errors import OutputError, PublishError, UsageError, keep_secret, redacted
+from shardsurgeon.storage.connections import uploaded_nbytes
 from shardsurgeon.storage.formats.index import HUGGING_FACE, MISTRAL
 from shardsurgeon.storage.hub.errors import (
     LOG_IN_TO_PUSH,
@@ -59,10 +61,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a revision: its size in bytes; its sha256 (hex) where it is a large one."""
+    """A file of a revision: its size in bytes; its sha256 (hex) where it is a large one; digest:
+    that, or git's of a small one."""
 
     nbytes: int
     sha256: str | None
+    digest: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class Repository:
         self.is_new = False
         self.is_there = False
         self.is_private: bool | None = None
+        self._uploaded_before = uploaded_nbytes()
 
     @cached_property
     def _api(self) -> HfApi:
@@ -221,7 +226,7 @@ class Repository:
             asked = revision or self.revision
             found = fetch_listing(self.repo_id, asked, self.repo_id, RETRY_POLICY).files
             return {
-                name: RemoteFile(file.nbytes, file.digest if file.is_large else None)
+                name: RemoteFile(file.nbytes, file.digest if file.is_large else None, file.digest)
                 for name, file in found.items()
             }
 
@@ -235,6 +240,11 @@ class Repository:
         configs = (names.config for names in (HUGGING_FACE, MISTRAL))
         contents = (there.read(name, 0, sizes[name]) for name in configs if name in sizes)
         return frozenset(hashlib.sha256(raw).hexdigest() for raw in contents)
+
+    @property
+    def uploaded(self) -> int | None:
+        """Bytes of large files that have been sent from here; None where Xet sends them."""
+        return None if is_xet_available() else uploaded_nbytes() - self._uploaded_before
 
     def upload(self, name: str, path: Path, at: Phase | None = None) -> Receipt:
         """Send a large file's bytes ahead of the commit that will name it; `at` counts them."""

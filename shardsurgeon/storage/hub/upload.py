@@ -34,6 +34,7 @@ from shardsurgeon.units import counted
 
 Content = Path | bytes
 _WEIGHTS = ".safetensors"
+_ATTRIBUTES = ".gitattributes"  # which a repository begins with
 
 _Result = TypeVar("_Result")
 
@@ -43,13 +44,21 @@ UPLOADS_AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The result of a push. files, nbytes: what the model consists of there; removed: names of
-    another model's weights that the commit removed."""
+    """The result of a push.
+
+    files, nbytes: what the model consists of there; sent: bytes of files that travelled, where Xet
+    sends them at most; removed: names of another model's weights that the commit removed;
+    replaced: of files that have other bytes than before; others: of files that are no part of the
+    model and stay.
+    """
 
     commit: Commit
     files: int
     nbytes: int
+    sent: int
     removed: tuple[str, ...]
+    replaced: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 def publish(
@@ -70,8 +79,30 @@ def publish(
     sizes |= {name: receipt.nbytes for name, receipt in sent.items()}
     with phase("committing"):
         commit = repository.commit(files, missing, removed, _message(repository, removed))
-        _require_published(repository, commit, sizes, sent)
-    return Published(commit, len(sizes), sum(sizes.values()), removed)
+        now = repository.files(commit.oid)
+        _require_published(repository, commit, sizes, sent, now)
+    changed = {name: now[name] for name in sizes if _digest(there, name) != now[name].digest}
+    return Published(
+        commit,
+        len(sizes),
+        sum(sizes.values()),
+        _sent_nbytes(changed, repository.uploaded),
+        removed,
+        tuple(sorted(there.keys() & changed.keys())),
+        tuple(sorted(there.keys() - sizes.keys() - {*removed, _ATTRIBUTES})),
+    )
+
+
+def _digest(there: Mapping[str, RemoteFile], name: str) -> str | None:
+    return there[name].digest if name in there else None
+
+
+def _sent_nbytes(changed: Mapping[str, RemoteFile], uploaded: int | None) -> int:
+    """Bytes of files that travelled. changed: those that the branch did not have so; uploaded: of
+    large files, None where nobody counted."""
+    small = [file.nbytes for file in changed.values() if file.sha256 is None]
+    large = [file.nbytes for file in changed.values() if file.sha256 is not None]
+    return sum(small) + (sum(large) if uploaded is None else uploaded)
 
 
 def _upload(repository: Repository, weights: Mapping[str, Path]) -> dict[str, Receipt]:
@@ -124,10 +155,16 @@ def _nbytes(content: Content) -> int:
 
 
 def _require_published(
-    repository: Repository, commit: Commit, sizes: Mapping[str, int], sent: Mapping[str, Receipt]
+    repository: Repository,
+    commit: Commit,
+    sizes: Mapping[str, int],
+    sent: Mapping[str, Receipt],
+    there: Mapping[str, RemoteFile],
 ) -> None:
-    """Raise PublishError unless the commit has every file, and the bytes of those sent ahead."""
-    there = repository.files(commit.oid)
+    """Raise PublishError unless the commit has every file, and the bytes of those sent ahead.
+
+    there: what it has.
+    """
     for name, nbytes in sorted(sizes.items()):
         found = there.get(name)
         if found is None:
