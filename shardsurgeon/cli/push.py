@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 @click.option(
     "--exclude", metavar="GLOB", multiple=True, help="Leave these files of the folder here."
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be pushed, replaced and removed; send nothing."
+)
 @family_option
 @links_option
 @progress_option
@@ -46,6 +49,7 @@ def push_command(
     pushed: dict[str, Any],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    dry_run: bool,
     family: str | None,
     follow_links: bool,
     as_json: bool,
@@ -74,14 +78,19 @@ def push_command(
         include=include,
         exclude=exclude,
         follow_links=follow_links,
+        dry_run=dry_run,
     )
-    emit(report, _lines(pruned, report), as_json, told_otherwise=True)
+    emit(report, _lines(pruned, report), as_json, told_otherwise=not dry_run)
 
 
 def _lines(pruned: str, report: PushReport) -> Iterator[str]:
     yield f"{pruned}: {report.title}"
     yield ""
     yield from push_lines(report)
+    if report.dry_run:
+        yield ""
+        yield "Dry run: nothing was made there and nothing sent."
+        return
     if report.serve is not None:
         yield ""
         yield "Serve:"
@@ -90,19 +99,25 @@ def _lines(pruned: str, report: PushReport) -> Iterator[str]:
 
 def push_lines(report: PushReport) -> Iterator[str]:
     """What a push came to."""
+    dry = report.dry_run
     what = f"{counted(report.files, 'file')}, {format_size(report.nbytes)}"
-    yield from fact("pushed", f"{what} in {report.seconds:.1f} s")
+    yield from fact(
+        "to push" if dry else "pushed", what if dry else f"{what} in {report.seconds:.1f} s"
+    )
     there = format_size(report.sent) if report.sent else "nothing: it was all there"
-    yield from fact("sent", there)
+    yield from fact("to send" if dry else "sent", there)
     where = "pull request" if report.pull_request else "new repository" if report.created else ""
     yield from fact("to", f"{report.url}" + (f" ({where})" if where else ""))
     if report.private is not None:
         yield from fact("visibility", "private" if report.private else "public")
-    yield from fact("commit", report.commit)
+    if not dry:
+        yield from fact("commit", report.commit)
     if report.replaced:
-        yield from fact("replaced", grouped(report.replaced))
+        yield from fact("to replace" if dry else "replaced", grouped(report.replaced))
     if report.removed:
-        yield from fact("removed", f"an earlier model's {', '.join(report.removed)}")
+        yield from fact(
+            "to remove" if dry else "removed", f"an earlier model's {', '.join(report.removed)}"
+        )
     if report.others:
         yield from fact("stays there", grouped(report.others))
     if report.left:

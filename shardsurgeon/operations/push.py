@@ -46,7 +46,14 @@ from shardsurgeon.operations.verify import headers_only
 from shardsurgeon.pruning.lineage import check_lineage
 from shardsurgeon.storage.files import JOURNAL_NAME
 from shardsurgeon.storage.hub.repository import MAIN, Repository
-from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, publish, silence_hub
+from shardsurgeon.storage.hub.upload import (
+    Content,
+    HubDestination,
+    Published,
+    foresee,
+    publish,
+    silence_hub,
+)
 from shardsurgeon.storage.limits import CARD, read_limited
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.phases import phase
@@ -65,13 +72,15 @@ def push(
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     follow_links: bool = False,
+    dry_run: bool = False,
 ) -> PushReport:
     """Push what `apply` wrote to a folder, with a card, in one commit. The folder stays as it is.
 
     family, follow_links: as for `plan`; include, exclude: as for `select_files`; what they fit may
-    differ from what `apply` wrote. A rerun uploads nothing that is there already. Raises
-    CheckpointError and its children where the folder is not a complete prune, or has changed since,
-    UsageError where a file holds a secret or the Hub refuses the token or the repository,
+    differ from what `apply` wrote; dry_run: make and send nothing, and say what would be. A rerun
+    uploads nothing that is there already. Raises CheckpointError and its children where the folder
+    is not a complete prune, or has changed since, UsageError where a file holds a secret or the Hub
+    refuses the token or the repository,
     PublishError where the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
@@ -82,10 +91,11 @@ def push(
         refuse_secrets(checkpoint.source, chosen.files)
     with silence_hub() as notes:
         repository, card = _repository(destination), _own_card(destination)
-        _prepare(repository, destination, [step.source for step in record.steps])
+        _prepare(repository, destination, [step.source for step in record.steps], dry_run)
         if destination.with_card and card is None:
             card = _card(checkpoint, folder, repository, None)
-        published = publish(repository, _named(folder, chosen, card), {})
+        files = _named(folder, chosen, card)
+        published = foresee(repository, files) if dry_run else publish(repository, files, {})
     anatomy = read_anatomy(checkpoint)
     kept = {layer: len(found.retained) for layer, found in record.layers.items()}
     serving = serving_of(checkpoint, anatomy, kept)
@@ -342,6 +352,7 @@ def _report(
         notes=tuple(notes),
         left=left,
         serve=serve,
+        dry_run=not commit.oid,
         private=repository.is_private,
         sent=published.sent,
         replaced=published.replaced,

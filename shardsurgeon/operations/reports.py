@@ -102,8 +102,9 @@ class PushReport(Report):
     files of the folder that were not pushed; private: whether only its owners see the repository,
     None where the Hub does not say it; sent: bytes of files that travelled (where Xet sends them,
     at most); replaced: files there that have other bytes now; others: files there that are no part
-    of the model, and stay; serve: the words of the command that serves it, None
-    where no engine is known to, or where it is in a pull request.
+    of the model, and stay; dry_run: whether all this would be, and commit is empty; serve: the
+    words of the command that serves it, None where no engine is known to, or where it is in a pull
+    request.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", push_to_hub="me/small").push
@@ -128,11 +129,12 @@ class PushReport(Report):
     sent: int = 0
     replaced: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    dry_run: bool = False
 
     @property
     def title(self) -> str:
-        """`pushed to me/Kimi-K2.5-REAP-65pct`."""
-        return f"pushed to {self.repo_id}"
+        """`pushed to me/Kimi-K2.5-REAP-65pct`; `would be pushed to …` of a dry run."""
+        return f"{'would be pushed' if self.dry_run else 'pushed'} to {self.repo_id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
         "include": (),
         "exclude": (),
         "follow_links": False,
+        "dry_run": False,
     }
 
 
@@ -36,6 +37,7 @@ def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> N
         "follow_links": True,
         "include": ("eval/*", "a.md"),
         "exclude": ("LICENSE",),
+        "dry_run": False,
     }
     run("push", "out", "me/x", "--no-card")
     assert fake.calls[1][0][1] == Destination("me/x", with_card=False)

@@ -81,6 +81,49 @@ def test_what_it_replaces_removes_and_leaves_is_named(
     assert report["sent"] == len("Another card.\n")
 
 
+def test_a_dry_run_says_the_same_and_does_nothing(
+    shell: Shell, pruned: Path, tmp_path: Path
+) -> None:
+    changed = shutil.copytree(pruned, tmp_path / "changed")
+    shell.hub.add_model("me/tiny", {"config.json": b"{}", "x.safetensors": b"x", "y": b"y"})
+    for words in (("me/new",), ("me/tiny",), ("me/tiny",), ("me/tiny", "--revision", "v2")):
+        before = {name: shell.hub.commits(name) for name in shell.hub.store.repositories}
+        dry = pushed(shell, str(changed), *words, "--dry-run")
+        assert {name: shell.hub.commits(name) for name in shell.hub.store.repositories} == before
+        assert "v2" not in shell.hub.store.repositories["me/tiny"].branches
+        done = pushed(shell, str(changed), *words)
+        assert dry.pop("dry_run") and not done.pop("dry_run")
+        told = {**dry, "seconds": 0, "commit": "", "created": None, "sent": None}
+        assert told == {**done, "seconds": 0, "commit": "", "created": None, "sent": None}
+        # Equal bytes are sent once, whichever files and branches have them.
+        assert done["sent"] <= dry["sent"]
+        assert dry["created"] == done["created"]
+        shutil.copy(changed / "LICENSE", changed / "README.md")
+    said = shell.here("push", str(changed), "me/tiny", "--dry-run").stdout
+    assert "to send" in said and said.endswith("nothing was made there and nothing sent.\n")
+
+
+@pytest.mark.parametrize("why", ["others", "public", "not a prune", "changed"])
+def test_a_dry_run_ends_as_the_push_would(
+    why: str, shell: Shell, pruned: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "folder")
+    words = ["push", str(folder), "me/tiny"]
+    if why == "others":
+        shell.hub.add_model("org/tiny", {"x": b"x"})
+        words[-1] = "org/tiny"
+    elif why == "public":
+        shell.hub.add_model("me/tiny", {"x": b"x"})
+        words.append("--private")
+    elif why == "changed":
+        (folder / "generation_config.json").write_text("{}")
+    else:
+        words[1] = MODEL
+    dry, done = shell.here(*words, "--dry-run"), shell.here(*words)
+    assert (dry.status, dry.stderr) == (done.status, done.stderr)
+    assert dry.status == 2
+
+
 def test_who_sees_it_is_as_the_hub_says(shell: Shell, pruned: Path) -> None:
     assert pushed(shell, str(pruned), "me/secret", "--private")["private"] is True
     assert pushed(shell, str(pruned), "me/secret")["private"] is True

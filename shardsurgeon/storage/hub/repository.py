@@ -95,6 +95,7 @@ class Repository:
         self.is_new = False
         self.is_there = False
         self.is_private: bool | None = None
+        self._base = self.revision
         self._uploaded_before = uploaded_nbytes()
 
     @cached_property
@@ -131,8 +132,8 @@ class Repository:
                     self._require_own(user, private)
                     return
                 self._create(private)
-            branch = self._create_branch(dry_run)
-            self._require_writable(branch)
+            self._base = self._create_branch(dry_run)
+            self._require_writable(self._base)
 
     def _sign_in(self) -> Mapping[str, Any]:
         """Who the token is of, as the Hub says it."""
@@ -232,6 +233,10 @@ class Repository:
 
         with hub_errors(self.repo_id):
             return self._with_retries(listed)
+
+    def files_before(self) -> dict[str, RemoteFile]:
+        """Every file that a commit would be made upon; none in a repository that is to be made."""
+        return self.files(self._base) if self.is_there else {}
 
     def config_digests(self) -> frozenset[str]:
         """SHA-256 (hex) of the config files that the branch has now."""

@@ -6,6 +6,7 @@ program does not wait for when it stops; the next run finds what they have sent.
 
 from __future__ import annotations
 
+import hashlib
 import logging as levels
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ from huggingface_hub.utils import (
 
 from shardsurgeon.errors import PublishError
 from shardsurgeon.storage.connections import guarded_sessions
-from shardsurgeon.storage.files import reading
+from shardsurgeon.storage.files import reading, sha256_of
 from shardsurgeon.storage.formats.index import INDEX_NAME
 from shardsurgeon.storage.hub.repository import Commit, Receipt, RemoteFile, Repository
 from shardsurgeon.storage.hub.sent_bytes import xet_counted
@@ -91,6 +92,37 @@ def publish(
         tuple(sorted(there.keys() & changed.keys())),
         tuple(sorted(there.keys() - sizes.keys() - {*removed, _ATTRIBUTES})),
     )
+
+
+def foresee(repository: Repository, files: Mapping[str, Content]) -> Published:
+    """What `publish` of these files would come to. Sends nothing; reads each file that has the size
+    of the one that is there."""
+    there = repository.files_before()
+    sizes = {name: _nbytes(content) for name, content in files.items()}
+    changed = {name for name in files if not _is_there(there.get(name), files[name], sizes[name])}
+    removed = tuple(sorted(_stray_weights(there, files)))
+    return Published(
+        Commit("", repository.url, None),
+        len(sizes),
+        sum(sizes.values()),
+        sum(sizes[name] for name in changed),
+        removed,
+        tuple(sorted(there.keys() & changed)),
+        tuple(sorted(there.keys() - sizes.keys() - {*removed, _ATTRIBUTES})),
+    )
+
+
+def _is_there(found: RemoteFile | None, content: Content, nbytes: int) -> bool:
+    """Whether a file of a revision has these bytes."""
+    if found is None or found.nbytes != nbytes:
+        return False
+    if found.sha256 is not None:
+        if isinstance(content, bytes):
+            return found.sha256 == hashlib.sha256(content).hexdigest()
+        return found.sha256 == sha256_of(content)
+    with reading(str(content) if isinstance(content, Path) else "README.md"):
+        raw = content if isinstance(content, bytes) else content.read_bytes()
+    return found.digest == hashlib.sha1(b"blob %d\0" % nbytes + raw).hexdigest()
 
 
 def _digest(there: Mapping[str, RemoteFile], name: str) -> str | None:
