@@ -242,10 +242,11 @@ def _card(pruned: Checkpoint, folder: Path, repository: Repository, command: str
     """
     record = pruned.provenance
     assert record is not None
-    facts = model_facts(pruned, read_anatomy(pruned), record, folder)
-    revision = None if repository.revision == MAIN else repository.revision
-    lines = with_files(command or recipe_by_record(facts), repository.repo_id, revision)
-    card = model_card(facts, Placement(repository.repo_id, revision, lines))
+    with phase("writing the card"):
+        facts = model_facts(pruned, read_anatomy(pruned), record, folder)
+        revision = None if repository.revision == MAIN else repository.revision
+        lines = with_files(command or recipe_by_record(facts), repository.repo_id, revision)
+        card = model_card(facts, Placement(repository.repo_id, revision, lines))
     return card.encode(errors="backslashreplace")  # a folder's name may be any bytes
 
 

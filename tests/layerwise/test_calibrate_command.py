@@ -17,6 +17,7 @@ from shardsurgeon.layerwise import run as calibration
 from shardsurgeon.layerwise.calibration_file import read_calibration
 from shardsurgeon.layerwise.resume import PartialCalibration
 from shardsurgeon.scores.files import read_scores
+from tests.cli.standins import in_python
 from tests.layerwise.chats import FIXTURES, sums, words, write_chats
 from tests.support.hub.models import add_fixture
 from tests.support.hub.server import LocalHub
@@ -348,3 +349,34 @@ def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(
     os.mkfifo(model / "tokenizer.json")
     assert main(words(str(model), chats, tmp_path / "scores.json")) == 2
     assert "tokenizer.json: is a FIFO; put the file itself there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--max-length", "50000"],
+        ["--samples", "13"],
+        ["--share", "1/13"],
+        ["--field", "body"],
+        ["--extend", "none.pt"],
+        ["--dataset", "no.jsonl"],
+        ["--dataset", "a.csv:3"],
+        ["-o", "scores.xyz"],
+        ["--family", "none.toml"],
+        ["nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_what_can_be_refused_without_torch_is_refused_before_it_is_imported(
+    tmp_path: Path, chats: Path, more: list[str]
+) -> None:
+    code = (
+        "import sys; from shardsurgeon.cli.main import main\n"
+        "status = main(sys.argv[1:]); found = {'torch', 'transformers'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {found}' if found else 0 if status == 2 else 'no refusal')"
+    )
+    given = words(MODEL, chats, tmp_path / "scores.pt")
+    if more == ["nowhere"]:
+        given, more = ["calibrate", "nowhere", *given[2:]], []
+    done = in_python(code, *given, *more, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr

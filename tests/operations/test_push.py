@@ -36,6 +36,28 @@ def test_a_prune_arrives_in_one_commit_byte_for_byte(
     assert digests(pruned) == before
 
 
+def test_a_push_says_what_it_is_at(shell: Shell, pruned: Path) -> None:
+    ended = shell.run("push", str(pruned), "me/tiny", SHARDSURGEON_PROGRESS="plain")
+    nbytes = sum(file.stat().st_size for file in pruned.glob("*.safetensors"))
+    lines = [line.removeprefix("shardsurgeon: ") for line in ended.stderr.splitlines()]
+    assert lines == [
+        "starting",
+        "reading the model",
+        f"hashing: {hashed(pruned) / 1000:.1f} kB",
+        "looking for secrets",
+        "asking for me/tiny",
+        "writing the card",
+        f"uploading: {nbytes / 1000:.1f} kB",
+        "committing",
+    ]
+
+
+def hashed(folder: Path) -> int:
+    """Bytes of the files whose SHA-256 the record has."""
+    record = json.loads((folder / "calibration" / "reap_pruning_metadata.json").read_bytes())
+    return sum((folder / name).stat().st_size for name in record["sha256"])
+
+
 @pytest.mark.slow
 def test_the_report_says_where_it_is_and_how_to_serve_it(shell: Shell, pruned: Path) -> None:
     said = shell.good("push", str(pruned), "me/tiny")
