@@ -15,34 +15,74 @@ from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 
 if TYPE_CHECKING:
     from shardsurgeon.checkpoint.checkpoint import Checkpoint
-    from shardsurgeon.operations.api import apply, open_checkpoint, plan, push, verify
-    from shardsurgeon.operations.inspect import inspect
+    from shardsurgeon.layerwise.run import CalibrationReport
+    from shardsurgeon.operations.api import (
+        apply,
+        inspect,
+        open_checkpoint,
+        plan,
+        push,
+        read_scores,
+        verify,
+    )
     from shardsurgeon.operations.prune import Pruning
-    from shardsurgeon.operations.reports import ApplyReport, InspectReport, PushReport
+    from shardsurgeon.operations.reports import (
+        ApplyReport,
+        BaselineReport,
+        InspectReport,
+        PushReport,
+        RouterScoresReport,
+        ScoresReport,
+        WrittenScoresReport,
+    )
+    from shardsurgeon.operations.score_api import (
+        calibrate,
+        compare_scores,
+        convert_scores,
+        merge_scores,
+        scores_from_router,
+        scores_from_weights,
+        scores_random,
+        show_scores,
+    )
+    from shardsurgeon.pruning.agreement import ComparisonReport
     from shardsurgeon.pruning.report import PlanReport
-    from shardsurgeon.scores.files import read_scores
     from shardsurgeon.scores.table import Scores
     from shardsurgeon.verification.findings import ArchitectureReport, VerifyReport
 
 __all__ = [
     "ApplyReport",
     "ArchitectureReport",
+    "BaselineReport",
+    "CalibrationReport",
     "Checkpoint",
+    "ComparisonReport",
     "InputError",
     "InspectReport",
     "PlanReport",
     "Pruning",
     "PushReport",
+    "RouterScoresReport",
     "Scores",
+    "ScoresReport",
     "ShardSurgeonError",
     "VerifyReport",
     "WorkError",
+    "WrittenScoresReport",
     "apply",
+    "calibrate",
+    "compare_scores",
+    "convert_scores",
     "inspect",
+    "merge_scores",
     "open_checkpoint",
     "plan",
     "push",
     "read_scores",
+    "scores_from_router",
+    "scores_from_weights",
+    "scores_random",
+    "show_scores",
     "verify",
 ]
 
@@ -50,19 +90,33 @@ __all__ = [
 _HOMES = {
     "ApplyReport": "operations.reports",
     "ArchitectureReport": "verification.findings",
+    "BaselineReport": "operations.reports",
+    "CalibrationReport": "layerwise.run",
     "Checkpoint": "checkpoint.checkpoint",
+    "ComparisonReport": "pruning.agreement",
     "InspectReport": "operations.reports",
     "PlanReport": "pruning.report",
     "Pruning": "operations.prune",
     "PushReport": "operations.reports",
+    "RouterScoresReport": "operations.reports",
     "Scores": "scores.table",
+    "ScoresReport": "operations.reports",
     "VerifyReport": "verification.findings",
+    "WrittenScoresReport": "operations.reports",
     "apply": "operations.api",
-    "inspect": "operations.inspect",
+    "calibrate": "operations.score_api",
+    "compare_scores": "operations.score_api",
+    "convert_scores": "operations.score_api",
+    "inspect": "operations.api",
+    "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
     "plan": "operations.api",
     "push": "operations.api",
-    "read_scores": "scores.files",
+    "read_scores": "operations.api",
+    "scores_from_router": "operations.score_api",
+    "scores_from_weights": "operations.score_api",
+    "scores_random": "operations.score_api",
+    "show_scores": "operations.score_api",
     "verify": "operations.api",
 }
 

@@ -97,10 +97,17 @@ class ShardSurgeonError(Exception):
         self.where = fspath(where)
         self.problem = problem
         self.remedy = remedy
-        line = f"{self.where}: {problem}" if self.where else problem
-        if remedy:
-            line += f"; {remedy}"
-        super().__init__(printable(" ".join(line.split())))
+        super().__init__(self._line())
+
+    def reword(self, where: str, problem: str, remedy: str) -> None:
+        """Say the same in other words."""
+        self.where, self.problem, self.remedy = where, problem, remedy
+        self.args = (self._line(),)
+
+    def _line(self) -> str:
+        line = f"{self.where}: {self.problem}" if self.where else self.problem
+        line += f"; {self.remedy}" if self.remedy else ""
+        return printable(" ".join(line.split()))
 
 
 class InputError(ShardSurgeonError):
@@ -108,7 +115,7 @@ class InputError(ShardSurgeonError):
 
     >>> shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=1.5)
     Traceback (most recent call last):
-    shardsurgeon.errors.UsageError: --ratio: 1.5 is not between 0 and 1; give the fraction ...
+    shardsurgeon.errors.UsageError: ratio: 1.5 is not between 0 and 1; give the fraction ...
     """
 
     exit_status = 2

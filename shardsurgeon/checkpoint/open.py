@@ -52,6 +52,26 @@ def unfinished(folder: Path) -> CheckpointError:
     return CheckpointError(folder, problem, "finish it by the same command, or remove it")
 
 
+def reopened(
+    model: str | os.PathLike[str] | Checkpoint | None,
+    family: str | None = None,
+    *,
+    follow_links: bool = False,
+) -> Checkpoint:
+    """As `open_model`; a checkpoint that is open already stays as it is, and takes no family."""
+    if not isinstance(model, Checkpoint):
+        return open_model(model, family, follow_links=follow_links)
+    if family is not None:
+        raise already_open("family")
+    return model
+
+
+def already_open(option: str) -> UsageError:
+    """The error of an option that says how to open a model, with a model that is open."""
+    problem = "is for a model that is still to be opened"
+    return UsageError(option, problem, "give the model's folder or address instead")
+
+
 def files_read(checkpoint: Checkpoint, family: str | None) -> list[Path]:
     """The files of this machine that opening a model reads, however the rest of it is used.
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import json_option
-from shardsurgeon.cli.output import WIDTH, emit
-from shardsurgeon.units import counted
+from shardsurgeon.cli.output import emit, width
 
 if TYPE_CHECKING:
     from shardsurgeon.operations.families import FamiliesReport
 
 
-@click.command("families")
+@click.command("families", cls=Command)
 @json_option
 def families_command(as_json: bool) -> None:
     """List the model families that can be pruned.
@@ -43,7 +43,7 @@ def _lines(report: FamiliesReport) -> Iterator[str]:
         if family.refusal is None
     }
     refused = {f.name: f.refusal for f in report.families if f.refusal is not None}
-    yield f"{len(read)} families of {counted(report.supported, 'model type')} can be pruned:"
+    yield f"{report.title}:"
     yield ""
     yield from _columns(read)
     yield ""
@@ -60,7 +60,7 @@ def _columns(rows: Mapping[str, str]) -> Iterator[str]:
     for name, words in rows.items():
         yield from textwrap.wrap(
             words,
-            WIDTH,
+            width(),
             initial_indent=f"  {name}".ljust(column),
             subsequent_indent=" " * column,
             break_long_words=False,

@@ -95,7 +95,7 @@ def plan_command(
     pruning = prune.plan(model, scores, requests[0], family=family, follow_links=follow_links)
     lines: Iterable[str] = plan_lines(pruning.report, every=layers)
     if plan_out is not None:
-        written = pruning.write_plan(plan_out, force=force)
+        written = prune.save_plan(pruning, plan_out, force=force)
         lines = chain(lines, ["", saved("Keep-lists", plan_out, written)])
     emit(pruning.report, lines, as_json, told_otherwise=plan_out is not None)
 

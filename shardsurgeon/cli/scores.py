@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -313,7 +313,12 @@ def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
 @progress_option
 @json_option
 def from_router_command(
-    model: str | None, out: str, force: bool, norm: str, family: str | None, as_json: bool
+    model: str | None,
+    out: str,
+    force: bool,
+    norm: Literal["l2", "l1"],
+    family: str | None,
+    as_json: bool,
 ) -> None:
     """Score experts by the size of their router rows.
 

@@ -75,7 +75,8 @@ class CalibrationRequest:
     extend: a score file whose samples are left out and whose sums are added; activation_budget:
     bytes of memory for hidden states between layers, None for half of what is free; field: the
     only field of a record to look at; tokenizer: a folder or a model of the Hub, None for the
-    model's own; trust_remote_code: whether a tokenizer may run code of the model.
+    model's own; trust_remote_code: whether a tokenizer may run code of the model. Raises UsageError
+    for numbers below 1 and a share that is none.
     """
 
     dataset: str
@@ -89,6 +90,14 @@ class CalibrationRequest:
     tokenizer: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        for option, value in (("--samples", self.samples), ("--max-length", self.max_length)):
+            if value is not None and value < 1:
+                raise UsageError(option, f"{value} is less than 1")
+        if self.share is not None and not 1 <= self.share[0] <= self.share[1]:
+            problem = f"{self.share[0]}/{self.share[1]} is not a share"
+            raise UsageError("--share", problem, "write it like 1/4, 2/4, 3/4, 4/4")
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CalibrationReport(Report):
@@ -98,6 +107,12 @@ class CalibrationReport(Report):
     layers: MoE layers in the file; mtp_layers: how many of them are MTP layers; layers_resumed:
     layers that an earlier run had finished; never_routed: experts, over all layers, that no token
     was routed to; seconds: wall time.
+
+    >>> with open("chats.txt", "w") as file:
+    ...     written = file.write("the cat sat on the mat\\n" * 4)
+    >>> report = shardsurgeon.calibrate("fixtures/qwen3_moe", "chats.txt:2", "measured.npz")
+    >>> report.title, report.device
+    ('qwen3_moe: chats.txt:2', 'cpu')
     """
 
     model: str

@@ -47,6 +47,8 @@ class Settings:
             raise UsageError("--dtype", problem)
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UsageError("--batch-size", f"{self.batch_size} is less than 1")
+        if self.seed < 0:
+            raise UsageError("--seed", f"{self.seed} is less than 0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import TypeVar
+from typing import Any, Unpack, overload
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.workers import Listener
 from shardsurgeon.operations import apply as applying
+from shardsurgeon.operations import inspect as inspection
 from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
 from shardsurgeon.operations.prune import Pruning, require_apart
+from shardsurgeon.operations.python_calls import (
+    AllocationName,
+    AnyPath,
+    ListsName,
+    MtpName,
+    PlanOptions,
+    RoundingName,
+    ScoreValues,
+    public,
+)
 from shardsurgeon.operations.reports import ApplyReport, PushReport
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import (
@@ -24,15 +37,42 @@ from shardsurgeon.pruning.request import (
     Rounding,
     SelectionRequest,
 )
+from shardsurgeon.scores import files as score_files
+from shardsurgeon.scores.shapes import scores_in_memory
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import output_path
-from shardsurgeon.units import parse_size
+from shardsurgeon.storage.phases import Phase, listening
+from shardsurgeon.units import parse_ratios, parse_size
 from shardsurgeon.verification.findings import VerifyReport
 
-AnyPath = str | PathLike[str]
-_Choice = TypeVar("_Choice", Rounding, MtpPolicy, Allocation, Lists)
+inspect = public(inspection.inspect)
 
 
+@public
+def read_scores(path: AnyPath | ScoreValues) -> Scores:
+    """Read a score file: `.pt`, `.pth`, `.safetensors`, `.npz`, `.json` or `.jsonl`.
+
+    A file of another name is recognised by its first bytes. Gives every metric of the file as
+    float64 [experts] per layer, in the units of the file. Nothing in a `.pt` file is executed.
+    What is no path is taken for the scores themselves: `{layer: numbers}`, `{layer: {metric:
+    numbers}}` or a table with a row for each MoE layer, of lists, numpy's arrays or torch's
+    tensors, which are copied.
+
+    Raises ScoreError where the file cannot be read, is hostile or broken, or does not hold one
+    number per expert and layer.
+
+    >>> scores = shardsurgeon.read_scores("fixtures/kimi_k25/scores.pt")
+    >>> scores.metrics[:3], scores.facts
+    (('ean_mean', 'ean_sum', 'expert_frequency'), {'total_tokens': 4096})
+    >>> shardsurgeon.read_scores({1: [0.5, 0.25], 2: [0.125, 1.0]})
+    scores: saliency of 2 experts in 2 layers
+    """
+    if isinstance(path, str | PathLike):
+        return score_files.read_scores(path)
+    return scores_in_memory(path)
+
+
+@public
 def open_checkpoint(
     model: AnyPath, *, family: str | None = None, follow_links: bool = False
 ) -> Checkpoint:
@@ -49,37 +89,60 @@ def open_checkpoint(
     return open_model(model, family, follow_links=follow_links)
 
 
+@overload
 def plan(
     checkpoint: Checkpoint | AnyPath,
-    scores: Scores | AnyPath | None = None,
+    scores: Scores | AnyPath | ScoreValues | None = None,
     *,
-    ratio: float | None = None,
+    ratio: float | str | None = None,
+    **options: Unpack[PlanOptions],
+) -> Pruning: ...
+
+
+@overload
+def plan(
+    checkpoint: Checkpoint | AnyPath,
+    scores: Scores | AnyPath | ScoreValues | None = None,
+    *,
+    ratio: list[float] | list[str] | tuple[float | str, ...],
+    **options: Unpack[PlanOptions],
+) -> list[Pruning]: ...
+
+
+@public
+def plan(
+    checkpoint: Checkpoint | AnyPath,
+    scores: Scores | AnyPath | ScoreValues | None = None,
+    *,
+    ratio: float | str | Sequence[float | str] | None = None,
     keep: int | None = None,
     target_size: int | str | None = None,
     plan_file: AnyPath | None = None,
-    rounding: str | None = None,
+    rounding: RoundingName | None = None,
     multiple_of: int | None = None,
     metric: str | None = None,
     preserve_super_experts: bool = False,
-    mtp: str = "router-norm",
-    allocate: str = "uniform",
+    mtp: MtpName = "router-norm",
+    allocate: AllocationName = "uniform",
     allow_nonuniform: bool = False,
-    lists: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    lists: ListsName | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
     family: str | None = None,
     follow_links: bool = False,
-) -> Pruning:
+) -> Pruning | list[Pruning]:
     """Decide which experts stay and plan every byte of the result. Reads headers, writes nothing.
 
     checkpoint: a folder, an address (`org/name`, `s3://…`) or what `open_checkpoint` returned.
-    scores: a score file or what `read_scores` returned; None with plan_file.
+    scores: a score file, what `read_scores` returned or takes (a dict or an array of numbers);
+    None with plan_file.
 
     Exactly one of these says how many experts stay in each MoE layer:
 
-    - ratio: the fraction to remove, above 0 and below 1;
+    - ratio: the fraction to remove, above 0 and below 1, or as `"65%"`; of a list of ratios the
+      result is a list of plans;
     - keep: how many to keep;
     - target_size: as many as fit tensor data of this size, in bytes or as `"122GB"`;
     - plan_file: a keep-list that names them.
@@ -111,34 +174,43 @@ def plan(
     >>> plan.report.num_experts_before, plan.report.num_experts_after
     (32, 12)
     """
-    request = SelectionRequest(
-        ratio=ratio,
-        keep=keep,
-        target_size=_nbytes(target_size, "target_size"),
-        plan_file=plan_file,
-        rounding=None if rounding is None else _choice(Rounding, rounding, "rounding"),
-        multiple_of=multiple_of,
-        metric=metric,
-        preserve_super_experts=preserve_super_experts,
-        mtp=_choice(MtpPolicy, mtp, "mtp"),
-        allocate=_choice(Allocation, allocate, "allocate"),
-        allow_nonuniform=allow_nonuniform,
-        lists=None if lists is None else _choice(Lists, lists, "lists"),
-        include=tuple(include),
-        exclude=tuple(exclude),
-    )
     limit = _nbytes(max_shard_size, "max_shard_size")
-    return prune.plan(
-        checkpoint,
-        scores,
-        request,
-        out=out,
-        max_shard_nbytes=limit,
-        family=family,
-        follow_links=follow_links,
-    )
+    table = _table(scores)
+
+    def planned(model: Checkpoint | AnyPath, share: float | str | None, **how: Any) -> Pruning:
+        request = SelectionRequest(
+            ratio=_ratio(share),
+            keep=keep,
+            target_size=_nbytes(target_size, "target_size"),
+            plan_file=plan_file,
+            rounding=None if rounding is None else Rounding(rounding),
+            multiple_of=multiple_of,
+            metric=metric,
+            preserve_super_experts=preserve_super_experts,
+            mtp=MtpPolicy(mtp),
+            allocate=Allocation(allocate),
+            allow_nonuniform=allow_nonuniform,
+            lists=None if lists is None else Lists(lists),
+            include=_globs(include),
+            exclude=_globs(exclude),
+        )
+        return prune.plan(model, table, request, out=out, max_shard_nbytes=limit, **how)
+
+    if not isinstance(ratio, list | tuple):
+        assert not isinstance(ratio, Sequence) or isinstance(ratio, str)
+        return planned(checkpoint, ratio, family=family, follow_links=follow_links)
+    if not ratio:
+        raise UsageError("ratio", "is an empty list", "give at least one")
+    if out is not None:
+        problem = f"one folder cannot hold the models of {len(ratio)} ratios"
+        raise UsageError("out", problem, "leave it out, and give it to `apply`")
+    if isinstance(checkpoint, Checkpoint):
+        return [planned(checkpoint, each, family=family) for each in ratio]
+    opened = open_model(checkpoint, family, follow_links=follow_links)
+    return [replace(planned(opened, each), declared=family) for each in ratio]
 
 
+@public
 def apply(
     plan: Pruning,
     out: AnyPath | None = None,
@@ -147,6 +219,7 @@ def apply(
     verify: bool = True,
     restart: bool = False,
     checksums: bool = False,
+    progress: bool = False,
     on_progress: Listener | None = None,
     push_to_hub: str | None = None,
     stream_push: str | None = None,
@@ -162,8 +235,9 @@ def apply(
     workers: threads, 0 for a number that suits the machine. verify: compare the structure of every
     tensor and the bytes of a sample. restart: discard what an interrupted run left, instead of
     going on from there. checksums: record the SHA-256 of the shards too, for which they are read
-    once more; that of every other file is always recorded. on_progress: called often, by one thread
-    at a time, with the bytes and shards that are done; what it raises stops the run.
+    once more; that of every other file is always recorded. progress: show a bar. on_progress:
+    called often, by one thread at a time, with the bytes and shards that are done; what it raises
+    stops the run.
 
     push_to_hub: a repository, `org/name`, to push the finished folder to. stream_push: one to
     upload every shard to as soon as it is finished, so that nothing stays here; disk_budget: bytes
@@ -201,9 +275,11 @@ def apply(
         checksums=checksums,
         progress=on_progress,
     )
-    return applying.apply(plan, options, destination)
+    with bars(progress):
+        return applying.apply(plan, options, destination)
 
 
+@public
 def push(
     pruned: AnyPath,
     repo_id: str,
@@ -213,9 +289,10 @@ def push(
     create_pr: bool = False,
     card: AnyPath | bool = True,
     family: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     follow_links: bool = False,
+    progress: bool = False,
 ) -> PushReport:
     """Push a folder that `apply` wrote to the Hugging Face Hub, in one commit.
 
@@ -225,7 +302,7 @@ def push(
     card: a README.md to use in place of the one that is made; False leaves the source's own.
     family, follow_links: as for `plan`. include: globs of files that are pushed as they are, though
     `apply` did not write them, or wrote something else; exclude: globs of files that are not
-    pushed. A rerun uploads nothing that is there already.
+    pushed. progress: show how far the uploads are. A rerun uploads nothing that is there already.
 
     Raises CheckpointError and its children where the folder is not a complete prune, or is not as
     `apply` wrote it (but for README.md, which may be edited), UsageError
@@ -240,14 +317,15 @@ def push(
     from shardsurgeon.operations import push as publishing
 
     destination = Destination(repo_id, private, revision, create_pr, *_card(card))
-    return publishing.push(
-        pruned,
-        destination,
-        family=family,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        follow_links=follow_links,
-    )
+    with bars(progress):
+        return publishing.push(
+            pruned,
+            destination,
+            family=family,
+            include=_globs(include),
+            exclude=_globs(exclude),
+            follow_links=follow_links,
+        )
 
 
 def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
@@ -255,6 +333,7 @@ def _card(card: AnyPath | bool) -> tuple[AnyPath | None, bool]:
     return (None, card) if isinstance(card, bool) else (card, True)
 
 
+@public
 def verify(
     source: AnyPath,
     pruned: AnyPath,
@@ -263,13 +342,14 @@ def verify(
     architecture: bool = False,
     family: str | None = None,
     follow_links: bool = False,
+    progress: bool = False,
 ) -> VerifyReport:
     """Compare a pruned model with its source: structure, records, and the bytes of every tensor.
 
     source, pruned: folders or addresses (`org/name`, `s3://…`). sample: tensors per shard whose
     bytes are compared, None for all. architecture: check as well, by names and shapes, that
     transformers' model of the pruned config takes exactly these tensors. family, follow_links:
-    as for `plan`.
+    as for `plan`. progress: show a bar.
 
     Differences are in the report, not raised. Raises CheckpointError and its children where a
     model cannot be read, UsageError where the architecture cannot be checked.
@@ -280,23 +360,107 @@ def verify(
     >>> report.holds, report.tensors_compared
     (True, 404)
     """
-    return verification.verify(
-        source,
-        pruned,
-        sample=sample,
-        architecture=architecture,
-        family=family,
-        follow_links=follow_links,
-    )
+    if sample is not None and sample < 1:
+        raise UsageError("sample", f"{sample} is less than 1")
+    with bars(progress):
+        return verification.verify(
+            source,
+            pruned,
+            sample=sample,
+            architecture=architecture,
+            family=family,
+            follow_links=follow_links,
+        )
+
+
+class _Bars:
+    """A bar of tqdm for each phase that counts, as notebook and terminal have them.
+
+    A thread looks at the phases; a bar goes when its phase ends, since a notebook keeps the others.
+    """
+
+    def __init__(self) -> None:
+        self._shown: dict[Phase, Any] = {}
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+
+    def begin(self, phase: Phase) -> None:
+        """Open its bar."""
+        from tqdm.auto import tqdm
+
+        if phase.total:
+            bar = tqdm(
+                desc=phase.name,
+                total=phase.total,
+                initial=phase.resumed,
+                unit=phase.unit or "it",
+                unit_scale=bool(phase.unit),
+                leave=False,
+            )
+            with self._lock:
+                self._shown[phase] = bar
+
+    def end(self, phase: Phase) -> None:
+        """Close its bar."""
+        with self._lock:
+            if (bar := self._shown.pop(phase, None)) is not None:
+                _update(bar, phase)
+                bar.refresh()
+                bar.close()
+
+    def look(self) -> None:
+        """Twice a second, until `stop`: a notebook writes down what each look prints."""
+        while not self._over.wait(0.5):
+            with self._lock:
+                for phase, bar in self._shown.items():
+                    _update(bar, phase)
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+
+
+def _update(bar: Any, phase: Phase) -> None:
+    bar.set_postfix_str(phase.detail, refresh=False)
+    bar.update(phase.done - bar.n)
+
+
+@contextmanager
+def bars(wanted: bool) -> Iterator[None]:
+    """Bars for what is done in a `with`; none where they are not wanted."""
+    if not wanted:
+        yield
+        return
+    shown = _Bars()
+    thread = threading.Thread(target=shown.look, name="bars", daemon=True)
+    thread.start()
+    try:
+        with listening(shown):
+            yield
+    finally:
+        shown.stop()
+        thread.join()
 
 
 def _nbytes(size: int | str | None, option: str) -> int | None:
     return parse_size(size, option) if isinstance(size, str) else size
 
 
-def _choice(kind: type[_Choice], value: str, option: str) -> _Choice:
-    try:
-        return kind(value)
-    except ValueError:
-        names = ", ".join(kind)
-        raise UsageError(option, f"{value!r} is none of {names}") from None
+def _ratio(ratio: float | str | None) -> float | None:
+    """A ratio, which may be a text such as `65%`."""
+    if not isinstance(ratio, str):
+        return ratio
+    found = parse_ratios(ratio, "ratio")
+    if len(found) > 1:
+        raise UsageError("ratio", f"'{ratio}' is {len(found)} ratios", f"give {list(found)}")
+    return found[0]
+
+
+def _globs(globs: str | Sequence[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
+def _table(scores: Scores | AnyPath | ScoreValues | None) -> Scores | AnyPath | None:
+    if scores is None or isinstance(scores, Scores | str | PathLike):
+        return scores
+    return scores_in_memory(scores)

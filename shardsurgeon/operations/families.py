@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardsurgeon.families.schema import all_families
+from shardsurgeon.reports import Report
+from shardsurgeon.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +21,18 @@ class FamilyReport:
     refusal: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class FamiliesReport:
+@dataclass(frozen=True, slots=True, repr=False)
+class FamiliesReport(Report):
     """Every family, by name; supported: how many model types can be pruned."""
 
     families: tuple[FamilyReport, ...]
     supported: int
+
+    @property
+    def title(self) -> str:
+        """`81 families of 107 model types can be pruned`."""
+        able = sum(each.refusal is None for each in self.families)
+        return f"{able} families of {counted(self.supported, 'model type')} can be pruned"
 
 
 def list_families() -> FamiliesReport:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
-from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.open import reopened
 from shardsurgeon.checkpoint.provenance import Provenance
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced
@@ -30,11 +31,14 @@ from shardsurgeon.units import number_ranges
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
 
 
-def inspect(model: str | None = None, *, family: str | None = None) -> InspectReport:
+def inspect(
+    model: str | PathLike[str] | Checkpoint | None = None, *, family: str | None = None
+) -> InspectReport:
     """What a model is made of: layers, experts, sizes. Reads headers and JSON only.
 
-    model: a folder or an address (`org/name`, `s3://…`), None for the current folder; family: a
-    file with the model's declaration, `auto` to read a model of no declared family. Raises
+    model: a folder or an address (`org/name`, `s3://…`), an opened checkpoint, None for the current
+    folder; family: a file with the model's declaration, `auto` to read a model of no declared
+    family, neither with an opened checkpoint. Raises
     CheckpointError and its children where it cannot be read, FamilyError where it is of no
     supported family.
 
@@ -42,7 +46,7 @@ def inspect(model: str | None = None, *, family: str | None = None) -> InspectRe
     >>> report.family, report.num_experts, report.moe_layers
     ('kimi_k25', 32, (1, 2, 3))
     """
-    checkpoint = open_model(model, family, follow_links=True)
+    checkpoint = reopened(model, family, follow_links=True)
     with phase("finding experts"):
         return _report(checkpoint)
 

@@ -12,13 +12,14 @@ from typing import Any
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.layer_consistency import require_complete
-from shardsurgeon.checkpoint.open import files_read, open_model
+from shardsurgeon.checkpoint.open import already_open, files_read, open_model, reopened
 from shardsurgeon.checkpoint.provenance import rounding_alone
 from shardsurgeon.checkpoint.recognition import PLAN, SCORES
 from shardsurgeon.checkpoint.wrong_files import files_of, is_model, require_file
 from shardsurgeon.errors import KeepListError, OutputError, OutputWriteError, ScoreError, UsageError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
+from shardsurgeon.operations.python_calls import public
 from shardsurgeon.operations.recipe import Recipe
 from shardsurgeon.operations.serving import Serving, serving_of
 from shardsurgeon.pruning.decide import Decision, decide
@@ -99,27 +100,33 @@ class Pruning(Titled):
         kept = {layer: len(keep.retained) for layer, keep in layers.items()}
         return serving_of(self.checkpoint, self.anatomy, kept)
 
+    @public
     def write_plan(self, path: str | os.PathLike[str], *, force: bool = False) -> bool:
         """Save the keep-lists as a plan.json that `--plan` reads; False where it is saved already.
 
         force: replace another plan of ours. Raises OutputError for any other file that exists, a
         file that this plan was made from among them.
         """
-        data = write_plan(
-            self.decision.keep,
-            selection=_selection_settings(self),
-            source={
-                "name": self.checkpoint.source.name,
-                "config_sha256": self.checkpoint.config_sha256,
-            },
-            model=facts_of(self.checkpoint, self.anatomy),
-        )
-        model = self.checkpoint.source
-        inputs = [Path(origin) for _, origin, _ in self.plan.score_files]
-        inputs += filter(None, (model.local_path(file.name) for file in self.plan.source_files))
-        inputs += files_read(self.checkpoint, self.declared)
-        output = Output(output_path(path), "a plan", is_plan, force)
-        return output.apart_from(inputs).write(data)
+        return save_plan(self, path, force=force)
+
+
+def save_plan(pruning: Pruning, path: str | os.PathLike[str], *, force: bool = False) -> bool:
+    """As `Pruning.write_plan`, with messages for the command line."""
+    data = write_plan(
+        pruning.decision.keep,
+        selection=_selection_settings(pruning),
+        source={
+            "name": pruning.checkpoint.source.name,
+            "config_sha256": pruning.checkpoint.config_sha256,
+        },
+        model=facts_of(pruning.checkpoint, pruning.anatomy),
+    )
+    model = pruning.checkpoint.source
+    inputs = [Path(origin) for _, origin, _ in pruning.plan.score_files]
+    inputs += filter(None, (model.local_path(file.name) for file in pruning.plan.source_files))
+    inputs += files_read(pruning.checkpoint, pruning.declared)
+    output = Output(output_path(path), "a plan", is_plan, force)
+    return output.apart_from(inputs).write(data)
 
 
 def plan(
@@ -145,14 +152,9 @@ def plan(
     """
     place = None if out is None else output_path(out)
     _require_files(model, scores, request.plan_file)
-    if isinstance(model, Checkpoint):
-        if family is not None or follow_links:
-            problem = "is for a model that is still to be opened"
-            option = "follow_links" if family is None else "family"
-            raise UsageError(option, problem, "give the model's folder or address instead")
-        checkpoint = model
-    else:
-        checkpoint = open_model(model, family, follow_links=follow_links)
+    if isinstance(model, Checkpoint) and follow_links:
+        raise already_open("follow_links")
+    checkpoint = reopened(model, family, follow_links=follow_links)
     with phase("planning"):
         return _plan(checkpoint, scores, request, place, max_shard_nbytes, family, recipe)
 

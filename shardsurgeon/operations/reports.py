@@ -225,6 +225,10 @@ class RouterScoresReport(Report):
     """Scores taken from a model's routers. out: the score file, which holds one `metric`.
 
     written: False where the file held these scores already.
+
+    >>> report = shardsurgeon.scores_from_router("fixtures/qwen3_moe", "router.npz", norm="l1")
+    >>> report.metric, report.layers[0].layer, report.written
+    ('router_l1', 0, True)
     """
 
     model: str
@@ -248,6 +252,10 @@ class BaselineReport(Report):
 
     method: `expert-weight-norm` or `random`; seed: of random scores; written: False where the file
     held these scores already.
+
+    >>> report = shardsurgeon.scores_from_weights("fixtures/qwen3_moe", "weights.npz")
+    >>> report.method, report.num_experts, report.seed
+    ('expert-weight-norm', 16, None)
     """
 
     model: str
@@ -274,6 +282,10 @@ class ScoresReport(Report):
     told by; facts: small values beside the scores; calibration: settings of the run that made
     it, with the number of samples in place of their list, None without accumulators; notes: why
     `plan` would refuse the metric.
+
+    >>> report = shardsurgeon.show_scores("fixtures/kimi_k25/scores.pt", "fixtures/kimi_k25")
+    >>> report.title
+    'fixtures/kimi_k25/scores.pt: reap of 32 experts in 3 layers for kimi_k25'
     """
 
     file: str
@@ -302,6 +314,9 @@ class WrittenScoresReport(Report):
 
     inputs: the files it came from; layers, metrics: what it holds; samples, tokens: of the
     calibration in it, None without one; written: False where the file held this already.
+
+    >>> shardsurgeon.convert_scores("fixtures/kimi_k25/scores.pt", "scores.json")
+    fixtures/kimi_k25/scores.pt -> scores.json
     """
 
     inputs: tuple[str, ...]

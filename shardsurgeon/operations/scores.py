@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,10 @@ def show_scores(
     the one that `plan` would take; family: as for `plan`. Scores that are no measurement are
     shown, with a note that `plan` refuses them. Raises ScoreError for scores that are broken or do
     not fit.
+
+    >>> report = shardsurgeon.show_scores("fixtures/kimi_k25/scores.pt")
+    >>> report.metric, report.layers[0].never_routed, report.cuts[-1].kept
+    ('reap', (6,), 18)
     """
     _require_model(model, family)
     scores = read_scores(file)
@@ -116,6 +120,9 @@ def convert_scores(
     force: replace another score file. Raises UsageError and OutputError where `out` cannot be
     written so, ScoreError for a file that cannot
     be read.
+
+    >>> shardsurgeon.convert_scores("fixtures/kimi_k25/scores.pt", "scores.npz").layers
+    3
     """
     _require_model(model, family)
     output = _output(out, force, source)
@@ -140,6 +147,12 @@ def merge_scores(
     models of one config under two names are one; force: replace another score file. Raises
     UsageError and OutputError where `out` cannot be written, ScoreError for files without
     accumulators, of different models, or with a sample in common.
+
+    >>> try:
+    ...     shardsurgeon.merge_scores(["fixtures/kimi_k25/scores.pt"] * 2, "both.npz")
+    ... except shardsurgeon.InputError as error:
+    ...     print(error.problem)
+    holds the same counts and sums as fixtures/kimi_k25/scores.pt
     """
     output = _output(out, force, *files)
     if (observed := _observed(files)) is not None:
@@ -175,13 +188,18 @@ def _observed(files: Sequence[Path]) -> list[Scores] | None:
 
 
 def compare_scores(
-    a: Path, b: Path, *, ratios: Sequence[float], metrics: Sequence[str] = ()
+    a: Path, b: Path, *, ratios: Sequence[float] = (0.25, 0.5), metrics: Sequence[str] = ()
 ) -> ComparisonReport:
     """How well two score files agree on the order of each layer's experts.
 
     ratios: fractions removed at which the keep-lists are compared; metrics: one for both files or
     one for each, none for the one that `plan` would take. Raises ScoreError where the files have no
     layer in common or different numbers of experts in one.
+
+    >>> scores = "fixtures/kimi_k25/scores.pt"
+    >>> report = shardsurgeon.compare_scores(scores, scores, metrics=["reap", "ean_mean"])
+    >>> round(report.mean.spearman, 2), report.mean.overlaps["0.5"].kept
+    (0.79, 16)
     """
     require_ratios(ratios)
     if len(metrics) > 2:
@@ -194,7 +212,7 @@ def scores_from_router(
     model: Path | None,
     out: Path,
     *,
-    norm: str = "l2",
+    norm: Literal["l2", "l1"] = "l2",
     family: str | None = None,
     force: bool = False,
 ) -> RouterScoresReport:
@@ -203,6 +221,9 @@ def scores_from_router(
     family: as for `plan`; force: replace another score file. Raises OutputError where the file
     that is there stays, UsageError where its suffix is not one of a score file that can be written,
     and whatever opening the model and reading its routers raises.
+
+    >>> shardsurgeon.scores_from_router("fixtures/qwen3_moe", "router.npz")
+    qwen3_moe: router_l2 of 16 experts in 3 routers
     """
     output, checkpoint, anatomy = _begin(model, out, family, force)
     scores = router_scores(checkpoint, anatomy.layers, RouterNorm(norm))
@@ -242,7 +263,7 @@ def scores_random(
     model: Path | None,
     out: Path,
     *,
-    seed: int,
+    seed: int = 42,
     family: str | None = None,
     force: bool = False,
 ) -> BaselineReport:
@@ -250,6 +271,10 @@ def scores_random(
 
     seed: 0 or more; the same seed gives the same numbers on every machine, and a layer's do not
     depend on the other layers. Raises what `scores_from_router` raises.
+
+    >>> report = shardsurgeon.scores_random("fixtures/qwen3_moe", "random.npz", seed=7)
+    >>> report.seed, report.written
+    (7, True)
     """
     if seed < 0:
         raise UsageError("--seed", f"{seed} is less than 0")

@@ -61,6 +61,10 @@ class ComparisonReport(Report):
 
     mean: over those layers, with "mean" as its `layer`; only_a, only_b: layers that one file
     alone has.
+
+    >>> scores = "fixtures/kimi_k25/scores.pt"
+    >>> shardsurgeon.compare_scores(scores, scores).mean.overlaps["0.5"].jaccard
+    1.0
     """
 
     a: str

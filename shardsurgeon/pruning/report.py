@@ -181,7 +181,7 @@ class PlanReport(Report):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PlansReport(Report):
-    """Plans of one model, one for each ratio that was asked for."""
+    """Plans of one model, one for each ratio that was asked for: what `plan --json` prints."""
 
     plans: tuple[PlanReport, ...]
 

@@ -56,6 +56,37 @@ def read_tables(value: object, where: str) -> Scores:
     return _Shapes(where).scores(value)
 
 
+def scores_in_memory(value: object, origin: str = "scores") -> Scores:
+    """The scores that a dict, a list or an array is, in the shapes that files have.
+
+    value: with numpy's arrays, or any that turn into those, such as torch's tensors; they are
+    copied. origin: what messages call it. Raises ScoreError as `read_tables` does.
+    """
+    return read_tables(_held(value), origin)
+
+
+def _held(value: object) -> object:
+    """The value as a format reader would have given it."""
+    if isinstance(value, Mapping):
+        return {_held_key(key): _held(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [item.tolist() if hasattr(item, "tolist") else _held(item) for item in value]
+    if not hasattr(value, "__array__"):
+        return value
+    if hasattr(value, "detach"):  # a tensor of torch, on any device, of types that numpy lacks
+        tensor = value.detach().cpu()
+        value = tensor.double() if tensor.is_floating_point() else tensor
+    array = np.array(value)  # a copy, which may be made read-only
+    dtype = {"f": "F64", "i": "I64", "u": "I64", "b": "BOOL", "c": "C128"}.get(array.dtype.kind)
+    return StoredArray(dtype, array.shape, lambda: array) if dtype else array.tolist()
+
+
+def _held_key(key: object) -> object:
+    return key.item() if isinstance(key, np.generic) else key
+
+
 def small_facts(notes: Mapping[str, str]) -> dict[str, Fact]:
     """Those of a file's metadata that are facts: few, short, and text."""
     short = {key: note for key, note in notes.items() if _fact(note) is not None}

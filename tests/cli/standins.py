@@ -255,7 +255,7 @@ class FakePruning:
     args: tuple[Any, ...]
     options: dict[str, Any]
 
-    def write_plan(self, path: str, *, force: bool = False) -> bool:
+    def save_plan(self, path: str, *, force: bool = False) -> bool:
         Path(path).write_text("keep-lists")
         return True
 

@@ -17,6 +17,7 @@ from shardsurgeon.layerwise import run as calibration
 from shardsurgeon.layerwise.calibration_file import read_calibration
 from shardsurgeon.layerwise.resume import PartialCalibration
 from shardsurgeon.scores.files import read_scores
+from tests.cli.report_schema import require_valid
 from tests.cli.standins import in_python
 from tests.layerwise.chats import FIXTURES, sums, words, write_chats
 from tests.support.hub.models import add_fixture
@@ -78,6 +79,7 @@ def test_the_report_and_the_file_describe_the_run(
     assert main(words(MODEL, chats, out, *spec)) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
+    require_valid(report, "calibrate")
     assert "tok/s" in captured.err
     settings = read_calibration(out).settings
     samples = read_calibration(out).samples

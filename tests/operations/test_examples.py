@@ -11,10 +11,11 @@ import pytest
 import shardsurgeon
 from tests.support.hub.models import ROOT
 
-# These examples need a Hub to push to; that of ArchitectureReport needs transformers.
+# These examples need a Hub to push to, those transformers.
 PUSHING = {"push", "PushReport"}
+WITH_TORCH = {"ArchitectureReport", "CalibrationReport", "calibrate"}
 NAMES = [
-    pytest.param(name, marks=pytest.mark.torch if name == "ArchitectureReport" else ())
+    pytest.param(name, marks=pytest.mark.torch if name in WITH_TORCH else ())
     for name in shardsurgeon.__all__
 ]
 

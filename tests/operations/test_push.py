@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 
 import shardsurgeon
+from tests.cli.report_schema import require_valid
 from tests.operations.workbench import Shell, digests, downloaded, same_model, scores_of
 from tests.support.hub.models import fixture_folder
 
@@ -24,6 +25,7 @@ def test_a_prune_arrives_in_one_commit_byte_for_byte(
 ) -> None:
     before = digests(pruned)
     report = json.loads(shell.good("push", str(pruned), "me/tiny", "--json"))
+    require_valid(report, "push")
     hub = shell.hub
     assert hub.commits("me/tiny") == ["Upload a model pruned with shardsurgeon", "initial commit"]
     assert report["commit"] == hub.store.repositories["me/tiny"].branches["main"]

@@ -36,6 +36,8 @@ HEAVY = {
     "compressed_tensors",
     "datasets",
     "loguru",
+    "nbclient",
+    "nbformat",
     "tokenizers",
     "torch",
     "transformers",

@@ -1,0 +1,120 @@
+"""Calibration and the tools for score files, for notebooks and pipelines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from shardsurgeon.layerwise.settings import Listener, Settings
+from shardsurgeon.operations import scores
+from shardsurgeon.operations.api import bars
+from shardsurgeon.operations.python_calls import AnyPath, public
+from shardsurgeon.operations.reports import BaselineReport
+from shardsurgeon.units import parse_size
+
+if TYPE_CHECKING:
+    from shardsurgeon.layerwise.run import CalibrationReport
+
+Dtype: TypeAlias = Literal["bfloat16", "float16", "float32", "float64"]
+
+show_scores = public(scores.show_scores)
+convert_scores = public(scores.convert_scores)
+merge_scores = public(scores.merge_scores)
+compare_scores = public(scores.compare_scores)
+scores_from_router = public(scores.scores_from_router)
+scores_random = public(scores.scores_random)
+
+
+@public
+def scores_from_weights(
+    model: AnyPath | None,
+    out: AnyPath,
+    *,
+    family: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> BaselineReport:
+    """Write the norm of each expert's weights, of MTP layers too, as a score file.
+
+    All experts are read once, a piece at a time; progress: show a bar. Raises what
+    `scores_from_router` raises, and FamilyError for weights stored in a form whose norm is not
+    computed here.
+
+    >>> shardsurgeon.scores_from_weights("fixtures/qwen3_moe", "weights.npz")
+    qwen3_moe: weight_l2 of 16 experts in 3 layers
+    """
+    with bars(progress):
+        return scores.scores_from_weights(model, out, family=family, force=force)
+
+
+@public
+def calibrate(
+    model: AnyPath | None,
+    dataset: str,
+    out: AnyPath,
+    *,
+    samples: int | None = None,
+    max_length: int | None = None,
+    seed: int = 42,
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    activation_budget: int | str | None = None,
+    extend: AnyPath | None = None,
+    share: tuple[int, int] | None = None,
+    field: str | None = None,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+    family: str | None = None,
+    restart: bool = False,
+    force: bool = False,
+    progress: bool = False,
+    on_progress: Listener | None = None,
+) -> CalibrationReport:
+    """Run samples through a model, layer by layer, and write scores of its experts.
+
+    model: a folder or an address, None for the current folder. dataset: where samples come from,
+    comma-separated: `name:n`, `name[subset]:n` or `name(split):n` of the Hub, a folder, or a
+    `.jsonl`, `.json`, `.parquet` or `.txt` file. out: the score file, whose ending decides its
+    format.
+
+    samples: in all, None for what dataset says, or 512. max_length: tokens that a sample is cut to,
+    None for 2048 or less where the model allows less. seed: which records are drawn. device: where
+    a layer computes, `cpu`, `cuda` or `cuda:1`. dtype: of the arithmetic, None for the model's own.
+    batch_size: samples that pass a layer together, or `auto`. activation_budget: memory for what
+    passes from layer to layer, in bytes or as `"16GB"`, None for half of what is free. extend: a
+    score file whose samples are left out and whose sums are added. share: (k, n), every n-th sample
+    from the k-th on. field: the field of a record that holds the text. tokenizer: a folder, None
+    for the model's own. trust_remote_code: whether a tokenizer may run code of the model. family:
+    as for `plan`. restart: discard what an earlier run left. force: replace another score file.
+    progress: show a bar; on_progress: called often with the layers and tokens that are done.
+
+    Needs `shardsurgeon[calibrate]`. Where `out` is what this very request gave, nothing is run;
+    what is finished of an interrupted run is kept for a rerun. Raises children of InputError,
+    before the work starts, for what cannot be used, and of WorkError where the work fails.
+
+    >>> with open("chats.txt", "w") as file:
+    ...     written = file.write("the cat sat on the mat\\n" * 4)
+    >>> report = shardsurgeon.calibrate("fixtures/qwen3_moe", "chats.txt:2", "measured.npz")
+    >>> report.samples, report.layers
+    (2, 3)
+    """
+    from shardsurgeon.layerwise import run
+
+    if isinstance(activation_budget, str):
+        activation_budget = parse_size(activation_budget, "activation_budget")
+    request = run.CalibrationRequest(
+        dataset,
+        Settings(device, dtype, batch_size, seed),
+        samples,
+        max_length,
+        share,
+        extend,
+        activation_budget,
+        field,
+        tokenizer,
+        trust_remote_code,
+    )
+    with bars(progress):
+        return run.calibrate(
+            model, request, out, family=family, restart=restart, force=force, progress=on_progress
+        )
