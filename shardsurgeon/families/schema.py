@@ -23,8 +23,6 @@ from shardsurgeon.storage.formats.strict_json import brief
 from shardsurgeon.storage.formats.strict_toml import parse_toml, read_toml
 from shardsurgeon.storage.limits import FAMILY
 
-# How many of the model types are named to whom has another one.
-_CLOSEST = 3
 _SEE = "see 'Adding a family' in CONTRIBUTING.md"
 
 
@@ -295,7 +293,7 @@ def _unknown(
     model_type = config.get("model_type")
     known = {name: f for f in families if not f.refusal for name in f.model_types}
     near = difflib.get_close_matches(str(model_type), sorted(known), n=len(known))
-    closest = f", the closest are {', '.join(near[:_CLOSEST])}" if near else ""
+    closest = f", the closest are {', '.join(near[:3])}" if near else ""
     problem = f"model type {model_type!r} is not supported (`shardsurgeon families` lists the "
     problem += f"{len(known)} that are{closest})"
     held = list(tensors)

@@ -206,8 +206,10 @@ class HubSource(Source):
         """Where the local cache has this file of this commit, if it has."""
         if name not in self._cached:
             file = self._files.get(name)
-            path = f"{self._prefix}{name}"
-            known = file and cached_file(self._repo_id, self.revision, replace(file, name=path))
+            known = None
+            if file is not None:
+                whole = replace(file, name=f"{self._prefix}{name}")
+                known = cached_file(self._repo_id, self.revision, whole)
             self._cached[name] = known
         return self._cached[name]
 
