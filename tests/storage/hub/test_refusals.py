@@ -59,9 +59,10 @@ WRONG = "hf_" + "x" * 34
         (
             "hf://org/tiny/sub/folder",
             nothing,
-            UsageError,
-            r"is not a model on the Hub; write it like",
+            CheckpointError,
+            r"/sub/folder: there is no such folder in the repository",
         ),
+        ("hf://datasets/org/x", nothing, UsageError, r"is not a model on the Hub; write it like"),
         ("hf://datasets/org/tiny", nothing, UsageError, r"is not a model on the Hub"),
         ("hf://or--g/tiny", nothing, UsageError, r"is not the name of a repository"),
         (
