@@ -81,8 +81,8 @@ _SPELLED = {"-o": "out", "--plan": "plan_file"}
 _KEYWORDS: dict[str, inspect.Parameter] = {}
 _HINTS: list[Callable[[], dict[str, Any]]] = []
 _OPTION = re.compile(r"(?<![\w-])(?:--[a-z][a-z-]*|-o)(?![\w-])")
-# What may stand behind an option: a word for a value, or a number.
-_VALUE = re.compile(r"[ =]([A-Z][A-Z_]+|\d[\w.]*|[a-z][a-z0-9-]*)(?![\w-])")
+# What may stand behind an option, and be its value.
+_VALUE = re.compile(r"[ =]([^\s,;:()]+)")
 # Commands to be typed in a shell stay as they are.
 _SHELL = re.compile(r"(`(?:shardsurgeon|pip|hf) [^`]*`)")
 
@@ -262,10 +262,12 @@ def _value(name: str, option: str, text: str, end: int) -> tuple[str, int]:
     """What is written behind `name=`, and where the option and its value end in the text."""
     found = _VALUE.match(text, end)
     word = found[1].rstrip(".") if found else ""
-    if found and not word[:1].islower():
-        plain = word.isupper() if word[0].isalpha() else word.replace(".", "").isdigit()
-        return word if plain else f'"{word}"', found.start(1) + len(word)
+    choices = {choice for hints in _HINTS for choice in _choices(hints().get(name))}
+    # A word for a value, or a number; and what is more than a word of the sentence.
+    if word and (re.fullmatch(r"[A-Z][A-Z_]+", word) or word.replace(".", "").isdigit()):
+        return word, end + 1 + len(word)
+    if word and (word in choices or re.search(r"[\d._/*]", word)):
+        return f'"{word}"', end + 1 + len(word)
     if isinstance(_KEYWORDS[name].default, bool):
         return str(not option.startswith("--no-")), end
-    choices = (choice for hints in _HINTS for choice in _choices(hints().get(name)))
-    return (f'"{word}"', found.end()) if found and word in choices else ("", end)
+    return "", end

@@ -78,7 +78,7 @@ def _held(value: object) -> object:
     if hasattr(value, "detach"):  # a tensor of torch, on any device, of types that numpy lacks
         tensor = value.detach().cpu()
         value = tensor.double() if tensor.is_floating_point() else tensor
-    array = np.array(value)  # a copy, which may be made read-only
+    array = np.asarray(value).copy()  # it will be made read-only
     dtype = {"f": "F64", "i": "I64", "u": "I64", "b": "BOOL", "c": "C128"}.get(array.dtype.kind)
     return StoredArray(dtype, array.shape, lambda: array) if dtype else array.tolist()
 

@@ -240,6 +240,7 @@ def test_the_words_that_types_list_are_those_of_the_command_line() -> None:
         ("correct the card, or push with --no-card", "correct the card, or push with card=False"),
         ("--push-to-hub REPO_ID pushes", "push_to_hub=REPO_ID pushes"),
         ("give --max-shard-size 5GB, --ratio 0.5.", 'give max_shard_size="5GB", ratio=0.5.'),
+        ("--exclude a_b.json leaves it behind", 'exclude="a_b.json" leaves it behind'),
         ("give it as SCORES, with --ratio", "give it as scores, with ratio="),
         ("`shardsurgeon plan --ratio 0.5` says", "`shardsurgeon plan --ratio 0.5` says"),
         ("pass --unknown-option or x--keep", "pass --unknown-option or x--keep"),

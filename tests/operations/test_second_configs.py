@@ -109,7 +109,7 @@ def test_a_count_in_it_that_no_rule_knows_is_refused_and_it_can_be_left_behind(
     made = model(tmp_path, config_vllm={"n_experts_loaded": 24})
     with pytest.raises(ConfigError, match="n_experts_loaded is 24") as caught:
         prune(made, tmp_path / "out")
-    assert caught.value.remedy == "--exclude config_vllm.json leaves it behind"
+    assert caught.value.remedy == 'exclude="config_vllm.json" leaves it behind'
     prune(made, tmp_path / "out", exclude=("config_vllm.json",))
     assert not (tmp_path / "out" / "config_vllm.json").exists()
 
