@@ -109,10 +109,12 @@ class Waits:
             self._waited += max(end - max(self._until, end - seconds), 0.0)
             self._until = max(self._until, end)
             self._require_some_left(where, said)
-            if seconds < _SAID_SECONDS or end < self._said_until + _SAID_SECONDS:
-                return
-            self._said_until = end
-        _LOG.warning("%s", printable(f"{where}: waiting {seconds:,.0f} s ({said})"))
+            worth_a_line = seconds >= _SAID_SECONDS and end >= self._said_until + _SAID_SECONDS
+            self._said_until = end if worth_a_line else self._said_until
+        if worth_a_line:
+            _LOG.warning("%s", printable(f"{where}: waiting {seconds:,.0f} s ({said})"))
+        else:
+            _LOG.debug("%s", printable(f"{where}: trying again in {seconds:.1f} s ({said})"))
 
     def spend(self, where: str, seconds: float) -> None:
         """Something was waited for without a pause: an answer, or bytes. Raises NetworkError as

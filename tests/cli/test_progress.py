@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from shardsurgeon.cli import progress
-from shardsurgeon.cli.main import cli
+from shardsurgeon.cli.main import cli, main
 from shardsurgeon.storage.phases import BYTES, Phase, phase
 from tests.cli.standins import APPLIED, CALIBRATED, PUSHED, FakeOperations, Run, in_python
 from tests.cli.test_help import command
@@ -161,6 +161,34 @@ def test_a_log_has_a_line_for_each_phase_and_stdout_has_the_report(tmp_path: Pat
     said += ["writing the other files", "checking"]
     assert ended.stderr.splitlines() == [f"shardsurgeon: {line}" for line in said]
     assert ended.stdout.startswith("{")
+
+
+READ = ["starting", "reading the model"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("inspect", "MODEL"), [*READ, "finding experts"]),
+        (("plan", "MODEL/scores.pt", "--model", "MODEL", "--ratio", "0.5"), [*READ, "planning"]),
+        (("verify", "MODEL", "MODEL", "--sample", "1"), [*READ, "checking"]),
+        (("scores", "show", "MODEL/scores.pt"), ["starting", "reading scores"]),
+        (("scores", "from-router", "MODEL", "-o", "r.json"), [*READ, "reading routers: 3"]),
+        (("scores", "from-weights", "MODEL", "-o", "w.json"), [*READ, "reading experts: 334.1 kB"]),
+    ],
+    ids=lambda each: each[0] if isinstance(each, tuple) else "",
+)
+def test_what_only_reads_says_so_too(
+    words: tuple[str, ...],
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main([word.replace("MODEL", str(MODEL)) for word in words])
+    lines = [line.removeprefix("shardsurgeon: ") for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in lines if not line.startswith("error: ")] == said
 
 
 def test_verbose_names_each_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from tests.faults.checkpoint import ROOT, write_checkpoint
 
 DRIVER = Path(__file__).with_name("driver.py")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "SHARDSURGEON_PROGRESS": "none"}
 ENVIRONMENT.pop("SHARDSURGEON_DEBUG", None)
 
 State = Mapping[str, str]

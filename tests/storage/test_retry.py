@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -52,6 +54,15 @@ def test_what_the_server_asks_for_is_the_least(waits: list[float]) -> None:
     waits.clear()
     assert retry(failing(3, wait=0.01), "x", RetryPolicy(first_wait=1)) == "done"
     assert all(wait >= 0.5 for wait in waits)
+
+
+def test_a_try_that_is_not_worth_a_line_is_told_in_detail(
+    waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, "shardsurgeon"):
+        retry(failing(2), "x", RetryPolicy(first_wait=1))
+    assert [record.levelname for record in caplog.records] == ["DEBUG", "DEBUG"]
+    assert all(re.fullmatch(r"x: trying again in \d\.\d s \(busy\)", m) for m in caplog.messages)
 
 
 def test_it_is_given_up_after_so_many_tries(waits: list[float]) -> None:
