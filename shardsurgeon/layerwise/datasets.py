@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging as logs
 import os
 import re
 import textwrap
@@ -277,7 +278,10 @@ def _as_dataset_error(where: str) -> Iterator[None]:
 
 @contextmanager
 def _quietly(library: Any) -> Iterator[None]:
-    """Run the library without progress bars and warnings."""
+    """Run the library, and what it downloads with, without progress bars and warnings."""
+    hub = logs.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logs.CRITICAL)
     logging = library.logging
     verbosity, bars = logging.get_verbosity(), library.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -285,6 +289,7 @@ def _quietly(library: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        hub.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             library.enable_progress_bars()
