@@ -119,11 +119,11 @@ def apply_command(
 ) -> None:
     """Write the pruned model. SCORES: a .pt, .safetensors, .npz or .json file.
 
-    MODEL is a folder, org/name[@revision] on the Hugging Face Hub, or a URL
-    (s3://, gs://, https://). It is only read. OUT appears when it is complete;
-    until then the work is in OUT.partial, and the same command resumes it after
-    any interruption. An OUT that the same command made is checked again, any
-    other is refused.
+    With --plan there are no SCORES. MODEL is a folder, org/name[@revision] on
+    the Hugging Face Hub, or a URL (s3://, gs://, https://). It is only read. OUT
+    appears when it is complete; until then the work is in OUT.partial, and the
+    same command resumes it after any interruption. An OUT that the same command
+    made is checked again, any other is refused.
 
     \b
     Examples:

@@ -13,13 +13,16 @@ SECTIONS = {
     "How much (one of them)": ("--ratio", "--keep", "--target-size", "--plan"),
     "Samples": ("--dataset", "--samples", "--max-length"),
     "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
-    "Machine": ("--device", "--dtype", "--batch-size", "--activation-budget", "--workers"),
+    "Machine": ("--device", "--dtype", "--batch-size", "--activation-budget"),
     "More about samples": ("--seed", "--field", "--share", "--extend"),
     "Scores": (
         *("--metric", "--mtp", "--preserve-super-experts", "--rounding", "--multiple-of"),
         *("--allocate", "--allow-nonuniform", "--lists"),
     ),
-    "Files": ("--max-shard-size", "--include", "--exclude", "--verify", "--checksums"),
+    "Output files": (
+        *("--max-shard-size", "--include", "--exclude", "--verify", "--checksums"),
+        "--workers",
+    ),
     "Hub": (
         *("--push-to-hub", "--stream-push", "--disk-budget", "--private", "--revision"),
         *("--create-pr", "--card", "--no-card"),

@@ -62,9 +62,7 @@ def _summary(layers: Sequence[LayerReport], headings: Sequence[str]) -> Iterator
     ]
     rows = [(label, *cells) for label, *cells in zip(_SPREAD, *spread, strict=True)]
     losing = [layer for layer in measured if layer.saliency_dropped is not None]
-    worst = sorted(losing, key=lambda layer: (layer.saliency_dropped, layer.layer))[
-        : -_WORST - 1 : -1
-    ]
+    worst = sorted(losing, key=_loss, reverse=True)[:_WORST]
     others = [layer for layer in layers if layer not in measured]
     shown = [*worst, *others]
     if shown:
@@ -77,6 +75,11 @@ def _summary(layers: Sequence[LayerReport], headings: Sequence[str]) -> Iterator
         else f"{len(layers)} layers"
     )
     yield f"  {what}; `shardsurgeon plan --layers` shows each"
+
+
+def _loss(layer: LayerReport) -> tuple[float, int]:
+    """Ordered as the totals choose their worst layer."""
+    return layer.saliency_dropped or 0.0, layer.layer
 
 
 def _spread(values: list[Any], heading: str) -> list[str]:

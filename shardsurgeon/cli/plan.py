@@ -64,9 +64,9 @@ def plan_command(
 ) -> None:
     """Show what would be removed. SCORES: a .pt, .safetensors, .npz or .json file.
 
-    Writes no model. Several ratios, separated by commas, are compared. MODEL is
-    a folder, org/name[@revision] on the Hugging Face Hub, or a URL (s3://,
-    gs://, https://).
+    Writes no model. Several ratios, separated by commas, are compared. With
+    --plan there are no SCORES. MODEL is a folder, org/name[@revision] on the
+    Hugging Face Hub, or a URL (s3://, gs://, https://).
 
     \b
     Examples:
