@@ -308,3 +308,14 @@ def test_names_of_a_hostile_model_become_neither_code_nor_markup(
         outside = re.sub(r"`[^`]*`", "", line)
         assert "<script>" not in outside and "<b>" not in outside
     assert "`a</code><script>\\|x`" in card and "`r\\|<b>`" in card
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(0.5, "| ratio 0.5, rounded floor |"), (0.65, "| ratio 0.65 asked for, 50 % removed, ")],
+)
+def test_a_ratio_that_groups_changed_is_not_the_share_removed(
+    ratio: float, said: str, tmp_path: Path
+) -> None:
+    # 24 experts in 4 groups: of 9 to keep they make 12.
+    assert said in card_of(prune("deepseek_v3", tmp_path / "out", ratio=ratio))
