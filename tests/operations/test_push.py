@@ -64,7 +64,7 @@ def hashed(folder: Path) -> int:
 def test_the_report_says_where_it_is_and_how_to_serve_it(shell: Shell, pruned: Path) -> None:
     said = shell.good("push", str(pruned), "me/tiny")
     assert f"{shell.hub.endpoint}/me/tiny (new repository)" in said
-    assert said.endswith("Serve:\n  vllm serve me/tiny\n")
+    assert said.endswith("Serve:\n  vllm serve me/tiny --trust-remote-code\n")
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_commit_whose_answer_is_lost_is_found_by_the_next_run(shell: Shell, pr
 @pytest.mark.slow
 def test_a_branch_is_made_where_it_is_missing(shell: Shell, pruned: Path, tmp_path: Path) -> None:
     said = shell.good("push", str(pruned), "me/tiny", "--revision", "65pct")
-    assert said.endswith("vllm serve me/tiny --revision 65pct\n")
+    assert said.endswith("vllm serve me/tiny --revision 65pct --trust-remote-code\n")
     assert list(shell.hub.files("me/tiny")) == [".gitattributes"]
     there = downloaded(shell.hub, "me/tiny", tmp_path / "there", "65pct")
     same_model(digests(there), digests(pruned))

@@ -85,7 +85,7 @@ def test_scores_that_change_during_the_run_reach_no_commit(
 def test_the_report_names_the_repository(shell: Shell, source: LocalHub) -> None:
     said = shell.good(*words("--stream-push", "me/small"))
     assert "streamed" in said and "downloaded" in said and "me/small (new repository)" in said
-    assert said.endswith("Serve:\n  vllm serve me/small\n")
+    assert said.endswith("Serve:\n  vllm serve me/small --trust-remote-code\n")
 
 
 def test_a_local_model_can_be_streamed_too(shell: Shell, pruned: Path, tmp_path: Path) -> None:
