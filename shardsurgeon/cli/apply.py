@@ -160,14 +160,16 @@ def apply_command(
         options,
         destination,
     )
+    refused = _refused(report.refusal) if report.refusal is not None else None
+    lines = _lines(report, follow_links)
     try:
-        emit(report, _lines(report, follow_links), as_json, told_otherwise=not dry_run)
+        emit(report, lines, as_json, told_otherwise=not dry_run, error=refused)
     except BaseException as stop:
         if report.out is not None:
             stop.add_note(prune.complete(report.out))
         raise
-    if report.refusal is not None:
-        raise _refused(report.refusal)
+    if refused is not None:
+        raise refused
 
 
 def _refused(refusal: Refusal) -> ShardSurgeonError:

@@ -18,12 +18,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import shardsurgeon
 from shardsurgeon.layerwise.run import CalibrationReport
+from shardsurgeon.operations.families import FamiliesReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
+    EnvReport,
     InspectReport,
     PushReport,
     RouterScoresReport,
+    RunReport,
     ScoresReport,
     WrittenScoresReport,
 )
@@ -47,7 +50,12 @@ COMMANDS: dict[str, type[Report]] = {
     "scores from-weights": BaselineReport,
     "scores random": BaselineReport,
     "calibrate": CalibrationReport,
+    "run": RunReport,
+    "families": FamiliesReport,
+    "env": EnvReport,
 }
+# The reports that may be among the steps of a recipe.
+_STEPS = (CalibrationReport, PlansReport, ApplyReport, PushReport)
 _PLAIN = {bool: "boolean", int: "integer", str: "string", type(None): "null"}
 _HEAD = {
     "schema": {"const": SCHEMA, "description": "Version of these documents."},
@@ -144,6 +152,8 @@ def _schema(hint: Any, defs: dict[str, Any]) -> dict[str, Any]:
         return {"type": "array", "items": _schema(of[0], defs)}
     if origin in (dict, Mapping):
         return {"type": "object", "additionalProperties": _schema(of[1], defs)}
+    if hint is Report:
+        return {"anyOf": [_schema(each, defs) for each in _STEPS]}
     if is_dataclass(hint):
         assert isinstance(hint, type)
         if hint.__name__ not in defs:

@@ -41,6 +41,9 @@ SESSIONS = {
     "scores from-router": [("model", "-o", "router.npz")],
     "scores from-weights": [("model", "-o", "weights.npz")],
     "scores random": [("model", "-o", "random.npz")],
+    "run": [("recipe.toml",)],
+    "families": [()],
+    "env": [()],
 }
 # By a signal, at once, a command fails as any other: tests/cli/test_errors.py.
 FAILURES = {
@@ -63,6 +66,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "fixtures" / "qwen3_moe", "model")
     shutil.copytree(ROOT / "fixtures" / "kimi_k2", "other")
     shutil.copy("model/scores.pt", "scores.pt")
+    Path("recipe.toml").write_text(
+        'model = "model"\n[plan]\nscores = "scores.pt"\nratio = [0.25, 0.5]\n'
+        '[apply]\nscores = "scores.pt"\nratio = 0.5\nout = "by-recipe"\n'
+    )
     shardsurgeon.apply(shardsurgeon.plan("model", "scores.pt", keep=8), "pruned", verify=False)
     for number, name in enumerate(("one.npz", "two.npz"), start=1):
         write_scores(name, calibration(number).content())
