@@ -10,9 +10,7 @@ import click
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
-    OfMachine,
     as_given,
-    at_least,
     family_option,
     json_option,
     links_option,
@@ -22,12 +20,11 @@ from shardsurgeon.cli.options import (
     push_options,
     scores_argument,
     selection_options,
-    shard_size,
-    size,
 )
 from shardsurgeon.cli.output import Steps, emit, fact, typed
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines
 from shardsurgeon.cli.push import push_lines
+from shardsurgeon.cli.values import OfMachine, at_least, shard_size, size
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest

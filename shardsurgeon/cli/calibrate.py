@@ -11,18 +11,16 @@ import click
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
-    OfMachine,
     as_given,
-    at_least,
     family_option,
     force_option,
     json_option,
     model_argument,
     progress_option,
-    size,
 )
 from shardsurgeon.cli.output import emit, fact, typed
 from shardsurgeon.cli.plan import note_lines
+from shardsurgeon.cli.values import OfMachine, at_least, size
 from shardsurgeon.errors import UsageError
 from shardsurgeon.units import counted
 

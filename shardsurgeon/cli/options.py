@@ -6,16 +6,14 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
-from click.core import ParameterSource
 
 from shardsurgeon.cli.output import Steps, as_typed
 from shardsurgeon.cli.progress import PROGRAM, shown
+from shardsurgeon.cli.values import OfMachine, choice, kept, of_variable, ratios, size
 from shardsurgeon.errors import UsageError
 from shardsurgeon.pruning.request import (
     SELECTION,
@@ -25,30 +23,12 @@ from shardsurgeon.pruning.request import (
     Rounding,
     SelectionRequest,
 )
-from shardsurgeon.units import parse_ratios, parse_size, percent
 
 # An address, alone or behind `--model=`: its scheme, login, place and query.
 _ADDRESS = re.compile(r"((?:^|=)\w[\w+.-]*://)(?:[^/?]*@)?([^?]*)(?:\?.*)?", re.DOTALL)
 Command = TypeVar("Command", bound=Callable[..., Any])
 # The ways to name an output, of every command that writes one.
 OUT = ("-o", "--out", "--output")
-
-
-class OfMachine(click.Option):
-    """An option that an environment variable may give, which messages then name.
-
-    For where and how a command works. What decides which experts go, and where results are
-    written, is said by the command itself.
-    """
-
-    def get_error_hint(self, ctx: click.Context | None) -> str:
-        """The variable where the value is from there, else the option."""
-        of_variable = ctx is not None and _of_variable(ctx, self.name)
-        return str(self.envvar) if of_variable else super().get_error_hint(ctx)
-
-
-def _of_variable(context: click.Context, parameter: str | None) -> bool:
-    return context.get_parameter_source(parameter or "") is ParameterSource.ENVIRONMENT
 
 
 def selection_options(command: Command) -> Command:
@@ -171,7 +151,7 @@ def _one_model(what: str, given: str | None, named: str | None, option: str) -> 
     what: what the positional is called; option: the parameter of --model. Raises UsageError where
     the two are different; one of the environment gives way.
     """
-    named_here = named is not None and not _of_variable(click.get_current_context(), option)
+    named_here = named is not None and not of_variable(click.get_current_context(), option)
     if given is not None and named_here and _same_place(given) != _same_place(named or ""):
         raise UsageError(what, f"says {given}, --model says {named}", "give one of them")
     return named if given is None else given
@@ -308,53 +288,6 @@ def as_given() -> str:
     return " ".join([PROGRAM, *(as_typed(_ADDRESS.sub(r"\1\2", word)) for word in given)])
 
 
-def shard_size(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
-    """Turn the value of --max-shard-size into bytes; None keeps the source's shards."""
-    return None if text == "source" else parse_size(text, "--max-shard-size")
-
-
-def at_least(smallest: int) -> Callable[[click.Context, click.Parameter, int | None], int | None]:
-    """A callback that refuses numbers below `smallest`."""
-
-    def check(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
-        if value is not None and value < smallest:
-            of_variable = _of_variable(context, parameter.name)
-            where = str(parameter.envvar) if of_variable else parameter.opts[0]
-            raise UsageError(where, f"{value} is less than {smallest}")
-        return value
-
-    return check
-
-
-def ratios(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> tuple[float, ...]:
-    """A callback that turns `0.25,50%` into numbers, and no text into none."""
-    return () if text is None else parse_ratios(text, parameter.opts[0])
-
-
-def _kept(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    """A callback that turns `72` into a number of experts, and knows a share where it sees one."""
-    if text is None or re.fullmatch(r"\s*[+-]?\d{1,9}\s*", text, re.ASCII):
-        return None if text is None else int(text)
-    problem, how = f"'{text}' is not a number of experts", "write it like 72"
-    with suppress(UsageError):
-        share, *more = parse_ratios(text)
-        meant = f"did you mean --ratio {1 - share:.6g}, which keeps {percent(share)} of them?"
-        how = how if more else meant
-    raise UsageError(parameter.opts[0], problem, how)
-
-
-def size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    """A callback that turns `20GB` into bytes."""
-    return None if text is None else parse_size(text, parameter.opts[0])
-
-
-def _made(kind: type[StrEnum]) -> Callable[[click.Context, click.Parameter, Any], StrEnum | None]:
-    """A callback that turns the text of a choice into a value of `kind`."""
-    return lambda context, parameter, text: None if text is None else kind(text)
-
-
 def out_option(command: Command) -> Command:
     """Add the required `-o FILE`, received as `out`, and `--force`."""
     return click.option(
@@ -382,7 +315,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         help="Share of each layer's experts to remove: 0.65 or 65%.",
     ),
     "keep": click.option(
-        "--keep", metavar="N", callback=_kept, help="Keep this many experts in every MoE layer."
+        "--keep", metavar="N", callback=kept, help="Keep this many experts in every MoE layer."
     ),
     "target_size": click.option(
         "--target-size",
@@ -400,7 +333,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         "--lists",
         metavar="MEANING",
         type=click.Choice([str(meaning) for meaning in Lists]),
-        callback=_made(Lists),
+        callback=choice(Lists),
         help="What lists of expert ids are in a file that does not say it: kept or dropped, with "
         "--plan; best-first or worst-first, where SCORES ranks the experts.",
     ),
@@ -408,7 +341,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         "--rounding",
         metavar="RULE",
         type=click.Choice([str(rounding) for rounding in Rounding]),
-        callback=_made(Rounding),
+        callback=choice(Rounding),
         help="How ratio x experts becomes the number removed: floor (as REAP does), nearest or "
         "ceil.  [default: floor]",
     ),
@@ -434,7 +367,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         type=click.Choice([str(policy) for policy in MtpPolicy]),
         default=str(MtpPolicy.ROUTER_NORM),
         show_default=True,
-        callback=_made(MtpPolicy),
+        callback=choice(MtpPolicy),
         help="What becomes of next-token-prediction layers that have experts and no scores: "
         "router-norm scores them by their router rows, last reuses the choice of the last layer, "
         "keep leaves them whole where the config has a count for them alone, drop removes them.",
@@ -445,7 +378,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         type=click.Choice([str(way) for way in Allocation]),
         default=str(Allocation.UNIFORM),
         show_default=True,
-        callback=_made(Allocation),
+        callback=choice(Allocation),
         help="uniform keeps as many experts in every layer; global shares the same number of "
         "experts out by the layers' shares of saliency, so that some keep more than others.",
     ),

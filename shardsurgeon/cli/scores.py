@@ -15,7 +15,6 @@ from shardsurgeon.cli.options import (
     model_argument,
     out_option,
     progress_option,
-    ratios,
 )
 from shardsurgeon.cli.output import (
     emit,
@@ -28,6 +27,7 @@ from shardsurgeon.cli.output import (
     table,
     width,
 )
+from shardsurgeon.cli.values import ratios
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ import click
 
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
-    at_least,
     family_option,
     json_option,
     links_option,
@@ -17,6 +16,7 @@ from shardsurgeon.cli.options import (
     source_and_pruned,
 )
 from shardsurgeon.cli.output import emit, facts
+from shardsurgeon.cli.values import at_least
 from shardsurgeon.errors import VerificationError
 from shardsurgeon.units import counted, format_size, number_ranges
 

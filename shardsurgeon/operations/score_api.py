@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardsurgeon.layerwise.settings import Listener, Settings
 from shardsurgeon.operations import scores
-from shardsurgeon.operations.api import bars
+from shardsurgeon.operations.bars import bars
 from shardsurgeon.operations.python_calls import AnyPath, public
 from shardsurgeon.operations.reports import BaselineReport
 from shardsurgeon.units import parse_size
