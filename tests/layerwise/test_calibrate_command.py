@@ -80,7 +80,7 @@ def test_the_report_and_the_file_describe_the_run(
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     require_valid(report, "calibrate")
-    assert "tok/s" in captured.err
+    assert "shardsurgeon: calibrating" in captured.err
     settings = read_calibration(out).settings
     samples = read_calibration(out).samples
     assert report["samples"] == len(samples) == 6
