@@ -271,11 +271,17 @@ def silence_hub() -> Iterator[list[str]]:
     bar.get_lock()
     level = logging.get_verbosity()
     said: list[str] = []
+
+    def speak(kind: type[BaseException] | None, *_: object) -> None:
+        # After a signal threads are still uploading, and would warn of it with signed addresses.
+        if kind is None or issubclass(kind, Exception):
+            logging.set_verbosity(level)
+
     with ExitStack() as stack:
         warned = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always", UserWarning)
         logging.set_verbosity(levels.CRITICAL)
-        stack.callback(logging.set_verbosity, level)
+        stack.push(speak)
         stack.enter_context(guarded_sessions())
         stack.enter_context(xet_counted())
         if not are_progress_bars_disabled():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, _commit_api, utils
-from huggingface_hub.utils import _xet
+from huggingface_hub.utils import _xet, logging
 
 from shardsurgeon.storage.hub.repository import Repository, to_upload_ahead
 from shardsurgeon.storage.hub.sent_bytes import SentBytes, xet_counted
@@ -122,3 +122,16 @@ def test_xet_counts_for_the_same_phase(file: Path, monkeypatch: pytest.MonkeyPat
         )
     assert at.steps == [NBYTES // 3, NBYTES // 2 - NBYTES // 3]
     assert utils.are_progress_bars_disabled is before
+
+
+@pytest.mark.parametrize(("failure", "silent"), [(KeyboardInterrupt, True), (ValueError, False)])
+def test_uploads_that_outlive_a_signal_stay_silent(
+    failure: type[BaseException], silent: bool
+) -> None:
+    before = logging.get_verbosity()
+    try:
+        with pytest.raises(failure), silence_hub():
+            raise failure
+        assert logging.get_verbosity() == (CRITICAL if silent else before)
+    finally:
+        logging.set_verbosity(before)
