@@ -126,7 +126,7 @@ class _Display:
             # Of a phase within another, only if it lasts.
             if len(self._phases) == 1 and phase.name != self._lined[0]:
                 self._say(phase)
-        elif time.monotonic() >= self._drawn_at + _FLICKER_SECONDS:
+        elif phase.total or time.monotonic() >= self._drawn_at + _FLICKER_SECONDS:
             self._draw(phase)
 
     def _draw(self, phase: Phase) -> None:

@@ -25,6 +25,7 @@ from shardsurgeon.operations.python_calls import (
     PlanOptions,
     RoundingName,
     ScoreValues,
+    as_text,
     public,
 )
 from shardsurgeon.operations.reports import ApplyReport, PushReport
@@ -72,7 +73,7 @@ def read_scores(path: AnyPath | ScoreValues) -> Scores:
 
 @public
 def open_checkpoint(
-    model: AnyPath, *, family: str | None = None, follow_links: bool = False
+    model: AnyPath, *, family: AnyPath | None = None, follow_links: bool = False
 ) -> Checkpoint:
     """Open a model: its headers and JSON files, no weights.
 
@@ -84,7 +85,7 @@ def open_checkpoint(
     >>> len(checkpoint.shards), checkpoint.num_tensors, checkpoint.total_size
     (5, 944, 657568)
     """
-    return open_model(model, family, follow_links=follow_links)
+    return open_model(model, as_text(family), follow_links=follow_links)
 
 
 @overload
@@ -128,7 +129,7 @@ def plan(
     exclude: str | Sequence[str] = (),
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
-    family: str | None = None,
+    family: AnyPath | None = None,
     follow_links: bool = False,
 ) -> Pruning | list[Pruning]:
     """Decide which experts stay and plan every byte of the result. Reads headers, writes nothing.
@@ -196,16 +197,17 @@ def plan(
 
     if not isinstance(ratio, list | tuple):
         assert not isinstance(ratio, Sequence) or isinstance(ratio, str)
-        return planned(checkpoint, ratio, family=family, follow_links=follow_links)
+        return planned(checkpoint, ratio, family=as_text(family), follow_links=follow_links)
     if not ratio:
         raise UsageError("ratio", "is an empty list", "give at least one")
     if out is not None:
         problem = f"one folder cannot hold the models of {len(ratio)} ratios"
         raise UsageError("out", problem, "leave it out, and give it to `apply`")
     if isinstance(checkpoint, Checkpoint):
-        return [planned(checkpoint, each, family=family) for each in ratio]
-    opened = open_model(checkpoint, family, follow_links=follow_links)
-    return [replace(planned(opened, each), declared=family) for each in ratio]
+        return [planned(checkpoint, each, family=as_text(family)) for each in ratio]
+    declared = as_text(family)
+    opened = open_model(checkpoint, declared, follow_links=follow_links)
+    return [replace(planned(opened, each), declared=declared) for each in ratio]
 
 
 @public
@@ -286,7 +288,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     card: AnyPath | bool = True,
-    family: str | None = None,
+    family: AnyPath | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     follow_links: bool = False,
@@ -319,7 +321,7 @@ def push(
         return publishing.push(
             pruned,
             destination,
-            family=family,
+            family=as_text(family),
             include=_globs(include),
             exclude=_globs(exclude),
             follow_links=follow_links,
@@ -338,7 +340,7 @@ def verify(
     *,
     sample: int | None = None,
     architecture: bool = False,
-    family: str | None = None,
+    family: AnyPath | None = None,
     follow_links: bool = False,
     progress: bool = False,
 ) -> VerifyReport:
@@ -366,7 +368,7 @@ def verify(
             pruned,
             sample=sample,
             architecture=architecture,
-            family=family,
+            family=as_text(family),
             follow_links=follow_links,
         )
 

@@ -250,7 +250,7 @@ def _require_files(
     plan_file: str | os.PathLike[str] | None,
 ) -> None:
     """Raise ScoreError or KeepListError for a file that is not there, before the model is read."""
-    folder = "." if model is None else None if isinstance(model, Checkpoint) else model
+    folder = "." if model is None else model if isinstance(model, str | os.PathLike) else None
     if plan_file is not None:
         require_file(plan_file, PLAN, KeepListError, folder)
     elif isinstance(scores, str | os.PathLike):

@@ -12,7 +12,7 @@ import numbers
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from typing import (
     Any,
     Literal,
@@ -68,7 +68,7 @@ class PlanOptions(TypedDict, total=False):
     exclude: str | Sequence[str]
     out: AnyPath | None
     max_shard_size: int | str | None
-    family: str | None
+    family: AnyPath | None
     follow_links: bool
 
 
@@ -99,6 +99,11 @@ _WANTED: Mapping[Any, str] = {
     "Scores": "what read_scores returns",
     "Pruning": "what plan returns",
 }
+
+
+def as_text(path: AnyPath | None) -> str | None:
+    """A path where a text is wanted, as `family` is, which may also say `auto`."""
+    return None if path is None else fspath(path)
 
 
 def public(function: Callable[P, T]) -> Callable[P, T]:

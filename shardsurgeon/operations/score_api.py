@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from shardsurgeon.layerwise.settings import Listener, Settings
 from shardsurgeon.operations import scores
 from shardsurgeon.operations.bars import bars
-from shardsurgeon.operations.python_calls import AnyPath, public
+from shardsurgeon.operations.python_calls import AnyPath, as_text, public
 from shardsurgeon.operations.reports import BaselineReport
 from shardsurgeon.units import parse_size
 
@@ -29,7 +29,7 @@ def scores_from_weights(
     model: AnyPath | None,
     out: AnyPath,
     *,
-    family: str | None = None,
+    family: AnyPath | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> BaselineReport:
@@ -43,7 +43,7 @@ def scores_from_weights(
     qwen3_moe: weight_l2 of 16 experts in 3 layers
     """
     with bars(progress):
-        return scores.scores_from_weights(model, out, family=family, force=force)
+        return scores.scores_from_weights(model, out, family=as_text(family), force=force)
 
 
 @public
@@ -64,7 +64,7 @@ def calibrate(
     field: str | None = None,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
-    family: str | None = None,
+    family: AnyPath | None = None,
     restart: bool = False,
     force: bool = False,
     progress: bool = False,
@@ -116,5 +116,11 @@ def calibrate(
     )
     with bars(progress):
         return run.calibrate(
-            model, request, out, family=family, restart=restart, force=force, progress=on_progress
+            model,
+            request,
+            out,
+            family=as_text(family),
+            restart=restart,
+            force=force,
+            progress=on_progress,
         )

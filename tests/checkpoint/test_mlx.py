@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from shardsurgeon import apply, inspect, open_checkpoint, plan, verify
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.guess import guess_family
+from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.families.schema import all_families
 from tests.support.hollow import HollowSource, Spec, shard, whole
@@ -256,13 +257,13 @@ def mistral4() -> HollowSource:
 
 
 def test_a_published_model_has_the_size_and_parameters_that_its_index_says() -> None:
-    checkpoint = open_checkpoint(mistral4())
+    checkpoint = open_model(mistral4())
     assert checkpoint.total_size == 66_949_842_944
     assert count_parameters(checkpoint.records, checkpoint.settings) == 118_972_826_624
 
 
 def test_a_published_model_of_an_undeclared_wrapper_can_be_read_by_auto() -> None:
-    checkpoint = open_checkpoint(mistral4())
+    checkpoint = open_model(mistral4())
     family = guess_family(checkpoint).family
     found = read_anatomy(replace(checkpoint, family=family))
     assert (len(found.layers), found.num_experts, found.top_k) == (36, 128, 4)

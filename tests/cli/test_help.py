@@ -85,9 +85,10 @@ def test_a_long_help_begins_with_what_most_need(run: Run) -> None:
             assert lines.count("Options:") == 0
     how_much = ["-r, --ratio R", "--keep N", "--target-size SIZE", "--plan FILE"]
     place = "-m, --model MODEL"
-    assert set(long) == {"plan", "apply", "calibrate"}
+    assert set(long) == {"plan", "apply", "calibrate", "push"}
     assert set(long["plan"]) >= {*how_much, place, "-o, --out, --output FILE"}
     assert set(long["apply"]) >= {*how_much, place, "-o, --out, --output OUT", "--dry-run"}
+    assert "--dry-run" in long["push"]
     assert set(long["calibrate"]) >= {
         *("--dataset SPEC", "--samples N", "--max-length L", place),
         *("-o, --out, --output FILE", "--device NAME"),
@@ -101,7 +102,7 @@ def test_the_first_screen_lists_the_commands(run: Run) -> None:
         assert listed[: len(group.commands)] == list(group.commands)
 
 
-@pytest.mark.parametrize("words", [("plan",), ("apply",), ("calibrate",)])
+@pytest.mark.parametrize("words", [("plan",), ("apply",), ("calibrate",), ("push",)])
 def test_every_option_of_a_long_help_is_in_a_group(run: Run, words: tuple[str, ...]) -> None:
     grouped = {name for names in SECTIONS.values() for name in names}
     text = run(*words, "--help").stdout

@@ -13,6 +13,7 @@ from shardsurgeon.cli.main import main
 from tests.cli.standins import ROOT
 
 MODEL = str(ROOT / "fixtures" / "qwen3_moe")
+OTHER = str(ROOT / "fixtures" / "kimi_k2")
 CALIBRATE = ("calibrate", MODEL, "--dataset", "org/name", "-o", "new.json")
 ALL = ("torch", "transformers", "psutil", "datasets", "s3fs", "gcsfs")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -30,9 +31,9 @@ needs_torch = pytest.mark.torch
         pytest.param(CALIBRATE, ("psutil",), "calibrate", marks=needs_torch),
         pytest.param(CALIBRATE, ("datasets",), "calibrate", marks=needs_torch),
         ((*CALIBRATE[:-1], "new.pt"), ALL, "calibrate"),
-        (("verify", MODEL, MODEL, "--architecture"), ALL, "architecture"),
+        (("verify", MODEL, OTHER, "--architecture"), ALL, "architecture"),
         pytest.param(
-            ("verify", MODEL, MODEL, "--architecture"),
+            ("verify", MODEL, OTHER, "--architecture"),
             ("transformers",),
             "architecture",
             marks=needs_torch,

@@ -177,7 +177,7 @@ def test_many_layers_are_shown_by_their_spread_and_the_worst_five(
     assert "  the 5 that lose most of 101 layers; `shardsurgeon plan --layers` shows each\n" in text
     every = run(*words, "--layers").stdout
     assert sum(line.endswith(" scores") for line in every.splitlines()) == 100
-    assert len(json.loads(run(*words, "--json").stdout)["layers"]) == 101
+    assert len(json.loads(run(*words, "--json").stdout)["plans"][0]["layers"]) == 101
 
 
 def test_a_dry_run_shows_the_same_summary(run: Run, fake: FakeOperations) -> None:

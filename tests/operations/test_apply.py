@@ -136,7 +136,7 @@ def test_a_plan_can_be_carried_out_again(tmp_path: Path) -> None:
     ("words", "says"),
     [
         ({"card": "c.md", "with_card": False}, "--card: and --no-card contradict each other"),
-        ({"disk_budget": 1}, "disk_budget: is for shards that leave the disk"),
+        ({"disk_budget": 1}, "--disk-budget: is for shards that leave the disk"),
     ],
 )
 def test_a_destination_that_makes_no_sense_cannot_be_built(
@@ -160,7 +160,7 @@ def test_the_two_options_that_name_a_repository_become_one_destination() -> None
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"disk_budget": "1GB"}, "disk_budget: is for shards that leave the disk"),
+        ({"disk_budget": "1GB"}, "--disk-budget: is for shards that leave the disk"),
         ({"private": True}, "private: is about a push, and nothing is pushed"),
         ({"revision": "65pct"}, "revision: is about a push"),
         ({"create_pr": True}, "create_pr: is about a push"),
@@ -168,7 +168,7 @@ def test_the_two_options_that_name_a_repository_become_one_destination() -> None
         ({"card": False}, "card: is about a push"),
         (
             {"push_to_hub": "me/x", "disk_budget": "1GB"},
-            "--disk-budget: is for shards that leave the disk",
+            "disk_budget: is for shards that leave the disk",
         ),
         (
             {"push_to_hub": "me/x", "stream_push": "me/y"},

@@ -89,7 +89,7 @@ def stop_after_a_shard(shell: Shell, words: list[str]) -> None:
 CASES: dict[str, tuple[Callable[[Shell], None], tuple[str, ...], str]] = {
     "OUT is taken": (out_that_holds_something_else, APPLY, "exists and holds something else"),
     "OUT is another prune": (out_that_is_another_prune, APPLY, "exists and holds something else"),
-    "another command's": (partial_of_another_command, APPLY, "of a different command"),
+    "another command's": (partial_of_another_command, APPLY, "this is a different command"),
     "a stranger's": (partial_of_a_stranger, APPLY, "was not made by shardsurgeon"),
     "a link inside": (partial_with_a_link, APPLY, "is a link"),
     "a file above": (parent_that_is_a_file, (*APPLY[:-1], "out/deep"), "inside a file"),

@@ -107,6 +107,8 @@ def require_as_told(
     said = capsys.readouterr()
     if status:
         assert status == 2
+        # With a journal in it, the whole folder is such work.
+        told = "the unfinished work of an apply" if name == "shardsurgeon.journal" else told
         assert told is not None and told.replace("\0", "\\x00") in said.err
         assert said.err.count("\n") == 1 and "bug" not in said.err
         assert not out.exists() and not out.with_name("out.partial").exists()

@@ -226,7 +226,7 @@ def test_show_shows_such_scores_and_says_that_plan_refuses_them(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"lists": "kept"}, "kept is not what lists in SCORES can be; say best-first"),
+        ({"lists": "kept"}, "kept is not what lists in scores can be; say best-first"),
         ({"lists": "sideways"}, "'sideways' is none of kept, dropped, best-first, worst-first"),
         ({"lists": "best-first", "keep": None, "plan_file": "p.json"}, "say kept or dropped"),
     ],

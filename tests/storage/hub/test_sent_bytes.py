@@ -132,6 +132,6 @@ def test_uploads_that_outlive_a_signal_stay_silent(
     try:
         with pytest.raises(failure), silence_hub():
             raise failure
-        assert logging.get_verbosity() == (CRITICAL if silent else before)
+        assert logging.get_verbosity() == (logging.CRITICAL if silent else before)
     finally:
         logging.set_verbosity(before)
