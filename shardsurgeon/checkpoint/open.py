@@ -29,7 +29,8 @@ def open_model(
     """
     declared = read_family(family) if family not in (None, "auto") else None
     model = _named(model)
-    require_finished(model)
+    if isinstance(model, str | os.PathLike):  # and not a source that is open already
+        require_finished(model)
     checkpoint = open_checkpoint(model, declared, follow_links=follow_links)
     if family != "auto" or is_declared(checkpoint.settings):
         return checkpoint

@@ -50,6 +50,7 @@ SPEAKERS = {
     "storage/files.py": ["plan", "calibrate", *(n for n in SCORES if "--out" in OPTIONS[n])],
     "storage/hub/errors.py": ["push", "apply"],
     "cli/layers.py": ["plan"],
+    "cli/values.py": ["plan", "apply"],
     "cli/families.py": ["inspect", "plan", "apply"],
     "units.py": ["plan", "apply", "scores compare"],
     "storage/hub/repository.py": ["push", "apply"],

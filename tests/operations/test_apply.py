@@ -160,7 +160,7 @@ def test_the_two_options_that_name_a_repository_become_one_destination() -> None
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"disk_budget": "1GB"}, "--disk-budget: is for shards that leave the disk"),
+        ({"disk_budget": "1GB"}, "disk_budget: is for shards that leave the disk"),
         ({"private": True}, "private: is about a push, and nothing is pushed"),
         ({"revision": "65pct"}, "revision: is about a push"),
         ({"create_pr": True}, "create_pr: is about a push"),
