@@ -37,6 +37,7 @@ SPEAKERS = {
     "operations/prune.py": ["plan", "apply"],
     "operations/push.py": ["push", "apply"],
     "operations/push_files.py": ["push"],
+    "operations/recipe.py": ["run"],
     "operations/request.py": ["apply"],
     "operations/scores.py": ["scores compare"],
     "operations/verify.py": ["apply"],
@@ -63,10 +64,9 @@ NARROWER = {
     ("operations/scores.py", "--model"): ["scores show", "scores convert"],
     ("storage/files.py", "-o"): [name for name in OPTIONS if "--out" in OPTIONS[name]],
     ("storage/hub/repository.py", "--restart"): ["apply"],
-    ("operations/recipe.py", "--out"): ["run"],
 }
-# Command lines of a card, and of another program.
-ELSEWHERE = {"operations/model_card.py", "cli/push.py"}
+# Command lines of a card and of another program, and spellings of options.
+ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py", "cli/push.py"}
 
 
 def strings(tree: ast.AST) -> Iterator[str]:
