@@ -66,7 +66,8 @@ NARROWER = {
     ("storage/hub/repository.py", "--restart"): ["apply"],
 }
 # Command lines of a card and of another program, and spellings of options.
-ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py", "cli/push.py"}
+ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py"}
+ELSEWHERE |= {"operations/serving.py", "cli/push.py"}
 
 
 def strings(tree: ast.AST) -> Iterator[str]:
