@@ -71,7 +71,7 @@ def test_a_notebook_of_all_steps_stays_small(tmp_path: Path) -> None:
     texts = ["".join(each["text/plain"]) for each in shown]
     assert texts[0] == "kimi_k25: kimi_k25, 944 tensors in 5 shards, 657.6 kB"
     assert texts[3] == texts[4] == texts[7] == title
-    assert texts[8] == "small: holds"
+    assert texts[8] == "small: identical"
     assert texts[6].count("kimi_k25: keep ") == 2
     tables = ["".join(each["text/html"]) for n, each in enumerate(shown) if n not in (5, 6)]
     assert all(table.startswith("<div><b>") and len(table) < 10_000 for table in tables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.scores import weight_norms as module
 from shardsurgeon.scores.weight_norms import StoredTensor, sum_of_squares, weight_norms
+from shardsurgeon.storage.phases import BYTES, Phase, listening
 from tests.families.pruned_pair import builders
 from tests.families.specimens import DTYPES, fixture, written
 from tests.oracle.byte_oracle import read_tensors
@@ -108,14 +110,16 @@ def test_experts_stacked_and_quantized_are_refused(tmp_path: Path) -> None:
 
 
 def test_progress_ends_at_all_bytes_of_the_experts() -> None:
-    heard: list[tuple[int, int]] = []
+    heard: list[Phase] = []
+    listener = SimpleNamespace(begin=heard.append, end=lambda phase: None)
     checkpoint = open_model(FIXTURES / "kimi_k25")
     anatomy = read_anatomy(checkpoint)
-    weight_norms(checkpoint, anatomy, lambda done, total: heard.append((done, total)))
+    with listening(listener):
+        weight_norms(checkpoint, anatomy)
     tensors = read_tensors(FIXTURES / "kimi_k25")
     whole = sum(t.nbytes for name, t in tensors.items() if re.search(r"\.experts\.\d", name))
-    assert heard[-1] == (whole, whole)
-    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    (reading,) = heard
+    assert (reading.done, reading.total, reading.unit) == (whole, whole, BYTES)
 
 
 # Single matrices, of shapes that no fixture has

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -402,7 +403,8 @@ def test_the_command_refuses_what_it_cannot_check_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = str(written("bailing_moe", tmp_path))
-    assert main(["verify", source, source, "--architecture"]) == 2
+    other = shutil.copytree(source, tmp_path / "other")
+    assert main(["verify", source, str(other), "--architecture"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("shardsurgeon: error: --architecture: transformers 5.")
