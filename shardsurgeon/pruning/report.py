@@ -97,7 +97,8 @@ class PlanReport(Report):
     carried_along: tuple[str, ...] = ()
     left_behind: Mapping[str, str] = field(default_factory=dict)
     saliency_of: str | None = None
-    space_free: int | None = None
+    # Of the disk in that moment: no two looks at it need agree.
+    space_free: int | None = field(default=None, compare=False)
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),

@@ -110,7 +110,7 @@ def in_turn(text: str, words: list[str]) -> None:
 def test_on_a_terminal_a_line_says_each_phase_and_nothing_of_it_stays(tmp_path: Path) -> None:
     status, came = on_terminal(*APPLY, cwd=tmp_path)
     assert status == 0
-    in_turn(came, ["\rstarting", "\rreading the model", "\rcopying"])
+    in_turn(came, ["\rstarting", "\rreading headers", "\rcopying"])
     assert "\x1b" not in came
     shown = screen(came)
     assert shown[0].startswith("kimi_k25: keep 16 of 32 experts")
@@ -150,7 +150,7 @@ def test_a_terminal_that_cannot_go_back_gets_lines(
 
 def test_colours_that_are_not_wanted_change_nothing(tmp_path: Path) -> None:
     _, came = on_terminal("inspect", str(MODEL), cwd=tmp_path, NO_COLOR="1")
-    assert "\rreading the model" in came and "\x1b" not in came
+    assert "\rreading headers" in came and "\x1b" not in came
 
 
 # No terminal.

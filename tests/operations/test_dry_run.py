@@ -145,6 +145,7 @@ def test_what_stops_the_run_stops_the_dry_run(name: str, shell: Shell) -> None:
     assert "nothing was written; the run would stop at once." in dry.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ["read", "none", "broken"])
 def test_the_right_to_push_is_asked_for(token: str, shell: Shell) -> None:
     words = {"read": shell.hub.read_token, "none": "", "broken": "hf_wrong"}
