@@ -227,8 +227,8 @@ def test_tables_are_as_wide_as_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """COLUMNS says how wide that is; a note wraps there, and wide tables have more columns."""
-    model = str(ROOT / "fixtures" / "kimi_k25")
-    longest = {}
+    monkeypatch.chdir(ROOT / "fixtures")
+    model, longest = "kimi_k25", {}
     for columns in (60, 80, 120, 300):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert main(["scores", "show", f"{model}/scores.pt"]) == 0
