@@ -15,7 +15,7 @@ from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 
 if TYPE_CHECKING:
     from shardsurgeon.checkpoint.checkpoint import Checkpoint
-    from shardsurgeon.layerwise.run import CalibrationReport
+    from shardsurgeon.layerwise.request import CalibrationReport
     from shardsurgeon.operations.api import (
         apply,
         inspect,
@@ -91,7 +91,7 @@ _HOMES = {
     "ApplyReport": "operations.reports",
     "ArchitectureReport": "verification.findings",
     "BaselineReport": "operations.reports",
-    "CalibrationReport": "layerwise.run",
+    "CalibrationReport": "layerwise.request",
     "Checkpoint": "checkpoint.checkpoint",
     "ComparisonReport": "pruning.agreement",
     "InspectReport": "operations.reports",

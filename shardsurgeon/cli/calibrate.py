@@ -25,7 +25,7 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
-    from shardsurgeon.layerwise.run import CalibrationReport
+    from shardsurgeon.layerwise.request import CalibrationReport
 
 
 def _batch_size(context: click.Context, parameter: click.Parameter, text: str) -> int | str:

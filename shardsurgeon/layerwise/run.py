@@ -8,9 +8,8 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
@@ -27,6 +26,7 @@ from shardsurgeon.layerwise.calibration_file import (
     read_calibration,
 )
 from shardsurgeon.layerwise.datasets import parse_spec, without_folders
+from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
 from shardsurgeon.layerwise.resume import ActivationStore, PartialCalibration, partial_calibration
 from shardsurgeon.layerwise.samples import (
     Sample,
@@ -42,12 +42,10 @@ from shardsurgeon.layerwise.settings import (
     DTYPES,
     Listener,
     Progress,
-    Settings,
     load_packages,
     require_packages,
     versions,
 )
-from shardsurgeon.reports import Report
 from shardsurgeon.scores.files import check_samples, score_output, write_scores
 from shardsurgeon.storage.files import Output, reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
@@ -63,84 +61,6 @@ _FALLBACK_DTYPE = "bfloat16"
 _RESULTS = 1
 # The setting that tells one run, its request and its source, from any other.
 _RUN = "run"
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationRequest:
-    """What a calibration is to do.
-
-    dataset: as `--dataset` writes it; samples: of all parts together, None for what the dataset
-    says, or 512; max_length: tokens that a sample is cut to, None for 2048 or less where the
-    model allows less; share: (k, n), this run takes every n-th sample, beginning with the k-th;
-    extend: a score file whose samples are left out and whose sums are added; activation_budget:
-    bytes of memory for hidden states between layers, None for half of what is free; field: the
-    only field of a record to look at; tokenizer: a folder or a model of the Hub, None for the
-    model's own; trust_remote_code: whether a tokenizer may run code of the model. Raises UsageError
-    for numbers below 1 and a share that is none.
-    """
-
-    dataset: str
-    settings: Settings
-    samples: int | None = None
-    max_length: int | None = None
-    share: tuple[int, int] | None = None
-    extend: str | os.PathLike[str] | None = None
-    activation_budget: int | None = None
-    field: str | None = None
-    tokenizer: str | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for option, value in (("--samples", self.samples), ("--max-length", self.max_length)):
-            if value is not None and value < 1:
-                raise UsageError(option, f"{value} is less than 1")
-        if self.share is not None and not 1 <= self.share[0] <= self.share[1]:
-            problem = f"{self.share[0]}/{self.share[1]} is not a share"
-            raise UsageError("--share", problem, "write it like 1/4, 2/4, 3/4, 4/4")
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class CalibrationReport(Report):
-    """What a calibration did.
-
-    samples, tokens: of this run; total_samples: of the file, those of an extended file included;
-    layers: MoE layers in the file; mtp_layers: how many of them are MTP layers; layers_resumed:
-    layers that an earlier run had finished; never_routed: experts, over all layers, that no token
-    was routed to; seconds: wall time.
-
-    >>> with open("chats.txt", "w") as file:
-    ...     written = file.write("the cat sat on the mat\\n" * 4)
-    >>> report = shardsurgeon.calibrate("fixtures/qwen3_moe", "chats.txt:2", "measured.npz")
-    >>> report.title, report.device
-    ('qwen3_moe: chats.txt:2', 'cpu')
-    """
-
-    model: str
-    out: str
-    dataset: str
-    samples: int
-    tokens: int
-    total_samples: int
-    layers: int
-    mtp_layers: int
-    layers_resumed: int
-    never_routed: int
-    dtype: str
-    device: str
-    seconds: float
-    notes: tuple[str, ...]
-
-    figures: ClassVar[tuple[str, ...]] = ("tokens_per_second",)
-
-    @property
-    def title(self) -> str:
-        """The model, and the dataset as it was asked for."""
-        return f"{self.model}: {self.dataset}"
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Through the whole model, in this run."""
-        return self.tokens / max(self.seconds, 0.001)
 
 
 def calibrate(

@@ -12,7 +12,7 @@ from shardsurgeon.operations.reports import BaselineReport
 from shardsurgeon.units import parse_size
 
 if TYPE_CHECKING:
-    from shardsurgeon.layerwise.run import CalibrationReport
+    from shardsurgeon.layerwise.request import CalibrationReport
 
 Dtype: TypeAlias = Literal["bfloat16", "float16", "float32", "float64"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import shardsurgeon
-from shardsurgeon.layerwise.run import CalibrationReport
+from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.families import FamiliesReport
 from shardsurgeon.operations.reports import (
     ApplyReport,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shardsurgeon.layerwise.run import CalibrationReport
+from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 
-from shardsurgeon.layerwise.run import CalibrationRequest
+from shardsurgeon.layerwise.request import CalibrationRequest
 from shardsurgeon.layerwise.settings import Settings
 from tests.cli.standins import CALIBRATED, FakeOperations, Run
 

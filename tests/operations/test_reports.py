@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import shardsurgeon
-from shardsurgeon.layerwise.run import CalibrationReport
+from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.reports import Report, Titled
 from tests.cli import standins
 
