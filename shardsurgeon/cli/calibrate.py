@@ -180,10 +180,11 @@ def calibrate_command(
       shardsurgeon calibrate --dataset 'org/name(train)' --device cuda -o s.pt
     """
     from shardsurgeon.layerwise import run
+    from shardsurgeon.layerwise.request import CalibrationRequest
     from shardsurgeon.layerwise.settings import Settings
 
     settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
-    request = run.CalibrationRequest(settings=settings, **options)
+    request = CalibrationRequest(settings=settings, **options)
     report = run.calibrate(
         model, request, out, family=family, restart=restart, force=force, command=as_given()
     )

@@ -99,10 +99,11 @@ def calibrate(
     (2, 3)
     """
     from shardsurgeon.layerwise import run
+    from shardsurgeon.layerwise.request import CalibrationRequest
 
     if isinstance(activation_budget, str):
         activation_budget = parse_size(activation_budget, "activation_budget")
-    request = run.CalibrationRequest(
+    request = CalibrationRequest(
         dataset,
         Settings(device, dtype, batch_size, seed),
         samples,
