@@ -1,122 +1,168 @@
-"""How much fits into memory: what a layer needs, what is free, and the batch sizes that follow."""
+"""What a model's layers take, by its headers, and what memory is free. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from shardsurgeon.errors import UsageError
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.config import config_section
+from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced, Surplus
 from shardsurgeon.layerwise.settings import require
-from shardsurgeon.units import format_size
+from shardsurgeon.storage.formats.safetensors import TensorRecord
 
-MOST_ROWS = 8192
-"""Tokens that an expert computes at once."""
-MOST_BATCHES = 8
-"""Batches of a chunk: each runs in a thread, and torch starts helper threads for each of them."""
-
-_SHARE = 0.5
-"""The part of the free memory that the activations of a chunk may take."""
-_MOST_BATCH_TOKENS = 16_384
-_MOST_CHUNK_TOKENS = 1 << 20
+OUTSIDE = -1
+"""The layer number of tensors that are in no layer."""
 
 
 @dataclass(frozen=True, slots=True)
-class LayerMemory:
-    """Bytes that one layer takes.
+class LayerSize:
+    """One decoder layer.
 
-    weights: all weights of the largest layer, or group of layers, except those of experts.
-    expert: one expert and the next one, while they are read and unpacked.
-    row: activations of one token inside an expert.
-    token: activations of one token while its layer computes.
-    pair: attention scores of one pair of tokens, where attention is computed in full.
+    index: its number; is_mtp: whether it predicts tokens further ahead; dense: parameters outside
+    of experts; experts: how many it has, 0 in a dense layer; stored: bytes of all of them, as
+    they lie on disk; expert: parameters of one.
     """
 
-    weights: int
+    index: int
+    is_mtp: bool
+    dense: int
+    experts: int
+    stored: int
     expert: int
-    row: int
-    token: int
-    pair: int
-
-    def batch(self, tokens: int, longest: int) -> int:
-        """Bytes of a batch of `tokens` tokens in samples of at most `longest` tokens."""
-        rows = min(tokens, MOST_ROWS)
-        return tokens * (self.token + self.pair * longest) + rows * self.row
-
-
-def layer_memory(
-    weights: int, expert: int, config: Mapping[str, Any], itemsize: int, *, eager: bool
-) -> LayerMemory:
-    """Estimate what a layer takes.
-
-    weights: bytes; expert: parameters of one expert; config: of the text model; itemsize: bytes
-    of one number; eager: whether attention is computed in full.
-    """
-    heads, width = _number(config, "num_attention_heads"), _number(config, "hidden_size")
-    head = _number(config, "head_dim") or (width // heads if heads else 0)
-    streams = max(1, _number(config, "hc_mult"))
-    # Queries, keys and values and their rotated copies; the hidden state, as it is, normalized,
-    # routed and summed.
-    token = itemsize * (6 * heads * max(head, 1) + (4 + 4 * streams) * width)
-    pair = heads * (itemsize + 4) if eager else 0
-    # An expert's parameters are three matrices of its input width by its inner width: divided by
-    # the input width, they give the inner activations of a token.
-    row = itemsize * (expert // max(width, 1) + 3 * width)
-    # Stored, in float32, and twice in the dtype of the run; all of it for the next expert too.
-    read = 2 * expert * (max(itemsize, 4) + 2 * itemsize)
-    return LayerMemory(weights, read, row, token, pair)
-
-
-def _number(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    return value if isinstance(value, int) else 0
 
 
 @dataclass(frozen=True, slots=True)
-class BatchSizes:
-    """How samples are grouped.
+class ModelSize:
+    """What the cost model knows of a model.
 
-    batch_size: samples of one forward pass; chunk: tokens for which an expert is read once.
+    layers: ascending, MTP layers last; outside: parameters in no layer that a run holds, which
+    excludes embeddings; top_k: experts of a token; width: of a hidden state; streams: hidden
+    states of a token; query, value: the widths of all heads together; heads: their number.
     """
 
-    batch_size: int
-    chunk: int
+    layers: tuple[LayerSize, ...]
+    outside: int
+    top_k: int
+    width: int
+    streams: int
+    query: int
+    value: int
+    heads: int
+
+    @property
+    def moe_layers(self) -> tuple[LayerSize, ...]:
+        """The layers that have experts."""
+        return tuple(layer for layer in self.layers if layer.experts)
+
+    @property
+    def state(self) -> int:
+        """Numbers of a token's hidden state."""
+        return self.width * self.streams
+
+    @property
+    def token(self) -> int:
+        """Numbers of one token while its layer computes: queries, keys and values, and their
+        rotated copies; the hidden state, as it is, normalized, routed and summed."""
+        return 6 * max(self.query, self.value) + (4 + 4 * self.streams) * self.width
+
+    @property
+    def waiting(self) -> int:
+        """Numbers of one token that waits for experts: its residual, their input and output, the
+        shared experts' output, and both once more where batches are joined."""
+        return (6 + 2 * self.streams) * self.width
+
+    @property
+    def row(self) -> int:
+        """Numbers of one token inside of an expert: three matrices of its input width by its
+        inner width make an expert."""
+        largest = max(layer.expert for layer in self.layers)
+        return largest // max(self.width, 1) + 3 * self.width
 
 
-def batch_sizes(
-    layer_memory: LayerMemory,
-    lengths: Sequence[int],
-    batch_size: int | str,
-    chunk: int | None,
-    free: int,
-    device: str,
-) -> BatchSizes:
-    """Decide how samples are grouped.
+def model_size(checkpoint: Checkpoint, anatomy: Anatomy) -> ModelSize:
+    """Read a model's sizes from its headers and its config."""
+    config = _Numbers(checkpoint.settings, anatomy)
+    heads, width = config.number("num_attention_heads"), config.number("hidden_size")
+    split = config.number("qk_nope_head_dim") + config.number("qk_rope_head_dim")
+    head = split or config.number("head_dim") or (width // heads if heads else 0)
+    places = _by_layer(checkpoint, anatomy)
+    outside = [record for record in places.pop(OUTSIDE, []) if len(record.shape) < 2]
+    return ModelSize(
+        layers=tuple(_layer(index, places[index], anatomy, config) for index in sorted(places)),
+        outside=_parameters(outside, checkpoint.settings),
+        top_k=anatomy.top_k,
+        width=width,
+        streams=max(1, config.number("hc_mult")),
+        query=heads * max(head, 1),
+        value=heads * (config.number("v_head_dim") or max(head, 1)),
+        heads=heads,
+    )
 
-    lengths: tokens of each sample; batch_size, chunk: as asked for, "auto" and None for what
-    fits; free: bytes. Raises UsageError where one layer and one batch do not fit.
-    """
-    longest = max(lengths)
-    fixed = layer_memory.weights + layer_memory.expert
-    asked = batch_size if isinstance(batch_size, int) else 1
-    needed = fixed + layer_memory.batch(asked * longest, longest)
-    if needed > free:
-        raise UsageError(
-            f"--device {device}",
-            f"one layer takes {format_size(fixed)}, a batch of {asked} of {longest:,} tokens "
-            f"{format_size(needed - fixed)}, and {format_size(free)} are free",
-            "give a smaller --max-length or --batch-size, or more memory",
-        )
-    budget = int((free - fixed) * _SHARE)
-    if not isinstance(batch_size, int):
-        each = layer_memory.batch(longest, longest)
-        batch_size = max(1, min(budget // max(each, 1) // 2, _MOST_BATCH_TOKENS // longest))
-    if chunk is None:
-        chunk = max(1, min(budget // max(layer_memory.token, 1), _MOST_CHUNK_TOKENS))
-    return BatchSizes(batch_size, chunk)
+
+def _by_layer(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[int, list[TensorRecord]]:
+    """Layer → its tensors; those of no layer, and of layers without a number, under OUTSIDE."""
+    layers: dict[int, list[TensorRecord]] = {}
+    for record in checkpoint.records:
+        place = anatomy.reader.place(record.name)
+        layers.setdefault(place[0] if place else OUTSIDE, []).append(record)
+    return layers
+
+
+def _layer(
+    index: int, records: Sequence[TensorRecord], anatomy: Anatomy, config: _Numbers
+) -> LayerSize:
+    of_experts: list[TensorRecord] = []
+    others: list[TensorRecord] = []
+    for record in records:
+        role = anatomy.reader.role(record)
+        own = isinstance(role, ExpertTensor) or (isinstance(role, Sliced) and not role.is_router)
+        if not isinstance(role, Surplus):
+            (of_experts if own else others).append(record)
+    experts = anatomy.experts_per_layer.get(index, 0)
+    return LayerSize(
+        index=index,
+        is_mtp=anatomy.reader.is_mtp(index),
+        dense=_parameters(others, config.settings),
+        experts=experts,
+        stored=sum(record.nbytes for record in of_experts),
+        expert=_parameters(of_experts, config.settings) // max(experts, 1),
+    )
+
+
+def _parameters(records: Sequence[TensorRecord], config: Mapping[str, Any]) -> int:
+    """Parameters, or as many as their bytes allow where packing hides the number."""
+    known = count_parameters(records, config)
+    return 2 * sum(record.nbytes for record in records) if known is None else known
+
+
+class _Numbers:
+    """Counts of a config, from the language model's sections first."""
+
+    def __init__(self, settings: Mapping[str, Any], anatomy: Anatomy) -> None:
+        self.settings = settings
+        self._sections = [
+            config_section(settings, at) or {} for at in (*anatomy.family.config.at, "")
+        ]
+
+    def number(self, key: str) -> int:
+        """The number under a key, 0 where there is none."""
+        for section in self._sections:
+            value = section.get(key)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+        return 0
+
+
+def largest_group(size: ModelSize, groups: Iterable[range]) -> int:
+    """Parameters outside of experts of the largest group of layers that run together."""
+    dense = {layer.index: layer.dense for layer in size.layers}
+    single = max(dense.values())
+    return max((sum(dense.get(layer, 0) for layer in group) for group in groups), default=single)
 
 
 def free_memory(device: str) -> int:
@@ -126,6 +172,8 @@ def free_memory(device: str) -> int:
     (of a container, say) has a limit.
     """
     if device.startswith("cuda"):
+        import torch
+
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     available = int(require("psutil").virtual_memory().available)
     left = _left_in_control_group()
