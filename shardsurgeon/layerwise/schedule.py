@@ -181,6 +181,9 @@ class _Chooser:
             budget = limits.host_free // 2
         if limits.on_gpu and nbytes <= limits.device_free * _ON_DEVICE:
             return Place.DEVICE, budget
+        if not limits.on_gpu:
+            least = self._fixed + 2 * self._one + self._of_batch(1, 1)
+            budget = max(0, min(budget, limits.host_free - 2 * least))
         return (Place.HOST if nbytes <= budget else Place.FILE), budget
 
     def _in_groups(self) -> Schedule:
