@@ -21,7 +21,7 @@ from torch.nn import functional
 from shardsurgeon.checkpoint.config import quantization_sections
 from shardsurgeon.checkpoint.quantization_schemes import QuantizationSchemes, Shape, packed_words
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.layerwise.tensors import DTYPES, TensorReader
+from shardsurgeon.layerwise.tensors import DTYPES, Tensors
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 if TYPE_CHECKING:
@@ -216,6 +216,20 @@ class PackedWeight:
         made = torch.cat([linear(inputs, part) for part in self._parts], dim=-1)
         return made if bias is None else made + bias
 
+    def joined(self) -> PackedInt4:
+        """The matrices as one; its zero points, if any, are not packed."""
+        from shardsurgeon_kernels import PackedInt4
+
+        first, parts = self._parts[0], self._parts
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        return PackedInt4(
+            packed=torch.cat([part.packed for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            zero_point=torch.cat(zeros) if zeros else None,
+            shape=(sum(part.shape[0] for part in parts), first.shape[1]),
+            group_size=first.group_size,
+        )
+
     def unpacked(self) -> Tensor:
         """The weight, [out, in]."""
         return torch.cat([part.dequantize(self.dtype).flatten(0, -2) for part in self._whole])
@@ -224,7 +238,7 @@ class PackedWeight:
 class Decoder:
     """Reads weights by the names that they have in an unquantized checkpoint."""
 
-    def __init__(self, reader: TensorReader, config: Mapping[str, Any]) -> None:
+    def __init__(self, reader: Tensors, config: Mapping[str, Any]) -> None:
         """config: config.json, whose quantization sections give group and block sizes."""
         self._reader = reader
         self._schemes = QuantizationSchemes.of(config)
@@ -250,7 +264,7 @@ class Decoder:
 class _Rows:
     """A reader that returns one expert's rows of every tensor with an axis of experts."""
 
-    reader: TensorReader
+    reader: Tensors
     experts: int
     expert: int | None
 

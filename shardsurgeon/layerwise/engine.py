@@ -1,12 +1,16 @@
 """The calibration itself: all samples through one decoder layer after another.
 
 Takes a checkpoint and samples; gives the accumulators of each layer to a sink and the hidden
-states to a store, so that an interrupted run continues after its last finished group of layers.
+states to a store, so that an interrupted run continues after the layers that were saved last. What
+is read how often and held where, a schedule says before it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -14,17 +18,28 @@ import torch
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
-from shardsurgeon.errors import UsageError
-from shardsurgeon.layerwise.experts import Recorder
+from shardsurgeon.layerwise.activations import ActivationStore
+from shardsurgeon.layerwise.devices import READERS, Arrival, Device, require_device
+from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
 from shardsurgeon.layerwise.forward import Batch
-from shardsurgeon.layerwise.memory import MOST_BATCHES, BatchSizes, batch_sizes, free_memory
+from shardsurgeon.layerwise.grouped import may_be_grouped
+from shardsurgeon.layerwise.memory import free_memory, model_size
 from shardsurgeon.layerwise.model import Model, MtpLayer
-from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.samples import Sample, total_tokens
+from shardsurgeon.layerwise.schedule import (
+    Chunk,
+    Hold,
+    Limits,
+    Schedule,
+    chunks,
+    make_schedule,
+    words,
+)
 from shardsurgeon.layerwise.settings import LayerSink, Listener, Progress, Settings
+from shardsurgeon.layerwise.supply import Held, Make, Passing, Staying, Supply
+from shardsurgeon.layerwise.text_model import ExpertModule
 
-Chunk = list[list[int]]
-"""Batches for which each expert is read once; a batch is a list of sample positions."""
+_log = logging.getLogger(__name__)
 
 
 def calibrate_layers(
@@ -35,32 +50,56 @@ def calibrate_layers(
     sink: LayerSink,
     on_progress: Listener,
     *,
-    chunk_tokens: int | None = None,
-) -> None:
-    """Run samples through a model and give each layer's accumulators to the sink.
+    memory: int | None = None,
+    device: Device | None = None,
+    adjust: Callable[[Schedule], Schedule] = lambda schedule: schedule,
+) -> Schedule:
+    """Run samples through a model, give each layer's accumulators to the sink; how it was done.
 
-    settings: with a dtype; store: for samples of these lengths; chunk_tokens: for how many tokens
-    an expert is read once, None for what memory allows. Raises UsageError where transformers
-    cannot build the model, the device does not exist or a layer does not fit into memory;
-    FamilyError where experts or weights have an unknown form; WorkError where an expert's
-    outputs are not finite; OutputWriteError where hidden states or results cannot be written.
+    settings: with a dtype; store: for samples of these lengths; memory: bytes that it may take on
+    the device, None for what is free; device: None for the one that the settings name; adjust:
+    changes the schedule that the cost model chose. Raises UsageError where transformers cannot
+    build the model, the device does not exist or a layer does not fit into memory; FamilyError
+    where experts or weights have an unknown form; WorkError where an expert's outputs are not
+    finite; OutputWriteError where hidden states or results cannot be written.
     """
     require_device(settings.device)
+    device = device or Device(settings.device)
     anatomy = read_anatomy(checkpoint)
-    with silence_hub(), torch.inference_mode():
-        model = Model(checkpoint, anatomy, settings)
-        _Run(model, anatomy, samples, settings, store, sink, on_progress, chunk_tokens).run()
+    with silence_hub(), torch.inference_mode(), device.current():
+        model = Model(checkpoint, anatomy, settings, device)
+        chosen = adjust(_schedule(model, checkpoint, anatomy, samples, settings, store, memory))
+        schedule = store.keep_schedule(chosen)
+        with _Run(model, anatomy, samples, schedule, device, store, sink, on_progress) as run:
+            run.run()
+    return schedule
 
 
-def require_device(device: str) -> None:
-    """Raise UsageError where torch cannot use the device."""
-    if device == "cpu":
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    number = int(device.partition(":")[2] or 0)
-    if number >= count:
-        problem = f"torch {torch.__version__} finds {count} CUDA devices"
-        raise UsageError(f"--device {device}", problem, "give another device, such as cpu")
+def _schedule(
+    model: Model,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    samples: Sequence[Sample],
+    settings: Settings,
+    store: ActivationStore,
+    memory: int | None,
+) -> Schedule:
+    """What fits into the memory that is free now. Raises UsageError where nothing does."""
+    device = settings.device
+    free = free_memory(device)
+    limits = Limits(
+        itemsize=model.dtype.itemsize,
+        on_gpu=device != "cpu",
+        device_free=free if memory is None else min(free, memory),
+        host_free=free_memory("cpu"),
+        states_budget=store.budget,
+        batch_size=settings.batch_size,
+        attention_pair=model.attention_pair,
+        groups=tuple(model.groups()),
+        device=device,
+    )
+    size = replace(model_size(checkpoint, anatomy), outside=model.resident)
+    return make_schedule(size, [sample.num_tokens for sample in samples], limits)
 
 
 class _Run:
@@ -71,22 +110,25 @@ class _Run:
         model: Model,
         anatomy: Anatomy,
         samples: Sequence[Sample],
-        settings: Settings,
+        schedule: Schedule,
+        device: Device,
         store: ActivationStore,
         sink: LayerSink,
         on_progress: Listener,
-        chunk_tokens: int | None,
     ) -> None:
-        """Raises UsageError where one layer and one batch do not fit into memory."""
         self._model = model
         self._samples = samples
-        self._settings = settings
+        self._schedule = schedule
+        self._device = device
         self._store = store
         self._sink = sink
         self._listener = on_progress
-        self._chunk_tokens = chunk_tokens
-        self._layer_memory = model.layer_memory()
-        self._chunks = self._cut(self._fitting_sizes())
+        self._readers = ThreadPoolExecutor(READERS[device.is_gpu], thread_name_prefix="expert")
+        self._ahead: dict[int, Supply] = {}
+        lengths = [sample.num_tokens for sample in samples]
+        self._chunks = chunks(lengths, schedule, mixed=model.may_pad)
+        self._batches = [batch for chunk in self._chunks for batch in chunk]
+        self._numbers = {id(batch): number for number, batch in enumerate(self._batches)}
         self._num_experts = {layer.index: layer.num_experts for layer in anatomy.main_layers}
         self._groups = model.groups()
         if model.mtp is None:
@@ -99,19 +141,25 @@ class _Run:
         layers = self._groups[-1].stop + (model.mtp is not None)
         self._progress = Progress(0, 0, layers, 0, layers * self._tokens)
 
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for supply in self._ahead.values():
+            supply.close()
+        self._readers.shutdown(cancel_futures=True)
+
     def run(self) -> None:
         """Run every group of layers that an earlier run has not finished."""
         done = self._sink.done_layers()
         if self._num_experts.keys() <= done:
             return
+        for line in words(self._schedule):
+            _log.info(line)
         self._model.prepare(self._samples[0].ids)
+        self._store.arrange(self._batches, self._schedule.states, self._device)
         if self._store.generation is None:
             self._embed()
-        # The states of the next generation take as much memory as those of this one.
-        reserved = self._states_nbytes() if self._store.in_memory else 0
-        fitting = self._fitting_sizes(reserved)
-        kept = self._store.keep_batch_sizes(fitting.batch_size, fitting.chunk)
-        self._chunks = self._cut(BatchSizes(*kept))
         for number, group in enumerate(self._groups):
             assert self._store.generation is not None
             if number < self._store.generation:
@@ -124,96 +172,125 @@ class _Run:
 
     def _embed(self) -> None:
         """Store the states that enter the first layer."""
-        for positions in (batch for chunk in self._chunks for batch in chunk):
+        for number, positions in enumerate(self._batches):
             batch = self._batch(positions)
             self._model.runner.embed(batch)
-            self._keep_states(positions, batch)
-        self._store.advance()
+            self._store.keep(number, batch.packed())
+        self._store.advance(0)
 
     def _run_group(self, number: int, group: range) -> None:
         """Run all samples through one group of layers, and keep what its experts added up."""
         is_last = self._model.mtp is None and number + 1 == len(self._groups)
-        with self._model.filled(group):
+        with self._model.filled(group), ExitStack() as stack:
+            recorders: dict[int, Recorder] = {}
+            experts: dict[int, StreamedExperts] = {}
+            for layer in group:
+                if layer in self._num_experts:
+                    recorders[layer] = self._recorder(layer, f"layer {layer}")
+                    module, supply = self._supply(layer)
+                    stack.callback(supply.close)
+                    supply.start()
+                    experts[layer] = self._streamed(module, layer, supply, recorders[layer])
             for following in self._groups[number + 1 :][:1]:
-                self._model.read_ahead(following)
-            recorders = {
-                layer: self._recorder(layer, f"layer {layer}")
-                for layer in group
-                if layer in self._num_experts
-            }
-            experts = {
-                layer: self._model.experts(layer, self._num_experts[layer], recorder)
-                for layer, recorder in recorders.items()
-            }
-            for chunk in self._chunks:
-                batches = [self._batch_with_states(positions) for positions in chunk]
+                self._begin_reading(following)
+            for chunk, batches in self._chunks_with_states():
                 self._model.runner.run(batches, group, experts)
                 for positions, batch in zip(chunk, batches, strict=True):
                     if not is_last:
-                        self._keep_states(positions, batch)
+                        self._store.keep(self._numbers[id(positions)], batch.packed())
+                    batch.states = None
                     self._report(group.start, batch.num_tokens * len(group))
         for layer, recorder in recorders.items():
             self._sink.finished_layer(layer, False, recorder.result())
         if not is_last:
             # After the sink: a layer that the store counts as done must not lack its results.
-            self._store.advance()
+            self._store.advance(group.stop)
         self._report_group(group, tokens_counted=True)
 
     def _run_mtp(self, mtp: MtpLayer) -> None:
         """Run all samples through the MTP layer, from the output of the main layers."""
         recorder = self._recorder(mtp.index, f"MTP layer {mtp.index}")
         twin = range(mtp.twin, mtp.twin + 1)
-        with self._model.filled_mtp(mtp):
-            experts = {
-                mtp.twin: self._model.mtp_experts(mtp, self._num_experts[mtp.index], recorder)
-            }
-            for chunk in self._chunks:
-                batches = [self._batch_with_states(positions) for positions in chunk]
-                # The layer sees pairs of a state and the next token: a single token has no pair.
-                entered = [
-                    self._model.enter_mtp(mtp, batch) for batch in batches if batch.ids.shape[1] > 1
-                ]
+        hold = self._schedule.hold is Hold.STORED
+        module, make = self._model.mtp_experts(mtp, hold=hold)
+        with self._model.filled_mtp(mtp), ExitStack() as stack:
+            supply = self._made_supply(module, make, self._num_experts[mtp.index])
+            stack.callback(supply.close)
+            supply.start()
+            experts = {mtp.twin: self._streamed(module, mtp.index, supply, recorder)}
+            for chunk, batches in self._chunks_with_states():
+                entered = []
+                for positions, batch in zip(chunk, batches, strict=True):
+                    # The layer sees pairs of a state and the next token: one token has no pair.
+                    if batch.ids.shape[1] > 1:
+                        pairs = self._batch(positions, left_out=1)
+                        pairs.states = self._model.enter_mtp(mtp, batch)
+                        entered.append(pairs)
+                    batch.states = None
                 if entered:
                     self._model.runner.run(entered, twin, experts)
                 self._report(mtp.index, sum(batch.num_tokens for batch in batches))
         self._sink.finished_layer(mtp.index, True, recorder.result())
         self._report_group(range(mtp.index, mtp.index + 1), tokens_counted=True)
 
+    def _begin_reading(self, group: range) -> None:
+        """Read a group's experts while the group before computes, or let the system do so."""
+        self._model.read_ahead(group)
+        for layer in group if self._schedule.ahead else ():
+            if layer in self._num_experts:
+                self._ahead[layer] = self._supply(layer)[1]
+                self._ahead[layer].start()
+
+    def _supply(self, layer: int) -> tuple[ExpertModule, Supply]:
+        module, make = self._model.experts(layer, hold=self._schedule.hold is Hold.STORED)
+        if layer in self._ahead:
+            return module, self._ahead.pop(layer)
+        return module, self._made_supply(module, make, self._num_experts[layer])
+
+    def _made_supply(self, module: ExpertModule, make: Make, num_experts: int) -> Supply:
+        """What gives a layer's experts, as the schedule says."""
+        grouped = self._schedule.grouped and module.copies is None and not module.scales_inputs
+        grouped = grouped and may_be_grouped(module.module)
+        if self._schedule.hold is Hold.LAYER:
+            return Staying(make, num_experts, self._device, self._readers, stacked=grouped)
+        kind = Held if self._schedule.hold is Hold.STORED else Passing
+        group = min(self._schedule.group, num_experts) if grouped else 0
+        return kind(make, num_experts, self._device, self._readers, group)
+
+    def _streamed(
+        self, module: ExpertModule, layer: int, supply: Supply, recorder: Recorder
+    ) -> StreamedExperts:
+        rows = self._schedule.rows
+        return StreamedExperts(module, self._num_experts[layer], supply, recorder, rows)
+
     def _recorder(self, layer: int, name: str) -> Recorder:
-        return Recorder(name, self._num_experts[layer], self._settings.device)
+        return Recorder(name, self._num_experts[layer], self._device.name)
 
-    def _batch(self, positions: list[int]) -> Batch:
-        ids = [self._samples[position].ids for position in positions]
-        return Batch.of(ids, self._settings.device)
+    def _batch(self, positions: list[int], *, left_out: int = 0) -> Batch:
+        """Samples without states. left_out: tokens at the end of each."""
+        own = [self._samples[position] for position in positions]
+        ids = [sample.ids[: sample.num_tokens - left_out] for sample in own]
+        return Batch.of(ids, self._device.name)
 
-    def _batch_with_states(self, positions: list[int]) -> Batch:
-        batch = self._batch(positions)
-        batch.set_states([self._store.read(position) for position in positions])
-        return batch
+    def _chunks_with_states(self) -> Iterator[tuple[Chunk, list[Batch]]]:
+        """Each chunk with its batches, whose states are on the device; those of the next batch
+        are on their way where batches do not wait for one another."""
+        sent: list[tuple[torch.Tensor, Arrival]] = []
+        one_ahead = self._schedule.hold is not Hold.GROUPS
+        for number, chunk in enumerate(self._chunks):
+            arriving = sent or self._send(chunk)
+            sent = []
+            if one_ahead and number + 1 < len(self._chunks):
+                sent = self._send(self._chunks[number + 1])
+            batches = [self._batch(positions) for positions in chunk]
+            for batch, (states, arrival) in zip(batches, arriving, strict=True):
+                arrival.wait()
+                batch.set_packed(states)
+            arriving.clear()
+            yield chunk, batches
 
-    def _keep_states(self, positions: list[int], batch: Batch) -> None:
-        for position, states in zip(positions, batch.unpadded_states(), strict=True):
-            self._store.write(position, states)
-
-    def _states_nbytes(self) -> int:
-        state = self._store.read(0)
-        nbytes: int = state.numel() // len(state) * state.element_size() * self._tokens
-        return nbytes
-
-    def _fitting_sizes(self, reserved: int = 0) -> BatchSizes:
-        """What fits into the memory that is free now.
-
-        reserved: bytes of the host's free memory that the hidden states will take.
-        """
-        device = self._settings.device
-        free = free_memory(device) - (reserved if device == "cpu" else 0)
-        lengths = [sample.num_tokens for sample in self._samples]
-        asked = self._settings.batch_size
-        return batch_sizes(self._layer_memory, lengths, asked, self._chunk_tokens, free, device)
-
-    def _cut(self, sizes: BatchSizes) -> list[Chunk]:
-        lengths = [sample.num_tokens for sample in self._samples]
-        return _chunks(lengths, sizes, mixed=self._model.may_pad)
+    def _send(self, chunk: Chunk) -> list[tuple[torch.Tensor, Arrival]]:
+        return [self._store.send(self._numbers[id(positions)]) for positions in chunk]
 
     def _report(self, layer: int, tokens: int) -> None:
         done = self._progress.tokens_done + tokens
@@ -225,33 +302,3 @@ class _Run:
         layers = self._progress.layers_done + len(group)
         self._progress = replace(self._progress, layers_done=layers)
         self._report(group[-1], 0 if tokens_counted else self._tokens * len(group))
-
-
-def _chunks(lengths: Sequence[int], sizes: BatchSizes, *, mixed: bool) -> list[Chunk]:
-    """Group batches into chunks of at most `sizes.chunk` tokens, padding included.
-
-    mixed: whether samples of different lengths may be in one batch.
-    """
-    chunks: list[Chunk] = []
-    left = 0
-    for batch in _batches(lengths, sizes.batch_size, mixed=mixed):
-        tokens = lengths[batch[0]] * len(batch)
-        if not chunks or tokens > left or len(chunks[-1]) == MOST_BATCHES:
-            chunks.append([])
-            left = sizes.chunk
-        chunks[-1].append(batch)
-        left -= tokens
-    return chunks
-
-
-def _batches(lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list[int]]:
-    """Positions of samples of similar lengths, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    batch: list[int] = []
-    for position in order:
-        differs = batch and not mixed and lengths[position] != lengths[batch[0]]
-        if differs or len(batch) == size:
-            yield batch
-            batch = []
-        batch.append(position)
-    yield batch

@@ -1,16 +1,14 @@
-"""A layer's experts, read one by one: their outputs for the routed tokens, and the sums of these.
+"""A layer's experts at work: their outputs for the routed tokens, and the sums of these.
 
-The model's router has chosen. Each expert that any token of the chunk chose is read once,
-computes its tokens, and is dropped; a recorder adds up its outputs.
+The model's router has chosen. Tokens are sorted by expert once; then experts compute one by one,
+by their class's own code, or many in one grouped product; a recorder adds up the outputs before
+they are multiplied by the gate weights.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,11 +17,12 @@ from torch.nn import functional
 
 from shardsurgeon.errors import WorkError
 from shardsurgeon.layerwise.accumulators import Accumulators
-from shardsurgeon.layerwise.decoding import PackedWeight
-from shardsurgeon.layerwise.memory import MOST_ROWS
+from shardsurgeon.layerwise.grouped import Stack, grouped_outputs
+from shardsurgeon.layerwise.supply import Parameters, Supply
 from shardsurgeon.layerwise.text_model import ExpertModule
 
-Parameters: TypeAlias = Mapping[str, Tensor | PackedWeight]
+# Tokens whose experts' outputs are put together at once.
+_TOKENS_ADDED = 8192
 
 
 @dataclass(slots=True)
@@ -31,7 +30,8 @@ class Routing:
     """The tokens of one batch, and which experts of a layer they go to.
 
     layer: the layer's number; inputs: [N, H]; index: int64 [N, K], expert ids; weights: [N, K],
-    gate weights; real: bool [N], False for padding, None where there is no padding.
+    gate weights; real: int64, the tokens that are not padding, None where there is no padding;
+    counted: bool [N], the tokens that are added up, None for all; num_counted: how many they are.
     """
 
     layer: int
@@ -39,31 +39,70 @@ class Routing:
     index: Tensor
     weights: Tensor
     real: Tensor | None
+    counted: Tensor | None
+    num_counted: int
 
-    def choices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, expert, gate weight) of every choice, padding left out; three vectors."""
-        index, weights = self.index, self.weights
-        tokens = torch.arange(len(index), device=index.device)
-        if self.real is not None:
-            tokens, index, weights = tokens[self.real], index[self.real], weights[self.real]
-        width = index.shape[1]
-        return tokens.repeat_interleave(width), index.reshape(-1), weights.reshape(-1)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without padding."""
-        return len(self.inputs) if self.real is None else int(self.real.sum())
+@dataclass(slots=True)
+class _Choices:
+    """All choices of some batches' tokens, padding left out, sorted by expert; M of them.
+
+    tokens: [M], numbered through the batches; experts: [M], ascending; gates: [M], gate weights;
+    counted: bool [M], None where all are added up; order: [M], the place of each where they are
+    sorted by token; real: [M / K], the tokens in that order; width: K.
+    """
+
+    tokens: Tensor
+    experts: Tensor
+    gates: Tensor
+    counted: Tensor | None
+    order: Tensor
+    real: Tensor
+    width: int
+
+
+def _sorted_choices(routings: Sequence[Routing]) -> _Choices:
+    begins = np.cumsum([0, *(len(routing.inputs) for routing in routings)]).tolist()
+    parts = [
+        torch.arange(len(routing.index), device=routing.index.device)
+        if routing.real is None
+        else routing.real
+        for routing in routings
+    ]
+    real = torch.cat([part + begin for part, begin in zip(parts, begins, strict=False)])
+    pairs = list(zip(routings, parts, strict=True))
+    index = torch.cat([routing.index.index_select(0, part) for routing, part in pairs])
+    gates = torch.cat([routing.weights.index_select(0, part) for routing, part in pairs])
+    width = index.shape[1]
+    experts, order = index.flatten().sort(stable=True)
+    counted = None
+    if any(routing.counted is not None for routing in routings):
+        masks = [
+            torch.ones_like(part, dtype=torch.bool)
+            if routing.counted is None
+            else routing.counted.index_select(0, part)
+            for routing, part in pairs
+        ]
+        counted = torch.cat(masks).index_select(0, order // width)
+    return _Choices(
+        tokens=real.index_select(0, order // width),
+        experts=experts,
+        gates=gates.flatten().index_select(0, order),
+        counted=counted,
+        order=order,
+        real=real,
+        width=width,
+    )
 
 
 class Recorder:
     """Adds up the outputs of one layer's experts, in float64 on the device of the tensors.
 
-    layer: its name in messages.
+    layer: its name in messages. Nothing here waits for the device until `result`.
     """
 
     def __init__(self, layer: str, num_experts: int, device: str) -> None:
         self._layer = layer
-        self._num_experts = num_experts
         self._tokens = 0
         # Rows: counts, gate weights, norms, norms times gate weights, the largest component.
         self._sums = torch.zeros(5, num_experts, dtype=torch.float64, device=device)
@@ -72,16 +111,26 @@ class Recorder:
         """Count tokens that went through the layer."""
         self._tokens += tokens
 
-    def add(self, expert: int, outputs: Tensor, weights: Tensor) -> None:
-        """Add an expert's outputs [n, H], before they are multiplied by the gate weights [n]."""
+    def add(
+        self, first: int, outputs: Tensor, gates: Tensor, counted: Tensor | None, ends: Tensor
+    ) -> None:
+        """Add outputs [n, H] of consecutive experts, before they meet the gate weights [n].
+
+        first: the first of the experts; counted: bool [n], which rows are added up, None for all;
+        ends: int [experts], where each one's rows end; rows behind the last end are left out.
+        """
+        weights = gates.double()
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
-        gates = weights.double()
-        sums = self._sums
-        sums[0, expert] += len(outputs)
-        sums[1, expert] += gates.sum()
-        sums[2, expert] += norms.sum()
-        sums[3, expert] += torch.dot(norms, gates)
-        sums[4, expert] = torch.maximum(sums[4, expert], outputs.amax().double())
+        largest = outputs.amax(-1).double()
+        ones = torch.ones_like(norms)
+        rows = torch.stack([ones, weights, norms, norms * weights, largest])
+        if counted is not None:
+            # Not by a product: what is not counted may not be finite.
+            rows = torch.where(counted, rows, 0.0)
+        lengths = ends.diff(prepend=ends.new_zeros(1)).long()
+        here = self._sums[:, first : first + len(ends)]
+        here[:4] += _segments(rows[:4], lengths, "sum")
+        here[4] = torch.maximum(here[4], _segments(rows[4:], lengths, "max")[0])
 
     def result(self) -> Accumulators:
         """The sums. Raises WorkError where an expert's outputs were not finite."""
@@ -93,6 +142,17 @@ class Recorder:
         return Accumulators(self._tokens, sums[0].astype(np.int64), *sums[1:])
 
 
+def _segments(rows: Tensor, lengths: Tensor, how: str) -> Tensor:
+    """Each row [n] reduced over consecutive segments: [rows, segments]. In the order of the
+    elements, so that the result does not depend on timing."""
+    return torch.stack(
+        [
+            torch.segment_reduce(row, how, lengths=lengths, initial=0, unsafe=True)
+            for row in rows.unbind()
+        ]
+    )
+
+
 class StreamedExperts:
     """The experts of one layer."""
 
@@ -100,74 +160,70 @@ class StreamedExperts:
         self,
         module: ExpertModule,
         num_experts: int,
-        read_expert: Callable[[int], Parameters],
+        supply: Supply,
         recorder: Recorder,
+        rows: int,
     ) -> None:
-        """read_expert: an expert's parameters by its id; it runs in another thread."""
+        """supply: their weights; rows: of one product."""
         self._module = module
         self._num_experts = num_experts
-        self._read_expert = read_expert
+        self._supply = supply
         self._recorder = recorder
+        self._rows = rows
 
     def compute(self, routings: list[Routing]) -> list[Tensor]:
         """The outputs [N, H] for each batch; those of padding are 0."""
         inputs = torch.cat([routing.inputs for routing in routings])
         dtypes = (routings[0].inputs.dtype, routings[0].weights.dtype)
         outputs = torch.zeros_like(inputs, dtype=torch.promote_types(*dtypes))
+        choices = _sorted_choices(routings)
+        self._recorder.add_tokens(sum(routing.num_counted for routing in routings))
+        if self._supply.stacked:
+            self._together(inputs, outputs, choices)
+        else:
+            self._one_by_one(inputs, outputs, choices)
         sizes = [len(routing.inputs) for routing in routings]
-        tokens, experts, weights = _sorted_by_expert(routings, sizes)
-        self._recorder.add_tokens(sum(routing.num_tokens for routing in routings))
-        counts = torch.bincount(experts, minlength=self._num_experts).tolist()
-        parts = zip(counts, tokens.split(counts), weights.split(counts), strict=True)
-        chosen = {expert: (own, gates) for expert, (count, own, gates) in enumerate(parts) if count}
-        for expert, parameters in self._read(chosen):
-            self._compute(expert, parameters, inputs, outputs, *chosen[expert])
-        self._module.clear()
         return [part.to(dtypes[0]) for part in outputs.split(sizes)]
 
-    def _read(self, chosen: Iterable[int]) -> Iterator[tuple[int, Parameters | None]]:
-        """(expert, parameters), None for an expert that copies its input.
+    def _one_by_one(self, inputs: Tensor, outputs: Tensor, choices: _Choices) -> None:
+        """Add every expert's outputs to those of its tokens. Waits for the device once.
 
-        The next expert is read while this one computes. Some routers choose ids after the last
-        expert, which stand for no expert.
+        Some routers choose ids after the last expert, which stand for no expert.
         """
+        counts = torch.bincount(choices.experts, minlength=self._num_experts).tolist()
+        ends = np.cumsum(counts).tolist()
         known = self._num_experts + (self._module.copies or 0)
-        wanted = [expert for expert in chosen if expert < known]
-        with ThreadPoolExecutor(1, thread_name_prefix="expert") as pool:
-            ahead: deque[Future[Parameters | None]] = deque()
-            for expert in wanted[:2]:
-                ahead.append(pool.submit(self._parameters, expert))
-            for position, expert in enumerate(wanted):
-                parameters = ahead.popleft().result()
-                yield expert, parameters
-                if position + 2 < len(wanted):
-                    ahead.append(pool.submit(self._parameters, wanted[position + 2]))
+        chosen = [expert for expert, count in enumerate(counts[:known]) if count]
+        for expert, parameters in self._supply.each(chosen):
+            if parameters is not None:
+                self._module.load(parameters)
+            for begin in range(ends[expert] - counts[expert], ends[expert], self._rows):
+                rows = slice(begin, min(begin + self._rows, ends[expert]))
+                self._one(expert, parameters, rows, inputs, outputs, choices)
+        self._module.clear()
 
-    def _parameters(self, expert: int) -> Parameters | None:
-        return self._read_expert(expert) if expert < self._num_experts else None
-
-    def _compute(
+    def _one(
         self,
         expert: int,
         parameters: Parameters | None,
+        rows: slice,
         inputs: Tensor,
         outputs: Tensor,
-        tokens: Tensor,
-        weights: Tensor,
+        choices: _Choices,
     ) -> None:
-        """Add one expert's outputs for its tokens to `outputs`, MOST_ROWS tokens at a time."""
+        tokens, gates = choices.tokens[rows], choices.gates[rows]
+        own = inputs.index_select(0, tokens)
+        # An expert without parameters copies its input.
+        made = own if parameters is None else self._outputs(own)
         if parameters is not None:
-            self._module.load(parameters)
-        for chosen, gates in zip(tokens.split(MOST_ROWS), weights.split(MOST_ROWS), strict=True):
-            own = inputs[chosen]
-            made = own if parameters is None else self._outputs(own)
-            if parameters is not None:
-                self._recorder.add(expert, made, gates)
-            if self._module.scales_inputs:
-                made = self._outputs(own * gates[:, None])
-            else:
-                made = made * gates[:, None]
-            outputs.index_add_(0, chosen, made.to(outputs.dtype))
+            counted = None if choices.counted is None else choices.counted[rows]
+            ends = torch.tensor([len(made)], device=made.device)
+            self._recorder.add(expert, made, gates, counted, ends)
+        if self._module.scales_inputs:
+            made = self._outputs(own * gates[:, None])
+        else:
+            made = made * gates[:, None]
+        outputs.index_add_(0, tokens, made.to(outputs.dtype))
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         """The expert's outputs [n, H], computed on the CPU for a few rows more."""
@@ -176,6 +232,50 @@ class StreamedExperts:
         if even > rows:
             inputs = functional.pad(inputs, (0, 0, 0, even - rows))
         return self._module.compute(inputs)[:rows]
+
+    def _together(self, inputs: Tensor, outputs: Tensor, choices: _Choices) -> None:
+        """The same by grouped products. The host waits for nothing where the experts are one
+        stack, and once where they come in several."""
+        every = torch.arange(self._num_experts, device=inputs.device)
+        ends = torch.searchsorted(choices.experts, every, right=True)
+        made = inputs.new_empty(len(choices.tokens), outputs.shape[1], dtype=outputs.dtype)
+        limits: list[int] = []
+        for experts, stack in self._supply.stacks():
+            first, last = 0, len(choices.tokens)
+            if len(experts) < self._num_experts:
+                limits = limits or [0, *ends.tolist()]
+                first, last = limits[experts.start], limits[experts.stop]
+            for begin in range(first, last, self._rows):
+                rows = slice(begin, min(begin + self._rows, last))
+                made[rows] = self._slab(experts, stack, rows, ends, inputs, choices)
+        # Rows of ids that stand for no expert lie behind all others.
+        made.masked_fill_((choices.experts >= self._num_experts)[:, None], 0)
+        place = choices.order.argsort().view(-1, choices.width)
+        for tokens, places in zip(
+            choices.real.split(_TOKENS_ADDED), place.split(_TOKENS_ADDED), strict=True
+        ):
+            of_tokens = made.index_select(0, places.flatten())
+            # Added up in the order of choices: atomic additions would come in any order.
+            total = of_tokens.view(*places.shape, -1).sum(1)
+            outputs.index_copy_(0, tokens, total)
+
+    def _slab(
+        self,
+        experts: range,
+        stack: Stack,
+        rows: slice,
+        ends: Tensor,
+        inputs: Tensor,
+        choices: _Choices,
+    ) -> Tensor:
+        """Some rows' outputs times their gate weights."""
+        own = inputs.index_select(0, choices.tokens[rows])
+        here = (ends[experts.start : experts.stop] - rows.start).clamp(0, len(own))
+        made = grouped_outputs(self._module.module, stack, own, here.int())
+        gates = choices.gates[rows]
+        counted = None if choices.counted is None else choices.counted[rows]
+        self._recorder.add(experts.start, made, gates, counted, here)
+        return made * gates[:, None]
 
 
 def _even_rows(rows: int) -> int:
@@ -186,16 +286,3 @@ def _even_rows(rows: int) -> int:
     """
     step = max(1, 1 << (rows - 1).bit_length() >> 4)
     return -(-rows // step) * step
-
-
-def _sorted_by_expert(routings: list[Routing], sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, expert, gate weight) of all batches' choices, sorted by expert.
-
-    sizes: rows of each batch; tokens are numbered through the batches.
-    """
-    parts = [routing.choices() for routing in routings]
-    begins = np.cumsum([0, *sizes[:-1]]).tolist()
-    tokens = torch.cat([part[0] + begin for part, begin in zip(parts, begins, strict=True)])
-    experts, order = torch.cat([part[1] for part in parts]).sort(stable=True)
-    weights = torch.cat([part[2] for part in parts])[order]
-    return tokens[order], experts, weights

@@ -2,25 +2,25 @@
 
 A batch is one call of the model's own `forward`: layers before the active ones are skipped, the
 first active one gets the stored hidden states as its input, and the output of the last one is
-kept. The batches of a chunk wait for one another at the experts, so that each expert is read once
-for all of them. Each batch runs in a thread, which can be paused in the middle of the model's own
-code; only one thread runs at a time.
+kept. Where experts come in groups, the batches of a chunk wait for one another at the experts, so
+that each expert is read once for all of them: each batch runs in a greenlet, which can be paused
+in the middle of the model's own code.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from greenlet import getcurrent, greenlet
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.experts import Routing, StreamedExperts
 from shardsurgeon.layerwise.text_model import TextModel
 
@@ -36,49 +36,65 @@ Compute = Callable[[list[Any]], list[Any]]
 class Batch:
     """Samples of one forward pass, padded at their ends, where causal attention ignores padding.
 
-    ids: int64 [B, S]; lengths: tokens of each sample; states: hidden states [B, S, ...], the
-    input of the next layers to run; None before the first layer.
+    ids: int64 [B, S]; lengths: tokens of each sample; real: int64, the positions in [B · S] that
+    are not padding, None where none is padding; counted: bool [B · S], which tokens count, None
+    where all do; num_counted: how many that are; states: hidden states [B, S, ...], the input of
+    the next layers to run; None before the first layer.
     """
 
     ids: Tensor
     lengths: list[int]
+    real: Tensor | None
+    counted: Tensor | None
+    num_counted: int
     states: Tensor | None = None
 
     @classmethod
-    def of(cls, samples: Sequence[NDArray[np.int64]], device: str) -> Batch:
-        """Pad samples, each int64 [tokens], to the longest of them."""
-        longest = max(len(ids) for ids in samples)
-        padded = np.zeros((len(samples), longest), np.int64)
-        for row, ids in zip(padded, samples, strict=True):
-            row[: len(ids)] = ids
-        return cls(torch.from_numpy(padded).to(device), [len(ids) for ids in samples])
+    def of(
+        cls,
+        samples: Sequence[NDArray[np.int64]],
+        device: str,
+        counted: Sequence[NDArray[np.bool_] | None] = (),
+    ) -> Batch:
+        """Pad samples, each int64 [tokens], to the longest of them.
 
-    def set_states(self, states: Sequence[Tensor]) -> None:
-        """Set the hidden states, one tensor [tokens, ...] a sample."""
-        shape = (*self.ids.shape, *states[0].shape[1:])
-        padded = torch.zeros(shape, dtype=states[0].dtype, device=self.ids.device)
-        for row, state in zip(padded, states, strict=True):
-            row[: len(state)] = state
-        self.states = padded
-
-    def unpadded_states(self) -> list[Tensor]:
-        """The hidden states of each sample, [tokens, ...], without the padding."""
-        assert self.states is not None
-        return [row[:length] for row, length in zip(self.states, self.lengths, strict=True)]
+        counted: which of each sample's tokens count, None for all.
+        """
+        lengths = [len(ids) for ids in samples]
+        shape = (len(samples), max(lengths))
+        padded = np.zeros(shape, np.int64)
+        real, counts = np.zeros(shape, bool), np.zeros(shape, bool)
+        for row, ids in enumerate(samples):
+            mask = counted[row] if counted else None
+            padded[row, : len(ids)], real[row, : len(ids)] = ids, True
+            counts[row, : len(ids)] = True if mask is None else mask
+        all_real, all_count = real.all(), np.array_equal(counts, real)
+        return cls(
+            ids=torch.from_numpy(padded).to(device),
+            lengths=lengths,
+            real=None if all_real else torch.from_numpy(np.flatnonzero(real)).to(device),
+            counted=None if all_count else torch.from_numpy(counts.ravel()).to(device),
+            num_counted=int(counts.sum()),
+        )
 
     @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return sum(self.lengths)
 
-    def real(self) -> Tensor | None:
-        """Which positions are not padding, bool [B · S]; None where none is padding."""
-        width = self.ids.shape[1]
-        if self.num_tokens == self.ids.numel():
-            return None
-        lengths = torch.tensor(self.lengths, device=self.ids.device)
-        positions = torch.arange(width, device=self.ids.device)
-        return (positions < lengths[:, None]).reshape(-1)
+    def set_packed(self, states: Tensor) -> None:
+        """Set the hidden states, [tokens, ...], sample after sample without padding."""
+        shape = (*self.ids.shape, *states.shape[1:])
+        if self.real is not None:
+            padded = states.new_zeros(self.ids.numel(), *states.shape[1:])
+            states = padded.index_copy_(0, self.real, states)
+        self.states = states.reshape(shape)
+
+    def packed(self) -> Tensor:
+        """The hidden states, [tokens, ...], sample after sample without padding."""
+        assert self.states is not None
+        flat = self.states.flatten(0, 1)
+        return flat if self.real is None else flat.index_select(0, self.real)
 
 
 @dataclass(slots=True)
@@ -86,28 +102,28 @@ class _Call:
     """One call of the model's `forward`.
 
     layers: the active ones; request_experts: has the experts compute; embeds: whether embeddings
-    are looked up; real: as `Batch.real`; seen: a list that receives the layers' arguments other
-    than the hidden states, or None.
+    are looked up; seen: a list that receives the layers' arguments other than the hidden states,
+    or None.
     """
 
     batch: Batch
     layers: range
     request_experts: Callable[[Any], Any]
     embeds: bool
-    real: Tensor | None = None
     seen: list[Any] | None = None
 
 
 class LayerRunner:
     """Runs batches through a text model, whose layers and experts it takes over."""
 
-    def __init__(self, text: TextModel, embed: Embed, dtype: torch.dtype) -> None:
+    def __init__(self, text: TextModel, embed: Embed, dtype: torch.dtype, device: Device) -> None:
         """embed: looks up rows of embeddings; dtype: of embedded tokens."""
         self._text = text
         self._dtype = dtype
+        self._device = device
         self._lookup = embed
-        # The call that each thread is in.
-        self._local = threading.local()
+        # The call that runs now; the others wait for experts.
+        self._call: _Call | None = None
         # Learned by `probe`.
         self._extra_outputs = 0
         self._layers_see_embeddings = True
@@ -148,8 +164,7 @@ class LayerRunner:
         """
 
         def compute(routings: list[Any]) -> list[Any]:
-            with torch.inference_mode(), _current(routings[0].inputs):
-                return list(experts[routings[0].layer].compute(routings))
+            return list(experts[routings[0].layer].compute(routings))
 
         run_interleaved([partial(self._task, batch, layers) for batch in batches], compute)
 
@@ -162,26 +177,24 @@ class LayerRunner:
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The embeddings [B, S, H] of token ids [B, S]."""
-        self._local.call = _Call(Batch(ids, []), range(0), _unexpected_request, embeds=True)
+        self._call = _Call(_plain(ids), range(0), _unexpected_request, embeds=True)
         try:
             with torch.inference_mode():
                 rows: Tensor = self._text.text.get_input_embeddings()(ids)
                 return rows
         finally:
-            self._local.call = None
+            self._call = None
 
     def _task(self, batch: Batch, layers: range, request_experts: Callable[[Any], Any]) -> None:
-        self._forward(
-            _Call(batch, layers, request_experts, self._layers_see_embeddings, batch.real())
-        )
+        self._forward(_Call(batch, layers, request_experts, self._layers_see_embeddings))
 
     def _forward(self, call: _Call) -> Any:
-        self._local.call = call
+        self._call = call
         try:
-            with torch.inference_mode(), _current(call.batch.ids):
+            with torch.inference_mode(), self._device.current():
                 return self._text.text(input_ids=call.batch.ids, use_cache=False)
         finally:
-            self._local.call = None
+            self._call = None
 
     def _visit(
         self,
@@ -192,7 +205,7 @@ class LayerRunner:
         **named: Any,
     ) -> Any:
         """Called instead of a layer's forward: runs it where the layer is active."""
-        call: _Call = self._local.call
+        call = self._current_call()
         batch, layers = call.batch, call.layers
         if index not in layers:
             if index == 0 and batch.states is None:
@@ -214,15 +227,21 @@ class LayerRunner:
 
     def _route(self, layer: int, inputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Called instead of the forward of a layer's experts."""
-        call: _Call = self._local.call
-        flat = inputs.reshape(-1, inputs.shape[-1])
+        call = self._current_call()
+        flat, batch = inputs.reshape(-1, inputs.shape[-1]), call.batch
         choice = (index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
-        outputs: Tensor = call.request_experts(Routing(layer, flat, *choice, call.real))
+        asked = Routing(layer, flat, *choice, batch.real, batch.counted, batch.num_counted)
+        outputs: Tensor = call.request_experts(asked)
+        self._call = call  # Other batches ran meanwhile.
         return outputs.reshape(inputs.shape)
+
+    def _current_call(self) -> _Call:
+        assert self._call is not None
+        return self._call
 
     def _embed(self, name: str, module: Any, ids: Tensor) -> Tensor:
         """Called instead of an embedding's forward: runs it on the rows of these ids alone."""
-        if not self._local.call.embeds:
+        if not self._current_call().embeds:
             # The stored states replace the result; the model looks at its shape only.
             shape = (*ids.shape, module.embedding_dim)
             return torch.zeros(1, dtype=self._dtype, device=ids.device).expand(shape)
@@ -238,14 +257,14 @@ class LayerRunner:
     def _layer_arguments(self, ids: Tensor, *, embeds: bool) -> list[Any]:
         """The arguments of all layers, hidden states left out."""
         seen: list[Any] = []
-        batch = Batch(ids, [ids.shape[1]])
-        self._forward(_Call(batch, range(0), _unexpected_request, embeds, seen=seen))
+        call = _Call(_plain(ids), range(0), _unexpected_request, embeds, seen=seen)
+        self._forward(call)
         return seen
 
 
-def _current(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make a tensor's device the current one of this thread, on which kernels are launched."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def _plain(ids: Tensor) -> Batch:
+    """A batch of these token ids [B, S], without padding."""
+    return Batch(ids, [ids.shape[1]] * len(ids), None, None, ids.numel())
 
 
 def _unexpected_request(request: Any) -> Any:
@@ -271,78 +290,22 @@ def run_interleaved(tasks: Sequence[Task], compute: Compute) -> None:
     An exception of a task or of `compute` stops all tasks and is raised here.
     """
     if len(tasks) == 1:
-        # A single task has no other to wait for: it needs no thread.
+        # A single task has no other to wait for.
         tasks[0](lambda request: compute([request])[0])
         return
-    runners = [_Runner(task) for task in tasks]
+    # Switching to the parent with a request pauses a task.
+    request_experts = getcurrent().switch
+    runners = [greenlet(task) for task in tasks]
     try:
-        for runner in runners:
-            runner.step(None)
-        while waiting := [runner for runner in runners if runner.waits]:
-            answers = compute([runner.request for runner in waiting])
-            for runner in waiting:
-                runner.request = None
+        requests = {runner: runner.switch(request_experts) for runner in runners}
+        while waiting := [runner for runner in runners if not runner.dead]:
+            answers = compute([requests.pop(runner) for runner in waiting])
             for position, runner in enumerate(waiting):
                 # No reference may stay here: an answer is as large as a layer's activations.
                 answer, answers[position] = answers[position], None
-                runner.step(answer)
+                requests[runner] = runner.switch(answer)
+                del answer
     finally:
         for runner in runners:
-            runner.abandon()
-
-
-class _Abandoned(BaseException):
-    """Ends a task that waits for an answer it will not get."""
-
-
-class _Runner:
-    """One task in its thread; runs only between a call of `step` and its return."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._turn = threading.Semaphore(0)
-        self._done = threading.Semaphore(0)
-        self._answer: Any = None
-        self._failure: BaseException | None = None
-        self._stop = False
-        self.request: Any = None
-        self.waits = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def step(self, answer: Any) -> None:
-        """Give it the answer it waits for, and return when it waits again or has ended."""
-        self._answer, self.waits = answer, False
-        del answer
-        self._turn.release()
-        self._done.acquire()
-        if self._failure is not None:
-            raise self._failure
-
-    def abandon(self) -> None:
-        """End the task where it waits, and join its thread."""
-        self._stop = True
-        self._turn.release()
-        self._thread.join()
-
-    def _run(self) -> None:
-        self._turn.acquire()
-        try:
-            if not self._stop:
-                self._task(self._request)
-        except _Abandoned:
-            pass
-        except BaseException as error:
-            self._failure = error
-        finally:
-            self._done.release()
-
-    def _request(self, request: Any) -> Any:
-        self.request, self.waits = request, True
-        del request
-        self._done.release()
-        self._turn.acquire()
-        if self._stop:
-            raise _Abandoned
-        answer, self._answer = self._answer, None
-        return answer
+            if not runner.dead:
+                runner.throw()

@@ -35,10 +35,9 @@ from shardsurgeon.checkpoint.transformers_model import MetaModel, name_in_transf
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import TransformersView
 from shardsurgeon.layerwise.decoding import Decoder, PackedInteger, PackedWeight
+from shardsurgeon.layerwise.memory import OUTSIDE
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
-OUTSIDE = -1
-"""The layer number of tensors that are in no layer."""
 _REMEDY = "its scores cannot be calibrated"
 
 
@@ -220,9 +219,13 @@ class Loader:
         _require_fit(info)
         return filled
 
-    def recipe(self, parts: Iterable[ExpertPart]) -> ExpertRecipe:
-        """How an expert's parameters are made of its parts."""
-        return ExpertRecipe(self._model, self._names, self._decoder, self._dtype, parts)
+    def recipe(self, parts: Iterable[ExpertPart], decoder: Decoder | None = None) -> ExpertRecipe:
+        """How an expert's parameters are made of its parts.
+
+        decoder: reads them; None for the one that reads all weights.
+        """
+        decoder = decoder or self._decoder
+        return ExpertRecipe(self._model, self._names, decoder, self._dtype, parts)
 
 
 class ExpertRecipe:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,21 +30,20 @@ from shardsurgeon.checkpoint.transformers_model import (
 )
 from shardsurgeon.errors import FamilyError, UsageError
 from shardsurgeon.layerwise.decoding import Decoder
-from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.forward import Batch, LayerRunner
 from shardsurgeon.layerwise.loading import (
-    OUTSIDE,
-    ExpertRecipe,
     LayerWeights,
     Loader,
     ParameterNames,
     layer_weights,
     sort_weights,
 )
-from shardsurgeon.layerwise.memory import LayerMemory, free_memory, layer_memory
+from shardsurgeon.layerwise.memory import OUTSIDE, free_memory
 from shardsurgeon.layerwise.settings import Settings
-from shardsurgeon.layerwise.tensors import TensorReader
-from shardsurgeon.layerwise.text_model import TextModel
+from shardsurgeon.layerwise.supply import Make
+from shardsurgeon.layerwise.tensors import HeldTensors, TensorReader
+from shardsurgeon.layerwise.text_model import ExpertModule, TextModel
 
 _ELSEWHERE = "use scores that were made with the model's engine"
 # Names of the weights that lead into an MTP layer: norm of the embedding, norm of the state,
@@ -58,33 +57,33 @@ _FORMS = (
 class Model:
     """One model whose layers are filled when they are needed.
 
-    runner: runs batches through it.
+    runner: runs batches through it; dtype: of weights and activations.
     """
 
-    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, settings: Settings) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, anatomy: Anatomy, settings: Settings, device: Device
+    ) -> None:
         """Build it without reading a weight. settings: with a dtype.
 
         Raises UsageError where transformers cannot build it, FamilyError where its tensors do
         not fit.
         """
         assert settings.dtype is not None
-        self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._device = settings.device
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._device = device.name
         self._config = checkpoint.settings
         self._anatomy = anatomy
         meta_model = _meta_model(checkpoint, anatomy, settings.dtype)
         self._shapes = meta_model.expected
         self._names = ParameterNames(meta_model, anatomy.family.transformers)
         self._text = TextModel(meta_model, self._names, anatomy)
-        self._reader = TensorReader(checkpoint, settings.device)
+        self._reader = TensorReader(checkpoint, device)
         self._decoder = Decoder(self._reader, checkpoint.settings)
-        self._loader = Loader(
-            meta_model.model, self._names, self._decoder, self._dtype, settings.device
-        )
+        self._loader = Loader(meta_model.model, self._names, self._decoder, self.dtype, device.name)
         self._records = sort_weights(checkpoint, anatomy)
         self._embeddings: dict[str, tuple[str, Shape]] = {}
         self._outside = self._weights_outside()
-        self.runner = LayerRunner(self._text, self._rows, self._dtype)
+        self.runner = LayerRunner(self._text, self._rows, self.dtype, device)
 
     def groups(self) -> list[range]:
         """Layers that must run together, in their order."""
@@ -95,29 +94,19 @@ class Model:
         """Whether samples of different lengths may be in one batch."""
         return self._text.may_pad
 
-    def layer_memory(self) -> LayerMemory:
-        """The memory that the largest group of layers takes."""
-        text = self._text.text.config
-        largest = max(
-            sum(self._nbytes(self._text.parameters_of(layer)) for layer in group)
-            for group in self._text.groups()
-        )
-        expert = max(
-            sum(value.numel() for value in experts.module.parameters())
-            for experts in self._text.experts.values()
-        )
-        eager = getattr(text, "_attn_implementation", "eager") == "eager"
-        return layer_memory(
-            weights=self._nbytes(self._text.resident()) + largest,
-            expert=expert,
-            config=text.to_dict(),
-            itemsize=self._dtype.itemsize,
-            eager=eager,
-        )
+    @property
+    def resident(self) -> int:
+        """Parameters of the text model that are in no layer and no embedding."""
+        return sum(math.prod(self._shapes[name]) for name in self._text.resident())
 
-    def _nbytes(self, parameters: Iterable[str]) -> int:
-        size: int = self._dtype.itemsize
-        return size * sum(math.prod(self._shapes[name]) for name in parameters)
+    @property
+    def attention_pair(self) -> int:
+        """Bytes of the scores of one pair of tokens, where attention is computed in full."""
+        config = self._text.text.config
+        if getattr(config, "_attn_implementation", "eager") != "eager":
+            return 0
+        heads = getattr(config, "num_attention_heads", None)
+        return (self.dtype.itemsize + 4) * heads if isinstance(heads, int) else 0
 
     def prepare(self, ids: NDArray[np.int64]) -> None:
         """Read the weights outside of layers, and find out how the model calls its layers.
@@ -132,7 +121,7 @@ class Model:
                     self._make_buffers(module)
             for module in self._text.embeddings.values():
                 # Models ask it for its device; each call brings the rows that it needs.
-                none = torch.empty(0, module.embedding_dim, dtype=self._dtype, device=self._device)
+                none = torch.empty(0, module.embedding_dim, dtype=self.dtype, device=self._device)
                 module._parameters["weight"] = nn.Parameter(none, requires_grad=False)
         self.runner.probe(torch.from_numpy(ids[:64].copy())[None].to(self._device))
 
@@ -145,19 +134,18 @@ class Model:
         weights, outside = self._layer(layers[0].index), self._layer(OUTSIDE).dense
         return _find_mtp_layer(weights, outside, self._anatomy, self._text, self._names)
 
-    def enter_mtp(self, mtp: MtpLayer, batch: Batch) -> Batch:
-        """A batch with the states that enter an MTP layer, one token shorter than `batch`.
+    def enter_mtp(self, mtp: MtpLayer, batch: Batch) -> Tensor:
+        """The states that enter an MTP layer, [B, S - 1, H]: one for each pair of a state and the
+        next token.
 
-        batch: with the states behind the last main layer, and at least two tokens wide.
+        batch: with the states behind the last main layer, [B, S, ...], at least two tokens wide.
         """
-        read = cache(lambda name: self._reader.read(name).to(self._dtype))
+        read = cache(lambda name: self._reader.read(name).to(self.dtype))
         norm = self._text.layers[mtp.twin].input_layernorm
         with torch.inference_mode():
             states = self.runner.finish(batch)[:, :-1]
             embedded = self.runner.embedded(batch.ids[:, 1:])
-            entered = mtp.enter(read, norm, states, embedded)
-        lengths = [max(0, length - 1) for length in batch.lengths]
-        return Batch(batch.ids[:, :-1], lengths, entered)
+            return mtp.enter(read, norm, states, embedded)
 
     @contextmanager
     def filled_mtp(self, mtp: MtpLayer) -> Iterator[None]:
@@ -192,24 +180,27 @@ class Model:
             for owner, name, value in before:
                 owner[name] = value
 
-    def experts(self, layer: int, num_experts: int, recorder: Recorder) -> StreamedExperts:
-        """A filled layer's experts; recorder: receives what they put out."""
-        recipe = self._loader.recipe(self._layer(layer).parts)
-        return self._streamed(layer, recipe, num_experts, recorder)
+    def experts(self, layer: int, *, hold: bool = False) -> tuple[ExpertModule, Make]:
+        """The module that a layer's experts compute in, and what reads them, one by its id.
 
-    def mtp_experts(self, mtp: MtpLayer, num_experts: int, recorder: Recorder) -> StreamedExperts:
-        """An MTP layer's experts, which run in its twin."""
-        recipe = self._loader.named(mtp.names).recipe(self._layer(mtp.index).parts)
-        return self._streamed(mtp.twin, recipe, num_experts, recorder)
+        hold: keep what was read as it is stored, and make it anew each time.
+        """
+        return self._experts(layer, layer, self._loader, hold)
 
-    def _streamed(
-        self, layer: int, recipe: ExpertRecipe, num_experts: int, recorder: Recorder
-    ) -> StreamedExperts:
-        module = self._text.experts[layer]
+    def mtp_experts(self, mtp: MtpLayer, *, hold: bool = False) -> tuple[ExpertModule, Make]:
+        """The same for an MTP layer's experts, which run in its twin."""
+        return self._experts(mtp.twin, mtp.index, self._loader.named(mtp.names), hold)
+
+    def _experts(
+        self, place: int, layer: int, loader: Loader, hold: bool
+    ) -> tuple[ExpertModule, Make]:
+        decoder = Decoder(HeldTensors(self._reader), self._config) if hold else self._decoder
+        recipe = loader.recipe(self._layer(layer).parts, decoder)
+        module = self._text.experts[place]
         own = module.module.named_parameters(recurse=False)
         if missing := {f"{module.path}.{name}" for name, _ in own} - recipe.parameters:
             raise _missing(min(missing))
-        return StreamedExperts(module, num_experts, recipe.make, recorder)
+        return module, recipe.make
 
     def read_ahead(self, group: range) -> None:
         """Let the system read the tensors of some layers before they are needed."""
@@ -259,8 +250,8 @@ class Model:
         name, shape = self._embeddings[parameter]
         record = self._reader.record(name)
         if record is not None and record.dtype in ("BF16", "F16", "F32", "F64"):
-            return self._reader.rows(name, ids.tolist()).to(self._dtype)
-        return self._whole(name, shape)[ids].to(self._dtype)
+            return self._reader.rows(name, ids.tolist()).to(self.dtype)
+        return self._whole(name, shape)[ids].to(self.dtype)
 
     @cache  # noqa: B019 (a model lives as long as its calibration)
     def _whole(self, name: str, shape: Shape) -> Tensor:

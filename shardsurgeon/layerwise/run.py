@@ -19,6 +19,7 @@ from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import files_read, open_model
 from shardsurgeon.errors import ScoreError, SourceChangedError, UsageError
 from shardsurgeon.execution.journal import Run
+from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.calibration_file import (
     Calibration,
     find_calibration,
@@ -27,7 +28,7 @@ from shardsurgeon.layerwise.calibration_file import (
 )
 from shardsurgeon.layerwise.datasets import parse_spec, without_folders
 from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
-from shardsurgeon.layerwise.resume import ActivationStore, PartialCalibration, partial_calibration
+from shardsurgeon.layerwise.resume import PartialCalibration, partial_calibration
 from shardsurgeon.layerwise.samples import (
     Sample,
     SamplingOptions,
@@ -206,7 +207,7 @@ def _samples(
         datasets = open_datasets(parts, options)
     # From here on it takes long, whatever else may be wrong with the request.
     load_packages()
-    from shardsurgeon.layerwise.engine import require_device
+    from shardsurgeon.layerwise.devices import require_device
 
     require_device(request.settings.device)
     samples = draw_samples(datasets, _tokenizer(request, checkpoint), options)

@@ -16,7 +16,7 @@ from typing import Self
 from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.memory import LayerSize, ModelSize, largest_group
 from shardsurgeon.layerwise.settings import BatchSize
-from shardsurgeon.units import format_size
+from shardsurgeon.units import counted, format_size
 
 Chunk = list[list[int]]
 """Batches for which each expert is read once; a batch is a list of sample positions."""
@@ -64,9 +64,9 @@ class Limits:
 
     itemsize: bytes of one number; on_gpu: whether the device has a memory of its own; device_free,
     host_free: bytes, the same where it has not; states_budget: bytes for hidden states in the
-    host's memory, None for half of it; batch_size: samples of a batch, or auto; chunk_tokens:
-    None for what fits; attention_pairs: bytes of the scores of one pair of tokens where attention
-    is computed in full; groups: layers that run together.
+    host's memory, None for half of it; batch_size: samples of a batch, or auto; attention_pair:
+    bytes of the scores of one pair of tokens where attention is computed in full, else 0; groups:
+    layers that run together; device: its name in messages.
     """
 
     itemsize: int
@@ -75,8 +75,7 @@ class Limits:
     host_free: int
     states_budget: int | None = None
     batch_size: BatchSize = "auto"
-    chunk_tokens: int | None = None
-    attention_pairs: int = 0
+    attention_pair: int = 0
     groups: tuple[range, ...] = ()
     device: str = "cpu"
 
@@ -85,7 +84,8 @@ class Limits:
 class Schedule:
     """How samples pass the layers.
 
-    hold: what becomes of a layer's experts; group: experts that are there at once; ahead: whether
+    hold: what becomes of a layer's experts; grouped: whether many compute in one product, where
+    their class allows it; group: experts that are there at once; ahead: whether
     the next layer's experts arrive while this one computes; batch_size: samples of one forward
     pass; chunk: tokens that pass before experts are dropped; rows: tokens times experts of one
     product; states: where hidden states are; device_nbytes, host_nbytes: the peaks, on one memory
@@ -93,6 +93,7 @@ class Schedule:
     """
 
     hold: Hold
+    grouped: bool
     group: int
     ahead: bool
     batch_size: int
@@ -109,12 +110,12 @@ class Schedule:
     @classmethod
     def from_json(cls, kept: Mapping[str, object]) -> Self:
         """The inverse. Raises ValueError, KeyError or TypeError for anything else."""
-        kinds = {"hold": Hold, "states": Place, "ahead": bool}
+        kinds = {"hold": Hold, "states": Place, "ahead": bool, "grouped": bool}
         values = {field.name: kept[field.name] for field in fields(cls)}
         numbers = [value for name, value in values.items() if name not in kinds]
         if not all(type(number) is int and number > 0 for number in numbers):
             raise ValueError(f"{numbers} are no sizes")
-        return cls(**{name: kinds.get(name, int)(value) for name, value in values.items()})  # type: ignore[operator, arg-type]
+        return cls(**{name: kinds.get(name, int)(value) for name, value in values.items()})
 
 
 def make_schedule(size: ModelSize, lengths: Sequence[int], limits: Limits) -> Schedule:
@@ -139,7 +140,7 @@ class _Chooser:
         self._decoded = each * largest.experts * largest.expert
         # One expert as it is stored, in float32, and twice in the dtype of the run.
         self._one = largest.expert * (max(each, 4) + 2 * each)
-        self._token = each * size.token + limits.attention_pairs * self._longest
+        self._token = each * size.token + limits.attention_pair * self._longest
         if limits.on_gpu:
             # Outputs of all of a token's experts, before they are added up.
             self._token += each * size.top_k * size.width
@@ -195,10 +196,8 @@ class _Chooser:
         fixed = self._fixed + 2 * group * self._one
         batch = self._batch(fixed, at_once=group)
         budget = int((self._free - fixed) * _SHARE) - self._of_batch(batch, group)
-        chunk = limits.chunk_tokens
-        if chunk is None:
-            chunk = max(1, min(budget // max(self._waiting, 1), self._tokens))
-        waiting = min(chunk, self._tokens) * self._waiting
+        chunk = max(1, min(budget // max(self._waiting, 1), self._tokens))
+        waiting = chunk * self._waiting
         return self._schedule(Hold.GROUPS, group, False, batch, chunk, fixed + waiting)
 
     def _held(self, hold: Hold, ahead: bool) -> Schedule | None:
@@ -206,7 +205,7 @@ class _Chooser:
         nbytes = self._decoded if hold is Hold.LAYER else self._stored + 2 * self._one
         fixed = self._fixed + nbytes + (max(nbytes, self._stored) if ahead else 2 * self._one)
         least = self._of_batch(1, self._experts)
-        if fixed + 2 * least > self._free or self._limits.chunk_tokens is not None:
+        if fixed + 2 * least > self._free:
             return None
         batch = self._batch(fixed, at_once=self._experts)
         chunk = batch * self._longest
@@ -252,7 +251,33 @@ class _Chooser:
         peak = fixed + self._of_batch(batch, group) + self._states_nbytes
         rows = _GROUPED_ROWS if self._limits.on_gpu else MOST_ROWS
         host = self._host if self._limits.on_gpu else peak
-        return Schedule(hold, group, ahead, batch, chunk, rows, self._place, peak, max(host, 1))
+        return Schedule(
+            hold=hold,
+            grouped=self._limits.on_gpu,
+            group=group,
+            ahead=ahead,
+            batch_size=batch,
+            chunk=chunk,
+            rows=rows,
+            states=self._place,
+            device_nbytes=peak,
+            host_nbytes=max(host, 1),
+        )
+
+
+def words(schedule: Schedule) -> Iterator[str]:
+    """What a schedule does, in lines for people."""
+    if schedule.hold is Hold.GROUPS:
+        yield f"each expert is read once for every {schedule.chunk:,} tokens"
+    else:
+        kept = "ready to compute" if schedule.hold is Hold.LAYER else "as they are stored"
+        yield f"each expert is read once; those of a layer stay in memory, {kept}"
+    where = {Place.DEVICE: "on the device", Place.HOST: "in memory", Place.FILE: "in files"}
+    yield f"hidden states between layers are {where[schedule.states]}"
+    peak = format_size(schedule.device_nbytes)
+    yield f"batches of {counted(schedule.batch_size, 'sample')}, at most {peak} of memory"
+    if schedule.states is not Place.FILE:
+        yield f"an interruption costs at most {SAVE_SECONDS // 60} minutes and a layer"
 
 
 def chunks(lengths: Sequence[int], schedule: Schedule, *, mixed: bool) -> list[Chunk]:

@@ -21,7 +21,7 @@ _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 INSTALL = install("calibrate")
 # The numbers of a calibration depend on these; the score file names their versions.
 _ENGINES = ("torch", "transformers")
-_NEEDED = (*_ENGINES, "psutil")
+_NEEDED = (*_ENGINES, "greenlet", "psutil")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import ShardSurgeonError
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 DTYPES = {
@@ -48,13 +49,25 @@ class _ByteRange(NamedTuple):
     end: int
 
 
+class Tensors(Protocol):
+    """Where weights are read from."""
+
+    def record(self, name: str) -> TensorRecord | None:
+        """The header's entry of a tensor, None where there is no tensor of this name."""
+        ...
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """A tensor on the device, as `TensorReader.read` gives it."""
+        ...
+
+
 class TensorReader:
     """Reads tensors of a checkpoint to a device, whole or some of their rows.
 
     Safe to use from several threads. Raises what the source raises where it cannot be read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: Device) -> None:
         self._source = checkpoint.source
         self._device = device
         self._places: dict[str, tuple[Shard, TensorRecord]] = {
@@ -127,10 +140,29 @@ class TensorReader:
 
     def _tensor(self, raw: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         if not raw:
-            return torch.empty(shape, dtype=dtype, device=self._device)
+            return torch.empty(shape, dtype=dtype, device=self._device.name)
         with warnings.catch_warnings():
             # torch warns that `bytes` are read-only; nothing writes to this tensor.
             warnings.simplefilter("ignore")
             flat = torch.frombuffer(raw, dtype=torch.uint8)
         # An offset within bytes need not be a multiple of the element size.
-        return flat.view(dtype).reshape(shape).to(self._device)
+        return self._device.load(flat).view(dtype).reshape(shape)
+
+
+class HeldTensors:
+    """A reader that keeps what it read, on the device and as it is stored, until it is dropped."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._held: dict[tuple[str, int | None], torch.Tensor] = {}
+
+    def record(self, name: str) -> TensorRecord | None:
+        """As of the reader behind it."""
+        return self._tensors.record(name)
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        """As of the reader behind it, which is asked once for each row."""
+        held = self._held.get((name, row))
+        if held is None:
+            held = self._held[name, row] = self._tensors.read(name, row)
+        return held

@@ -134,8 +134,8 @@ def calibrate(folder: Path, tokens: int) -> None:
     import numpy as np
 
     from shardsurgeon.checkpoint.checkpoint import open_checkpoint
+    from shardsurgeon.layerwise.activations import ActivationStore
     from shardsurgeon.layerwise.engine import calibrate_layers
-    from shardsurgeon.layerwise.resume import ActivationStore
     from shardsurgeon.layerwise.samples import Sample
     from shardsurgeon.layerwise.settings import Settings
 

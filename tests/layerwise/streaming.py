@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.engine import calibrate_layers
-from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.samples import Sample
+from shardsurgeon.layerwise.schedule import Hold
 from shardsurgeon.layerwise.settings import BatchSize, Listener, Settings
 
 Ids = NDArray[np.int64]
@@ -56,9 +59,15 @@ def stream(
     budget: int = 1 << 30,
     sink: Sink | None = None,
     listener: Listener = lambda progress: None,
+    **changes: Any,
 ) -> dict[int, Accumulators]:
-    """Layer → accumulators, by the engine."""
+    """Layer → accumulators, by the engine.
+
+    chunk_tokens: experts pass by once for so many; changes: of the schedule that was chosen.
+    """
     sink = sink or Sink()
+    if chunk_tokens is not None:
+        changes |= {"hold": Hold.GROUPS, "chunk": chunk_tokens}
     scratch.mkdir(exist_ok=True, parents=True)
     settings = Settings(dtype=dtype, batch_size=batch_size)
     with ActivationStore(scratch, [len(sequence) for sequence in ids], budget) as store:
@@ -69,6 +78,6 @@ def stream(
             store,
             sink,
             listener,
-            chunk_tokens=chunk_tokens,
+            adjust=lambda schedule: replace(schedule, **changes),
         )
     return sink.layers

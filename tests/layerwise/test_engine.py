@@ -15,9 +15,8 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError, UsageError, WorkError
 from shardsurgeon.layerwise import engine, model
 from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.engine import calibrate_layers
-from shardsurgeon.layerwise.memory import LayerMemory, batch_sizes
-from shardsurgeon.layerwise.resume import ActivationStore
 from shardsurgeon.layerwise.settings import Progress, Settings
 from shardsurgeon.layerwise.tensors import TensorReader
 from shardsurgeon.storage.local import LocalSource
@@ -214,17 +213,3 @@ def test_bfloat16_is_close_to_float32(folder: Path, tmp_path: Path) -> None:
         ours = narrow[layer]
         assert ours.total_tokens == wide.total_tokens
         assert abs(ours.norm_sum.sum() / wide.norm_sum.sum() - 1) < 0.02
-
-
-def test_a_small_memory_makes_small_batches_and_chunks() -> None:
-    # 1,000 for weights, 10 for a token; samples of 100 tokens.
-    memory = LayerMemory(weights=900, expert=100, row=0, token=10, pair=0)
-    roomy = batch_sizes(memory, [100] * 8, "auto", None, 21_000, "cpu")
-    # Half of the 20,000 left: 1,000 tokens in a chunk, half of those in a batch.
-    assert (roomy.batch_size, roomy.chunk) == (5, 1000)
-    tight = batch_sizes(memory, [100] * 8, "auto", None, 2_100, "cpu")
-    assert (tight.batch_size, tight.chunk) == (1, 55)
-    with pytest.raises(
-        UsageError, match=r"a batch of 3 of 100 tokens 3\.0 kB, and 2\.1 kB are free"
-    ):
-        batch_sizes(memory, [100] * 8, 3, None, 2_100, "cpu")

@@ -14,6 +14,7 @@ import torch
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.layerwise.decoding import Decoder
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.tensors import TensorReader
 from tests.families.specimens import builders, fixture, written
 from tests.layerwise import in_memory
@@ -53,7 +54,7 @@ def test_a_scheme_computes_with_what_its_own_library_decodes(name: str, tmp_path
 def test_nvfp4_decodes_as_its_library_does_in_bfloat16(name: str, tmp_path: Path) -> None:
     folder = written(fixture(name), tmp_path)
     checkpoint = open_checkpoint(folder)
-    decoder = Decoder(TensorReader(checkpoint, "cpu"), checkpoint.settings)
+    decoder = Decoder(TensorReader(checkpoint, Device("cpu")), checkpoint.settings)
     for stem, expected in decoded(folder, name).items():
         ours = decoder.weight(f"{stem}.weight", tuple(expected.shape))
         torch.testing.assert_close(ours, expected, rtol=2**-7, atol=0)
@@ -64,7 +65,7 @@ def test_stacked_integers_are_decoded_expert_by_expert(name: str, tmp_path: Path
     folder = written(with_wide_scales(name), tmp_path)
     plain = schemes.PLAIN[name]()
     checkpoint = open_checkpoint(folder)
-    decoder = Decoder(TensorReader(checkpoint, "cpu"), checkpoint.settings)
+    decoder = Decoder(TensorReader(checkpoint, Device("cpu")), checkpoint.settings)
     stem = "model.language_model.layers.1.mlp.experts.down_proj"
     original = plain.tensors[stem].float()
     whole = decoder.weight(f"{stem}.weight", tuple(original.shape))

@@ -10,6 +10,7 @@ import pytest
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.layerwise import memory
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.tensors import TensorReader
 from tests.layerwise.chats import FIXTURES
 
@@ -76,7 +77,7 @@ def test_every_byte_of_the_tensors_is_read_ahead_up_to_the_limit(
     shard = checkpoint.shards[0]
     records = sorted(shard.header.tensors, key=lambda record: record.begin)[:2]
     names = [record.name for record in reversed(records)]
-    reader, data = TensorReader(checkpoint, "cpu"), shard.header.data_begin
+    reader, data = TensorReader(checkpoint, Device("cpu")), shard.header.data_begin
     reader.read_ahead(names, 1 << 30)
     covered = {byte for begin, nbytes in advised for byte in range(begin, begin + nbytes)}
     assert covered == set(range(data + records[0].begin, data + records[1].end))
