@@ -1,7 +1,6 @@
-"""What a calibration keeps on disk, so that an interrupted run can be resumed.
+"""The work folder of a calibration, OUT.partial, from which an interrupted run can be resumed.
 
-Hidden states between layers, which stay in memory as well where they fit, and the accumulators of
-finished layers. Both are in the folder OUT.partial.
+It holds the accumulators of finished layers and, by the clock, the hidden states between two.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,15 +18,10 @@ from shardsurgeon.errors import OutputError, ScoreError
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.execution.workdir import WorkDir, lock_workdir
 from shardsurgeon.layerwise.accumulators import Accumulators
-from shardsurgeon.storage.files import (
-    write_file,
-    writing,
-)
+from shardsurgeon.layerwise.saving import saved_layers
+from shardsurgeon.storage.files import write_file, writing
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import counted
-
-if TYPE_CHECKING:
-    pass
 
 _LAYER = re.compile(r"layer-(\d{5,})\.json")
 
@@ -73,15 +66,22 @@ class FinishedLayers:
 class PartialCalibration:
     """A locked OUT.partial: the finished layers, and the folder for activations."""
 
-    def __init__(self, workdir: WorkDir) -> None:
-        """workdir: locked, with its journal open."""
+    def __init__(self, workdir: WorkDir, layers: int) -> None:
+        """workdir: locked, with its journal open; layers: how many the run is to finish."""
         self._files = workdir.files
+        self._total = layers
         self.layers = FinishedLayers(workdir.files, workdir.system)
 
     @property
     def activations(self) -> Path:
         """The folder for the activations."""
         return self._files
+
+    @property
+    def num_resumed(self) -> int:
+        """Layers with experts that a run which begins now need not compute."""
+        done, total = self.layers.done_layers(), saved_layers(self._files)
+        return len(done) if len(done) == self._total else sum(layer < total for layer in done)
 
     def clear(self) -> None:
         """Remove everything; to be called once the score file is written."""
@@ -104,13 +104,13 @@ def partial_calibration(
         lock_workdir(out, system or default_system(), may_exist=True) as workdir,
         workdir.open_journal(run, restart),
     ):
-        partial = PartialCalibration(workdir)
+        partial = PartialCalibration(workdir, layers)
         try:
             yield partial
         except Exception:
             raise
         except BaseException as stop:
-            done = len(partial.layers.done_layers())
+            done = partial.num_resumed
             if done and workdir.files.exists():
                 kept = f"{done} of {counted(layers, 'layer')} are kept in {workdir.folder}"
                 stop.add_note(f"{kept}; the same command resumes")

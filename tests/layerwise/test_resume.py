@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from shardsurgeon.cli.main import main
+from shardsurgeon.layerwise import saving
 from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.calibration_file import merge, read_calibration
-from shardsurgeon.layerwise.resume import ActivationStore
 from tests.cli.standins import in_python
 from tests.layerwise.chats import FIXTURES, assert_same, sums, words, write_chats
 
@@ -25,8 +26,12 @@ MODEL = "qwen3_moe"
 # Runs a command and kills itself at the n-th call of a method.
 KILLED = """
 import os, signal, sys
-from shardsurgeon.layerwise.resume import ActivationStore, FinishedLayers
+from shardsurgeon.layerwise import saving
+from shardsurgeon.layerwise.activations import ActivationStore
+from shardsurgeon.layerwise.resume import FinishedLayers
 from shardsurgeon.cli.main import main
+
+saving.SAVE_SECONDS, saving.SAVED_SHARE = 0, 1  # with every layer
 
 name, call, after = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "after"
 owner = FinishedLayers if name == "finished_layer" else ActivationStore
@@ -74,7 +79,7 @@ def kill(command: list[str], name: str, call: int, when: str) -> None:
 @pytest.mark.parametrize(
     ("name", "call", "when", "budget"),
     [
-        ("write", 30, "before", "1B"),  # inside of a layer, states in a file
+        ("keep", 6, "before", "1B"),  # inside of a layer, states in a file
         ("finished_layer", 2, "after", "1GB"),  # between two layers, states in memory
     ],
 )
@@ -101,9 +106,13 @@ def test_a_killed_run_resumes_to_the_same_sums(
 def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str], after: int = 1) -> None:
     """Stop the command, as Ctrl-C would, after its n-th generation of activations."""
     advance, calls = ActivationStore.advance, []
+    # With every layer.
+    monkeypatch.setattr(saving, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(saving, "SAVED_SHARE", 1)
 
-    def stop(self: ActivationStore) -> None:
-        advance(self)
+    def stop(self: ActivationStore, layers: int) -> None:
+        advance(self, layers)
+        self._saver._wait()
         calls.append(self.generation)
         if len(calls) > after:
             raise KeyboardInterrupt
@@ -124,9 +133,9 @@ def test_finished_layers_are_not_computed_again(
     interrupt(monkeypatch, command, after=2)
     capsys.readouterr()
     written: list[int] = []
-    write = ActivationStore.write
+    keep = ActivationStore.keep
     monkeypatch.setattr(
-        ActivationStore, "write", lambda store, *given: (written.append(1), write(store, *given))[1]
+        ActivationStore, "keep", lambda store, *given: (written.append(1), keep(store, *given))[1]
     )
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["layers_resumed"] == 2
