@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.activations import ActivationStore
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.engine import calibrate_layers
 from shardsurgeon.layerwise.samples import Sample
 from shardsurgeon.layerwise.schedule import Hold
@@ -59,6 +60,7 @@ def stream(
     budget: int = 1 << 30,
     sink: Sink | None = None,
     listener: Listener = lambda progress: None,
+    device: Device | None = None,
     **changes: Any,
 ) -> dict[int, Accumulators]:
     """Layer → accumulators, by the engine.
@@ -78,6 +80,7 @@ def stream(
             store,
             sink,
             listener,
+            device=device,
             adjust=lambda schedule: replace(schedule, **changes),
         )
     return sink.layers

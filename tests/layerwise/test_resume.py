@@ -79,7 +79,7 @@ def kill(command: list[str], name: str, call: int, when: str) -> None:
 @pytest.mark.parametrize(
     ("name", "call", "when", "budget"),
     [
-        ("keep", 6, "before", "1B"),  # inside of a layer, states in a file
+        ("keep", 3, "before", "1B"),  # inside of a layer, states in a file
         ("finished_layer", 2, "after", "1GB"),  # between two layers, states in memory
     ],
 )
