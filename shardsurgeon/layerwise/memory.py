@@ -25,7 +25,8 @@ class LayerSize:
 
     index: its number; is_mtp: whether it predicts tokens further ahead; dense: parameters outside
     of experts; experts: how many it has, 0 in a dense layer; stored: bytes of all of them, as
-    they lie on disk; expert: parameters of one.
+    they lie on disk; expert: parameters of one; stays_packed: whether products take them as they
+    are stored.
     """
 
     index: int
@@ -34,6 +35,11 @@ class LayerSize:
     experts: int
     stored: int
     expert: int
+    stays_packed: bool
+
+    def ready(self, itemsize: int) -> int:
+        """Bytes of all experts, ready to compute in a dtype of this size."""
+        return self.stored if self.stays_packed else self.experts * self.expert * itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,13 @@ def _layer(
         experts=experts,
         stored=sum(record.nbytes for record in of_experts),
         expert=_parameters(of_experts, config.settings) // max(experts, 1),
+        stays_packed=any(_is_packed_int4(record) for record in of_experts),
     )
+
+
+def _is_packed_int4(record: TensorRecord) -> bool:
+    """Whether the kernels multiply by it: eight values in a word, as in compressed-tensors."""
+    return record.name.endswith("_packed") and record.dtype == "I32" and len(record.shape) == 2
 
 
 def _parameters(records: Sequence[TensorRecord], config: Mapping[str, Any]) -> int:

@@ -133,11 +133,11 @@ class _Chooser:
         self._limits = limits
         each = limits.itemsize
         self._longest, self._tokens = max(lengths), sum(lengths)
-        largest = max(size.layers, key=lambda layer: layer.experts * layer.expert)
+        largest = max(size.layers, key=lambda layer: layer.ready(each))
         self._experts = max(largest.experts, 1)
         self._fixed = each * (size.outside + largest_group(size, limits.groups))
         self._stored = max(layer.stored for layer in size.layers)
-        self._decoded = each * largest.experts * largest.expert
+        self._ready = largest.ready(each)
         # One expert as it is stored, in float32, and twice in the dtype of the run.
         self._one = largest.expert * (max(each, 4) + 2 * each)
         self._token = each * size.token + limits.attention_pair * self._longest
@@ -202,7 +202,7 @@ class _Chooser:
 
     def _held(self, hold: Hold, ahead: bool) -> Schedule | None:
         """All of a layer's experts, None where they do not fit."""
-        nbytes = self._decoded if hold is Hold.LAYER else self._stored + 2 * self._one
+        nbytes = self._ready if hold is Hold.LAYER else self._stored + 2 * self._one
         fixed = self._fixed + nbytes + (max(nbytes, self._stored) if ahead else 2 * self._one)
         least = self._of_batch(1, self._experts)
         if fixed + 2 * least > self._free:
