@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,20 @@ from shardsurgeon.storage.formats.safetensors import TensorRecord
 OUTSIDE = -1
 """The layer number of tensors that are in no layer."""
 
+# Names that models have for one thing.
+_WIDTH = ("hidden_size", "d_model", "dim", "n_embd")
+_HEADS = ("num_attention_heads", "n_heads", "n_head")
+# A layer without any of these attends to nothing; some models have no folder for attention.
+_ATTENTION = re.compile(
+    r"\b((self_)?(attn|attention)|k_proj|kv_a_proj\w*|qkv(_proj)?|wk|wkv)\b", re.I
+)
+# What a recurrent layer has besides: its state takes no pairs of tokens.
+_RECURRENT = re.compile(r"\b(A_log|slope_rate)\b")
+_RECURRENT_TYPES = re.compile(r"linear|mamba|conv|recurrent")
+_INDEXER = re.compile(r"\bindexer\b|\bindex_\w+_proj\b")
+# What an MTP layer has of its own, or shares, to look tokens up and to name them.
+_VOCABULARY = re.compile(r"(^|\.)(embed\w*|tok_emb|(shared_)?head|output)\.weight$")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSize:
@@ -26,7 +41,8 @@ class LayerSize:
     index: its number; is_mtp: whether it predicts tokens further ahead; dense: parameters outside
     of experts; experts: how many it has, 0 in a dense layer; stored: bytes of all of them, as
     they lie on disk; expert: parameters of one; stays_packed: whether products take them as they
-    are stored.
+    are stored; pairs: numbers multiplied for each token and each one before it, 0 in a layer that
+    looks back at none or is recurrent.
     """
 
     index: int
@@ -35,7 +51,8 @@ class LayerSize:
     experts: int
     stored: int
     expert: int
-    stays_packed: bool
+    stays_packed: bool = False
+    pairs: int = 0
 
     def ready(self, itemsize: int) -> int:
         """Bytes of all experts, ready to compute in a dtype of this size."""
@@ -48,7 +65,8 @@ class ModelSize:
 
     layers: ascending, MTP layers last; outside: parameters in no layer that a run holds, which
     excludes embeddings; top_k: experts of a token; width: of a hidden state; streams: hidden
-    states of a token; query, value: the widths of all heads together; heads: their number.
+    states of a token; query, value: the widths of all heads together; heads: their number;
+    pair_nbytes: bytes that each pair of tokens takes while a layer computes.
     """
 
     layers: tuple[LayerSize, ...]
@@ -59,6 +77,7 @@ class ModelSize:
     query: int
     value: int
     heads: int
+    pair_nbytes: int = 0
 
     @property
     def moe_layers(self) -> tuple[LayerSize, ...]:
@@ -93,20 +112,29 @@ class ModelSize:
 def model_size(checkpoint: Checkpoint, anatomy: Anatomy) -> ModelSize:
     """Read a model's sizes from its headers and its config."""
     config = _Numbers(checkpoint.settings, anatomy)
-    heads, width = config.number("num_attention_heads"), config.number("hidden_size")
-    split = config.number("qk_nope_head_dim") + config.number("qk_rope_head_dim")
+    heads, width = config.number(*_HEADS), config.number(*_WIDTH)
+    latent = config.number("qk_nope_head_dim")
+    split = latent + config.number("qk_rope_head_dim") if latent else 0
     head = split or config.number("head_dim") or (width // heads if heads else 0)
+    query = heads * max(head, 1)
+    value = heads * (config.number("v_head_dim") or max(head, 1))
     places = _by_layer(checkpoint, anatomy)
     outside = [record for record in places.pop(OUTSIDE, []) if len(record.shape) < 2]
+    layers = tuple(
+        _layer(index, places[index], anatomy, config, query + value) for index in sorted(places)
+    )
+    # Indexers compute the scores of all pairs in float32, and once more without the negative ones.
+    indexed = any(layer.pairs > 2 * (query + value) for layer in layers)
     return ModelSize(
-        layers=tuple(_layer(index, places[index], anatomy, config) for index in sorted(places)),
+        layers=layers,
         outside=_parameters(outside, checkpoint.settings),
         top_k=anatomy.top_k,
         width=width,
         streams=max(1, config.number("hc_mult")),
-        query=heads * max(head, 1),
-        value=heads * (config.number("v_head_dim") or max(head, 1)),
+        query=query,
+        value=value,
         heads=heads,
+        pair_nbytes=2 * 4 * config.number("index_n_heads") if indexed else 0,
     )
 
 
@@ -120,30 +148,47 @@ def _by_layer(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[int, list[Tensor
 
 
 def _layer(
-    index: int, records: Sequence[TensorRecord], anatomy: Anatomy, config: _Numbers
+    index: int, records: Sequence[TensorRecord], anatomy: Anatomy, config: _Numbers, attention: int
 ) -> LayerSize:
+    """attention: numbers that are multiplied for each pair of tokens."""
     of_experts: list[TensorRecord] = []
     others: list[TensorRecord] = []
+    is_mtp = anatomy.reader.is_mtp(index)
     for record in records:
         role = anatomy.reader.role(record)
         own = isinstance(role, ExpertTensor) or (isinstance(role, Sliced) and not role.is_router)
-        if not isinstance(role, Surplus):
-            (of_experts if own else others).append(record)
+        if own:
+            of_experts.append(record)
+        elif not isinstance(role, Surplus) and not (is_mtp and _VOCABULARY.search(record.name)):
+            others.append(record)
     experts = anatomy.experts_per_layer.get(index, 0)
     return LayerSize(
         index=index,
-        is_mtp=anatomy.reader.is_mtp(index),
+        is_mtp=is_mtp,
         dense=_parameters(others, config.settings),
         experts=experts,
         stored=sum(record.nbytes for record in of_experts),
         expert=_parameters(of_experts, config.settings) // max(experts, 1),
-        stays_packed=any(_is_packed_int4(record) for record in of_experts),
+        stays_packed=any(map(_is_packed_int4, of_experts)),
+        pairs=_pairs(index, [record.name for record in others], config, attention),
     )
 
 
 def _is_packed_int4(record: TensorRecord) -> bool:
     """Whether the kernels multiply by it: eight values in a word, as in compressed-tensors."""
     return record.name.endswith("_packed") and record.dtype == "I32" and len(record.shape) == 2
+
+
+def _pairs(index: int, names: Sequence[str], config: _Numbers, attention: int) -> int:
+    """Numbers that a layer multiplies for each pair of tokens, one of which looks back."""
+    recurrent = any(map(_RECURRENT.search, names)) or _RECURRENT_TYPES.search(config.kind(index))
+    if recurrent or not any(map(_ATTENTION.search, names)):
+        return 0
+    if not config.number("index_topk"):
+        return attention
+    # A mask of the model's own: both halves of the square are computed, by the indexer too.
+    scores = config.number("index_n_heads") * config.number("index_head_dim")
+    return 2 * (attention + (scores if any(map(_INDEXER.search, names)) else 0))
 
 
 def _parameters(records: Sequence[TensorRecord], config: Mapping[str, Any]) -> int:
@@ -161,13 +206,22 @@ class _Numbers:
             config_section(settings, at) or {} for at in (*anatomy.family.config.at, "")
         ]
 
-    def number(self, key: str) -> int:
-        """The number under a key, 0 where there is none."""
+    def number(self, *keys: str) -> int:
+        """The number under the first key that has one, 0 where none has."""
         for section in self._sections:
-            value = section.get(key)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
+            for key in keys:
+                value = section.get(key)
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
         return 0
+
+    def kind(self, layer: int) -> str:
+        """What the config calls a layer, such as `linear_attention`; empty where it does not."""
+        for section in self._sections:
+            kinds = section.get("layer_types")
+            if isinstance(kinds, list) and layer < len(kinds):
+                return str(kinds[layer])
+        return ""
 
 
 def largest_group(size: ModelSize, groups: Iterable[range]) -> int:
