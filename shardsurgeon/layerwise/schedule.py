@@ -32,8 +32,12 @@ MOST_ROWS = 8192
 _SHARE = 0.5
 # Tokens of a batch: what keeps a processor busy, and no more.
 _BATCH_TOKENS = {False: 16_384, True: 65_536}
-# Rows of a grouped product: what keeps a GPU busy.
+# Rows of a grouped product: what keeps a GPU busy; fewer where they took more than this part.
 _GROUPED_ROWS = 1 << 17
+_ROWS_SHARE = 1 / 16
+# What is left beside a layer's experts must hold a batch so often. A GPU's memory has one tenant,
+# and to read experts for every batch costs it more than that it makes do.
+_ROOM = {False: 2.0, True: 1.25}
 # Hidden states stay on a GPU where they take no more than this part of what is free there.
 _ON_DEVICE = 0.25
 
@@ -140,16 +144,22 @@ class _Chooser:
         self._ready = largest.ready(each)
         # One expert as it is stored, in float32, and twice in the dtype of the run.
         self._one = largest.expert * (max(each, 4) + 2 * each)
-        self._token = each * size.token + limits.attention_pair * self._longest
+        pair = max(limits.attention_pair, size.pair_nbytes)
+        self._token = each * size.token + pair * self._longest
         if limits.on_gpu:
             # Outputs of all of a token's experts, before they are added up.
             self._token += each * size.top_k * size.width
         self._row, self._waiting = each * size.row, each * size.waiting
         self._top_k = max(size.top_k, 1)
+        self._most_rows = _GROUPED_ROWS if limits.on_gpu else MOST_ROWS
+        while self._most_rows > MOST_ROWS and (
+            self._most_rows * self._row > limits.device_free * _ROWS_SHARE
+        ):
+            self._most_rows //= 2
         self._state = each * size.state
         self._place, budget = self._states()
         held = self._tokens * self._state
-        self._host = held if self._place is Place.HOST else min(held, budget)
+        self._host = 0 if self._place is Place.DEVICE else min(held, budget)
         device = held if self._place is Place.DEVICE else 0
         if not limits.on_gpu and self._place is Place.HOST:
             device = held
@@ -205,7 +215,7 @@ class _Chooser:
         nbytes = self._ready if hold is Hold.LAYER else self._stored + 2 * self._one
         fixed = self._fixed + nbytes + (max(nbytes, self._stored) if ahead else 2 * self._one)
         least = self._of_batch(1, self._experts)
-        if fixed + 2 * least > self._free:
+        if fixed + int(_ROOM[self._limits.on_gpu] * least) > self._free:
             return None
         batch = self._batch(fixed, at_once=self._experts)
         chunk = batch * self._longest
@@ -239,8 +249,8 @@ class _Chooser:
     def _rows(self, tokens: int) -> int:
         """Rows of the largest product."""
         if self._limits.on_gpu:
-            return min(tokens * self._top_k, _GROUPED_ROWS)
-        return min(tokens, MOST_ROWS)
+            return min(tokens * self._top_k, self._most_rows)
+        return min(tokens, self._most_rows)
 
     def _readings(self, chunk: int) -> int:
         return -(-self._tokens // chunk)
@@ -249,7 +259,6 @@ class _Chooser:
         self, hold: Hold, group: int, ahead: bool, batch: int, chunk: int, fixed: int
     ) -> Schedule:
         peak = fixed + self._of_batch(batch, group) + self._states_nbytes
-        rows = _GROUPED_ROWS if self._limits.on_gpu else MOST_ROWS
         host = self._host if self._limits.on_gpu else peak
         return Schedule(
             hold=hold,
@@ -258,7 +267,7 @@ class _Chooser:
             ahead=ahead,
             batch_size=batch,
             chunk=chunk,
-            rows=rows,
+            rows=self._most_rows,
             states=self._place,
             device_nbytes=peak,
             host_nbytes=max(host, 1),
@@ -360,14 +369,15 @@ def costs(
 
 
 def _that_run(size: ModelSize) -> list[LayerSize]:
-    """The layers that a calibration runs: none behind the last one with experts."""
-    last = max(layer.index for layer in size.moe_layers)
+    """The layers that a calibration runs: none behind the last one with experts, and of those for
+    next-token prediction the first alone."""
+    further = [layer.index for layer in size.moe_layers if layer.is_mtp]
+    last = min(further) if further else max(layer.index for layer in size.moe_layers)
     return [layer for layer in size.layers if layer.index <= last]
 
 
 def _flops(size: ModelSize, layer: LayerSize, lengths: Iterable[int]) -> int:
-    """Two for each parameter that a token meets, and for each pair of tokens in attention, which
-    looks back only: 2 · (query + value) · L² / 2."""
+    """Two for each parameter that a token meets, and for each number of each pair of tokens, of
+    which there are L² / 2."""
     met = layer.dense + min(size.top_k, layer.experts) * layer.expert
-    pairs = (size.query + size.value) if size.heads else 0
-    return sum(length * (2 * met + pairs * length) for length in lengths)
+    return sum(length * (2 * met + layer.pairs * length) for length in lengths)
