@@ -136,6 +136,7 @@ class _Chooser:
     def __init__(self, size: ModelSize, lengths: Sequence[int], limits: Limits) -> None:
         self._limits = limits
         each = limits.itemsize
+        self._samples = len(lengths)
         self._longest, self._tokens = max(lengths), sum(lengths)
         largest = max(size.layers, key=lambda layer: layer.ready(each))
         self._experts = max(largest.experts, 1)
@@ -169,20 +170,25 @@ class _Chooser:
     def choose(self) -> Schedule:
         """The schedule. Raises UsageError where nothing fits."""
         in_groups = self._in_groups()
-        if self._readings(in_groups.chunk) == 1 and not self._limits.on_gpu:
+        held = self._all_held()
+        if held is None:
             return in_groups
-        for hold, ahead in (
-            (Hold.LAYER, True),
-            (Hold.LAYER, False),
-            (Hold.STORED, True),
-            (Hold.STORED, False),
-        ):
-            if ahead and not self._limits.on_gpu:
-                continue  # The system's file cache is in the same memory.
-            held = self._held(hold, ahead)
-            if held is not None:
-                return held
-        return in_groups
+        once = in_groups.chunk >= self._tokens
+        # On a GPU the copies of weights hide behind products only where they are made ahead.
+        if once and not self._limits.on_gpu:
+            smaller = in_groups.device_nbytes <= held.device_nbytes
+            return in_groups if smaller or held.hold is Hold.STORED else held
+        return held
+
+    def _all_held(self) -> Schedule | None:
+        """All of a layer's experts, in the best of the ways that fit."""
+        for hold in (Hold.LAYER, Hold.STORED):
+            # A CPU's next layer arrives in the system's file cache, which is in the same memory.
+            for ahead in (True, False) if self._limits.on_gpu else (False,):
+                held = self._held(hold, ahead)
+                if held is not None:
+                    return held
+        return None
 
     def _states(self) -> tuple[Place, int]:
         """Where hidden states are, and the bytes that they may take in the host's memory."""
@@ -238,7 +244,7 @@ class _Chooser:
             return asked
         budget = int((self._free - fixed) * _SHARE)
         each = self._of_batch(1, at_once)
-        most = _BATCH_TOKENS[limits.on_gpu] // self._longest
+        most = min(_BATCH_TOKENS[limits.on_gpu] // self._longest, self._samples)
         return max(1, min(budget // max(each, 1) // 2, most))
 
     def _of_batch(self, samples: int, at_once: int) -> int:
@@ -251,9 +257,6 @@ class _Chooser:
         if self._limits.on_gpu:
             return min(tokens * self._top_k, self._most_rows)
         return min(tokens, self._most_rows)
-
-    def _readings(self, chunk: int) -> int:
-        return -(-self._tokens // chunk)
 
     def _schedule(
         self, hold: Hold, group: int, ahead: bool, batch: int, chunk: int, fixed: int

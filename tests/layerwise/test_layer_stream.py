@@ -115,16 +115,23 @@ def test_where_a_layer_stays_each_expert_is_read_once_whatever_the_number_of_bat
     assert counts == dict.fromkeys(tensors, 1)
 
 
-@pytest.mark.parametrize(("samples", "memory"), [(64, 60_000_000), (4, 1 << 34)])
+@pytest.mark.parametrize(
+    ("lengths", "memory", "hold"),
+    [([2048] * 64, 60_000_000, Hold.LAYER), ([64] * 4, 1 << 34, Hold.GROUPS)],
+)
 def test_the_prediction_of_the_cost_model_is_what_is_counted(
-    without_mtp: Path, tmp_path: Path, readings: Counter[str], samples: int, memory: int
+    without_mtp: Path,
+    tmp_path: Path,
+    readings: Counter[str],
+    lengths: list[int],
+    memory: int,
+    hold: Hold,
 ) -> None:
-    """64 samples of 2,048 tokens in little memory, and a few in a lot of it."""
-    lengths, device = [2048] * samples, Recording()
-    ids, size = token_ids(lengths), sizes(without_mtp)
+    """64 samples of 2,048 tokens in little memory, and a few short ones in a lot of it."""
+    ids, size, device = token_ids(lengths), sizes(without_mtp), Recording()
     limits = Limits(4, False, memory, memory, states_budget=1 << 30)
     schedule = make_schedule(size, lengths, limits)
-    assert (schedule.hold is Hold.GROUPS) == (samples == 4)
+    assert schedule.hold is hold
     cut = chunks(lengths, schedule, mixed=True)
     expected = costs(size, lengths, schedule, 4, len(cut))
     changes = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
