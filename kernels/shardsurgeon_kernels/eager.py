@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from shardsurgeon_kernels import reference
+from shardsurgeon_kernels import reference, wide
 from shardsurgeon_kernels.weight import LOWEST, PackedInt4, expect_words
 
 NAME = "eager"
@@ -52,7 +52,14 @@ def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
 
 def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x · Wᵀ + bias`: [.., in] -> [.., out], with W dequantized to x's dtype."""
-    return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+    matrix = dequantize(weight, x.dtype)
+    if x.device.type == "cpu" and wide.pays(x.dtype):
+        return wide.linear(x, weight.shape, bias, lambda begin, block: _widen(matrix, begin, block))
+    return torch.nn.functional.linear(x, matrix, bias)
+
+
+def _widen(matrix: Tensor, begin: int, block: Tensor) -> None:
+    block.copy_(matrix[begin : begin + block.shape[0]])
 
 
 def _dequantize_rows(weight: PackedInt4, rows: slice, out: Tensor) -> None:

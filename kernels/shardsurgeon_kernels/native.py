@@ -23,14 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardsurgeon_kernels import eager
+from shardsurgeon_kernels import eager, wide
 from shardsurgeon_kernels.eager import unpack
 from shardsurgeon_kernels.weight import PackedInt4
 
 __all__ = ["NAME", "available", "dequantize", "linear", "reason", "unpack"]
 
 NAME = "native"
+# How int4.c numbers what it writes: by dtype, and by the dtype that float32 values are rounded to.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDE_KINDS = {torch.bfloat16: 3, torch.float16: 4}
 BASE = ["-O3", "-std=gnu11", "-fPIC", "-shared"]
 # Tried in this order: some compilers have no OpenMP, or do not know `native`.
 FLAGS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-fopenmp"], ["-march=native"], [])
@@ -66,21 +68,27 @@ def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
     if rows is None:
         return eager.dequantize(weight, dtype)
     out = torch.empty(weight.shape, dtype=dtype)
-    rows.dequantize(0, out)
+    rows.write(0, out, KINDS[dtype])
     return out
 
 
 def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x · Wᵀ + bias`: [.., in] -> [.., out], with W dequantized to x's dtype.
 
-    For few tokens, W is dequantized one block of rows at a time into one buffer, which is still
-    in the cache when it is multiplied, and costs no page faults when it is used again. For many
-    tokens most of the time goes into the matmul, which is fastest over the whole weight.
+    Where the processor has no unit for x's dtype, in float32. Elsewhere, for few tokens, W is
+    dequantized one block of rows at a time into one buffer, which is still in the cache when it
+    is multiplied, and costs no page faults when it is used again. For many tokens most of the
+    time goes into the matmul, which is fastest over the whole weight.
     """
     rows = _rows_of(weight, x.dtype)
+    if rows is None:
+        return eager.linear(x, weight, bias)
+    if wide.pays(x.dtype):
+        kind = WIDE_KINDS[x.dtype]
+        return wide.linear(x, weight.shape, bias, lambda begin, to: rows.write(begin, to, kind))
     out_features, in_features = weight.shape
     step = max(1, BLOCK_ELEMENTS // max(1, in_features))
-    if rows is None or out_features <= step or x.numel() > FEW_TOKENS * in_features:
+    if out_features <= step or x.numel() > FEW_TOKENS * in_features:
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
     tokens = x.reshape(-1, in_features)
     y = torch.empty(tokens.shape[0], out_features, dtype=x.dtype)
@@ -88,7 +96,7 @@ def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     for begin in range(0, out_features, step):
         here = slice(begin, min(begin + step, out_features))
         block = buffer[: here.stop - begin]
-        rows.dequantize(begin, block)
+        rows.write(begin, block, KINDS[x.dtype])
         y[:, here] = torch.nn.functional.linear(tokens, block, None if bias is None else bias[here])
     return y.view(*x.shape[:-1], out_features)
 
@@ -103,8 +111,8 @@ class _Rows:
     scale: Tensor
     zeros: Tensor | None
 
-    def dequantize(self, begin: int, out: Tensor) -> None:
-        """Fill `out`, contiguous [rows, in], with the rows from `begin` on."""
+    def write(self, begin: int, out: Tensor, kind: int) -> None:
+        """Fill `out`, contiguous [rows, in], with the rows from `begin` on, in int4.c's `kind`."""
         rows, columns = out.shape
         groups, row_nbytes = self.weight.groups, 4 * self.packed.shape[1]
         zeros = None if self.zeros is None else self.zeros.data_ptr() + begin * groups
@@ -117,7 +125,7 @@ class _Rows:
             columns,
             groups,
             self.weight.columns_per_scale,
-            KINDS[out.dtype],
+            kind,
             out.data_ptr(),
             max(1, min(torch.get_num_threads(), rows * columns // ELEMENTS_PER_THREAD)),
         )
