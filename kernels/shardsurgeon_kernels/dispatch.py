@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shardsurgeon_kernels import eager, native, reference
+from shardsurgeon_kernels.stack import PackedInt4Stack
 from shardsurgeon_kernels.weight import PackedInt4
 
 VARIABLE = "SHARDSURGEON_KERNELS"
@@ -34,6 +35,9 @@ class Implementation(Protocol):
 
     def linear(self, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
         """x times the weight's transpose."""
+
+    def grouped_linear(self, x: Tensor, weights: PackedInt4Stack, ends: Tensor) -> Tensor:
+        """Rows of x, sorted by expert, times their experts' weights."""
 
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:
@@ -55,6 +59,19 @@ def dequantize(weight: PackedInt4, dtype: torch.dtype) -> Tensor:
     return choose(weight.packed.device).dequantize(weight, dtype)
 
 
+def dequantize_stack(
+    weights: PackedInt4Stack, dtype: torch.dtype, begin: int = 0, end: int | None = None
+) -> Tensor:
+    """Experts begin:end as [end - begin, out, in] of `dtype`, each as `dequantize` gives it.
+
+    On a GPU, one launch. Raises ValueError for a dtype that is not a float, or experts that the
+    stack does not have.
+    """
+    last = len(weights) if end is None else end
+    rows = dequantize(weights.flat(begin, last), dtype)
+    return rows.view(last - begin, *weights.shape[1:])
+
+
 def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x · Wᵀ + bias`: x [.., in] -> [.., out] in x's dtype, with W as `dequantize` gives it.
 
@@ -68,6 +85,32 @@ def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x lies on {x.device}, the weight on {weight.packed.device}")
     with torch.no_grad():
         return choose(x.device).linear(x, weight, bias)
+
+
+def grouped_linear(x: Tensor, weights: PackedInt4Stack, ends: Tensor) -> Tensor:
+    """x [M, in], its rows sorted by expert -> [M, out] in x's dtype, each as `linear` gives it.
+
+    ends: int32 [E] on x's device, the rows of experts 0 to e together: those of expert e are
+    `ends[e - 1]:ends[e]`, which may be none. Rows past `ends[-1]` become zero. On a GPU nothing
+    waits for the host, so the values of `ends` are not checked there, and results do not depend on
+    timing; float64 alone goes the slow way, as on a CPU.
+
+    For inference only: it has no gradient. Raises ValueError where shapes, dtypes or devices do
+    not fit, and on a CPU also where `ends` decreases or passes M.
+    """
+    experts, _, in_features = weights.shape
+    if not x.dtype.is_floating_point or x.ndim != 2 or x.shape[1] != in_features:
+        expected = f"a float tensor [M, {in_features}]"
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; the weights expect {expected}")
+    if ends.dtype is not torch.int32 or tuple(ends.shape) != (experts,):
+        raise ValueError(
+            f"ends is {ends.dtype} {list(ends.shape)}; expected torch.int32 [{experts}]"
+        )
+    if x.device != weights.packed.device or x.device != ends.device:
+        where = f"x lies on {x.device}, the weights on {weights.packed.device}"
+        raise ValueError(f"{where}, ends on {ends.device}")
+    with torch.no_grad():
+        return choose(x.device).grouped_linear(x, weights, ends)
 
 
 def implementation_name(device: torch.device) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardsurgeon_kernels import reference, wide
+from shardsurgeon_kernels.stack import PackedInt4Stack, expert_by_expert
 from shardsurgeon_kernels.weight import LOWEST, PackedInt4, expect_words
 
 NAME = "eager"
@@ -56,6 +57,11 @@ def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     if x.device.type == "cpu" and wide.pays(x.dtype):
         return wide.linear(x, weight.shape, bias, lambda begin, block: _widen(matrix, begin, block))
     return torch.nn.functional.linear(x, matrix, bias)
+
+
+def grouped_linear(x: Tensor, weights: PackedInt4Stack, ends: Tensor) -> Tensor:
+    """Rows `ends[e - 1]:ends[e]` of x times expert e's weight, one expert after the other."""
+    return expert_by_expert(linear, x, weights, ends)
 
 
 def _widen(matrix: Tensor, begin: int, block: Tensor) -> None:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from shardsurgeon_kernels import eager, wide
 from shardsurgeon_kernels.eager import unpack
+from shardsurgeon_kernels.stack import PackedInt4Stack, expert_by_expert
 from shardsurgeon_kernels.weight import PackedInt4
 
-__all__ = ["NAME", "available", "dequantize", "linear", "reason", "unpack"]
+__all__ = ["NAME", "available", "dequantize", "grouped_linear", "linear", "reason", "unpack"]
 
 NAME = "native"
 # How int4.c numbers what it writes: by dtype, and by the dtype that float32 values are rounded to.
@@ -99,6 +100,11 @@ def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
         rows.write(begin, block, KINDS[x.dtype])
         y[:, here] = torch.nn.functional.linear(tokens, block, None if bias is None else bias[here])
     return y.view(*x.shape[:-1], out_features)
+
+
+def grouped_linear(x: Tensor, weights: PackedInt4Stack, ends: Tensor) -> Tensor:
+    """Rows `ends[e - 1]:ends[e]` of x times expert e's weight, one expert after the other."""
+    return expert_by_expert(linear, x, weights, ends)
 
 
 @dataclass(frozen=True)

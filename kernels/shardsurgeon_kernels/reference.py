@@ -1,7 +1,7 @@
 """The definition of every operation, in few lines of torch; for any device, not fast.
 
-Other implementations must equal `unpack` and `dequantize` bit for bit, and `linear` within the
-rounding of a sum in another order.
+Other implementations must equal `unpack` and `dequantize` bit for bit, and the products within
+the rounding of a sum in another order.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shardsurgeon_kernels.stack import PackedInt4Stack, expert_by_expert
 from shardsurgeon_kernels.weight import PackedInt4, expect_words, spread_nibbles
 
 NAME = "reference"
@@ -45,3 +46,11 @@ def linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         y += bias.to(wide)
     return y.to(x.dtype)
+
+
+def grouped_linear(x: Tensor, weights: PackedInt4Stack, ends: Tensor) -> Tensor:
+    """Rows `ends[e - 1]:ends[e]` of x, [M, in] -> [M, out], times expert e's weight as `linear`.
+
+    Rows past `ends[-1]` become zero.
+    """
+    return expert_by_expert(linear, x, weights, ends)

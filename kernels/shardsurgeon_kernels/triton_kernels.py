@@ -1,4 +1,4 @@
-"""The device code of the GPU implementation: three Triton kernels, launched by gpu.py.
+"""The device code of the GPU implementation: four Triton kernels, launched by gpu.py.
 
 All work on whole words: a tile of int32 words is loaded once, coalesced, and each word is spread
 to its eight values by three interleavings, which stay in registers. A scale is loaded per word,
@@ -26,17 +26,17 @@ def _load_weights(
     zero_ptr,
     row,
     word,
-    rows,
+    row_end,
     words,
-    end,
+    word_end,
     groups,
     words_per_group,
     has_zeros: tl.constexpr,
     block_words: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """The dequantized values [rows, 8 * words] of `dtype`; zeros past word `end`."""
-    inside = (row < rows)[:, None] & (word < end)[None, :]
+    """The dequantized values [rows, 8 * words] of `dtype`; zeros past `row_end`, `word_end`."""
+    inside = (row < row_end)[:, None] & (word < word_end)[None, :]
     packed = tl.load(packed_ptr + row[:, None] * words + word[None, :], mask=inside, other=0)
     at_scale = row[:, None] * groups + (word // words_per_group)[None, :]
     scale = tl.load(scale_ptr + at_scale, mask=inside, other=0.0).to(tl.float32)
@@ -169,3 +169,117 @@ def reduce_kernel(
     if has_bias:
         total += tl.load(bias_ptr + at % rows, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows_of_experts(
+    ends_ptr,
+    tokens,
+    first,
+    experts,
+    block_tokens: tl.constexpr,
+    block_experts: tl.constexpr,
+):
+    """Of experts from `first` on: where their rows begin and end, and the blocks they fill."""
+    expert = tl.arange(0, block_experts)
+    known = expert < experts
+    end = tl.load(ends_ptr + first + expert, mask=known, other=0)
+    begin = tl.load(ends_ptr + first + expert - 1, mask=known & (first + expert > 0), other=0)
+    # Values that do not ascend, or pass the end of x, must not lead out of it.
+    end = tl.minimum(end, tokens)
+    begin = tl.maximum(tl.minimum(begin, end), 0)
+    return begin, end, (end - begin + block_tokens - 1) // block_tokens
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "experts"])
+def grouped_kernel(
+    x_ptr,
+    ends_ptr,
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    y_ptr,
+    tokens,
+    first,
+    experts,
+    rows,
+    columns,
+    words,
+    groups,
+    words_per_group,
+    packed: tl.constexpr,
+    has_zeros: tl.constexpr,
+    in_float32: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_words: tl.constexpr,
+    block_experts: tl.constexpr,
+):
+    """Rows of x, sorted by expert, times the weights of experts first to first + experts - 1.
+
+    x: [tokens, columns]; ends: of all experts; y: [tokens, rows], written where an expert has
+    rows. weight: of these experts, packed words [experts * rows, words] with their scales and zero
+    points, or, unless `packed`, values [experts * rows, columns] of x's dtype.
+
+    How many rows an expert has is known here only. So a fixed number of programs share the tiles
+    that there are: those of one expert lie together, and all row blocks of some tokens, so that
+    programs at work at the same time find weights and tokens in the cache. A tile is summed by one
+    program, in order.
+    """
+    row_blocks = tl.cdiv(rows, block_rows)
+    _, _, token_blocks = _rows_of_experts(
+        ends_ptr, tokens, first, experts, block_tokens, block_experts
+    )
+    tiles = tl.sum(token_blocks, 0) * row_blocks
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # Looked up again for each tile: keeping it would cost registers that the product needs.
+        begin, end, token_blocks = _rows_of_experts(
+            ends_ptr, tokens, first, experts, block_tokens, block_experts
+        )
+        block = tile // row_blocks
+        earlier = tl.cumsum(token_blocks, 0) <= block
+        mine = tl.sum(earlier.to(tl.int32), 0)
+        here = tl.arange(0, block_experts) == mine
+        block -= tl.sum(tl.where(earlier, token_blocks, 0), 0)
+        token_end = tl.sum(tl.where(here, end, 0), 0)
+        token_begin = tl.sum(tl.where(here, begin, 0), 0) + block * block_tokens
+        token = token_begin.to(tl.int64) + tl.arange(0, block_tokens)
+        row = (tile % row_blocks) * block_rows + tl.arange(0, block_rows)
+        row_begin = mine.to(tl.int64) * rows
+        total = tl.zeros((block_rows, block_tokens), dtype=tl.float32)
+        for at in range(0, words, block_words):
+            column = at * 8 + tl.arange(0, 8 * block_words)
+            if packed:
+                weight = _load_weights(
+                    weight_ptr,
+                    scale_ptr,
+                    zero_ptr,
+                    row_begin + row,
+                    at + tl.arange(0, block_words),
+                    row_begin + rows,
+                    words,
+                    words,
+                    groups,
+                    words_per_group,
+                    has_zeros,
+                    block_words,
+                    x_ptr.dtype.element_ty,
+                )
+            else:
+                weight = tl.load(
+                    weight_ptr + (row_begin + row)[:, None] * columns + column[None, :],
+                    mask=(row < rows)[:, None] & (column < columns)[None, :],
+                    other=0.0,
+                )
+            x = tl.load(
+                x_ptr + token[:, None] * columns + column[None, :],
+                mask=(token < token_end)[:, None] & (column < columns)[None, :],
+                other=0.0,
+            )
+            if in_float32:
+                x = x.to(tl.float32)
+                weight = weight.to(tl.float32)
+            total = tl.dot(weight, tl.trans(x), acc=total, input_precision="ieee")
+        inside = (row < rows)[:, None] & (token < token_end)[None, :]
+        y = y_ptr + token[None, :] * rows + row[:, None]
+        tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)

@@ -77,8 +77,7 @@ class PackedInt4:
         """The zero points as int8 [out, groups], or None."""
         if self.zero_point is None or self.zero_point.dtype is torch.int8:
             return self.zero_point
-        nibbles = spread_nibbles(self.zero_point.t())
-        return nibbles[:, : self.shape[0]].t().contiguous()
+        return unpack_zero_points(self.zero_point, self.shape[0])
 
 
 def pack(values: Tensor) -> Tensor:
@@ -102,10 +101,16 @@ def pack(values: Tensor) -> Tensor:
 
 
 def spread_nibbles(words: Tensor) -> Tensor:
-    """int32 [rows, words] -> int8 [rows, 8 * words] in -8..7, the low nibble of a word first."""
+    """int32 [.., words] -> int8 [.., 8 * words] in -8..7, the low nibble of a word first."""
     shifts = torch.arange(0, 4 * NIBBLES, 4, dtype=torch.int32, device=words.device)
     nibbles = (words.unsqueeze(-1) >> shifts) & 15
     return (nibbles + LOWEST).to(torch.int8).flatten(-2)
+
+
+def unpack_zero_points(words: Tensor, out_features: int) -> Tensor:
+    """int32 [.., ceil(out / 8), groups] -> int8 [.., out, groups] in -8..7."""
+    nibbles = spread_nibbles(words.transpose(-1, -2))
+    return nibbles[..., :out_features].transpose(-1, -2).contiguous()
 
 
 def expect_words(packed: Tensor, rows: int, in_features: int) -> None:

@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardsurgeon_kernels import PackedInt4
+from shardsurgeon_kernels import PackedInt4, PackedInt4Stack
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,6 +54,39 @@ def layer(
     return Layer(weight, values, decompressed["weight"])
 
 
+@dataclass(frozen=True)
+class Stack:
+    """The weights of some experts, and what the library makes of them, [E, out, in]."""
+
+    weights: PackedInt4Stack
+    decompressed: Tensor
+
+
+def stack(
+    experts: int,
+    rows: int,
+    columns: int,
+    group_size: int | None,
+    dtype: torch.dtype,
+    *,
+    asymmetric: bool = False,
+) -> Stack:
+    """Layers one upon the other, each with values of its own."""
+    each = [
+        layer(rows, columns, group_size, dtype, asymmetric=asymmetric, seed=expert)
+        for expert in range(experts)
+    ]
+    zeros = [one.weight.zero_point for one in each if one.weight.zero_point is not None]
+    weights = PackedInt4Stack(
+        torch.stack([one.weight.packed for one in each]),
+        torch.stack([one.weight.scale for one in each]),
+        torch.stack(zeros) if zeros else None,
+        (experts, rows, columns),
+        group_size,
+    )
+    return Stack(weights, torch.stack([one.decompressed for one in each]))
+
+
 def _scheme(group_size: int | None, asymmetric: bool) -> QuantizationScheme:
     args = QuantizationArgs(
         num_bits=4,
@@ -90,3 +123,31 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         and a.shape == b.shape
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """y is the product within one rounding to its dtype and a float32 sum's errors."""
+    exact = x.double() @ weight.double().t()
+    size = x.double().abs() @ weight.double().abs().t()
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    allowed = torch.finfo(y.dtype).eps * exact.abs() + 2.0**-21 * size
+    assert y.dtype is x.dtype
+    assert y.shape == exact.shape
+    assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
+def assert_grouped(y: Tensor, x: Tensor, weights: Tensor, counts: list[int]) -> None:
+    """Every expert's rows are its product; what no expert has is zero."""
+    assert y.dtype is x.dtype
+    assert y.shape == (x.shape[0], weights.shape[1])
+    begin = 0
+    for count, weight in zip(counts, weights, strict=True):
+        assert_product(y[begin : begin + count], x[begin : begin + count], weight, None)
+        begin += count
+    assert not y[begin:].any()
+
+
+def ends_of(counts: list[int]) -> Tensor:
+    """Rows of each expert, added up."""
+    return torch.tensor(counts).cumsum(0).to(torch.int32)

@@ -6,24 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from int4_layers import FLOATS, Layer, layer, layers
-from torch import Tensor
+from int4_layers import FLOATS, Layer, assert_product, layer, layers
 
 from shardsurgeon_kernels import eager, linear, native, reference
 
 IMPLEMENTATIONS = [reference, eager, native]
-
-
-def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """y is the product within one rounding to its dtype and a float32 sum's errors."""
-    exact = x.double() @ weight.double().t()
-    size = x.double().abs() @ weight.double().abs().t()
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    allowed = torch.finfo(y.dtype).eps * exact.abs() + 2.0**-21 * size
-    assert y.dtype is x.dtype
-    assert y.shape == exact.shape
-    assert bool(((y.double() - exact).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -7,8 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from int4_layers import layer
-from test_linear import assert_product
+from int4_layers import assert_product, layer
 from torch import Tensor
 from torch.nn import functional
 
