@@ -153,6 +153,14 @@ def _segments(rows: Tensor, lengths: Tensor, how: str) -> Tensor:
     )
 
 
+class NoExperts:
+    """Stands for a layer's experts in a trial, and gives 0."""
+
+    def compute(self, routings: list[Routing]) -> list[Tensor]:
+        """Zeros [N, H] for each batch."""
+        return [torch.zeros_like(routing.inputs) for routing in routings]
+
+
 class StreamedExperts:
     """The experts of one layer."""
 

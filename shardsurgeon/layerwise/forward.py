@@ -9,7 +9,7 @@ in the middle of the model's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardsurgeon.layerwise.devices import Device
-from shardsurgeon.layerwise.experts import Routing, StreamedExperts
+from shardsurgeon.layerwise.experts import NoExperts, Routing, StreamedExperts
 from shardsurgeon.layerwise.text_model import TextModel
 
 Embed = Callable[[str, Tensor], Tensor]
@@ -155,7 +155,10 @@ class LayerRunner:
         self._forward(_Call(batch, range(0), _unexpected_request, embeds=True))
 
     def run(
-        self, batches: Sequence[Batch], layers: range, experts: dict[int, StreamedExperts]
+        self,
+        batches: Sequence[Batch],
+        layers: range,
+        experts: Mapping[int, StreamedExperts | NoExperts],
     ) -> None:
         """Run batches that have states through some layers, which replaces their states.
 

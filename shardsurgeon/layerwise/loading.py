@@ -7,6 +7,7 @@ name at a time, so that one layer can be filled without the rest of the model.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -176,7 +177,10 @@ class _OnDemand:
 
 
 class Loader:
-    """Fills parameters of one model on the meta device."""
+    """Fills parameters of one model on the meta device.
+
+    kept: parameters that are float32 whatever the dtype of the others.
+    """
 
     def __init__(
         self,
@@ -191,10 +195,13 @@ class Loader:
         self._decoder = decoder
         self._dtype = dtype
         self._device = device
+        self.kept: frozenset[str] = frozenset()
 
     def named(self, names: ParameterNames) -> Loader:
         """A loader of the same model that maps names in another way."""
-        return Loader(self._model, names, self._decoder, self._dtype, self._device)
+        other = Loader(self._model, names, self._decoder, self._dtype, self._device)
+        other.kept = self.kept
+        return other
 
     def fill(self, weights: Mapping[str, Shape]) -> set[str]:
         """Read weights into their parameters, and return the names of these parameters.
@@ -209,7 +216,7 @@ class Loader:
         settings = LoadStateDictConfig(
             device_map={"": self._device},
             dtype=self._dtype,
-            dtype_plan=self._model._get_dtype_plan(self._dtype),
+            dtype_plan=self._model._get_dtype_plan(self._dtype) | self._kept_plan(),
             weight_mapping=self._names.rules,
         )
         with silence_hub():
@@ -226,6 +233,10 @@ class Loader:
         """
         decoder = decoder or self._decoder
         return ExpertRecipe(self._model, self._names, decoder, self._dtype, parts)
+
+    def _kept_plan(self) -> dict[str, torch.dtype]:
+        """`kept` as transformers takes it: patterns of names."""
+        return {f"^{re.escape(name)}$": torch.float32 for name in sorted(self.kept)}
 
 
 class ExpertRecipe:

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -31,6 +31,7 @@ from shardsurgeon.checkpoint.transformers_model import (
 from shardsurgeon.errors import FamilyError, UsageError
 from shardsurgeon.layerwise.decoding import Decoder
 from shardsurgeon.layerwise.devices import Device
+from shardsurgeon.layerwise.experts import NoExperts
 from shardsurgeon.layerwise.forward import Batch, LayerRunner
 from shardsurgeon.layerwise.loading import (
     LayerWeights,
@@ -40,6 +41,7 @@ from shardsurgeon.layerwise.loading import (
     sort_weights,
 )
 from shardsurgeon.layerwise.memory import OUTSIDE, free_memory
+from shardsurgeon.layerwise.precision import NARROWER, TRIAL_TOKENS, Trials, stored_wider
 from shardsurgeon.layerwise.settings import Settings
 from shardsurgeon.layerwise.supply import Make
 from shardsurgeon.layerwise.tensors import HeldTensors, TensorReader
@@ -124,6 +126,27 @@ class Model:
                 none = torch.empty(0, module.embedding_dim, dtype=self.dtype, device=self._device)
                 module._parameters["weight"] = nn.Parameter(none, requires_grad=False)
         self.runner.probe(torch.from_numpy(ids[:64].copy())[None].to(self._device))
+        if self.dtype in NARROWER:
+            self._loader.kept = self._kept_in_float32(np.resize(ids, TRIAL_TOKENS))
+
+    def _kept_in_float32(self, ids: NDArray[np.int64]) -> frozenset[str]:
+        """Parameters of layers that no dtype rounds; ids: of a trial run."""
+        first = Batch.of([ids], self._device)
+        self.runner.embed(first)
+
+        def run(group: range) -> torch.dtype:
+            batch = replace(first)
+            self.runner.run([batch], group, {layer: NoExperts() for layer in group})
+            assert batch.states is not None
+            return batch.states.dtype
+
+        buffers = {name for name, _ in self._text.model.named_buffers()}
+        wide = {
+            layer: stored_wider(records, self._anatomy, self._names, buffers)
+            for layer, records in self._records.items()
+            if layer != OUTSIDE
+        }
+        return Trials(self._text, run, self.dtype, self._device).kept(wide)
 
     @cached_property
     def mtp(self) -> MtpLayer | None:
@@ -162,23 +185,13 @@ class Model:
     @contextmanager
     def _filled(self, work: list[tuple[Loader, int, Mapping[str, Shape]]]) -> Iterator[None]:
         """Fill layers, given as (loader, layer, weights); empty them at the end."""
-        before = [
-            (owner, name, value)
-            for _, layer, _ in work
-            for module in self._text.layers[layer].modules()
-            for owner in (module._parameters, module._buffers)
-            for name, value in owner.items()
-        ]
-        try:
+        with self._text.emptied(layer for _, layer, _ in work):
             with torch.no_grad():
                 for loader, layer, weights in work:
                     self._fill(loader, weights, self._text.parameters_of(layer))
                     for module in self._text.layers[layer].modules():
                         self._make_buffers(module)
             yield
-        finally:
-            for owner, name, value in before:
-                owner[name] = value
 
     def experts(self, layer: int, *, hold: bool = False) -> tuple[ExpertModule, Make]:
         """The module that a layer's experts compute in, and what reads them, one by its id.

@@ -59,7 +59,7 @@ _POSITIONS = ("max_position_embeddings", "model_max_length", "max_sequence_lengt
 _DTYPE = ("dtype", "torch_dtype")
 _FALLBACK_DTYPE = "bfloat16"
 # Counted up where the same request would give other numbers: a partial result then starts over.
-_RESULTS = 1
+_RESULTS = 2
 # The setting that tells one run, its request and its source, from any other.
 _RUN = "run"
 

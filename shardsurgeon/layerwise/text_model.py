@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,6 +118,22 @@ class TextModel:
                 block.forward = partial(_input_scaling_block, block, partial(route, index))
             else:
                 experts.module.forward = partial(route, index)
+
+    @contextmanager
+    def emptied(self, layers: Iterable[int]) -> Iterator[None]:
+        """At the end, take out of some layers what was put into them."""
+        before = [
+            (owner, name, value)
+            for layer in layers
+            for module in self.layers[layer].modules()
+            for owner in (module._parameters, module._buffers)
+            for name, value in owner.items()
+        ]
+        try:
+            yield
+        finally:
+            for owner, name, value in before:
+                owner[name] = value
 
     def layer_prefix(self, layer: int) -> str:
         """How the names of a layer's parameters begin."""
