@@ -54,6 +54,9 @@ _FORMS = (
     ("enorm.weight", "hnorm.weight", "eh_proj.weight"),
     ("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "fc.weight"),
 )
+# Beside these, where the layer does not share the model's embeddings: as published; as DeepSeek's
+# own code and Bailing name it.
+_OWN_EMBEDDINGS = ("embed_tokens.weight", "emb.tok_emb.weight", "word_embeddings.weight")
 
 
 class Model:
@@ -167,8 +170,22 @@ class Model:
         norm = self._text.layers[mtp.twin].input_layernorm
         with torch.inference_mode():
             states = self.runner.finish(batch)[:, :-1]
-            embedded = self.runner.embedded(batch.ids[:, 1:])
+            with self._embeddings_of(mtp):
+                embedded = self.runner.embedded(batch.ids[:, 1:])
             return mtp.enter(read, norm, states, embedded)
+
+    @contextmanager
+    def _embeddings_of(self, mtp: MtpLayer) -> Iterator[None]:
+        """Look embeddings of tokens up in the MTP layer's own matrix, where it has one."""
+        module = self._text.text.get_input_embeddings()
+        name = next(name for name, known in self._text.embeddings.items() if known is module)
+        parameter = f"{name}.weight"
+        before = self._embeddings[parameter]
+        self._embeddings[parameter] = mtp.entrance.embedding or before
+        try:
+            yield
+        finally:
+            self._embeddings[parameter] = before
 
     @contextmanager
     def filled_mtp(self, mtp: MtpLayer) -> Iterator[None]:
@@ -292,11 +309,15 @@ def _missing(name: str) -> FamilyError:
 
 @dataclass(frozen=True, slots=True)
 class Entrance:
-    """Names of the weights that combine hidden states and embeddings into an MTP layer's input."""
+    """Names of the weights that combine hidden states and embeddings into an MTP layer's input.
+
+    embedding: name and shape of its own matrix of embeddings, None where it has the model's.
+    """
 
     embedding_norm: str
     state_norm: str
     projection: str
+    embedding: tuple[str, Shape] | None
 
 
 @dataclass(frozen=True)
@@ -375,7 +396,9 @@ def _entrance(prefix: str, weights: Mapping[str, Shape]) -> Entrance | None:
         for form in _FORMS:
             if all(stem + part in weights for part in form):
                 embedding_norm, state_norm, projection = (stem + part for part in form)
-                return Entrance(embedding_norm, state_norm, projection)
+                own = (stem + name for name in _OWN_EMBEDDINGS if stem + name in weights)
+                embedding = next(((name, weights[name]) for name in own), None)
+                return Entrance(embedding_norm, state_norm, projection, embedding)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,28 @@ CASES = {
 }
 
 
+def with_embeddings(made: Any, name: str, own: bool) -> Any:
+    """The fixture with embeddings of its MTP layer that are not the model's, or are the same."""
+    main = made.tensors["model.embed_tokens.weight"]
+    if not own and name not in made.tensors:
+        return made
+    other = torch.randn(main.shape, generator=torch.Generator().manual_seed(8)).to(main)
+    return replace(made, tensors=made.tensors | {name: other if own else main.clone()})
+
+
+@pytest.mark.parametrize("own_embeddings", [False, True])
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_mtp_layers_sums_are_those_of_a_layer_behind_the_final_norm(
-    name: str, tmp_path: Path
+    name: str, own_embeddings: bool, tmp_path: Path
 ) -> None:
     prefix, entrance, parts = CASES[name]
-    folder, ids = written(fixture(name), tmp_path), token_ids()
+    made = with_embeddings(fixture(name), f"{entrance}embed_tokens.weight", own_embeddings)
+    folder, ids = written(made, tmp_path), token_ids()
     model = in_memory.load(name, folder, tmp_path)
     tensors = {n: t.float() for n, t in read_tensors(folder).items()}
+    shared = tensors["model.embed_tokens.weight"]
+    embeddings = tensors.get(f"{entrance}embed_tokens.weight", shared)
+    assert torch.equal(embeddings, shared) != own_embeddings
     norms = [copy.deepcopy(model.model.layers[-1].input_layernorm) for _ in range(2)]
     for norm, part in zip(norms, parts, strict=False):
         norm.weight.data = tensors[f"{entrance}{part}.weight"]
@@ -74,7 +89,7 @@ def test_the_mtp_layers_sums_are_those_of_a_layer_behind_the_final_norm(
     with torch.inference_mode():
         for sequence in (torch.from_numpy(sequence)[None] for sequence in ids):
             states = model.model(input_ids=sequence, use_cache=False).last_hidden_state
-            embedded = model.model.embed_tokens(sequence[:, 1:])
+            embedded = embeddings[sequence[:, 1:]]
             both = torch.cat([norms[0](embedded), norms[1](states[:, :-1])], dim=-1)
             entered.append(both @ tensors[f"{entrance}{parts[2]}.weight"].T)
 

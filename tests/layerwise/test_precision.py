@@ -15,6 +15,7 @@ from torch import Tensor
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
+from shardsurgeon.layerwise.loading import ParameterNames
 from shardsurgeon.layerwise.model import Model
 from shardsurgeon.layerwise.settings import Settings
 from tests.families.specimens import fixture, written
@@ -56,27 +57,35 @@ def opened(folder: Path, dtype: str) -> Model:
 
 
 def filled(model: Model) -> dict[str, Tensor]:
-    """Every parameter of every layer, by the name of the weight that it is made of alone."""
-    found = {}
+    """Every parameter of every layer, by the name of the weight that it is made of."""
+    found: dict[str, Tensor] = {}
     for group in model.groups():
         with silence_hub(), model.filled(group):
-            parameters = model._text.model.state_dict()
-            for layer in group:
-                for name in model._layer(layer).dense:
-                    target = model._names.target(name)
-                    if target is not None:
-                        found[name] = parameters[target.parameter].clone()
+            found |= parameters(model, model._names, [n for i in group for n in dense(model, i)])
+    if mtp := model.mtp:
+        with silence_hub(), model.filled_mtp(mtp):
+            found |= parameters(model, mtp.names, list(mtp.dense))
     return found
+
+
+def dense(model: Model, layer: int) -> list[str]:
+    return list(model._layer(layer).dense)
+
+
+def parameters(model: Model, names: ParameterNames, weights: list[str]) -> dict[str, Tensor]:
+    values = model._text.model.state_dict()
+    targets = {name: names.target(name) for name in weights}
+    return {n: values[target.parameter].clone() for n, target in targets.items() if target}
 
 
 def assert_kept(folder: Path) -> set[str]:
     """That F32 tensors are what is stored, to the last bit; returns their names."""
-    parameters = filled(opened(folder, "bfloat16"))
+    found = filled(opened(folder, "bfloat16"))
     wide = {n: t for n, t in read_tensors(folder).items() if t.dtype == torch.float32}
-    checked = {n for n in wide.keys() & parameters.keys() if n.split(".")[-1] not in TABLES}
+    checked = {n for n in wide.keys() & found.keys() if n.split(".")[-1] not in TABLES}
     for name in checked:
-        assert parameters[name].dtype == torch.float32, name
-        assert torch.equal(parameters[name].flatten(), wide[name].flatten()), name
+        assert found[name].dtype == torch.float32, name
+        assert torch.equal(found[name].flatten(), wide[name].flatten()), name
     return checked
 
 
@@ -110,8 +119,8 @@ def test_a_checkpoint_in_float32_throughout_is_rounded_where_that_is_asked_for(
     """All but what chooses experts: the router's product is of the run's dtype in this class."""
     made = fixture("laguna")
     whole = replace(made, tensors={n: t.float() for n, t in made.tensors.items()})
-    parameters = filled(opened(written(whole, tmp_path), "bfloat16"))
-    wide = {n.rpartition(".")[2] for n, t in parameters.items() if t.dtype == torch.float32}
+    found = filled(opened(written(whole, tmp_path), "bfloat16"))
+    wide = {n.rpartition(".")[2] for n, t in found.items() if t.dtype == torch.float32}
     assert wide == {"e_score_correction_bias"}
 
 
