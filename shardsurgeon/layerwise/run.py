@@ -32,11 +32,9 @@ from shardsurgeon.layerwise.resume import PartialCalibration, partial_calibratio
 from shardsurgeon.layerwise.samples import (
     Sample,
     SamplingOptions,
-    Tokenizer,
     draw_samples,
     open_datasets,
     samples_sha256,
-    tokenizer_folder,
     total_tokens,
 )
 from shardsurgeon.layerwise.settings import (
@@ -47,6 +45,7 @@ from shardsurgeon.layerwise.settings import (
     require_packages,
     versions,
 )
+from shardsurgeon.layerwise.tokenizer import Tokenizer, tokenizer_folder
 from shardsurgeon.scores.files import check_samples, score_output, write_scores
 from shardsurgeon.storage.files import Output, reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME

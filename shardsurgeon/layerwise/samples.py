@@ -1,22 +1,15 @@
-"""Samples: records chosen by a seed, turned into text by the chat template, and tokenized."""
+"""Samples: records chosen by a seed, as the tokens that pass through the model."""
 
 from __future__ import annotations
 
 import hashlib
-import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsurgeon.checkpoint.files import is_needed
-from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.datasets import (
     OPTION,
@@ -26,13 +19,8 @@ from shardsurgeon.layerwise.datasets import (
     open_dataset,
 )
 from shardsurgeon.layerwise.records import Conversation, read_record
-from shardsurgeon.layerwise.settings import require
-from shardsurgeon.storage.files import writing
-from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
-from shardsurgeon.storage.formats.strict_json import parse_for_a_hint
-from shardsurgeon.storage.limits import TOKENIZER_CONFIG, TOKENIZER_FILE, read_limited, require_size
+from shardsurgeon.layerwise.tokenizer import Tokenizer
 from shardsurgeon.storage.phases import Phase, phase
-from shardsurgeon.storage.source import Source, require_plain
 
 SampleEntry: TypeAlias = tuple[str, int, int]
 """(source, record index, tokens): how a score file lists a sample."""
@@ -189,120 +177,3 @@ def _too_few(dataset: OpenDataset, found: int, options: SamplingOptions) -> Data
     if not found:
         return DatasetError(part.words, problem, "give another dataset")
     return DatasetError(part.words, problem, f"ask for {found:,} (--samples, or name:{found})")
-
-
-_OPTION = "--tokenizer"
-_TRUST = "--trust-remote-code"
-
-# Vocabularies, merges, templates and the code of some tokenizers; sizes from sentencepiece
-# models down. Weights have other endings.
-_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
-
-
-class Tokenizer:
-    """A tokenizer of transformers with its chat template.
-
-    place: what messages call it.
-    """
-
-    def __init__(
-        self, place: str | PathLike[str], *, name: str = "", trust_remote_code: bool = False
-    ) -> None:
-        """Load it. place: a folder, or a model of the Hub; name: what messages call it instead.
-
-        Raises UsageError where there is no tokenizer, where it cannot be read, and where it is
-        code of the model that trust_remote_code does not allow to run.
-        """
-        transformers = require("transformers")
-        self.place = name or str(place)
-        if not trust_remote_code and _is_code(Path(place)):
-            problem = f"the tokenizer of {self.place} is code that its folder ships"
-            raise UsageError(_OPTION, problem, f"read it, then allow it with {_TRUST}")
-        with silence_hub():
-            self._tokenizer = _load(transformers, str(place), self.place, trust_remote_code)
-        # Without tokenizer files, transformers makes an empty tokenizer for a known model type.
-        if not self._tokenizer("a", add_special_tokens=False)["input_ids"]:
-            raise _unreadable(self.place)
-
-    def encode(self, content: Conversation | str, where: str) -> NDArray[np.int64]:
-        """The token ids, int64 [tokens], of a conversation in the chat template, or of a text.
-
-        where: the record, as messages name it. Raises DatasetError where the template refuses
-        the conversation, UsageError where there is no template.
-        """
-        is_chat = isinstance(content, Conversation)
-        text = self._render(content, where) if isinstance(content, Conversation) else content
-        # The template's text contains the special tokens already.
-        encoded = self._tokenizer(text, add_special_tokens=not is_chat, verbose=False)
-        return np.asarray(encoded["input_ids"], np.int64)
-
-    def _render(self, conversation: Conversation, where: str) -> str:
-        if not self._tokenizer.chat_template:
-            problem = f"{self.place} has no chat template, and {where} is a conversation"
-            raise UsageError(_OPTION, problem, "name a tokenizer with one, or give texts")
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                conversation.messages, tools=conversation.tools, tokenize=False
-            )
-        # A template is a program that may raise anything.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            problem = f"does not go through the chat template ({reason})"
-            raise DatasetError(where, problem, "leave the record out or mend it") from error
-        return text
-
-
-def _load(transformers: Any, place: str, name: str, trust_remote_code: bool) -> Any:
-    load = transformers.AutoTokenizer.from_pretrained
-    try:
-        return load(place, trust_remote_code=trust_remote_code)
-    # Each tokenizer class reads its files, and the config, with code that may raise anything.
-    except Exception as error:
-        # The config may be what transformers cannot read, not the tokenizer: try an empty one.
-        with suppress(Exception):
-            empty = transformers.PreTrainedConfig()
-            return load(place, config=empty, trust_remote_code=trust_remote_code)
-        raise _unreadable(name, error) from error
-
-
-def _is_code(folder: Path) -> bool:
-    """Whether a folder's tokenizer needs code from the folder: no tokenizer.json replaces it."""
-    try:
-        raw = read_limited(folder / "tokenizer_config.json", TOKENIZER_CONFIG, UsageError)
-        own = "AutoTokenizer" in parse_for_a_hint(raw, TOKENIZER_CONFIG).get("auto_map", {})
-    except (UsageError, AttributeError, TypeError):
-        return False
-    return own and not (folder / "tokenizer.json").exists()
-
-
-def _unreadable(place: str, error: Exception | None = None) -> UsageError:
-    problem = f"{place} has no tokenizer that transformers can read"
-    if error is not None:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
-        problem += f" ({reason})"
-    return UsageError(_OPTION, problem, f"name a folder that has one with {_OPTION}")
-
-
-@contextmanager
-def tokenizer_folder(source: Source) -> Iterator[Path]:
-    """The model's folder or, where the model is remote, temporary copies of its small files.
-
-    Raises what reading the source raises, CheckpointError where a file in it is a pipe or a link to
-    nothing, and OutputWriteError where the copies do not fit.
-    """
-    config = source.local_path(CONFIG_NAME)
-    if config is not None:
-        # transformers would wait for the other end of a pipe.
-        source.list()
-        require_plain(source, sorted(filter(is_needed, source.odd)), links=True)
-        yield config.parent
-        return
-    with TemporaryDirectory() as name:
-        for file in source.list():
-            if "/" not in file.name and file.name.endswith(_ENDINGS) and file.name != INDEX_NAME:
-                where = f"{source.location}/{file.name}"
-                require_size(file.nbytes, TOKENIZER_FILE, where, UsageError)
-                copy = Path(name, file.name)
-                with writing(copy):
-                    copy.write_bytes(source.read(file.name, 0, file.nbytes))
-        yield Path(name)

@@ -18,12 +18,12 @@ from shardsurgeon.layerwise.records import Conversation
 from shardsurgeon.layerwise.samples import (
     Sample,
     SamplingOptions,
-    Tokenizer,
     draw_samples,
     open_datasets,
     samples_sha256,
     total_tokens,
 )
+from shardsurgeon.layerwise.tokenizer import Tokenizer
 
 MODEL = Path(__file__).parents[2] / "fixtures" / "qwen3_moe"
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
