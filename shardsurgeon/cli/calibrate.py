@@ -134,6 +134,12 @@ def _share(
     "is not known.",
 )
 @click.option(
+    "--skip-invalid",
+    is_flag=True,
+    help="Leave out records that cannot be used (empty, broken, of unknown form); FILE counts and "
+    "lists them.",
+)
+@click.option(
     "--tokenizer",
     metavar="FOLDER",
     help="Take the tokenizer and the chat template from here.  [default: the model's own]",

@@ -336,8 +336,28 @@ def text_lines(path: Path) -> Records:
     return Lines(path, lambda line, where: line)
 
 
-def json_list(path: Path) -> Sequence[Record]:
-    """A file that holds one JSON list of objects or texts. Raises DatasetError for another."""
+class Listed:
+    """The records of a JSON list."""
+
+    def __init__(self, path: Path, content: Sequence[Any]) -> None:
+        self._path = path
+        self._content = content
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __getitem__(self, index: int) -> Record:
+        record: Any = self._content[index]
+        if not isinstance(record, dict | str):
+            raise DatasetError(
+                self._path, f"record {index:,} is neither an object nor a text", "mend it"
+            )
+        return record
+
+
+def json_list(path: Path) -> Records:
+    """A file that holds one JSON list. Its records raise DatasetError where they are neither
+    objects nor texts. Raises DatasetError for another file."""
     with reading(path):
         raw = path.read_bytes()
     try:
@@ -346,10 +366,7 @@ def json_list(path: Path) -> Sequence[Record]:
         raise DatasetError(path, f"is not JSON ({error})", "is it .jsonl?") from error
     if not isinstance(content, list):
         raise DatasetError(path, "holds no JSON list of records", "is it .jsonl?")
-    for number, record in enumerate(content):
-        if not isinstance(record, dict | str):
-            raise DatasetError(path, f"record {number:,} is neither an object nor a text")
-    return content
+    return Listed(path, content)
 
 
 def identity(source: str) -> str:

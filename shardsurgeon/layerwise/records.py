@@ -45,7 +45,8 @@ def read_record(record: Record, where: str, field: str | None = None) -> Convers
     """The conversation or the text of a record.
 
     where: the record, as error messages name it; field: the only field to look at. Raises
-    DatasetError where no known field exists, or where its value has an unknown form.
+    DatasetError where no known field exists, where those that exist are empty, or where a value
+    has an unknown form. A text without a letter is a text.
     """
     if isinstance(record, str):
         return record
@@ -62,16 +63,46 @@ def read_record(record: Record, where: str, field: str | None = None) -> Convers
             return Conversation(_messages(record[name], name, where), _tools(record))
         if isinstance(record.get(name), str):
             return str(record[name])
-    fields = ", ".join(map(str, record)) or "none"
-    problem = f"has no field that is known to hold a conversation or a text; its fields: {fields}"
-    raise DatasetError(where, problem, f"name one with {_FIELD}")
+    raise _unknown(record, where)
+
+
+def _unknown(record: dict[str, Any], where: str) -> DatasetError:
+    """What is the matter with a record that holds neither a conversation nor a text."""
+    pairs = [name for pair in _PAIRS for name in pair]
+    known = [name for name in (*_CONVERSATIONS, *pairs, *_PREFERENCES, *_TEXTS) if name in record]
+    empty = next((name for name in known if _is_empty(record[name])), None)
+    others = [
+        str(name) for name, value in record.items() if isinstance(value, str | list) and value
+    ]
+    if empty is None:
+        fields = ", ".join(map(str, record)) or "none"
+        problem = "has no field that is known to hold a conversation or a text"
+        return DatasetError(where, f"{problem}; its fields: {fields}", f"name one with {_FIELD}")
+    if not others:
+        return DatasetError(where, _emptiness(empty, record[empty]))
+    problem = f"{_emptiness(empty, record[empty])}, and nothing else is known to hold a"
+    problem += f" conversation or a text; its other fields: {', '.join(others)}"
+    return DatasetError(where, problem, f"name one with {_FIELD}")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _emptiness(name: str, value: Any) -> str:
+    """`its messages are empty`, `its text is null`."""
+    verb = "are" if name.endswith("s") else "is"
+    return f"its {name} {verb} {'null' if value is None else 'empty'}"
 
 
 def _one_field(record: dict[str, Any], field: str, where: str) -> Conversation | str:
     if field not in record:
         fields = ", ".join(map(str, record)) or "none"
-        raise DatasetError(where, f"has no field '{field}'; its fields: {fields}", _FIELD)
+        problem = f"has no field '{field}'; its fields: {fields}"
+        raise DatasetError(where, problem, f"name another with {_FIELD}")
     value = record[field]
+    if _is_empty(value) and value != "":
+        raise DatasetError(where, _emptiness(field, value))
     if _are_messages(_unpacked(value)):
         return Conversation(_messages(value, field, where), _tools(record))
     if isinstance(value, str):

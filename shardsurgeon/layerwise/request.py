@@ -21,8 +21,9 @@ class CalibrationRequest:
     extend: a score file whose samples are left out and whose sums are added; activation_budget:
     bytes of memory for hidden states between layers, None for half of what is free; field: the
     only field of a record to look at; tokenizer: a folder or a model of the Hub, None for the
-    model's own; trust_remote_code: whether a tokenizer may run code of the model. Raises UsageError
-    for numbers below 1 and a share that is none.
+    model's own; trust_remote_code: whether a tokenizer may run code of the model; skip_invalid:
+    whether records that cannot be used are left out. Raises UsageError for numbers below 1 and a
+    share that is none.
     """
 
     dataset: str
@@ -35,6 +36,7 @@ class CalibrationRequest:
     field: str | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    skip_invalid: bool = False
 
     def __post_init__(self) -> None:
         for option, value in (("--samples", self.samples), ("--max-length", self.max_length)):

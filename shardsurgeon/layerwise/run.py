@@ -30,6 +30,7 @@ from shardsurgeon.layerwise.datasets import parse_spec, without_folders
 from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
 from shardsurgeon.layerwise.resume import PartialCalibration, partial_calibration
 from shardsurgeon.layerwise.samples import (
+    Drawn,
     Sample,
     SamplingOptions,
     draw_samples,
@@ -51,6 +52,7 @@ from shardsurgeon.storage.files import Output, reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import require_unchanged
+from shardsurgeon.units import counted
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -59,6 +61,8 @@ _DTYPE = ("dtype", "torch_dtype")
 _FALLBACK_DTYPE = "bfloat16"
 # Counted up where the same request would give other numbers: a partial result then starts over.
 _RESULTS = 2
+# Of the records that were left out, so many are named in a note; the score file lists more.
+_MOST_NAMED = 5
 # The setting that tells one run, its request and its source, from any other.
 _RUN = "run"
 
@@ -94,12 +98,13 @@ def calibrate(
     require_complete(anatomy.incomplete, None, checkpoint.location)
     request = _with_defaults(request, checkpoint, anatomy)
     earlier = _earlier(request, checkpoint)
-    samples = _samples(request, checkpoint, earlier)
+    drawn = _drawn(request, checkpoint, earlier)
+    samples = drawn.samples
     entries = [*(earlier.samples if earlier else ()), *(sample.entry for sample in samples)]
     check_samples(out, len(entries))
     _check_vocabulary(checkpoint, anatomy, samples)
     run = replace(_run_identity(request, checkpoint, samples), command=command)
-    settings = _calibration_settings(request, checkpoint, samples, run)
+    settings = _calibration_settings(request, checkpoint, drawn, run)
     done = _done(output, settings, len(entries))
     layers = len(anatomy.layers)
     with partial_calibration(Path(out), run, layers, restart=restart) as partial:
@@ -111,7 +116,7 @@ def calibrate(
             done = merge([earlier, found], str(out)) if earlier else found
             write_scores(output, done.content())
         partial.clear()
-    return _report(request, checkpoint, anatomy, done, samples, resumed, time.monotonic() - begin)
+    return _report(request, checkpoint, anatomy, done, drawn, resumed, time.monotonic() - begin)
 
 
 def _files_named(request: CalibrationRequest) -> Iterator[Path]:
@@ -195,13 +200,16 @@ def _earlier(request: CalibrationRequest, checkpoint: Checkpoint) -> Calibration
     return earlier
 
 
-def _samples(
+def _drawn(
     request: CalibrationRequest, checkpoint: Checkpoint, earlier: Calibration | None
-) -> list[Sample]:
+) -> Drawn:
+    """The samples of this run; of a share, those of the share alone."""
     assert request.max_length is not None
     parts = parse_spec(request.dataset, request.samples)
     taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
-    options = SamplingOptions(request.settings.seed, request.max_length, request.field, taken)
+    options = SamplingOptions(
+        request.settings.seed, request.max_length, request.field, taken, request.skip_invalid
+    )
     with phase("opening the dataset"):
         datasets = open_datasets(parts, options)
     # From here on it takes long, whatever else may be wrong with the request.
@@ -209,11 +217,11 @@ def _samples(
     from shardsurgeon.layerwise.devices import require_device
 
     require_device(request.settings.device)
-    samples = draw_samples(datasets, _tokenizer(request, checkpoint), options)
+    drawn = draw_samples(datasets, _tokenizer(request, checkpoint), options)
     if request.share is None:
-        return samples
+        return drawn
     k, n = request.share
-    return samples[k - 1 :: n]
+    return replace(drawn, samples=drawn.samples[k - 1 :: n])
 
 
 def _check_share(request: CalibrationRequest) -> None:
@@ -316,10 +324,10 @@ def _require_unchanged(checkpoint: Checkpoint, run: Run, partial: PartialCalibra
 
 
 def _calibration_settings(
-    request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample], run: Run
+    request: CalibrationRequest, checkpoint: Checkpoint, drawn: Drawn, run: Run
 ) -> dict[str, object]:
     """The settings that the score file records."""
-    return {
+    settings: dict[str, object] = {
         _RUN: hashlib.sha256(f"{run.result} {run.source}".encode()).hexdigest(),
         "model": checkpoint.source.name,
         "revision": checkpoint.source.revision,
@@ -329,8 +337,12 @@ def _calibration_settings(
         "max_length": request.max_length,
         "dtype": request.settings.dtype,
         "versions": {"shardsurgeon": __version__, **versions()},
-        "samples": [list(sample.entry) for sample in samples],
+        "samples": [list(sample.entry) for sample in drawn.samples],
     }
+    if drawn.num_skipped:
+        listed = [list(record) for record in drawn.skipped]
+        settings["skipped"] = {"count": drawn.num_skipped, "records": listed}
+    return settings
 
 
 def _report(
@@ -338,7 +350,7 @@ def _report(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
     whole: Calibration,
-    samples: Sequence[Sample],
+    drawn: Drawn,
     resumed: int,
     seconds: float,
 ) -> CalibrationReport:
@@ -348,12 +360,13 @@ def _report(
     if missing:
         listed = ", ".join(map(str, missing))
         notes.append(f"layers without scores: {listed}; `apply` has --mtp for MTP layers")
+    notes += _notes_on_samples(drawn)
     return CalibrationReport(
         model=checkpoint.source.name,
         out=whole.origin,
         dataset=request.dataset,
-        samples=len(samples),
-        tokens=total_tokens(samples),
+        samples=len(drawn.samples),
+        tokens=total_tokens(drawn.samples),
         total_samples=len(whole.samples),
         layers=len(whole.layers),
         mtp_layers=len(mtp & whole.layers.keys()),
@@ -364,6 +377,13 @@ def _report(
         seconds=seconds,
         notes=tuple(notes),
     )
+
+
+def _notes_on_samples(drawn: Drawn) -> Iterator[str]:
+    if drawn.num_skipped:
+        shown = "; ".join(f"{index:,} {reason}" for _, index, reason in drawn.skipped[:_MOST_NAMED])
+        more = ", …" if drawn.num_skipped > _MOST_NAMED else ""
+        yield f"{counted(drawn.num_skipped, 'record')} left out as invalid: {shown}{more}"
 
 
 def _numbers(checkpoint: Checkpoint, anatomy: Anatomy, keys: Sequence[str]) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -10,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsurgeon.errors import DatasetError, UsageError
+from shardsurgeon.errors import DatasetError, UsageError, printable
 from shardsurgeon.layerwise.datasets import (
     OPTION,
     DatasetPart,
@@ -21,6 +22,10 @@ from shardsurgeon.layerwise.datasets import (
 from shardsurgeon.layerwise.records import Conversation, read_record
 from shardsurgeon.layerwise.tokenizer import Tokenizer
 from shardsurgeon.storage.phases import Phase, phase
+
+# Of the records that were left out, so many are listed.
+MOST_LISTED = 100
+_SKIP = "--skip-invalid"
 
 SampleEntry: TypeAlias = tuple[str, int, int]
 """(source, record index, tokens): how a score file lists a sample."""
@@ -69,13 +74,32 @@ class SamplingOptions:
 
     seed: of the order of records; max_length: tokens that a sample is cut to; field: the only
     field to look at, None for the known ones; taken: (source, record index) of records to skip,
-    which another calibration has used, under whatever name its copy of the dataset had.
+    which another calibration has used, under whatever name its copy of the dataset had;
+    skip_invalid: whether records that cannot be used are left out.
     """
 
     seed: int
     max_length: int
     field: str | None = None
     taken: Collection[tuple[str, int]] = ()
+    skip_invalid: bool = False
+
+
+SkippedRecord: TypeAlias = tuple[str, int, str]
+"""(source, record index, why it cannot be used)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was drawn.
+
+    samples: in the order of the datasets; skipped: the first MOST_LISTED records that were left
+    out because they cannot be used; num_skipped: how many there were.
+    """
+
+    samples: list[Sample]
+    skipped: tuple[SkippedRecord, ...] = ()
+    num_skipped: int = 0
 
 
 def open_datasets(
@@ -83,9 +107,9 @@ def open_datasets(
 ) -> tuple[OpenDataset, ...]:
     """The datasets of all parts. What can be wrong with them is found here, without a tokenizer.
 
-    Raises DatasetError for a dataset that is missing or empty, whose first record is of unknown
-    form, or that has fewer records than asked for, and UsageError where two parts are the same
-    data.
+    Raises DatasetError for a dataset that is missing or empty, whose first record cannot be used
+    (unless such records are left out), or that has fewer records than asked for, and UsageError
+    where two parts are the same data.
     """
     opened: dict[str, str] = {}
     datasets = []
@@ -95,66 +119,112 @@ def open_datasets(
         if twin != part.words:
             problem = f"{twin} and {part.words} hold the same records"
             raise UsageError(OPTION, problem, "name one of them")
-        next(_contents(dataset, options), None)
+        reading = _Reading(dataset, options)
+        if not options.skip_invalid:
+            first = next(reading.numbers(), None)
+            if first is not None:
+                reading.content(first)
         left = len(dataset.records) - len(_taken(dataset, options))
         if part.count is not None and left < part.count:
-            raise _too_few(dataset, max(left, 0), options)
+            raise _too_few(reading, max(left, 0))
         datasets.append(dataset)
     return tuple(datasets)
 
 
 def draw_samples(
     datasets: Sequence[OpenDataset], tokenizer: Tokenizer, options: SamplingOptions
-) -> list[Sample]:
+) -> Drawn:
     """The samples of all datasets, in their order.
 
-    Records without a token are skipped. Raises DatasetError for a record of unknown form and for a
-    dataset that has fewer records with a token than asked for, and UsageError where a conversation
-    meets a tokenizer without a chat template.
+    Records without a token are passed over. Raises DatasetError for a record that cannot be used,
+    unless such records are left out, and for a dataset that has fewer records with a token than
+    asked for, and UsageError where a conversation meets a tokenizer without a chat template.
     """
     samples: list[Sample] = []
+    readings = [_Reading(dataset, options) for dataset in datasets]
     with phase("drawing samples", sum(dataset.part.count or 0 for dataset in datasets)) as at:
-        for dataset in datasets:
-            samples += _draw_part(dataset, tokenizer, options, at)
-    return samples
+        for reading in readings:
+            samples += _draw_part(reading, tokenizer, at)
+    skipped = [record for reading in readings for record in reading.skipped]
+    return Drawn(
+        samples, tuple(skipped[:MOST_LISTED]), sum(reading.num_skipped for reading in readings)
+    )
 
 
-def _draw_part(
-    dataset: OpenDataset, tokenizer: Tokenizer, options: SamplingOptions, at: Phase
-) -> list[Sample]:
-    count = dataset.part.count
+def _draw_part(reading: _Reading, tokenizer: Tokenizer, at: Phase) -> list[Sample]:
+    count = reading.dataset.part.count
     assert count is not None
     samples: list[Sample] = []
-    for sample in _in_order(dataset, tokenizer, options):
+    for sample in reading.samples(tokenizer):
         samples.append(sample)
         at.advance()
         if len(samples) == count:
             return samples
-    raise _too_few(dataset, len(samples), options)
+    raise _too_few(reading, len(samples))
 
 
-def _in_order(
-    dataset: OpenDataset, tokenizer: Tokenizer, options: SamplingOptions
-) -> Iterator[Sample]:
-    for index, where, content in _contents(dataset, options):
-        ids = tokenizer.encode(content, where)[: options.max_length]
-        if len(ids):
-            yield Sample(ids, dataset.source, index)
+class _Reading:
+    """One dataset's records in the order of drawing, and which of them had to be left out."""
+
+    def __init__(self, dataset: OpenDataset, options: SamplingOptions) -> None:
+        self.dataset = dataset
+        self.options = options
+        self.skipped: list[SkippedRecord] = []
+        self.num_skipped = 0
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers of the records, without those that are taken."""
+        taken = _taken(self.dataset, self.options)
+        order = _order(len(self.dataset.records), self.options.seed, self.dataset.source)
+        return (index for index in order.tolist() if index not in taken)
+
+    def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
+        """A sample of each record that has a token."""
+        for index in self.numbers():
+            ids = self._tokens(index, tokenizer)
+            if ids is not None and len(ids):
+                yield Sample(ids, self.dataset.source, index)
+
+    def content(self, index: int) -> Conversation | str:
+        """What a record holds. Raises DatasetError where it cannot be used."""
+        try:
+            return read_record(self.dataset.records[index], self._where(index), self.options.field)
+        except DatasetError as error:
+            raise _skippable(error) from error
+
+    def _tokens(self, index: int, tokenizer: Tokenizer) -> NDArray[np.int64] | None:
+        """A record's tokens, as many as a sample has; None where it holds nothing."""
+        try:
+            content = self.content(index)
+            # To an empty text a tokenizer may still add a token for its beginning.
+            if not content:
+                return None
+            return tokenizer.encode(content, self._where(index))[: self.options.max_length]
+        except DatasetError as error:
+            if not self.options.skip_invalid:
+                raise _skippable(error) from error
+            self.num_skipped += 1
+            if len(self.skipped) < MOST_LISTED:
+                reason = textwrap.shorten(printable(error.problem), 120, placeholder=" …")
+                self.skipped.append((self.dataset.source, index, reason))
+            return None
+
+    def _where(self, index: int) -> str:
+        return f"{self.dataset.part.words}, record {index:,}"
 
 
-def _contents(
-    dataset: OpenDataset, options: SamplingOptions
-) -> Iterator[tuple[int, str, Conversation | str]]:
-    """(number, how messages name it, content) of every record, in the order of drawing."""
-    taken = _taken(dataset, options)
-    for index in _order(len(dataset.records), options.seed, dataset.source).tolist():
-        if index not in taken:
-            where = f"{dataset.part.words}, record {index:,}"
-            yield index, where, read_record(dataset.records[index], where, options.field)
+def _skippable(error: DatasetError) -> DatasetError:
+    """The error of a record, which names the option that leaves such records out."""
+    if _SKIP in error.remedy:
+        return error
+    remedy = f"leave such records out with {_SKIP}"
+    if error.remedy:
+        remedy = f"{error.remedy}, or {remedy}"
+    return DatasetError(error.where, error.problem, remedy)
 
 
 def _taken(dataset: OpenDataset, options: SamplingOptions) -> set[int]:
-    """The numbers of the dataset's records that are to be skipped."""
+    """The numbers of the dataset's records that are to be passed over."""
     known_as = identity(dataset.source)
     return {index for source, index in options.taken if identity(source) == known_as}
 
@@ -167,12 +237,15 @@ def _order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
     return np.argsort(bits.random_raw(num_records), kind="stable").astype(np.int64)
 
 
-def _too_few(dataset: OpenDataset, found: int, options: SamplingOptions) -> DatasetError:
-    part, records = dataset.part, len(dataset.records)
-    taken = len(_taken(dataset, options))
+def _too_few(reading: _Reading, found: int) -> DatasetError:
+    part, records = reading.dataset.part, len(reading.dataset.records)
     problem = f"has {records:,} records, of which {found:,} can be drawn"
-    if taken:
-        problem += f" ({taken:,} are in the calibration that is extended)"
+    out = []
+    if taken := len(_taken(reading.dataset, reading.options)):
+        out.append(f"{taken:,} are in the calibration that is extended")
+    if reading.num_skipped:
+        out.append(f"{reading.num_skipped:,} are invalid: {reading.skipped[0][2]}")
+    problem += f" ({', '.join(out)})" if out else ""
     problem += f"; {part.count:,} samples were asked for"
     if not found:
         return DatasetError(part.words, problem, "give another dataset")

@@ -81,7 +81,7 @@ class Tokenizer:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             problem = f"does not go through the chat template ({reason})"
-            raise DatasetError(where, problem, "leave the record out or mend it") from error
+            raise DatasetError(where, problem, "mend it") from error
         return text
 
 

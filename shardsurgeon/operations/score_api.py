@@ -62,6 +62,7 @@ def calibrate(
     extend: AnyPath | None = None,
     share: tuple[int, int] | None = None,
     field: str | None = None,
+    skip_invalid: bool = False,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
     family: AnyPath | None = None,
@@ -83,7 +84,8 @@ def calibrate(
     batch_size: samples that pass a layer together, or `auto`. activation_budget: memory for what
     passes from layer to layer, in bytes or as `"16GB"`, None for half of what is free. extend: a
     score file whose samples are left out and whose sums are added. share: (k, n), every n-th sample
-    from the k-th on. field: the field of a record that holds the text. tokenizer: a folder, None
+    from the k-th on. field: the field of a record that holds the text. skip_invalid: leave
+    out records that cannot be used, which the file counts and lists. tokenizer: a folder, None
     for the model's own. trust_remote_code: whether a tokenizer may run code of the model. family:
     as for `plan`. restart: discard what an earlier run left. force: replace another score file.
     progress: show a bar; on_progress: called often with the layers and tokens that are done.
@@ -114,6 +116,7 @@ def calibrate(
         field,
         tokenizer,
         trust_remote_code,
+        skip_invalid,
     )
     with bars(progress):
         return run.calibrate(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,24 @@ def test_the_report_and_the_file_describe_the_run(
     tokens = {sums.total_tokens for sums in read_calibration(out).layers.values()}
     assert tokens == {report["tokens"]}
     assert "reap" in read_scores(out).layers[0]
+
+
+def test_records_that_cannot_be_used_are_counted_in_the_file_and_the_report(
+    tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed, out = tmp_path / "mixed.jsonl", tmp_path / "scores.json"
+    mixed.write_text('{"messages": []}\n{"text": null}\n' + chats.read_text())
+    assert "--skip-invalid" in refused(capsys, words(MODEL, mixed, out))
+    assert main(words(MODEL, mixed, out, "--skip-invalid", "--json")) == 0
+    (note,) = [n for n in json.loads(capsys.readouterr().out)["notes"] if "invalid" in n]
+    assert note.startswith("2 records left out as invalid: ")
+    assert "0 its messages are empty" in note and "1 its text is null" in note
+    skipped: Any = read_calibration(out).settings["skipped"]
+    assert skipped["count"] == 2
+    assert sorted(record[1:] for record in skipped["records"]) == [
+        [0, "its messages are empty"],
+        [1, "its text is null"],
+    ]
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: list[str], status: int = 2) -> str:

@@ -176,7 +176,6 @@ def test_the_identity_of_a_source_is_its_content_where_it_says_it(
         ("a.jsonl", b"\n \n", "a.jsonl: is empty"),
         ("a.json", b"[]", "a.json: is empty"),
         ("a.json", b"{}", "holds no JSON list of records"),
-        ("a.json", b"[1]", "record 0 is neither an object nor a text"),
         ("a.json", b"nothing", "is not JSON"),
         ("a.parquet", b"not parquet", "a.parquet: cannot be opened: "),
     ],
@@ -202,6 +201,14 @@ def test_a_broken_line_is_named_by_its_number(line: bytes, says: str) -> None:
         records[1]
     assert str(raised.value).startswith("a.jsonl, line 3: ")
     assert says in str(raised.value)
+
+
+def test_an_entry_of_a_list_that_is_no_record_is_named_when_it_is_drawn() -> None:
+    Path("a.json").write_text('[{"text": "x"}, 1]')
+    records = opened("a.json").records
+    assert records[0] == {"text": "x"}
+    with pytest.raises(DatasetError, match=r"a\.json: record 1 is neither an object nor a text"):
+        records[1]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.datasets import parse_spec
 from shardsurgeon.layerwise.records import Conversation
 from shardsurgeon.layerwise.samples import (
+    MOST_LISTED,
     Sample,
     SamplingOptions,
     draw_samples,
@@ -45,7 +46,7 @@ def drawn(
     tokenizer: Tokenizer, spec: str, count: int | None = None, **options: object
 ) -> list[Sample]:
     draw = SamplingOptions(**{"seed": 42, "max_length": 64, **options})  # type: ignore[arg-type]
-    return draw_samples(open_datasets(parse_spec(spec, count), draw), tokenizer, draw)
+    return draw_samples(open_datasets(parse_spec(spec, count), draw), tokenizer, draw).samples
 
 
 def indices(samples: Sequence[Sample]) -> list[int]:
@@ -120,6 +121,70 @@ def test_records_without_a_token_are_skipped(tokenizer: Tokenizer) -> None:
     assert indices(drawn(tokenizer, "gaps.jsonl", 1)) == [1]
     with pytest.raises(DatasetError, match="has 3 records, of which 1 can be drawn; 2 samples"):
         drawn(tokenizer, "gaps.jsonl", 2)
+
+
+def test_an_empty_text_is_no_sample_where_texts_begin_with_a_token_of_their_own(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda *given: np.concatenate([[1], plain(*given)]).astype(np.int64)
+    )
+    Path("gaps.jsonl").write_text('{"text": ""}\n{"text": "word"}\n{"text": ""}\n')
+    assert indices(drawn(tokenizer, "gaps.jsonl", 1)) == [1]
+
+
+MIXED = (
+    '{"text": "one"}\n{"messages": []}\n{"text": null}\n{"text": ""}\n{"id": 1}\n[1]\n{\n'
+    '{"text": "two"}\n{"messages": [{"role": "user", "content": "x"}, {"content": "y"}]}\n'
+)
+
+
+def test_one_record_that_cannot_be_used_is_refused_with_the_way_out(tokenizer: Tokenizer) -> None:
+    Path("mixed.jsonl").write_text(MIXED)
+    with pytest.raises(DatasetError) as raised:
+        drawn(tokenizer, "mixed.jsonl", 2)
+    assert "leave such records out with --skip-invalid" in str(raised.value)
+    Path("empty.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(DatasetError) as raised:
+        drawn(tokenizer, "empty.jsonl", 1)
+    assert str(raised.value) == (
+        "empty.jsonl, record 0: its messages are empty; leave such records out with --skip-invalid"
+    )
+
+
+def test_records_that_cannot_be_used_are_left_out_and_listed_on_request(
+    tokenizer: Tokenizer,
+) -> None:
+    Path("mixed.jsonl").write_text(MIXED)
+    options = SamplingOptions(42, 64, skip_invalid=True)
+    found = draw_samples(open_datasets(parse_spec("mixed.jsonl", 2), options), tokenizer, options)
+    assert sorted(sample.index for sample in found.samples) == [0, 7]
+    # Which are met before the second sample depends on the order: the rest of it has no record.
+    with pytest.raises(DatasetError, match=r"of which 2 can be drawn \(6 are invalid: .*ask for 2"):
+        drawn(tokenizer, "mixed.jsonl", 3, skip_invalid=True)
+    reasons = {index: reason for _, index, reason in found.skipped}
+    assert found.num_skipped == len(reasons)
+    assert {source for source, _, _ in found.skipped} == {found.samples[0].source}
+    expected = {
+        1: "its messages are empty",
+        2: "its text is null",
+        4: "has no field that is known to hold a conversation or a text; its fields: id",
+        5: "is not a JSON object",
+        6: "is not JSON",
+        8: "field 'messages' holds a message without a role",
+    }
+    assert reasons and all(reason.startswith(expected[index]) for index, reason in reasons.items())
+
+
+def test_the_list_of_records_left_out_is_bounded(tokenizer: Tokenizer) -> None:
+    Path("bad.jsonl").write_text('{"messages": []}\n' * 500 + '{"text": "x"}\n')
+    options = SamplingOptions(42, 64, skip_invalid=True)
+    found = draw_samples(open_datasets(parse_spec("bad.jsonl", 1), options), tokenizer, options)
+    assert found.samples[0].index == 500
+    assert len(found.skipped) == MOST_LISTED < found.num_skipped
+    with pytest.raises(DatasetError, match=r"501 records, of which 1 can be drawn \(500 are inv"):
+        drawn(tokenizer, "bad.jsonl", 2, skip_invalid=True)
 
 
 def test_more_samples_than_records_are_refused(tokenizer: Tokenizer) -> None:
