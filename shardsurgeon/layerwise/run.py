@@ -43,6 +43,7 @@ from shardsurgeon.layerwise.settings import (
     Listener,
     Progress,
     load_packages,
+    refuse_missing_gpu,
     require_packages,
     versions,
 )
@@ -92,6 +93,7 @@ def calibrate(
     output = output.apart_from(_files_named(request))
     _check_share(request)
     require_packages()
+    refuse_missing_gpu(request.settings.device)
     checkpoint = open_model(model, family, follow_links=True)
     output = output.apart_from(files_read(checkpoint, family))
     anatomy = read_anatomy(checkpoint)

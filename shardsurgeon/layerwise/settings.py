@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from shardsurgeon.errors import UsageError, install
@@ -14,6 +18,15 @@ from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.storage.phases import phase
 
 BatchSize: TypeAlias = int | Literal["auto"]
+
+# What a kernel's driver for GPUs that torch calls CUDA leaves in /dev: NVIDIA's, also of its small
+# boards, AMD's, and the one of Linux within Windows.
+_GPU_FILES = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "kfd", "dxg")
+_CUDA_DRIVER = "libcuda.so.1"
+# What torch.version says: `cuda: Optional[str] = '13.0'`.
+_BUILT = re.compile(r"^(__version__|cuda|hip)\b[^=\n]*=[ \t]*(.+?)[ \t]*$", re.MULTILINE)
+# Versions of torch as its makers build it; others may bring a driver of their own.
+_OF_ITS_MAKERS = re.compile(r"'[\d.]+(\+(cpu|cu\d+|rocm[\d.]+))?'")
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -100,6 +113,45 @@ def require_packages() -> None:
     for name in _NEEDED:
         if find_spec(name) is None:
             require(name)
+
+
+def refuse_missing_gpu(device: str) -> None:
+    """Raise UsageError where there can be no GPU, without importing torch, which takes seconds.
+
+    What may have one passes: torch itself is asked when it is loaded. A GPU is ruled out where
+    torch is built for none, and where Linux has neither a driver's file nor its library.
+    """
+    if not device.startswith("cuda") or "torch" in sys.modules:
+        return
+    built = _torch_build()
+    version = built.get("__version__", "")
+    if not {"cuda", "hip"} <= built.keys() or not _OF_ITS_MAKERS.fullmatch(version):
+        return
+    where, remedy = f"--device {device}", "give another device, such as cpu"
+    if built["cuda"] == built["hip"] == "None":
+        named = version.strip("'")
+        raise UsageError(where, f"torch {named} is built without CUDA", remedy)
+    if sys.platform == "linux" and not _may_have_gpu():
+        raise UsageError(where, "this machine has no driver of a GPU", remedy)
+
+
+def _torch_build() -> dict[str, str]:
+    """What the installed torch says of itself in its version.py, as it is written there."""
+    spec = find_spec("torch")
+    with suppress(OSError, ValueError):
+        if spec is not None and spec.origin is not None:
+            return dict(_BUILT.findall(Path(spec.origin).with_name("version.py").read_text()))
+    return {}
+
+
+def _may_have_gpu() -> bool:
+    if any(any(Path("/dev").glob(pattern)) for pattern in _GPU_FILES):
+        return True
+    # A GPU of another machine may be lent by a library alone.
+    with suppress(OSError):
+        ctypes.CDLL(_CUDA_DRIVER)
+        return True
+    return False
 
 
 def load_packages() -> None:

@@ -385,6 +385,13 @@ def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(
         ["-o", "scores.xyz"],
         ["--family", "none.toml"],
         ["nowhere"],
+        pytest.param(
+            ["--device", "cuda"],
+            marks=pytest.mark.skipif(
+                torch.version.cuda is not None or torch.version.hip is not None,
+                reason="this torch is built for a GPU",
+            ),
+        ),
     ],
     ids=" ".join,
 )
