@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging as logs
 import os
 import re
-import textwrap
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from shardsurgeon.errors import DatasetError, UsageError
-from shardsurgeon.layerwise.settings import require
+from shardsurgeon.layerwise.library_datasets import (
+    LibraryRecords,
+    load_parquet,
+    load_saved,
+    load_split,
+)
 from shardsurgeon.storage.files import BUFFER_NBYTES, read_exact, reading
 from shardsurgeon.storage.pipes import open_file
 
@@ -47,7 +49,6 @@ _PARTS = re.compile(r"(?:[^,\[(]|\[[^\]]*\]?|\([^)]*\)?)+|(?<=,)(?=,|\Z)|\A(?=,|
 _PARQUET = ".parquet"
 # `save_to_disk` writes one of these into its folder.
 _SAVED = ("state.json", "dataset_dict.json")
-_DEFAULT_SPLIT = "train"
 # Written beside the data, with times and paths of the machine in them.
 _LIBRARY_FILES = frozenset((*_SAVED, "dataset_info.json", "dataset_infos.json"))
 _DIGEST_MARK, _DIGITS = "@sha256:", 12
@@ -196,7 +197,7 @@ def _open_file(part: DatasetPart, path: Path, suffix: str) -> tuple[str, Records
     if part.subset or part.split or part.revision:
         raise DatasetError(part.words, "is a file, and files have no subset, split or revision")
     if suffix == _PARQUET:
-        records, _ = _load(part, "parquet", data_files={_DEFAULT_SPLIT: str(path)})
+        records = load_parquet(path, part.words)
         return content_name(path), LibraryRecords(records, str(path))
     if suffix not in _READERS:
         known = ", ".join((*_READERS, _PARQUET))
@@ -205,94 +206,17 @@ def _open_file(part: DatasetPart, path: Path, suffix: str) -> tuple[str, Records
 
 
 def _open_with_library(part: DatasetPart, path: Path) -> tuple[str, Records]:
-    if os.path.isdir(path) and any((path / name).is_file() for name in _SAVED):
-        dataset, split = _load_from_disk(part, path)
+    is_local = os.path.isdir(path)
+    if is_local and any((path / name).is_file() for name in _SAVED):
+        dataset, split = load_saved(path, part.words, part.name, part.subset, part.split)
     else:
-        dataset, split = _load(part, str(path) if os.path.isdir(path) else part.name)
-    # With the split, even where the spec leaves it out, so that one dataset has one name.
-    name = folder_content_name(path) if os.path.isdir(path) else part.name
-    return replace(part, name=name, split=split).words, LibraryRecords(dataset, part.words)
-
-
-class LibraryRecords:
-    """The records of a `datasets.Dataset`."""
-
-    def __init__(self, dataset: Any, where: str) -> None:
-        """where: its name, for messages."""
-        self._dataset = dataset
-        self._where = where
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Record:
-        with _as_dataset_error(f"{self._where}, record {index:,}"):
-            record: dict[str, Any] = self._dataset[index]
-        return record
-
-
-def _load(part: DatasetPart, path: str, **options: Any) -> tuple[Any, str]:
-    """One split of a dataset, and the split's name."""
-    library = require("datasets")
-    split = part.split or _DEFAULT_SPLIT
-    with _as_dataset_error(part.words), _quietly(library):
-        loaded = library.load_dataset(
-            path, part.subset, split=split, revision=part.revision, **options
+        place = str(path) if is_local else part.name
+        dataset, split = load_split(
+            place, part.words, part.subset, part.split, part.revision, from_hub=not is_local
         )
-    return loaded, split
-
-
-def _load_from_disk(part: DatasetPart, path: Path) -> tuple[Any, str | None]:
-    """A folder that `save_to_disk` wrote: one dataset, or one for each split."""
-    library = require("datasets")
-    with _as_dataset_error(part.words), _quietly(library):
-        loaded = library.load_from_disk(str(path))
-    if not isinstance(loaded, library.DatasetDict):
-        if part.split or part.subset:
-            raise DatasetError(part.words, "is one saved dataset, without subsets and splits")
-        return loaded, None
-    split = part.split or _DEFAULT_SPLIT
-    if split not in loaded:
-        known = ", ".join(loaded)
-        problem = f"has no split '{split}', it has {known}"
-        raise DatasetError(part.words, problem, f"write {part.name}(split)")
-    return loaded[split], split
-
-
-@contextmanager
-def _as_dataset_error(where: str) -> Iterator[None]:
-    """Turn an error of the library, or of what it reads with, into a DatasetError of one line."""
-    try:
-        yield
-    except (DatasetError, MemoryError):
-        raise
-    # The library does not translate errors of its readers and its downloader.
-    except Exception as error:
-        name = type(error).__name__
-        reason = textwrap.shorten(str(error), 300, placeholder=" …") or name
-        remedy = "check its name, subset and split"
-        if name in ("ConnectionError", "OfflineModeIsEnabled"):
-            remedy = "check its name and the connection"
-        raise DatasetError(where, f"cannot be opened: {reason}", remedy) from error
-
-
-@contextmanager
-def _quietly(library: Any) -> Iterator[None]:
-    """Run the library, and what it downloads with, without progress bars and warnings."""
-    hub = logs.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logs.CRITICAL)
-    logging = library.logging
-    verbosity, bars = logging.get_verbosity(), library.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    library.disable_progress_bars()
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        logging.set_verbosity(verbosity)
-        if bars:
-            library.enable_progress_bars()
+    # With the split, even where the spec leaves it out, so that one dataset has one name.
+    name = folder_content_name(path) if is_local else part.name
+    return replace(part, name=name, split=split).words, LibraryRecords(dataset, part.words)
 
 
 class Lines:
