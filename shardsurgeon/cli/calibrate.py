@@ -134,6 +134,14 @@ def _share(
     "is not known.",
 )
 @click.option(
+    "--tokens",
+    type=click.Choice(["all", "assistant"]),
+    default="all",
+    show_default=True,
+    help="Which tokens count; all pass through the model. For assistant the chat template has to "
+    "mark what the assistant says ({% generation %}).",
+)
+@click.option(
     "--skip-invalid",
     is_flag=True,
     help="Leave out records that cannot be used (empty, broken, of unknown form); FILE counts and "
@@ -203,6 +211,8 @@ def _lines(report: CalibrationReport, model: str | None, family: str | None) -> 
     tokens = f"{counted(report.samples, 'sample')}, {counted(report.tokens, 'token')}"
     rate = f"{report.tokens_per_second:,.0f} tokens/s"
     yield from fact("samples", f"{tokens} in {report.seconds:.1f} s ({rate})")
+    if report.counted_tokens != report.tokens:
+        yield from fact("counted", counted(report.counted_tokens, "token"))
     if report.total_samples != report.samples:
         yield from fact("in the file", counted(report.total_samples, "sample"))
     yield from fact("computed", f"in {report.dtype} on {report.device}")

@@ -14,7 +14,9 @@ SECTIONS = {
     "Samples": ("--dataset", "--samples", "--max-length"),
     "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
     "Machine": ("--device", "--dtype", "--batch-size", "--activation-budget"),
-    "More about samples": ("--seed", "--field", "--skip-invalid", "--share", "--extend"),
+    "More about samples": (
+        *("--tokens", "--seed", "--field", "--skip-invalid", "--share", "--extend"),
+    ),
     "Scores": (
         *("--metric", "--mtp", "--preserve-super-experts", "--rounding", "--multiple-of"),
         *("--allocate", "--allow-nonuniform", "--lists"),

@@ -103,6 +103,7 @@ def _calibration(settings: dict[str, object]) -> str:
     words = [f"{size:,} {key}" for key, size in sizes.items()]
     known = ("model", "dataset", "seed", "max_length", "dtype")
     words += [f"{key} {settings[key]}" for key in known if settings.get(key) is not None]
+    words += ["the assistant's tokens alone"] if settings.get("counted") == "assistant" else []
     parts = settings.get("parts")
     words += [f"merged from {len(parts)} calibrations"] if isinstance(parts, list) else []
     return ", ".join(words)
@@ -266,10 +267,15 @@ def convert_command(
     is_flag=True,
     help="Take models of one config under two names for the same.",
 )
+@click.option(
+    "--mixed",
+    is_flag=True,
+    help="Add up sums over all tokens and sums over those of the assistant.",
+)
 @progress_option
 @json_option
 def merge_command(
-    files: tuple[str, ...], out: str, force: bool, same_model: bool, as_json: bool
+    files: tuple[str, ...], out: str, force: bool, same_model: bool, mixed: bool, as_json: bool
 ) -> None:
     """Add up calibrations of one model over different samples.
 
@@ -285,7 +291,7 @@ def merge_command(
     """
     from shardsurgeon.operations import scores
 
-    report = scores.merge_scores(files, out, same_model=same_model, force=force)
+    report = scores.merge_scores(files, out, same_model=same_model, mixed=mixed, force=force)
     emit(report, _written_lines(report), as_json, told_otherwise=True)
 
 

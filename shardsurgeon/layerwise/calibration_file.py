@@ -35,6 +35,14 @@ _ONE_MODEL = "merge calibrations of one model"
 _TWO_NAMES = "`scores merge --same-model`, if they are one under two names"
 _SAMPLES, _PARTS = "samples", "parts"
 
+COUNTED = "counted"
+"""The setting that says which tokens are added up."""
+# Settings of sums that are of different things where they differ, and what a file means that does
+# not say: it is older than the setting.
+_ALIKE = {COUNTED: "all"}
+_SAID = {COUNTED: "--tokens"}
+_MIXED = "calibrate alike, or add them up as they are with `scores merge --mixed`"
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -184,19 +192,24 @@ def _array(item: object, where: str) -> NDArray[np.generic]:
         raise ScoreError(where, problem, _DAMAGED) from error
 
 
-def merge(parts: Sequence[Calibration], origin: str, *, any_name: bool = False) -> Calibration:
+def merge(
+    parts: Sequence[Calibration], origin: str, *, any_name: bool = False, mixed: bool = False
+) -> Calibration:
     """Add up calibrations of one model that have no sample in common.
 
     origin: the file that the sum will be written to; any_name: accept different model names
-    where the configs are equal. Settings that all parts share are kept; others (dataset, seed,
-    …) are listed under `parts`, part by part. Samples are sorted by source and index. Raises
-    UsageError for fewer than two parts; ScoreError, naming two files, where the models differ or
-    a sample is in both.
+    where the configs are equal; mixed: accept sums over different kinds of tokens. Settings that
+    all parts share are kept; others (dataset, seed, …) are listed under `parts`, part by part.
+    Samples are sorted by source and index. Raises UsageError for fewer than two parts; ScoreError,
+    naming two files, where the models differ, the tokens that are added up are of different kinds,
+    or a sample is in both.
     """
     if len(parts) < 2:
         raise UsageError("scores merge", f"{len(parts)} file to merge", "give at least two")
     for other in parts[1:]:
         _require_same_model(parts[0], other, any_name)
+        if not mixed:
+            require_alike(other, parts[0].settings, parts[0].origin)
     samples = _disjoint([(part, part.samples) for part in parts])
     # Rounding depends on the order of additions: sorted, any order of parts gives the same bits.
     ordered = sorted(parts, key=lambda part: min(_key(sample) for sample in part.samples))
@@ -222,6 +235,24 @@ def _require_same_model(first: Calibration, other: Calibration, any_name: bool) 
         found = [f"{size.get(layer, 0)} experts" for size in sizes]
         problem = f"has {found[1]} in layer {layer}, {first.origin} has {found[0]}"
         raise ScoreError(other.origin, problem, _ONE_MODEL)
+
+
+def require_alike(
+    other: Calibration, settings: Mapping[str, object], origin: str = "this calibration"
+) -> None:
+    """Raise ScoreError where a calibration added up other things than another one.
+
+    settings: of the other one, a merged one or a single one; origin: what messages call it.
+    """
+    for key, meant in _ALIKE.items():
+        here, there = (
+            sorted({str(part.get(key, meant)) for part in _own(each)})
+            for each in (other.settings, settings)
+        )
+        if here != there or len(here) > 1:
+            problem = f"was made with {_SAID[key]} {', '.join(here)}, {origin} with "
+            problem += ", ".join(there)
+            raise ScoreError(other.origin, problem, _MIXED)
 
 
 def _disjoint(parts: Sequence[tuple[Calibration, list[SampleEntry]]]) -> list[SampleEntry]:

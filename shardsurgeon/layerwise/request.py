@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from shardsurgeon.errors import UsageError
-from shardsurgeon.layerwise.settings import Settings
+from shardsurgeon.layerwise.settings import TOKENS, Settings, Tokens
 from shardsurgeon.reports import Report
 
 
@@ -22,8 +22,8 @@ class CalibrationRequest:
     bytes of memory for hidden states between layers, None for half of what is free; field: the
     only field of a record to look at; tokenizer: a folder or a model of the Hub, None for the
     model's own; trust_remote_code: whether a tokenizer may run code of the model; skip_invalid:
-    whether records that cannot be used are left out. Raises UsageError for numbers below 1 and a
-    share that is none.
+    whether records that cannot be used are left out; tokens: which tokens are added up. Raises
+    UsageError for numbers below 1, a share that is none, and other tokens.
     """
 
     dataset: str
@@ -37,11 +37,14 @@ class CalibrationRequest:
     tokenizer: str | None = None
     trust_remote_code: bool = False
     skip_invalid: bool = False
+    tokens: Tokens = "all"
 
     def __post_init__(self) -> None:
         for option, value in (("--samples", self.samples), ("--max-length", self.max_length)):
             if value is not None and value < 1:
                 raise UsageError(option, f"{value} is less than 1")
+        if self.tokens not in TOKENS:
+            raise UsageError("--tokens", f"'{self.tokens}' is none of {', '.join(TOKENS)}")
         if self.share is not None and not 1 <= self.share[0] <= self.share[1]:
             problem = f"{self.share[0]}/{self.share[1]} is not a share"
             raise UsageError("--share", problem, "write it like 1/4, 2/4, 3/4, 4/4")
@@ -51,7 +54,8 @@ class CalibrationRequest:
 class CalibrationReport(Report):
     """What a calibration did.
 
-    samples, tokens: of this run; total_samples: of the file, those of an extended file included;
+    samples, tokens: of this run, as they passed through the model; counted_tokens: those of them
+    that were added up; total_samples: of the file, those of an extended file included;
     layers: MoE layers in the file; mtp_layers: how many of them are MTP layers; layers_resumed:
     layers that an earlier run had finished; never_routed: experts, over all layers, that no token
     was routed to; seconds: wall time.
@@ -68,6 +72,7 @@ class CalibrationReport(Report):
     dataset: str
     samples: int
     tokens: int
+    counted_tokens: int
     total_samples: int
     layers: int
     mtp_layers: int

@@ -21,10 +21,12 @@ from shardsurgeon.errors import ScoreError, SourceChangedError, UsageError
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.calibration_file import (
+    COUNTED,
     Calibration,
     find_calibration,
     merge,
     read_calibration,
+    require_alike,
 )
 from shardsurgeon.layerwise.datasets import parse_spec, without_folders
 from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
@@ -33,6 +35,7 @@ from shardsurgeon.layerwise.samples import (
     Drawn,
     Sample,
     SamplingOptions,
+    counted_tokens,
     draw_samples,
     open_datasets,
     samples_sha256,
@@ -199,6 +202,11 @@ def _earlier(request: CalibrationRequest, checkpoint: Checkpoint) -> Calibration
             problem = f"was made with {key} {before}, this one is {now}"
             add_up = "`scores merge --same-model`" if key == "model" else "`scores merge`"
             raise ScoreError(request.extend, problem, f"calibrate anew, then {add_up} adds them up")
+    try:
+        require_alike(earlier, {COUNTED: request.tokens})
+    except ScoreError as error:
+        add_up = "calibrate anew, then `scores merge --mixed` adds them up"
+        raise ScoreError(error.where, error.problem, add_up) from error
     return earlier
 
 
@@ -210,7 +218,12 @@ def _drawn(
     parts = parse_spec(request.dataset, request.samples)
     taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
     options = SamplingOptions(
-        request.settings.seed, request.max_length, request.field, taken, request.skip_invalid
+        request.settings.seed,
+        request.max_length,
+        request.field,
+        taken,
+        request.skip_invalid,
+        request.tokens,
     )
     with phase("opening the dataset"):
         datasets = open_datasets(parts, options)
@@ -267,6 +280,7 @@ def _run_identity(
         "samples": samples_sha256(samples),
         "settings": settings,
         "max_length": request.max_length,
+        "tokens": request.tokens,
         "extend": None if request.extend is None else _sha256(Path(request.extend)),
     }
     headers = [shard.header_sha256 for shard in checkpoint.shards]
@@ -276,6 +290,7 @@ def _run_identity(
     digests = [hashlib.sha256(json.dumps(what).encode()).hexdigest() for what in (asked, source)]
     words = {f"--{name.replace('_', '-')}": str(value) for name, value in settings.items()}
     words |= {"--dataset": str(asked["dataset"]), "--max-length": str(asked["max_length"])}
+    words |= {"--tokens": request.tokens}
     words |= {"--extend": str(asked["extend"]), "samples": str(asked["samples"])[:12]}
     return Run(digests[0], digests[1], files, asked=words)
 
@@ -337,6 +352,7 @@ def _calibration_settings(
         "dataset": without_folders(request.dataset),
         "seed": request.settings.seed,
         "max_length": request.max_length,
+        COUNTED: request.tokens,
         "dtype": request.settings.dtype,
         "versions": {"shardsurgeon": __version__, **versions()},
         "samples": [list(sample.entry) for sample in drawn.samples],
@@ -369,6 +385,7 @@ def _report(
         dataset=request.dataset,
         samples=len(drawn.samples),
         tokens=total_tokens(drawn.samples),
+        counted_tokens=counted_tokens(drawn.samples),
         total_samples=len(whole.samples),
         layers=len(whole.layers),
         mtp_layers=len(mtp & whole.layers.keys()),

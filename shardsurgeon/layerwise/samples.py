@@ -20,6 +20,7 @@ from shardsurgeon.layerwise.datasets import (
     open_dataset,
 )
 from shardsurgeon.layerwise.records import Conversation, read_record
+from shardsurgeon.layerwise.settings import Tokens
 from shardsurgeon.layerwise.tokenizer import Tokenizer
 from shardsurgeon.storage.phases import Phase, phase
 
@@ -28,7 +29,7 @@ MOST_LISTED = 100
 _SKIP = "--skip-invalid"
 
 SampleEntry: TypeAlias = tuple[str, int, int]
-"""(source, record index, tokens): how a score file lists a sample."""
+"""(source, record index, tokens that are added up): how a score file lists a sample."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,12 +37,15 @@ class Sample:
     """One sequence of tokens.
 
     ids: int64 [tokens], at least one, without padding; source: the dataset, as
-    `OpenDataset.source` names it; index: the record's number there, from 0.
+    `OpenDataset.source` names it; index: the record's number there, from 0; counted: bool
+    [tokens], which tokens are added up, at least one of them, None for all. All tokens pass
+    through the model.
     """
 
     ids: NDArray[np.int64]
     source: str
     index: int
+    counted: NDArray[np.bool_] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -49,9 +53,14 @@ class Sample:
         return len(self.ids)
 
     @property
+    def num_counted(self) -> int:
+        """How many of them are added up."""
+        return self.num_tokens if self.counted is None else int(self.counted.sum())
+
+    @property
     def entry(self) -> SampleEntry:
         """How a score file lists it."""
-        return self.source, self.index, self.num_tokens
+        return self.source, self.index, self.num_counted
 
 
 def total_tokens(samples: Iterable[Sample]) -> int:
@@ -59,12 +68,20 @@ def total_tokens(samples: Iterable[Sample]) -> int:
     return sum(sample.num_tokens for sample in samples)
 
 
+def counted_tokens(samples: Iterable[Sample]) -> int:
+    """Tokens of all samples together that are added up."""
+    return sum(sample.num_counted for sample in samples)
+
+
 def samples_sha256(samples: Iterable[Sample]) -> str:
-    """SHA-256 of sources, record indices and tokens, in their order, as hexadecimal digits."""
+    """SHA-256 of sources, record indices and tokens, in their order, and of which tokens are added
+    up where not all are, as hexadecimal digits."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.source}\n{sample.index}\n{sample.num_tokens}\n".encode())
         digest.update(sample.ids.astype("<i8").tobytes())
+        if sample.counted is not None:
+            digest.update(b"counted\n" + np.packbits(sample.counted).tobytes())
     return digest.hexdigest()
 
 
@@ -75,7 +92,8 @@ class SamplingOptions:
     seed: of the order of records; max_length: tokens that a sample is cut to; field: the only
     field to look at, None for the known ones; taken: (source, record index) of records to skip,
     which another calibration has used, under whatever name its copy of the dataset had;
-    skip_invalid: whether records that cannot be used are left out.
+    skip_invalid: whether records that cannot be used are left out; tokens: which tokens are added
+    up.
     """
 
     seed: int
@@ -83,6 +101,7 @@ class SamplingOptions:
     field: str | None = None
     taken: Collection[tuple[str, int]] = ()
     skip_invalid: bool = False
+    tokens: Tokens = "all"
 
 
 SkippedRecord: TypeAlias = tuple[str, int, str]
@@ -136,10 +155,13 @@ def draw_samples(
 ) -> Drawn:
     """The samples of all datasets, in their order.
 
-    Records without a token are passed over. Raises DatasetError for a record that cannot be used,
-    unless such records are left out, and for a dataset that has fewer records with a token than
-    asked for, and UsageError where a conversation meets a tokenizer without a chat template.
+    Records without a token that is added up are passed over. Raises DatasetError for a record that
+    cannot be used, unless such records are left out, and for a dataset that has fewer records with
+    a token than asked for, and UsageError where a conversation meets a tokenizer without a chat
+    template, or one that does not say which tokens are the assistant's where those are asked for.
     """
+    if options.tokens == "assistant":
+        tokenizer.require_assistant_tokens()
     samples: list[Sample] = []
     readings = [_Reading(dataset, options) for dataset in datasets]
     with phase("drawing samples", sum(dataset.part.count or 0 for dataset in datasets)) as at:
@@ -181,25 +203,35 @@ class _Reading:
     def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
         """A sample of each record that has a token."""
         for index in self.numbers():
-            ids = self._tokens(index, tokenizer)
-            if ids is not None and len(ids):
-                yield Sample(ids, self.dataset.source, index)
+            sample = self._sample(index, tokenizer)
+            if sample is not None and sample.num_counted:
+                yield sample
 
     def content(self, index: int) -> Conversation | str:
         """What a record holds. Raises DatasetError where it cannot be used."""
+        where = self._where(index)
         try:
-            return read_record(self.dataset.records[index], self._where(index), self.options.field)
+            content = read_record(self.dataset.records[index], where, self.options.field)
+            if self.options.tokens == "assistant" and not isinstance(content, Conversation):
+                raise DatasetError(where, "is a text, in which no assistant speaks (--tokens)")
+            return content
         except DatasetError as error:
             raise _skippable(error) from error
 
-    def _tokens(self, index: int, tokenizer: Tokenizer) -> NDArray[np.int64] | None:
+    def _sample(self, index: int, tokenizer: Tokenizer) -> Sample | None:
         """A record's tokens, as many as a sample has; None where it holds nothing."""
+        where, longest = self._where(index), self.options.max_length
         try:
             content = self.content(index)
+            if self.options.tokens == "assistant":
+                assert isinstance(content, Conversation)
+                ids, said = tokenizer.encode_assistant(content, where)
+                return Sample(ids[:longest], self.dataset.source, index, said[:longest])
             # To an empty text a tokenizer may still add a token for its beginning.
             if not content:
                 return None
-            return tokenizer.encode(content, self._where(index))[: self.options.max_length]
+            ids = tokenizer.encode(content, where)
+            return Sample(ids[:longest], self.dataset.source, index)
         except DatasetError as error:
             if not self.options.skip_invalid:
                 raise _skippable(error) from error

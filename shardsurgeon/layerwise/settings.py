@@ -28,6 +28,10 @@ _BUILT = re.compile(r"^(__version__|cuda|hip)\b[^=\n]*=[ \t]*(.+?)[ \t]*$", re.M
 # Versions of torch as its makers build it; others may bring a driver of their own.
 _OF_ITS_MAKERS = re.compile(r"'[\d.]+(\+(cpu|cu\d+|rocm[\d.]+))?'")
 
+Tokens: TypeAlias = Literal["all", "assistant"]
+"""Which tokens are added up: all, or those that the assistant says in a conversation."""
+TOKENS = ("all", "assistant")
+
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -26,6 +27,8 @@ from shardsurgeon.storage.source import Source, require_plain
 
 _OPTION = "--tokenizer"
 _TRUST = "--trust-remote-code"
+_ASSISTANT = "--tokens assistant"
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Vocabularies, merges, templates and the code of some tokenizers; sizes from sentencepiece
 # models down. Weights have other endings.
@@ -64,25 +67,80 @@ class Tokenizer:
         the conversation, UsageError where there is no template.
         """
         is_chat = isinstance(content, Conversation)
-        text = self._render(content, where) if isinstance(content, Conversation) else content
+        text = self._render(content, where)[0] if isinstance(content, Conversation) else content
         # The template's text contains the special tokens already.
         encoded = self._tokenizer(text, add_special_tokens=not is_chat, verbose=False)
         return np.asarray(encoded["input_ids"], np.int64)
 
-    def _render(self, conversation: Conversation, where: str) -> str:
+    def require_assistant_tokens(self) -> None:
+        """Raise UsageError where it cannot be told which tokens the assistant says."""
+        template = self._tokenizer.chat_template
+        self._require_marks(template.get("default") if isinstance(template, dict) else template)
+        if not self._tokenizer.is_fast:
+            problem = f"the tokenizer of {self.place} does not say where in a text its tokens lie"
+            raise UsageError(_ASSISTANT, problem, f"give one with a tokenizer.json ({_OPTION})")
+
+    def encode_assistant(
+        self, content: Conversation, where: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The token ids of a conversation, as `encode` gives them, and which the assistant says.
+
+        Those are the tokens between the marks that the chat template sets (`{% generation %}`), cut
+        ones included. Raises what `encode` and `require_assistant_tokens` raise.
+        """
+        text, spans = self._render(content, where, marked=True)
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        begins, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        said = np.zeros(len(begins), np.bool_)
+        for begin, end in spans:
+            inside = np.flatnonzero((begins < end) & (ends > begin) & (begins < ends))
+            # Tokens of no length, such as blanks that a tokenizer trims, lie between others.
+            if len(inside):
+                said[inside[0] : inside[-1] + 1] = True
+        return np.asarray(encoded["input_ids"], np.int64), said
+
+    def _require_marks(self, template: str | None) -> None:
+        if template is None or not _MARK.search(template):
+            problem = f"the chat template of {self.place} does not mark what the assistant says"
+            remedy = f"give one with {{% generation %}} ({_OPTION}), or count all tokens"
+            raise UsageError(_ASSISTANT, problem, remedy)
+
+    def _render(
+        self, conversation: Conversation, where: str, *, marked: bool = False
+    ) -> tuple[str, Sequence[tuple[int, int]]]:
+        """A conversation in the chat template; marked: also from where to where the template says
+        that the assistant speaks, in characters."""
         if not self._tokenizer.chat_template:
             problem = f"{self.place} has no chat template, and {where} is a conversation"
             raise UsageError(_OPTION, problem, "name a tokenizer with one, or give texts")
+        messages, tools = conversation.messages, conversation.tools
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                conversation.messages, tools=conversation.tools, tokenize=False
+            if not marked:
+                plain: str = self._tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False
+                )
+                return plain, ()
+            template = self._tokenizer.get_chat_template(None, tools)
+            self._require_marks(template)
+            # What apply_chat_template does, which gives a mask of tokens: where a text ends in
+            # something that is in no token, that mask has all tokens behind it.
+            texts, spans = require("transformers.utils.chat_template_utils").render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
             )
+            return str(texts[0]), spans[0]
+        except UsageError:
+            raise
         # A template is a program that may raise anything.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             problem = f"does not go through the chat template ({reason})"
             raise DatasetError(where, problem, "mend it") from error
-        return text
 
 
 def _load(transformers: Any, place: str, name: str, trust_remote_code: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from shardsurgeon.layerwise.settings import Listener, Settings
+from shardsurgeon.layerwise.settings import Listener, Settings, Tokens
 from shardsurgeon.operations import scores
 from shardsurgeon.operations.bars import bars
 from shardsurgeon.operations.python_calls import AnyPath, as_text, public
@@ -62,6 +62,7 @@ def calibrate(
     extend: AnyPath | None = None,
     share: tuple[int, int] | None = None,
     field: str | None = None,
+    tokens: Tokens = "all",
     skip_invalid: bool = False,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
@@ -84,7 +85,8 @@ def calibrate(
     batch_size: samples that pass a layer together, or `auto`. activation_budget: memory for what
     passes from layer to layer, in bytes or as `"16GB"`, None for half of what is free. extend: a
     score file whose samples are left out and whose sums are added. share: (k, n), every n-th sample
-    from the k-th on. field: the field of a record that holds the text. skip_invalid: leave
+    from the k-th on. field: the field of a record that holds the text. tokens: which are added up,
+    `all` or those of the `assistant`, which the chat template marks. skip_invalid: leave
     out records that cannot be used, which the file counts and lists. tokenizer: a folder, None
     for the model's own. trust_remote_code: whether a tokenizer may run code of the model. family:
     as for `plan`. restart: discard what an earlier run left. force: replace another score file.
@@ -117,6 +119,7 @@ def calibrate(
         tokenizer,
         trust_remote_code,
         skip_invalid,
+        tokens,
     )
     with bars(progress):
         return run.calibrate(

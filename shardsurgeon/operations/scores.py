@@ -139,14 +139,20 @@ def convert_scores(
 
 
 def merge_scores(
-    files: Sequence[Path], out: Path, *, same_model: bool = False, force: bool = False
+    files: Sequence[Path],
+    out: Path,
+    *,
+    same_model: bool = False,
+    mixed: bool = False,
+    force: bool = False,
 ) -> WrittenScoresReport:
     """Add the accumulators of several calibrations of one model and write their score file.
 
     Files of REAP's observer are added up as well, if all of them are such files. same_model:
-    models of one config under two names are one; force: replace another score file. Raises
-    UsageError and OutputError where `out` cannot be written, ScoreError for files without
-    accumulators, of different models, or with a sample in common.
+    models of one config under two names are one; mixed: sums over all tokens and over those of the
+    assistant are added up; force: replace another score file. Raises UsageError and OutputError
+    where `out` cannot be written, ScoreError for files without accumulators, of different models,
+    over different kinds of tokens, or with a sample in common.
 
     >>> try:
     ...     shardsurgeon.merge_scores(["fixtures/kimi_k25/scores.pt"] * 2, "both.npz")
@@ -158,7 +164,8 @@ def merge_scores(
     if (observed := _observed(files)) is not None:
         content, merged = merge_observed(observed), None
     else:
-        merged = merge([read_calibration(file) for file in files], str(out), any_name=same_model)
+        calibrations = [read_calibration(file) for file in files]
+        merged = merge(calibrations, str(out), any_name=same_model, mixed=mixed)
         content = merged.content()
     written = write_scores(output, content)
     metrics = {

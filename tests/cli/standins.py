@@ -206,6 +206,7 @@ CALIBRATED = CalibrationReport(
     dataset="chats.jsonl:512",
     samples=512,
     tokens=1_310_720,
+    counted_tokens=1_310_720,
     total_samples=512,
     layers=60,
     mtp_layers=0,

@@ -55,11 +55,11 @@ EVERY = {
         ),
         (
             ("scores", "merge", "a.pt", "b.pt", "-o", "c.pt"),
-            ((("a.pt", "b.pt"), "c.pt"), {"same_model": False, "force": False}),
+            ((("a.pt", "b.pt"), "c.pt"), {"same_model": False, "mixed": False, "force": False}),
         ),
         (
             ("scores", "merge", "--same-model", "a.pt", "b.pt", "-o", "c.pt"),
-            ((("a.pt", "b.pt"), "c.pt"), {"same_model": True, "force": False}),
+            ((("a.pt", "b.pt"), "c.pt"), {"same_model": True, "mixed": False, "force": False}),
         ),
         (
             ("scores", "compare", "a.pt", "b.pt"),

@@ -135,3 +135,27 @@ def test_samples_shared_by_copies_of_one_dataset_are_found() -> None:
     for other in ("chats@sha256:1f0c9ad2b4e6(test)", "chats@sha256:2f0c9ad2b4e6(train)", "chats"):
         merged = merge([parts[0], over(2, other)], "s.pt")
         assert len(merged.samples) == 4
+
+
+def test_sums_over_other_tokens_are_added_on_request_alone() -> None:
+    # A file that does not say it is from the time when all tokens counted.
+    old, everything = calibration(1), calibration(2, counted="all")
+    answers, more = calibration(3, counted="assistant"), calibration(4, counted="assistant")
+    says = r"3\.pt: was made with --tokens assistant, 1\.pt with all; .*`scores merge --mixed`"
+    with pytest.raises(ScoreError, match=says):
+        merge([old, everything, answers], "s.pt")
+    assert merge([old, everything], "s.pt").settings.get("counted") is None
+    assert merge([answers, more], "s.pt").settings["counted"] == "assistant"
+    mixed = merge([everything, answers], "s.pt", mixed=True)
+    assert "counted" not in mixed.settings
+    with pytest.raises(
+        ScoreError, match=r"4\.pt: was made with --tokens assistant, s\.pt with all"
+    ):
+        merge([mixed, more], "t.pt")
+    assert len(merge([mixed, more], "t.pt", mixed=True).samples) == 6
+    # Two halves of one mixture are no more alike than the mixture itself.
+    other = merge(
+        [calibration(5, counted="all"), calibration(6, counted="assistant")], "o.pt", mixed=True
+    )
+    with pytest.raises(ScoreError, match="--mixed"):
+        merge([mixed, other], "t.pt")
