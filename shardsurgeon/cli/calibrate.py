@@ -68,7 +68,7 @@ def _share(
     metavar="N",
     type=int,
     callback=at_least(1),
-    help="Samples in all.  [default: 512, or as SPEC says]",
+    help="Samples in all, with --pack windows.  [default: 512, or as SPEC says]",
 )
 @click.option(
     "--max-length",
@@ -132,6 +132,12 @@ def _share(
     metavar="NAME",
     help="The field of a record that holds the messages or the text, where it has a name that "
     "is not known.",
+)
+@click.option(
+    "--pack",
+    is_flag=True,
+    help="Fill every sample up to --max-length with records, one empty position between them, as "
+    "REAP does by default.",
 )
 @click.option(
     "--tokens",

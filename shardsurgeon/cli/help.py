@@ -15,7 +15,7 @@ SECTIONS = {
     "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
     "Machine": ("--device", "--dtype", "--batch-size", "--activation-budget"),
     "More about samples": (
-        *("--tokens", "--seed", "--field", "--skip-invalid", "--share", "--extend"),
+        *("--pack", "--tokens", "--seed", "--field", "--skip-invalid", "--share", "--extend"),
     ),
     "Scores": (
         *("--metric", "--mtp", "--preserve-super-experts", "--rounding", "--multiple-of"),

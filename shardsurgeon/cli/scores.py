@@ -103,6 +103,7 @@ def _calibration(settings: dict[str, object]) -> str:
     words = [f"{size:,} {key}" for key, size in sizes.items()]
     known = ("model", "dataset", "seed", "max_length", "dtype")
     words += [f"{key} {settings[key]}" for key in known if settings.get(key) is not None]
+    words += ["packed windows"] if "windows" in settings else []
     words += ["the assistant's tokens alone"] if settings.get("counted") == "assistant" else []
     parts = settings.get("parts")
     words += [f"merged from {len(parts)} calibrations"] if isinstance(parts, list) else []

@@ -35,6 +35,9 @@ _ONE_MODEL = "merge calibrations of one model"
 _TWO_NAMES = "`scores merge --same-model`, if they are one under two names"
 _SAMPLES, _PARTS = "samples", "parts"
 
+WINDOWS = "windows"
+"""The setting that says how many windows the listed records were packed into."""
+
 COUNTED = "counted"
 """The setting that says which tokens are added up."""
 # Settings of sums that are of different things where they differ, and what a file means that does
@@ -67,6 +70,14 @@ class Calibration:
             problem = "does not say which samples its accumulators were added up from"
             raise ScoreError(self.origin, problem, "calibrate again")
         return [self._sample(entry) for entry in listed]
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples passed through the model: records, or windows packed with them."""
+        parts = _own(self.settings)
+        sizes = [part.get(WINDOWS, part.get(_SAMPLES)) for part in parts]
+        numbers = [size for size in sizes if type(size) is int]
+        return sum(numbers) if len(numbers) == len(parts) else len(self.samples)
 
     def _sample(self, entry: object) -> SampleEntry:
         if isinstance(entry, list | tuple) and len(entry) == 3:
@@ -281,7 +292,8 @@ def _settings(parts: Sequence[Calibration]) -> dict[str, object]:
     common = {
         key: value
         for key, value in own[0].items()
-        if key != _SAMPLES and all(key in entry and entry[key] == value for entry in own)
+        if key not in (_SAMPLES, WINDOWS)
+        and all(key in entry and entry[key] == value for entry in own)
     }
     revisions = [part.settings.get("revision") for part in parts]
     revision = next((known for known in revisions if known is not None), None)

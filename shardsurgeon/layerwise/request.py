@@ -22,8 +22,9 @@ class CalibrationRequest:
     bytes of memory for hidden states between layers, None for half of what is free; field: the
     only field of a record to look at; tokenizer: a folder or a model of the Hub, None for the
     model's own; trust_remote_code: whether a tokenizer may run code of the model; skip_invalid:
-    whether records that cannot be used are left out; tokens: which tokens are added up. Raises
-    UsageError for numbers below 1, a share that is none, and other tokens.
+    whether records that cannot be used are left out; tokens: which tokens are added up; pack:
+    whether a sample is a window of max_length tokens filled with records. Raises UsageError for
+    numbers below 1, a share that is none, and other tokens.
     """
 
     dataset: str
@@ -38,6 +39,7 @@ class CalibrationRequest:
     trust_remote_code: bool = False
     skip_invalid: bool = False
     tokens: Tokens = "all"
+    pack: bool = False
 
     def __post_init__(self) -> None:
         for option, value in (("--samples", self.samples), ("--max-length", self.max_length)):
@@ -55,7 +57,8 @@ class CalibrationReport(Report):
     """What a calibration did.
 
     samples, tokens: of this run, as they passed through the model; counted_tokens: those of them
-    that were added up; total_samples: of the file, those of an extended file included;
+    that were added up; total_samples: of the file, those of an extended file included (a window
+    is one sample);
     layers: MoE layers in the file; mtp_layers: how many of them are MTP layers; layers_resumed:
     layers that an earlier run had finished; never_routed: experts, over all layers, that no token
     was routed to; seconds: wall time.

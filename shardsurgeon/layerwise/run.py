@@ -22,6 +22,7 @@ from shardsurgeon.execution.journal import Run
 from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.calibration_file import (
     COUNTED,
+    WINDOWS,
     Calibration,
     find_calibration,
     merge,
@@ -65,6 +66,8 @@ _DTYPE = ("dtype", "torch_dtype")
 _FALLBACK_DTYPE = "bfloat16"
 # Counted up where the same request would give other numbers: a partial result then starts over.
 _RESULTS = 2
+# Samples of which less than this share is tokens are worth a note.
+_FULL = 0.5
 # Of the records that were left out, so many are named in a note; the score file lists more.
 _MOST_NAMED = 5
 # The setting that tells one run, its request and its source, from any other.
@@ -105,8 +108,9 @@ def calibrate(
     earlier = _earlier(request, checkpoint)
     drawn = _drawn(request, checkpoint, earlier)
     samples = drawn.samples
-    entries = [*(earlier.samples if earlier else ()), *(sample.entry for sample in samples)]
-    check_samples(out, len(entries))
+    entries = earlier.samples if earlier else []
+    entries += [entry for sample in samples for entry in sample.entries]
+    check_samples(out, entries)
     _check_vocabulary(checkpoint, anatomy, samples)
     run = replace(_run_identity(request, checkpoint, samples), command=command)
     settings = _calibration_settings(request, checkpoint, drawn, run)
@@ -224,6 +228,7 @@ def _drawn(
         taken,
         request.skip_invalid,
         request.tokens,
+        request.pack,
     )
     with phase("opening the dataset"):
         datasets = open_datasets(parts, options)
@@ -281,6 +286,7 @@ def _run_identity(
         "settings": settings,
         "max_length": request.max_length,
         "tokens": request.tokens,
+        "pack": request.pack,
         "extend": None if request.extend is None else _sha256(Path(request.extend)),
     }
     headers = [shard.header_sha256 for shard in checkpoint.shards]
@@ -290,7 +296,7 @@ def _run_identity(
     digests = [hashlib.sha256(json.dumps(what).encode()).hexdigest() for what in (asked, source)]
     words = {f"--{name.replace('_', '-')}": str(value) for name, value in settings.items()}
     words |= {"--dataset": str(asked["dataset"]), "--max-length": str(asked["max_length"])}
-    words |= {"--tokens": request.tokens}
+    words |= {"--tokens": request.tokens, "--pack": str(request.pack)}
     words |= {"--extend": str(asked["extend"]), "samples": str(asked["samples"])[:12]}
     return Run(digests[0], digests[1], files, asked=words)
 
@@ -355,8 +361,10 @@ def _calibration_settings(
         COUNTED: request.tokens,
         "dtype": request.settings.dtype,
         "versions": {"shardsurgeon": __version__, **versions()},
-        "samples": [list(sample.entry) for sample in drawn.samples],
+        "samples": [list(entry) for sample in drawn.samples for entry in sample.entries],
     }
+    if request.pack:
+        settings[WINDOWS] = len(drawn.samples)
     if drawn.num_skipped:
         listed = [list(record) for record in drawn.skipped]
         settings["skipped"] = {"count": drawn.num_skipped, "records": listed}
@@ -378,7 +386,7 @@ def _report(
     if missing:
         listed = ", ".join(map(str, missing))
         notes.append(f"layers without scores: {listed}; `apply` has --mtp for MTP layers")
-    notes += _notes_on_samples(drawn)
+    notes += _notes_on_samples(request, drawn)
     return CalibrationReport(
         model=checkpoint.source.name,
         out=whole.origin,
@@ -386,7 +394,7 @@ def _report(
         samples=len(drawn.samples),
         tokens=total_tokens(drawn.samples),
         counted_tokens=counted_tokens(drawn.samples),
-        total_samples=len(whole.samples),
+        total_samples=whole.num_samples,
         layers=len(whole.layers),
         mtp_layers=len(mtp & whole.layers.keys()),
         layers_resumed=resumed,
@@ -398,7 +406,13 @@ def _report(
     )
 
 
-def _notes_on_samples(drawn: Drawn) -> Iterator[str]:
+def _notes_on_samples(request: CalibrationRequest, drawn: Drawn) -> Iterator[str]:
+    assert request.max_length is not None
+    samples, tokens = len(drawn.samples), total_tokens(drawn.samples)
+    share = tokens / (samples * request.max_length)
+    if share < _FULL and not request.pack:
+        held = f"{counted(samples, 'sample')} hold {counted(tokens, 'token')}, {share:.0%} of "
+        yield f"{held}{samples:,} x {request.max_length:,}; --pack fills windows with records"
     if drawn.num_skipped:
         shown = "; ".join(f"{index:,} {reason}" for _, index, reason in drawn.skipped[:_MOST_NAMED])
         more = ", …" if drawn.num_skipped > _MOST_NAMED else ""

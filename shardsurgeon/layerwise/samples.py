@@ -1,4 +1,10 @@
-"""Samples: records chosen by a seed, as the tokens that pass through the model."""
+"""Samples: records chosen by a seed, as the tokens that pass through the model.
+
+A sample is a record, cut to a length; or, packed, a window of that length, filled with records one
+behind another. Windows are filled as the REAP reference does by default (`reap/data.py` of
+CerebrasResearch/reap): after a record one position stays empty, the gap; the last record is cut at
+the window's end, and what is cut off is in no other window. A window's records see one another.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +38,18 @@ SampleEntry: TypeAlias = tuple[str, int, int]
 """(source, record index, tokens that are added up): how a score file lists a sample."""
 
 
+GAP_ID = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRecord:
+    """Which record lies in a window at [begin, end); index: its number in the dataset, from 0."""
+
+    index: int
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One sequence of tokens.
@@ -39,13 +57,15 @@ class Sample:
     ids: int64 [tokens], at least one, without padding; source: the dataset, as
     `OpenDataset.source` names it; index: the record's number there, from 0; counted: bool
     [tokens], which tokens are added up, at least one of them, None for all. All tokens pass
-    through the model.
+    through the model. records: of a packed window, whose `index` is that of its first record, what
+    it is filled with, in order.
     """
 
     ids: NDArray[np.int64]
     source: str
     index: int
     counted: NDArray[np.bool_] | None = None
+    records: tuple[PackedRecord, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -58,9 +78,26 @@ class Sample:
         return self.num_tokens if self.counted is None else int(self.counted.sum())
 
     @property
-    def entry(self) -> SampleEntry:
-        """How a score file lists it."""
-        return self.source, self.index, self.num_counted
+    def gaps(self) -> NDArray[np.bool_] | None:
+        """Bool [tokens], which positions hold no token of a record; None where all do.
+
+        Their id is GAP_ID, they are not added up, and no token may attend to them.
+        """
+        empty = np.ones(self.num_tokens, np.bool_)
+        for record in self.records:
+            empty[record.begin : record.end] = False
+        return empty if self.records and empty.any() else None
+
+    @property
+    def entries(self) -> list[SampleEntry]:
+        """How a score file lists it: every record, so that none is ever added up twice."""
+        if not self.records:
+            return [(self.source, self.index, self.num_counted)]
+        counted = np.ones(self.num_tokens, np.bool_) if self.counted is None else self.counted
+        return [
+            (self.source, record.index, int(counted[record.begin : record.end].sum()))
+            for record in self.records
+        ]
 
 
 def total_tokens(samples: Iterable[Sample]) -> int:
@@ -80,6 +117,8 @@ def samples_sha256(samples: Iterable[Sample]) -> str:
     for sample in samples:
         digest.update(f"{sample.source}\n{sample.index}\n{sample.num_tokens}\n".encode())
         digest.update(sample.ids.astype("<i8").tobytes())
+        for record in sample.records:
+            digest.update(f"{record.index} {record.begin} {record.end}\n".encode())
         if sample.counted is not None:
             digest.update(b"counted\n" + np.packbits(sample.counted).tobytes())
     return digest.hexdigest()
@@ -93,7 +132,7 @@ class SamplingOptions:
     field to look at, None for the known ones; taken: (source, record index) of records to skip,
     which another calibration has used, under whatever name its copy of the dataset had;
     skip_invalid: whether records that cannot be used are left out; tokens: which tokens are added
-    up.
+    up; pack: whether a sample is a window of max_length tokens filled with records.
     """
 
     seed: int
@@ -102,6 +141,7 @@ class SamplingOptions:
     taken: Collection[tuple[str, int]] = ()
     skip_invalid: bool = False
     tokens: Tokens = "all"
+    pack: bool = False
 
 
 SkippedRecord: TypeAlias = tuple[str, int, str]
@@ -182,7 +222,7 @@ def _draw_part(reading: _Reading, tokenizer: Tokenizer, at: Phase) -> list[Sampl
         at.advance()
         if len(samples) == count:
             return samples
-    raise _too_few(reading, len(samples))
+    raise _too_few(reading, len(samples), packed=reading.options.pack)
 
 
 class _Reading:
@@ -201,7 +241,11 @@ class _Reading:
         return (index for index in order.tolist() if index not in taken)
 
     def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
-        """A sample of each record that has a token."""
+        """A sample of each record that has a token, or windows filled with them."""
+        singles = self._singles(tokenizer)
+        return windows(singles, self.options.max_length) if self.options.pack else singles
+
+    def _singles(self, tokenizer: Tokenizer) -> Iterator[Sample]:
         for index in self.numbers():
             sample = self._sample(index, tokenizer)
             if sample is not None and sample.num_counted:
@@ -245,6 +289,38 @@ class _Reading:
         return f"{self.dataset.part.words}, record {index:,}"
 
 
+def windows(samples: Iterable[Sample], length: int) -> Iterator[Sample]:
+    """Windows of `length` tokens filled with samples of one dataset, the last as far as they go.
+
+    samples: of records, each at most `length` tokens long.
+    """
+    window: list[tuple[int, Sample]] = []
+    at = 0
+    for sample in samples:
+        window.append((at, sample))
+        at += sample.num_tokens + 1
+        if at >= length:
+            yield _window(window, length)
+            window, at = [], 0
+    if window:
+        yield _window(window, at - 1)
+
+
+def _window(placed: Sequence[tuple[int, Sample]], length: int) -> Sample:
+    """Samples at their places in a window, the last one cut where it does not fit."""
+    ids = np.full(length, GAP_ID, np.int64)
+    counted = np.zeros(length, np.bool_)
+    records = []
+    for begin, sample in placed:
+        end = min(begin + sample.num_tokens, length)
+        ids[begin:end] = sample.ids[: end - begin]
+        counted[begin:end] = True if sample.counted is None else sample.counted[: end - begin]
+        records.append(PackedRecord(sample.index, begin, end))
+    first = placed[0][1]
+    whole = None if counted.all() else counted
+    return Sample(ids, first.source, first.index, whole, tuple(records))
+
+
 def _skippable(error: DatasetError) -> DatasetError:
     """The error of a record, which names the option that leaves such records out."""
     if _SKIP in error.remedy:
@@ -269,9 +345,13 @@ def _order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
     return np.argsort(bits.random_raw(num_records), kind="stable").astype(np.int64)
 
 
-def _too_few(reading: _Reading, found: int) -> DatasetError:
+def _too_few(reading: _Reading, found: int, *, packed: bool = False) -> DatasetError:
+    """found: records that can be drawn, or, packed, windows that they fill."""
     part, records = reading.dataset.part, len(reading.dataset.records)
     problem = f"has {records:,} records, of which {found:,} can be drawn"
+    if packed:
+        length = reading.options.max_length
+        problem = f"has {records:,} records, which fill {found:,} windows of {length:,} tokens"
     out = []
     if taken := len(_taken(reading.dataset, reading.options)):
         out.append(f"{taken:,} are in the calibration that is extended")

@@ -62,6 +62,7 @@ def calibrate(
     extend: AnyPath | None = None,
     share: tuple[int, int] | None = None,
     field: str | None = None,
+    pack: bool = False,
     tokens: Tokens = "all",
     skip_invalid: bool = False,
     tokenizer: str | None = None,
@@ -85,12 +86,13 @@ def calibrate(
     batch_size: samples that pass a layer together, or `auto`. activation_budget: memory for what
     passes from layer to layer, in bytes or as `"16GB"`, None for half of what is free. extend: a
     score file whose samples are left out and whose sums are added. share: (k, n), every n-th sample
-    from the k-th on. field: the field of a record that holds the text. tokens: which are added up,
-    `all` or those of the `assistant`, which the chat template marks. skip_invalid: leave
-    out records that cannot be used, which the file counts and lists. tokenizer: a folder, None
-    for the model's own. trust_remote_code: whether a tokenizer may run code of the model. family:
-    as for `plan`. restart: discard what an earlier run left. force: replace another score file.
-    progress: show a bar; on_progress: called often with the layers and tokens that are done.
+    from the k-th on. field: the field of a record that holds the text. pack: fill every sample up
+    to max_length with records, an empty position between them. tokens: which are added up, `all` or
+    those of the `assistant`, which the chat template marks. skip_invalid: leave out records that
+    cannot be used, which the file counts and lists. tokenizer: a folder, None for the model's own.
+    trust_remote_code: whether a tokenizer may run code of the model. family: as for `plan`.
+    restart: discard what an earlier run left. force: replace another score file. progress: show a
+    bar; on_progress: called often with the layers and tokens that are done.
 
     Needs `shardsurgeon[calibrate]`. Where `out` is what this very request gave, nothing is run;
     what is finished of an interrupted run is kept for a rerun. Raises children of InputError,
@@ -120,6 +122,7 @@ def calibrate(
         trust_remote_code,
         skip_invalid,
         tokens,
+        pack,
     )
     with bars(progress):
         return run.calibrate(

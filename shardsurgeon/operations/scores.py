@@ -351,8 +351,8 @@ def _keyed(table: Mapping[int, _Item]) -> dict[Layer, _Item]:
 def _settings_summary(calibration: Calibration) -> dict[str, object]:
     """The settings, with numbers in place of the list of samples."""
     settings = {key: item for key, item in calibration.settings.items() if key != "samples"}
-    samples = calibration.samples
-    return {**settings, "samples": len(samples), "tokens": sum(sample[2] for sample in samples)}
+    tokens = sum(sample[2] for sample in calibration.samples)
+    return {**settings, "samples": calibration.num_samples, "tokens": tokens}
 
 
 def _content(scores: Scores, calibration: Calibration | None) -> ScoreContent:
@@ -382,7 +382,7 @@ def _written(
         out=str(out),
         layers=layers,
         metrics=tuple(sorted(metrics)),
-        samples=None if samples is None else len(samples),
+        samples=None if calibration is None else calibration.num_samples,
         tokens=None if samples is None else sum(sample[2] for sample in samples),
         written=written,
     )

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from os import PathLike
@@ -57,6 +57,9 @@ _SUFFIXES = (".pt", ".pth", *_PLAIN_SUFFIXES)
 _NO_JSON = "save the scores as .safetensors or .npz"
 # A sample takes several steps of the pickle, and our reader bounds the steps of a file.
 _MOST_SAMPLES_IN_PT = 100_000
+# So few fit, whatever the names of their datasets are; other settings take as much at most.
+_FEW_SAMPLES = 10_000
+_BESIDE_SAMPLES_NBYTES = 4 << 20
 # The array of an `.npz` with the UTF-8 of a JSON object: text by name, as safetensors has it.
 _NPZ_METADATA = "metadata"
 # numpy's names of the two types that are written, and those of safetensors headers.
@@ -151,7 +154,7 @@ def write_scores(out: Output | AnyPath, content: ScoreContent) -> bool:
     """
     output = out if isinstance(out, Output) else score_output(out)
     listed = (content.calibration or {}).get("samples")
-    check_samples(output.path, len(listed) if isinstance(listed, list) else 0)
+    check_samples(output.path, listed if isinstance(listed, list) else ())
     path = output.path
     return output.write(_torch_file(content) if is_torch_file(path) else score_file(path, content))
 
@@ -180,11 +183,19 @@ def _is_score_file(path: Path) -> bool:
     return True
 
 
-def check_samples(out: str | os.PathLike[str], samples: int) -> None:
-    """Check that a score file of that name can list so many samples. Raises UsageError."""
-    if is_torch_file(out) and samples > _MOST_SAMPLES_IN_PT:
-        problem = f"a .pt file lists at most {_MOST_SAMPLES_IN_PT:,} samples, these are {samples:,}"
-        raise UsageError(out, problem, "give a name that ends in .safetensors")
+def check_samples(out: str | os.PathLike[str], listed: Sequence[object]) -> None:
+    """Check that a score file of that name can list so many samples. Raises UsageError.
+
+    listed: the records that they are made of.
+    """
+    if is_torch_file(out) and len(listed) > _MOST_SAMPLES_IN_PT:
+        problem = f"a .pt file lists at most {_MOST_SAMPLES_IN_PT:,} records, these are "
+        raise UsageError(out, f"{problem}{len(listed):,}", "give a name that ends in .safetensors")
+    if len(listed) > _FEW_SAMPLES:
+        nbytes, most = len(json.dumps(listed)), CALIBRATION_JSON.nbytes - _BESIDE_SAMPLES_NBYTES
+        if nbytes > most:
+            problem = f"the list of {len(listed):,} records takes {nbytes:,} bytes, a score file "
+            raise UsageError(out, f"{problem}holds {most:,}", "draw fewer samples")
 
 
 def check_score_file_name(path: str | PathLike[str]) -> None:

@@ -85,7 +85,7 @@ def test_what_the_assistant_says_counts_and_nothing_else(marked: Path) -> None:
     expected = [bool(said[begin:end].any()) for begin, end in plain["offset_mapping"]]
     assert sample.counted is not None and sample.counted.tolist() == expected
     assert 0 < sample.num_counted < sample.num_tokens
-    assert sample.entry == (sample.source, 0, sum(expected))
+    assert sample.entries == [(sample.source, 0, sum(expected))]
     # Which tokens pass through the model does not depend on it.
     (whole,) = drawn(marked, {"messages": TALK}, tokens="all").samples
     assert whole.counted is None and whole.ids.tolist() == sample.ids.tolist()

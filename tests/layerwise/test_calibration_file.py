@@ -70,7 +70,7 @@ def test_a_pt_file_takes_as_many_samples_as_its_reader(tmp_path: Path) -> None:
 
     write_scores(tmp_path / "most.pt", of(100_000))
     assert len(read_calibration(tmp_path / "most.pt").samples) == 100_000
-    with pytest.raises(UsageError, match=r"at most 100,000 samples, these are 100,001"):
+    with pytest.raises(UsageError, match=r"at most 100,000 records, these are 100,001"):
         write_scores(tmp_path / "more.pt", of(100_001))
     assert not (tmp_path / "more.pt").exists()
     write_scores(tmp_path / "more.json", of(100_001))

@@ -104,7 +104,7 @@ def test_samples_are_cut_and_counted(tokenizer: Tokenizer) -> None:
         ids = plain(f"line {sample.index} of the first")["input_ids"]
         assert sample.ids.dtype == np.int64
         assert sample.ids.tolist() == ids[:9]
-        assert sample.entry == (sample.source, sample.index, min(9, len(ids)))
+        assert sample.entries == [(sample.source, sample.index, min(9, len(ids)))]
     assert total_tokens(drawn(tokenizer, "a.txt", 3, max_length=2)) == 6
 
 
