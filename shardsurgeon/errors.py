@@ -104,6 +104,10 @@ class ShardSurgeonError(Exception):
         self.where, self.problem, self.remedy = where, problem, remedy
         self.args = (self._line(),)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """What makes it anew in another process: its parts, and what else it carries."""
+        return type(self), (self.where, self.problem, self.remedy), self.__dict__
+
     def _line(self) -> str:
         line = f"{self.where}: {self.problem}" if self.where else self.problem
         line += f"; {self.remedy}" if self.remedy else ""

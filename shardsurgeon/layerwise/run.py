@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
@@ -29,9 +30,11 @@ from shardsurgeon.layerwise.calibration_file import (
     read_calibration,
     require_alike,
 )
+from shardsurgeon.layerwise.channels import Channel, met, this_rank
 from shardsurgeon.layerwise.datasets import parse_spec, without_folders
+from shardsurgeon.layerwise.processes import calibrate_apart, devices, lead
 from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
-from shardsurgeon.layerwise.resume import PartialCalibration, partial_calibration
+from shardsurgeon.layerwise.resume import FinishedLayers, PartialCalibration, partial_calibration
 from shardsurgeon.layerwise.samples import (
     Drawn,
     Sample,
@@ -52,9 +55,11 @@ from shardsurgeon.layerwise.settings import (
     versions,
 )
 from shardsurgeon.layerwise.tokenizer import Tokenizer, tokenizer_folder
+from shardsurgeon.layerwise.worker import Job, follow
 from shardsurgeon.scores.files import check_samples, score_output, write_scores
 from shardsurgeon.storage.files import Output, reading
 from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.open import address_of
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import require_unchanged
 from shardsurgeon.units import counted
@@ -94,6 +99,29 @@ def calibrate(
     for a request, a model or a dataset that cannot be used, and subclasses of WorkError where the
     work fails.
     """
+    rank = this_rank()
+    if rank is None:
+        return _calibrate(model, request, out, (), family, restart, force, progress, command)
+    require_packages()
+    with met(rank) as others:
+        if rank.number > 0:
+            return cast(CalibrationReport, follow(others[0]))
+        given = (model, request, out, others, family, restart, force, progress, command)
+        return lead(others, lambda: _calibrate(*given))
+
+
+def _calibrate(
+    model: str | os.PathLike[str] | None,
+    request: CalibrationRequest,
+    out: str | os.PathLike[str],
+    ranks: Sequence[Channel],
+    family: str | None,
+    restart: bool,
+    force: bool,
+    progress: Listener | None,
+    command: str,
+) -> CalibrationReport:
+    """As `calibrate`; ranks: the others, if torchrun has started any."""
     begin = time.monotonic()
     output = replace(score_output(out, force=force, extra="calibrate"), folder_is_made=True)
     output = output.apart_from(_files_named(request))
@@ -112,20 +140,27 @@ def calibrate(
     entries += [entry for sample in samples for entry in sample.entries]
     check_samples(out, entries)
     _check_vocabulary(checkpoint, anatomy, samples)
-    run = replace(_run_identity(request, checkpoint, samples), command=command)
+    used = devices(request.settings)[: len(samples)]
+    run = replace(_run_identity(request, checkpoint, samples, used), command=command)
     settings = _calibration_settings(request, checkpoint, drawn, run)
     done = _done(output, settings, len(entries))
     layers = len(anatomy.layers)
     with partial_calibration(Path(out), run, layers, restart=restart) as partial:
         resumed = len(done.layers if done else partial.layers.done_layers())
         if not done:
-            _run_layers(request, checkpoint, samples, partial, progress)
+            # At the commit that it was opened at.
+            where = address_of(checkpoint.source) if checkpoint.source.revision else model
+            folder, budget = partial.activations, _budget(request)
+            job = Job(where, family, samples, request.settings, folder, budget)
+            _run_layers(checkpoint, job, used, ranks, partial.layers, progress)
             found = Calibration(str(out), partial.layers.layers, settings)
             _require_unchanged(checkpoint, run, partial)
             done = merge([earlier, found], str(out)) if earlier else found
             write_scores(output, done.content())
         partial.clear()
-    return _report(request, checkpoint, anatomy, done, drawn, resumed, time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    report = _report(request, checkpoint, anatomy, done, drawn, resumed, seconds)
+    return replace(report, device=", ".join(used)) if len(used) > 1 else report
 
 
 def _files_named(request: CalibrationRequest) -> Iterator[Path]:
@@ -275,9 +310,15 @@ def _check_vocabulary(checkpoint: Checkpoint, anatomy: Anatomy, samples: Sequenc
 
 
 def _run_identity(
-    request: CalibrationRequest, checkpoint: Checkpoint, samples: Sequence[Sample]
+    request: CalibrationRequest,
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    used: Sequence[str],
 ) -> Run:
-    """What a partial result belongs to: digests of the request and of the source's state."""
+    """What a partial result belongs to: digests of the request and of the source's state.
+
+    used: the devices; on another number of them, sums are rounded otherwise.
+    """
     settings = asdict(request.settings)
     asked = {
         "results": _RESULTS,
@@ -289,6 +330,8 @@ def _run_identity(
         "pack": request.pack,
         "extend": None if request.extend is None else _sha256(Path(request.extend)),
     }
+    if len(used) > 1:
+        asked["devices"] = len(used)
     headers = [shard.header_sha256 for shard in checkpoint.shards]
     shards = {shard.file for shard in checkpoint.shards} | {CONFIG_NAME}
     files = tuple(file for file in checkpoint.files if file.name in shards)
@@ -298,6 +341,7 @@ def _run_identity(
     words |= {"--dataset": str(asked["dataset"]), "--max-length": str(asked["max_length"])}
     words |= {"--tokens": request.tokens, "--pack": str(request.pack)}
     words |= {"--extend": str(asked["extend"]), "samples": str(asked["samples"])[:12]}
+    words["devices"] = str(len(used))
     return Run(digests[0], digests[1], files, asked=words)
 
 
@@ -307,23 +351,17 @@ def _sha256(path: Path) -> str:
 
 
 def _run_layers(
-    request: CalibrationRequest,
     checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    partial: PartialCalibration,
+    job: Job,
+    used: Sequence[str],
+    ranks: Sequence[Channel],
+    layers: FinishedLayers,
     progress: Listener | None,
 ) -> None:
+    """Do the job here, or, where several devices are used, in a process for each."""
     from shardsurgeon.layerwise.engine import calibrate_layers
-    from shardsurgeon.layerwise.memory import free_memory
 
-    budget = request.activation_budget
-    if budget is None:
-        budget = free_memory("cpu") // 2
-    lengths = [sample.num_tokens for sample in samples]
-    with (
-        ActivationStore(partial.activations, lengths, budget) as store,
-        phase("calibrating", unit="tok") as at,
-    ):
+    with phase("calibrating", unit="tok") as at:
 
         def report(now: Progress) -> None:
             at.detail = f"layer {now.layer}, {now.layers_done}/{now.layers_total} done"
@@ -333,7 +371,20 @@ def _run_layers(
             if progress is not None:
                 progress(now)
 
-        calibrate_layers(checkpoint, samples, request.settings, store, partial.layers, report)
+        if len(used) > 1:
+            calibrate_apart(job, used, ranks, layers, report)
+            return
+        lengths = [sample.num_tokens for sample in job.samples]
+        with ActivationStore(job.folder, lengths, job.budget) as store:
+            calibrate_layers(checkpoint, job.samples, job.settings, store, layers, report)
+
+
+def _budget(request: CalibrationRequest) -> int:
+    """Bytes of memory for hidden states, of all devices together."""
+    from shardsurgeon.layerwise.memory import free_memory
+
+    asked = request.activation_budget
+    return free_memory("cpu") // 2 if asked is None else asked
 
 
 def _require_unchanged(checkpoint: Checkpoint, run: Run, partial: PartialCalibration) -> None:
