@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from types import FrameType
@@ -39,6 +39,7 @@ from shardsurgeon.errors import (
     WorkError,
     printable,
 )
+from shardsurgeon.layerwise.channels import follows
 from shardsurgeon.reports import document, failure
 
 DEBUG_VARIABLE = "SHARDSURGEON_DEBUG"
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return answer(cli)
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in takewhile(lambda word: word != "--", words)
-    with watched_streams() as stdout:
+    with watched_streams() as stdout, _told_by_the_first_rank(words):
         end = _run(words, as_json)
         if isinstance(end, int):
             return end
@@ -137,6 +138,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with suppress(StdoutLost):
                 click.echo(as_text(document({"error": end.document})))
         return end.status
+
+
+@contextmanager
+def _told_by_the_first_rank(words: Sequence[str]) -> Iterator[None]:
+    """For the time of a `with`, print nothing where torchrun calibrates and this is not rank 0."""
+    if list(words[:1]) != [calibrate_command.name] or not follows():
+        yield
+        return
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from shardsurgeon.cli.output import Steps, emit
 from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.push import push_command
 from shardsurgeon.errors import UsageError, WorkError, printable
+from shardsurgeon.layerwise.channels import this_rank
 
 if TYPE_CHECKING:
     from shardsurgeon.operations.recipe import Options, Recipe
@@ -65,6 +66,9 @@ def run_command(
     """
     from shardsurgeon.operations.recipe import read_recipe
 
+    if this_rank() is not None:
+        problem = "starts several processes, and no step but calibrate shares its work"
+        raise UsageError("torchrun", problem, "start `shardsurgeon calibrate` alone with it")
     said = read_recipe(recipe).with_words(model, out)
     words = click.get_current_context().find_root().obj or ()
     steps = Steps(said, words, silent=as_json)
