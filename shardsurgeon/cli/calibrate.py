@@ -93,7 +93,7 @@ def _share(
     metavar="NAME",
     default="cpu",
     show_default=True,
-    help="Where a layer computes: cpu, cuda or cuda:1.",
+    help="Where a layer computes: cpu, cuda for every GPU, or cuda:1 for one.",
 )
 @click.option(
     "--dtype",

@@ -45,9 +45,10 @@ _NEEDED = (*_ENGINES, "greenlet", "psutil")
 class Settings:
     """What decides the numbers of a calibration, apart from its samples.
 
-    device: `cpu`, `cuda` or `cuda:<n>`; dtype: of weights and activations, one of DTYPES, None
-    for the checkpoint's own; batch_size: samples of one forward pass, or `auto` for what fits;
-    seed: of the choice of samples. Raises UsageError for other values.
+    device: `cpu`, `cuda` for all that are visible, or `cuda:<n>`; dtype: of weights and
+    activations, one of DTYPES, None for the checkpoint's own; batch_size: samples of one forward
+    pass, or `auto` for what fits; seed: of the choice of samples. Raises UsageError for other
+    values.
     """
 
     device: str = "cpu"

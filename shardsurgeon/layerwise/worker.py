@@ -157,10 +157,13 @@ def follow(channel: Channel) -> object:
         except _Stopped:
             raise KeyboardInterrupt from None
         if isinstance(order, Job):
-            # Then torchrun would end rank 0 too, before it could say why.
             with suppress(_Stopped):
                 _work(order, channel)
-            order = orders.get()
+                order = orders.get()
+            # A rank does not end before rank 0: torchrun would end that one too, before it could
+            # say why.
+            if not isinstance(order, Ended):
+                order = orders.get()
     assert isinstance(order, Ended)
     if isinstance(order.result, Exception):
         raise order.result

@@ -82,7 +82,8 @@ def calibrate(
 
     samples: in all, None for what dataset says, or 512. max_length: tokens that a sample is cut to,
     None for 2048 or less where the model allows less. seed: which records are drawn. device: where
-    a layer computes, `cpu`, `cuda` or `cuda:1`. dtype: of the arithmetic, None for the model's own.
+    a layer computes, `cpu`, `cuda` for every GPU, or `cuda:1` for one; every GPU has a process of
+    its own. dtype: of the arithmetic, None for the model's own.
     batch_size: samples that pass a layer together, or `auto`. activation_budget: memory for what
     passes from layer to layer, in bytes or as `"16GB"`, None for half of what is free. extend: a
     score file whose samples are left out and whose sums are added. share: (k, n), every n-th sample
