@@ -29,8 +29,9 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import OutputError, WorkError
 from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.channels import Channel
-from shardsurgeon.layerwise.resume import ActivationStore, FinishedLayers
+from shardsurgeon.layerwise.resume import FinishedLayers
 from shardsurgeon.layerwise.samples import Sample
 from shardsurgeon.layerwise.settings import LayerSink, Listener, Progress, Settings
 from shardsurgeon.storage.files import writing
