@@ -2,7 +2,8 @@
 
 Three layouts, each hard in its own way: `int4` is Kimi-K2.5's, nine tensors per expert; `stacked`
 is Qwen3.5's, two bf16 tensors with an expert axis per layer; `tiny` is Kimi-K2.5's with so narrow
-matrices that there are 70 tensors to a megabyte.
+matrices that there are 70 tensors to a megabyte. Two more are published models whose cost is
+estimated: `glm`, GLM-5.2 in FP8 blocks, and `qwen`, Qwen3-235B-A22B in bf16.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-WIDTH = {"I32": 4, "BF16": 2, "F32": 4}
+WIDTH = {"I32": 4, "BF16": 2, "F32": 4, "F8_E4M3": 1}
+BLOCK = 128
+INDEX_HEADS, INDEX_HEAD = 32, 128
+QWEN_HEAD, QWEN_KEYS = 128, 4
 
 Spec = tuple[str, str, tuple[int, ...]]
 
@@ -34,11 +38,14 @@ class Model:
     rope: int = 64
     v_head: int = 128
     vision_blocks: int = 0
+    dense_layers: int = 1
+    mtp_layers: int = 0
 
     @property
     def moe_layers(self) -> range:
         """The layers that have experts."""
-        return range(self.layers) if self.layout == "stacked" else range(1, self.layers)
+        first = 0 if self.layout in ("stacked", "qwen") else self.dense_layers
+        return range(first, self.layers + self.mtp_layers)
 
 
 KIMI = Model("int4", 61, 384, 7168, 2048, 18432, 163840, 64, vision_blocks=27)
@@ -49,11 +56,22 @@ TINY = Model(
     "tiny", 2, 384, 256, 64, 64, 4096, 4, q_lora=64, kv_lora=64, nope=32, rope=32, v_head=32
 )
 STACKED = Model("stacked", 1, 256, 2048, 512, 0, 4096, 16)
+GLM = Model(
+    *("glm", 78, 256, 6144, 2048, 12288, 154880, 64),
+    q_lora=2048,
+    nope=192,
+    v_head=256,
+    dense_layers=3,
+    mtp_layers=1,
+)
+QWEN = Model("qwen", 94, 128, 4096, 1536, 0, 151936, 64)
+SIZED = {"int4": SMALL_KIMI, "tiny": TINY, "stacked": STACKED}
+PUBLISHED = {"int4": KIMI, "glm": GLM, "qwen": QWEN}
 
 
 def sized(layout: str, nbytes: int) -> Model:
     """A model of about so many bytes: as many layers, and in the last step experts, as fit."""
-    start = {"int4": SMALL_KIMI, "tiny": TINY, "stacked": STACKED}[layout]
+    start = SIZED[layout]
     base = replace(start, layers=start.layers - 1)
     fixed = total(base)
     layers = max(round((nbytes - fixed) / (total(start) - fixed)), 1)
@@ -81,12 +99,14 @@ def nbytes(spec: Spec) -> int:
 
 def tensors(model: Model) -> Iterator[Spec]:
     """(name, dtype, shape) of every tensor, in the order in which they are stored."""
-    return _stacked(model) if model.layout == "stacked" else _kimi(model)
+    makers = {"stacked": _stacked, "glm": _glm, "qwen": _qwen}
+    return makers.get(model.layout, _kimi)(model)
 
 
 def config(model: Model) -> dict[str, object]:
     """config.json as published, with this model's counts."""
-    return _stacked_config(model) if model.layout == "stacked" else _kimi_config(model)
+    makers = {"stacked": _stacked_config, "glm": _glm_config, "qwen": _qwen_config}
+    return makers.get(model.layout, _kimi_config)(model)
 
 
 def _kimi(model: Model) -> Iterator[Spec]:
@@ -157,6 +177,9 @@ def _kimi_config(model: Model) -> dict[str, object]:
         "hidden_size": model.hidden,
         "moe_intermediate_size": model.moe,
         "num_nextn_predict_layers": 0,
+        "max_position_embeddings": 262144,
+        "vocab_size": model.vocabulary,
+        **_latent_attention(model),
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -171,6 +194,143 @@ def _kimi_config(model: Model) -> dict[str, object]:
     }
     architectures = ["KimiK25ForConditionalGeneration"]
     return {"architectures": architectures, "model_type": "kimi_k25", "text_config": text}
+
+
+def _latent_attention(model: Model) -> dict[str, object]:
+    return {
+        "num_attention_heads": model.heads,
+        "q_lora_rank": model.q_lora,
+        "kv_lora_rank": model.kv_lora,
+        "qk_nope_head_dim": model.nope,
+        "qk_rope_head_dim": model.rope,
+        "v_head_dim": model.v_head,
+    }
+
+
+def _glm(model: Model) -> Iterator[Spec]:
+    hidden, heads = model.hidden, model.heads
+    yield "model.embed_tokens.weight", "BF16", (model.vocabulary, hidden)
+    for layer in range(model.layers + model.mtp_layers):
+        at, is_mtp = f"model.layers.{layer}", layer >= model.layers
+        attention = f"{at}.self_attn"
+        matrices = {
+            f"{attention}.q_a_proj": (model.q_lora, hidden),
+            f"{attention}.q_b_proj": (heads * (model.nope + model.rope), model.q_lora),
+            f"{attention}.kv_a_proj_with_mqa": (model.kv_lora + model.rope, hidden),
+            f"{attention}.kv_b_proj": (heads * (model.nope + model.v_head), model.kv_lora),
+            f"{attention}.o_proj": (hidden, heads * model.v_head),
+        }
+        if _indexes(layer, model):
+            matrices[f"{attention}.indexer.wq_b"] = (INDEX_HEADS * INDEX_HEAD, model.q_lora)
+            matrices[f"{attention}.indexer.wk"] = (INDEX_HEAD, hidden)
+        blocks = {f"{at}.mlp": model.dense}
+        if layer in model.moe_layers:
+            experts = range(model.experts)
+            blocks = {f"{at}.mlp.experts.{expert}": model.moe for expert in experts}
+            blocks[f"{at}.mlp.shared_experts"] = model.moe
+        for block, width in blocks.items():
+            matrices |= {f"{block}.{name}_proj": (width, hidden) for name in ("gate", "up")}
+            matrices[f"{block}.down_proj"] = (hidden, width)
+        for name, (rows, columns) in matrices.items():
+            yield f"{name}.weight", "F8_E4M3", (rows, columns)
+            scales = (-(-rows // BLOCK), -(-columns // BLOCK))
+            yield f"{name}.weight_scale_inv", "F32", scales
+        if layer in model.moe_layers:
+            yield f"{at}.mlp.gate.weight", "BF16", (model.experts, hidden)
+            yield f"{at}.mlp.gate.e_score_correction_bias", "F32", (model.experts,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}.{norm}.weight", "BF16", (hidden,)
+        if is_mtp:
+            yield f"{at}.eh_proj.weight", "BF16", (hidden, 2 * hidden)
+            for norm in ("enorm", "hnorm", "shared_head.norm"):
+                yield f"{at}.{norm}.weight", "BF16", (hidden,)
+    yield "model.norm.weight", "BF16", (hidden,)
+    yield "lm_head.weight", "BF16", (model.vocabulary, hidden)
+
+
+def _indexes(layer: int, model: Model) -> bool:
+    """Whether a layer chooses the tokens to look at; four share a choice but for the first."""
+    return layer < model.dense_layers or (layer - model.dense_layers) % 4 == 3
+
+
+def _glm_config(model: Model) -> dict[str, object]:
+    count = range(model.layers)
+    return {
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "model_type": "glm_moe_dsa",
+        "dtype": "bfloat16",
+        "first_k_dense_replace": model.dense_layers,
+        "hidden_size": model.hidden,
+        "index_head_dim": INDEX_HEAD,
+        "index_n_heads": INDEX_HEADS,
+        "index_topk": 2048,
+        "indexer_types": ["full" if _indexes(layer, model) else "shared" for layer in count],
+        "intermediate_size": model.dense,
+        "max_position_embeddings": 1048576,
+        "moe_intermediate_size": model.moe,
+        "n_group": 1,
+        "n_routed_experts": model.experts,
+        "n_shared_experts": 1,
+        "num_experts": model.experts,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": model.layers,
+        "num_nextn_predict_layers": model.mtp_layers,
+        "topk_group": 1,
+        "vocab_size": model.vocabulary,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [BLOCK, BLOCK],
+        },
+        **_latent_attention(model),
+    }
+
+
+def _qwen(model: Model) -> Iterator[Spec]:
+    hidden, heads = model.hidden, model.heads
+    yield "model.embed_tokens.weight", "BF16", (model.vocabulary, hidden)
+    for layer in range(model.layers):
+        at = f"model.layers.{layer}"
+        yield f"{at}.input_layernorm.weight", "BF16", (hidden,)
+        yield f"{at}.self_attn.q_proj.weight", "BF16", (heads * QWEN_HEAD, hidden)
+        yield f"{at}.self_attn.k_proj.weight", "BF16", (QWEN_KEYS * QWEN_HEAD, hidden)
+        yield f"{at}.self_attn.v_proj.weight", "BF16", (QWEN_KEYS * QWEN_HEAD, hidden)
+        yield f"{at}.self_attn.o_proj.weight", "BF16", (hidden, heads * QWEN_HEAD)
+        for norm in ("q_norm", "k_norm"):
+            yield f"{at}.self_attn.{norm}.weight", "BF16", (QWEN_HEAD,)
+        yield f"{at}.post_attention_layernorm.weight", "BF16", (hidden,)
+        yield f"{at}.mlp.gate.weight", "BF16", (model.experts, hidden)
+        for expert in range(model.experts):
+            yield from _mlp(f"{at}.mlp.experts.{expert}", hidden, model.moe)
+    yield "model.norm.weight", "BF16", (hidden,)
+    yield "lm_head.weight", "BF16", (model.vocabulary, hidden)
+
+
+def _qwen_config(model: Model) -> dict[str, object]:
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "decoder_sparse_step": 1,
+        "head_dim": QWEN_HEAD,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden,
+        "intermediate_size": 3 * model.hidden,
+        "max_position_embeddings": 40960,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": model.moe,
+        "norm_topk_prob": True,
+        "num_attention_heads": model.heads,
+        "num_experts": model.experts,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": model.layers,
+        "num_key_value_heads": QWEN_KEYS,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": model.vocabulary,
+    }
 
 
 def _stacked(model: Model) -> Iterator[Spec]:

@@ -1,6 +1,7 @@
 """A checkpoint of a published layout at any size, as sparse files or with bytes in them.
 
     python tests/bench/skeleton.py OUT                     Kimi-K2.5 whole: 554 GiB, sparse
+    python tests/bench/skeleton.py OUT --layout glm        GLM-5.2 in FP8; `qwen`: Qwen3-235B
     python tests/bench/skeleton.py OUT --stamp             the same, every tensor with its mark
     python tests/bench/skeleton.py OUT --size 8GB --fill   8 GB of random bytes
 
@@ -19,7 +20,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from layouts import KIMI, WIDTH, Model, Spec, config, nbytes, sized, tensors, total
+from layouts import PUBLISHED, SIZED, WIDTH, Model, Spec, config, nbytes, sized, tensors, total
 
 GOLDEN = (5**0.5 - 1) / 2
 BLOCK_NBYTES = 64 << 20
@@ -103,15 +104,18 @@ def main() -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layout", choices=("int4", "stacked", "tiny"), default="int4")
-    parser.add_argument("--size", type=parse_size, help="8GB; without it Kimi-K2.5 as published")
+    parser.add_argument("--layout", choices=sorted({*PUBLISHED, *SIZED}), default="int4")
+    parser.add_argument("--size", type=parse_size, help="8GB; without it as published")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--experts", type=int)
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--fill", action="store_const", dest="content", const="random")
     parser.add_argument("--stamp", action="store_const", dest="content", const="stamps")
     given = parser.parse_args()
-    model = KIMI if given.size is None else sized(given.layout, given.size)
+    sizes = [PUBLISHED, SIZED][given.size is not None]
+    if given.layout not in sizes:
+        parser.error(f"with and without --size there are different layouts: {', '.join(sizes)}")
+    model = PUBLISHED[given.layout] if given.size is None else sized(given.layout, given.size)
     counts = {"layers": given.layers, "experts": given.experts}
     model = replace(model, **{name: n for name, n in counts.items() if n is not None})
     build(given.out, model, given.shards, given.content or "holes")
