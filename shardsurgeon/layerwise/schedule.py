@@ -134,7 +134,7 @@ class _Chooser:
     """The sizes in bytes, for one model, its samples and one machine."""
 
     def __init__(self, size: ModelSize, lengths: Sequence[int], limits: Limits) -> None:
-        self._limits = limits
+        self._limits, self._lengths = limits, lengths
         each = limits.itemsize
         self._samples = len(lengths)
         self._longest, self._tokens = max(lengths), sum(lengths)
@@ -173,7 +173,7 @@ class _Chooser:
         held = self._all_held()
         if held is None:
             return in_groups
-        once = in_groups.chunk >= self._tokens
+        once = len(chunks(self._lengths, in_groups, mixed=True)) == 1
         # On a GPU the copies of weights hide behind products only where they are made ahead.
         if once and not self._limits.on_gpu:
             smaller = in_groups.device_nbytes <= held.device_nbytes
@@ -212,7 +212,8 @@ class _Chooser:
         fixed = self._fixed + 2 * group * self._one
         batch = self._batch(fixed, at_once=group)
         budget = int((self._free - fixed) * _SHARE) - self._of_batch(batch, group)
-        chunk = max(1, min(budget // max(self._waiting, 1), self._tokens))
+        most = _padded(self._lengths, _batches(self._lengths, batch, mixed=True))
+        chunk = max(1, min(budget // max(self._waiting, 1), most))
         waiting = chunk * self._waiting
         return self._schedule(Hold.GROUPS, group, False, batch, chunk, fixed + waiting)
 
@@ -301,13 +302,18 @@ def chunks(lengths: Sequence[int], schedule: Schedule, *, mixed: bool) -> list[C
     found: list[Chunk] = []
     left = 0
     for batch in _batches(lengths, schedule.batch_size, mixed=mixed):
-        tokens = lengths[batch[0]] * len(batch)
+        tokens = _padded(lengths, [batch])
         if not found or tokens > left or schedule.hold is not Hold.GROUPS:
             found.append([])
             left = schedule.chunk
         found[-1].append(batch)
         left -= tokens
     return found
+
+
+def _padded(lengths: Sequence[int], batches: Iterable[list[int]]) -> int:
+    """Tokens of batches, each sample as long as the first of its batch."""
+    return sum(lengths[batch[0]] * len(batch) for batch in batches)
 
 
 def _batches(lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list[int]]:
@@ -356,7 +362,7 @@ def costs(
     that run together, None where each layer runs alone. A group takes its input once and gives
     its output once; the output of the last one is dropped, and embeddings are the first input.
     """
-    layers = _that_run(size)
+    layers = layers_that_run(size)
     readings = num_chunks if schedule.hold is Hold.GROUPS else 1
     state = sum(lengths) * size.state * itemsize
     crossed = (crossings or len(layers)) * state
@@ -367,11 +373,11 @@ def costs(
         states_in=crossed,
         states_out=crossed,
         state=state,
-        flops=sum(_flops(size, layer, lengths) for layer in layers),
+        flops=products(size, lengths),
     )
 
 
-def _that_run(size: ModelSize) -> list[LayerSize]:
+def layers_that_run(size: ModelSize) -> list[LayerSize]:
     """The layers that a calibration runs: none behind the last one with experts, and of those for
     next-token prediction the first alone."""
     further = [layer.index for layer in size.moe_layers if layer.is_mtp]
@@ -379,8 +385,11 @@ def _that_run(size: ModelSize) -> list[LayerSize]:
     return [layer for layer in size.layers if layer.index <= last]
 
 
-def _flops(size: ModelSize, layer: LayerSize, lengths: Iterable[int]) -> int:
-    """Two for each parameter that a token meets, and for each number of each pair of tokens, of
-    which there are L² / 2."""
-    met = layer.dense + min(size.top_k, layer.experts) * layer.expert
-    return sum(length * (2 * met + layer.pairs * length) for length in lengths)
+def products(size: ModelSize, lengths: Iterable[int]) -> int:
+    """Operations of all products: two for each parameter that a token meets, and for each number of
+    each pair of tokens, of which there are L² / 2."""
+    met = pairs = 0
+    for layer in layers_that_run(size):
+        met += layer.dense + min(size.top_k, layer.experts) * layer.expert
+        pairs += layer.pairs
+    return sum(length * (2 * met + pairs * length) for length in lengths)
