@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +243,19 @@ def free_memory(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    available = int(require("psutil").virtual_memory().available)
+    available = _available()
     left = _left_in_control_group()
     return available if left is None else min(available, left)
+
+
+def _available() -> int:
+    """Bytes that the system can give. Raises UsageError where it takes psutil to know."""
+    if find_spec("psutil") is None:
+        with suppress(OSError, ValueError, KeyError):
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
+            return int(kilobytes) << 10
+    return int(require("psutil").virtual_memory().available)
 
 
 def _left_in_control_group() -> int | None:

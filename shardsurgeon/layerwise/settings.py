@@ -113,11 +113,22 @@ def require(name: str) -> Any:
         ) from error
 
 
+def missing_packages() -> list[str]:
+    """The packages that every calibration needs and that are not installed; imports none."""
+    return [name for name in _NEEDED if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # in sys.modules, and hidden there
+        return False
+
+
 def require_packages() -> None:
     """Raise UsageError where a package that every calibration needs is missing; imports none."""
-    for name in _NEEDED:
-        if find_spec(name) is None:
-            require(name)
+    for name in missing_packages():
+        require(name)
 
 
 def refuse_missing_gpu(device: str) -> None:
