@@ -15,6 +15,7 @@ from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 
 if TYPE_CHECKING:
     from shardsurgeon.checkpoint.checkpoint import Checkpoint
+    from shardsurgeon.layerwise.estimate import CalibrationEstimate
     from shardsurgeon.layerwise.request import CalibrationReport
     from shardsurgeon.operations.api import (
         apply,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         calibrate,
         compare_scores,
         convert_scores,
+        estimate_calibration,
         merge_scores,
         scores_from_router,
         scores_from_weights,
@@ -54,6 +56,7 @@ __all__ = [
     "ApplyReport",
     "ArchitectureReport",
     "BaselineReport",
+    "CalibrationEstimate",
     "CalibrationReport",
     "Checkpoint",
     "ComparisonReport",
@@ -73,6 +76,7 @@ __all__ = [
     "calibrate",
     "compare_scores",
     "convert_scores",
+    "estimate_calibration",
     "inspect",
     "merge_scores",
     "open_checkpoint",
@@ -91,6 +95,7 @@ _HOMES = {
     "ApplyReport": "operations.reports",
     "ArchitectureReport": "verification.findings",
     "BaselineReport": "operations.reports",
+    "CalibrationEstimate": "layerwise.estimate",
     "CalibrationReport": "layerwise.request",
     "Checkpoint": "checkpoint.checkpoint",
     "ComparisonReport": "pruning.agreement",
@@ -107,6 +112,7 @@ _HOMES = {
     "calibrate": "operations.score_api",
     "compare_scores": "operations.score_api",
     "convert_scores": "operations.score_api",
+    "estimate_calibration": "operations.score_api",
     "inspect": "operations.api",
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",

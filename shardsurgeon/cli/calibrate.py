@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.cli.estimate import does_not_fit, estimate_lines
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
@@ -47,20 +48,33 @@ def _share(
     return int(match[1]), int(match[2])
 
 
+def _needed(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """A callback that refuses no text, but in a dry run."""
+    if text is None and not context.params["dry_run"] and not context.resilient_parsing:
+        raise click.MissingParameter(ctx=context, param=parameter)
+    return text
+
+
 @click.command("calibrate", cls=Command)
 @model_argument
 @click.option(
     "--dataset",
     metavar="SPEC",
-    required=True,
-    help="Files, folders or names on the Hub, separated by commas (see the notes).",
+    callback=_needed,
+    help="Files, folders, names on the Hub (see Notes).",
 )
 @click.option(
     *OUT,
     "out",
     metavar="FILE",
-    required=True,
+    callback=_needed,
     help="A .pt, .npz, .json or .safetensors.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    is_eager=True,
+    help="Say what it would take, here and elsewhere.",
 )
 @force_option
 @click.option(
@@ -107,6 +121,13 @@ def _share(
     show_default=True,
     callback=_batch_size,
     help="Samples that pass a layer together.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=size,
+    help="The most that it may take, on the device or of a processor's memory, such as 40GB.  "
+    "[default: what is free]",
 )
 @click.option(
     "--activation-budget",
@@ -169,7 +190,9 @@ def _share(
 @json_option
 def calibrate_command(
     model: str | None,
-    out: str,
+    dataset: str | None,
+    out: str | None,
+    dry_run: bool,
     force: bool,
     device: str,
     dtype: str | None,
@@ -193,6 +216,10 @@ def calibrate_command(
     the work is in FILE.partial, and the same command goes on from the last
     finished layer. Needs pip install '.[calibrate]'.
 
+    --dry-run reads headers only and needs no torch. It says how the samples would
+    pass this machine, and estimates time and bytes on four others; without
+    --dataset for as many and as long samples as --samples and --max-length say.
+
     \b
     Examples:
       shardsurgeon calibrate --dataset chats.jsonl --samples 256 -o scores.pt
@@ -204,7 +231,15 @@ def calibrate_command(
     from shardsurgeon.layerwise.settings import Settings
 
     settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
-    request = CalibrationRequest(settings=settings, **options)
+    request = CalibrationRequest(dataset or "", settings, **options)
+    if dry_run:
+        estimated = run.rehearse(model, request, out, family=family, force=force)
+        refused = does_not_fit(estimated)
+        emit(estimated, estimate_lines(estimated), as_json, error=refused)
+        if refused is not None:
+            raise refused
+        return
+    assert out is not None
     report = run.calibrate(
         model, request, out, family=family, restart=restart, force=force, command=as_given()
     )

@@ -13,7 +13,7 @@ SECTIONS = {
     "How much (one of them)": ("--ratio", "--keep", "--target-size", "--plan"),
     "Samples": ("--dataset", "--samples", "--max-length"),
     "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
-    "Machine": ("--device", "--dtype", "--batch-size", "--activation-budget"),
+    "Machine": ("--device", "--dtype", "--batch-size", "--memory", "--activation-budget"),
     "More about samples": (
         *("--pack", "--tokens", "--seed", "--field", "--skip-invalid", "--share", "--extend"),
     ),

@@ -15,16 +15,18 @@ from shardsurgeon.reports import Report
 class CalibrationRequest:
     """What a calibration is to do.
 
-    dataset: as `--dataset` writes it; samples: of all parts together, None for what the dataset
-    says, or 512; max_length: tokens that a sample is cut to, None for 2048 or less where the
-    model allows less; share: (k, n), this run takes every n-th sample, beginning with the k-th;
+    dataset: as `--dataset` writes it, empty in a dry run without one; samples: of all parts
+    together, None for what the dataset says, or 512; max_length: tokens that a sample is cut to,
+    None for 2048 or less where the model allows less; share: (k, n), this run takes every n-th
+    sample, beginning with the k-th;
     extend: a score file whose samples are left out and whose sums are added; activation_budget:
     bytes of memory for hidden states between layers, None for half of what is free; field: the
     only field of a record to look at; tokenizer: a folder or a model of the Hub, None for the
     model's own; trust_remote_code: whether a tokenizer may run code of the model; skip_invalid:
     whether records that cannot be used are left out; tokens: which tokens are added up; pack:
-    whether a sample is a window of max_length tokens filled with records. Raises UsageError for
-    numbers below 1, a share that is none, and other tokens.
+    whether a sample is a window of max_length tokens filled with records; memory: the most bytes
+    that all of it may take on a device, None for what is free. Raises UsageError for numbers
+    below 1, a share that is none, and other tokens.
     """
 
     dataset: str
@@ -40,6 +42,7 @@ class CalibrationRequest:
     skip_invalid: bool = False
     tokens: Tokens = "all"
     pack: bool = False
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         for option, value in (("--samples", self.samples), ("--max-length", self.max_length)):

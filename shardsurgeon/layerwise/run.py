@@ -31,7 +31,9 @@ from shardsurgeon.layerwise.calibration_file import (
     require_alike,
 )
 from shardsurgeon.layerwise.channels import Channel, met, this_rank
-from shardsurgeon.layerwise.datasets import parse_spec, without_folders
+from shardsurgeon.layerwise.datasets import DEFAULT_SAMPLES, parse_spec, without_folders
+from shardsurgeon.layerwise.estimate import CalibrationEstimate, Wishes, estimates
+from shardsurgeon.layerwise.memory import model_size
 from shardsurgeon.layerwise.processes import calibrate_apart, devices, lead
 from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
 from shardsurgeon.layerwise.resume import FinishedLayers, PartialCalibration, partial_calibration
@@ -50,6 +52,7 @@ from shardsurgeon.layerwise.settings import (
     Listener,
     Progress,
     load_packages,
+    missing_packages,
     refuse_missing_gpu,
     require_packages,
     versions,
@@ -123,8 +126,7 @@ def _calibrate(
 ) -> CalibrationReport:
     """As `calibrate`; ranks: the others, if torchrun has started any."""
     begin = time.monotonic()
-    output = replace(score_output(out, force=force, extra="calibrate"), folder_is_made=True)
-    output = output.apart_from(_files_named(request))
+    output = _output(out, request, force)
     _check_share(request)
     require_packages()
     refuse_missing_gpu(request.settings.device)
@@ -163,11 +165,81 @@ def _calibrate(
     return replace(report, device=", ".join(used)) if len(used) > 1 else report
 
 
+def rehearse(
+    model: str | os.PathLike[str] | None,
+    request: CalibrationRequest,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    family: str | None = None,
+    force: bool = False,
+) -> CalibrationEstimate:
+    """What a calibration would take, here and elsewhere. Reads no weights, writes nothing.
+
+    Arguments and errors are those of `calibrate`, as far as it raises them before it computes.
+    Without `out` nothing is said of a file. Where the request has no dataset, or torch and
+    transformers are not there to cut its records into tokens, as many tokens are taken as there
+    can be. That one layer does not fit here is not raised: the report says it.
+    """
+    ready = not missing_packages()
+    output = _output(out, request, force) if out is not None and ready else None
+    _check_share(request)
+    checkpoint = open_model(model, family, follow_links=True)
+    if output is not None:
+        output = output.apart_from(files_read(checkpoint, family))
+    anatomy = read_anatomy(checkpoint)
+    require_complete(anatomy.incomplete, None, checkpoint.location)
+    asked, request = request.settings.dtype, _with_defaults(request, checkpoint, anatomy)
+    earlier = _earlier(request, checkpoint)
+    samples = None
+    if request.dataset and ready:
+        samples = _samples(request, checkpoint, earlier)
+        _check_vocabulary(checkpoint, anatomy, samples)
+    lengths = _longest(request) if samples is None else [each.num_tokens for each in samples]
+    if output is not None:
+        entries = len(lengths) + (len(earlier.samples) if earlier else 0)
+        check_samples(output.path, entries)
+        if output.path.is_file():
+            run = _run_identity(request, checkpoint, samples or ())
+            _done(output, _calibration_settings(request, checkpoint, samples or (), run), entries)
+    wishes = Wishes(
+        own_dtype=str(request.settings.dtype),
+        dtype=asked,
+        batch_size=request.settings.batch_size,
+        memory=request.memory,
+        states_budget=request.activation_budget,
+    )
+    size = model_size(checkpoint, anatomy)
+    found = estimates(size, lengths, wishes, request.settings.device)
+    return replace(
+        found,
+        model=checkpoint.source.name,
+        dataset=request.dataset,
+        drawn=samples is not None,
+        notes=(*checkpoint.notes, *found.notes),
+    )
+
+
+def _longest(request: CalibrationRequest) -> list[int]:
+    """Tokens of each sample, where each is as long as it may be."""
+    assert request.max_length is not None
+    count = request.samples or DEFAULT_SAMPLES
+    if request.dataset:
+        count = sum(part.count or 0 for part in parse_spec(request.dataset, request.samples))
+    k, n = request.share or (1, 1)
+    return [request.max_length] * len(range(k - 1, count, n))
+
+
+def _output(out: str | os.PathLike[str], request: CalibrationRequest, force: bool) -> Output:
+    """Where the scores go, which is none of the files that the request names."""
+    output = replace(score_output(out, force=force, extra="calibrate"), folder_is_made=True)
+    return output.apart_from(_files_named(request))
+
+
 def _files_named(request: CalibrationRequest) -> Iterator[Path]:
     """What a request names besides the model, as far as it is on this machine."""
     if request.extend is not None:
         yield Path(request.extend)
-    for part in parse_spec(request.dataset, request.samples):
+    for part in parse_spec(request.dataset, request.samples) if request.dataset else ():
         place = Path(part.name).expanduser()
         yield from place.rglob("*") if place.is_dir() else [place]
 
@@ -284,7 +356,7 @@ def _check_share(request: CalibrationRequest) -> None:
     if request.share is None:
         return
     k, n = request.share
-    samples = sum(part.count or 0 for part in parse_spec(request.dataset, request.samples))
+    samples = len(_longest(replace(request, share=None, max_length=1)))
     if samples < n:
         problem = f"{k}/{n} of {samples:,} samples leaves some shares empty"
         raise UsageError("--share", problem, "make fewer shares")
@@ -376,7 +448,9 @@ def _run_layers(
             return
         lengths = [sample.num_tokens for sample in job.samples]
         with ActivationStore(job.folder, lengths, job.budget) as store:
-            calibrate_layers(checkpoint, job.samples, job.settings, store, layers, report)
+            calibrate_layers(
+                checkpoint, job.samples, job.settings, store, layers, report, memory=request.memory
+            )
 
 
 def _budget(request: CalibrationRequest) -> int:

@@ -46,7 +46,7 @@ _SELECTIONS = ("ratio", "keep", "target-size", "plan")
 _OF_THE_COMMAND_LINE = ("json", "progress", "quiet", "verbose", "dry-run")
 # What decides a result's bytes is kept with it; how it was made on one machine is not.
 _NOT_KEPT = {
-    "calibrate": ("activation-budget", "force", "restart", "model"),
+    "calibrate": ("memory", "activation-budget", "force", "restart", "model"),
     "plan": ("force", "model"),
     "apply": (
         *("model", "out", "workers", "verify", "restart", "push-to-hub", "stream-push"),

@@ -12,6 +12,7 @@ from shardsurgeon.operations.reports import BaselineReport
 from shardsurgeon.units import parse_size
 
 if TYPE_CHECKING:
+    from shardsurgeon.layerwise.estimate import CalibrationEstimate
     from shardsurgeon.layerwise.request import CalibrationReport
 
 Dtype: TypeAlias = Literal["bfloat16", "float16", "float32", "float64"]
@@ -58,6 +59,7 @@ def calibrate(
     device: str = "cpu",
     dtype: Dtype | None = None,
     batch_size: int | Literal["auto"] = "auto",
+    memory: int | str | None = None,
     activation_budget: int | str | None = None,
     extend: AnyPath | None = None,
     share: tuple[int, int] | None = None,
@@ -83,9 +85,10 @@ def calibrate(
     samples: in all, None for what dataset says, or 512. max_length: tokens that a sample is cut to,
     None for 2048 or less where the model allows less. seed: which records are drawn. device: where
     a layer computes, `cpu`, `cuda` for every GPU, or `cuda:1` for one; every GPU has a process of
-    its own. dtype: of the arithmetic, None for the model's own.
-    batch_size: samples that pass a layer together, or `auto`. activation_budget: memory for what
-    passes from layer to layer, in bytes or as `"16GB"`, None for half of what is free. extend: a
+    its own. dtype: of the arithmetic, None for the model's own. batch_size: samples that pass a
+    layer together, or `auto`. memory: the most that it may take on a device, in bytes or as
+    `"40GB"`, None for what is free. activation_budget: memory for what passes from layer to layer,
+    None for half of what is free. extend: a
     score file whose samples are left out and whose sums are added. share: (k, n), every n-th sample
     from the k-th on. field: the field of a record that holds the text. pack: fill every sample up
     to max_length with records, an empty position between them. tokens: which are added up, `all` or
@@ -108,8 +111,6 @@ def calibrate(
     from shardsurgeon.layerwise import run
     from shardsurgeon.layerwise.request import CalibrationRequest
 
-    if isinstance(activation_budget, str):
-        activation_budget = parse_size(activation_budget, "activation_budget")
     request = CalibrationRequest(
         dataset,
         Settings(device, dtype, batch_size, seed),
@@ -117,13 +118,14 @@ def calibrate(
         max_length,
         share,
         extend,
-        activation_budget,
+        _nbytes(activation_budget, "activation_budget"),
         field,
         tokenizer,
         trust_remote_code,
         skip_invalid,
         tokens,
         pack,
+        _nbytes(memory, "memory"),
     )
     with bars(progress):
         return run.calibrate(
@@ -135,3 +137,61 @@ def calibrate(
             force=force,
             progress=on_progress,
         )
+
+
+@public
+def estimate_calibration(
+    model: AnyPath | None,
+    dataset: str | None = None,
+    *,
+    samples: int | None = None,
+    max_length: int | None = None,
+    seed: int = 42,
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    memory: int | str | None = None,
+    activation_budget: int | str | None = None,
+    extend: AnyPath | None = None,
+    share: tuple[int, int] | None = None,
+    field: str | None = None,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+    family: AnyPath | None = None,
+    progress: bool = False,
+) -> CalibrationEstimate:
+    """What `calibrate` would take with these arguments, here and on other machines.
+
+    Reads headers, runs nothing, writes nothing and needs no torch; where it is installed, the
+    samples of a dataset are drawn, else each is taken to have max_length tokens. dataset: None for
+    as many samples as are asked for, or 512. The rest is as for `calibrate`, and so is what it
+    raises; that one layer does not fit here is `here.problem`.
+
+    >>> report = shardsurgeon.estimate_calibration("fixtures/kimi_k25", samples=64, max_length=128)
+    >>> report
+    kimi_k25: 64 samples, at most 8,192 tokens
+    >>> [machine.machine for machine in report.machines]
+    ['1 x H200', '8 x H100', '1 x 24 GB GPU', '64-core CPU']
+    """
+    from shardsurgeon.layerwise import run
+    from shardsurgeon.layerwise.request import CalibrationRequest
+
+    request = CalibrationRequest(
+        dataset or "",
+        Settings(device, dtype, batch_size, seed),
+        samples,
+        max_length,
+        share,
+        extend,
+        _nbytes(activation_budget, "activation_budget"),
+        field,
+        tokenizer,
+        trust_remote_code,
+        memory=_nbytes(memory, "memory"),
+    )
+    with bars(progress):
+        return run.rehearse(model, request, family=as_text(family))
+
+
+def _nbytes(size: int | str | None, name: str) -> int | None:
+    return parse_size(size, name) if isinstance(size, str) else size

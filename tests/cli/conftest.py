@@ -26,6 +26,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     for name in SCORE_OPERATIONS:
         monkeypatch.setattr(scores, name, operations_.answer(name))
     monkeypatch.setattr(calibration, "calibrate", operations_.answer("calibrate"))
+    monkeypatch.setattr(calibration, "rehearse", operations_.answer("rehearse"))
     return operations_
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import shardsurgeon
+from shardsurgeon.layerwise.estimate import CalibrationEstimate
 from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.families import FamiliesReport
 from shardsurgeon.operations.reports import (
@@ -50,6 +51,7 @@ COMMANDS: dict[str, type[Report]] = {
     "scores from-weights": BaselineReport,
     "scores random": BaselineReport,
     "calibrate": CalibrationReport,
+    "calibrate --dry-run": CalibrationEstimate,
     "run": RunReport,
     "families": FamiliesReport,
     "env": EnvReport,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shardsurgeon.layerwise.estimate import CalibrationEstimate, Estimate
 from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
@@ -218,6 +219,55 @@ CALIBRATED = CalibrationReport(
     notes=(),
 )
 
+ESTIMATED = CalibrationEstimate(
+    model="Kimi-K2.5",
+    dataset="",
+    samples=1024,
+    tokens=16_777_216,
+    drawn=False,
+    max_length=16_384,
+    layers=61,
+    moe_layers=60,
+    flops=1_367_000_000_000_000_000,
+    device="cpu",
+    here=None,
+    machines=(
+        Estimate(
+            machine="1 x H200",
+            devices=1,
+            dtype="bfloat16",
+            device_free_nbytes=138_000_000_000,
+            host_free_nbytes=486_000_000_000,
+            flops=4e14,
+            link=5e10,
+            disk=5e9,
+            hold="layer",
+            group=384,
+            ahead=True,
+            batch_size=1,
+            chunk_tokens=16_384,
+            readings=1,
+            states="host",
+            seconds=3418.1,
+            bound_by="computing",
+            seconds_computing=3418.1,
+            seconds_weights=11.8,
+            seconds_states=293.4,
+            seconds_disk=262.2,
+            seconds_saving=144.3,
+            weights_nbytes=589_500_000_000,
+            disk_nbytes=1_311_000_000_000,
+            states_nbytes=29_343_000_000_000,
+            state_nbytes=240_500_000_000,
+            saved_nbytes=721_500_000_000,
+            saves=3,
+            device_nbytes=82_100_000_000,
+            host_nbytes=240_500_000_000,
+        ),
+    ),
+    notes=("a note",),
+)
+
 
 @dataclass
 class FakeOperations:
@@ -228,6 +278,7 @@ class FakeOperations:
     apply: Any = APPLIED
     verify: Any = VERIFIED
     calibrate: Any = CALIBRATED
+    rehearse: Any = ESTIMATED
     push: Any = PUSHED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 

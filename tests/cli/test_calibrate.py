@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from shardsurgeon.layerwise.request import CalibrationRequest
 from shardsurgeon.layerwise.settings import Settings
-from tests.cli.standins import CALIBRATED, FakeOperations, Run
+from tests.cli.standins import CALIBRATED, ESTIMATED, FakeOperations, Run
 
 LEAST = ("calibrate", "--dataset", "chats.jsonl", "-o", "scores.pt")
 
@@ -54,8 +54,8 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
     said = " ".join(("shardsurgeon", *LEAST))
     assert options == {"family": None, "restart": False, "force": False, "command": said}
     words = "m --samples 8 --max-length 16 --seed 7 --device cuda:1 --dtype float32 --batch-size 4"
-    words += " --activation-budget 16GB --extend old.pt --share 2/3 --field body --restart --force"
-    words += " --tokenizer t --trust-remote-code --family auto"
+    words += " --memory 40GB --activation-budget 16GB --extend old.pt --share 2/3 --field body"
+    words += " --restart --force --tokenizer t --trust-remote-code --family auto"
     assert run(*LEAST, *words.split()).status == 0
     ((model, request, _), options) = fake.calls[1]
     assert model == "m"
@@ -70,6 +70,7 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
         field="body",
         tokenizer="t",
         trust_remote_code=True,
+        memory=40_000_000_000,
     )
     said += f" {words}"
     assert options == {"family": "auto", "restart": True, "force": True, "command": said}
@@ -78,3 +79,59 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
 def test_a_dataset_and_a_name_for_the_result_are_needed(run: Run) -> None:
     assert "'--dataset'" in run("calibrate", "-o", "scores.pt").stderr
     assert "'-o'" in run("calibrate", "--dataset", "a.txt").stderr
+
+
+DRY = """\
+Kimi-K2.5: 1,024 samples, at most 16,777,216 tokens
+
+  samples       not drawn: 16,384 tokens each is the most there can be
+  computed      61 layers, 60 with experts: 1.37 EFLOP
+  note          a note
+
+Estimated, not measured: bytes and operations are counted, speeds assumed.
+
+   machine  in all  products  weights  states   disk  saves   bound by
+  --------  ------  --------  -------  ------  -----  -----  ---------
+  1 x H200  57 min    57 min     12 s   5 min  4 min      3  computing
+  weights, states: over the link, the states both ways at once; disk: weights,
+  states in a file, and saves of states for a run that is interrupted
+
+   machine  experts  read   weights  states    moved   device      host
+  --------  -------  ----  --------  ------  -------  -------  --------
+  1 x H200    layer   1 x  589.5 GB    host  29.3 TB  82.1 GB  240.5 GB
+  experts of a layer: all stay ready (layer) or as they are stored, or come in
+  groups; read: how often each is; weights: that each device reads; moved: states
+
+  1 x H200      400 TFLOP/s, disk 5.0 GB/s, link 50.0 GB/s, bfloat16; 138.0 GB
+                free, 486.0 GB on the host
+
+Dry run: nothing was written.
+"""
+
+
+def test_a_dry_run_needs_a_model_alone_and_says_that_it_estimates(
+    run: Run, fake: FakeOperations
+) -> None:
+    ended = run("calibrate", "m", "--dry-run", "--memory", "40GB")
+    assert (ended.status, ended.stdout) == (0, DRY)
+    ((model, request, out), options) = fake.calls[0]
+    assert (model, out, options) == ("m", None, {"family": None, "force": False})
+    assert request == CalibrationRequest("", Settings(), memory=40_000_000_000)
+    assert json.loads(run(*LEAST, "--dry-run", "--json").stdout) == ESTIMATED.to_dict()
+    ((_, request, out), _) = fake.calls[1]
+    assert (request.dataset, out) == ("chats.jsonl", "scores.pt")
+
+
+def test_a_dry_run_ends_as_the_run_would_where_a_layer_does_not_fit(
+    run: Run, fake: FakeOperations
+) -> None:
+    small = replace(ESTIMATED.machines[0], problem="1 MB is too small", remedy="give more")
+    fake.rehearse = replace(ESTIMATED, here=small, machines=(*ESTIMATED.machines, small))
+    ended = run("calibrate", "--dry-run")
+    assert ended.status == 2
+    assert "here          138.0 GB free: 1 MB is too small" in ended.stdout
+    assert "does not fit: 1 MB is too small; give more" in ended.stdout
+    assert "57 min" in ended.stdout and "the run would stop at once" in ended.stdout
+    assert ended.stderr == "shardsurgeon: error: --device cpu: 1 MB is too small; give more\n"
+    document = json.loads(run("calibrate", "--dry-run", "--json").stdout)
+    assert document["error"]["status"] == 2 and len(document["machines"]) == 2

@@ -28,6 +28,7 @@ SPEAKERS = {
     "checkpoint/transformers_model.py": ["verify"],
     "cli/apply.py": ["apply"],
     "cli/calibrate.py": ["calibrate"],
+    "cli/estimate.py": ["calibrate"],
     "cli/main.py": list(OPTIONS),
     "cli/options.py": ["plan", "apply"],
     "cli/plan.py": ["plan"],

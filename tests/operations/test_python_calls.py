@@ -158,6 +158,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "verify": (MODEL, None),
     "inspect": (3,),
     "calibrate": (MODEL, 3, "out.npz"),
+    "estimate_calibration": (MODEL, 3),
     "show_scores": (None,),
     "compare_scores": (FILE, 3),
     "convert_scores": (FILE, None),
