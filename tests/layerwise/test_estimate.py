@@ -40,9 +40,12 @@ def kimi() -> ModelSize:
     # Four bits each, and a scale of two bytes for every 32.
     stored = 384 * expert * (16 + 2) // 32
     pairs = heads * (nope + rope) + heads * value
-    dense = LayerSize(0, False, attention + 3 * hidden * 18_432, 0, 0, 0, pairs)
+    dense = LayerSize(0, False, attention + 3 * hidden * 18_432, 0, 0, 0, pairs=pairs)
     layers = [
-        LayerSize(number, False, attention + expert + 384 * hidden, 384, stored, expert, pairs)
+        LayerSize(
+            *(number, False, attention + expert + 384 * hidden, 384, stored, expert, True),
+            pairs=pairs,
+        )
         for number in range(1, 61)
     ]
     return ModelSize((dense, *layers), hidden, 8, hidden, 1, heads * (nope + rope), 8192, heads)
@@ -114,7 +117,7 @@ def test_experts_that_come_several_times_come_from_memory_where_a_layer_fits_the
 
 def test_weights_that_cannot_arrive_ahead_are_waited_for() -> None:
     ahead = estimate(kimi(), RECIPE, H200, BF16)
-    behind = estimate(kimi(), RECIPE, replace(H200, device_memory=60 * GB), BF16)
+    behind = estimate(kimi(), RECIPE, replace(H200, device_memory=24 * GB), BF16)
     assert (ahead.ahead, behind.ahead, behind.hold) == (True, False, "layer")
     # From the disk, at 5 GB/s.
     assert behind.seconds - ahead.seconds == pytest.approx(590 / 5, rel=0.01)  # type: ignore[operator]
@@ -134,8 +137,9 @@ def models(draw: st.DrawFn) -> ModelSize:
     expert = 3 * width * draw(st.integers(8, 4096))
     stored = expert * experts * draw(st.sampled_from([1, 2, 4])) // 2
     pairs = draw(st.sampled_from([0, 2 * heads * 128]))
+    packed = draw(st.booleans())
     layers = tuple(
-        LayerSize(number, False, 4 * width * width, experts, stored, expert, pairs)
+        LayerSize(number, False, 4 * width * width, experts, stored, expert, packed, pairs)
         for number in range(draw(st.integers(1, 4)))
     )
     top_k = draw(st.integers(1, experts))
