@@ -110,7 +110,7 @@ def _bytes(each: Estimate) -> list[str]:
     weights = format_size(each.weights_nbytes or 0)
     return [
         *(each.machine, str(each.hold), f"{each.readings:,} x", weights),
-        *(str(each.states), moved, device, host if each.link else "-"),
+        *(str(each.states), moved, device, host if each.host_nbytes and each.link else "-"),
     ]
 
 

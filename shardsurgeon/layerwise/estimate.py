@@ -244,8 +244,7 @@ class _Bill:
             self._in_file = 0
         # What is read several times comes from the system's file cache where a layer fits there.
         layer = max(layer.stored for layer in size.layers)
-        held = schedule.host_nbytes * (machine.devices if machine.on_gpu else 1)
-        cached = machine.host_memory - held >= layer
+        cached = machine.host_memory - self._on_host() >= layer
         self._from_disk = spent.experts // (spent.readings if cached else 1) + spent.dense
         self._saves = 0
 
@@ -281,8 +280,16 @@ class _Bill:
             saved_nbytes=self._saved(),
             saves=self._saves,
             device_nbytes=schedule.device_nbytes,
-            host_nbytes=schedule.host_nbytes * (machine.devices if machine.on_gpu else 1),
+            host_nbytes=self._on_host(),
         )
+
+    def _on_host(self) -> int:
+        """Bytes of the host's memory, for all devices."""
+        if not self._machine.on_gpu:
+            return self._schedule.host_nbytes
+        if self._schedule.states is Place.DEVICE:
+            return 0
+        return self._schedule.host_nbytes * self._machine.devices
 
     def _total(self) -> float:
         """All at the same time, but for weights that wait until the layer before has gone."""
