@@ -269,8 +269,14 @@ class _Run:
     def _batch(self, positions: list[int], *, left_out: int = 0) -> Batch:
         """Samples without states. left_out: tokens at the end of each."""
         own = [self._samples[position] for position in positions]
-        ids = [sample.ids[: sample.num_tokens - left_out] for sample in own]
-        return Batch.of(ids, self._device.name)
+        ends = [sample.num_tokens - left_out for sample in own]
+        parts = list(zip(own, ends, strict=True))
+        return Batch.of(
+            [sample.ids[:end] for sample, end in parts],
+            self._device.name,
+            counted=[None if one.counted is None else one.counted[:end] for one, end in parts],
+            gaps=[None if one.gaps is None else one.gaps[:end] for one, end in parts],
+        )
 
     def _chunks_with_states(self) -> Iterator[tuple[Chunk, list[Batch]]]:
         """Each chunk with its batches, whose states are on the device; those of the next batch

@@ -38,7 +38,8 @@ class Batch:
 
     ids: int64 [B, S]; lengths: tokens of each sample; real: int64, the positions in [B · S] that
     are not padding, None where none is padding; counted: bool [B · S], which tokens count, None
-    where all do; num_counted: how many that are; states: hidden states [B, S, ...], the input of
+    where all do; num_counted: how many that are; mask: int64 [B, S], 0 where no token may look, as
+    transformers takes it, None where causal attention looks at real tokens alone; states: hidden states [B, S, ...], the input of
     the next layers to run; None before the first layer.
     """
 
@@ -47,6 +48,7 @@ class Batch:
     real: Tensor | None
     counted: Tensor | None
     num_counted: int
+    mask: Tensor | None = None
     states: Tensor | None = None
 
     @classmethod
@@ -55,19 +57,22 @@ class Batch:
         samples: Sequence[NDArray[np.int64]],
         device: str,
         counted: Sequence[NDArray[np.bool_] | None] = (),
+        gaps: Sequence[NDArray[np.bool_] | None] = (),
     ) -> Batch:
         """Pad samples, each int64 [tokens], to the longest of them.
 
-        counted: which of each sample's tokens count, None for all.
+        counted: which of each sample's tokens count, None for all; gaps: which hold no token and
+        are not to be looked at, None for none.
         """
         lengths = [len(ids) for ids in samples]
         shape = (len(samples), max(lengths))
         padded = np.zeros(shape, np.int64)
-        real, counts = np.zeros(shape, bool), np.zeros(shape, bool)
+        real, counts, seen = (np.zeros(shape, bool) for _ in range(3))
         for row, ids in enumerate(samples):
-            mask = counted[row] if counted else None
+            mask, gap = counted[row] if counted else None, gaps[row] if gaps else None
             padded[row, : len(ids)], real[row, : len(ids)] = ids, True
             counts[row, : len(ids)] = True if mask is None else mask
+            seen[row, : len(ids)] = True if gap is None else ~gap
         all_real, all_count = real.all(), np.array_equal(counts, real)
         return cls(
             ids=torch.from_numpy(padded).to(device),
@@ -75,6 +80,9 @@ class Batch:
             real=None if all_real else torch.from_numpy(np.flatnonzero(real)).to(device),
             counted=None if all_count else torch.from_numpy(counts.ravel()).to(device),
             num_counted=int(counts.sum()),
+            mask=None
+            if np.array_equal(seen, real)
+            else torch.from_numpy(seen.astype(np.int64)).to(device),
         )
 
     @property
@@ -195,7 +203,9 @@ class LayerRunner:
         self._call = call
         try:
             with torch.inference_mode(), self._device.current():
-                return self._text.text(input_ids=call.batch.ids, use_cache=False)
+                batch = call.batch
+                masked = {} if batch.mask is None else {"attention_mask": batch.mask}
+                return self._text.text(input_ids=batch.ids, use_cache=False, **masked)
         finally:
             self._call = None
 

@@ -53,9 +53,9 @@ class Job:
     """What a worker does, or, before it is shared out, all of them together.
 
     model, family: as `open_model` takes them; settings: with one device; folder: for hidden states
-    and finished layers; budget: bytes of memory for hidden states; sharing: how many processes
-    share the cores of this one's machine, 1 where each has been given its own; log_level: of what
-    is worth telling.
+    and finished layers; budget: bytes of memory for hidden states; memory: bytes that it may take
+    on its device, None for what is free; sharing: how many processes share the cores of this one's
+    machine, 1 where each has been given its own; log_level: of what is worth telling.
     """
 
     model: str | os.PathLike[str] | None
@@ -64,6 +64,7 @@ class Job:
     settings: Settings
     folder: Path
     budget: int
+    memory: int | None = None
     sharing: int = 1
     log_level: int = logging.WARNING
 
@@ -257,6 +258,7 @@ def _calibrate(job: Job, channel: Channel) -> None:
     import torch
 
     from shardsurgeon.layerwise.engine import calibrate_layers
+    from shardsurgeon.layerwise.memory import free_memory
 
     if job.sharing > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // job.sharing))
@@ -269,7 +271,13 @@ def _calibrate(job: Job, channel: Channel) -> None:
             channel.send(LayerSums(index, index in mtp, sums))
         with ActivationStore(job.folder, lengths, job.budget) as store:
             sink, listener = _Telling(layers, channel), _seldom(channel)
-            calibrate_layers(checkpoint, job.samples, job.settings, store, sink, listener)
+            memory = job.memory
+            if job.settings.device == "cpu" and job.sharing > 1:
+                free = free_memory("cpu") if memory is None else memory
+                memory = free // job.sharing
+            calibrate_layers(
+                checkpoint, job.samples, job.settings, store, sink, listener, memory=memory
+            )
 
 
 @contextmanager
