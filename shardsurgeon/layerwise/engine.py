@@ -23,7 +23,7 @@ from shardsurgeon.layerwise.devices import READERS, Arrival, Device, require_dev
 from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
 from shardsurgeon.layerwise.forward import Batch
 from shardsurgeon.layerwise.grouped import may_be_grouped
-from shardsurgeon.layerwise.memory import free_memory, model_size
+from shardsurgeon.layerwise.memory import ModelSize, free_memory, model_size
 from shardsurgeon.layerwise.model import Model, MtpLayer
 from shardsurgeon.layerwise.samples import Sample, total_tokens
 from shardsurgeon.layerwise.schedule import (
@@ -32,6 +32,7 @@ from shardsurgeon.layerwise.schedule import (
     Limits,
     Schedule,
     chunks,
+    costs,
     make_schedule,
     words,
 )
@@ -68,26 +69,21 @@ def calibrate_layers(
     anatomy = read_anatomy(checkpoint)
     with silence_hub(), torch.inference_mode(), device.current():
         model = Model(checkpoint, anatomy, settings, device)
-        chosen = adjust(_schedule(model, checkpoint, anatomy, samples, settings, store, memory))
-        schedule = store.keep_schedule(chosen)
-        with _Run(model, anatomy, samples, schedule, device, store, sink, on_progress) as run:
-            run.run()
+        size = replace(model_size(checkpoint, anatomy), outside=model.resident)
+        lengths = [sample.num_tokens for sample in samples]
+        limits = _limits(model, settings, store, memory)
+        schedule = store.keep_schedule(adjust(make_schedule(size, lengths, limits)))
+        run = _Run(model, anatomy, samples, schedule, device, store, sink, on_progress)
+        with run:
+            run.run(size)
     return schedule
 
 
-def _schedule(
-    model: Model,
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    samples: Sequence[Sample],
-    settings: Settings,
-    store: ActivationStore,
-    memory: int | None,
-) -> Schedule:
-    """What fits into the memory that is free now. Raises UsageError where nothing does."""
+def _limits(model: Model, settings: Settings, store: ActivationStore, memory: int | None) -> Limits:
+    """What is free now."""
     device = settings.device
     free = free_memory(device)
-    limits = Limits(
+    return Limits(
         itemsize=model.dtype.itemsize,
         on_gpu=device != "cpu",
         device_free=free if memory is None else min(free, memory),
@@ -98,8 +94,6 @@ def _schedule(
         groups=tuple(model.groups()),
         device=device,
     )
-    size = replace(model_size(checkpoint, anatomy), outside=model.resident)
-    return make_schedule(size, [sample.num_tokens for sample in samples], limits)
 
 
 class _Run:
@@ -149,12 +143,18 @@ class _Run:
             supply.close()
         self._readers.shutdown(cancel_futures=True)
 
-    def run(self) -> None:
-        """Run every group of layers that an earlier run has not finished."""
+    def run(self, size: ModelSize) -> None:
+        """Run every group of layers that an earlier run has not finished; say first how."""
         done = self._sink.done_layers()
         if self._num_experts.keys() <= done:
             return
-        for line in words(self._schedule):
+        lengths, itemsize = (
+            [sample.num_tokens for sample in self._samples],
+            self._model.dtype.itemsize,
+        )
+        crossings = len(self._groups) + (self._model.mtp is not None)
+        cost = costs(size, lengths, self._schedule, itemsize, len(self._chunks), crossings)
+        for line in words(self._schedule, cost):
             _log.info(line)
         self._model.prepare(self._samples[0].ids)
         self._store.arrange(self._batches, self._schedule.states, self._device)

@@ -39,8 +39,8 @@ class Batch:
     ids: int64 [B, S]; lengths: tokens of each sample; real: int64, the positions in [B · S] that
     are not padding, None where none is padding; counted: bool [B · S], which tokens count, None
     where all do; num_counted: how many that are; mask: int64 [B, S], 0 where no token may look, as
-    transformers takes it, None where causal attention looks at real tokens alone; states: hidden states [B, S, ...], the input of
-    the next layers to run; None before the first layer.
+    transformers takes it, None where causal attention looks at real tokens alone; states: hidden
+    states [B, S, ...], the input of the next layers to run; None before the first layer.
     """
 
     ids: Tensor

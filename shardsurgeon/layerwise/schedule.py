@@ -16,7 +16,7 @@ from typing import Self
 from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.memory import LayerSize, ModelSize, largest_group
 from shardsurgeon.layerwise.settings import BatchSize
-from shardsurgeon.units import counted, format_size
+from shardsurgeon.units import format_size
 
 Chunk = list[list[int]]
 """Batches for which each expert is read once; a batch is a list of sample positions."""
@@ -278,21 +278,6 @@ class _Chooser:
         )
 
 
-def words(schedule: Schedule) -> Iterator[str]:
-    """What a schedule does, in lines for people."""
-    if schedule.hold is Hold.GROUPS:
-        yield f"each expert is read once for every {schedule.chunk:,} tokens"
-    else:
-        kept = "ready to compute" if schedule.hold is Hold.LAYER else "as they are stored"
-        yield f"each expert is read once; those of a layer stay in memory, {kept}"
-    where = {Place.DEVICE: "on the device", Place.HOST: "in memory", Place.FILE: "in files"}
-    yield f"hidden states between layers are {where[schedule.states]}"
-    peak = format_size(schedule.device_nbytes)
-    yield f"batches of {counted(schedule.batch_size, 'sample')}, at most {peak} of memory"
-    if schedule.states is not Place.FILE:
-        yield f"an interruption costs at most {SAVE_SECONDS // 60} minutes and a layer"
-
-
 def chunks(lengths: Sequence[int], schedule: Schedule, *, mixed: bool) -> list[Chunk]:
     """Group batches into chunks of at most `schedule.chunk` tokens, padding included.
 
@@ -393,3 +378,23 @@ def products(size: ModelSize, lengths: Iterable[int]) -> int:
         met += layer.dense + min(size.top_k, layer.experts) * layer.expert
         pairs += layer.pairs
     return sum(length * (2 * met + pairs * length) for length in lengths)
+
+
+def words(schedule: Schedule, costs: Costs) -> Iterator[str]:
+    """What a schedule does, in lines for people, before it starts."""
+    often = "once" if costs.readings == 1 else f"{costs.readings} times"
+    stay = {
+        Hold.LAYER: "; those of a layer stay, ready to compute",
+        Hold.STORED: "; those of a layer stay as they are stored",
+        Hold.GROUPS: "",
+    }
+    weights = format_size(costs.experts + costs.dense)
+    yield f"reads {weights} of weights, each expert {often}{stay[schedule.hold]}"
+    where = {Place.DEVICE: "on the device", Place.HOST: "in memory", Place.FILE: "in files"}
+    moved, state = format_size(costs.states_in), format_size(costs.state)
+    yield f"moves {moved} of hidden states each way; {state} at a time, {where[schedule.states]}"
+    peak = format_size(schedule.device_nbytes)
+    stake = "the layer under way"
+    if schedule.states is not Place.FILE:
+        stake = f"{SAVE_SECONDS // 60} minutes and {stake}"
+    yield f"takes at most {peak} of memory; an interruption costs at most {stake}"
