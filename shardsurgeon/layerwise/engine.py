@@ -23,7 +23,7 @@ from shardsurgeon.layerwise.devices import READERS, Arrival, Device, require_dev
 from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
 from shardsurgeon.layerwise.forward import Batch
 from shardsurgeon.layerwise.grouped import may_be_grouped
-from shardsurgeon.layerwise.memory import ModelSize, free_memory, model_size
+from shardsurgeon.layerwise.memory import ModelSize, free_memory, model_size, program_memory
 from shardsurgeon.layerwise.model import Model, MtpLayer
 from shardsurgeon.layerwise.samples import Sample, total_tokens
 from shardsurgeon.layerwise.schedule import (
@@ -154,7 +154,7 @@ class _Run:
         )
         crossings = len(self._groups) + (self._model.mtp is not None)
         cost = costs(size, lengths, self._schedule, itemsize, len(self._chunks), crossings)
-        for line in words(self._schedule, cost):
+        for line in words(self._schedule, cost, program_memory(self._device.name)):
             _log.info(line)
         self._model.prepare(self._samples[0].ids)
         self._store.arrange(self._batches, self._schedule.states, self._device)

@@ -258,6 +258,13 @@ def _available() -> int:
     return int(require("psutil").virtual_memory().available)
 
 
+def program_memory(device: str) -> int:
+    """Bytes of the device's memory that this program has by now; 0 on a GPU."""
+    if device != "cpu":
+        return 0
+    return int(require("psutil").Process().memory_info().rss)
+
+
 def _left_in_control_group() -> int | None:
     """Bytes left under the memory limit of Linux control groups, which psutil does not know.
 

@@ -380,8 +380,11 @@ def products(size: ModelSize, lengths: Iterable[int]) -> int:
     return sum(length * (2 * met + pairs * length) for length in lengths)
 
 
-def words(schedule: Schedule, costs: Costs) -> Iterator[str]:
-    """What a schedule does, in lines for people, before it starts."""
+def words(schedule: Schedule, costs: Costs, program: int) -> Iterator[str]:
+    """What a schedule does, in lines for people, before it starts.
+
+    program: bytes of the same memory that the program itself has, torch and transformers.
+    """
     often = "once" if costs.readings == 1 else f"{costs.readings} times"
     stay = {
         Hold.LAYER: "; those of a layer stay, ready to compute",
@@ -393,7 +396,7 @@ def words(schedule: Schedule, costs: Costs) -> Iterator[str]:
     where = {Place.DEVICE: "on the device", Place.HOST: "in memory", Place.FILE: "in files"}
     moved, state = format_size(costs.states_in), format_size(costs.state)
     yield f"moves {moved} of hidden states each way; {state} at a time, {where[schedule.states]}"
-    peak = format_size(schedule.device_nbytes)
+    peak = format_size(schedule.device_nbytes + program)
     stake = "the layer under way"
     if schedule.states is not Place.FILE:
         stake = f"{SAVE_SECONDS // 60} minutes and {stake}"

@@ -7,7 +7,8 @@ import re
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -319,3 +320,89 @@ def test_memory_that_was_asked_for_bounds_the_schedule(without_mtp: Path) -> Non
         schedule = make_schedule(size, lengths, Limits(4, False, free, free))
         assert schedule.device_nbytes <= free
     assert activations.compact(torch.zeros(4, 4)[:2]).untyped_storage().nbytes() == 32
+
+
+class Deferred(Arrival):
+    """A copy that is made when it is waited for, and not before."""
+
+    def __init__(self, copy: Callable[[], None]) -> None:
+        super().__init__()
+        self._copy: Callable[[], None] | None = copy
+        self._copying = threading.Lock()
+
+    def wait(self) -> None:
+        with self._copying, torch.inference_mode():
+            copy, self._copy = self._copy, None
+            if copy is not None:
+                copy()
+
+    finish = wait
+
+
+class LazyGpu(Recording):
+    """A GPU whose copies are as late as they may be: who does not wait for one finds NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_gpu = True
+
+    def current(self) -> Any:
+        return nullcontext()
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+
+    def send(self, states: torch.Tensor, after: Arrival = Arrival()) -> Any:  # noqa: B008
+        self.sent += states.nbytes
+        there = torch.full_like(states, torch.nan)
+
+        def copy() -> None:
+            after.wait()
+            there.copy_(states)
+
+        return there, Deferred(copy)
+
+    def fetch(self, states: torch.Tensor, into: torch.Tensor) -> Arrival:
+        self.fetched += states.nbytes
+        into.fill_(torch.nan)
+
+        def copy() -> None:
+            into.copy_(states)
+
+        return Deferred(copy)
+
+    def load(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.clone()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        with torch.inference_mode():
+            yield
+
+    def loaded_so_far(self) -> Arrival:
+        return Arrival()
+
+    def retire(self) -> None:
+        self.calls.append(("retire", 0))
+
+
+@pytest.mark.parametrize("place", [Place.HOST, Place.FILE])
+@pytest.mark.parametrize("hold", list(Hold))
+def test_everything_that_a_gpu_copies_is_waited_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hold: Hold, place: Place
+) -> None:
+    monkeypatch.setattr(saving, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(saving, "SAVED_SHARE", 1)
+    ids = token_ids((40, 33, 40, 12, 1, 27, 40, 38))
+    plain = stream(folder, ids, tmp_path / "plain")
+    policy = {"hold": hold, "states": place, "grouped": True, "group": 5, "chunk": 100}
+    policy["ahead"] = hold is not Hold.GROUPS
+    device = LazyGpu()
+    assert_close(stream(folder, ids, tmp_path / "lazy", device=device, **policy), plain)
+    # Embeddings, and what enters the layers of the model and its MTP layer, once each way.
+    nbytes = sum(map(len, ids)) * 64 * 4
+    assert (device.sent, device.fetched) == (4 * nbytes, 4 * nbytes)
+    # What was saved on the way is what a resumed run goes on from.
+    again = stream(folder, ids, tmp_path / "lazy", device=LazyGpu(), **policy)
+    assert again
+    assert_close(again, {layer: plain[layer] for layer in again})
