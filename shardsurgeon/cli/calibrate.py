@@ -82,7 +82,7 @@ def _needed(context: click.Context, parameter: click.Parameter, text: str | None
     metavar="N",
     type=int,
     callback=at_least(1),
-    help="Samples in all, with --pack windows.  [default: 512, or as SPEC says]",
+    help="Samples in all.  [default: 512, or as SPEC says]",
 )
 @click.option(
     "--max-length",
@@ -157,8 +157,8 @@ def _needed(context: click.Context, parameter: click.Parameter, text: str | None
 @click.option(
     "--pack",
     is_flag=True,
-    help="Fill every sample up to --max-length with records, one empty position between them, as "
-    "REAP does by default.",
+    help="Samples are windows of --max-length tokens, filled with records, one empty position "
+    "between them, as REAP does by default.",
 )
 @click.option(
     "--tokens",
