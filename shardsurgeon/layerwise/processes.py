@@ -134,8 +134,12 @@ def calibrate_apart(
         team.start(jobs, peers)
         team.attend()
     except BaseException as error:
-        # Where a rank has failed, torchrun is about to end all others.
-        team.stop(0.0 if peers and isinstance(error, Exception) else _STOP_SECONDS)
+        if peers and isinstance(error, Exception):
+            with _deaf():
+                team.stop(0.0)
+                time.sleep(_GROUP_SECONDS)
+        else:
+            team.stop(_STOP_SECONDS)
         _remove_if_nothing_is_kept(job, jobs)
         raise
     team.close(_STOP_SECONDS)
@@ -211,7 +215,7 @@ class _Team:
         for number, job in enumerate(jobs):
             device = job.settings.device
             if number > 0 and peers:
-                worker = _Worker(device, peers[number - 1])
+                worker = _Worker(f"rank {number}, {device}", peers[number - 1])
             else:
                 process = _start_child()
                 said, told = cast(BinaryIO, process.stdout), cast(BinaryIO, process.stdin)
@@ -330,6 +334,21 @@ def _blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """For the time of a `with`, ignore SIGTERM: where a rank is killed, torchrun sends it to the
+    others at once, and what is the matter would not be said."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except ValueError:  # not the main thread, which no signal disturbs
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _name(number: int) -> str:
