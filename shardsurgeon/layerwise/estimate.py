@@ -287,9 +287,8 @@ class _Bill:
         """Bytes of the host's memory, for all devices."""
         if not self._machine.on_gpu:
             return self._schedule.host_nbytes
-        if self._schedule.states is Place.DEVICE:
-            return 0
-        return self._schedule.host_nbytes * self._machine.devices
+        held = self._schedule.states is Place.HOST
+        return self._schedule.host_nbytes * self._machine.devices if held else 0
 
     def _total(self) -> float:
         """All at the same time, but for weights that wait until the layer before has gone."""

@@ -158,9 +158,9 @@ class _Chooser:
         ):
             self._most_rows //= 2
         self._state = each * size.state
-        self._place, budget = self._states()
+        self._place = self._states()
         held = self._tokens * self._state
-        self._host = 0 if self._place is Place.DEVICE else min(held, budget)
+        self._host = held if self._place is Place.HOST else 0
         device = held if self._place is Place.DEVICE else 0
         if not limits.on_gpu and self._place is Place.HOST:
             device = held
@@ -190,18 +190,18 @@ class _Chooser:
                     return held
         return None
 
-    def _states(self) -> tuple[Place, int]:
-        """Where hidden states are, and the bytes that they may take in the host's memory."""
+    def _states(self) -> Place:
+        """Where hidden states are."""
         limits, nbytes = self._limits, self._tokens * self._state
         budget = limits.states_budget
         if budget is None:
             budget = limits.host_free // 2
         if limits.on_gpu and nbytes <= limits.device_free * _ON_DEVICE:
-            return Place.DEVICE, budget
+            return Place.DEVICE
         if not limits.on_gpu:
             least = self._fixed + 2 * self._one + self._of_batch(1, 1)
             budget = max(0, min(budget, limits.host_free - 2 * least))
-        return (Place.HOST if nbytes <= budget else Place.FILE), budget
+        return Place.HOST if nbytes <= budget else Place.FILE
 
     def _in_groups(self) -> Schedule:
         """Experts that come in groups: a few while others are read."""
