@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardsurgeon.layerwise.memory import free_memory
-from shardsurgeon.layerwise.settings import require
+from shardsurgeon.layerwise.settings import Settings, require
+
+_HERE = "this machine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,14 @@ MACHINES = (
 def this_machine(device: str) -> Machine:
     """This machine as far as it is known: its free memory. Raises UsageError where torch is needed
     to know of a device and is not installed, and where there is no such device."""
-    if device != "cpu":
-        require("torch")
-        from shardsurgeon.layerwise.devices import require_device
+    if device == "cpu":
+        free = free_memory(device)
+        return Machine(_HERE, 1, False, free, free)
+    require("torch")
+    from shardsurgeon.layerwise.devices import require_device
+    from shardsurgeon.layerwise.processes import devices
 
-        require_device(device)
-    free = free_memory(device)
-    host = free if device == "cpu" else free_memory("cpu")
-    return Machine("this machine", 1, device != "cpu", free, host)
+    names = devices(Settings(device))
+    for name in names:
+        require_device(name)
+    return Machine(_HERE, len(names), True, min(map(free_memory, names)), free_memory("cpu"))
