@@ -112,7 +112,8 @@ def _needed(context: click.Context, parameter: click.Parameter, text: str | None
 @click.option(
     "--dtype",
     metavar="NAME",
-    help="Arithmetic in bfloat16, float16, float32 or float64.  [default: the model's own]",
+    help="Arithmetic in bfloat16, float16, float32 or float64.  [default: the model's own, or "
+    "float32 on a CPU that is faster in it]",
 )
 @click.option(
     "--batch-size",
@@ -256,7 +257,8 @@ def _lines(report: CalibrationReport, model: str | None, family: str | None) -> 
         yield from fact("counted", counted(report.counted_tokens, "token"))
     if report.total_samples != report.samples:
         yield from fact("in the file", counted(report.total_samples, "sample"))
-    yield from fact("computed", f"in {report.dtype} on {report.device}")
+    reason = f": {report.dtype_reason}" if report.dtype_reason else ""
+    yield from fact("computed", f"in {report.dtype} on {report.device}{reason}")
     layers = counted(report.layers, "MoE layer")
     if report.mtp_layers:
         layers += f", {report.mtp_layers} of them for next-token prediction"

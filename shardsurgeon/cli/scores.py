@@ -271,7 +271,7 @@ def convert_command(
 @click.option(
     "--mixed",
     is_flag=True,
-    help="Add up sums over all tokens and sums over those of the assistant.",
+    help="Add up files that differ in --dtype or --tokens.",
 )
 @progress_option
 @json_option
@@ -282,8 +282,8 @@ def merge_command(
 
     Adds the accumulators that `calibrate` keeps beside the scores, so that the
     result is what one calibration over all the samples would have given. Files
-    of different models, or with a sample in common, are refused. The sums in
-    files of REAP's observer add up too; those list no samples.
+    of different models or dtypes, or with a sample in common, are refused. The
+    sums in files of REAP's observer add up too; those list no samples.
 
     \b
     Examples:

@@ -33,17 +33,16 @@ _DAMAGED = "the file is damaged: fetch it again or calibrate anew"
 _MODEL = ("model", "config_sha256", "revision")
 _ONE_MODEL = "merge calibrations of one model"
 _TWO_NAMES = "`scores merge --same-model`, if they are one under two names"
-_SAMPLES, _PARTS = "samples", "parts"
+_SAMPLES, _PARTS, _DTYPE = "samples", "parts", "dtype"
 
 WINDOWS = "windows"
 """The setting that says how many windows the listed records were packed into."""
 
 COUNTED = "counted"
 """The setting that says which tokens are added up."""
-# Settings of sums that are of different things where they differ, and what a file means that does
-# not say: it is older than the setting.
-_ALIKE = {COUNTED: "all"}
-_SAID = {COUNTED: "--tokens"}
+# Settings of sums that are of different things where they differ; how the command line calls them;
+# and what a file means that does not say: older than the setting, or nothing that is known.
+_ALIKE = {COUNTED: ("--tokens", "all"), _DTYPE: ("--dtype", None)}
 _MIXED = "calibrate alike, or add them up as they are with `scores merge --mixed`"
 
 
@@ -78,6 +77,12 @@ class Calibration:
         sizes = [part.get(WINDOWS, part.get(_SAMPLES)) for part in parts]
         numbers = [size for size in sizes if type(size) is int]
         return sum(numbers) if len(numbers) == len(parts) else len(self.samples)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that its parts were computed in, as far as they say so; ascending."""
+        named = [part.get(_DTYPE) for part in (self.settings, *_own(self.settings))]
+        return tuple(sorted({dtype for dtype in named if isinstance(dtype, str)}))
 
     def _sample(self, entry: object) -> SampleEntry:
         if isinstance(entry, list | tuple) and len(entry) == 3:
@@ -209,11 +214,11 @@ def merge(
     """Add up calibrations of one model that have no sample in common.
 
     origin: the file that the sum will be written to; any_name: accept different model names
-    where the configs are equal; mixed: accept sums over different kinds of tokens. Settings that
-    all parts share are kept; others (dataset, seed, …) are listed under `parts`, part by part.
-    Samples are sorted by source and index. Raises UsageError for fewer than two parts; ScoreError,
-    naming two files, where the models differ, the tokens that are added up are of different kinds,
-    or a sample is in both.
+    where the configs are equal; mixed: accept sums over different kinds of tokens, or of different
+    dtypes. Settings that all parts share are kept; others (dataset, seed, …) are listed under
+    `parts`, part by part. Samples are sorted by source and index. Raises UsageError for fewer than
+    two parts; ScoreError, naming two files, where the models, the kinds of tokens or the dtypes
+    differ, or a sample is in both.
     """
     if len(parts) < 2:
         raise UsageError("scores merge", f"{len(parts)} file to merge", "give at least two")
@@ -255,13 +260,15 @@ def require_alike(
 
     settings: of the other one, a merged one or a single one; origin: what messages call it.
     """
-    for key, meant in _ALIKE.items():
+    for key, (said, meant) in _ALIKE.items():
         here, there = (
-            sorted({str(part.get(key, meant)) for part in _own(each)})
+            sorted({str(part[key]) if key in part else str(meant) for part in _own(each)})
             for each in (other.settings, settings)
         )
+        if str(None) in (*here, *there):
+            continue
         if here != there or len(here) > 1:
-            problem = f"was made with {_SAID[key]} {', '.join(here)}, {origin} with "
+            problem = f"was made with {said} {', '.join(here)}, {origin} with "
             problem += ", ".join(there)
             raise ScoreError(other.origin, problem, _MIXED)
 

@@ -20,6 +20,7 @@ from shardsurgeon.layerwise.calibration_file import (
     find_calibration,
 )
 from shardsurgeon.layerwise.datasets import without_folders
+from shardsurgeon.layerwise.preparation import with_dtype
 from shardsurgeon.layerwise.request import CalibrationRequest
 from shardsurgeon.layerwise.samples import Drawn, Sample, samples_sha256
 from shardsurgeon.layerwise.settings import versions
@@ -60,7 +61,8 @@ def run_identity(
     files = tuple(file for file in checkpoint.files if file.name in shards)
     source = [[(file.name, file.nbytes, file.stamp) for file in files], headers]
     digests = [hashlib.sha256(json.dumps(what).encode()).hexdigest() for what in (asked, source)]
-    words = {f"--{name.replace('_', '-')}": str(value) for name, value in settings.items()}
+    said = {name: value for name, value in settings.items() if value is not None}
+    words = {f"--{name.replace('_', '-')}": str(value) for name, value in said.items()}
     words |= {"--dataset": str(asked["dataset"]), "--max-length": str(asked["max_length"])}
     words |= {"--tokens": request.tokens, "--pack": str(request.pack)}
     words |= {"--extend": str(asked["extend"]), "samples": str(asked["samples"])[:12]}
@@ -73,12 +75,28 @@ def _sha256(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def computed_in(
+    dtype: str,
+    request: CalibrationRequest,
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    used: Sequence[str],
+) -> str:
+    """The setting that tells a request that is computed in a dtype from any other run."""
+    run = run_identity(with_dtype(request, dtype), checkpoint, samples, used)
+    return hashlib.sha256(f"{run.result} {run.source}".encode()).hexdigest()
+
+
 def calibration_settings(
-    request: CalibrationRequest, checkpoint: Checkpoint, drawn: Drawn, run: Run
+    request: CalibrationRequest,
+    checkpoint: Checkpoint,
+    drawn: Drawn,
+    dtype: str,
+    runs: Mapping[str, str],
 ) -> dict[str, object]:
-    """The settings that the score file records."""
+    """The settings that the score file records. runs: dtype → as `computed_in` gives it."""
     settings: dict[str, object] = {
-        _RUN: hashlib.sha256(f"{run.result} {run.source}".encode()).hexdigest(),
+        _RUN: runs[dtype],
         "model": checkpoint.source.name,
         "revision": checkpoint.source.revision,
         "config_sha256": checkpoint.config_sha256,
@@ -86,7 +104,7 @@ def calibration_settings(
         "seed": request.settings.seed,
         "max_length": request.max_length,
         COUNTED: request.tokens,
-        "dtype": request.settings.dtype,
+        "dtype": dtype,
         "versions": {"shardsurgeon": __version__, **versions()},
         "samples": [list(entry) for sample in drawn.samples for entry in sample.entries],
     }
@@ -99,23 +117,26 @@ def calibration_settings(
 
 
 def done_already(
-    output: Output, settings: Mapping[str, object], samples: int
-) -> Calibration | None:
-    """What the file holds, where that is what this very run gives; None where there is none.
+    output: Output, runs: Mapping[str, str], samples: int
+) -> tuple[Calibration | None, str]:
+    """What the file holds, where that is what this very run gives, and the dtype of that.
 
-    settings: of the run; samples: how many the file must have. Raises OutputError for any other
-    file, unless it is to be replaced.
+    runs: dtype that the run may be computed in → the setting that tells it from others; samples:
+    how many the file must have. None, and the first dtype, where there is no file. Raises
+    OutputError for any other file, unless it is to be replaced.
     """
+    first = next(iter(runs))
     if not output.path.is_file():
-        return None
+        return None, first
     found = None
     with suppress(ScoreError):
         found = find_calibration(output.path)
     if found is not None and len(found.samples) == samples:
         parts = found.settings.get("parts")
-        runs = [part.get(_RUN) for part in (parts if isinstance(parts, list) else [found.settings])]
-        if settings[_RUN] in runs:
-            return found
+        made = [part.get(_RUN) for part in (parts if isinstance(parts, list) else [found.settings])]
+        for dtype, run in runs.items():
+            if run in made:
+                return found, dtype
     if not output.force:
         output.refuse()
-    return None
+    return None, first

@@ -16,6 +16,7 @@ from shardsurgeon.layerwise.calibration_file import (
     require_alike,
 )
 from shardsurgeon.layerwise.datasets import DEFAULT_SAMPLES, parse_spec
+from shardsurgeon.layerwise.dtype_choice import possible_dtypes
 from shardsurgeon.layerwise.request import CalibrationRequest
 from shardsurgeon.layerwise.samples import (
     Drawn,
@@ -33,18 +34,42 @@ DEFAULT_MAX_LENGTH = 2048
 _POSITIONS = ("max_position_embeddings", "model_max_length", "max_sequence_length", "seq_length")
 _DTYPE = ("dtype", "torch_dtype")
 _FALLBACK_DTYPE = "bfloat16"
+_ANEW = "calibrate anew, then `scores merge --mixed` adds them up"
 
 
 def with_defaults(
     request: CalibrationRequest, checkpoint: Checkpoint, anatomy: Anatomy
 ) -> CalibrationRequest:
-    """The request with values for what it leaves to the model."""
-    settings = request.settings
-    return replace(
-        request,
-        max_length=_sample_length(checkpoint, anatomy, request.max_length),
-        settings=replace(settings, dtype=settings.dtype or _own_dtype(checkpoint, anatomy)),
-    )
+    """The request with a length of samples."""
+    return replace(request, max_length=_sample_length(checkpoint, anatomy, request.max_length))
+
+
+def with_dtype(request: CalibrationRequest, dtype: str) -> CalibrationRequest:
+    """The request with a dtype."""
+    return replace(request, settings=replace(request.settings, dtype=dtype))
+
+
+def dtypes_of(
+    request: CalibrationRequest,
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    earlier: Calibration | None,
+) -> tuple[str, ...]:
+    """The dtypes that the request may be computed in; one that extends a file takes that file's.
+
+    Raises ScoreError where they would be mixed with others.
+    """
+    asked = request.settings.dtype
+    before = () if earlier is None else earlier.dtypes
+    if asked is None and len(before) == 1 and before[0] in DTYPES:
+        asked = before[0]
+    possible = possible_dtypes(asked, _own_dtype(checkpoint, anatomy), request.settings.device)
+    if earlier is not None and before and before != possible:
+        problem = f"was made with --dtype {', '.join(before)}, this calibration with "
+        problem += " or ".join(possible)
+        remedy = _ANEW if len(before) > 1 else f"leave --dtype out, or {_ANEW}"
+        raise ScoreError(earlier.origin, problem, remedy)
+    return possible
 
 
 def _sample_length(checkpoint: Checkpoint, anatomy: Anatomy, asked: int | None) -> int:
@@ -86,8 +111,7 @@ def earlier_calibration(request: CalibrationRequest, checkpoint: Checkpoint) -> 
     try:
         require_alike(earlier, {COUNTED: request.tokens})
     except ScoreError as error:
-        add_up = "calibrate anew, then `scores merge --mixed` adds them up"
-        raise ScoreError(error.where, error.problem, add_up) from error
+        raise ScoreError(error.where, error.problem, _ANEW) from error
     return earlier
 
 

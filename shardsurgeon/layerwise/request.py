@@ -64,7 +64,8 @@ class CalibrationReport(Report):
     is one sample);
     layers: MoE layers in the file; mtp_layers: how many of them are MTP layers; layers_resumed:
     layers that an earlier run had finished; never_routed: experts, over all layers, that no token
-    was routed to; seconds: wall time.
+    was routed to; dtype: of the arithmetic; dtype_reason: why that is not the model's own, where
+    nobody asked for it; seconds: wall time.
 
     >>> with open("chats.txt", "w") as file:
     ...     written = file.write("the cat sat on the mat\\n" * 4)
@@ -85,6 +86,7 @@ class CalibrationReport(Report):
     layers_resumed: int
     never_routed: int
     dtype: str
+    dtype_reason: str | None
     device: str
     seconds: float
     notes: tuple[str, ...]

@@ -22,16 +22,24 @@ from shardsurgeon.layerwise.calibration_file import (
 )
 from shardsurgeon.layerwise.channels import Channel, met, this_rank
 from shardsurgeon.layerwise.datasets import parse_spec
+from shardsurgeon.layerwise.dtype_choice import DtypeChoice, chosen_dtype
 from shardsurgeon.layerwise.estimate import CalibrationEstimate, Wishes, estimates
-from shardsurgeon.layerwise.identity import calibration_settings, done_already, run_identity
+from shardsurgeon.layerwise.identity import (
+    calibration_settings,
+    computed_in,
+    done_already,
+    run_identity,
+)
 from shardsurgeon.layerwise.memory import model_size
 from shardsurgeon.layerwise.preparation import (
     check_share,
     check_vocabulary,
     drawn_samples,
+    dtypes_of,
     earlier_calibration,
     longest_samples,
     with_defaults,
+    with_dtype,
 )
 from shardsurgeon.layerwise.processes import calibrate_apart, devices, lead
 from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
@@ -116,13 +124,15 @@ def _calibrate(
     require_complete(anatomy.incomplete, None, checkpoint.location)
     request = with_defaults(request, checkpoint, anatomy)
     earlier = earlier_calibration(request, checkpoint)
+    possible = dtypes_of(request, checkpoint, anatomy, earlier)
     drawn = drawn_samples(request, checkpoint, earlier)
     samples = drawn.samples
     check_vocabulary(checkpoint, anatomy, samples)
     used = devices(request.settings)[: len(samples)]
     run = replace(run_identity(request, checkpoint, samples, used), command=command)
-    settings = calibration_settings(request, checkpoint, drawn, run)
-    done = done_already(output, settings, _check_entries(out, drawn, earlier))
+    runs = {dtype: computed_in(dtype, request, checkpoint, samples, used) for dtype in possible}
+    done, dtype = done_already(output, runs, _check_entries(out, drawn, earlier))
+    choice = DtypeChoice(dtype)
     layers = len(anatomy.layers)
     with partial_calibration(Path(out), run, layers, restart=restart) as partial:
         resumed = len(done.layers) if done else partial.num_resumed
@@ -130,15 +140,18 @@ def _calibrate(
             # At the commit that it was opened at.
             where = address_of(checkpoint.source) if checkpoint.source.revision else model
             folder, budget = partial.activations, _budget(request)
-            job = Job(where, family, samples, request.settings, folder, budget, request.memory)
-            _run_layers(checkpoint, job, used, ranks, partial.layers, progress)
-            found = Calibration(str(out), partial.layers.layers, settings)
+            with chosen_dtype(possible, folder) as choice:
+                settings = with_dtype(request, choice.dtype).settings
+                job = Job(where, family, samples, settings, folder, budget, request.memory)
+                _run_layers(checkpoint, job, used, ranks, partial.layers, progress)
+            said = calibration_settings(request, checkpoint, drawn, choice.dtype, runs)
+            found = Calibration(str(out), partial.layers.layers, said)
             _require_unchanged(checkpoint, run, partial)
             done = merge([earlier, found], str(out)) if earlier else found
             write_scores(output, done.content())
         partial.clear()
     seconds = time.monotonic() - begin
-    report = _report(request, checkpoint, anatomy, done, drawn, resumed, seconds)
+    report = _report(request, choice, checkpoint, anatomy, done, drawn, resumed, seconds)
     return replace(report, device=", ".join(used)) if len(used) > 1 else report
 
 
@@ -173,21 +186,22 @@ def rehearse(
         output = output.apart_from(files_read(checkpoint, family))
     anatomy = read_anatomy(checkpoint)
     require_complete(anatomy.incomplete, None, checkpoint.location)
-    asked, request = request.settings.dtype, with_defaults(request, checkpoint, anatomy)
+    request = with_defaults(request, checkpoint, anatomy)
     earlier = earlier_calibration(request, checkpoint)
+    possible = dtypes_of(request, checkpoint, anatomy, earlier)
     drawn = None
     if request.dataset and ready:
         drawn = drawn_samples(request, checkpoint, earlier)
         check_vocabulary(checkpoint, anatomy, drawn.samples)
         if output is not None:
             used = devices(request.settings)[: len(drawn.samples)]
-            run = run_identity(request, checkpoint, drawn.samples, used)
-            settings = calibration_settings(request, checkpoint, drawn, run)
-            done_already(output, settings, _check_entries(output.path, drawn, earlier))
+            given = (request, checkpoint, drawn.samples, used)
+            runs = {dtype: computed_in(dtype, *given) for dtype in possible}
+            done_already(output, runs, _check_entries(output.path, drawn, earlier))
     lengths = [each.num_tokens for each in drawn.samples] if drawn else longest_samples(request)
     wishes = Wishes(
-        own_dtype=str(request.settings.dtype),
-        dtype=asked,
+        own_dtype=possible[0],
+        dtype=request.settings.dtype,
         batch_size=request.settings.batch_size,
         memory=request.memory,
         states_budget=request.activation_budget,
@@ -269,6 +283,7 @@ def _require_unchanged(checkpoint: Checkpoint, run: Run, partial: PartialCalibra
 
 def _report(
     request: CalibrationRequest,
+    choice: DtypeChoice,
     checkpoint: Checkpoint,
     anatomy: Anatomy,
     whole: Calibration,
@@ -295,7 +310,8 @@ def _report(
         mtp_layers=len(mtp & whole.layers.keys()),
         layers_resumed=resumed,
         never_routed=sum(int((sums.counts == 0).sum()) for sums in whole.layers.values()),
-        dtype=str(request.settings.dtype),
+        dtype=choice.dtype,
+        dtype_reason=choice.reason,
         device=request.settings.device,
         seconds=seconds,
         notes=tuple(notes),

@@ -46,9 +46,9 @@ class Settings:
     """What decides the numbers of a calibration, apart from its samples.
 
     device: `cpu`, `cuda` for all that are visible, or `cuda:<n>`; dtype: of weights and
-    activations, one of DTYPES, None for the checkpoint's own; batch_size: samples of one forward
-    pass, or `auto` for what fits; seed: of the choice of samples. Raises UsageError for other
-    values.
+    activations, one of DTYPES, None for the checkpoint's own, or float32 on a CPU that is faster in
+    it; batch_size: samples of one forward pass, or `auto` for what fits; seed: of the choice of
+    samples. Raises UsageError for other values.
     """
 
     device: str = "cpu"

@@ -190,6 +190,8 @@ class Recipe:
                 for name, value in options.items()
                 if name in self.steps[step] and name not in _NOT_KEPT[step]
             }
+            if step == "calibrate" and (dtype := _dtype_picked(options)):
+                tables[step]["dtype"] = dtype
         tables["sha256"] = {**self.sha256, **digests}
         return (_HEADING + _toml(tables)).encode()
 
@@ -246,6 +248,17 @@ def _written(step: str, options: Options) -> Iterator[tuple[str, str]]:
     out = options.get("out")
     if step != "apply" and isinstance(out, str) and os.path.isfile(out):
         yield out, sha256_of(Path(out))
+
+
+def _dtype_picked(calibrate: Options) -> str | None:
+    """The dtype of a calibration that names none: another machine might pick another."""
+    out = calibrate.get("out")
+    if "dtype" in calibrate or not isinstance(out, str) or not os.path.isfile(out):
+        return None
+    from shardsurgeon.layerwise.calibration_file import find_calibration
+
+    found = find_calibration(out)
+    return found.dtypes[0] if found is not None and len(found.dtypes) == 1 else None
 
 
 def _name(path: str, names: Mapping[str, str]) -> str:

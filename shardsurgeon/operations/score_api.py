@@ -85,15 +85,15 @@ def calibrate(
     samples: in all, None for what dataset says, or 512. max_length: tokens that a sample is cut to,
     None for 2048 or less where the model allows less. seed: which records are drawn. device: where
     a layer computes, `cpu`, `cuda` for every GPU, or `cuda:1` for one; every GPU has a process of
-    its own. dtype: of the arithmetic, None for the model's own. batch_size: samples that pass a
-    layer together, or `auto`. memory: the most that it may take on a device, in bytes or as
-    `"40GB"`, None for what is free. activation_budget: memory for what passes from layer to layer,
-    None for half of what is free. extend: a
-    score file whose samples are left out and whose sums are added. share: (k, n), every n-th sample
-    from the k-th on. field: the field of a record that holds the text. pack: fill every sample up
-    to max_length with records, an empty position between them. tokens: which are added up, `all` or
-    those of the `assistant`, which the chat template marks. skip_invalid: leave out records that
-    cannot be used, which the file counts and lists. tokenizer: a folder, None for the model's own.
+    its own. dtype: of the arithmetic, None for the model's own, or float32 on a CPU that is faster
+    in it. batch_size: samples that pass a layer together, or `auto`. memory: the most that it may
+    take on a device, in bytes or as `"40GB"`, None for what is free. activation_budget: memory for
+    what passes from layer to layer, None for half of what is free. extend: a score file whose
+    samples are left out and whose sums are added. share: (k, n), every n-th sample from the k-th
+    on. field: the field of a record that holds the text. pack: fill every sample up to max_length
+    with records, an empty position between them. tokens: which are added up, `all` or those of the
+    `assistant`, which the chat template marks. skip_invalid: leave out records that cannot be used,
+    which the file counts and lists. tokenizer: a folder, None for the model's own.
     trust_remote_code: whether a tokenizer may run code of the model. family: as for `plan`.
     restart: discard what an earlier run left. force: replace another score file. progress: show a
     bar; on_progress: called often with the layers and tokens that are done.

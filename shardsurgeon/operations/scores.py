@@ -149,10 +149,10 @@ def merge_scores(
     """Add the accumulators of several calibrations of one model and write their score file.
 
     Files of REAP's observer are added up as well, if all of them are such files. same_model:
-    models of one config under two names are one; mixed: sums over all tokens and over those of the
-    assistant are added up; force: replace another score file. Raises UsageError and OutputError
-    where `out` cannot be written, ScoreError for files without accumulators, of different models,
-    over different kinds of tokens, or with a sample in common.
+    models of one config under two names are one; mixed: files that differ in the kinds of tokens
+    or in the dtype are added up; force: replace another score file. Raises UsageError and
+    OutputError where `out` cannot be written, ScoreError for files without accumulators, of
+    different models, kinds of tokens or dtypes, or with a sample in common.
 
     >>> try:
     ...     shardsurgeon.merge_scores(["fixtures/kimi_k25/scores.pt"] * 2, "both.npz")

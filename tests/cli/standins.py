@@ -214,6 +214,7 @@ CALIBRATED = CalibrationReport(
     layers_resumed=0,
     never_routed=3,
     dtype="bfloat16",
+    dtype_reason=None,
     device="cuda",
     seconds=4096.0,
     notes=(),

@@ -29,6 +29,12 @@ def test_the_report_says_what_was_done_and_what_comes_next(run: Run) -> None:
     assert run(*LEAST).stdout == REPORT
 
 
+def test_a_dtype_that_was_picked_says_why(run: Run, fake: FakeOperations) -> None:
+    why = "8.9 x faster here than the model's bfloat16"
+    fake.calibrate = replace(CALIBRATED, dtype="float32", dtype_reason=why, device="cpu")
+    assert f"  computed      in float32 on cpu: {why}\n" in run(*LEAST).stdout
+
+
 def test_what_was_there_before_is_told_apart(run: Run, fake: FakeOperations) -> None:
     fake.calibrate = replace(
         CALIBRATED, total_samples=1024, layers=61, mtp_layers=1, layers_resumed=7, notes=("a note",)

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.loading import ParameterNames
 from shardsurgeon.layerwise.model import Model
 from shardsurgeon.layerwise.settings import Settings
@@ -51,7 +52,8 @@ TABLES = {"diagonal_decay", "key_decay", "query_decay", "slope_rate"}
 def opened(folder: Path, dtype: str) -> Model:
     checkpoint = open_checkpoint(folder)
     with silence_hub(), torch.inference_mode():
-        model = Model(checkpoint, read_anatomy(checkpoint), Settings(dtype=dtype))
+        anatomy, settings = read_anatomy(checkpoint), Settings(dtype=dtype)
+        model = Model(checkpoint, anatomy, settings, Device("cpu"))
         model.prepare(token_ids((9,))[0])
     return model
 

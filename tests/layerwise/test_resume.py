@@ -153,7 +153,7 @@ def test_an_upgrade_meanwhile_costs_nothing(
     command = words(MODEL, chats, out, "--dtype", "float32")
     interrupt(monkeypatch, command)
     capsys.readouterr()
-    monkeypatch.setattr("shardsurgeon.layerwise.run.__version__", "99.0")
+    monkeypatch.setattr("shardsurgeon.layerwise.identity.__version__", "99.0")
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers_resumed"] > 0
 
