@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,6 +288,8 @@ class ExpertRecipe:
         values = [self._unpacked(value) for value in stored]
         if converter is None:
             return {parameter: values[0]}
+        # It collects what it converts: each thread needs its own, as in transformers' loader.
+        converter = deepcopy(converter)
         info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
         for (part, target), value in zip(entries, values, strict=True):
             converter.add_tensor(parameter, part.name(0), target.part, value)

@@ -6,6 +6,7 @@ import json
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from shardsurgeon.layerwise.dtype_choice import (
     possible_dtypes,
     seconds_of_products,
 )
-from shardsurgeon.layerwise.settings import Progress
+from shardsurgeon.layerwise.resume import FinishedLayers
 from tests.layerwise.chats import FIXTURES, words, write_chats
 from tests.layerwise.files import calibration as made
 
@@ -178,19 +179,14 @@ def test_an_interrupted_run_goes_on_in_the_dtype_that_it_began_with(
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     timed(monkeypatch, 8.9, 1.0)
     assert main(words(MODEL, chats, whole)) == 0
-    run_layers = calibration._run_layers
+    finished = FinishedLayers.finished_layer
 
-    def stopped(*given: object) -> None:
-        *others, _ = given
-
-        def stop(now: Progress) -> None:
-            if now.layers_done:
-                raise KeyboardInterrupt
-
-        run_layers(*others, stop)  # type: ignore[arg-type]
+    def stopped(self: FinishedLayers, *given: Any) -> None:
+        finished(self, *given)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibration, "_run_layers", stopped)
+        patched.setattr(FinishedLayers, "finished_layer", stopped)
         assert main(words(MODEL, chats, cut)) == 130
     calls = timed(monkeypatch, 0.2, 1.0)
     assert main(words(MODEL, chats, cut)) == 0
@@ -223,7 +219,7 @@ def test_files_of_two_dtypes_are_merged_on_request_only() -> None:
     parts = [made(1, dtype="float32"), made(2, dtype="bfloat16"), made(3, dtype="float32")]
     with pytest.raises(
         ScoreError,
-        match=r"^2\.pt: was made with --dtype bfloat16, 1\.pt with float32; calibrate alike, or add",
+        match=r"^2\.pt: was made with --dtype bfloat16, 1\.pt with float32; calibrate alike, or",
     ):
         merge(parts, "s.pt")
     both = merge(parts, "s.pt", mixed=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,7 +27,9 @@ from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.devices import Arrival, Device
 from shardsurgeon.layerwise.loading import ExpertRecipe
 from shardsurgeon.layerwise.memory import ModelSize, model_size
+from shardsurgeon.layerwise.model import Model
 from shardsurgeon.layerwise.schedule import Hold, Limits, Place, chunks, costs, make_schedule
+from shardsurgeon.layerwise.settings import Settings
 from shardsurgeon.layerwise.tensors import TensorReader
 from tests.families.specimens import fixture, written
 from tests.layerwise.streaming import Sink, stream, token_ids
@@ -92,6 +96,22 @@ def assert_same(one: dict[int, Accumulators], other: dict[int, Accumulators]) ->
 def sizes(folder: Path) -> ModelSize:
     checkpoint = open_checkpoint(folder)
     return model_size(checkpoint, read_anatomy(checkpoint))
+
+
+def test_readers_make_the_same_experts_side_by_side_as_one_after_another(folder: Path) -> None:
+    checkpoint, settings = open_checkpoint(folder), Settings(dtype="float32")
+    model = Model(checkpoint, read_anatomy(checkpoint), settings, Device("cpu"))
+    _, make = model.experts(1)
+    wanted = list(range(24)) * 8
+    before = sys.getswitchinterval()
+    with ThreadPoolExecutor(8) as readers:
+        sys.setswitchinterval(1e-6)
+        together = list(readers.map(make, wanted))
+        sys.setswitchinterval(before)
+    for expert, made in zip(wanted, together, strict=True):
+        for name, value in make(expert).items():
+            assert isinstance(value, torch.Tensor)
+            assert torch.equal(made[name], value)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
