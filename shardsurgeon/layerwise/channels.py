@@ -113,7 +113,7 @@ def met(rank: Rank) -> Iterator[list[Channel]]:
     """
     if rank.here != rank.count:
         problem = f"starts {rank.count} processes, {rank.here} of them on this machine"
-        remedy = "start them on one; of several, each takes a --share, and `scores merge` adds up"
+        remedy = "start them on one; of several, each takes a --share, to be merged"
         raise UsageError("torchrun", problem, remedy)
     if not hasattr(socket, "AF_UNIX"):
         problem = "needs sockets that lie in a folder, which this system has not"
