@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import config_section
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced, Surplus
-from shardsurgeon.layerwise.settings import require
+from shardsurgeon.layerwise.settings import missing_packages, require
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 OUTSIDE = -1
@@ -250,7 +249,7 @@ def free_memory(device: str) -> int:
 
 def _available() -> int:
     """Bytes that the system can give. Raises UsageError where it takes psutil to know."""
-    if find_spec("psutil") is None:
+    if "psutil" in missing_packages():
         with suppress(OSError, ValueError, KeyError):
             lines = Path("/proc/meminfo").read_text().splitlines()
             kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]

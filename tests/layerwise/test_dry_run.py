@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,14 @@ def test_nothing_heavy_is_imported_and_no_weight_is_read(tmp_path: Path) -> None
             file.truncate(size)
     code = (
         "import sys; from shardsurgeon.cli.main import main;"
+        "sys.modules.update(dict.fromkeys(['torch', 'transformers', 'psutil', 'greenlet']));"
         "assert main(['calibrate', sys.argv[1], '--dry-run', '-q']) == 0;"
-        "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
+        "assert 'datasets' not in sys.modules"
     )
     done = in_python(code, str(model), capture_output=True, check=True)
     assert "Dry run: nothing was written." in done.stdout
+    if sys.platform == "linux":
+        assert "a layer's experts stay, ready" in done.stdout or "in groups of" in done.stdout
 
 
 @pytest.mark.torch
