@@ -73,10 +73,10 @@ class Calibration:
     @property
     def num_samples(self) -> int:
         """How many samples passed through the model: records, or windows packed with them."""
-        parts = _own(self.settings)
-        sizes = [part.get(WINDOWS, part.get(_SAMPLES)) for part in parts]
-        numbers = [size for size in sizes if type(size) is int]
-        return sum(numbers) if len(numbers) == len(parts) else len(self.samples)
+        sizes = [part.get(WINDOWS, part.get(_SAMPLES)) for part in _own(self.settings)]
+        known = sum(size for size in sizes if isinstance(size, int))
+        # There is a record in every window.
+        return known if 0 < known <= len(self.samples) else len(self.samples)
 
     @property
     def dtypes(self) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ from shardsurgeon.storage.phases import Phase, phase
 
 # Of the records that were left out, so many are listed.
 MOST_LISTED = 100
+# Where none of so many records can be used, the rest is not read.
+_HOPELESS = 1_000
 _SKIP = "--skip-invalid"
 
 SampleEntry: TypeAlias = tuple[str, int, int]
@@ -233,6 +235,7 @@ class _Reading:
         self.options = options
         self.skipped: list[SkippedRecord] = []
         self.num_skipped = 0
+        self._found = False
 
     def numbers(self) -> Iterator[int]:
         """The numbers of the records, without those that are taken."""
@@ -249,7 +252,10 @@ class _Reading:
         for index in self.numbers():
             sample = self._sample(index, tokenizer)
             if sample is not None and sample.num_counted:
+                self._found = True
                 yield sample
+            elif self.num_skipped >= _HOPELESS and not self._found:
+                raise self._hopeless()
 
     def content(self, index: int) -> Conversation | str:
         """What a record holds. Raises DatasetError where it cannot be used."""
@@ -284,6 +290,11 @@ class _Reading:
                 reason = textwrap.shorten(printable(error.problem), 120, placeholder=" …")
                 self.skipped.append((self.dataset.source, index, reason))
             return None
+
+    def _hopeless(self) -> DatasetError:
+        problem = f"of the first {_HOPELESS:,} records drawn none can be used: "
+        problem += self.skipped[0][2]
+        return DatasetError(self.dataset.part.words, problem, "give another dataset")
 
     def _where(self, index: int) -> str:
         return f"{self.dataset.part.words}, record {index:,}"

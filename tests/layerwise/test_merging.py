@@ -159,3 +159,15 @@ def test_sums_over_other_tokens_are_added_on_request_alone() -> None:
     )
     with pytest.raises(ScoreError, match="--mixed"):
         merge([mixed, other], "t.pt")
+
+
+def test_windows_are_counted_part_by_part() -> None:
+    packed, more = calibration(1, windows=1), calibration(2, windows=1)
+    assert packed.num_samples == 1
+    merged = merge([packed, more], "s.pt")
+    assert (merged.num_samples, len(merged.samples)) == (2, 4)
+    assert "windows" not in merged.settings
+    assert merge([merged, calibration(3)], "t.pt").num_samples == 4
+    # A file says what it likes.
+    for claimed in (-3, 10**5000, "2", None, True, 3):
+        assert calibration(1, windows=claimed).num_samples in (1, 2)

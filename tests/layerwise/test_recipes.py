@@ -19,6 +19,9 @@ model = "model"
 [calibrate]
 dataset = "data/chats.jsonl:4"
 max-length = 16
+pack = true
+tokens = "all"
+skip-invalid = true
 out = "scores.npz"
 
 [apply]
@@ -44,6 +47,7 @@ def test_calibration_and_prune_in_one_command_and_again_from_the_copy(
     first = contents(tmp_path / "small")
     said = tomllib.loads(first["calibration/recipe.toml"].decode())
     assert said["calibrate"]["dataset"] == "chats.jsonl:4"
+    assert said["calibrate"]["pack"] is said["calibrate"]["skip-invalid"] is True
     assert said["sha256"].keys() == {"config.json", "chats.jsonl", "scores.npz"}
     assert str(tmp_path).encode() not in b"".join(first.values())
 

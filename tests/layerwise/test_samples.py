@@ -187,6 +187,15 @@ def test_the_list_of_records_left_out_is_bounded(tokenizer: Tokenizer) -> None:
         drawn(tokenizer, "bad.jsonl", 2, skip_invalid=True)
 
 
+def test_a_dataset_of_which_nothing_can_be_used_is_not_read_to_its_end(
+    tokenizer: Tokenizer,
+) -> None:
+    Path("other.jsonl").write_text('{"id": 1}\n' * 3_000)
+    says = r"other\.jsonl: of the first 1,000 records drawn none can be used: has no field"
+    with pytest.raises(DatasetError, match=says):
+        drawn(tokenizer, "other.jsonl", 1, skip_invalid=True)
+
+
 def test_more_samples_than_records_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DatasetError, match=r"a.txt: has 40 records.*ask for 40"):
         drawn(tokenizer, "a.txt", 41)
