@@ -103,9 +103,11 @@ def _calibration(settings: dict[str, object]) -> str:
     words = [f"{size:,} {key}" for key, size in sizes.items()]
     known = ("model", "dataset", "seed", "max_length", "dtype")
     words += [f"{key} {settings[key]}" for key in known if settings.get(key) is not None]
-    words += ["packed windows"] if "windows" in settings else []
-    words += ["the assistant's tokens alone"] if settings.get("counted") == "assistant" else []
     parts = settings.get("parts")
+    runs = parts if isinstance(parts, list) else [settings]
+    packed = any(isinstance(run, dict) and "windows" in run for run in runs)
+    words += ["packed windows"] if packed else []
+    words += ["the assistant's tokens alone"] if settings.get("counted") == "assistant" else []
     words += [f"merged from {len(parts)} calibrations"] if isinstance(parts, list) else []
     return ", ".join(words)
 

@@ -45,6 +45,12 @@ def test_what_was_there_before_is_told_apart(run: Run, fake: FakeOperations) -> 
     assert "note a note" in told
 
 
+def test_tokens_that_do_not_count_are_told_apart(run: Run, fake: FakeOperations) -> None:
+    fake.calibrate = replace(CALIBRATED, counted_tokens=310_720)
+    told = " ".join(run(*LEAST).stdout.split())
+    assert "512 samples, 1,310,720 tokens in" in told and "counted 310,720 tokens" in told
+
+
 def test_json_is_the_report(run: Run) -> None:
     document = json.loads(run(*LEAST, "--json").stdout)
     assert document.items() >= {**asdict(CALIBRATED), "notes": []}.items()
@@ -62,6 +68,7 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
     words = "m --samples 8 --max-length 16 --seed 7 --device cuda:1 --dtype float32 --batch-size 4"
     words += " --memory 40GB --activation-budget 16GB --extend old.pt --share 2/3 --field body"
     words += " --restart --force --tokenizer t --trust-remote-code --family auto"
+    words += " --pack --tokens assistant --skip-invalid"
     assert run(*LEAST, *words.split()).status == 0
     ((model, request, _), options) = fake.calls[1]
     assert model == "m"
@@ -77,6 +84,9 @@ def test_words_become_a_request(run: Run, fake: FakeOperations) -> None:
         tokenizer="t",
         trust_remote_code=True,
         memory=40_000_000_000,
+        skip_invalid=True,
+        tokens="assistant",
+        pack=True,
     )
     said += f" {words}"
     assert options == {"family": "auto", "restart": True, "force": True, "command": said}

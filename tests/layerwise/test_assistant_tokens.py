@@ -152,6 +152,8 @@ def test_the_file_says_which_tokens_it_counts_and_grows_by_the_same_alone(
     found = read_calibration("a.json")
     assert found.settings["counted"] == "assistant"
     assert sum(tokens for _, _, tokens in found.samples) == report["counted_tokens"]
+    assert main(["scores", "show", "a.json"]) == 0
+    assert "the assistant's tokens alone" in " ".join(capsys.readouterr().out.split())
     extend = ("--extend", "a.json")
     assert main(words("qwen3_moe", more, Path("b.json"), *long, *extend)) == 2
     line = capsys.readouterr().err

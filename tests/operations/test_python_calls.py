@@ -147,6 +147,35 @@ def test_a_ratio_that_is_none_is_refused(words: dict[str, Any], says: str) -> No
     assert str(caught.value).startswith(says)
 
 
+def test_keywords_of_a_calibration_become_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardsurgeon.layerwise import run
+    from shardsurgeon.layerwise.request import CalibrationRequest
+    from shardsurgeon.layerwise.settings import Settings
+
+    asked: list[Any] = []
+    monkeypatch.setattr(run, "calibrate", lambda *given, **named: asked.append(given))
+    chosen: dict[str, Any] = {
+        "samples": 8,
+        "max_length": 16,
+        "share": (2, 3),
+        "extend": "old.pt",
+        "field": "body",
+        "tokenizer": "t",
+        "trust_remote_code": True,
+        "pack": True,
+        "tokens": "assistant",
+        "skip_invalid": True,
+    }
+    shardsurgeon.calibrate(
+        MODEL, "a.txt", "s.npz", activation_budget="1GB", dtype="float32", **chosen
+    )
+    settings = Settings(dtype="float32")
+    request = CalibrationRequest("a.txt", settings, activation_budget=10**9, **chosen)
+    assert asked[0][1] == request
+    with pytest.raises(UsageError, match="tokens"):
+        shardsurgeon.calibrate(MODEL, "a.txt", "s.npz", tokens="users")  # type: ignore[arg-type]
+
+
 # Arguments of wrong types
 
 WRONG: dict[str, tuple[Any, ...]] = {
