@@ -28,7 +28,8 @@ from shardsurgeon.errors import (
     UsageError,
     WorkError,
 )
-from shardsurgeon.layerwise import processes
+from shardsurgeon.execution.journal import Run
+from shardsurgeon.layerwise import processes, resume
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.processes import calibrate_apart, devices, shares
 from shardsurgeon.layerwise.settings import Progress, Settings
@@ -42,7 +43,8 @@ TWO = ("cpu", "cpu")
 PARENT = f"""
 import signal, sys
 from pathlib import Path
-from shardsurgeon.layerwise import processes
+from shardsurgeon.execution.journal import Run
+from shardsurgeon.layerwise import processes, resume
 from tests.layerwise.standin_worker import job
 
 processes._CHILD = {CHILD!r}
@@ -179,6 +181,22 @@ def test_shares_of_another_kind_are_refused(tmp_path: Path, content: str) -> Non
     (tmp_path / "shares.json").write_text(content)
     with pytest.raises(OutputError, match="not how 2 samples were shared out to 2 devices"):
         processes._kept_shares(job(tmp_path, {"a": 1, "b": 1}), 2)
+
+
+def test_layers_that_every_worker_has_saved_are_those_that_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = {"0": 3, "1": 2, "files": 9}
+    monkeypatch.setattr(resume, "saved_layers", lambda folder: saved[folder.name])
+    with resume.partial_calibration(tmp_path / "a.pt", Run("a", "b", ()), 5) as partial:
+        for layer in range(4):
+            sums = standin_worker.sums([], layer)
+            partial.layers.finished_layer(layer, False, sums)
+        assert partial.num_resumed == 4
+        for name in "01":
+            (partial.activations / name).mkdir()
+        assert partial.num_resumed == 2
+        partial.clear()
 
 
 def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
