@@ -45,13 +45,16 @@ def token_ids(lengths: Sequence[int] = LENGTHS, vocabulary: int = 256, seed: int
     return [generator.integers(0, vocabulary, length) for length in lengths]
 
 
-def as_samples(ids: Sequence[Ids]) -> list[Sample]:
-    return [Sample(sequence, "drawn", index) for index, sequence in enumerate(ids)]
+def as_samples(ids: Sequence[Ids | Sample]) -> list[Sample]:
+    return [
+        each if isinstance(each, Sample) else Sample(each, "drawn", index)
+        for index, each in enumerate(ids)
+    ]
 
 
 def stream(
     folder: Path,
-    ids: Sequence[Ids],
+    ids: Sequence[Ids | Sample],
     scratch: Path,
     *,
     batch_size: BatchSize = 2,
@@ -72,10 +75,11 @@ def stream(
         changes |= {"hold": Hold.GROUPS, "chunk": chunk_tokens}
     scratch.mkdir(exist_ok=True, parents=True)
     settings = Settings(dtype=dtype, batch_size=batch_size)
-    with ActivationStore(scratch, [len(sequence) for sequence in ids], budget) as store:
+    samples = as_samples(ids)
+    with ActivationStore(scratch, [each.num_tokens for each in samples], budget) as store:
         calibrate_layers(
             open_checkpoint(folder),
-            as_samples(ids),
+            samples,
             settings,
             store,
             sink,

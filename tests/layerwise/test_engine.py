@@ -17,6 +17,8 @@ from shardsurgeon.layerwise import engine, model
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.engine import calibrate_layers
+from shardsurgeon.layerwise.samples import PackedRecord, Sample
+from shardsurgeon.layerwise.schedule import Hold
 from shardsurgeon.layerwise.settings import Progress, Settings
 from shardsurgeon.layerwise.tensors import TensorReader
 from shardsurgeon.storage.local import LocalSource
@@ -162,6 +164,39 @@ def test_padding_is_no_token(folder: Path, tmp_path: Path) -> None:
     assert padded[3].total_tokens == 31
     top_k = 4
     assert all(sums.counts.sum() == top_k * sums.total_tokens for sums in padded.values())
+
+
+@pytest.mark.parametrize("policy", [{}, {"hold": Hold.LAYER, "grouped": True}])
+def test_tokens_that_do_not_count_pass_and_are_not_added_up(
+    folder: Path, tmp_path: Path, policy: dict[str, Any]
+) -> None:
+    """The first tokens of a sample alone are what the sample cut there would give."""
+    ids, firsts = token_ids((40, 33, 12)), (25, 33, 3)
+    counted = [np.arange(len(each)) < first for each, first in zip(ids, firsts, strict=True)]
+    masked = [Sample(each, "drawn", 0, mask) for each, mask in zip(ids, counted, strict=True)]
+    ours = stream(folder, masked, tmp_path / "masked", **policy)
+    cut = [each[:first] for each, first in zip(ids, firsts, strict=True)]
+    expected = stream(folder, cut, tmp_path / "cut")
+    for layer in (1, 2):  # the MTP layer sees the token that a cut takes away
+        assert ours[layer].total_tokens == sum(firsts)
+        assert np.array_equal(ours[layer].counts, expected[layer].counts)
+        for name in ("weight_sum", "norm_sum", "weighted_norm_sum"):
+            sums = (getattr(found[layer], name) for found in (ours, expected))
+            np.testing.assert_allclose(*sums, rtol=2e-6)
+
+
+def test_no_token_looks_at_the_gap_between_two_records(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for gap, records in ((0, True), (77, True), (0, False), (77, False)):
+        ids = token_ids((40,))[0]
+        ids[20] = gap
+        places = (PackedRecord(0, 0, 20), PackedRecord(1, 21, 40)) if records else ()
+        sample = Sample(ids, "drawn", 0, np.arange(40) != 20, places)
+        found.append(stream(folder, [sample, *token_ids((33,))], tmp_path / f"{len(found)}"))
+    for layer in (1, 2):
+        assert found[0][layer].total_tokens == 39 + 33
+        assert np.array_equal(found[0][layer].norm_sum, found[1][layer].norm_sum)
+        assert not np.array_equal(found[2][layer].norm_sum, found[3][layer].norm_sum)
 
 
 def test_a_device_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
