@@ -214,8 +214,8 @@ def calibrate_command(
     repository of the Hub such as org/name. A sample is cut to what the model
     allows. One layer is in memory at a time,
     read straight from the shards. FILE appears when it is complete; until then
-    the work is in FILE.partial, and the same command goes on from the last
-    finished layer. Needs pip install '.[calibrate]'.
+    the work is in FILE.partial, saved every 10 minutes, and the same command
+    goes on from there. Needs pip install '.[calibrate]'.
 
     --dry-run reads headers only and needs no torch. It says how the samples would
     pass this machine, and estimates time and bytes on four others; without
