@@ -194,6 +194,7 @@ class Held(Passing):
         for future in self._read:
             if not future.cancelled():
                 future.exception()
+        self._device.retire()
 
     def _touch(self, expert: int) -> None:
         self._loaded(self._make, expert)

@@ -16,6 +16,7 @@ import transformers
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.errors import InputError
+from shardsurgeon.layerwise.schedule import Hold
 from tests.families.specimens import builders, fixture, written
 from tests.layerwise import in_memory
 from tests.layerwise.streaming import stream, token_ids
@@ -95,9 +96,15 @@ def test_streamed_sums_are_those_of_the_model_in_memory(name: str, tmp_path: Pat
     expected = in_memory.sums(whole_model(name, folder, tmp_path), ids)
     layers = {layer.index for layer in read_anatomy(open_checkpoint(folder)).main_layers}
     assert expected.keys() == layers
-    for batch_size, chunk in ((1, 64), (2, 10_000), (6, 10_000)):
+    policies: list[dict[str, Any]] = [{"chunk_tokens": 64}, {"chunk_tokens": 10_000}]
+    policies.append({"hold": Hold.LAYER, "grouped": True})  # as on a GPU
+    for batch_size, policy in zip((1, 2, 6), policies, strict=True):
+        (1, {"chunk_tokens": 64}),
+        (2, {"chunk_tokens": 10_000}),
+        (6, grouped),
+    ):
         scratch = tmp_path / f"store{batch_size}"
-        streamed = stream(folder, ids, scratch, batch_size=batch_size, chunk_tokens=chunk)
+        streamed = stream(folder, ids, scratch, batch_size=batch_size, **policy)
         in_memory.assert_equal({layer: streamed[layer] for layer in layers}, expected)
 
 
