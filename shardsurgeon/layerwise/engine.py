@@ -83,11 +83,13 @@ def _limits(model: Model, settings: Settings, store: ActivationStore, memory: in
     """What is free now."""
     device = settings.device
     free = free_memory(device)
+    if memory is not None:
+        free = min(free, memory)
     return Limits(
         itemsize=model.dtype.itemsize,
         on_gpu=device != "cpu",
-        device_free=free if memory is None else min(free, memory),
-        host_free=free_memory("cpu"),
+        device_free=free,
+        host_free=free if device == "cpu" else free_memory("cpu"),
         states_budget=store.budget,
         batch_size=settings.batch_size,
         attention_pair=model.attention_pair,
