@@ -273,7 +273,7 @@ def convert_command(
 @click.option(
     "--mixed",
     is_flag=True,
-    help="Add up files that differ in --dtype or --tokens.",
+    help="Add up files that differ in their dtype, or in which tokens count.",
 )
 @progress_option
 @json_option
