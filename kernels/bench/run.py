@@ -20,12 +20,13 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from contenders import Expert, Experts, grouped_methods, make_expert, make_experts, methods
-from timing import bandwidth, side_by_side
+from timing import Clock, bandwidth, side_by_side
 
 from shardsurgeon_kernels import implementation_name, native, wide
 
@@ -54,10 +55,17 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4, help="in the second table (4)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each method (15)")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="of one thread, on a machine that others use as well; not the clock's",
+    )
     parser.add_argument("--avx2", action="store_true", help="as on a processor with AVX2 only")
     words = parser.parse_args()
     if words.avx2:
         restart_with_avx2()
+    if words.processor_time:
+        torch.set_num_threads(1)  # others would be counted while they wait
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
@@ -73,7 +81,8 @@ def tables(device: torch.device, words: argparse.Namespace) -> Iterator[str]:
     """The lines of one device's tables, each as soon as it is measured."""
     shapes = [tuple(map(int, text.split("x"))) for text in words.shape or SHAPES]
     dtype = getattr(torch, words.dtype)
-    copied = bandwidth(device, words.rounds)
+    clock = time.process_time if words.processor_time else time.perf_counter
+    copied = bandwidth(device, words.rounds, clock)
     yield f"\n{describe(device, dtype)}; a copy moves {copied / 1e9:.0f} GB/s."
     for experts, tokens in ((1, TOKENS), (words.experts, TOKENS_EACH)):
         yield f"\n{f'{experts} experts' if experts > 1 else 'One projection'}:\n"
@@ -83,11 +92,18 @@ def tables(device: torch.device, words: argparse.Namespace) -> Iterator[str]:
             expert = make_expert(out_features, in_features, dtype, device)
             stacks = make_experts(experts, expert) if experts > 1 else None
             for count in words.tokens or tokens:
-                line = row(expert, stacks, count, copied, words.rounds)
+                line = row(expert, stacks, count, copied, words.rounds, clock)
                 yield f"| {out_features} x {in_features} {line}"
 
 
-def row(expert: Expert, stacks: Experts | None, tokens: int, copied: float, rounds: int) -> str:
+def row(
+    expert: Expert,
+    stacks: Experts | None,
+    tokens: int,
+    copied: float,
+    rounds: int,
+    clock: Clock,
+) -> str:
     """Measure one number of tokens. `copied`: bytes in a second."""
     one = expert.packed[0]
     out_features, in_features = one.shape
@@ -95,7 +111,7 @@ def row(expert: Expert, stacks: Experts | None, tokens: int, copied: float, roun
     experts = 1 if stacks is None else len(stacks.packed[0])
     x = torch.randn(tokens * experts, in_features).to(device, dtype)
     ways = methods(expert, x) if stacks is None else grouped_methods(stacks, x, tokens)
-    seconds = side_by_side(ways, device, rounds)
+    seconds = side_by_side(ways, device, rounds, clock)
     ours, library, plain = seconds["ours"], seconds["library"], seconds["plain"]
     moved = experts * expert.nbytes + x.nbytes + x.shape[0] * out_features * x.element_size()
     return (

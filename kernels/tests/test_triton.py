@@ -257,6 +257,21 @@ def test_the_host_never_asks_how_many_rows_an_expert_has(
     assert (len(dequantizations.grids), len(products.grids)) == launches
 
 
+@pytest.mark.skipif(not ON_GPU, reason="no GPU: only read, with tensors that have no values")
+@pytest.mark.parametrize("tokens", [100, 1000])
+def test_the_gpu_is_never_waited_for(gpu: ModuleType, tokens: int) -> None:
+    weights = on_device(stack(4, 64, 96, 32, torch.bfloat16, asymmetric=True).weights)
+    x = torch.randn(tokens, 96).bfloat16().to(DEVICE)
+    ends = ends_of([tokens, 0, 0, 0]).to(DEVICE)
+    gpu.grouped_linear(x, weights, ends)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu.grouped_linear(x, weights, ends)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_the_kernels_compile_for_gpus_within_their_means(architecture: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed; nothing is compiled")
