@@ -10,6 +10,9 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two processes run tests side by side, on tensors so small that a second thread costs more than it
+# gives: several times as much on a machine with other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tables are as wide as the terminal.
 os.environ["COLUMNS"] = "80"
 # What a command is at is shown where a test asks for it; elsewhere stderr has its errors alone.

@@ -87,10 +87,13 @@ class ActivationStore:
         write_file(path, json.dumps(schedule.as_json()).encode(), self._system)
         return schedule
 
-    def arrange(self, batches: Sequence[Sequence[int]], place: Place, device: Device) -> None:
+    def arrange(
+        self, batches: Sequence[Sequence[int]], place: Place, spare: int, device: Device
+    ) -> None:
         """Say how samples are grouped, once, before anything is sent or kept.
 
-        Loads what an earlier run saved. Raises SourceReadError where that cannot be read.
+        spare: bytes of states that may wait in memory to be saved, beside those that replaced
+        them. Loads what an earlier run saved. Raises SourceReadError where that cannot be read.
         """
         begins = _sums([sum(self._lengths[sample] for sample in batch) for batch in batches])
         found = self._found
@@ -98,7 +101,7 @@ class ActivationStore:
             self._states = _InFiles(self._folder, begins, device, self._system)
         else:
             on_device = place is Place.DEVICE and device.is_gpu
-            self._states = _InMemory(begins, device, self._saver, self.budget, on_device)
+            self._states = _InMemory(begins, device, self._saver, spare, on_device)
         if found is not None:
             self._states.load(found, state_path(self._folder, found.slot))
 
@@ -175,8 +178,8 @@ class ActivationStore:
 class _InMemory:
     """All states in memory, a tensor [tokens, *row_shape] for each batch.
 
-    begins: tokens before each batch, and of all; budget: bytes of one generation, and of what is
-    still to be saved beside those that replaced it.
+    begins: tokens before each batch, and of all; spare: bytes of states that are still to be saved,
+    beside those that replaced them.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class _InMemory:
         begins: Sequence[int],
         device: Device,
         saver: Saver,
-        budget: int,
+        spare: int,
         on_device: bool,
     ) -> None:
         from shardsurgeon.layerwise.devices import ARRIVED
@@ -192,7 +195,7 @@ class _InMemory:
         self._begins = begins
         self._device = device
         self._saver = saver
-        self._budget = budget
+        self._spare = spare
         self._on_device = on_device
         number = len(begins) - 1
         self._states: list[Tensor | None] = [None] * number
@@ -224,8 +227,7 @@ class _InMemory:
         return self._device.send(states, self._arrivals[batch])
 
     def keep(self, batch: int, states: Tensor, layout: Layout) -> None:
-        spare = self._budget - self._begins[-1] * layout.row_nbytes
-        self._saver.let_go(batch, states.nbytes, spare)
+        self._saver.let_go(batch, states.nbytes, self._spare)
         if self._on_device:
             self._states[batch] = compact(states)
             return

@@ -76,10 +76,14 @@ class Device:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.is_gpu)
 
     def send(self, states: Tensor, after: Arrival = ARRIVED) -> tuple[Tensor, Arrival]:
-        """Hidden states to the device; after: what must have happened to them on the host."""
+        """Hidden states to the device; after: what must have happened to them on the host.
+
+        Always a copy: the code of a model may write to its input, and the states may be those that
+        are being saved.
+        """
         self.sent += states.nbytes
         if not self.is_gpu or states.is_cuda:
-            return states, ARRIVED
+            return states.clone(), ARRIVED
         with torch.cuda.stream(self._inward):
             after.wait()
             there = states.to(self._device, non_blocking=True)

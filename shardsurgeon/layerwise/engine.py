@@ -159,7 +159,8 @@ class _Run:
         for line in words(self._schedule, cost, program_memory(self._device.name)):
             _log.info(line)
         self._model.prepare(self._samples[0].ids)
-        self._store.arrange(self._batches, self._schedule.states, self._device)
+        place, spare = self._schedule.states, self._schedule.spare
+        self._store.arrange(self._batches, place, spare, self._device)
         if self._store.generation is None:
             self._embed()
         for number, group in enumerate(self._groups):

@@ -35,6 +35,8 @@ _BATCH_TOKENS = {False: 16_384, True: 65_536}
 # Rows of a grouped product: what keeps a GPU busy; fewer where they took more than this part.
 _GROUPED_ROWS = 1 << 17
 _ROWS_SHARE = 1 / 16
+# INT4 weights that a GPU's grouped product unpacks at a time (`shardsurgeon_kernels.gpu`).
+_KERNEL_SCRATCH = 512 << 20
 # What is left beside a layer's experts must hold a batch so often. A GPU's memory has one tenant,
 # and to read experts for every batch costs it more than that it makes do.
 _ROOM = {False: 2.0, True: 1.25}
@@ -89,11 +91,12 @@ class Schedule:
     """How samples pass the layers.
 
     hold: what becomes of a layer's experts; grouped: whether many compute in one product, where
-    their class allows it; group: experts that are there at once; ahead: whether
-    the next layer's experts arrive while this one computes; batch_size: samples of one forward
-    pass; chunk: tokens that pass before experts are dropped; rows: tokens times experts of one
-    product; states: where hidden states are; device_nbytes, host_nbytes: the peaks, on one memory
-    where the device has none of its own.
+    their class allows it; group: experts that are there at once; ahead: whether the next layer's
+    experts arrive while this one computes; batch_size: samples of one forward pass; chunk: tokens
+    that pass before experts are dropped; rows: tokens times experts of one product; states: where
+    hidden states are; spare: bytes of states that may wait there to be saved, beside those that
+    replaced them; device_nbytes, host_nbytes: the peaks, on one memory where the device has none
+    of its own.
     """
 
     hold: Hold
@@ -104,6 +107,7 @@ class Schedule:
     chunk: int
     rows: int
     states: Place
+    spare: int
     device_nbytes: int
     host_nbytes: int
 
@@ -117,7 +121,9 @@ class Schedule:
         kinds = {"hold": Hold, "states": Place, "ahead": bool, "grouped": bool}
         values = {field.name: kept[field.name] for field in fields(cls)}
         numbers = [value for name, value in values.items() if name not in kinds]
-        if not all(type(number) is int and number > 0 for number in numbers):
+        least = [int(name != "spare") for name in values if name not in kinds]
+        given = zip(numbers, least, strict=True)
+        if not all(type(number) is int and number >= low for number, low in given):
             raise ValueError(f"{numbers} are no sizes")
         return cls(**{name: kinds.get(name, int)(value) for name, value in values.items()})
 
@@ -141,6 +147,8 @@ class _Chooser:
         largest = max(size.layers, key=lambda layer: layer.ready(each))
         self._experts = max(largest.experts, 1)
         self._fixed = each * (size.outside + largest_group(size, limits.groups))
+        if limits.on_gpu and any(layer.stays_packed for layer in size.layers):
+            self._fixed += _KERNEL_SCRATCH
         self._stored = max(layer.stored for layer in size.layers)
         self._ready = largest.ready(each)
         # One expert as it is stored, in float32, and twice in the dtype of the run.
@@ -158,14 +166,14 @@ class _Chooser:
         ):
             self._most_rows //= 2
         self._state = each * size.state
-        self._place = self._states()
+        self._place, most = self._states()
         held = self._tokens * self._state
+        self._spare = 0 if self._place is Place.FILE else min(held, most - held)
+        held += self._spare
         self._host = held if self._place is Place.HOST else 0
-        device = held if self._place is Place.DEVICE else 0
-        if not limits.on_gpu and self._place is Place.HOST:
-            device = held
-        self._free = limits.device_free - device
-        self._states_nbytes = device
+        on_device = self._place is Place.DEVICE or (self._place is Place.HOST and not limits.on_gpu)
+        self._states_nbytes = held if on_device else 0
+        self._free = limits.device_free - self._states_nbytes
 
     def choose(self) -> Schedule:
         """The schedule. Raises UsageError where nothing fits."""
@@ -190,18 +198,19 @@ class _Chooser:
                     return held
         return None
 
-    def _states(self) -> Place:
-        """Where hidden states are."""
+    def _states(self) -> tuple[Place, int]:
+        """Where hidden states are, and how many bytes of them may be there."""
         limits, nbytes = self._limits, self._tokens * self._state
         budget = limits.states_budget
         if budget is None:
             budget = limits.host_free // 2
-        if limits.on_gpu and nbytes <= limits.device_free * _ON_DEVICE:
-            return Place.DEVICE
+        on_device = int(limits.device_free * _ON_DEVICE)
+        if limits.on_gpu and nbytes <= on_device:
+            return Place.DEVICE, on_device
         if not limits.on_gpu:
             least = self._fixed + 2 * self._one + self._of_batch(1, 1)
             budget = max(0, min(budget, limits.host_free - 2 * least))
-        return Place.HOST if nbytes <= budget else Place.FILE
+        return (Place.HOST if nbytes <= budget else Place.FILE), budget
 
     def _in_groups(self) -> Schedule:
         """Experts that come in groups: a few while others are read."""
@@ -273,6 +282,7 @@ class _Chooser:
             chunk=chunk,
             rows=self._most_rows,
             states=self._place,
+            spare=self._spare,
             device_nbytes=peak,
             host_nbytes=max(host, 1),
         )

@@ -23,7 +23,7 @@ BATCHES = [[2], [0, 1]]
 MUCH, LITTLE = 10**6, 0
 PLACES = [Place.HOST, Place.FILE]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-SCHEDULE = Schedule(Hold.GROUPS, False, 1, False, 4, 1000, 8192, Place.HOST, 1, 1)
+SCHEDULE = Schedule(Hold.GROUPS, False, 1, False, 4, 1000, 8192, Place.HOST, 0, 1, 1)
 
 
 class Clock:
@@ -47,16 +47,16 @@ def opened(
     folder: Path,
     place: Place = Place.HOST,
     *,
-    budget: int = MUCH,
+    spare: int = MUCH,
     system: System | None = None,
     clock: Any = None,
 ) -> ActivationStore:
     """A store whose batches are arranged. clock: None for one by which it is time to save."""
     schedule = replace(SCHEDULE, states=place)
     always = iter(range(0, 10**9, SAVE_SECONDS + 1)).__next__
-    store = ActivationStore(folder, LENGTHS, budget, system, clock=clock or always)
+    store = ActivationStore(folder, LENGTHS, MUCH, system, clock=clock or always)
     place = store.keep_schedule(schedule).states
-    store.arrange(BATCHES, place, Device("cpu"))
+    store.arrange(BATCHES, place, spare, Device("cpu"))
     return store
 
 
@@ -85,6 +85,16 @@ def test_what_is_kept_is_sent_in_the_next_generation(
             fill(store, states(generation, dtype))
             assert store.generation == generation
             assert holds(store, states(generation, dtype))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_sent_may_be_written_to(tmp_path: Path, place: Place) -> None:
+    """As the code of a model may do with the input of a layer."""
+    with opened(tmp_path, place) as store:
+        fill(store, states(0))
+        for batch in range(len(BATCHES)):
+            store.send(batch)[0].zero_()
+        assert holds(store, states(0))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -201,9 +211,9 @@ def test_after_a_long_save_the_next_one_comes_later(tmp_path: Path) -> None:
         assert 100 * (layer - 1) >= 100 / 0.05 - 100
 
 
-@pytest.mark.parametrize(("budget", "waits"), [(2 * 9 * 8, False), (9 * 8, True)])
+@pytest.mark.parametrize(("spare", "waits"), [(9 * 8, False), (0, True)])
 def test_what_is_still_to_be_saved_is_waited_for_only_where_memory_is_short(
-    tmp_path: Path, budget: int, waits: bool
+    tmp_path: Path, spare: int, waits: bool
 ) -> None:
     may_write, writes = threading.Event(), threading.Event()
 
@@ -214,7 +224,7 @@ def test_what_is_still_to_be_saved_is_waited_for_only_where_memory_is_short(
         return 10**9
 
     system = replace(native(), free_space=held_up)
-    with opened(tmp_path, budget=budget, system=system) as store:
+    with opened(tmp_path, spare=spare, system=system) as store:
         fill(store, states(0))
         writes.wait(10)
         letting = threading.Timer(0.2, may_write.set)

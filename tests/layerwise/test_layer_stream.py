@@ -321,7 +321,7 @@ def test_saved_states_are_a_twentieth_of_what_is_moved_where_ten_layers_take_ten
     lengths, batches = [64] * 4, [[0, 1], [2, 3]]
     device = Recording()
     with ActivationStore(tmp_path, lengths, 1 << 30, clock=lambda: now) as store:
-        store.arrange(batches, Place.HOST, device)
+        store.arrange(batches, Place.HOST, 0, device)
         for _ in range(61):
             for batch in range(2):
                 store.keep(batch, torch.zeros(128, 8))
