@@ -164,9 +164,8 @@ class Saver:
                 self._left.clear()
                 self._changed.notify_all()
         self.slot = slot
-        ended = self._clock()
-        pause = (ended - begun) * (1 / SAVED_SHARE - 1)
-        self._next_time = ended + max(SAVE_SECONDS, pause)
+        # What is computed since the beginning is at stake.
+        self._next_time = begun + max(SAVE_SECONDS, (self._clock() - begun) / SAVED_SHARE)
 
     def _written(self, batch: int) -> None:
         with self._changed:

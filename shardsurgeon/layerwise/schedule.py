@@ -409,5 +409,7 @@ def words(schedule: Schedule, costs: Costs, program: int) -> Iterator[str]:
     peak = format_size(schedule.device_nbytes + program)
     stake = "the layer under way"
     if schedule.states is not Place.FILE:
-        stake = f"{SAVE_SECONDS // 60} minutes and {stake}"
+        # Of a save that takes longer than half a minute.
+        longer = f"or {1 / SAVED_SHARE:.0f} times as long as a save takes"
+        stake = f"{SAVE_SECONDS // 60} minutes, {longer}, and {stake}"
     yield f"takes at most {peak} of memory; an interruption costs at most {stake}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.schedule import SAVE_SECONDS, Hold, Place, Schedule
 from shardsurgeon.storage.system import System, native
+from tests.layerwise.fake_devices import LazyGpu
 
 LENGTHS = [3, 1, 5]
 BATCHES = [[2], [0, 1]]
@@ -50,13 +52,14 @@ def opened(
     spare: int = MUCH,
     system: System | None = None,
     clock: Any = None,
+    device: Device | None = None,
 ) -> ActivationStore:
     """A store whose batches are arranged. clock: None for one by which it is time to save."""
     schedule = replace(SCHEDULE, states=place)
     always = iter(range(0, 10**9, SAVE_SECONDS + 1)).__next__
     store = ActivationStore(folder, LENGTHS, MUCH, system, clock=clock or always)
     place = store.keep_schedule(schedule).states
-    store.arrange(BATCHES, place, spare, Device("cpu"))
+    store.arrange(BATCHES, place, spare, device or Device("cpu"))
     return store
 
 
@@ -211,9 +214,10 @@ def test_after_a_long_save_the_next_one_comes_later(tmp_path: Path) -> None:
         assert 100 * (layer - 1) >= 100 / 0.05 - 100
 
 
+@pytest.mark.parametrize("device", [Device, LazyGpu])
 @pytest.mark.parametrize(("spare", "waits"), [(9 * 8, False), (0, True)])
 def test_what_is_still_to_be_saved_is_waited_for_only_where_memory_is_short(
-    tmp_path: Path, spare: int, waits: bool
+    tmp_path: Path, spare: int, waits: bool, device: Callable[[str], Device]
 ) -> None:
     may_write, writes = threading.Event(), threading.Event()
 
@@ -224,7 +228,7 @@ def test_what_is_still_to_be_saved_is_waited_for_only_where_memory_is_short(
         return 10**9
 
     system = replace(native(), free_space=held_up)
-    with opened(tmp_path, spare=spare, system=system) as store:
+    with opened(tmp_path, spare=spare, system=system, device=device("cpu")) as store:
         fill(store, states(0))
         writes.wait(10)
         letting = threading.Timer(0.2, may_write.set)
@@ -234,7 +238,10 @@ def test_what_is_still_to_be_saved_is_waited_for_only_where_memory_is_short(
         store.keep(1, states(1)[1])
         letting.join()
         store.advance(8)
-        assert holds(store, states(1))
+        arriving = [store.send(batch) for batch in range(2)]
+        for (sent, arrival), kept in zip(arriving, states(1), strict=True):
+            arrival.wait()
+            assert torch.equal(sent, kept)
     # What was saved is the generation before, whole.
     with opened(tmp_path) as store:
         assert holds(store, states(store.generation or 0))

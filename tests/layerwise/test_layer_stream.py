@@ -8,9 +8,8 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.layerwise import activations, experts, saving
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.activations import ActivationStore
-from shardsurgeon.layerwise.devices import Arrival, Device
+from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.layerwise.loading import ExpertRecipe
 from shardsurgeon.layerwise.memory import ModelSize, model_size
 from shardsurgeon.layerwise.model import Model
@@ -32,25 +31,10 @@ from shardsurgeon.layerwise.schedule import Hold, Limits, Place, chunks, costs, 
 from shardsurgeon.layerwise.settings import Settings
 from shardsurgeon.layerwise.tensors import TensorReader
 from tests.families.specimens import fixture, written
+from tests.layerwise.fake_devices import LazyGpu, Recording
 from tests.layerwise.streaming import Sink, stream, token_ids
 
 EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.")
-
-
-class Recording(Device):
-    """A CPU that notes what it is asked for, and of which thread."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.calls: list[tuple[str, int]] = []
-
-    def send(self, states: torch.Tensor, after: Arrival = Arrival()) -> Any:  # noqa: B008
-        self.calls.append(("send", states.nbytes))
-        return super().send(states, after)
-
-    def load(self, weights: torch.Tensor) -> torch.Tensor:
-        self.calls.append(("load", weights.nbytes))
-        return super().load(weights)
 
 
 @pytest.fixture(scope="module")
@@ -340,70 +324,6 @@ def test_memory_that_was_asked_for_bounds_the_schedule(without_mtp: Path) -> Non
         schedule = make_schedule(size, lengths, Limits(4, False, free, free))
         assert schedule.device_nbytes <= free
     assert activations.compact(torch.zeros(4, 4)[:2]).untyped_storage().nbytes() == 32
-
-
-class Deferred(Arrival):
-    """A copy that is made when it is waited for, and not before."""
-
-    def __init__(self, copy: Callable[[], None]) -> None:
-        super().__init__()
-        self._copy: Callable[[], None] | None = copy
-        self._copying = threading.Lock()
-
-    def wait(self) -> None:
-        with self._copying, torch.inference_mode():
-            copy, self._copy = self._copy, None
-            if copy is not None:
-                copy()
-
-    finish = wait
-
-
-class LazyGpu(Recording):
-    """A GPU whose copies are as late as they may be: who does not wait for one finds NaN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_gpu = True
-
-    def current(self) -> Any:
-        return nullcontext()
-
-    def host_buffer(self, nbytes: int) -> torch.Tensor:
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
-
-    def send(self, states: torch.Tensor, after: Arrival = Arrival()) -> Any:  # noqa: B008
-        self.sent += states.nbytes
-        there = torch.full_like(states, torch.nan)
-
-        def copy() -> None:
-            after.wait()
-            there.copy_(states)
-
-        return there, Deferred(copy)
-
-    def fetch(self, states: torch.Tensor, into: torch.Tensor) -> Arrival:
-        self.fetched += states.nbytes
-        into.fill_(torch.nan)
-
-        def copy() -> None:
-            into.copy_(states)
-
-        return Deferred(copy)
-
-    def load(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights.clone()
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        with torch.inference_mode():
-            yield
-
-    def loaded_so_far(self) -> Arrival:
-        return Arrival()
-
-    def retire(self) -> None:
-        self.calls.append(("retire", 0))
 
 
 @pytest.mark.parametrize("place", [Place.HOST, Place.FILE])
