@@ -122,7 +122,7 @@ def test_where_a_layer_stays_each_expert_is_read_once_whatever_the_number_of_bat
 
 @pytest.mark.parametrize(
     ("lengths", "memory", "hold"),
-    [([2048] * 64, 60_000_000, Hold.LAYER), ([64] * 4, 1 << 34, Hold.GROUPS)],
+    [([2048] * 64, 120_000_000, Hold.LAYER), ([64] * 4, 1 << 34, Hold.GROUPS)],
 )
 def test_the_prediction_of_the_cost_model_is_what_is_counted(
     without_mtp: Path,
