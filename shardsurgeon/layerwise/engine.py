@@ -150,12 +150,10 @@ class _Run:
         done = self._sink.done_layers()
         if self._num_experts.keys() <= done:
             return
-        lengths, itemsize = (
-            [sample.num_tokens for sample in self._samples],
-            self._model.dtype.itemsize,
-        )
+        lengths = [sample.num_tokens for sample in self._samples]
         crossings = len(self._groups) + (self._model.mtp is not None)
-        cost = costs(size, lengths, self._schedule, itemsize, len(self._chunks), crossings)
+        each = self._model.dtype.itemsize
+        cost = costs(size, lengths, self._schedule, each, len(self._chunks), crossings)
         for line in words(self._schedule, cost, program_memory(self._device.name)):
             _log.info(line)
         self._model.prepare(self._samples[0].ids)
