@@ -323,7 +323,8 @@ def _notes_on_samples(request: CalibrationRequest, drawn: Drawn) -> Iterator[str
     samples, tokens = len(drawn.samples), total_tokens(drawn.samples)
     share = tokens / (samples * request.max_length)
     if share < _FULL and not request.pack:
-        held = f"{counted(samples, 'sample')} hold {counted(tokens, 'token')}, {share:.0%} of "
+        verb = "holds" if samples == 1 else "hold"
+        held = f"{counted(samples, 'sample')} {verb} {counted(tokens, 'token')}, {share:.0%} of "
         yield f"{held}{samples:,} x {request.max_length:,}; --pack fills windows with records"
     if drawn.num_skipped:
         shown = "; ".join(f"{index:,} {reason}" for _, index, reason in drawn.skipped[:_MOST_NAMED])
