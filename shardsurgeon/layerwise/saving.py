@@ -6,6 +6,7 @@ One generation at a time is complete on disk: `activations.json` says which of t
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from shardsurgeon.layerwise.devices import Arrival
 
 _LAYOUT = "activations.json"
+_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +189,10 @@ def read_saved(folder: Path, tokens: int | None) -> Layout | None:
         held = content.pop("tokens")
         layout = Layout(**{**content, "row_shape": tuple(content["row_shape"])})
         nbytes = state_path(folder, layout.slot).stat().st_size
+        row = _SIZES[layout.dtype] * math.prod(layout.row_shape)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    complete = nbytes == held * layout.row_nbytes and tokens in (None, held)
+    complete = nbytes == held * row == held * layout.row_nbytes and tokens in (None, held)
     return layout if complete else None
 
 

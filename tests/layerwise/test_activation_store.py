@@ -150,12 +150,21 @@ def test_a_run_that_ends_within_a_generation_leaves_the_one_before(
         assert holds(again, states(0))
 
 
+def rewritten(folder: Path, **changes: object) -> None:
+    path = folder / "activations.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
         lambda folder: (folder / "activations.json").unlink(),
         lambda folder: (folder / "activations.json").write_bytes(b"{"),
         lambda folder: (folder / "activations.json").write_bytes(b"[]"),
+        lambda folder: rewritten(folder, dtype="Tensor"),
+        lambda folder: rewritten(folder, row_shape=[5]),
+        lambda folder: rewritten(folder, row_shape=["4"]),
+        lambda folder: rewritten(folder, slot="../0"),
         lambda folder: (folder / "activations.0").unlink(),
         lambda folder: (folder / "activations.0").write_bytes(b"short"),
         # Without it, the order in which batches lie in the file is not known.
