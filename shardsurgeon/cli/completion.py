@@ -70,7 +70,7 @@ def _metrics(context: click.Context, begun: str) -> list[CompletionItem]:
         return []
     from shardsurgeon.scores.files import read_scores
 
-    names = read_scores(file).metrics
+    names = read_scores(file).choices
     return [CompletionItem(n) for n in names if n.startswith(begun) and _NAME.fullmatch(n)]
 
 

@@ -17,7 +17,9 @@ from shardsurgeon.scores.rankings import is_ranking
 from shardsurgeon.scores.table import Scores, Vector
 
 # Words in the names of metrics that are sums or means over tokens: without a token they are none.
-_MEASURED = frozenset(("reap", "ean", "frequency", "activation", "activations", "cnt"))
+_MEASURED = frozenset(
+    ("reap", "ean", "man", "msan", "frequency", "activation", "activations", "cnt")
+)
 _RANK = "rank"
 # One order of the experts in every layer is believed where chance makes it at least so often.
 _RARELY = 1e-9

@@ -26,6 +26,9 @@ UNNAMED = "saliency"
 # The metric to prune by where none is asked for: REAP's own, that of a table without names,
 # llama.cpp's.
 _PREFERRED = ("reap", UNNAMED, "sal")
+# What a paper calls a metric that files have under an older name: MAN, the mean activation norm,
+# is the `ean_mean` of REAP's observer (Liu et al. 2026, arXiv 2606.15716).
+_ALSO_CALLED = {"man": "ean_mean"}
 # How often an expert was routed to: reap-mlx's word, llama.cpp's and REAP's, which goes before.
 _FREQUENCIES = ("active_token_count", "cnt", "expert_frequency")
 
@@ -108,6 +111,12 @@ class Scores(Titled):
         """Every metric that some layer has, sorted."""
         return tuple(sorted({name for layer in self.layers.values() for name in layer}))
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Every name by which `select` finds a metric, sorted."""
+        also = {name for name, metric in _ALSO_CALLED.items() if metric in self.metrics}
+        return tuple(sorted(also.union(self.metrics)))
+
     def assign_rows(self, moe_layers: Sequence[Layer]) -> Scores:
         """Give the rows of a 2-D table to the model's MoE layers, in order.
 
@@ -134,8 +143,9 @@ class Scores(Titled):
 
         metric: its name, which the file must have; None means the default: `reap`, else the
         saliency of a table without names, else the only metric the file has. To ask for `reap`
-        in a file that names no metric is to ask for the default. Raises ScoreError, listing the
-        metrics there are.
+        in a file that names no metric is to ask for the default; `man` is another name of
+        `ean_mean`, by which the result is called. Raises ScoreError, listing the metrics there
+        are.
         """
         if self.rows:
             raise ScoreError(
@@ -143,6 +153,8 @@ class Scores(Titled):
             )
         if metric == _PREFERRED[0] and self.metrics == (UNNAMED,):
             metric = None
+        if metric in _ALSO_CALLED and metric not in self.metrics:
+            metric = _ALSO_CALLED[metric]
         name = self._default_metric() if metric is None else metric
         lacking = [layer for layer, metrics in self.layers.items() if name not in metrics]
         if lacking:

@@ -16,7 +16,7 @@ from tests.cli.standins import ROOT
 from tests.cli.test_options import WITH_MODEL, commands
 
 K25 = ROOT / "fixtures" / "kimi_k25"
-METRICS = ["ean_mean", "ean_sum", "expert_frequency", "max_activations", "reap"]
+METRICS = ["ean_mean", "ean_sum", "expert_frequency", "man", "max_activations"]
 SHELL = "_SHARDSURGEON_COMPLETE"
 
 

@@ -374,6 +374,19 @@ class TestSelect:
         with pytest.raises(ScoreError, match=r"--metric: ean_mean, ean_sum$"):
             self.scores("ean_sum", "ean_mean").select()
 
+    def test_the_mean_activation_norm_is_found_under_both_its_names(self) -> None:
+        scores = self.scores("ean_mean", "reap")
+        name, rows = scores.select("man")
+        assert (name, scores.choices) == ("ean_mean", ("ean_mean", "man", "reap"))
+        assert rows == scores.select("ean_mean")[1]
+        with pytest.raises(ScoreError, match="no metric 'ean_mean'"):
+            self.scores("reap").select("man")
+
+    def test_a_file_may_have_a_metric_of_its_own_by_that_name(self) -> None:
+        scores = self.scores("ean_mean", "man")
+        assert scores.select("man")[0] == "man"
+        assert scores.choices == ("ean_mean", "man")
+
     def test_a_metric_must_be_there_for_every_layer(self) -> None:
         with pytest.raises(ScoreError, match="no metric 'reap' for layer 2;"):
             self.scores("ean_sum", also="reap").select()
