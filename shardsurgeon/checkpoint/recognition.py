@@ -75,7 +75,9 @@ _TABLE = re.compile(
 _RECORDS = re.compile(
     rb'"layer"\s*:\s*\d+\s*,\s*' + _SINGLE + rb'"(?:expert"\s*:\s*\d|reap"\s*:\s*\[)', re.IGNORECASE
 )
-_METRICS = rb"expert_frequency|ean_sum|ean_mean|max_activations|saliency|router_l\d|weight_l\d|reap"
+_METRICS = (
+    rb"expert_frequency|ean_sum|ean_mean|max_activations|msan|saliency|router_l\d|weight_l\d|reap"
+)
 # In torch.save's pickle: a dict whose first key is a layer, or the name of a metric.
 _PICKLED = re.compile(
     rb"\x80.\}q.\(?(?:K|X.\0\0\0" + _LAYER_NAME + rb"q)"

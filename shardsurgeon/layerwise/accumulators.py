@@ -22,6 +22,8 @@ Counts: TypeAlias = NDArray[np.int64]
 TOTAL_TOKENS = "total_tokens"
 # Gate weights may be negative.
 _SIGNED = ("weight_sum", "weighted_norm_sum")
+# Not in files of earlier versions.
+_LATER = ("norm_square_sum",)
 _DAMAGED = "the file is damaged: fetch it again or calibrate anew"
 
 
@@ -39,6 +41,8 @@ class Accumulators:
     weighted_norm_sum: float64 [E], Σ g_j(x)·‖f_j(x)‖₂.
     max_activation: float64 [E], the largest component of any f_j(x), or 0 where all are
     negative, as in REAP's observer.
+    norm_square_sum: float64 [E], Σ ‖f_j(x)‖₂²; None in a calibration from before it was kept, and
+    in a sum that such a one is part of.
     """
 
     total_tokens: int
@@ -47,11 +51,12 @@ class Accumulators:
     norm_sum: Vector
     weighted_norm_sum: Vector
     max_activation: Vector
+    norm_square_sum: Vector | None = None
 
     @classmethod
     def zeros(cls, num_experts: int) -> Accumulators:
         """Accumulators of a layer before its first token."""
-        sums = [np.zeros(num_experts) for _ in range(4)]
+        sums = [np.zeros(num_experts) for _ in range(5)]
         return cls(0, np.zeros(num_experts, np.int64), *sums)
 
     @classmethod
@@ -60,11 +65,13 @@ class Accumulators:
     ) -> Accumulators:
         """The accumulators whose `arrays` these are, as copies of any numeric dtype.
 
-        where, layer: as messages name them. Raises ScoreError for a missing name, vectors of
-        different lengths, and numbers that cannot be sums of a calibration.
+        All are needed but `norm_square_sum`, which older files lack. where, layer: as messages
+        name them. Raises ScoreError for a missing name, vectors of different lengths, and numbers
+        that cannot be sums of a calibration.
         """
         place = f"layer {layer}, "
-        missing = [field.name for field in fields(cls) if field.name not in arrays]
+        names = [f.name for f in fields(cls) if f.name in arrays or f.name not in _LATER]
+        missing = [name for name in names if name not in arrays]
         if missing:
             raise ScoreError(where, f"{place}has no accumulator {missing[0]!r}", _DAMAGED)
         num_experts = np.asarray(arrays["counts"]).size
@@ -72,13 +79,13 @@ class Accumulators:
             raise ScoreError(where, f"{place}counts has shape [0]", _DAMAGED)
         shapes = dict.fromkeys(arrays, (num_experts,)) | {TOTAL_TOKENS: ()}
         found = {}
-        for field in fields(cls):
-            vector = np.array(arrays[field.name], np.float64)
-            if vector.shape != shapes[field.name]:
-                problem = f"{place}{field.name} has shape {list(vector.shape)}, counts has "
+        for name in names:
+            vector = np.array(arrays[name], np.float64)
+            if vector.shape != shapes[name]:
+                problem = f"{place}{name} has shape {list(vector.shape)}, counts has "
                 raise ScoreError(where, f"{problem}{num_experts:,} experts", _DAMAGED)
-            _check_numbers(vector, f"{place}{field.name}", where, field.name in _SIGNED)
-            found[field.name] = vector
+            _check_numbers(vector, f"{place}{name}", where, name in _SIGNED)
+            found[name] = vector
         tokens, counts = found.pop(TOTAL_TOKENS).item(), found.pop("counts")
         if counts.max() > tokens or tokens % 1 or (counts % 1).any():
             problem = f"{place}an expert counts {counts.max():,} of {tokens:,} tokens"
@@ -91,18 +98,26 @@ class Accumulators:
         return len(self.counts)
 
     def add(self, other: Accumulators) -> None:
-        """Add the sums of another part of the calibration, for the same number of experts."""
+        """Add the sums of another part of the calibration, for the same number of experts.
+
+        What one of the two lacks is lacking afterwards: a sum over some of the tokens is none.
+        """
         self.total_tokens += other.total_tokens
         self.counts += other.counts
         self.weight_sum += other.weight_sum
         self.norm_sum += other.norm_sum
         self.weighted_norm_sum += other.weighted_norm_sum
         np.maximum(self.max_activation, other.max_activation, out=self.max_activation)
+        if self.norm_square_sum is None or other.norm_square_sum is None:
+            self.norm_square_sum = None
+        else:
+            self.norm_square_sum += other.norm_square_sum
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Name → array, as files keep them: int64 or float64 [E]; total_tokens is int64 []."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
         named: dict[str, NDArray[np.generic]] = {
-            field.name: np.asarray(getattr(self, field.name)) for field in fields(self)
+            name: np.asarray(sums) for name, sums in held.items() if sums is not None
         }
         named[TOTAL_TOKENS] = np.array(self.total_tokens, np.int64)
         return named
@@ -110,11 +125,13 @@ class Accumulators:
     def metrics(self) -> dict[str, Vector]:
         """Metric → float64 [E], by the names and formulas of REAP's observer (arXiv 2510.13999).
 
+        msan is not of the observer: the mean squared activation norm, Σ ‖f_j(x)‖₂² / |X_j| (Liu et
+        al. 2026, arXiv 2606.15716), left out where its sum was not kept.
         reap: Σ g_j(x)·‖f_j(x)‖₂ / |X_j|; ean_mean: Σ ‖f_j(x)‖₂ / |X_j|; ean_sum, weighted_ean_sum
         and weighted_expert_frequency_sum: Σ ‖f_j(x)‖₂, Σ g_j(x)·‖f_j(x)‖₂ and Σ g_j(x);
         expert_frequency: |X_j|. A mean over no token is 0, the lowest value.
         """
-        return {
+        found = {
             "reap": self._mean(self.weighted_norm_sum),
             "ean_mean": self._mean(self.norm_sum),
             "ean_sum": self.norm_sum.copy(),
@@ -123,6 +140,9 @@ class Accumulators:
             "expert_frequency": self.counts.astype(np.float64),
             "max_activations": self.max_activation.copy(),
         }
+        if self.norm_square_sum is not None:
+            found["msan"] = self._mean(self.norm_square_sum)
+        return found
 
     def _mean(self, sums: Vector) -> Vector:
         return sums / np.maximum(self.counts, 1)

@@ -104,8 +104,9 @@ class Recorder:
     def __init__(self, layer: str, num_experts: int, device: str) -> None:
         self._layer = layer
         self._tokens = 0
-        # Rows: counts, gate weights, norms, norms times gate weights, the largest component.
-        self._sums = torch.zeros(5, num_experts, dtype=torch.float64, device=device)
+        # Rows: counts, gate weights, norms, norms times gate weights, squared norms, the largest
+        # component.
+        self._sums = torch.zeros(6, num_experts, dtype=torch.float64, device=device)
 
     def add_tokens(self, tokens: int) -> None:
         """Count tokens that went through the layer."""
@@ -123,14 +124,14 @@ class Recorder:
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
         largest = outputs.amax(-1).double()
         ones = torch.ones_like(norms)
-        rows = torch.stack([ones, weights, norms, norms * weights, largest])
+        rows = torch.stack([ones, weights, norms, norms * weights, norms * norms, largest])
         if counted is not None:
             # Not by a product: what is not counted may not be finite.
             rows = torch.where(counted, rows, 0.0)
         lengths = ends.diff(prepend=ends.new_zeros(1)).long()
         here = self._sums[:, first : first + len(ends)]
-        here[:4] += _segments(rows[:4], lengths, "sum")
-        here[4] = torch.maximum(here[4], _segments(rows[4:], lengths, "max")[0])
+        here[:5] += _segments(rows[:5], lengths, "sum")
+        here[5] = torch.maximum(here[5], _segments(rows[5:], lengths, "max")[0])
 
     def result(self) -> Accumulators:
         """The sums. Raises WorkError where an expert's outputs were not finite."""
@@ -139,7 +140,8 @@ class Recorder:
         if wrong.any():
             problem = f"expert {int(np.argmax(wrong))} gave numbers that are not finite"
             raise WorkError(self._layer, problem, "calibrate with --dtype bfloat16 or float32")
-        return Accumulators(self._tokens, sums[0].astype(np.int64), *sums[1:])
+        in_order = sums[[1, 2, 3, 5, 4]]
+        return Accumulators(self._tokens, sums[0].astype(np.int64), *in_order)
 
 
 def _segments(rows: Tensor, lengths: Tensor, how: str) -> Tensor:

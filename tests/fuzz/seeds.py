@@ -193,7 +193,10 @@ def scores_jsons() -> list[bytes]:
 
 
 def _calibration() -> dict[str, Any]:
-    names = ("counts", "weight_sum", "norm_sum", "weighted_norm_sum", "max_activation")
+    names = (
+        *("counts", "weight_sum", "norm_sum", "weighted_norm_sum", "max_activation"),
+        "norm_square_sum",
+    )
     sums: dict[str, Any] = {"total_tokens": 9, **{name: [3, 0] for name in names}}
     return {
         "format": "shardsurgeon scores",

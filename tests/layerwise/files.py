@@ -16,11 +16,13 @@ def sums(seed: int, tokens: int = 100, experts: int = EXPERTS) -> Accumulators:
     counts = numbers.integers(1, tokens, experts)
     counts[2] = 0
     routed = counts > 0
+    squares = 4.0 * numbers.random(experts) * counts
     return Accumulators(
         tokens,
         counts.astype(np.int64),
         *(numbers.random(experts) * counts * scale for scale in (0.5, 3.0, 1 / 3)),
         numbers.random(experts) * routed,
+        squares,
     )
 
 

@@ -71,6 +71,7 @@ class Sums:
             "weight_sum": np.array([np.sum(gates[j]) for j in rows]),
             "norm_sum": np.array([np.sum(norms[j]) for j in rows]),
             "weighted_norm_sum": np.array([np.sum(products[j]) for j in rows]),
+            "norm_square_sum": np.array([np.sum(np.square(norms[j])) for j in rows]),
             "max_activation": np.array([self.largest[j] for j in rows]),
         }
 

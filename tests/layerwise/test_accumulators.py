@@ -22,6 +22,7 @@ METRICS = {
     "weighted_expert_frequency_sum",
     "expert_frequency",
     "max_activations",
+    "msan",
 }
 
 
@@ -45,6 +46,8 @@ def added(tokens: list[Token]) -> Accumulators:
             one.norm_sum[expert] = norm
             one.weighted_norm_sum[expert] = weight * norm
             one.max_activation[expert] = max(0.0, *output)
+            assert one.norm_square_sum is not None
+            one.norm_square_sum[expert] = sum(number * number for number in output)
         sums.add(one)
     return sums
 
@@ -68,6 +71,8 @@ def test_the_metrics_are_those_worked_out_by_hand() -> None:
         "reap": [4.375, 0.5, 0.0, 0.5],
         # The largest component, not the largest magnitude, and never below 0: as REAP has it.
         "max_activations": [8.0, 0.0, 0.0, 1.0],
+        # (25 + 100) / 2: the mean of the squares, not the square of the mean.
+        "msan": [62.5, 4.0, 0.0, 1.0],
     }
 
 
@@ -112,12 +117,26 @@ def test_arrays_are_those_of_the_file_and_come_back() -> None:
         "norm_sum": ("f8", (4,)),
         "weighted_norm_sum": ("f8", (4,)),
         "max_activation": ("f8", (4,)),
+        "norm_square_sum": ("f8", (4,)),
     }
     again = Accumulators.from_arrays(arrays, "s.pt", 3)
     again.add(Accumulators.zeros(4))
     assert again.counts.dtype == np.int64
     for name, array in sums.arrays().items():
         np.testing.assert_array_equal(again.arrays()[name], array)
+
+
+def test_sums_of_an_older_file_are_read_and_a_total_with_them_lacks_what_they_lack() -> None:
+    arrays = added(TOKENS).arrays()
+    del arrays["norm_square_sum"]
+    for order in (False, True):
+        old, new = Accumulators.from_arrays(arrays, "old.pt", 3), added(TOKENS)
+        assert old.metrics().keys() == METRICS - {"msan"}
+        first, second = (old, new) if order else (new, old)
+        first.add(second)
+        assert first.metrics().keys() == METRICS - {"msan"}
+        assert first.arrays().keys() == arrays.keys()
+        np.testing.assert_array_equal(first.norm_sum, 2 * arrays["norm_sum"])
 
 
 def test_accumulators_do_not_share_memory_with_their_arrays() -> None:
@@ -137,6 +156,7 @@ def test_accumulators_do_not_share_memory_with_their_arrays() -> None:
         ("norm_sum", [1.0, math.nan, 1.0, 1.0], "norm_sum holds nan at expert 1"),
         ("weighted_norm_sum", [1.0, 0.0, math.inf, 1.0], "holds inf at expert 2"),
         ("max_activation", [1.0, 0.0, -1.0, 1.0], "holds -1.0 at expert 2"),
+        ("norm_square_sum", [1.0, -1.0, 1.0, 1.0], "norm_square_sum holds -1.0 at expert 1"),
         ("counts", [3, 0, 0, 0], "counts 3.0 of 2.0 tokens"),
         ("counts", [0.5, 0, 0, 0], "counts 0.5 of 2.0 tokens"),
     ],

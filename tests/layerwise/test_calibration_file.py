@@ -91,7 +91,7 @@ def test_torch_reads_the_tree_of_the_contract_without_running_anything(tmp_path:
         "total_tokens": torch.int64,
         "counts": torch.int64,
         **dict.fromkeys(("weight_sum", "norm_sum", "weighted_norm_sum"), torch.float64),
-        "max_activation": torch.float64,
+        **dict.fromkeys(("max_activation", "norm_square_sum"), torch.float64),
     }
     expected = sums["weighted_norm_sum"] / sums["counts"].clamp(min=1)
     assert torch.equal(tree["scores"][5]["reap"], expected)
