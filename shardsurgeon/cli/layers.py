@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
-from shardsurgeon.cli.output import layer_number, mtp_legend, percent, saliency, table
+from shardsurgeon.cli.output import (
+    NO_ACCURACY,
+    layer_number,
+    mtp_legend,
+    percent,
+    saliency,
+    table,
+)
 from shardsurgeon.pruning.request import MtpPolicy
 
 if TYPE_CHECKING:
@@ -48,6 +55,7 @@ def layer_lines(layers: Sequence[LayerReport], *, every: bool) -> Iterator[str]:
         yield from _summary(layers, headings)
     if "saliency\ndropped" in headings:
         yield "  saliency dropped: share of a layer's saliency that goes with its experts"
+        yield NO_ACCURACY
 
 
 def scored(layers: Sequence[LayerReport]) -> list[LayerReport]:

@@ -108,6 +108,10 @@ def as_text(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False)
 
 
+NO_ACCURACY = "  a share of saliency is no accuracy: measure what the pruned model answers"
+"""The legend of every table of such shares: at one share one model is as good, another is not."""
+
+
 def fact(label: str, text: str) -> list[str]:
     """One aligned line `label  text`, wrapped under itself where it is too long."""
     indent = " " * (_LABEL + 2)

@@ -21,6 +21,7 @@ from shardsurgeon.cli.options import (
     selection_options,
 )
 from shardsurgeon.cli.output import (
+    NO_ACCURACY,
     change,
     emit,
     fact,
@@ -148,6 +149,7 @@ def comparison_lines(compared: PlansReport) -> Iterator[str]:
     yield from table(_COMPARED, (_compared(report) for report in reports))
     yield ""
     yield "  saliency dropped: share of a layer's saliency that goes with its experts"
+    yield NO_ACCURACY
     yield "  narrowest cut: how far the highest pruned saliency stays below the lowest kept"
     yield units_legend(reports[0].total_parameters_before)
     notes = list(note_lines(note for report in reports for note in report.notes))

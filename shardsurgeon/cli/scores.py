@@ -17,6 +17,7 @@ from shardsurgeon.cli.options import (
     progress_option,
 )
 from shardsurgeon.cli.output import (
+    NO_ACCURACY,
     emit,
     fact,
     layer_number,
@@ -93,6 +94,7 @@ def _shown_lines(report: ScoresReport) -> Iterator[str]:
     yield from table(_shown_headings(), (_shown_row(report, layer) for layer in report.layers))
     yield from mtp_legend(report.layers)
     yield "  widest gap: experts below it, and how many times as high the next score is"
+    yield NO_ACCURACY
     yield ""
     yield from _cuts(report)
     yield from (line for note in report.notes for line in fact("note", note))

@@ -113,6 +113,7 @@ def test_a_plan_in_full(run: Run) -> None:
         "      1   135     249     0.5     0.25     12.5%\n"
         "      2   135     249     0.5   0.4375     37.5%\n"
         "  saliency dropped: share of a layer's saliency that goes with its experts\n"
+        "  a share of saliency is no accuracy: measure what the pruned model answers\n"
         "  kB, MB, GB, TB: powers of 1000 bytes; K, M, B: powers of 1000 parameters\n"
         "\n"
         "  chosen by     --ratio 0.65, rounding floor, metric reap\n"
@@ -236,7 +237,7 @@ def test_a_global_allocation_is_shown_beside_the_uniform_one(
         "      1    96     288     0.5     0.25     25.0%     12.5%",
         "      2   174     210     0.5     0.25     12.5%     37.5%",
     ]
-    assert lines[10:13] == [
+    assert lines[11:14] == [
         "  chosen by     --ratio 0.65, rounding floor, metric reap, --allocate global",
         "  saliency      18.8% dropped on average, 25.0% at worst (layer 1)",
         "  if equal      25.0% dropped on average, 37.5% at worst (layer 2)",
@@ -259,6 +260,7 @@ def test_several_ratios_are_compared_a_line_each(run: Run, fake: FakeOperations)
         "   0.65   135  237.6 GB  40.0%      372.0B       25.0%     37.5%      12.5%\n"
         "\n"
         "  saliency dropped: share of a layer's saliency that goes with its experts\n"
+        "  a share of saliency is no accuracy: measure what the pruned model answers\n"
         "  narrowest cut: how far the highest pruned saliency stays below the lowest kept\n"
         "  kB, MB, GB, TB: powers of 1000 bytes; K, M, B: powers of 1000 parameters\n"
     )

@@ -114,6 +114,7 @@ def test_what_a_file_says_reads_well(run: Run) -> None:
         "    92*       -       -        -       0      0       -       -         -\n"
         "  * next-token-prediction layer\n"
         "  widest gap: experts below it, and how many times as high the next score is\n"
+        "  a share of saliency is no accuracy: measure what the pruned model answers\n"
         "\n"
         "Cuts alike in every layer, by the mean share of a layer's saliency that goes:\n"
         "                                 lost in the\n"
