@@ -379,8 +379,9 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         default=str(Allocation.UNIFORM),
         show_default=True,
         callback=choice(Allocation),
-        help="uniform keeps as many experts in every layer; global shares the same number of "
-        "experts out by the layers' shares of saliency, so that some keep more than others.",
+        help="uniform keeps as many experts in every layer; the others share the same number of "
+        "experts out by the layers' shares of saliency: global for the smallest loss on average, "
+        "waterfill for the smallest loss in the worst layer.",
     ),
     "allow_nonuniform": click.option(
         "--allow-nonuniform",

@@ -155,7 +155,8 @@ def plan(
     - mtp: what becomes of next-token-prediction layers without scores: `router-norm` scores them
       by their router rows, `last` repeats the choice of the last layer, `keep` leaves them whole
       where the config has a count for them alone, `drop` removes them;
-    - allocate: `uniform`, or `global` for layers that share one budget;
+    - allocate: `uniform`, or layers share one budget: `global` for the least saliency lost on
+      average, `waterfill` for the least lost in the worst layer;
     - allow_nonuniform: accept layers that keep different numbers of experts;
     - lists: what lists of expert ids are in a file that does not say it: `kept` or `dropped` in
       plan_file, `best-first` or `worst-first` in scores that rank the experts;

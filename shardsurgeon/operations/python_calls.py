@@ -33,7 +33,7 @@ from shardsurgeon.errors import ShardSurgeonError, UsageError
 AnyPath = str | PathLike[str]
 RoundingName: TypeAlias = Literal["floor", "nearest", "ceil"]
 MtpName: TypeAlias = Literal["router-norm", "last", "keep", "drop"]
-AllocationName: TypeAlias = Literal["uniform", "global"]
+AllocationName: TypeAlias = Literal["uniform", "global", "waterfill"]
 ListsName: TypeAlias = Literal["kept", "dropped", "best-first", "worst-first"]
 
 

@@ -1,7 +1,7 @@
 """How many experts each layer keeps: from a ratio, a count, a size or a shared budget. Pure.
 
 The router limits every count: top-k, groups that keep the same number each, a multiple asked for.
-Without --allocate global all layers keep alike (`uniform_counts`); with it they share one budget
+Without --allocate all layers keep alike (`uniform_counts`); with it they share one budget
 (`allocate`), and a layer whose saliency sits in few experts gives some of its share to others.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.pruning.request import Rounding, SelectionRequest, removed_count
+from shardsurgeon.pruning.request import Allocation, Rounding, SelectionRequest, removed_count
 from shardsurgeon.pruning.routing import (
     RoutingFacts,
     check_kept,
@@ -117,11 +117,11 @@ def largest_kept(size_of: Callable[[int], int], limit: int, facts: RoutingFacts)
 
 
 @dataclass(frozen=True, slots=True)
-class GlobalAllocation:
+class SharedBudget:
     """The best way to share any budget.
 
     floors: what each layer keeps at least; order: the layer that gets each further `step`
-    experts, the most gainful first. The counts of every budget are a beginning of one order.
+    experts, the most urgent first. The counts of every budget are a beginning of one order.
     """
 
     floors: dict[int, int]
@@ -166,16 +166,22 @@ def allocate(
     preserved: Mapping[int, Collection[int]],
     facts: Mapping[int, RoutingFacts],
     request: SelectionRequest,
-) -> GlobalAllocation:
-    """Share experts out so that the shares of saliency kept add up to the most.
+) -> SharedBudget:
+    """Share experts out so that the layers lose little, together or each, of their saliency.
 
     values, preserved: as `selection.select` takes them; facts: layer → its router's. A share is
     an expert's part of its own layer's saliency, because saliencies of two layers do not
     compare. A layer keeps at least what its router needs and what is preserved, and always a
-    multiple of its groups and of --multiple-of. Within these bounds the sum of the shares kept
-    is the largest possible for every budget: each layer's experts come in falling order of
-    share, so that what a layer gains from one more step never grows, and taking the best step
-    first is optimal. Among equal gains the lower layer comes first.
+    multiple of its groups and of --multiple-of. Within these bounds, for every budget:
+
+    - Allocation.GLOBAL: the sum of the shares kept is the largest possible. Each layer's experts
+      come in falling order of share, so that what a layer gains from one more step never grows,
+      and taking the best step first is optimal.
+    - Allocation.WATERFILL: the largest share that a layer loses is the smallest possible. Each
+      step goes to the layer that has lost the largest share so far and can still keep more, as
+      water fills basins to one level; no other way keeps less in a layer that got a step.
+
+    Among equal ones the lower layer comes first. A single layer keeps what a uniform count keeps.
 
     Raises ScoreError for negative saliencies, which have no shares, and UsageError where a
     layer's preserved experts do not fit.
@@ -192,11 +198,15 @@ def allocate(
             raise UsageError(f"layer {layer}", problem, "preserve fewer")
         floors[layer] = floor
         gains = _gains(shares(values[layer], layer), marked, fact.n_group)
+        # What is lost with the first n experts of every group kept; it never grows, even rounded.
+        lost = np.cumsum(gains[::-1])[::-1]
         for number, begin in enumerate(range(floor, most, step)):
             width = slice(begin // fact.n_group, (begin + step) // fact.n_group)
-            # Negated: the smallest tuple is the largest gain, then the lowest layer.
-            offers.append((-float(gains[width].sum()), layer, number))
-    return GlobalAllocation(floors, tuple(layer for _, layer, _ in sorted(offers)), step)
+            level = request.allocate is Allocation.WATERFILL
+            urgency = float(lost[width.start] if level else gains[width].sum())
+            # Negated: the smallest tuple is the most urgent, then the lowest layer.
+            offers.append((-urgency, layer, number))
+    return SharedBudget(floors, tuple(layer for _, layer, _ in sorted(offers)), step)
 
 
 def shares(values: NDArray[np.float64], layer: int) -> NDArray[np.float64]:

@@ -52,7 +52,7 @@ class Decision:
     keep: in ids of the checkpoint as it is now; metric: the one that decided, None with a
     keep-list file; policies: layer → what decided where it was not the scores; never_routed:
     layer → experts that no calibration token reached; uniform: the choice with as many experts
-    in every layer, to compare a global allocation with; None without --allocate global, or
+    in every layer, to compare a shared budget with; None without --allocate, or
     where it would keep too few experts for those preserved; made_for: the model whose plan was
     used and whose saliencies these are, where it is another one; ratio: the one asked for, by
     the request or by the plan that it names.
@@ -136,7 +136,7 @@ def _from_scores(
         preserved = {layer: ids for layer, ids in preserved.items() if layer in values}
     uniform = uniform_counts(request, main_facts(anatomy), size_of)
     counts, compared = uniform, None
-    if request.allocate is Allocation.GLOBAL:
+    if request.allocate is not Allocation.UNIFORM:
         counts = _shared_out(anatomy, values, preserved, facts, uniform, request, size_of)
         compared = _if_uniform(values, preserved, uniform, facts)
     every = {**counts.kept, **mtp_counts(anatomy, facts, counts.kept)}

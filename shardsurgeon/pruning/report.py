@@ -39,8 +39,8 @@ class LayerReport:
 
     min_retained_saliency, max_pruned_saliency: at the cut, preserved experts left out; None
     where there is no saliency. saliency_dropped: share of the layer's saliency that goes, 0 to
-    1; saliency_dropped_uniform: the same had every layer kept as many, None without --allocate
-    global. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
+    1; saliency_dropped_uniform: the same had every layer kept as many, None without
+    --allocate. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
     """
 
     layer: int
@@ -61,12 +61,12 @@ class PlanReport(Report):
     """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
 
     ratio: as asked for, None where the selection was no ratio. num_experts_before, _after: of the
-    largest layers, where layers differ. allocate: how the counts were shared out, `uniform` or
-    `global`; stock_engines: whether stock vLLM reads the counts that result. parameters: None
-    where the storage format hides them. carried_along: the files beside the weights that are
-    copied; left_behind: those that are not → why. saliency_of: the other model whose plan this is
-    and whose saliencies these are, None where they are this model's own. space_free: bytes free
-    where the result would go, None where nobody looked.
+    largest layers, where layers differ. allocate: how the counts were shared out, `uniform`,
+    `global` or `waterfill`; stock_engines: whether stock vLLM reads the counts that result.
+    parameters: None where the storage format hides them. carried_along: the files beside the
+    weights that are copied; left_behind: those that are not → why. saliency_of: the other model
+    whose plan this is and whose saliencies these are, None where they are this model's own.
+    space_free: bytes free where the result would go, None where nobody looked.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -161,7 +161,7 @@ class PlanReport(Report):
 
     @property
     def saliency_dropped_uniform_mean(self) -> float | None:
-        """What would go on average had every layer kept as many; None without --allocate global."""
+        """What would go on average had every layer kept as many; None without --allocate."""
         return _mean(layer.saliency_dropped_uniform for layer in self.layers)
 
     @property

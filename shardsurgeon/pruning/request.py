@@ -56,6 +56,7 @@ class Allocation(StrEnum):
 
     UNIFORM = "uniform"
     GLOBAL = "global"
+    WATERFILL = "waterfill"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ class SelectionRequest:
     target_size: bytes of the result's weight files; plan_file: a keep-list. rounding,
     multiple_of and metric are None where the user did not say; `effective_rounding` is what then
     holds. mtp: for MTP layers without scores. allocate: whether every layer keeps the same
-    number or the layers share one budget; allow_nonuniform: whether a model whose layers keep
+    number or the layers share one budget, `global` for the least lost in all of them together,
+    `waterfill` for the least lost in the worst; allow_nonuniform: whether a model whose layers keep
     different numbers may be written; lists: what the file's lists mean, None where it says it
     itself. include, exclude: globs of files beside the weights that are copied, or left behind,
     whatever they are. Raises UsageError for values and combinations that cannot be meant.
@@ -143,7 +145,7 @@ class SelectionRequest:
             ("--metric", self.metric is not None),
             ("--preserve-super-experts", self.preserve_super_experts),
             ("--multiple-of", self.multiple_of is not None),
-            ("--allocate", self.allocate is Allocation.GLOBAL),
+            ("--allocate", self.allocate is not Allocation.UNIFORM),
         ):
             if unwanted:
                 problem = "a keep-list given with --plan already says which experts stay"

@@ -51,6 +51,10 @@ def asked(fake: FakeOperations, run: Run, *words: str) -> SelectionRequest:
             SelectionRequest(ratio=0.5, allocate=Allocation.GLOBAL),
         ),
         (
+            ("--ratio", "0.5", "--allocate", "waterfill"),
+            SelectionRequest(ratio=0.5, allocate=Allocation.WATERFILL),
+        ),
+        (
             ("--plan", "keep.json", "--allow-nonuniform"),
             SelectionRequest(plan_file="keep.json", allow_nonuniform=True),
         ),

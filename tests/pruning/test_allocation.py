@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.pruning.counts import allocate, shares, uniform_counts
-from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.pruning.routing import RoutingFacts
 from shardsurgeon.pruning.selection import select
 
@@ -42,6 +42,21 @@ def test_among_equal_gains_the_lower_layer_comes_first() -> None:
     allocation = allocate(values, {}, facts_of(values), KEEP)
     assert allocation.counts(3) == {0: 2, 1: 1}
     assert allocation.counts(5) == {0: 3, 1: 2}
+
+
+def test_water_stands_at_one_level_in_all_layers() -> None:
+    # Lost with one, two, three kept: 0.5, 0.25, 0.125 of layer 0; 0.75, 0.5, 0.25 of layer 1.
+    values = rows((4.0, 2.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0))
+    request = SelectionRequest(keep=1, allocate=Allocation.WATERFILL)
+    budget = allocate(values, {}, facts_of(values), request)
+    counts = [budget.counts(total) for total in range(2, 9)]
+    assert [(kept[0], kept[1]) for kept in counts] == [
+        *((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4)),
+    ]
+    # The other way prefers what adds the most, and leaves layer 1 at a loss of a half for longer.
+    steep = rows((60.0, 30.0, 6.0, 4.0), (28.0, 24.0, 24.0, 24.0))
+    assert allocate(steep, {}, facts_of(steep), KEEP).counts(3) == {0: 2, 1: 1}
+    assert allocate(steep, {}, facts_of(steep), request).counts(3) == {0: 1, 1: 2}
 
 
 def test_what_routers_need_and_what_is_preserved_is_the_least_a_layer_keeps() -> None:
@@ -149,12 +164,16 @@ def kept_share(
     return best / total if total else Fraction(0)
 
 
-@given(models(), st.data())
+@pytest.mark.parametrize("way", [Allocation.GLOBAL, Allocation.WATERFILL])
+@given(model=models(), data=st.data())
 def test_no_other_way_to_share_a_budget_keeps_more(
-    model: tuple[Rows, dict[int, set[int]], dict[int, RoutingFacts], int], data: st.DataObject
+    way: Allocation,
+    model: tuple[Rows, dict[int, set[int]], dict[int, RoutingFacts], int],
+    data: st.DataObject,
 ) -> None:
+    """More in all layers together, or in the one that keeps the smallest share."""
     values, preserved, facts, multiple = model
-    request = SelectionRequest(keep=1, multiple_of=multiple)
+    request = SelectionRequest(keep=1, multiple_of=multiple, allocate=way)
     step = math.lcm(multiple, facts[0].n_group)
 
     def possible(layer: int) -> list[int]:
@@ -183,13 +202,19 @@ def test_no_other_way_to_share_a_budget_keeps_more(
     assert sum(counts.values()) == budget
     assert all(counts[layer] in choices[layer] for layer in facts)
 
-    def total(kept: tuple[int, ...]) -> Fraction:
-        return sum(
-            (kept_share(values, preserved, n, kept[n], facts[n]) for n in facts), Fraction(0)
-        )
+    def worth(kept: tuple[int, ...]) -> Fraction:
+        parts = [kept_share(values, preserved, n, kept[n], facts[n]) for n in facts]
+        if way is Allocation.GLOBAL:
+            return sum(parts, Fraction(0))
+        # A layer without any saliency loses none.
+        return min((part for n, part in enumerate(parts) if np.nansum(values[n]) > 0), default=0)
 
-    best = max(total(kept) for kept in product(*choices) if sum(kept) == budget)
-    assert best - total(tuple(counts[layer] for layer in facts)) < Fraction(1, 10**12)
+    best = max(worth(kept) for kept in product(*choices) if sum(kept) == budget)
+    assert best - worth(tuple(counts[layer] for layer in facts)) < Fraction(1, 10**12)
+    if len(facts) == 1:
+        asked = SelectionRequest(keep=budget, multiple_of=multiple)
+        if budget < facts[0].num_experts:
+            assert counts == uniform_counts(asked, facts).kept
     # And selection can carry it out.
     for layer, fact in facts.items():
         select({layer: values[layer]}, counts, fact, {layer: preserved[layer]})

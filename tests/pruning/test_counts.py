@@ -38,6 +38,7 @@ KIMI = RoutingFacts(384, 8)
         ({"plan_file": "p.json", "preserve_super_experts": True}, "--preserve-super-experts"),
         ({"plan_file": "p.json", "multiple_of": 4}, "leave out --multiple-of"),
         ({"plan_file": "p.json", "allocate": Allocation.GLOBAL}, "leave out --allocate"),
+        ({"plan_file": "p.json", "allocate": Allocation.WATERFILL}, "leave out --allocate"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(words: dict[str, Any], says: str) -> None:

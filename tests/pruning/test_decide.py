@@ -102,6 +102,17 @@ def test_a_global_allocation_is_told_beside_what_uniform_counts_would_keep() -> 
     assert decision.notes == ("8 experts kept in 2 layers together",)
 
 
+def test_a_waterfill_spares_the_layer_that_would_lose_the_largest_share() -> None:
+    # 9 of 13.5 are in two experts of layer 1; the eight of layer 2 matter alike.
+    few = [5.0, 4.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    values = rows(layer1=few, layer2=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7])
+    decision = decided(values, allocate=Allocation.WATERFILL)
+    # Keeping two, layer 1 loses a third; layer 2 loses 2.1 / 10.8 with six of its eight.
+    assert [len(ids) for ids in kept(decision).values()][:2] == [3, 5]
+    assert decision.uniform is not None
+    assert decision.notes == ("8 experts kept in 2 layers together",)
+
+
 @pytest.mark.parametrize("policy", [MtpPolicy.ROUTER_NORM, MtpPolicy.DROP])
 def test_a_target_size_is_shared_out_with_the_mtp_layers_in_it(policy: MtpPolicy) -> None:
     peaked = rows(layer1=[90.0, 80.0, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1])
