@@ -76,7 +76,8 @@ _RECORDS = re.compile(
     rb'"layer"\s*:\s*\d+\s*,\s*' + _SINGLE + rb'"(?:expert"\s*:\s*\d|reap"\s*:\s*\[)', re.IGNORECASE
 )
 _METRICS = (
-    rb"expert_frequency|ean_sum|ean_mean|max_activations|msan|saliency|router_l\d|weight_l\d|reap"
+    rb"expert_frequency|ean_sum|ean_mean|max_activations|msan|saliency|router_l\d|weight_l\d"
+    rb"|one_minus_aimer|reap"
 )
 # In torch.save's pickle: a dict whose first key is a layer, or the name of a metric.
 _PICKLED = re.compile(

@@ -351,13 +351,26 @@ def from_router_command(
 @click.command("from-weights", cls=Command)
 @model_argument
 @out_option
+@click.option(
+    "--criterion",
+    type=click.Choice(["norm", "aimer"]),
+    default="norm",
+    show_default=True,
+    help="Euclidean length of all weights (norm), or 1 less their mean magnitude over their root "
+    "mean square (aimer; arXiv 2603.18492).",
+)
 @family_option
 @progress_option
 @json_option
 def from_weights_command(
-    model: str | None, out: str, force: bool, family: str | None, as_json: bool
+    model: str | None,
+    out: str,
+    force: bool,
+    criterion: Literal["norm", "aimer"],
+    family: str | None,
+    as_json: bool,
 ) -> None:
-    """Score experts by the norm of their weights.
+    """Score experts by their weights.
 
     MODEL is the folder of a checkpoint, by default the current folder. Reads all
     experts once, a piece at a time: floats, FP8, INT8, and compressed-tensors'
@@ -366,11 +379,11 @@ def from_weights_command(
     \b
     Examples:
       shardsurgeon scores from-weights -o weights.safetensors
-      shardsurgeon scores from-weights /models/Kimi-K2.5 -o weights.json
+      shardsurgeon scores from-weights --criterion aimer -o aimer.json
     """
     from shardsurgeon.operations import scores
 
-    report = scores.scores_from_weights(model, out, family=family, force=force)
+    report = scores.scores_from_weights(model, out, criterion=criterion, family=family, force=force)
     emit(report, _baseline_lines(report), as_json, told_otherwise=True)
 
 

@@ -250,8 +250,8 @@ class RouterScoresReport(Report):
 class BaselineReport(Report):
     """Scores made without running the model. out: the score file, which holds one `metric`.
 
-    method: `expert-weight-norm` or `random`; seed: of random scores; written: False where the file
-    held these scores already.
+    method: `expert-weight-norm`, `aimer` or `random`; seed: of random scores; written: False where
+    the file held these scores already.
 
     >>> report = shardsurgeon.scores_from_weights("fixtures/qwen3_moe", "weights.npz")
     >>> report.method, report.num_experts, report.seed

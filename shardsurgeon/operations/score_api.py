@@ -30,21 +30,25 @@ def scores_from_weights(
     model: AnyPath | None,
     out: AnyPath,
     *,
+    criterion: Literal["norm", "aimer"] = "norm",
     family: AnyPath | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> BaselineReport:
-    """Write the norm of each expert's weights, of MTP layers too, as a score file.
+    """Write a score of each expert's weights, of MTP layers too, as a score file.
 
-    All experts are read once, a piece at a time; progress: show a bar. Raises what
-    `scores_from_router` raises, and FamilyError for weights stored in a form whose norm is not
-    computed here.
+    criterion: their Euclidean `norm`, or `aimer`: 1 less their mean magnitude over their root mean
+    square (arXiv 2603.18492, which prunes where that ratio is high). All experts are read once, a
+    piece at a time; progress: show a bar. Raises what `scores_from_router` raises, and FamilyError
+    for weights stored in a form that is not read here.
 
     >>> shardsurgeon.scores_from_weights("fixtures/qwen3_moe", "weights.npz")
     qwen3_moe: weight_l2 of 16 experts in 3 layers
     """
     with bars(progress):
-        return scores.scores_from_weights(model, out, family=as_text(family), force=force)
+        return scores.scores_from_weights(
+            model, out, criterion=criterion, family=as_text(family), force=force
+        )
 
 
 @public

@@ -46,13 +46,18 @@ from shardsurgeon.scores.files import ScoreContent, read_scores, score_output, w
 from shardsurgeon.scores.observed import is_observed, merge_observed
 from shardsurgeon.scores.router_norms import RouterNorm, random_scores, router_scores
 from shardsurgeon.scores.table import Scores
-from shardsurgeon.scores.weight_norms import weight_norms
+from shardsurgeon.scores.weight_norms import WeightCriterion, aimer_scores, weight_norms
 from shardsurgeon.storage.files import Output
 from shardsurgeon.units import require_ratios
 
 _Item = TypeVar("_Item")
 Path = str | os.PathLike[str]
 Scored = Mapping[int, NDArray[np.float64]]
+# Criterion → what the file says of how it was made, its metric, and how.
+_CRITERIA = {
+    WeightCriterion.NORM: ("expert-weight-norm", "weight_l2", weight_norms),
+    WeightCriterion.AIMER: ("aimer", "one_minus_aimer", aimer_scores),
+}
 
 
 def show_scores(
@@ -245,22 +250,25 @@ def scores_from_weights(
     model: Path | None,
     out: Path,
     *,
+    criterion: Literal["norm", "aimer"] = "norm",
     family: str | None = None,
     force: bool = False,
 ) -> BaselineReport:
-    """Write the norm of each expert's weights, of MTP layers too, as a score file.
+    """Write a score of each expert's weights, of MTP layers too, as a score file.
 
-    Raises what `scores_from_router` raises, and FamilyError for weights stored in a form whose norm
-    is not computed here.
+    criterion: their `norm`, or `aimer`, whose distance to 1 is written (`aimer_scores`). Raises
+    what `scores_from_router` raises, and FamilyError for weights stored in a form that is not read
+    here.
     """
     output, checkpoint, anatomy = _begin(model, out, family, force)
     require_complete(anatomy.incomplete, None, checkpoint.location)
-    name, method, metric = checkpoint.source.name, "expert-weight-norm", "weight_l2"
+    name = checkpoint.source.name
+    method, metric, scored = _CRITERIA[WeightCriterion(criterion)]
     facts = {"method": method, "model": name}
     # All experts are read to find out what a file holds: not for one that says it is another's.
     if not force and output.path.is_file() and dict(read_scores(out).facts) != facts:
         output.refuse()
-    scores = weight_norms(checkpoint, anatomy)
+    scores = scored(checkpoint, anatomy)
     layers, written = _save(output, anatomy, scores, metric, facts)
     experts = anatomy.num_experts
     return BaselineReport(name, method, metric, experts, layers, str(out), written=written)

@@ -1,15 +1,16 @@
-"""Expert weight norms: how large each expert's matrices are together, read from the shards.
+"""Scores of expert weights: how large they are together, and AIMER; read from the shards.
 
-A score that needs no calibration: the square root of the sum of squares of all an expert's
-weights; biases are left out. Matrices are read a chunk at a time and decoded only as far as their
-squares need: a byte of codes is looked up in a table, and a scale is squared once for all the
-weights it covers.
+Neither needs a calibration. Both are of sums over all an expert's weights, of their squares and of
+their magnitudes; biases are left out. Matrices are read once, a chunk at a time, and decoded only
+as far as these sums need: a byte of codes is looked up in a table, and a scale is squared once for
+all the weights it covers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TypeAlias
 
 import numpy as np
@@ -27,6 +28,8 @@ from shardsurgeon.storage.phases import BYTES, phase
 
 Place: TypeAlias = tuple[Shard, TensorRecord]
 Floats = NDArray[np.float64]
+# Which sums of powers of the weights' magnitudes.
+Powers: TypeAlias = tuple[int, ...]
 
 # Bytes of a tensor that are in memory at a time; as numbers they take a few times as much.
 CHUNK_NBYTES = 1 << 20
@@ -44,6 +47,13 @@ _BESIDE = frozenset(
 # tried where it does not.
 _USUAL_BLOCK = 128
 _CALIBRATE = "use scores from a calibration, or of the routers (`scores from-router`)"
+
+
+class WeightCriterion(StrEnum):
+    """What is said of an expert's weights: their norm, or how unevenly large they are."""
+
+    NORM = "norm"
+    AIMER = "aimer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +90,51 @@ def weight_norms(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[int, NDArray[
     Raises FamilyError, naming a tensor, for a storage whose norm is not worked out here,
     CheckpointError where a matrix holds NaN or infinity, SourceReadError where it cannot be read.
     """
-    squares = {layer.index: np.zeros(layer.num_experts) for layer in anatomy.layers}
+    sums = _expert_sums(checkpoint, anatomy, (2,))
+    return {layer: np.sqrt(of_layer[:, 0]) for layer, of_layer in sums.items()}
+
+
+def aimer_scores(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[int, NDArray[np.float64]]:
+    """1 - AIMER of each expert's weights: layer → float64 [num_experts], ascending.
+
+    AIMER is the mean magnitude over the root mean square of an expert's N weights w,
+
+        (sum of |w| / N) / sqrt(sum of w^2 / N),
+
+    above 0 and at most 1, of all its matrices together; the experts where it is highest are pruned
+    (Liu et al. 2026, arXiv 2603.18492, and the authors' code, github.com/ZongfangLiu/AIMER). Since
+    a higher score stays here, its distance to 1 is given, from 0 to 1. An expert whose weights are
+    all 0 gets 0, and goes first; in that code it would stay. Quantized weights count as what they
+    stand for. MTP layers are included. Raises what `weight_norms` raises.
+    """
+    scores = {}
+    for layer, sums in _expert_sums(checkpoint, anatomy, (0, 1, 2)).items():
+        count, magnitudes, squares = sums.T
+        level = np.sqrt(count * squares)
+        ratio = np.divide(magnitudes, level, out=np.ones(len(sums)), where=level > 0)
+        # Equal magnitudes give 1, and rounding a little more.
+        scores[layer] = np.maximum(1 - ratio, 0.0)
+    return scores
+
+
+def _expert_sums(
+    checkpoint: Checkpoint, anatomy: Anatomy, powers: Powers
+) -> dict[int, NDArray[np.float64]]:
+    """Layer → float64 [num_experts, powers]: sums over all weights of an expert, ascending."""
+    sums = {n.index: np.zeros((n.num_experts, len(powers))) for n in anatomy.layers}
     block = block_size(checkpoint.settings)
     alone, stacked = _places(checkpoint, anatomy)
     total = sum(record.nbytes for places in alone.values() for _, record in places.values())
     total += sum(record.nbytes for _, record in stacked.values())
     with phase("reading experts", total, BYTES) as at:
         for matrix in _matrices(checkpoint, alone):
-            squares[matrix.layer][matrix.expert] += sum_of_squares(matrix.parts, block)
+            sums[matrix.layer][matrix.expert] += power_sums(matrix.parts, block, powers)
             at.advance(matrix.nbytes)
         for (layer, _), (shard, record) in stacked.items():
-            squares[layer] += _stacked_squares(checkpoint, shard, record, len(squares[layer]))
+            experts = len(sums[layer])
+            sums[layer] += _stacked_sums(checkpoint, shard, record, experts, powers)
             at.advance(record.nbytes)
-    return {layer: np.sqrt(row) for layer, row in sorted(squares.items())}
+    return dict(sorted(sums.items()))
 
 
 def _places(
@@ -126,18 +168,19 @@ def _matrices(
         yield _Matrix(layer, expert, parts, sum(record.nbytes for _, record in places.values()))
 
 
-def _stacked_squares(
-    checkpoint: Checkpoint, shard: Shard, record: TensorRecord, experts: int
+def _stacked_sums(
+    checkpoint: Checkpoint, shard: Shard, record: TensorRecord, experts: int, powers: Powers
 ) -> NDArray[np.float64]:
-    """The sum of squares of each expert's slice of a tensor [experts, …], or of its rows in one
-    [experts · rows, …]: float64 [experts]."""
+    """The sums of each expert's slice of a tensor [experts, …], or of its rows in one
+    [experts · rows, …]: float64 [experts, powers]."""
     whole = _stored(checkpoint, shard, record)
     if record.dtype not in FLOATS:
         raise not_readable(whole, [])
     each = record.nbytes // experts
-    found = np.array([plain_squares(_slice(whole, e * each, each)) for e in range(experts)])
-    if not np.isfinite(found).all():
-        problem = f"expert {int(np.argmin(np.isfinite(found)))} holds NaN or infinity"
+    found = np.array([_plain(_slice(whole, e * each, each), powers) for e in range(experts)])
+    finite = np.isfinite(found).all(1)
+    if not finite.all():
+        problem = f"expert {int(np.argmin(finite))} holds NaN or infinity"
         raise CheckpointError(record.name, problem, "fetch the shard again")
     return found
 
@@ -158,10 +201,13 @@ def _slice(whole: StoredTensor, start: int, nbytes: int) -> StoredTensor:
     return StoredTensor(whole.name, whole.dtype, whole.shape[1:], nbytes, read)
 
 
-def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | None) -> float:
-    """The sum of squares of one weight matrix, as the model computes with it.
+def power_sums(
+    parts: Mapping[str, StoredTensor], block: tuple[int, int] | None, powers: Powers
+) -> Floats:
+    """Sums of |w|^p over the weights w of one matrix, as the model computes with it.
 
-    With codes c, zero point z and scale s of a group, w = s * (c - z), and the group adds
+    Result: float64 [powers], p of 0 (the number of weights), 1 or 2. With codes c, zero point z
+    and scale s of a group, w = s * (c - z), and the group adds to the squares
     s^2 * (sum of c^2 - 2 * z * sum of c + n * z^2): only sums of codes are needed.
 
     parts: what the matrix is stored as, by the last word of each tensor's name: `weight` in
@@ -173,31 +219,42 @@ def sum_of_squares(parts: Mapping[str, StoredTensor], block: tuple[int, int] | N
     """
     held = {leaf: tensor for leaf, tensor in parts.items() if leaf not in _BESIDE}
     if _PACKED in held:
-        weight, total = held[_PACKED], _packed(held)
+        weight, total = held[_PACKED], _packed(held, powers)
     elif not held:
-        return 0.0
+        return np.zeros(len(powers))
     else:
         weight = held["weight"] if "weight" in held else next(iter(held.values()))
         scales = [held[leaf] for leaf in _SCALES if leaf in held]
         if "weight" in held and len(held) == 1 and weight.dtype in FLOATS:
-            total = plain_squares(weight)
+            total = _plain(weight, powers)
         elif len(held) == 2 and len(scales) == 1 and weight.dtype in _BYTES:
-            total = _scaled(weight, scales[0], block)
+            total = _scaled(weight, scales[0], block, powers)
         else:
             raise not_readable(weight, sorted(held))
-    if not np.isfinite(total):
+    if not np.isfinite(total).all():
         raise CheckpointError(weight.name, "holds NaN or infinity", "fetch the shard again")
     return total
 
 
-def plain_squares(weight: StoredTensor) -> float:
-    """The sum of squares of a tensor of floats; not finite where the tensor is not."""
-    total = 0.0
+def _power(numbers: Array, power: int) -> Array:
+    """|numbers|^power, for a power of 0, 1 or 2; every number's power of 0 is 1."""
+    if power == 0:
+        return np.ones_like(numbers)
+    return np.square(numbers) if power == 2 else np.abs(numbers)
+
+
+def _plain(weight: StoredTensor, powers: Powers) -> Floats:
+    """The sums of a tensor of floats; not finite where the tensor is not."""
+    total = np.zeros(len(powers))
     for begin in range(0, weight.nbytes, CHUNK_NBYTES):
         raw = weight.read(begin, min(begin + CHUNK_NBYTES, weight.nbytes))
         numbers = decode(weight.dtype, raw)
-        # Not np.dot: starting its threads takes longer than they save on a chunk.
-        total += float(np.einsum("i,i", numbers, numbers))
+        for at, power in enumerate(powers):
+            if power == 2:
+                # Not np.dot: starting its threads takes longer than they save on a chunk.
+                total[at] += float(np.einsum("i,i", numbers, numbers))
+            else:
+                total[at] += float(_power(numbers, power).sum())
     return total
 
 
@@ -208,7 +265,9 @@ def not_readable(weight: StoredTensor, leaves: list[str]) -> FamilyError:
     return FamilyError(weight.name, problem, _CALIBRATE)
 
 
-def _scaled(weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None) -> float:
+def _scaled(
+    weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None, powers: Powers
+) -> Floats:
     """One byte per weight; every scale covers some rows and columns."""
     # MX formats spell a power of two as a bare byte.
     scale = replace(scale, dtype="F8_E8M0") if scale.dtype == "U8" else scale
@@ -216,18 +275,21 @@ def _scaled(weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | 
     if len(weight.shape) != 2 or len(scale.shape) > 2 or scale.dtype not in known:
         raise not_readable(weight, ["weight", f"scale {scale.dtype}"])
     rows, columns = weight.shape
-    factors = np.atleast_1d(np.square(scale.numbers()))
+    factors = np.atleast_1d(scale.numbers())
     grid = factors.reshape(len(factors), -1)
     given = block if block is not None else (None, None)
     high, wide = (
         _covered(weight, *known) for known in zip(weight.shape, grid.shape, given, strict=True)
     )
-    table = np.square(decode(weight.dtype, bytes(range(256))))
+    numbers = decode(weight.dtype, bytes(range(256)))
+    pairs = [(_power(numbers, power), _power(grid, power)) for power in powers]
     starts = np.arange(0, columns, wide)
-    total = 0.0
+    total = np.zeros(len(powers))
     for first, raw in _row_chunks(weight, rows, columns):
-        squares = np.add.reduceat(table[raw], starts, axis=1)
-        total += float((squares * grid[np.arange(first, first + len(raw)) // high]).sum())
+        covering = np.arange(first, first + len(raw)) // high
+        for at, (table, scales) in enumerate(pairs):
+            sums = np.add.reduceat(table[raw], starts, axis=1)
+            total[at] += float((sums * scales[covering]).sum())
     return total
 
 
@@ -245,26 +307,26 @@ def _covered(weight: StoredTensor, size: int, count: int, block: int | None) -> 
     raise FamilyError(weight.name, problem, _CALIBRATE)
 
 
-def _packed(held: Mapping[str, StoredTensor]) -> float:
+def _packed(held: Mapping[str, StoredTensor], powers: Powers) -> Floats:
     """compressed-tensors' words of 32 bits, the first weight in the lowest bits."""
     words = held[_PACKED]
     known = {_PACKED, "weight_scale", "weight_shape", "weight_zero_point"}
     if not {_PACKED, "weight_scale", "weight_shape"} <= held.keys() <= known:
         raise not_readable(words, sorted(held))
     layout = _layout(words, held["weight_shape"], held["weight_scale"])
-    scale = np.square(held["weight_scale"].numbers().astype(np.float64))
+    scale = held["weight_scale"].numbers().astype(np.float64)
     scale = scale.reshape(layout.rows, layout.groups)
     zeros = held.get("weight_zero_point")
     points = None if zeros is None else _zero_points(zeros, layout)
-    total = 0.0
+    total = np.zeros(len(powers))
     for first, raw in _row_chunks(words, layout.rows, words.shape[1] * 4):
-        codes = layout.codes(raw)
-        squares = layout.grouped(codes, layout.squares)
-        if points is not None:
-            offset = points[first : first + len(raw)]
-            sums = layout.grouped(codes, layout.sums)
-            squares = squares - 2 * offset * sums + layout.group_size * offset * offset
-        total += float((squares * scale[first : first + len(raw)]).sum())
+        codes, here = layout.codes(raw), slice(first, first + len(raw))
+        for at, power in enumerate(powers):
+            if power == 0:
+                total[at] += len(raw) * layout.columns
+                continue
+            sums = layout.summed(codes, None if points is None else points[here], power)
+            total[at] += float((sums * _power(scale[here], power)).sum())
     return total
 
 
@@ -289,6 +351,20 @@ class _Layout:
             used[:, -1] = used[:, -1] & 0x0F | 0x80
         return used
 
+    def summed(self, codes: NDArray[np.uint8], points: Floats | None, power: int) -> Floats:
+        """The sum of |code - zero point|^power, power 1 or 2, per group: float64 [rows, groups]."""
+        if points is None:
+            return self.grouped(codes, self.squares if power == 2 else self.magnitudes)
+        if power == 2:
+            squares, sums = self.grouped(codes, self.squares), self.grouped(codes, self.sums)
+            return squares - 2 * points * sums + self.group_size * points * points
+        signed = codes.astype(np.int16) - 128
+        if self.bits == 4:
+            signed = np.stack([codes & 15, codes >> 4], axis=2).astype(np.int16) - 8
+        groups = signed.reshape(len(codes), -1)[:, : self.columns]
+        groups = groups.reshape(len(codes), self.groups, -1)
+        return np.asarray(np.abs(groups - points[:, :, None]).sum(axis=2))
+
     def grouped(self, codes: NDArray[np.uint8], table: NDArray[np.int32]) -> Floats:
         """The sum per group of `table[code]`, table: byte → number: float64 [rows, groups]."""
         if codes.shape[1] // self.groups % 2 == 0:
@@ -305,6 +381,14 @@ class _Layout:
         """Byte → sum of the signed values of its codes."""
         every = np.arange(256, dtype=np.int32)
         return every - 128 if self.bits == 8 else (every & 15) + (every >> 4) - 16
+
+    @property
+    def magnitudes(self) -> NDArray[np.int32]:
+        """Byte → sum of the magnitudes of its codes' signed values."""
+        every = np.arange(256, dtype=np.int32)
+        if self.bits == 8:
+            return np.asarray(np.abs(every - 128))
+        return np.asarray(np.abs((every & 15) - 8) + np.abs((every >> 4) - 8))
 
     @property
     def squares(self) -> NDArray[np.int32]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.cli.scores import from_router_command
+from shardsurgeon.cli.scores import from_router_command, from_weights_command
 from shardsurgeon.scores.router_norms import RouterNorm
+from shardsurgeon.scores.weight_norms import WeightCriterion
 from tests.cli.standins import SCORE_OPERATIONS, SCORED, FakeOperations, Run
 
 WORDS = ("scores", "from-router", "-o", "scores.safetensors")
@@ -34,7 +35,11 @@ EVERY = {
         ),
         (
             ("scores", "from-weights", "/models/K2", "--no-progress", "-o", "s.json"),
-            (("/models/K2", "s.json"), {"family": None, "force": False}),
+            (("/models/K2", "s.json"), {"criterion": "norm", "family": None, "force": False}),
+        ),
+        (
+            ("scores", "from-weights", "--criterion", "aimer", "-o", "s.json"),
+            ((None, "s.json"), {"criterion": "aimer", "family": None, "force": False}),
         ),
         (
             ("scores", "random", "-o", "s.npz"),
@@ -81,6 +86,8 @@ def test_the_words_are_handed_on(
 def test_the_norms_offered_are_those_there_are() -> None:
     (choice,) = (p.type for p in from_router_command.params if p.name == "norm")
     assert set(choice.choices) == set(RouterNorm)  # type: ignore[attr-defined]
+    (choice,) = (p.type for p in from_weights_command.params if p.name == "criterion")
+    assert set(choice.choices) == set(WeightCriterion)  # type: ignore[attr-defined]
 
 
 def test_the_report_reads_well(run: Run) -> None:

@@ -18,7 +18,7 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.scores import weight_norms as module
-from shardsurgeon.scores.weight_norms import StoredTensor, sum_of_squares, weight_norms
+from shardsurgeon.scores.weight_norms import StoredTensor, aimer_scores, power_sums, weight_norms
 from shardsurgeon.storage.phases import BYTES, Phase, listening
 from tests.families.pruned_pair import builders
 from tests.families.specimens import DTYPES, fixture, written
@@ -122,6 +122,61 @@ def test_progress_ends_at_all_bytes_of_the_experts() -> None:
     assert (reading.done, reading.total, reading.unit) == (whole, whole, BYTES)
 
 
+def aimer(folder: Path) -> dict[int, np.ndarray]:
+    checkpoint = open_model(folder)
+    return aimer_scores(checkpoint, read_anatomy(checkpoint))
+
+
+def assert_aimer(folder: Path, weights: dict[str, torch.Tensor], rtol: float) -> None:
+    """As the paper has it (arXiv 2603.18492): mean magnitude over root mean square, of the weights
+    of all an expert's matrices in one row."""
+    rows: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for name, weight in weights.items():
+        match = EXPERT.fullmatch(name.removesuffix(".weight"))
+        assert match, name
+        rows.setdefault((int(match[1]), int(match[2])), []).append(weight.double().flatten())
+    found = aimer(folder)
+    assert {(n, e) for n, row in found.items() for e in range(len(row))} == rows.keys()
+    for (layer, expert), parts in rows.items():
+        row = torch.cat(parts)
+        ratio = row.abs().mean() / row.square().mean().sqrt()
+        assert 1 - found[layer][expert] == pytest.approx(ratio.item(), rel=rtol)
+
+
+def test_aimer_is_the_mean_magnitude_over_the_root_mean_square() -> None:
+    folder = FIXTURES / "qwen3_moe"
+    tensors = read_tensors(folder)
+    weights = {name: t for name, t in tensors.items() if EXPERT.fullmatch(name[: -len(".weight")])}
+    assert_aimer(folder, weights, 1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["int4_asymmetric", "fp8_block"])
+def test_aimer_of_a_quantized_expert_is_that_of_what_it_stands_for(
+    scheme: str, tmp_path: Path
+) -> None:
+    folder = written(BUILDERS[scheme](), tmp_path)
+    assert_aimer(folder, decoded(folder, scheme), 2e-3)
+
+
+def test_aimer_of_experts_in_one_tensor_is_taken_of_each(tmp_path: Path) -> None:
+    folder = written(fixture("gpt_oss_bf16"), tmp_path)
+    tensors = read_tensors(folder)
+    for layer, found in aimer(folder).items():
+        block = f"model.layers.{layer}.mlp.experts"
+        parts = [tensors[f"{block}.{name}"].double() for name in ("gate_up_proj", "down_proj")]
+        rows = torch.cat([part.flatten(1) for part in parts], 1)
+        ratio = rows.abs().mean(1) / rows.square().mean(1).sqrt()
+        np.testing.assert_allclose(1 - found, ratio.numpy(), rtol=1e-12)
+
+
+def test_aimer_at_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An expert without a weight, one of equal magnitudes, one with all in one of four weights.
+    made = np.array([[4.0, 0.0, 0.0], [4.0, 12.0, 36.0], [4.0, 2.0, 4.0]])
+    monkeypatch.setattr(module, "_expert_sums", lambda *_: {3: made})
+    checkpoint = open_model(FIXTURES / "qwen3_moe")
+    assert aimer_scores(checkpoint, read_anatomy(checkpoint))[3].tolist() == [0.0, 0.0, 0.5]
+
+
 # Single matrices, of shapes that no fixture has
 
 
@@ -138,6 +193,14 @@ def stored(**parts: torch.Tensor) -> dict[str, StoredTensor]:
         return StoredTensor(name, kind, tuple(tensor.shape), len(raw), lambda a, b: raw[a:b])
 
     return {name: one(name, tensor) for name, tensor in parts.items()}
+
+
+EVERY = (0, 1, 2)
+
+
+def sums(weight: torch.Tensor) -> list[float]:
+    """How many weights, and the sums of their magnitudes and squares."""
+    return [weight.numel(), weight.abs().sum().item(), weight.square().sum().item()]
 
 
 def codes(bits: int, rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -181,8 +244,8 @@ def test_packed_codes_of_every_shape_have_the_norm_of_their_weights(
         parts["weight_zero_point"] = pack_to_int32(zeros, bits, packed_dim=0)
     offset = zeros.double().repeat_interleave(group, 1)
     whole = (values.double() - offset) * scale.double().repeat_interleave(group, 1)
-    found = sum_of_squares(stored(**parts), None)
-    assert found == pytest.approx(whole.square().sum().item(), rel=1e-12)
+    found = power_sums(stored(**parts), None, EVERY)
+    assert found == pytest.approx(sums(whole), rel=1e-12)
 
 
 @pytest.mark.parametrize("piece", [64, 1 << 20])
@@ -215,14 +278,14 @@ def test_scales_of_every_grid_apply_to_their_own_weights(
     factors = scale.double().reshape(grid[0] if grid else 1, -1)
     wide = factors.repeat_interleave(covered[0], 0).repeat_interleave(covered[1], 1)
     whole = weight.double() * wide[: shape[0], : shape[1]]
-    found = sum_of_squares(stored(weight=weight, weight_scale_inv=scale), block)
-    assert found == pytest.approx(whole.square().sum().item(), rel=1e-12)
+    found = power_sums(stored(weight=weight, weight_scale_inv=scale), block, EVERY)
+    assert found == pytest.approx(sums(whole), rel=1e-12)
 
 
 def test_scales_that_fit_no_grid_are_refused() -> None:
     parts = stored(weight=torch.ones(7, 8).to(torch.float8_e4m3fn), weight_scale=torch.ones(3, 1))
     with pytest.raises(FamilyError, match="has 7 rows or columns for 3 scales"):
-        sum_of_squares(parts, None)
+        power_sums(parts, None, EVERY)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -230,7 +293,7 @@ def test_a_matrix_that_is_not_finite_is_refused_by_name(value: float) -> None:
     weight = torch.ones(4, 4)
     weight[2, 3] = value
     with pytest.raises(CheckpointError, match="holds NaN or infinity") as caught:
-        sum_of_squares(stored(weight=weight, bias=torch.ones(4)), None)
+        power_sums(stored(weight=weight, bias=torch.ones(4)), None, EVERY)
     assert caught.value.where == "weight"
 
 
@@ -264,4 +327,4 @@ ODD = {
 @pytest.mark.parametrize("what", ODD)
 def test_what_could_be_read_in_two_ways_is_refused(what: str) -> None:
     with pytest.raises(FamilyError, match="of which no norm is taken"):
-        sum_of_squares(stored(**ODD[what]), None)
+        power_sums(stored(**ODD[what]), None, EVERY)
