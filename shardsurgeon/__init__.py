@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shardsurgeon.operations.reports import (
         ApplyReport,
         BaselineReport,
+        BlendReport,
         InspectReport,
         PushReport,
         RouterScoresReport,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         WrittenScoresReport,
     )
     from shardsurgeon.operations.score_api import (
+        blend_scores,
         calibrate,
         compare_scores,
         convert_scores,
@@ -56,6 +58,7 @@ __all__ = [
     "ApplyReport",
     "ArchitectureReport",
     "BaselineReport",
+    "BlendReport",
     "CalibrationEstimate",
     "CalibrationReport",
     "Checkpoint",
@@ -73,6 +76,7 @@ __all__ = [
     "WorkError",
     "WrittenScoresReport",
     "apply",
+    "blend_scores",
     "calibrate",
     "compare_scores",
     "convert_scores",
@@ -95,6 +99,7 @@ _HOMES = {
     "ApplyReport": "operations.reports",
     "ArchitectureReport": "verification.findings",
     "BaselineReport": "operations.reports",
+    "BlendReport": "operations.reports",
     "CalibrationEstimate": "layerwise.estimate",
     "CalibrationReport": "layerwise.request",
     "Checkpoint": "checkpoint.checkpoint",
@@ -109,6 +114,7 @@ _HOMES = {
     "VerifyReport": "verification.findings",
     "WrittenScoresReport": "operations.reports",
     "apply": "operations.api",
+    "blend_scores": "operations.score_api",
     "calibrate": "operations.score_api",
     "compare_scores": "operations.score_api",
     "convert_scores": "operations.score_api",

@@ -10,6 +10,7 @@ import click
 # Headings, and the options under each, of the commands that have too many for a flat list. What
 # is on top is what most users need. An option that is not listed comes last, under Advanced.
 SECTIONS = {
+    "Parts (one of them)": ("--weights", "--objective"),
     "How much (one of them)": ("--ratio", "--keep", "--target-size", "--plan"),
     "Samples": ("--dataset", "--samples", "--max-length"),
     "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
@@ -19,7 +20,7 @@ SECTIONS = {
     ),
     "Scores": (
         *("--metric", "--mtp", "--preserve-super-experts", "--rounding", "--multiple-of"),
-        *("--allocate", "--allow-nonuniform", "--lists"),
+        *("--allocate", "--allow-nonuniform", "--lists", "--same-model", "--mixed"),
     ),
     "Output files": (
         *("--max-shard-size", "--include", "--exclude", "--verify", "--checksums"),

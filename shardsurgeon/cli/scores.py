@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from shardsurgeon.cli.blend import blend_command
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     InOrder,
@@ -437,6 +438,7 @@ def _baseline_lines(report: RouterScoresReport | BaselineReport) -> Iterator[str
         compare_command,
         convert_command,
         merge_command,
+        blend_command,
         from_router_command,
         from_weights_command,
         random_command,

@@ -335,6 +335,48 @@ class WrittenScoresReport(Report):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class BlendPartReport:
+    """A part of a blend.
+
+    weight: how often each of its tokens counts, 1 on average over the parts that count; retained,
+    retained_equal: the share of its own saliency that the experts kept have under these weights,
+    and under equal ones, None where no count is given.
+    """
+
+    name: str
+    file: str
+    weight: float
+    retained: float | None = None
+    retained_equal: float | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class BlendReport(Report):
+    """One saliency of several parts of the data.
+
+    objective: `weights` or `max-min`; metric: the one that shares are of; kept: how many experts
+    stay in the largest layer, None where no count is given; metrics, layers: what the file holds;
+    written: False where it held this already.
+    """
+
+    out: str
+    objective: str
+    metric: str
+    kept: int | None
+    parts: tuple[BlendPartReport, ...]
+    layers: int
+    metrics: tuple[str, ...]
+    written: bool = True
+
+    @property
+    def title(self) -> str:
+        """`code x 1.33 + chat x 0.667 -> scores.pt`."""
+        there = "" if self.written else ": there already"
+        named = " + ".join(f"{part.name} x {part.weight:.3g}" for part in self.parts)
+        return f"{named} -> {self.out}{there}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class RunReport(Report):
     """What the commands of a recipe report. steps: name of the command → its report."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardsurgeon.layerwise.settings import Listener, Settings, Tokens
-from shardsurgeon.operations import scores
+from shardsurgeon.operations import blend, scores
 from shardsurgeon.operations.bars import bars
 from shardsurgeon.operations.python_calls import AnyPath, as_text, public
 from shardsurgeon.operations.reports import BaselineReport
@@ -20,6 +20,7 @@ Dtype: TypeAlias = Literal["bfloat16", "float16", "float32", "float64"]
 show_scores = public(scores.show_scores)
 convert_scores = public(scores.convert_scores)
 merge_scores = public(scores.merge_scores)
+blend_scores = public(blend.blend_scores)
 compare_scores = public(scores.compare_scores)
 scores_from_router = public(scores.scores_from_router)
 scores_random = public(scores.scores_random)

@@ -6,7 +6,7 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import run as calibration
-from shardsurgeon.operations import apply, inspect, prune, push, scores, verify
+from shardsurgeon.operations import apply, blend, inspect, prune, push, scores, verify
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, FakePruning, Run
 
 
@@ -24,7 +24,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     monkeypatch.setattr(prune, "compare", operations_.compare)
     monkeypatch.setattr(prune, "save_plan", FakePruning.save_plan)
     for name in SCORE_OPERATIONS:
-        monkeypatch.setattr(scores, name, operations_.answer(name))
+        module = blend if name == "blend_scores" else scores
+        monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(calibration, "calibrate", operations_.answer("calibrate"))
     monkeypatch.setattr(calibration, "rehearse", operations_.answer("rehearse"))
     return operations_

@@ -23,6 +23,7 @@ from shardsurgeon.operations.families import FamiliesReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
+    BlendReport,
     EnvReport,
     InspectReport,
     PushReport,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, type[Report]] = {
     "scores compare": ComparisonReport,
     "scores convert": WrittenScoresReport,
     "scores merge": WrittenScoresReport,
+    "scores blend": BlendReport,
     "scores from-router": RouterScoresReport,
     "scores from-weights": BaselineReport,
     "scores random": BaselineReport,

@@ -15,6 +15,8 @@ from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
+    BlendPartReport,
+    BlendReport,
     InspectReport,
     PushReport,
     RouterScoresReport,
@@ -174,6 +176,19 @@ SHOWN = ScoresReport(
 
 WRITTEN = WrittenScoresReport(("a.pt", "b.pt"), "both.pt", 89, ("ean_mean", "reap"), 1024, 1)
 
+BLENDED = BlendReport(
+    out="scores.pt",
+    objective="max-min",
+    metric="reap",
+    kept=80,
+    parts=(
+        BlendPartReport("code", "code.pt", 4 / 3, 0.8125, 0.75),
+        BlendPartReport("chat", "chat.pt", 2 / 3, 0.8, 0.9),
+    ),
+    layers=89,
+    metrics=("ean_mean", "reap"),
+)
+
 
 def compared(layer: int | str, spearman: float | None) -> ComparedLayerReport:
     overlaps = {"0.25": OverlapReport(120, 0.8125, 0.684), "0.5": OverlapReport(80, 0.5, 1 / 3)}
@@ -196,6 +211,7 @@ SCORE_OPERATIONS = {
     "compare_scores": COMPARED,
     "convert_scores": WRITTEN,
     "merge_scores": WRITTEN,
+    "blend_scores": BLENDED,
     "scores_from_router": SCORED,
     "scores_from_weights": WEIGHED,
     "scores_random": replace(WEIGHED, method="random", metric="random", seed=42),

@@ -38,6 +38,10 @@ SESSIONS = {
     "scores compare": [("scores.pt", "scores.pt"), ("one.npz", "two.npz", "--ratio", "0.5")],
     "scores convert": [("scores.pt", "-o", "scores.npz"), ("one.npz", "-o", "one.json")],
     "scores merge": [("one.npz", "two.npz", "-o", "both.npz")],
+    "scores blend": [
+        ("one.npz", "two.npz", "--weights", "one=2,two=1", "-o", "blend.npz"),
+        ("one.npz", "two.npz", "--objective", "max-min", "--keep", "3", "-o", "best.npz"),
+    ],
     "scores from-router": [("model", "-o", "router.npz")],
     "scores from-weights": [("model", "-o", "weights.npz")],
     "scores random": [("model", "-o", "random.npz")],
@@ -55,7 +59,7 @@ FAILURES = {
     "no argument": ("verify", "model"),
     "a folder in the way": ("apply", *TAKE, "--keep", "8", "-o", "other"),
     "no format": ("scores", "convert", "scores.pt", "-o", "scores.xyz"),
-    "no command": ("scores", "blend"),
+    "no command": ("scores", "mix"),
 }
 
 

@@ -21,6 +21,10 @@ SCORES = {
     "convert": (["convert", "one.npz"], ["one.npz"]),
     "convert --model": (["convert", "one.npz", "--model", "model"], ["one.npz"]),
     "merge": (["merge", "one.npz", "two.npz"], ["one.npz", "two.npz"]),
+    "blend": (
+        ["blend", "one.npz", "two.npz", "--weights", "one=2,two=1"],
+        ["one.npz", "two.npz"],
+    ),
     "from-router": (["from-router", "model"], []),
     "from-weights": (["from-weights", "model"], []),
     "random": (["random", "model"], []),

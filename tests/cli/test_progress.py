@@ -36,6 +36,7 @@ WORDS = [
     ("scores", "compare", "s.pt", "t.pt"),
     ("scores", "convert", "a.pt", "-o", "b.json"),
     ("scores", "merge", "a.pt", "b.pt", "-o", "c.json"),
+    ("scores", "blend", "a.pt", "b.pt", "--weights", "a=1,b=2", "-o", "c.json"),
     ("scores", "from-router", "-o", "r.json"),
     ("scores", "from-weights", "-o", "w.json"),
     ("scores", "random", "-o", "r.json"),

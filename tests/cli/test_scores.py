@@ -19,9 +19,19 @@ EVERY = {
     "compare_scores": ("compare", "scores.pt", "router.json"),
     "convert_scores": ("convert", "a.pt", "-o", "b.json"),
     "merge_scores": ("merge", "a.pt", "b.pt", "-o", "both.pt"),
+    "blend_scores": (
+        *("blend", "code.pt", "chat.pt", "--objective", "max-min", "--keep", "80"),
+        *("-o", "scores.pt"),
+    ),
     "scores_from_router": ("from-router", "-o", "scores.safetensors"),
     "scores_from_weights": ("from-weights", "-o", "weights.safetensors"),
     "scores_random": ("random", "-o", "random.safetensors"),
+}
+
+BLEND = {
+    **dict.fromkeys(("weights", "objective", "keep", "ratio")),
+    "metric": "reap",
+    **dict.fromkeys(("same_model", "mixed", "force"), False),
 }
 
 
@@ -65,6 +75,19 @@ EVERY = {
         (
             ("scores", "merge", "--same-model", "a.pt", "b.pt", "-o", "c.pt"),
             ((("a.pt", "b.pt"), "c.pt"), {"same_model": True, "mixed": False, "force": False}),
+        ),
+        (
+            ("scores", "blend", "a.pt", "b.pt", "--weights", "a=2, b=0.5", "-o", "c.pt"),
+            ((("a.pt", "b.pt"), "c.pt"), BLEND | {"weights": {"a": 2.0, "b": 0.5}}),
+        ),
+        (
+            ("scores", *EVERY["blend_scores"], "--metric", "ean_sum", "--mixed", "--force"),
+            (
+                (("code.pt", "chat.pt"), "scores.pt"),
+                BLEND
+                | {"objective": "max-min", "keep": 80, "metric": "ean_sum"}
+                | {"mixed": True, "force": True},
+            ),
         ),
         (
             ("scores", "compare", "a.pt", "b.pt"),
@@ -157,6 +180,21 @@ def test_a_merge_reads_well(run: Run) -> None:
     )
 
 
+def test_a_blend_reads_well(run: Run) -> None:
+    assert run("scores", *EVERY["blend_scores"]).stdout == (
+        "code x 1.33 + chat x 0.667 -> scores.pt\n"
+        "  layers        89\n"
+        "  metrics       ean_mean, reap\n"
+        "\n"
+        "Retained shares of reap with 80 experts kept:\n"
+        "                          with equal\n"
+        "  part  weight  retained     weights\n"
+        "  ----  ------  --------  ----------\n"
+        "  code   1.333     81.2%       75.0%\n"
+        "  chat  0.6667     80.0%       90.0%\n"
+    )
+
+
 @pytest.mark.parametrize("operation", EVERY)
 def test_json_is_the_report(run: Run, operation: str) -> None:
     document = json.loads(run("scores", *EVERY[operation], "--json").stdout)
@@ -177,6 +215,9 @@ def test_json_is_the_report(run: Run, operation: str) -> None:
         (("scores", "compare", "a.pt"), "'B'"),
         (("scores", "compare", "a.pt", "b.pt", "--ratio", "half"), "'half' is not a number"),
         (("scores", "merge", "-o", "c.pt"), "'FILE FILE...'"),
+        (("scores", "blend", "a", "b", "-o", "c.pt", "--weights", "a"), "'a' is not NAME=NUMBER"),
+        (("scores", "blend", "a", "b", "-o", "c.pt", "--weights", "a=1,a=2"), "names a again"),
+        (("scores", "blend", "a", "b", "-o", "c.pt", "--ratio", "0.1,0.2"), "2 ratios at once"),
         (("scores", "random", "-o", "s.json", "--seed", "x"), "'x'"),
     ],
 )

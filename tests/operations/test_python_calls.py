@@ -191,6 +191,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "show_scores": (None,),
     "compare_scores": (FILE, 3),
     "convert_scores": (FILE, None),
+    "blend_scores": (FILE, "out.npz"),
     "merge_scores": (FILE, "out.npz"),
     "scores_from_router": (MODEL, 3),
     "scores_from_weights": (MODEL, 3),

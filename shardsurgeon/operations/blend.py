@@ -1,0 +1,178 @@
+"""The `scores blend` command: files that each measured one part of the data, made one saliency."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from shardsurgeon.checkpoint.layer_names import Layer
+from shardsurgeon.errors import ScoreError, UsageError
+from shardsurgeon.layerwise.calibration_file import find_calibration, merge
+from shardsurgeon.operations.reports import BlendPartReport, BlendReport
+from shardsurgeon.pruning.request import removed_count
+from shardsurgeon.scores.blending import Retained, in_proportion
+from shardsurgeon.scores.files import read_scores, score_output, write_scores
+from shardsurgeon.scores.observed import COUNT, MEANS, WEIGHED, is_observed, merge_observed
+from shardsurgeon.scores.table import Scores
+from shardsurgeon.storage.phases import phase
+from shardsurgeon.units import counted, require_ratios
+
+Path = str | os.PathLike[str]
+Objective = Literal["max-min"]
+
+
+def blend_scores(
+    files: Sequence[Path],
+    out: Path,
+    *,
+    weights: Mapping[str, float] | None = None,
+    objective: Objective | None = None,
+    keep: int | None = None,
+    ratio: float | None = None,
+    metric: str = "reap",
+    same_model: bool = False,
+    mixed: bool = False,
+    force: bool = False,
+) -> BlendReport:
+    """Make one saliency of files that each measured one part of the data, and write its score file.
+
+    files: of `calibrate` or of REAP's observer, two or more of one model; a part is named by its
+    file without the ending, or by its folder where several files have that name. weights: name →
+    how often each token of the part counts, in proportion to the others'; equal ones give what
+    `merge_scores` gives. objective: `max-min` finds the weights under which the part that retains
+    the least share of its saliency retains most, at `keep` experts a layer or at the `ratio`
+    removed. With weights, keep or ratio add the retained shares to the report. metric: the one
+    that the shares are of. same_model, mixed, force: as for `merge_scores`, which also says what
+    is raised for the files. Raises UsageError for weights that are not one for each part.
+
+    >>> try:
+    ...     shardsurgeon.blend_scores(["a.pt", "b.pt"], "ab.npz", weights={"a": 1})
+    ... except shardsurgeon.InputError as error:
+    ...     print(error)
+    weights: has none for b; give one for each of a, b
+    """
+    names = _names(files)
+    given = _given(names, weights, objective, keep, ratio)
+    if metric not in WEIGHED:
+        problem = f"'{metric}' is none that adds up over parts"
+        raise UsageError("--metric", problem, f"choose {', '.join(WEIGHED)}")
+    output = score_output(out, force=force).apart_from(pathlib.Path(file) for file in files)
+    parts = _read(files, str(out), same_model, mixed)
+    content = merge_observed(parts, given)
+    kept = _kept(parts[0], keep, ratio)
+    retained = None if kept is None else _retained(parts, metric, kept)
+    facts = {"method": "blend"}
+    if objective is not None and retained is not None:
+        with phase("searching for weights"):
+            given = retained.max_min()
+        content = merge_observed(parts, given)
+        facts |= {"objective": objective, "metric": metric}
+    facts |= {f"weight {name}": f"{weight:.6g}" for name, weight in zip(names, given, strict=True)}
+    written = write_scores(output, replace(content, facts=facts))
+    none = (None,) * len(parts)
+    shares = none if retained is None else retained.shares(given)
+    equal = none if retained is None else retained.shares((1.0,) * len(parts))
+    metrics = {name for row in content.layers.values() for name, of in row.items() if of.ndim == 1}
+    return BlendReport(
+        out=str(out),
+        objective=objective or "weights",
+        metric=metric,
+        kept=None if kept is None else max(kept.values()),
+        parts=tuple(map(BlendPartReport, names, map(str, files), given, shares, equal)),
+        layers=len(content.layers),
+        metrics=tuple(sorted(metrics)),
+        written=written,
+    )
+
+
+def _names(files: Sequence[Path]) -> tuple[str, ...]:
+    """A name for each file. Raises UsageError for fewer than two, or one given twice."""
+    if len(files) < 2:
+        problem = f"{counted(len(files), 'file')} to blend"
+        raise UsageError("scores blend", problem, "give at least two")
+    paths = [pathlib.Path(file) for file in files]
+    for named in ([path.stem for path in paths], [path.absolute().parent.name for path in paths]):
+        if len({*named}) == len(named):
+            return tuple(named)
+    if len({*paths}) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise UsageError(twice, "is given twice", "give each part once, and weigh it")
+    return tuple(map(str, paths))
+
+
+def _given(
+    names: Sequence[str],
+    weights: Mapping[str, float] | None,
+    objective: str | None,
+    keep: int | None,
+    ratio: float | None,
+) -> tuple[float, ...]:
+    """The weights asked for, part by part, 1 on average; 1 each where they are to be found."""
+    if keep is not None and ratio is not None:
+        raise UsageError("--keep", "is given beside --ratio", "give one of them")
+    if ratio is not None:
+        require_ratios((ratio,))
+    if (weights is None) == (objective is None):
+        what = "neither says" if weights is None else "both say"
+        problem = f"{what} how the parts weigh: --weights, --objective"
+        example = ",".join(f"{name}=1" for name in names)
+        raise UsageError("scores blend", problem, f"say --weights {example} or --objective max-min")
+    if weights is None:
+        if keep is None and ratio is None:
+            problem = "max-min depends on how many experts stay, and none is given"
+            raise UsageError("--objective", problem, "add --keep or --ratio")
+        return (1.0,) * len(names)
+    every = f"give one for each of {', '.join(names)}"
+    for name, weight in weights.items():
+        if name not in names:
+            raise UsageError("--weights", f"'{name}' is no part", every)
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UsageError("--weights", f"{name} has {weight:g}", "weights are 0 or more")
+    if lacking := [name for name in names if name not in weights]:
+        raise UsageError("--weights", f"has none for {', '.join(lacking)}", every)
+    if not any(weights.values()):
+        raise UsageError("--weights", "every weight is 0", "give one that is above 0")
+    return in_proportion([weights[name] for name in names])
+
+
+def _read(files: Sequence[Path], out: str, same_model: bool, mixed: bool) -> list[Scores]:
+    """The parts. Raises ScoreError for a file without sums, and what a merge of them raises."""
+    parts = [read_scores(file) for file in files]
+    for part in parts:
+        if not is_observed(part):
+            problem = "holds scores without the sums and counts that they are means of"
+            remedy = "files of `shardsurgeon calibrate` and of REAP's observer can be blended"
+            raise ScoreError(part.origin, problem, remedy)
+    found = [find_calibration(file) for file in files]
+    calibrations = [each for each in found if each is not None]
+    if len(calibrations) > 1:
+        merge(calibrations, out, any_name=same_model, mixed=mixed)
+    return parts
+
+
+def _kept(part: Scores, keep: int | None, ratio: float | None) -> dict[Layer, int] | None:
+    """Layer → how many experts stay; None where no count is given."""
+    if keep is None and ratio is None:
+        return None
+    sizes = {layer: len(table[COUNT]) for layer, table in part.layers.items()}
+    if ratio is not None:
+        kept = {layer: size - removed_count(ratio, size) for layer, size in sizes.items()}
+    else:
+        kept = {layer: min(keep or 0, size) for layer, size in sizes.items()}
+    if keep is not None and not 0 < keep < max(sizes.values()):
+        problem = f"{keep} of {max(sizes.values())} experts leaves nothing to choose"
+        raise UsageError("--keep", problem, "keep at least 1 and fewer than all")
+    return kept
+
+
+def _retained(parts: Sequence[Scores], metric: str, kept: Mapping[Layer, int]) -> Retained:
+    for part in parts:
+        lacking = next((n for n, table in part.layers.items() if metric not in table), None)
+        if lacking is not None and metric not in MEANS:
+            problem = f"has no metric {metric!r} for layer {lacking}"
+            raise ScoreError(part.origin, problem, "choose another with --metric")
+    return Retained(parts, metric, kept)
