@@ -71,7 +71,8 @@ def blend_scores(
             given = retained.max_min()
         content = merge_observed(parts, given)
         facts |= {"objective": objective, "metric": metric}
-    facts |= {f"weight {name}": f"{weight:.6g}" for name, weight in zip(names, given, strict=True)}
+    weighed = (f"{name}={weight:.6g}" for name, weight in zip(names, given, strict=True))
+    facts["weights"] = ",".join(weighed)
     written = write_scores(output, replace(content, facts=facts))
     none = (None,) * len(parts)
     shares = none if retained is None else retained.shares(given)
@@ -130,8 +131,10 @@ def _given(
     for name, weight in weights.items():
         if name not in names:
             raise UsageError("--weights", f"'{name}' is no part", every)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UsageError("--weights", f"{name} has {weight:g}", "weights are 0 or more")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight >= 0):
+            remedy = "a weight is a number of 0 or more"
+            raise UsageError("--weights", f"{name} has {str(weight)[:60]}", remedy)
     if lacking := [name for name in names if name not in weights]:
         raise UsageError("--weights", f"has none for {', '.join(lacking)}", every)
     if not any(weights.values()):

@@ -42,8 +42,7 @@ def test_the_file_says_how_its_parts_weigh_and_repeats_itself_to_the_byte() -> N
     first = blend_scores(["code.npz", "chat.npz"], "one.npz", weights=weights)
     facts: dict[str, Fact] = {
         "method": "blend",
-        "weight code": "1.33333",
-        "weight chat": "0.666667",
+        "weights": "code=1.33333,chat=0.666667",
     }
     facts |= {"total_tokens": 200}
     assert read_scores("one.npz").facts == facts
@@ -78,7 +77,8 @@ def test_files_of_one_name_are_called_by_their_folders() -> None:
         ({}, "neither says how the parts weigh: --weights, --objective"),
         ({"weights": {"code": 1}}, "--weights: has none for chat; give one for each of code, chat"),
         ({"weights": {"code": 1, "cat": 1}}, "--weights: 'cat' is no part; give one for each of"),
-        ({"weights": {"code": 1, "chat": -1}}, "--weights: chat has -1; weights are 0 or more"),
+        ({"weights": {"code": 1, "chat": -1}}, "--weights: chat has -1; a weight is a number of 0"),
+        ({"weights": {"code": "2", "chat": 1}}, "--weights: code has 2; a weight is a number"),
         ({"weights": {"code": 1, "chat": float("inf")}}, "--weights: chat has inf"),
         ({"weights": {"code": 0, "chat": 0}}, "--weights: every weight is 0"),
         ({"objective": "max-min"}, "--objective: max-min depends on how many experts stay"),
