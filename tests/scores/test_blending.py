@@ -16,6 +16,7 @@ from shardsurgeon.scores.observed import WEIGHED, merge_observed
 from shardsurgeon.scores.table import Scores
 
 LAYERS = (1, 2)
+M = "weighted_ean_sum"
 Tables = Mapping[int, Mapping[str, np.ndarray]]
 
 
@@ -170,3 +171,15 @@ def test_shares_that_say_nothing_are_refused() -> None:
         metrics["ean_sum"][:] = 0
     with pytest.raises(ScoreError, match=r"b\.pt: every ean_sum is 0"):
         Retained([one, other], "ean_sum", {1: 4, 2: 4})
+
+
+def test_equal_weights_are_kept_where_every_other_choice_serves_the_worst_part_less() -> None:
+    sums = {"a.pt": [0.5, 1.0, 0.0], "b.pt": [0.5, 0.0, 1.0]}
+    parts = [
+        Scores(name, {1: dict.fromkeys(("expert_frequency", "ean_sum"), np.ones(3)) | {M: row}})
+        for name, row in ((name, np.array(row)) for name, row in sums.items())
+    ]
+    retained = Retained(parts, M, {1: 1})
+    assert retained.max_min() == (1, 1)
+    assert retained.shares((1, 1)) == pytest.approx((1 / 3, 1 / 3))
+    assert min(retained.shares((1.01, 0.99))) == 0
