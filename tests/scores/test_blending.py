@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.errors import ScoreError
+from shardsurgeon.scores import blending
 from shardsurgeon.scores.blending import Retained, in_proportion
 from shardsurgeon.scores.observed import WEIGHED, merge_observed
 from shardsurgeon.scores.table import Scores
@@ -173,7 +174,12 @@ def test_shares_that_say_nothing_are_refused() -> None:
         Retained([one, other], "ean_sum", {1: 4, 2: 4})
 
 
-def test_equal_weights_are_kept_where_every_other_choice_serves_the_worst_part_less() -> None:
+@pytest.mark.parametrize("trials", [0, 500])
+def test_equal_weights_are_kept_where_every_other_choice_serves_the_worst_part_less(
+    trials: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no climb leads there."""
+    monkeypatch.setattr(blending, "_TRIALS", trials)
     sums = {"a.pt": [0.5, 1.0, 0.0], "b.pt": [0.5, 0.0, 1.0]}
     parts = [
         Scores(name, {1: dict.fromkeys(("expert_frequency", "ean_sum"), np.ones(3)) | {M: row}})
