@@ -357,6 +357,15 @@ class BlendReport(Report):
     objective: `weights` or `max-min`; metric: the one that shares are of; kept: how many experts
     stay in the largest layer, None where no count is given; metrics, layers: what the file holds;
     written: False where it held this already.
+
+    >>> import json
+    >>> for name, sums in {"code": [3, 1, 2], "chat": [1, 4, 2]}.items():
+    ...     layer = {"expert_frequency": [2] * 3, "ean_sum": sums, "weighted_ean_sum": sums}
+    ...     with open(f"{name}.json", "w") as file:
+    ...         json.dump({"1": layer}, file)
+    >>> files, weights = ["code.json", "chat.json"], {"code": 2, "chat": 1}
+    >>> shardsurgeon.blend_scores(files, "blend.npz", weights=weights, keep=1)
+    code x 1.33 + chat x 0.667 -> blend.npz
     """
 
     out: str

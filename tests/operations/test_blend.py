@@ -14,6 +14,7 @@ from shardsurgeon.operations.scores import merge_scores
 from shardsurgeon.scores.files import read_scores, write_scores
 from shardsurgeon.scores.table import Fact
 from tests.layerwise.files import calibration
+from tests.operations.test_scores import observed
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,24 @@ def test_files_of_one_name_are_called_by_their_folders() -> None:
     files = ["code/scores.npz", "chat/scores.npz"]
     report = blend_scores(files, "blend.npz", weights={"code": 1, "chat": 3})
     assert [part.weight for part in report.parts] == [0.5, 1.5]
+
+
+def test_files_of_reaps_observer_are_blended_by_category(tmp_path: Path) -> None:
+    files = [tmp_path / name / "observations.pt" for name in ("code", "chat")]
+    for seed, file in enumerate(files):
+        file.parent.mkdir()
+        observed(file, seed)
+    blend_scores(files, "blend.npz", weights={"code": 2, "chat": 1})
+    parts, blended = [read_scores(file).layers for file in files], read_scores("blend.npz").layers
+    for layer in (1, 2):
+        sums, counts = (
+            2 * parts[0][layer][metric] + parts[1][layer][metric]
+            for metric in ("weighted_ean_sum", "expert_frequency")
+        )
+        assert counts[3] == 0 == blended[layer]["reap"][3]
+        reached = counts > 0
+        found = blended[layer]["reap"][reached]
+        np.testing.assert_allclose(found, sums[reached] / counts[reached], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
