@@ -80,7 +80,7 @@ def _one_ratio(
     metavar="NAME",
     default="reap",
     show_default=True,
-    help="The metric that shares are of; the file holds all of them.",
+    help="The metric that shares are of; the file holds all but msan.",
 )
 @click.option(
     "--same-model",
