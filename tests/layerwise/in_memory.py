@@ -215,8 +215,10 @@ def _on_input_scaling_block(layer: Sums) -> Any:
 
 
 def assert_equal(streamed: Mapping[int, Accumulators], expected: Mapping[int, Sums]) -> None:
-    """Counts equal, sums to 1e-6 relative.
+    """Counts equal, sums to 1e-6 relative, that of squares to 5e-6.
 
+    A square doubles the relative error of a norm, and the tokens of the largest norms outweigh
+    those over which the errors of a sum of norms even out: 2.3e-6 was seen (bailing_hybrid).
     The largest component is one number of float32 in a vector: its rounding is measured by the
     largest of the layer.
     """
@@ -226,7 +228,7 @@ def assert_equal(streamed: Mapping[int, Accumulators], expected: Mapping[int, Su
         assert ours.total_tokens == sums.tokens
         for name, values in sums.arrays(ours.num_experts).items():
             slack = 1e-6 * values.max() if name == "max_activation" else 0
-            tolerance = 0 if name == "counts" else 1e-6
+            tolerance = {"counts": 0, "norm_square_sum": 5e-6}.get(name, 1e-6)
             np.testing.assert_allclose(
                 getattr(ours, name), values, rtol=tolerance, atol=slack, err_msg=f"{layer} {name}"
             )
