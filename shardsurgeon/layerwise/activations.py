@@ -249,8 +249,7 @@ class _InMemory:
         if self._saver.idle:
             self._reusable += self._replaced
             self._replaced.clear()
-        tokens = self._begins[-1]
-        self._saver.offer(layout, tokens, list(self._states), list(self._arrivals), self._begins)
+        self._saver.offer(layout, list(self._states), list(self._arrivals), self._begins)
 
     def close(self) -> None:
         self._states.clear()

@@ -75,14 +75,15 @@ class Saver:
     def offer(
         self,
         layout: Layout,
-        tokens: int,
         states: list[Tensor | None],
         arrivals: list[Arrival],
         begins: Sequence[int],
     ) -> None:
         """Save a complete generation, unless it is too early or another one is being saved.
 
-        Raises OutputWriteError where an earlier one could not be saved.
+        states: of each batch, dropped one by one as they are written; arrivals: when they have
+        come to the host; begins: tokens before each batch, and of all. Raises OutputWriteError
+        where an earlier one could not be saved.
         """
         if self._saving is not None:
             if not self._saving.done():
@@ -92,8 +93,7 @@ class Saver:
             return
         self._left = set(range(len(states)))
         self._replaced = {}
-        job = (layout, tokens, states, arrivals, begins)
-        self._saving = self._thread.submit(self._save, *job)
+        self._saving = self._thread.submit(self._save, layout, states, arrivals, begins)
 
     def require_space(self, nbytes: int) -> None:
         """Raise OutputWriteError where the disk has no space for a generation."""
@@ -135,12 +135,11 @@ class Saver:
     def _save(
         self,
         layout: Layout,
-        tokens: int,
         states: list[Tensor | None],
         arrivals: list[Arrival],
         begins: Sequence[int],
     ) -> None:
-        begun = self._clock()
+        begun, tokens = self._clock(), begins[-1]
         slot = 1 - self.slot
         path = state_path(self._folder, slot)
         try:

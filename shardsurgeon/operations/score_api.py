@@ -160,6 +160,9 @@ def estimate_calibration(
     extend: AnyPath | None = None,
     share: tuple[int, int] | None = None,
     field: str | None = None,
+    pack: bool = False,
+    tokens: Tokens = "all",
+    skip_invalid: bool = False,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
     family: AnyPath | None = None,
@@ -192,7 +195,10 @@ def estimate_calibration(
         field,
         tokenizer,
         trust_remote_code,
-        memory=_nbytes(memory, "memory"),
+        skip_invalid,
+        tokens,
+        pack,
+        _nbytes(memory, "memory"),
     )
     with bars(progress):
         return run.rehearse(model, request, family=as_text(family))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -328,3 +329,13 @@ def test_progress_shows_a_bar_of_the_bytes(tmp_path: Path) -> None:
     with redirect_stderr(io.StringIO()) as said:
         shardsurgeon.scores_from_weights(MODEL, tmp_path / "weights.npz", progress=True)
     assert "100%" in said.getvalue()
+
+
+def test_an_estimate_is_of_everything_that_a_calibration_may_be_asked_for() -> None:
+    asked, estimated = (
+        set(inspect.signature(call).parameters)
+        for call in (shardsurgeon.calibrate, shardsurgeon.estimate_calibration)
+    )
+    # What says where the scores go, and who is told.
+    assert asked - estimated == {"out", "restart", "force", "on_progress"}
+    assert estimated <= asked
