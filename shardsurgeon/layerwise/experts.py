@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ class Routing:
 
     layer: the layer's number; inputs: [N, H]; index: int64 [N, K], expert ids; weights: [N, K],
     gate weights; real: int64, the tokens that are not padding, None where there is no padding;
-    counted: bool [N], the tokens that are added up, None for all; num_counted: how many they are.
+    counted: bool [N], the tokens that are added up, None for all; num_counted: how many they are;
+    lane: of its batch.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class Routing:
     real: Tensor | None
     counted: Tensor | None
     num_counted: int
+    lane: int = 0
 
 
 @dataclass(slots=True)
@@ -155,6 +158,14 @@ def _segments(rows: Tensor, lengths: Tensor, how: str) -> Tensor:
     )
 
 
+class Experts(Protocol):
+    """What computes in place of a layer's experts."""
+
+    def compute(self, routings: list[Routing]) -> list[Tensor]:
+        """The outputs [N, H] for each batch."""
+        ...
+
+
 class NoExperts:
     """Stands for a layer's experts in a trial, and gives 0."""
 
@@ -171,14 +182,15 @@ class StreamedExperts:
         module: ExpertModule,
         num_experts: int,
         supply: Supply,
-        recorder: Recorder,
+        recorder: Recorder | None,
         rows: int,
     ) -> None:
-        """supply: their weights; rows: of one product."""
+        """supply: their weights; recorder: what adds their outputs up, if anything; rows: of one
+        product."""
         self._module = module
         self._num_experts = num_experts
         self._supply = supply
-        self._recorder = recorder
+        self.recorder = recorder
         self._rows = rows
 
     def compute(self, routings: list[Routing]) -> list[Tensor]:
@@ -187,7 +199,8 @@ class StreamedExperts:
         dtypes = (routings[0].inputs.dtype, routings[0].weights.dtype)
         outputs = torch.zeros_like(inputs, dtype=torch.promote_types(*dtypes))
         choices = _sorted_choices(routings)
-        self._recorder.add_tokens(sum(routing.num_counted for routing in routings))
+        if self.recorder is not None:
+            self.recorder.add_tokens(sum(routing.num_counted for routing in routings))
         if self._supply.stacked:
             self._together(inputs, outputs, choices)
         else:
@@ -225,10 +238,10 @@ class StreamedExperts:
         own = inputs.index_select(0, tokens)
         # An expert without parameters copies its input.
         made = own if parameters is None else self._outputs(own)
-        if parameters is not None:
+        if parameters is not None and self.recorder is not None:
             counted = None if choices.counted is None else choices.counted[rows]
             ends = torch.tensor([len(made)], device=made.device)
-            self._recorder.add(expert, made, gates, counted, ends)
+            self.recorder.add(expert, made, gates, counted, ends)
         if self._module.scales_inputs:
             made = self._outputs(own * gates[:, None])
         else:
@@ -283,8 +296,9 @@ class StreamedExperts:
         here = (ends[experts.start : experts.stop] - rows.start).clamp(0, len(own))
         made = grouped_outputs(self._module.module, stack, own, here.int())
         gates = choices.gates[rows]
-        counted = None if choices.counted is None else choices.counted[rows]
-        self._recorder.add(experts.start, made, gates, counted, here)
+        if self.recorder is not None:
+            counted = None if choices.counted is None else choices.counted[rows]
+            self.recorder.add(experts.start, made, gates, counted, here)
         return made * gates[:, None]
 
 

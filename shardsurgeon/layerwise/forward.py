@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardsurgeon.layerwise.devices import Device
-from shardsurgeon.layerwise.experts import NoExperts, Routing, StreamedExperts
+from shardsurgeon.layerwise.experts import Experts, Routing
 from shardsurgeon.layerwise.text_model import TextModel
 
 Embed = Callable[[str, Tensor], Tensor]
@@ -40,7 +40,8 @@ class Batch:
     are not padding, None where none is padding; counted: bool [B · S], which tokens count, None
     where all do; num_counted: how many that are; mask: int64 [B, S], 0 where no token may look, as
     transformers takes it, None where causal attention looks at real tokens alone; states: hidden
-    states [B, S, ...], the input of the next layers to run; None before the first layer.
+    states [B, S, ...], the input of the next layers to run; None before the first layer; lane:
+    which of several models that run side by side they are of.
     """
 
     ids: Tensor
@@ -50,6 +51,7 @@ class Batch:
     num_counted: int
     mask: Tensor | None = None
     states: Tensor | None = None
+    lane: int = 0
 
     @classmethod
     def of(
@@ -132,10 +134,14 @@ class LayerRunner:
         self._lookup = embed
         # The call that runs now; the others wait for experts.
         self._call: _Call | None = None
+        # (lane, layer) → the forward of a layer that is another one in this lane.
+        self.others: dict[tuple[int, int], Callable[..., Any]] = {}
+        # Called with each batch and the output [B, S, ...] of each layer that it passes.
+        self.watch: Callable[[int, Batch, Tensor], None] | None = None
         # Learned by `probe`.
         self._extra_outputs = 0
         self._layers_see_embeddings = True
-        text.take_over(self._visit, self._route)
+        text.take_over(self._visit, self.route)
         for name, module in text.embeddings.items():
             module.padding_idx = None
             module.forward = partial(self._embed, name, module)
@@ -166,7 +172,7 @@ class LayerRunner:
         self,
         batches: Sequence[Batch],
         layers: range,
-        experts: Mapping[int, StreamedExperts | NoExperts],
+        experts: Mapping[int, Experts],
     ) -> None:
         """Run batches that have states through some layers, which replaces their states.
 
@@ -186,6 +192,15 @@ class LayerRunner:
         ).last_hidden_state
         return done
 
+    def logits(self, batch: Batch, positions: Tensor) -> Tensor:
+        """What the model's head makes of states behind the last layer: [B, n, vocabulary].
+
+        positions: int64 [n], the tokens of each sample whose logits are wanted.
+        """
+        call = _Call(batch, range(0), _unexpected_request, self._layers_see_embeddings)
+        done: Tensor = self._forward(call, self._text.model, logits_to_keep=positions).logits
+        return done
+
     def embedded(self, ids: Tensor) -> Tensor:
         """The embeddings [B, S, H] of token ids [B, S]."""
         self._call = _Call(_plain(ids), range(0), _unexpected_request, embeds=True)
@@ -199,13 +214,15 @@ class LayerRunner:
     def _task(self, batch: Batch, layers: range, request_experts: Callable[[Any], Any]) -> None:
         self._forward(_Call(batch, layers, request_experts, self._layers_see_embeddings))
 
-    def _forward(self, call: _Call) -> Any:
+    def _forward(self, call: _Call, model: Any = None, **more: Any) -> Any:
+        """model: what to call, None for the text model."""
         self._call = call
+        model = self._text.text if model is None else model
         try:
             with torch.inference_mode(), self._device.current():
                 batch = call.batch
                 masked = {} if batch.mask is None else {"attention_mask": batch.mask}
-                return self._text.text(input_ids=batch.ids, use_cache=False, **masked)
+                return model(input_ids=batch.ids, use_cache=False, **masked, **more)
         finally:
             self._call = None
 
@@ -233,17 +250,22 @@ class LayerRunner:
         if index == layers.start:
             assert batch.states is not None
             hidden_states, batch.states = batch.states, None
+        forward = self.others.get((batch.lane, index), forward)
         result = forward(hidden_states, *more, **named)
+        states = result[0] if isinstance(result, tuple) else result
+        if self.watch is not None:
+            self.watch(index, batch, states)
         if index == layers[-1]:
-            batch.states = result[0] if isinstance(result, tuple) else result
+            batch.states = states
         return result
 
-    def _route(self, layer: int, inputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def route(self, layer: int, inputs: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Called instead of the forward of a layer's experts."""
         call = self._current_call()
         flat, batch = inputs.reshape(-1, inputs.shape[-1]), call.batch
         choice = (index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
-        asked = Routing(layer, flat, *choice, batch.real, batch.counted, batch.num_counted)
+        counted = (batch.counted, batch.num_counted)
+        asked = Routing(layer, flat, *choice, batch.real, *counted, batch.lane)
         outputs: Tensor = call.request_experts(asked)
         self._call = call  # Other batches ran meanwhile.
         return outputs.reshape(inputs.shape)

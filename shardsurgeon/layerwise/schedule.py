@@ -288,21 +288,25 @@ class _Chooser:
         )
 
 
-def chunks(lengths: Sequence[int], schedule: Schedule, *, mixed: bool) -> list[Chunk]:
+def chunks(
+    lengths: Sequence[int], schedule: Schedule, *, mixed: bool, lanes: int = 1
+) -> list[Chunk]:
     """Group batches into chunks of at most `schedule.chunk` tokens, padding included.
 
-    mixed: whether samples of different lengths may be in one batch. Where a layer's experts stay,
-    nothing waits for anything: a chunk is a batch.
+    mixed: whether samples of different lengths may be in one batch; lanes: how often each batch
+    passes, one right behind the other: lane l has the positions from l · len(lengths) on. Where a
+    layer's experts stay, nothing waits for anything: a chunk is a batch.
     """
     found: list[Chunk] = []
     left = 0
     for batch in _batches(lengths, schedule.batch_size, mixed=mixed):
         tokens = _padded(lengths, [batch])
-        if not found or tokens > left or schedule.hold is not Hold.GROUPS:
-            found.append([])
-            left = schedule.chunk
-        found[-1].append(batch)
-        left -= tokens
+        for lane in range(lanes):
+            if not found or tokens > left or schedule.hold is not Hold.GROUPS:
+                found.append([])
+                left = schedule.chunk
+            found[-1].append([lane * len(lengths) + position for position in batch])
+            left -= tokens
     return found
 
 
