@@ -33,7 +33,7 @@ class Routing:
     layer: the layer's number; inputs: [N, H]; index: int64 [N, K], expert ids; weights: [N, K],
     gate weights; real: int64, the tokens that are not padding, None where there is no padding;
     counted: bool [N], the tokens that are added up, None for all; num_counted: how many they are;
-    lane: of its batch.
+    lane, parts: of its batch.
     """
 
     layer: int
@@ -44,6 +44,7 @@ class Routing:
     counted: Tensor | None
     num_counted: int
     lane: int = 0
+    parts: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -133,8 +134,8 @@ class Recorder:
             rows = torch.where(counted, rows, 0.0)
         lengths = ends.diff(prepend=ends.new_zeros(1)).long()
         here = self._sums[:, first : first + len(ends)]
-        here[:5] += _segments(rows[:5], lengths, "sum")
-        here[5] = torch.maximum(here[5], _segments(rows[5:], lengths, "max")[0])
+        here[:5] += segments(rows[:5], lengths, "sum")
+        here[5] = torch.maximum(here[5], segments(rows[5:], lengths, "max")[0])
 
     def result(self) -> Accumulators:
         """The sums. Raises WorkError where an expert's outputs were not finite."""
@@ -147,7 +148,7 @@ class Recorder:
         return Accumulators(self._tokens, sums[0].astype(np.int64), *in_order)
 
 
-def _segments(rows: Tensor, lengths: Tensor, how: str) -> Tensor:
+def segments(rows: Tensor, lengths: Tensor, how: str) -> Tensor:
     """Each row [n] reduced over consecutive segments: [rows, segments]. In the order of the
     elements, so that the result does not depend on timing."""
     return torch.stack(

@@ -10,7 +10,7 @@ in the middle of the model's own code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,9 @@ class Batch:
     where all do; num_counted: how many that are; mask: int64 [B, S], 0 where no token may look, as
     transformers takes it, None where causal attention looks at real tokens alone; states: hidden
     states [B, S, ...], the input of the next layers to run; None before the first layer; lane:
-    which of several models that run side by side they are of.
+    which of several models that run side by side they are of; positions: which samples of a run
+    they are; parts: int64 [B · S], the part of the data that each token is of, None where nobody
+    asks.
     """
 
     ids: Tensor
@@ -52,6 +54,8 @@ class Batch:
     mask: Tensor | None = None
     states: Tensor | None = None
     lane: int = 0
+    positions: tuple[int, ...] = ()
+    parts: Tensor | None = None
 
     @classmethod
     def of(
@@ -136,6 +140,8 @@ class LayerRunner:
         self._call: _Call | None = None
         # (lane, layer) → the forward of a layer that is another one in this lane.
         self.others: dict[tuple[int, int], Callable[..., Any]] = {}
+        # The dtype of states that the head is given.
+        self.head_dtype = dtype
         # Called with each batch and the output [B, S, ...] of each layer that it passes.
         self.watch: Callable[[int, Batch, Tensor], None] | None = None
         # Learned by `probe`.
@@ -197,9 +203,14 @@ class LayerRunner:
 
         positions: int64 [n], the tokens of each sample whose logits are wanted.
         """
+        assert batch.states is not None
+        batch = replace(batch, states=batch.states.to(self.head_dtype))
         call = _Call(batch, range(0), _unexpected_request, self._layers_see_embeddings)
-        done: Tensor = self._forward(call, self._text.model, logits_to_keep=positions).logits
-        return done
+        assert self._text.predictor is not None
+        model = self._text.predictor[1]
+        done: Tensor = self._forward(call, model, logits_to_keep=positions).logits
+        # Some models make the logits of all tokens whatever they are asked for.
+        return done if done.shape[1] == len(positions) else done[:, positions]
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The embeddings [B, S, H] of token ids [B, S]."""
@@ -264,8 +275,8 @@ class LayerRunner:
         call = self._current_call()
         flat, batch = inputs.reshape(-1, inputs.shape[-1]), call.batch
         choice = (index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
-        counted = (batch.counted, batch.num_counted)
-        asked = Routing(layer, flat, *choice, batch.real, *counted, batch.lane)
+        real, counted, number = batch.real, batch.counted, batch.num_counted
+        asked = Routing(layer, flat, *choice, real, counted, number, batch.lane, batch.parts)
         outputs: Tensor = call.request_experts(asked)
         self._call = call  # Other batches ran meanwhile.
         return outputs.reshape(inputs.shape)

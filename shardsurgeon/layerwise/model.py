@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ from shardsurgeon.layerwise.settings import Settings
 from shardsurgeon.layerwise.supply import Make
 from shardsurgeon.layerwise.tensors import HeldTensors, TensorReader
 from shardsurgeon.layerwise.text_model import ExpertModule, TextModel
+from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 _ELSEWHERE = "use scores that were made with the model's engine"
 # Names of the weights that lead into an MTP layer: norm of the embedding, norm of the state,
@@ -62,7 +64,8 @@ _OWN_EMBEDDINGS = ("embed_tokens.weight", "emb.tok_emb.weight", "word_embeddings
 class Model:
     """One model whose layers are filled when they are needed.
 
-    runner: runs batches through it; dtype: of weights and activations.
+    runner: runs batches through it; reader: reads its tensors; dtype: of weights and activations;
+    device: where they are.
     """
 
     def __init__(
@@ -75,16 +78,16 @@ class Model:
         """
         assert settings.dtype is not None
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._device = device.name
+        self.device = device.name
         self._config = checkpoint.settings
         self._anatomy = anatomy
-        meta_model = _meta_model(checkpoint, anatomy, settings.dtype)
-        self._shapes = meta_model.expected
-        self._names = ParameterNames(meta_model, anatomy.family.transformers)
-        self._text = TextModel(meta_model, self._names, anatomy)
-        self._reader = TensorReader(checkpoint, device)
-        self._decoder = Decoder(self._reader, checkpoint.settings)
-        self._loader = Loader(meta_model.model, self._names, self._decoder, self.dtype, device.name)
+        meta = meta_model(checkpoint, anatomy, checkpoint.settings, settings.dtype)
+        self._shapes = meta.expected
+        self._names = ParameterNames(meta, anatomy.family.transformers)
+        self._text = TextModel(meta, self._names, anatomy)
+        self.reader = TensorReader(checkpoint, device)
+        self._decoder = Decoder(self.reader, checkpoint.settings)
+        self._loader = Loader(meta.model, self._names, self._decoder, self.dtype, device.name)
         self._records = sort_weights(checkpoint, anatomy)
         self._embeddings: dict[str, tuple[str, Shape]] = {}
         self._outside = self._weights_outside()
@@ -126,15 +129,15 @@ class Model:
                     self._make_buffers(module)
             for module in self._text.embeddings.values():
                 # Models ask it for its device; each call brings the rows that it needs.
-                none = torch.empty(0, module.embedding_dim, dtype=self.dtype, device=self._device)
+                none = torch.empty(0, module.embedding_dim, dtype=self.dtype, device=self.device)
                 module._parameters["weight"] = nn.Parameter(none, requires_grad=False)
-        self.runner.probe(torch.from_numpy(ids[:64].copy())[None].to(self._device))
+        self.runner.probe(torch.from_numpy(ids[:64].copy())[None].to(self.device))
         if self.dtype in NARROWER:
             self._loader.kept = self._kept_in_float32(np.resize(ids, TRIAL_TOKENS))
 
     def _kept_in_float32(self, ids: NDArray[np.int64]) -> frozenset[str]:
         """Parameters of layers that no dtype rounds; ids: of a trial run."""
-        first = Batch.of([ids], self._device)
+        first = Batch.of([ids], self.device)
         self.runner.embed(first)
 
         def run(group: range) -> torch.dtype:
@@ -149,7 +152,72 @@ class Model:
             for layer, records in self._records.items()
             if layer != OUTSIDE
         }
-        return Trials(self._text, run, self.dtype, self._device).kept(wide)
+        return Trials(self._text, run, self.dtype, self.device).kept(wide)
+
+    @property
+    def head_nbytes(self) -> int:
+        """Bytes of the head, which makes logits of states, while `with_head` holds it."""
+        return sum(4 * math.prod(self._shapes[name]) for name in self._head())
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits the head gives."""
+        return max((self._shapes[name][0] for name in self._head()), default=0)
+
+    @contextmanager
+    def with_head(self) -> Iterator[None]:
+        """Fill the head, for `runner.logits`; in float32 at least, and the final norm too.
+
+        Raises FamilyError where the model has no head that predicts tokens.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        wanted = self._head()
+        output = self._predictor()[1].get_output_embeddings()
+        outside = self._layer(OUTSIDE).dense
+        targets = {name: self._names.target(name) for name in outside}
+        own = {n: outside[n] for n, to in targets.items() if to and to.parameter in wanted}
+        empty = dict(output._parameters)
+        with torch.no_grad():
+            if own:
+                self._fill(self._loader, own, wanted)
+            else:
+                output._parameters["weight"] = nn.Parameter(self._tied(), requires_grad=False)
+        norms = [module for _, module in self._text.outside()]
+        for module in (output, *norms):
+            for values in (module._parameters, module._buffers):
+                for name, value in values.items():
+                    if value is not None and value.is_floating_point() and not value.is_meta:
+                        values[name] = _in_dtype(value, wide)
+        self.runner.head_dtype = wide
+        try:
+            yield
+        finally:
+            output._parameters.update(empty)
+
+    def _head(self) -> set[str]:
+        """Full names of the head's parameters."""
+        prefix, model = self._predictor()
+        head = model.get_output_embeddings()
+        return {
+            f"{prefix}{path}.{name}"
+            for path, module in model.named_modules()
+            if module is head
+            for name, _ in module.named_parameters(recurse=False)
+        }
+
+    def _predictor(self) -> tuple[str, Any]:
+        found = self._text.predictor
+        if found is None:
+            where = type(self._text.model).__name__
+            raise FamilyError(where, "has no head that predicts tokens", "it cannot be evaluated")
+        return found
+
+    def _tied(self) -> Tensor:
+        """The matrix of embeddings, where it is the head as well."""
+        embedding = self._text.text.get_input_embeddings()
+        name = next(name for name, known in self._text.embeddings.items() if known is embedding)
+        found = self._embeddings[f"{name}.weight"]
+        return self._decoder.weight(*found).to(self.device)
 
     @cached_property
     def mtp(self) -> MtpLayer | None:
@@ -166,7 +234,7 @@ class Model:
 
         batch: with the states behind the last main layer, [B, S, ...], at least two tokens wide.
         """
-        read = cache(lambda name: self._reader.read(name).to(self.dtype))
+        read = cache(lambda name: self.reader.read(name).to(self.dtype))
         norm = self._text.layers[mtp.twin].input_layernorm
         with torch.inference_mode():
             states = self.runner.finish(batch)[:, :-1]
@@ -224,7 +292,7 @@ class Model:
     def _experts(
         self, place: int, layer: int, loader: Loader, hold: bool
     ) -> tuple[ExpertModule, Make]:
-        decoder = Decoder(HeldTensors(self._reader), self._config) if hold else self._decoder
+        decoder = Decoder(HeldTensors(self.reader), self._config) if hold else self._decoder
         recipe = loader.recipe(self._layer(layer).parts, decoder)
         module = self._text.experts[place]
         own = module.module.named_parameters(recurse=False)
@@ -236,7 +304,39 @@ class Model:
         """Let the system read the tensors of some layers before they are needed."""
         names = [record.name for layer in group for record in self._records.get(layer, ())]
         # The other half of the memory is for what computes meanwhile.
-        self._reader.read_ahead(names, free_memory("cpu") // 2)
+        self.reader.read_ahead(names, free_memory("cpu") // 2)
+
+    def layer(self, layer: int) -> nn.Module:
+        """The module of a layer, as it is filled now."""
+        module: nn.Module = self._text.layers[layer]
+        return module
+
+    def layer_prefix(self, layer: int) -> str:
+        """How the names of a layer's parameters begin."""
+        return self._text.layer_prefix(layer)
+
+    def experts_of(self, layer: int) -> ExpertModule:
+        """The module that stands for a layer's experts."""
+        return self._text.experts[layer]
+
+    def records_of(self, layer: int) -> Sequence[TensorRecord]:
+        """The headers' entries of a layer's tensors."""
+        return self._records.get(layer, ())
+
+    def dense_of(self, layer: int) -> Mapping[str, Shape]:
+        """A layer's weights that are not of experts, by name."""
+        return self._layer(layer).dense
+
+    @property
+    def kept_in_float32(self) -> frozenset[str]:
+        """Parameters that no dtype rounds."""
+        return self._loader.kept
+
+    def make_missing_buffers(self, module: nn.Module) -> None:
+        """Compute the buffers that are in no checkpoint, where they are not there yet."""
+        own = (module._buffers[name] for name in module._non_persistent_buffers_set)
+        if any(value is not None and value.is_meta for value in own):
+            self._make_buffers(module)
 
     def _layer(self, layer: int) -> LayerWeights:
         return layer_weights(self._records.get(layer, []), self._anatomy, self._config)
@@ -271,16 +371,16 @@ class Model:
         for name in own:
             buffer = module._buffers[name]
             assert buffer is not None
-            module._buffers[name] = torch.empty_like(buffer, device=self._device)
+            module._buffers[name] = torch.empty_like(buffer, device=self.device)
         if own:
             self._text.text._init_weights(module)
 
     def _rows(self, parameter: str, ids: Tensor) -> Tensor:
         """Rows of an embedding, [ids, width], read from its shard."""
         name, shape = self._embeddings[parameter]
-        record = self._reader.record(name)
+        record = self.reader.record(name)
         if record is not None and record.dtype in ("BF16", "F16", "F32", "F64"):
-            return self._reader.rows(name, ids.tolist()).to(self.dtype)
+            return self.reader.rows(name, ids.tolist()).to(self.dtype)
         return self._whole(name, shape)[ids].to(self.dtype)
 
     @cache  # noqa: B019 (a model lives as long as its calibration)
@@ -289,9 +389,12 @@ class Model:
         return self._decoder.weight(name, shape)
 
 
-def _meta_model(checkpoint: Checkpoint, anatomy: Anatomy, dtype: str) -> MetaModel:
-    """The model without weights. Raises UsageError where transformers cannot build it."""
-    settings, view = checkpoint.settings, anatomy.family.transformers
+def meta_model(
+    checkpoint: Checkpoint, anatomy: Anatomy, settings: Mapping[str, Any], dtype: str
+) -> MetaModel:
+    """The model of a config without weights. Raises UsageError where transformers cannot build
+    it."""
+    view = anatomy.family.transformers
     config = as_transformers_reads(settings, view, is_known)
     if config is None:
         reason = view.unknown or f"it does not know model type {settings.get('model_type')!r}"
@@ -301,6 +404,11 @@ def _meta_model(checkpoint: Checkpoint, anatomy: Anatomy, dtype: str) -> MetaMod
         return MetaModel(config, checkpoint.location, attention=None, dtype=dtype)
     except UsageError as error:
         raise UsageError("calibrate", error.problem, _ELSEWHERE) from error
+
+
+def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = value.to(dtype)
+    return nn.Parameter(wide, requires_grad=False) if isinstance(value, nn.Parameter) else wide
 
 
 def _missing(name: str) -> FamilyError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 import torch
@@ -51,16 +51,19 @@ class LayerStream:
         groups: Sequence[range],
         num_layers: int,
         lanes: int = 1,
+        parts: Sequence[int] | None = None,
     ) -> None:
         """num_experts: of each layer that has some; groups: of layers that run together, in order;
-        num_layers: of the whole run, for its progress."""
+        num_layers: of the whole run, for its progress; parts: the number of the part of the data
+        that each sample is of."""
         self.model = model
         self.samples = samples
         self.groups = groups
         self._schedule = schedule
         self._device = device
         self._store = store
-        self._num_experts = num_experts
+        self.num_experts = num_experts
+        self._parts = parts
         self._listener = listener
         self._lanes = lanes
         self._readers = ThreadPoolExecutor(READERS[device.is_gpu], thread_name_prefix="expert")
@@ -105,14 +108,26 @@ class LayerStream:
         assert self._store.generation is not None
         return self._store.generation
 
-    def run_group(self, number: int, opened: Opened, *, keep: bool = True) -> None:
-        """Run all samples through one group of layers. keep: whether their states are kept, as
-        those of one more group, once `advance` is called."""
+    def run_group(
+        self,
+        number: int,
+        opened: Opened,
+        *,
+        keep: bool = True,
+        beside: Callable[[range], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """Run all samples through one group of layers.
+
+        keep: whether their states are kept, as those of one more group, once `advance` is called;
+        beside: entered once the layers are filled, to fill those of other lanes.
+        """
         group = self.groups[number]
         with self.model.filled(group), ExitStack() as stack:
+            if beside is not None:
+                stack.enter_context(beside(group))
             experts: dict[int, Experts] = {}
             for layer in group:
-                if layer in self._num_experts:
+                if layer in self.num_experts:
                     module, supply = self._supply(layer)
                     stack.callback(supply.close)
                     supply.start()
@@ -136,7 +151,7 @@ class LayerStream:
         self, module: ExpertModule, make: Make, layer: int, recorder: Recorder, stack: ExitStack
     ) -> StreamedExperts:
         """Experts of a layer that is in no group, being read until the stack ends."""
-        supply = self._made_supply(module, make, self._num_experts[layer])
+        supply = self._made_supply(module, make, self.num_experts[layer])
         stack.callback(supply.close)
         supply.start()
         return self._streamed(module, layer, supply, recorder)
@@ -145,7 +160,7 @@ class LayerStream:
         """Read a group's experts while the group before computes, or let the system do so."""
         self.model.read_ahead(group)
         for layer in group if self._schedule.ahead else ():
-            if layer in self._num_experts:
+            if layer in self.num_experts:
                 self._ahead[layer] = self._supply(layer)[1]
                 self._ahead[layer].start()
 
@@ -153,7 +168,7 @@ class LayerStream:
         module, make = self.model.experts(layer, hold=self._schedule.hold is Hold.STORED)
         if layer in self._ahead:
             return module, self._ahead.pop(layer)
-        return module, self._made_supply(module, make, self._num_experts[layer])
+        return module, self._made_supply(module, make, self.num_experts[layer])
 
     def _made_supply(self, module: ExpertModule, make: Make, num_experts: int) -> Supply:
         """What gives a layer's experts, as the schedule says."""
@@ -169,7 +184,7 @@ class LayerStream:
         self, module: ExpertModule, layer: int, supply: Supply, recorder: Recorder | None = None
     ) -> StreamedExperts:
         rows = self._schedule.rows
-        return StreamedExperts(module, self._num_experts[layer], supply, recorder, rows)
+        return StreamedExperts(module, self.num_experts[layer], supply, recorder, rows)
 
     def batch(self, positions: Sequence[int], *, left_out: int = 0) -> Batch:
         """Samples without states. left_out: tokens at the end of each."""
@@ -183,6 +198,11 @@ class LayerStream:
             gaps=[None if one.gaps is None else one.gaps[:end] for one, end in parts],
         )
         batch.lane = positions[0] // len(self.samples)
+        batch.positions = tuple(position % len(self.samples) for position in positions)
+        if self._parts is not None:
+            rows = torch.tensor([self._parts[sample] for sample in batch.positions])
+            rows = rows.repeat_interleave(batch.ids.shape[1])
+            batch.parts = rows.to(self._device.name)
         return batch
 
     def chunks_with_states(self) -> Iterator[tuple[Chunk, list[Batch]]]:

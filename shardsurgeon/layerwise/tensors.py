@@ -16,6 +16,7 @@ import torch
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import ShardSurgeonError
+from shardsurgeon.execution.plan import Literal, OutputTensor
 from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
@@ -89,6 +90,16 @@ class TensorReader:
             return self._elements(name, 0, math.prod(shape), shape)
         each = math.prod(shape[1:])
         return self._elements(name, row * each, (row + 1) * each, (1, *shape[1:]))
+
+    def planned(self, tensor: OutputTensor) -> torch.Tensor:
+        """A tensor as a plan would write it."""
+        parts = [
+            piece.data
+            if isinstance(piece, Literal)
+            else self._source.read(piece.file, piece.begin, piece.begin + piece.nbytes)
+            for piece in tensor.pieces
+        ]
+        return self._tensor(b"".join(parts), DTYPES[tensor.dtype], tensor.shape)
 
     def rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
         """Some rows of a matrix, in their stored dtype: [rows, width]."""

@@ -104,7 +104,7 @@ class TextModel:
         }
         self.embeddings = {
             name: module
-            for name, module in self._outside()
+            for name, module in self.outside()
             if isinstance(module, nn.Embedding) and f"{name}.weight" in self._shapes
         }
 
@@ -113,11 +113,21 @@ class TextModel:
         for index, layer in enumerate(self.layers):
             layer.forward = partial(visit, index, layer.forward)
         for index, experts in self.experts.items():
-            if experts.scales_inputs:
-                block = self.model.get_submodule(experts.path.rpartition(".")[0])
-                block.forward = partial(_input_scaling_block, block, partial(route, index))
-            else:
-                experts.module.forward = partial(route, index)
+            layer = self.model.get_submodule(self.layer_prefix(index).rstrip("."))
+            route_experts(layer, experts, partial(route, index))
+
+    @property
+    def predictor(self) -> tuple[str, Any] | None:
+        """The innermost model around this one that predicts tokens, and how the names of its
+        parameters begin; None where there is none."""
+        parts = self.prefix.rstrip(".").split(".")
+        for end in range(len(parts), -1, -1):
+            path = ".".join(parts[:end])
+            model = self.model.get_submodule(path)
+            head = getattr(model, "get_output_embeddings", lambda: None)()
+            if head is not None:
+                return f"{path}." if path else "", model
+        return None
 
     @contextmanager
     def emptied(self, layers: Iterable[int]) -> Iterator[None]:
@@ -196,7 +206,7 @@ class TextModel:
         attention = getattr(self.layers[layer], "self_attn", None)
         return bool(getattr(attention, fact, False))
 
-    def _outside(self) -> Iterator[tuple[str, nn.Module]]:
+    def outside(self) -> Iterator[tuple[str, nn.Module]]:
         """The text model's modules that are in no layer, by full name."""
         for name, module in self.text.named_modules():
             if not name.startswith("layers."):
@@ -239,6 +249,21 @@ class TextModel:
             where = self.layer_prefix(layer).rstrip(".")
             raise _unknown_block(where, f"has {len(found)} modules of stacked experts")
         return found[0]
+
+
+def route_experts(layer: Any, experts: ExpertModule, route: Callable[..., Tensor]) -> Any:
+    """Replace the forward of a layer's experts by `route`, without the layer's number; the layer.
+
+    experts: those of this layer, or of one that is built like it.
+    """
+    path = re.split(r"layers\.\d+\.", experts.path)[-1]
+    module = layer.get_submodule(path)
+    if experts.scales_inputs:
+        block = layer.get_submodule(path.rpartition(".")[0])
+        block.forward = partial(_input_scaling_block, block, route)
+    else:
+        module.forward = route
+    return layer
 
 
 def _prefix(names: ParameterNames, anatomy: Anatomy) -> str:

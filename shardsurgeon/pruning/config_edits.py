@@ -46,6 +46,16 @@ def pruned_config(
     return _pruned(checkpoint.config, where, checkpoint, anatomy, keep, drop_mtp, remedy)
 
 
+def settings_with_counts(
+    checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList
+) -> Mapping[str, Any]:
+    """The config with the expert counts of a keep-list, all else as it is."""
+    changes = dict(_counts(checkpoint.settings, anatomy, keep, drop_mtp=False))
+    edited = checkpoint.config.edit(changes)
+    settings: Mapping[str, Any] = Document.parse(edited, checkpoint.config_place).value
+    return settings
+
+
 def pruned_second_config(
     name: str,
     document: Document,

@@ -110,6 +110,30 @@ def _repack(planner: _Planner, shards: tuple[Shard, ...], limit: int) -> Iterato
         yield _Draft(tuple(tensors), metadata)
 
 
+def changed_tensors(
+    checkpoint: Checkpoint, anatomy: Anatomy, keep: KeepList
+) -> dict[int, dict[str, OutputTensor]]:
+    """Layer → the tensors beside its experts that a prune changes, by name, as it writes them.
+
+    Routers and their biases, tables of expert ids, counts. Raises what `expert_id_tables` raises.
+    """
+    tables = expert_id_tables(checkpoint, anatomy, keep)
+    planner = _Planner(anatomy, keep, tables, drop_mtp=False)
+    changed: dict[int, dict[str, OutputTensor]] = {layer: {} for layer in keep.layers}
+    for shard in checkpoint.shards:
+        for record in shard.header.tensors:
+            role = anatomy.role(record)
+            if isinstance(role, Carried | ExpertTensor | Surplus) or role.layer not in keep.layers:
+                continue
+            if isinstance(role, Sliced) and not role.is_router:
+                continue
+            begin = shard.header.data_begin + record.begin
+            tensor = planner.tensor(record, shard.file, begin)
+            assert tensor is not None
+            changed[role.layer][record.name] = tensor
+    return changed
+
+
 class _Planner:
     """Applies keep-lists to the tensors of one shard after the other."""
 
@@ -129,11 +153,12 @@ class _Planner:
         """The tensors that a source shard gives to the output, in source order."""
         begin = shard.header.data_begin
         for record in shard.header.tensors:
-            tensor = self._tensor(record, shard.file, begin + record.begin)
+            tensor = self.tensor(record, shard.file, begin + record.begin)
             if tensor is not None:
                 yield tensor
 
-    def _tensor(self, record: TensorRecord, file: str, begin: int) -> OutputTensor | None:
+    def tensor(self, record: TensorRecord, file: str, begin: int) -> OutputTensor | None:
+        """What a source tensor, which begins at an offset of a file, becomes; None if nothing."""
         role = self._anatomy.role(record)
         whole = Segment(file, begin, record.nbytes)
         if self._drop_mtp and self._goes_with_mtp(role):

@@ -1,0 +1,326 @@
+"""Pruned models measured against the whole one, before a byte is moved.
+
+The whole model and every candidate go through the layers side by side, each with hidden states of
+its own: lane 0 is the whole model. Weights are read once for all of them. What leaves a layer is
+compared there; behind the last one the head predicts every next token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.transformers_model import silence_hub
+from shardsurgeon.errors import WorkError
+from shardsurgeon.layerwise.activations import ActivationStore
+from shardsurgeon.layerwise.candidates import Candidate, CandidateLayers
+from shardsurgeon.layerwise.damage import LayerSums, Predictions
+from shardsurgeon.layerwise.devices import Device, require_device
+from shardsurgeon.layerwise.engine import limits_of
+from shardsurgeon.layerwise.experts import Experts, Routing, StreamedExperts, segments
+from shardsurgeon.layerwise.forward import Batch
+from shardsurgeon.layerwise.memory import model_size, program_memory
+from shardsurgeon.layerwise.model import Model
+from shardsurgeon.layerwise.samples import Sample
+from shardsurgeon.layerwise.schedule import Schedule, costs, make_schedule, words
+from shardsurgeon.layerwise.settings import Listener, Settings
+from shardsurgeon.layerwise.stream import LayerStream
+
+_log = logging.getLogger(__name__)
+
+# Bytes of the logits of one model that are made at a time, in float64.
+_LOGITS_NBYTES = {False: 128 << 20, True: 1 << 30}
+
+
+class DamageSink(Protocol):
+    """Receives what is found in finished layers."""
+
+    def finished_layer(self, index: int, sums: LayerSums) -> None:
+        """Keep what was added up in a layer; for a layer that is kept, do nothing."""
+        ...
+
+
+def evaluate_layers(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    parts: Sequence[int],
+    candidates: Sequence[Candidate],
+    settings: Settings,
+    store: ActivationStore,
+    sink: DamageSink,
+    on_progress: Listener,
+    *,
+    memory: int | None = None,
+    device: Device | None = None,
+    adjust: Callable[[Schedule], Schedule] = lambda schedule: schedule,
+) -> list[Predictions]:
+    """Run samples through a model and its candidates; what each model predicts, the whole first.
+
+    samples: of at least two tokens; a token is predicted where its sample counts it and another
+    one precedes it; parts: the number of the part of the data that each sample is of; store: for
+    samples of these lengths, as often as there are models. The other arguments, and what is
+    raised, are those of `calibrate_layers`.
+    """
+    require_device(settings.device)
+    device = device or Device(settings.device)
+    anatomy = read_anatomy(checkpoint)
+    lanes = len(candidates) + 1
+    asked = [_predicting(sample) for sample in samples]
+    with silence_hub(), torch.inference_mode(), device.current():
+        model = Model(checkpoint, anatomy, settings, device)
+        size = replace(model_size(checkpoint, anatomy), outside=model.resident)
+        size = replace(size, layers=tuple(layer for layer in size.layers if not layer.is_mtp))
+        lengths = [sample.num_tokens for sample in samples] * lanes
+        limits = limits_of(model, settings, store, memory)
+        schedule = store.keep_schedule(adjust(make_schedule(size, lengths, limits)))
+        groups = model.groups()
+        stream = LayerStream(
+            model,
+            asked,
+            schedule,
+            device,
+            store,
+            {layer.index: layer.num_experts for layer in anatomy.main_layers},
+            on_progress,
+            groups=groups,
+            num_layers=groups[-1].stop,
+            lanes=lanes,
+            parts=parts,
+        )
+        cost = costs(size, lengths, schedule, model.dtype.itemsize, len(stream.chunks), len(groups))
+        for line in words(schedule, cost, program_memory(device.name)):
+            _log.info(line)
+        layers = CandidateLayers(model, checkpoint, anatomy, candidates)
+        with stream:
+            run = _Evaluation(stream, layers, max(parts) + 1, lanes, device, sink)
+            run.run()
+            return run.predict()
+
+
+def _predicting(sample: Sample) -> Sample:
+    """The sample, whose counted tokens are those that predict a token which is asked for."""
+    asked = np.zeros(sample.num_tokens, np.bool_)
+    asked[:-1] = True if sample.counted is None else sample.counted[1:]
+    return replace(sample, counted=asked)
+
+
+class _Evaluation:
+    """One evaluation: what leaves each layer compared, and what the head predicts."""
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        layers: CandidateLayers,
+        num_parts: int,
+        lanes: int,
+        device: Device,
+        sink: DamageSink,
+    ) -> None:
+        self._stream = stream
+        self._layers = layers
+        self._num_parts = num_parts
+        self._lanes = lanes
+        self._device = device
+        self._sink = sink
+        self._comparison: _Comparison | None = None
+
+    def run(self) -> None:
+        """Run every group of layers that an earlier run has not finished."""
+        stream = self._stream
+        stream.begin()
+        runner = stream.model.runner
+        for number, group in enumerate(stream.groups):
+            if number < stream.groups_done:
+                stream.report_layers(group)
+                continue
+            found = _Comparison(stream, self._num_parts, self._lanes, self._device)
+            self._comparison, runner.watch = found, found.watch
+            try:
+                stream.run_group(number, self._opened, beside=self._layers.filled)
+            finally:
+                runner.watch = None
+            for layer, sums in found.results():
+                self._sink.finished_layer(layer, sums)
+            stream.advance(number)
+            stream.report_layers(group, tokens_counted=True)
+
+    def _opened(self, layer: int, experts: StreamedExperts) -> Experts:
+        assert self._comparison is not None
+        return _Watched(experts, self._comparison)
+
+    def predict(self) -> list[Predictions]:
+        """What the head predicts from the states behind the last layer, for each model."""
+        begins = np.cumsum([0, *(sample.num_counted for sample in self._stream.samples)]).tolist()
+        found = [Predictions.empty(begins[-1]) for _ in range(self._lanes)]
+        model = self._stream.model
+        row_nbytes = 8 * model.vocabulary
+        waiting: list[Batch] = []
+        with model.with_head():
+            for _, batches in self._stream.chunks_with_states():
+                for batch in batches:
+                    waiting.append(batch)
+                    if len(waiting) == self._lanes:
+                        self._predict(waiting, begins, row_nbytes, found)
+                        waiting = []
+        return found
+
+    def _predict(
+        self,
+        lanes: list[Batch],
+        begins: list[int],
+        row_nbytes: int,
+        found: list[Predictions],
+    ) -> None:
+        """One batch of all models."""
+        own = lanes[0].positions
+        ids, width = lanes[0].ids, lanes[0].ids.shape[1]
+        asked = _counted(lanes[0]).view(len(own), width)
+        at_once = max(1, _LOGITS_NBYTES[self._device.is_gpu] // (row_nbytes * len(own)))
+        written = [begins[sample] for sample in own]
+        for begin in range(0, width - 1, at_once):
+            positions = torch.arange(begin, min(begin + at_once, width - 1), device=ids.device)
+            rows = asked[:, positions]
+            following = ids[:, positions + 1][rows]
+            counts = rows.sum(1).tolist()
+            if not sum(counts):
+                continue
+            whole: _Distribution | None = None
+            for lane, batch in zip(found, lanes, strict=True):
+                logits = self._stream.model.runner.logits(batch, positions)[rows].double()
+                own_says = _Distribution(logits)
+                whole = whole or own_says
+                made = own_says.against(whole, following)
+                at = 0
+                for place, count in zip(written, counts, strict=True):
+                    lane.put(place, [values[at : at + count] for values in made])
+                    at += count
+            written = [place + count for place, count in zip(written, counts, strict=True)]
+
+
+class _Distribution:
+    """What a model says of the next token. logits: float64 [n, vocabulary]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logs = logits.log_softmax(-1)
+        self._first = logits.argmax(-1)
+
+    def against(self, whole: _Distribution, following: Tensor) -> list[np.ndarray]:
+        """nll, KL from the whole model's, agreement with it, and with the tokens that follow."""
+        nll = -self._logs.gather(1, following[:, None])[:, 0]
+        # A logit of -inf has no part in the sum: 0 · inf is none.
+        apart = (whole._logs - self._logs).nan_to_num(nan=0.0)
+        kl = (whole._logs.exp() * apart).sum(-1)
+        agrees, hits = self._first == whole._first, self._first == following
+        return [values.cpu().numpy() for values in (nll, kl, agrees, hits)]
+
+
+def _counted(batch: Batch) -> Tensor:
+    """Bool [B · S], which tokens predict one that is asked for."""
+    assert batch.counted is not None
+    return batch.counted
+
+
+class _Watched:
+    """A layer's experts, and the gate weights that the whole model gives them."""
+
+    def __init__(self, experts: StreamedExperts, comparison: _Comparison) -> None:
+        self._experts = experts
+        self._comparison = comparison
+
+    def compute(self, routings: list[Routing]) -> list[Tensor]:
+        """As the experts compute."""
+        for routing in routings:
+            if routing.lane == 0:
+                self._comparison.routed(routing)
+        return self._experts.compute(routings)
+
+
+@dataclass
+class _Sums:
+    """Sums of one layer: compared [lanes - 1, 2, parts] (relative errors, cosines), gates [parts,
+    experts]."""
+
+    compared: Tensor
+    gates: Tensor | None = None
+
+
+class _Comparison:
+    """What leaves the layers of a group: candidates against the whole model."""
+
+    def __init__(self, stream: LayerStream, num_parts: int, lanes: int, device: Device) -> None:
+        self._stream = stream
+        self._num_parts = num_parts
+        self._lanes = lanes
+        self._device = device
+        self._layers: dict[int, _Sums] = {}
+        # (layer, positions in lane 0) → the whole model's states, until all candidates are through.
+        self._whole: dict[tuple[int, tuple[int, ...]], tuple[Tensor, int]] = {}
+
+    def watch(self, layer: int, batch: Batch, states: Tensor) -> None:
+        """Called with the output of each layer for each batch."""
+        key = (layer, batch.positions)
+        if batch.lane == 0:
+            self._whole[key] = (states, self._lanes - 1)
+            return
+        whole, left = self._whole[key]
+        if left == 1:
+            del self._whole[key]
+        else:
+            self._whole[key] = (whole, left - 1)
+        sums = self._of(layer).compared[batch.lane - 1]
+        asked = _counted(batch).nonzero()[:, 0]
+        assert batch.parts is not None
+        parts = batch.parts[asked]
+        ours, theirs = (each.flatten(0, 1)[asked].flatten(1).double() for each in (states, whole))
+        norm, own = (torch.linalg.vector_norm(each, dim=-1) for each in (theirs, ours))
+        apart = torch.linalg.vector_norm(ours - theirs, dim=-1)
+        cosine = (ours * theirs).sum(-1) / (norm * own)
+        for part in range(self._num_parts):
+            for place, values in enumerate((apart / norm, cosine)):
+                sums[place, part] += torch.where(parts == part, values, 0.0).sum()
+
+    def routed(self, routing: Routing) -> None:
+        """Add the gate weights that the whole model gave; copies of the input get none."""
+        assert routing.counted is not None and routing.parts is not None
+        sums = self._of(routing.layer)
+        if sums.gates is None:
+            experts = self._stream.num_experts[routing.layer]
+            sums.gates = self._zeros(self._num_parts, experts)
+        experts = sums.gates.shape[1]
+        asked = routing.counted.nonzero()[:, 0]
+        index, weights = routing.index[asked], routing.weights[asked].double()
+        places = (routing.parts[asked][:, None] * experts + index)[index < experts]
+        places, order = places.sort(stable=True)
+        every = torch.arange(self._num_parts * experts + 1, device=places.device)
+        lengths = torch.searchsorted(places, every).diff()
+        row = weights[index < experts][order]
+        sums.gates.view(-1).add_(segments(row[None], lengths, "sum")[0])
+
+    def results(self) -> Iterator[tuple[int, LayerSums]]:
+        """Layer → its sums. Raises WorkError where they are not finite."""
+        assert not self._whole
+        for layer, sums in sorted(self._layers.items()):
+            compared = sums.compared.cpu().numpy()
+            if not np.isfinite(compared).all():
+                problem = "its output has numbers that are not finite"
+                remedy = "evaluate with --dtype bfloat16 or float32"
+                raise WorkError(f"layer {layer}", problem, remedy)
+            gates = None if sums.gates is None else sums.gates.cpu().numpy()
+            yield layer, LayerSums(compared, gates)
+
+    def _of(self, layer: int) -> _Sums:
+        if layer not in self._layers:
+            shape = (self._lanes - 1, 2, self._num_parts)
+            self._layers[layer] = _Sums(self._zeros(*shape))
+        return self._layers[layer]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self._device.name)
