@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -27,6 +27,9 @@ from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
     from shardsurgeon.layerwise.request import CalibrationReport
+    from shardsurgeon.layerwise.settings import Settings
+
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def _batch_size(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
@@ -55,6 +58,114 @@ def _needed(context: click.Context, parameter: click.Parameter, text: str | None
     return text
 
 
+_RUN: list[Callable[[Any], Any]] = [
+    click.option(
+        "--samples",
+        metavar="N",
+        type=int,
+        callback=at_least(1),
+        help="Samples in all.  [default: 512, or as SPEC says]",
+    ),
+    click.option(
+        "--max-length",
+        metavar="L",
+        type=int,
+        callback=at_least(1),
+        help="Tokens of a sample at most.  [default: 2048]",
+    ),
+    click.option(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=42,
+        show_default=True,
+        callback=at_least(0),
+        help="Which records are drawn; the same seed draws the same ones.",
+    ),
+    click.option(
+        "--device",
+        cls=OfMachine,
+        envvar="SHARDSURGEON_DEVICE",
+        metavar="NAME",
+        default="cpu",
+        show_default=True,
+        help="Where a layer computes: cpu, cuda for every GPU, or cuda:1 for one.",
+    ),
+    click.option(
+        "--dtype",
+        metavar="NAME",
+        help="Arithmetic in bfloat16, float16, float32 or float64.  [default: the model's own, or "
+        "float32 on a CPU that is faster in it]",
+    ),
+    click.option(
+        "--batch-size",
+        metavar="auto|N",
+        default="auto",
+        show_default=True,
+        callback=_batch_size,
+        help="Samples that pass a layer together.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        callback=size,
+        help="The most that it may take, on the device or of a processor's memory, such as 40GB.  "
+        "[default: what is free]",
+    ),
+    click.option(
+        "--activation-budget",
+        metavar="SIZE",
+        callback=size,
+        help="Memory for what passes from layer to layer, such as 16GB; more than that is kept "
+        "in a file in FILE.partial.  [default: half of what is free]",
+    ),
+    click.option(
+        "--field",
+        metavar="NAME",
+        help="The field of a record that holds the messages or the text, where it has a name that "
+        "is not known.",
+    ),
+    click.option(
+        "--tokens",
+        type=click.Choice(["all", "assistant"]),
+        default="all",
+        show_default=True,
+        help="Which tokens count; all pass through the model. For assistant the chat template has "
+        "to mark what the assistant says ({% generation %}).",
+    ),
+    click.option(
+        "--skip-invalid",
+        is_flag=True,
+        help="Leave out records that cannot be used (empty, broken, of unknown form); FILE counts "
+        "and lists them.",
+    ),
+    click.option(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="Take the tokenizer and the chat template from here.  [default: the model's own]",
+    ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the tokenizer's code where its folder ships some.",
+    ),
+]
+
+
+def run_options(command: Run) -> Run:
+    """Add the options for samples and for the machine, of every command that runs a model."""
+    for option in reversed(_RUN):
+        command = option(command)
+    return command
+
+
+def settings_of(device: str, dtype: str | None, batch_size: Any, seed: int) -> Settings:
+    """The settings that they give."""
+    from shardsurgeon.layerwise.settings import Settings
+
+    return Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
+
+
 @click.command("calibrate", cls=Command)
 @model_argument
 @click.option(
@@ -70,6 +181,7 @@ def _needed(context: click.Context, parameter: click.Parameter, text: str | None
     callback=_needed,
     help="A .pt, .npz, .json or .safetensors.",
 )
+@run_options
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -77,66 +189,6 @@ def _needed(context: click.Context, parameter: click.Parameter, text: str | None
     help="Say what it would take, here and elsewhere.",
 )
 @force_option
-@click.option(
-    "--samples",
-    metavar="N",
-    type=int,
-    callback=at_least(1),
-    help="Samples in all.  [default: 512, or as SPEC says]",
-)
-@click.option(
-    "--max-length",
-    metavar="L",
-    type=int,
-    callback=at_least(1),
-    help="Tokens of a sample at most.  [default: 2048]",
-)
-@click.option(
-    "--seed",
-    metavar="N",
-    type=int,
-    default=42,
-    show_default=True,
-    callback=at_least(0),
-    help="Which records are drawn; the same seed draws the same ones.",
-)
-@click.option(
-    "--device",
-    cls=OfMachine,
-    envvar="SHARDSURGEON_DEVICE",
-    metavar="NAME",
-    default="cpu",
-    show_default=True,
-    help="Where a layer computes: cpu, cuda for every GPU, or cuda:1 for one.",
-)
-@click.option(
-    "--dtype",
-    metavar="NAME",
-    help="Arithmetic in bfloat16, float16, float32 or float64.  [default: the model's own, or "
-    "float32 on a CPU that is faster in it]",
-)
-@click.option(
-    "--batch-size",
-    metavar="auto|N",
-    default="auto",
-    show_default=True,
-    callback=_batch_size,
-    help="Samples that pass a layer together.",
-)
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    callback=size,
-    help="The most that it may take, on the device or of a processor's memory, such as 40GB.  "
-    "[default: what is free]",
-)
-@click.option(
-    "--activation-budget",
-    metavar="SIZE",
-    callback=size,
-    help="Memory for what passes from layer to layer, such as 16GB; more than that is kept in a "
-    "file in FILE.partial.  [default: half of what is free]",
-)
 @click.option(
     "--extend",
     metavar="FILE",
@@ -150,40 +202,10 @@ def _needed(context: click.Context, parameter: click.Parameter, text: str | None
     "their files up.",
 )
 @click.option(
-    "--field",
-    metavar="NAME",
-    help="The field of a record that holds the messages or the text, where it has a name that "
-    "is not known.",
-)
-@click.option(
     "--pack",
     is_flag=True,
     help="Samples are windows of --max-length tokens, filled with records, one empty position "
     "between them, as REAP does by default.",
-)
-@click.option(
-    "--tokens",
-    type=click.Choice(["all", "assistant"]),
-    default="all",
-    show_default=True,
-    help="Which tokens count; all pass through the model. For assistant the chat template has to "
-    "mark what the assistant says ({% generation %}).",
-)
-@click.option(
-    "--skip-invalid",
-    is_flag=True,
-    help="Leave out records that cannot be used (empty, broken, of unknown form); FILE counts and "
-    "lists them.",
-)
-@click.option(
-    "--tokenizer",
-    metavar="FOLDER",
-    help="Take the tokenizer and the chat template from here.  [default: the model's own]",
-)
-@click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Run the tokenizer's code where its folder ships some.",
 )
 @family_option
 @click.option("--restart", is_flag=True, help="Start over instead of resuming in FILE.partial.")
@@ -229,9 +251,8 @@ def calibrate_command(
     """
     from shardsurgeon.layerwise import run
     from shardsurgeon.layerwise.request import CalibrationRequest
-    from shardsurgeon.layerwise.settings import Settings
 
-    settings = Settings(device=device, dtype=dtype, batch_size=batch_size, seed=seed)
+    settings = settings_of(device, dtype, batch_size, seed)
     request = CalibrationRequest(dataset or "", settings, **options)
     if dry_run:
         estimated = run.rehearse(model, request, out, family=family, force=force)

@@ -21,6 +21,7 @@ from shardsurgeon.cli.apply import apply_command
 from shardsurgeon.cli.calibrate import calibrate_command
 from shardsurgeon.cli.completion import add_completion, complete, completion_command
 from shardsurgeon.cli.env import env_command
+from shardsurgeon.cli.evaluate import evaluate_command
 from shardsurgeon.cli.families import families_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
@@ -49,6 +50,7 @@ _READER_LEFT = 141
 _RESUMING: dict[str | None, str] = {
     apply_command.name: "the same command resumes",
     calibrate_command.name: "the same command resumes",
+    evaluate_command.name: "the same command resumes",
     run_command.name: "the same command resumes",
     push_command.name: "what is uploaded is kept there; the same command resumes",
 }
@@ -89,6 +91,7 @@ class _Commands(InOrder):
         push_command,
         scores_commands,
         calibrate_command,
+        evaluate_command,
         run_command,
         families_command,
         env_command,

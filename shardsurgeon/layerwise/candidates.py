@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from shardsurgeon.checkpoint.quantization import read_weights
 from shardsurgeon.checkpoint.roles import ExpertTensor
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.execution.plan import OutputTensor
+from shardsurgeon.layerwise.damage import Candidate
 from shardsurgeon.layerwise.decoding import Decoder
 from shardsurgeon.layerwise.loading import Loader, ParameterNames
 from shardsurgeon.layerwise.model import Model, meta_model
@@ -33,16 +33,6 @@ from shardsurgeon.layerwise.text_model import route_experts
 from shardsurgeon.pruning.config_edits import settings_with_counts
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.storage.formats.safetensors import TensorRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A prune that is measured. name: as the user knows it; keep: its keep-lists; changed: layer →
-    the tensors beside experts that it changes, by name, as it would write them."""
-
-    name: str
-    keep: KeepList
-    changed: Mapping[int, Mapping[str, OutputTensor]] = field(repr=False)
 
 
 class CandidateLayers:

@@ -15,18 +15,30 @@ Needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardsurgeon.execution.plan import OutputTensor
+from shardsurgeon.pruning.keep_lists import KeepList
+
 Floats = NDArray[np.float64]
 
 FEWEST_TOKENS = 100
 """Predicted tokens of a part of the data: with fewer, a 99th percentile is the largest value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A prune that is measured. name: as the user knows it; keep: its keep-lists; changed: layer →
+    the tensors beside experts that it changes, by name, as it would write them."""
+
+    name: str
+    keep: KeepList
+    changed: Mapping[int, Mapping[str, OutputTensor]] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +126,13 @@ class LayerSums:
     gates: Floats | None
 
 
-def damage(found: Predictions, begins: Sequence[int], answers: Sequence[bool]) -> Damage:
-    """The numbers of some samples.
-
-    begins: where each sample's tokens begin, and the end; answers: which samples force an answer.
-    """
-    return _damage(found, list(pairwise(begins)), answers)
-
-
 def damage_of(
     found: Predictions, begins: Sequence[int], answers: Sequence[bool], chosen: Sequence[int]
 ) -> Damage:
-    """The same of the chosen samples alone."""
+    """The numbers of the chosen samples.
+
+    begins: where each sample's tokens begin, and the end; answers: which samples force an answer.
+    """
     spans = [(begins[sample], begins[sample + 1]) for sample in chosen]
     return _damage(found, spans, [answers[sample] for sample in chosen])
 

@@ -21,8 +21,8 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.errors import WorkError
 from shardsurgeon.layerwise.activations import ActivationStore
-from shardsurgeon.layerwise.candidates import Candidate, CandidateLayers
-from shardsurgeon.layerwise.damage import LayerSums, Predictions
+from shardsurgeon.layerwise.candidates import CandidateLayers
+from shardsurgeon.layerwise.damage import Candidate, LayerSums, Predictions
 from shardsurgeon.layerwise.devices import Device, require_device
 from shardsurgeon.layerwise.engine import limits_of
 from shardsurgeon.layerwise.experts import Experts, Routing, StreamedExperts, segments

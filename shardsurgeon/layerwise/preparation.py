@@ -116,9 +116,14 @@ def earlier_calibration(request: CalibrationRequest, checkpoint: Checkpoint) -> 
 
 
 def drawn_samples(
-    request: CalibrationRequest, checkpoint: Checkpoint, earlier: Calibration | None
+    request: CalibrationRequest,
+    checkpoint: Checkpoint,
+    earlier: Calibration | None,
+    *,
+    answers: bool = False,
 ) -> Drawn:
-    """The samples of this run; of a share, those of the share alone."""
+    """The samples of this run; of a share, those of the share alone. answers: whether answers
+    that records bring are forced."""
     assert request.max_length is not None
     parts = parse_spec(request.dataset, request.samples)
     taken = frozenset(sample[:2] for sample in earlier.samples) if earlier else frozenset()
@@ -130,6 +135,7 @@ def drawn_samples(
         request.skip_invalid,
         request.tokens,
         request.pack,
+        answers,
     )
     with phase("opening the dataset"):
         datasets = open_datasets(parts, options)

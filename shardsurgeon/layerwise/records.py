@@ -41,6 +41,39 @@ class Conversation:
     tools: list[Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A model's answer, token by token what it said, and what it was asked.
+
+    prompt: messages, or a text that the answer goes on with.
+    """
+
+    prompt: Conversation | str
+    answer: str
+
+
+def read_answer(record: Record, where: str, *, is_chat: bool) -> Answered | None:
+    """The answer of a record that has a `completion`, and `messages` or a `prompt` before it.
+
+    A `reasoning` before the completion is part of the answer. is_chat: whether a prompt that is a
+    text is the user's message. None where the record holds no answer. Raises DatasetError where
+    the messages have an unknown form.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("completion"), str):
+        return None
+    answer, thought = record["completion"], record.get("reasoning")
+    if isinstance(thought, str) and thought:
+        answer = f"<think>\n{thought}\n</think>\n\n{answer}"
+    asked = record.get("messages") or record.get("prompt")
+    if not answer or not asked:
+        return None
+    if isinstance(asked, str) and not _are_messages(_unpacked(asked)):
+        prompt = {"role": "user", "content": asked}
+        return Answered(Conversation([prompt], _tools(record)) if is_chat else asked, answer)
+    name = "messages" if record.get("messages") else "prompt"
+    return Answered(Conversation(_messages(asked, name, where), _tools(record)), answer)
+
+
 def read_record(record: Record, where: str, field: str | None = None) -> Conversation | str:
     """The conversation or the text of a record.
 

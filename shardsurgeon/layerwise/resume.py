@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -18,10 +19,13 @@ from shardsurgeon.errors import OutputError, ScoreError
 from shardsurgeon.execution.journal import Run
 from shardsurgeon.execution.workdir import WorkDir, lock_workdir
 from shardsurgeon.layerwise.accumulators import Accumulators
+from shardsurgeon.layerwise.damage import LayerSums
 from shardsurgeon.layerwise.saving import saved_layers
 from shardsurgeon.storage.files import write_file, writing
 from shardsurgeon.storage.system import System, default_system
 from shardsurgeon.units import counted
+
+Finished = TypeVar("Finished", "FinishedLayers", "FinishedDamage")
 
 _LAYER = re.compile(r"layer-(\d{5,})\.json")
 
@@ -63,14 +67,50 @@ class FinishedLayers:
         return dict(sorted(self._layers.items()))
 
 
-class PartialCalibration:
+class FinishedDamage:
+    """What an evaluation found in finished layers, on disk and in memory; its sink."""
+
+    def __init__(self, folder: Path, system: System) -> None:
+        """Load what an earlier run left. Raises OutputError for a malformed file."""
+        self._folder = folder
+        self._system = system
+        self._layers: dict[int, LayerSums] = {}
+        for path in sorted(folder.iterdir()):
+            match = _LAYER.fullmatch(path.name)
+            if match:
+                self._layers[int(match[1])] = _read_damage(path)
+
+    def finished_layer(self, index: int, sums: LayerSums) -> None:
+        """Keep what was added up in a layer; for a layer that is kept, do nothing.
+
+        Raises OutputWriteError.
+        """
+        if index in self._layers:
+            return
+        gates = None if sums.gates is None else sums.gates.tolist()
+        content = {"layer": index, "compared": sums.compared.tolist(), "gates": gates}
+        path = self._folder / f"layer-{index:05d}.json"
+        write_file(path, json.dumps(content).encode(), self._system)
+        self._layers[index] = sums
+
+    def done_layers(self) -> set[int]:
+        """Numbers of the layers that are kept."""
+        return set(self._layers)
+
+    @property
+    def layers(self) -> dict[int, LayerSums]:
+        """Layer → its sums, ascending."""
+        return dict(sorted(self._layers.items()))
+
+
+class Partial(Generic[Finished]):
     """A locked OUT.partial: the finished layers, and the folder for activations."""
 
-    def __init__(self, workdir: WorkDir, layers: int) -> None:
+    def __init__(self, workdir: WorkDir, layers: int, kind: type[Finished]) -> None:
         """workdir: locked, with its journal open; layers: how many the run is to finish."""
         self._files = workdir.files
         self._total = layers
-        self.layers = FinishedLayers(workdir.files, workdir.system)
+        self.layers: Finished = kind(workdir.files, workdir.system)
 
     @property
     def activations(self) -> Path:
@@ -91,22 +131,40 @@ class PartialCalibration:
             shutil.rmtree(self._files)
 
 
+PartialCalibration = Partial[FinishedLayers]
+
+
 @contextmanager
 def partial_calibration(
     out: Path, run: Run, layers: int = 0, *, restart: bool = False, system: System | None = None
 ) -> Iterator[PartialCalibration]:
+    """As `partial_work`, of a calibration."""
+    with partial_work(out, run, FinishedLayers, layers, restart=restart, system=system) as partial:
+        yield partial
+
+
+@contextmanager
+def partial_work(
+    out: Path,
+    run: Run,
+    kind: type[Finished],
+    layers: int = 0,
+    *,
+    restart: bool = False,
+    system: System | None = None,
+) -> Iterator[Partial[Finished]]:
     """Lock OUT.partial for one run.
 
-    run: identifies the command and the source; layers: how many it is to finish; restart: discard
-    what an earlier run left. What becomes of an OUT that exists is for the caller to say. Raises
-    OutputError where another process has locked the folder, and where it belongs to another
-    command.
+    run: identifies the command and the source; kind: what keeps its layers; layers: how many it is
+    to finish; restart: discard what an earlier run left. What becomes of an OUT that exists is for
+    the caller to say. Raises OutputError where another process has locked the folder, and where it
+    belongs to another command.
     """
     with (
         lock_workdir(out, system or default_system(), may_exist=True) as workdir,
         workdir.open_journal(run, restart),
     ):
-        partial = PartialCalibration(workdir, layers)
+        partial = Partial(workdir, layers, kind)
         try:
             yield partial
         except Exception:
@@ -117,6 +175,17 @@ def partial_calibration(
                 kept = f"{done} of {counted(layers, 'layer')} are kept in {workdir.folder}"
                 stop.add_note(f"{kept}; the same command resumes")
             raise
+
+
+def _read_damage(path: Path) -> LayerSums:
+    try:
+        content = json.loads(path.read_bytes())
+        gates = content["gates"]
+        compared = np.array(content["compared"], np.float64)
+        return LayerSums(compared, None if gates is None else np.array(gates, np.float64))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "--restart starts over"
+        raise OutputError(path, f"is not what an evaluation wrote ({error})", remedy) from error
 
 
 def _read_layer(path: Path, index: int) -> Accumulators:

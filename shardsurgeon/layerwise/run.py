@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ from shardsurgeon.layerwise.preparation import (
 )
 from shardsurgeon.layerwise.processes import calibrate_apart, devices, lead
 from shardsurgeon.layerwise.request import CalibrationReport, CalibrationRequest
-from shardsurgeon.layerwise.resume import FinishedLayers, PartialCalibration, partial_calibration
+from shardsurgeon.layerwise.resume import FinishedLayers, Partial, partial_calibration
 from shardsurgeon.layerwise.samples import (
     Drawn,
     counted_tokens,
@@ -139,14 +140,14 @@ def _calibrate(
         if not done:
             # At the commit that it was opened at.
             where = address_of(checkpoint.source) if checkpoint.source.revision else model
-            folder, budget = partial.activations, _budget(request)
+            folder, budget = partial.activations, states_budget(request)
             with chosen_dtype(possible, folder) as choice:
                 settings = with_dtype(request, choice.dtype).settings
                 job = Job(where, family, samples, settings, folder, budget, request.memory)
                 _run_layers(checkpoint, job, used, ranks, partial.layers, progress)
             said = calibration_settings(request, checkpoint, drawn, choice.dtype, runs)
             found = Calibration(str(out), partial.layers.layers, said)
-            _require_unchanged(checkpoint, run, partial)
+            require_unchanged_weights(checkpoint, run, partial)
             done = merge([earlier, found], str(out)) if earlier else found
             write_scores(output, done.content())
         partial.clear()
@@ -220,10 +221,10 @@ def rehearse(
 def _output(out: str | os.PathLike[str], request: CalibrationRequest, force: bool) -> Output:
     """Where the scores go, which is none of the files that the request names."""
     output = replace(score_output(out, force=force, extra="calibrate"), folder_is_made=True)
-    return output.apart_from(_files_named(request))
+    return output.apart_from(files_named(request))
 
 
-def _files_named(request: CalibrationRequest) -> Iterator[Path]:
+def files_named(request: CalibrationRequest) -> Iterator[Path]:
     """What a request names besides the model, as far as it is on this machine."""
     if request.extend is not None:
         yield Path(request.extend)
@@ -243,16 +244,7 @@ def _run_layers(
     """Do the job here, or, where several devices are used, in a process for each."""
     from shardsurgeon.layerwise.engine import calibrate_layers
 
-    with phase("calibrating", unit="tok") as at:
-
-        def report(now: Progress) -> None:
-            at.detail = f"layer {now.layer}, {now.layers_done}/{now.layers_total} done"
-            if not at.total:  # what an earlier run did says nothing of the speed of this one
-                at.total, at.resumed = now.tokens_total, now.tokens_done
-            at.advance(now.tokens_done - at.done)
-            if progress is not None:
-                progress(now)
-
+    with layer_progress("calibrating", progress) as report:
         if len(used) > 1:
             calibrate_apart(job, used, ranks, layers, report)
             return
@@ -263,7 +255,23 @@ def _run_layers(
             )
 
 
-def _budget(request: CalibrationRequest) -> int:
+@contextmanager
+def layer_progress(doing: str, progress: Listener | None) -> Iterator[Listener]:
+    """A phase that counts tokens, once for every layer that they pass; what to tell it with."""
+    with phase(doing, unit="tok") as at:
+
+        def report(now: Progress) -> None:
+            at.detail = f"layer {now.layer}, {now.layers_done}/{now.layers_total} done"
+            if not at.total:  # what an earlier run did says nothing of the speed of this one
+                at.total, at.resumed = now.tokens_total, now.tokens_done
+            at.advance(now.tokens_done - at.done)
+            if progress is not None:
+                progress(now)
+
+        yield report
+
+
+def states_budget(request: CalibrationRequest) -> int:
     """Bytes of memory for hidden states, of all devices together."""
     from shardsurgeon.layerwise.memory import free_memory
 
@@ -271,7 +279,7 @@ def _budget(request: CalibrationRequest) -> int:
     return free_memory("cpu") // 2 if asked is None else asked
 
 
-def _require_unchanged(checkpoint: Checkpoint, run: Run, partial: PartialCalibration) -> None:
+def require_unchanged_weights(checkpoint: Checkpoint, run: Run, partial: Partial[Any]) -> None:
     """Raise SourceChangedError where the weights are not what they were at the beginning."""
     try:
         require_unchanged(checkpoint.source, run.source_files)

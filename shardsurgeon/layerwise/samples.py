@@ -25,7 +25,7 @@ from shardsurgeon.layerwise.datasets import (
     identity,
     open_dataset,
 )
-from shardsurgeon.layerwise.records import Conversation, read_record
+from shardsurgeon.layerwise.records import Conversation, read_answer, read_record
 from shardsurgeon.layerwise.settings import Tokens
 from shardsurgeon.layerwise.tokenizer import Tokenizer
 from shardsurgeon.storage.phases import Phase, phase
@@ -60,7 +60,8 @@ class Sample:
     `OpenDataset.source` names it; index: the record's number there, from 0; counted: bool
     [tokens], which tokens are added up, at least one of them, None for all. All tokens pass
     through the model. records: of a packed window, whose `index` is that of its first record, what
-    it is filled with, in order.
+    it is filled with, in order. is_answer: whether the counted tokens are a model's answer, which
+    is forced on others.
     """
 
     ids: NDArray[np.int64]
@@ -68,6 +69,7 @@ class Sample:
     index: int
     counted: NDArray[np.bool_] | None = None
     records: tuple[PackedRecord, ...] = ()
+    is_answer: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -134,7 +136,8 @@ class SamplingOptions:
     field to look at, None for the known ones; taken: (source, record index) of records to skip,
     which another calibration has used, under whatever name its copy of the dataset had;
     skip_invalid: whether records that cannot be used are left out; tokens: which tokens are added
-    up; pack: whether a sample is a window of max_length tokens filled with records.
+    up; pack: whether a sample is a window of max_length tokens filled with records; answers:
+    whether the `completion` of a record is an answer to force, of which alone tokens are added up.
     """
 
     seed: int
@@ -144,6 +147,7 @@ class SamplingOptions:
     skip_invalid: bool = False
     tokens: Tokens = "all"
     pack: bool = False
+    answers: bool = False
 
 
 SkippedRecord: TypeAlias = tuple[str, int, str]
@@ -272,6 +276,13 @@ class _Reading:
         """A record's tokens, as many as a sample has; None where it holds nothing."""
         where, longest = self._where(index), self.options.max_length
         try:
+            if self.options.answers:
+                record = self.dataset.records[index]
+                answered = read_answer(record, where, is_chat=tokenizer.is_chat)
+                if answered is not None:
+                    ids, said = tokenizer.encode_answer(answered, where)
+                    ids, said = ids[:longest], said[:longest]
+                    return Sample(ids, self.dataset.source, index, said, is_answer=True)
             content = self.content(index)
             if self.options.tokens == "assistant":
                 assert isinstance(content, Conversation)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shardsurgeon.checkpoint.files import is_needed
 from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.errors import DatasetError, UsageError
-from shardsurgeon.layerwise.records import Conversation
+from shardsurgeon.layerwise.records import Answered, Conversation
 from shardsurgeon.layerwise.settings import require
 from shardsurgeon.storage.files import writing
 from shardsurgeon.storage.formats.index import CONFIG_NAME, INDEX_NAME
@@ -28,6 +28,7 @@ from shardsurgeon.storage.source import Source, require_plain
 _OPTION = "--tokenizer"
 _TRUST = "--trust-remote-code"
 _ASSISTANT = "--tokens assistant"
+_THINK = "<think>"
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Vocabularies, merges, templates and the code of some tokenizers; sizes from sentencepiece
@@ -72,6 +73,32 @@ class Tokenizer:
         encoded = self._tokenizer(text, add_special_tokens=not is_chat, verbose=False)
         return np.asarray(encoded["input_ids"], np.int64)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether it has a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode_answer(
+        self, answered: Answered, where: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The token ids of a prompt and its answer, and which are the answer's.
+
+        Each is cut into tokens by itself, as a server does that goes on from the prompt. Raises
+        what `encode` raises.
+        """
+        prompt, answer = answered.prompt, answered.answer
+        if isinstance(prompt, Conversation):
+            text = self._render(prompt, where, asking=True)[0]
+            # The template may have begun the thought already.
+            if text.rstrip().endswith(_THINK):
+                answer = answer.removeprefix(f"{_THINK}\n")
+            before = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            before = self._tokenizer(prompt, verbose=False)["input_ids"]
+        after = self._tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = np.asarray([*before, *after], np.int64)
+        return ids, np.arange(len(ids)) >= len(before)
+
     def require_assistant_tokens(self) -> None:
         """Raise UsageError where it cannot be told which tokens the assistant says."""
         template = self._tokenizer.chat_template
@@ -108,10 +135,15 @@ class Tokenizer:
             raise UsageError(_ASSISTANT, problem, remedy)
 
     def _render(
-        self, conversation: Conversation, where: str, *, marked: bool = False
+        self,
+        conversation: Conversation,
+        where: str,
+        *,
+        marked: bool = False,
+        asking: bool = False,
     ) -> tuple[str, Sequence[tuple[int, int]]]:
         """A conversation in the chat template; marked: also from where to where the template says
-        that the assistant speaks, in characters."""
+        that the assistant speaks, in characters; asking: up to where an answer begins."""
         if not self._tokenizer.chat_template:
             problem = f"{self.place} has no chat template, and {where} is a conversation"
             raise UsageError(_OPTION, problem, "name a tokenizer with one, or give texts")
@@ -119,7 +151,7 @@ class Tokenizer:
         try:
             if not marked:
                 plain: str = self._tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False
+                    messages, tools=tools, tokenize=False, add_generation_prompt=asking
                 )
                 return plain, ()
             template = self._tokenizer.get_chat_template(None, tools)

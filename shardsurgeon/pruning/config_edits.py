@@ -52,8 +52,8 @@ def settings_with_counts(
     """The config with the expert counts of a keep-list, all else as it is."""
     changes = dict(_counts(checkpoint.settings, anatomy, keep, drop_mtp=False))
     edited = checkpoint.config.edit(changes)
-    settings: Mapping[str, Any] = Document.parse(edited, checkpoint.config_place).value
-    return settings
+    settings: Any = Document.parse(edited, checkpoint.config_place).value
+    return dict(settings)
 
 
 def pruned_second_config(

@@ -6,6 +6,7 @@ own file, plan.json, is written here and read back the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +66,13 @@ class KeepList:
         """Whether every layer keeps the same number, and those apart one of their own."""
         counts = {(n in self.apart, len(keep.retained)) for n, keep in self.layers.items()}
         return len(counts) == len({apart for apart, _ in counts})
+
+
+def keep_sha256(keep: KeepList, layers: Iterable[int]) -> str:
+    """SHA-256 of what some layers keep, as hexadecimal digits: the same for the same choice, made
+    in whatever way."""
+    kept = {str(layer): keep.layers[layer].retained for layer in sorted(layers)}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
 def resolve(

@@ -36,6 +36,7 @@ HEADER = Limit(100_000_000, 416 * MIB)  # the safetensors library reads no longe
 METADATA = Limit(64 * MIB, 320 * MIB)
 KEEP_LIST = Limit(64 * MIB, 384 * MIB)
 SCORES_JSON = Limit(128 * MIB, 448 * MIB)
+EVALUATION = Limit(64 * MIB, 320 * MIB)
 CALIBRATION_JSON = Limit(64 * MIB, 320 * MIB)  # within a score file
 FAMILY = Limit(64 * 2**10, 16 * MIB)
 RECIPE = Limit(64 * 2**10, 16 * MIB)

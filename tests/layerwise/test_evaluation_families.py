@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import shardsurgeon
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.layerwise.activations import ActivationStore
-from shardsurgeon.layerwise.candidates import Candidate
-from shardsurgeon.layerwise.damage import LayerSums, Predictions
+from shardsurgeon.layerwise.damage import Candidate, LayerSums, Predictions
 from shardsurgeon.layerwise.evaluate import evaluate_layers
 from shardsurgeon.layerwise.settings import Settings
 from shardsurgeon.pruning.planner import changed_tensors
@@ -83,7 +83,9 @@ def test_candidates_are_what_transformers_makes_of_the_pruned_folder(
     for scratch in ("a", "b", "twin"):
         (tmp_path / scratch).mkdir()
     if name in TWINS:
-        plan.write_plan(tmp_path / "keep.json")
+        kept = {n: [*each.retained] for n, each in plan.decision.keep.layers.items()}
+        lists = {n: {"kept": ids, "keep": len(ids)} for n, ids in kept.items()}
+        (tmp_path / "keep.json").write_text(json.dumps(lists))
         twin = written(fixture(TWINS[name]), tmp_path / "twin")
         plan = shardsurgeon.plan(twin, plan_file=tmp_path / "keep.json", out=tmp_path / "pruned")
     shardsurgeon.apply(plan, verify=False)
