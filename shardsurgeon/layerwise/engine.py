@@ -22,7 +22,8 @@ from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.devices import Device, require_device
 from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
 from shardsurgeon.layerwise.memory import free_memory, model_size, program_memory
-from shardsurgeon.layerwise.model import Model, MtpLayer
+from shardsurgeon.layerwise.model import Model
+from shardsurgeon.layerwise.mtp import MtpLayer
 from shardsurgeon.layerwise.samples import Sample
 from shardsurgeon.layerwise.schedule import (
     Hold,

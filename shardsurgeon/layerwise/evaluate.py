@@ -215,9 +215,9 @@ class _Distribution:
     def against(self, whole: _Distribution, following: Tensor) -> list[np.ndarray]:
         """nll, KL from the whole model's, agreement with it, and with the tokens that follow."""
         nll = -self._logs.gather(1, following[:, None])[:, 0]
-        # A logit of -inf has no part in the sum: 0 · inf is none.
-        apart = (whole._logs - self._logs).nan_to_num(nan=0.0)
-        kl = (whole._logs.exp() * apart).sum(-1)
+        p = whole._logs.exp()
+        # A token that the whole model excludes has no part in the sum: 0 · inf is none.
+        kl = torch.where(p == 0, 0.0, p * (whole._logs - self._logs)).sum(-1)
         agrees, hits = self._first == whole._first, self._first == following
         return [values.cpu().numpy() for values in (nll, kl, agrees, hits)]
 

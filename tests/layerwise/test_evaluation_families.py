@@ -1,4 +1,5 @@
-"""Measured side by side, every family's candidates are what transformers makes of pruned folders."""
+"""Measured side by side, every family's candidates are what transformers makes of pruned
+folders."""
 
 from __future__ import annotations
 
