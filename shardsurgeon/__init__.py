@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         read_scores,
         verify,
     )
+    from shardsurgeon.operations.probe_report import ProbeReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import (
         ApplyReport,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         convert_scores,
         estimate_calibration,
         merge_scores,
+        probe,
         scores_from_router,
         scores_from_weights,
         scores_random,
@@ -66,6 +68,7 @@ __all__ = [
     "InputError",
     "InspectReport",
     "PlanReport",
+    "ProbeReport",
     "Pruning",
     "PushReport",
     "RouterScoresReport",
@@ -85,6 +88,7 @@ __all__ = [
     "merge_scores",
     "open_checkpoint",
     "plan",
+    "probe",
     "push",
     "read_scores",
     "scores_from_router",
@@ -106,6 +110,7 @@ _HOMES = {
     "ComparisonReport": "pruning.agreement",
     "InspectReport": "operations.reports",
     "PlanReport": "pruning.report",
+    "ProbeReport": "operations.probe_report",
     "Pruning": "operations.prune",
     "PushReport": "operations.reports",
     "RouterScoresReport": "operations.reports",
@@ -123,6 +128,7 @@ _HOMES = {
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
     "plan": "operations.api",
+    "probe": "operations.score_api",
     "push": "operations.api",
     "read_scores": "operations.api",
     "scores_from_router": "operations.score_api",
