@@ -110,11 +110,9 @@ class _Commands(InOrder):
 def cli(context: click.Context) -> None:
     """Remove whole experts from a Mixture-of-Experts checkpoint.
 
-    Works on safetensors shards byte by byte, from a file of expert scores; the
-    model is never loaded. In a model's folder:
+    Works on shards byte by byte and never loads the model. In a model's folder:
 
     \b
-      shardsurgeon inspect
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
       shardsurgeon apply scores.pt --ratio 0.65
     """

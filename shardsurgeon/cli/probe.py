@@ -142,9 +142,9 @@ def probe_command(
 
     \b
     Examples:
-      shardsurgeon probe http://localhost:8000/v1 --prompts chats.jsonl -o p.json
+      shardsurgeon probe http://localhost:8000/v1 --prompts chats.txt -o p.json
       shardsurgeon probe http://h/v1 --prompts c.jsonl --against o.json -o p.json
-      shardsurgeon probe http://h/v1 --prompts c.txt --sampling min_p=0.1 -o p.json
+      shardsurgeon probe http://h/v1 --prompts c.txt --sampling min_p=.1 -o p.json
     """
     from shardsurgeon.operations import probe
     from shardsurgeon.operations.prompts import Sampling
@@ -168,6 +168,10 @@ def _lines(report: ProbeReport) -> Iterator[str]:
         yield ""
         yield from _setting_lines(setting, report.detect)
     yield ""
+    if any(_undecided(each) for setting in report.settings for each in setting.failures):
+        points = f"{100 * report.detect:g} points (--detect)"
+        yield f"  undecided: a difference of {points} may be there or not; to tell"
+        yield "  takes about as many answers of each model as the last column says"
     for refused in report.refusals[:_MOST_SHOWN]:
         yield from fact("refused", f"{refused.record}, by {refused.server}: {refused.said}")
     if report.records < report.samples:
@@ -186,10 +190,13 @@ def _setting_lines(setting: SettingReport, detect: float) -> Iterator[str]:
         compared = [(kind, found) for kind, found in pairs if found is not None]
         if compared:
             yield f"  compared with {other}, in points:"
-            yield from table(
-                ("", "its share", "difference", "95 %", "says"),
-                (_compared(kind, found, detect) for kind, found in compared),
-            )
+            headings = ("", "its share", "difference", "95 %", "says", "answers it takes")
+            yield from table(headings, (_compared(*pair, detect) for pair in compared))
+
+
+def _undecided(failure: FailureReport) -> bool:
+    compared = (failure.to_original, failure.to_base)
+    return any(each is not None and each.verdict == "undecided" for each in compared)
 
 
 def _row(failure: FailureReport) -> tuple[str, ...]:
@@ -198,13 +205,11 @@ def _row(failure: FailureReport) -> tuple[str, ...]:
 
 
 def _compared(kind: str, found: DifferenceReport, detect: float) -> tuple[str, ...]:
-    says = found.verdict
-    if found.verdict == "no difference":
-        says = f"none of {100 * detect:g}"
-    elif found.answers_needed is not None:
-        says = f"undecided, {100 * detect:g} takes ~{found.answers_needed:,} answers"
+    none = found.verdict == "no difference"
     share, interval = found.count / found.answers, _interval(found.low, found.high, _points)
-    return kind, _share(share), _points(found.difference), interval, says
+    says = f"none of {100 * detect:g}" if none else found.verdict
+    needed = "" if found.answers_needed is None else f"{found.answers_needed:,}"
+    return kind, _share(share), _points(found.difference), interval, says, needed
 
 
 def _interval(low: float, high: float, written: Any) -> str:

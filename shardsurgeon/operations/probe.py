@@ -136,7 +136,9 @@ def probe(
                 model = model_of(server, named, option)
                 served.append(Served(server, model, prompts, settings, request.seed))
         if len(served) > 1:
-            _, other = served
+            own, other = served
+            if (own.server.location, own.model) == (other.server.location, other.model):
+                raise UsageError("--against", "names the server and the model that are probed")
             original = OriginalReport(other.server.location, other.model, places.original.name)
         digest = digest_of(served, request.detect, original and asdict(original), compared)
         output = places.output(digest, request, force)

@@ -251,4 +251,5 @@ def _unlike(wanted: Mapping[str, Any], settings: Collection[Mapping[str, Any]]) 
         ]
         for each in settings
     ]
-    return "; ".join(min(unlike, key=len)) if unlike else "no setting is in it"
+    least = sorted(unlike, key=len)[:1]
+    return "; ".join(*least) if least else "it has no setting"

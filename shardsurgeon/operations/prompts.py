@@ -80,7 +80,7 @@ def settings_of(base: Sampling, others: Sequence[Mapping[str, Any]]) -> dict[str
         name = ",".join(f"{key}={value:g}" for key, value in values.items())
         if setting in settings.values():
             raise UsageError(
-                _OTHERS, f"'{name}' is a setting that is there already", "leave it out"
+                _OTHERS, f"'{name}' changes nothing, or is given twice", "leave it out"
             )
         settings[name] = setting
     return settings
@@ -109,7 +109,7 @@ def draw_prompts(spec: str, samples: int | None, seed: int, field: str | None) -
     try:
         parts = parse_spec(spec, samples, DEFAULT_ANSWERS)
     except UsageError as error:
-        error.reword(OPTION, error.problem.replace("--dataset", OPTION), error.remedy)
+        error.reword(OPTION, error.problem, error.remedy)
         raise
     with phase("reading prompts", sum(part.count or 0 for part in parts)) as at:
         prompts = []

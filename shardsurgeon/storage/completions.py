@@ -36,9 +36,9 @@ ANSWER_SECONDS = 600.0
 _ENDPOINT = "/chat/completions"
 _ADDRESS = "give the address of an OpenAI-compatible server, up to /v1"
 # Statuses of one question that cannot be answered, such as one that is too long.
-_REFUSING = frozenset({400, 413, 422})
-# Some servers say these of a question that they cannot answer; all say them of a fault.
-_FAILING = ("500", "501")
+_REFUSING = frozenset({400, 413, 422, 501})
+# Some servers say this of a question that they cannot answer; all say it of a fault.
+_FAILING = "500"
 _FAILING_TRIES = 3
 # So many questions in a row that a server fails at, and it is the server.
 _FAILURES_IN_A_ROW = 5
@@ -165,10 +165,10 @@ class CompletionServer:
                     target = printable(redacted(location_of(got)))[:_SAID_LENGTH]
                     problem = f"leads to {target or 'nowhere'}, which is not followed"
                     raise UsageError(where, problem, "give that address, if it is right")
-                pieces = iter([text_of(got, where)])
-                raw = b"".join(without_secrets(pieces, self._secrets, where))
+                raw = text_of(got, where)
                 if got.status_code != 200:
                     raise self._refusal(got, path, raw)
+                raw = b"".join(without_secrets(iter([raw]), self._secrets, where))
         found = parse_for_a_hint(raw, LISTING)
         if not isinstance(found, dict):
             kind = got.headers.get("Content-Type", "").partition(";")[0][:60]
@@ -184,7 +184,7 @@ class CompletionServer:
         except RetryableError as error:
             if content is None or type(error.__cause__).__name__ != "ReadTimeout":
                 raise
-            said = f"no answer within {self._silence:,.0f} s"
+            said = f"no answer within {self._silence:,g} s"
             raise RetryableError(said, most=2) from error
 
     def _refusal(self, response: Any, path: str, raw: bytes) -> Exception:

@@ -20,6 +20,7 @@ import shardsurgeon
 from shardsurgeon.layerwise.estimate import CalibrationEstimate
 from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.families import FamiliesReport
+from shardsurgeon.operations.probe_report import ProbeReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
@@ -54,6 +55,7 @@ COMMANDS: dict[str, type[Report]] = {
     "scores random": BaselineReport,
     "calibrate": CalibrationReport,
     "calibrate --dry-run": CalibrationEstimate,
+    "probe": ProbeReport,
     "run": RunReport,
     "families": FamiliesReport,
     "env": EnvReport,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-
 # (the body of a question) → what is answered: a text, a message, or (status, body, content type).
 Script = Callable[[dict[str, Any]], Any]
 
