@@ -170,7 +170,7 @@ def probe(
                     *sides[0].answered(name),
                     failures(
                         counts[name],
-                        None if compared is None else compared[name],
+                        None if compared is None else compared.get(name),
                         None if name == BASE else counts[BASE],
                         request.detect,
                     ),

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.answers import Kind
 from shardsurgeon.operations.intervals import answers_needed, newcombe, wilson
-from shardsurgeon.operations.prompts import Sampling
+from shardsurgeon.operations.prompts import BASE, Sampling
 from shardsurgeon.reports import Report
 from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.storage.limits import OTHER_JSON, read_limited
@@ -211,8 +211,8 @@ def counts_of(
 ) -> tuple[str, dict[str, Counts]]:
     """The model of an earlier probe and, by the name of a setting, what was counted there.
 
-    prompts: their SHA-256, and how many they are. Raises UsageError where that probe asked other
-    prompts, or sampled in other ways.
+    prompts: their SHA-256, and how many they are. Settings that it lacks, but for the base, are
+    left out. Raises UsageError where that probe asked other prompts, or sampled in other ways.
     """
     found = read_probe(path)
     same = "compare with a probe of the same --prompts, --samples and --seed"
@@ -226,6 +226,8 @@ def counts_of(
         wanted = asdict(sampling)
         fitting = (each for each in found["settings"] if each["sampling"] == wanted)
         setting = next(fitting, None)
+        if setting is None and name != BASE:
+            continue
         if setting is None:
             problem = f"sampled otherwise: {_unlike(wanted, found['settings'])}"
             raise UsageError(path, problem, "probe both with the same sampling")

@@ -214,7 +214,9 @@ def test_the_original_is_asked_the_same_or_taken_from_its_own_probe() -> None:
         assert sorted(server.prompts()) == sorted(big.prompts())
         assert {each["model"] for each in big.questions} == {"big"}
         probed(big.url, out="big.json")
-        again = probed(server.url, against="big.json")
+        again = probed(server.url, against="big.json", others=[{"min_p": 0.1}])
+    # That probe had no such setting.
+    assert failures(again, 1)["loops"].to_original is None
     assert len(answers("both.answers.jsonl")) == len(answers("both.original.answers.jsonl")) == 100
     assert both.original and (both.original.model, both.original.where) == ("big", big.url)
     for report in (both, again):

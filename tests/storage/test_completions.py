@@ -168,7 +168,9 @@ def test_models_that_a_server_does_not_list_are_none(models: Any) -> None:
 
 
 def test_a_page_where_models_should_be_is_no_server() -> None:
-    says = pytest.raises(NetworkError, match="answers /models with text/html that is no JSON")
-    with ScriptedServer(lambda question: "", HTML) as server, CompletionServer(server.url) as found:
-        with says:
-            found.models()
+    with (
+        ScriptedServer(lambda question: "", HTML) as server,
+        CompletionServer(server.url) as found,
+        pytest.raises(NetworkError, match="answers /models with text/html that is no JSON"),
+    ):
+        found.models()
