@@ -162,6 +162,8 @@ def _lines(report: ProbeReport) -> Iterator[str]:
     yield from fact("server", report.url)
     prompts = f"{counted(report.records, 'prompt')} of {report.prompts}"
     yield from fact("asked", f"{counted(report.samples, 'question')}: {prompts}")
+    sampled = (f"{name} {value:g}" for name, value in report.settings[0].sampling.items())
+    yield from fact("sampling", ", ".join(sampled))
     if report.original is not None:
         yield from fact("original", f"{report.original.model} ({report.original.where})")
     for setting in report.settings:
@@ -175,22 +177,20 @@ def _lines(report: ProbeReport) -> Iterator[str]:
     for refused in report.refusals[:_MOST_SHOWN]:
         yield from fact("refused", f"{refused.record}, by {refused.server}: {refused.said}")
     if report.records < report.samples:
-        yield "  prompts were asked several times; the intervals take all answers as independent"
+        yield "  prompts were asked more than once; intervals take answers as independent"
     yield f"Answers saved in {report.answers_file}, beside {report.out}."
 
 
 def _setting_lines(setting: SettingReport, detect: float) -> Iterator[str]:
-    sampled = ", ".join(f"{name} {value:g}" for name, value in setting.sampling.items())
-    yield from fact(setting.name, sampled)
     refused = f", {setting.refused:,} refused" if setting.refused else ""
-    yield from fact("answers", f"{setting.answers:,}{refused}")
+    yield f"{setting.name}: {counted(setting.answers, 'answer')}{refused}"
     yield from table(("", "answers", "share", "95 %"), map(_row, setting.failures))
     for other, name in (("the original", "to_original"), ("the base setting", "to_base")):
         pairs = [(each.kind, getattr(each, name)) for each in setting.failures]
         compared = [(kind, found) for kind, found in pairs if found is not None]
         if compared:
             yield f"  compared with {other}, in points:"
-            headings = ("", "its share", "difference", "95 %", "says", "answers it takes")
+            headings = ("", "its share", "difference", "95 %", "says", "answers\nit takes")
             yield from table(headings, (_compared(*pair, detect) for pair in compared))
 
 

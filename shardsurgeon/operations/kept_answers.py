@@ -96,6 +96,8 @@ class KeptAnswers:
         if not self._file.closed:
             with self._writing, writing(self.path), self._file:
                 self._system.sync_file(self._file)
+            if not self._end:
+                self.path.unlink(missing_ok=True)
 
     def __contains__(self, question: Question) -> bool:
         return question.id in self._places
@@ -114,7 +116,9 @@ class KeptAnswers:
 
     def add(self, question: Question, reply: Reply) -> None:
         """Write an answer. Raises OutputWriteError."""
-        line = json.dumps(_record(question, reply), ensure_ascii=False).encode() + b"\n"
+        text = json.dumps(_record(question, reply), ensure_ascii=False)
+        # Half a character in a prompt becomes the escape that JSON has for it.
+        line = text.encode(errors="backslashreplace") + b"\n"
         with self._writing:
             write_all(self._file, line, self._end, self.path, self._system)
             self._places[question.id] = (self._end, self._end + len(line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -273,6 +274,14 @@ def test_the_answers_are_records_with_a_prompt_and_a_completion() -> None:
     assert "Grüße" in Path("probe.answers.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_prompt_with_half_a_character_is_kept_as_it_is() -> None:
+    Path("half.jsonl").write_text('{"text": "\\ud83d and more"}\n')
+    with ScriptedServer(lambda q: "Yes.") as server:
+        probed(server.url, "half.jsonl:1")
+        assert server.prompts() == ["\ud83d and more"]
+    assert [each["prompt"] for each in answers()] == server.prompts()
+
+
 def test_the_same_command_asks_nothing_again_and_its_files_stay_the_same() -> None:
     with ScriptedServer(loops_in_seven) as server:
         first = probed(server.url, at_once=7)
@@ -332,6 +341,31 @@ def test_of_a_killed_run_only_what_was_in_flight_is_asked_again(folder: Path) ->
     report = json.loads(Path("probe.json").read_text())
     assert report["settings"][0]["failures"][0]["count"] == 7
     assert len(answers()) == 100
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+def test_a_stopped_run_ends_soon_and_says_that_the_same_command_resumes() -> None:
+    asked, over = threading.Semaphore(0), threading.Event()
+
+    def script(question: dict[str, Any]) -> str:
+        asked.release()
+        over.wait(60)
+        return "at last"
+
+    with ScriptedServer(script) as server:
+        words = ["probe", server.url, "--prompts", "other.jsonl:10", "-o", "probe.json", "-q"]
+        command = [sys.executable, "-m", "shardsurgeon", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
+            try:
+                assert all(asked.acquire(timeout=60) for _ in range(10))
+                run.send_signal(signal.SIGINT)
+                _, said = run.communicate(timeout=20)
+            finally:
+                run.kill()
+        over.set()
+    assert (run.returncode, said) == (130, "shardsurgeon: stopped; the same command resumes\n")
+    assert not list(Path().glob("probe*"))
 
 
 def test_two_runs_do_not_add_to_the_same_answers() -> None:
