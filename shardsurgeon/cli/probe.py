@@ -106,6 +106,9 @@ def _number(
     help="The same of the original's server.  [default: that of URL where both have one address]",
 )
 @click.option(
+    "--restart", is_flag=True, help="Ask everything again, discarding the answers that are kept."
+)
+@click.option(
     "--force",
     is_flag=True,
     help="Replace a probe of something else, and drop its answers.",
@@ -115,6 +118,7 @@ def _number(
 def probe_command(
     url: str,
     out: str,
+    restart: bool,
     force: bool,
     sampling: list[dict[str, float]],
     temperature: float,
@@ -138,7 +142,8 @@ def probe_command(
     conversation the last answer is left out, a text is what a user says. Each
     sampling value is sent, so that no default of a server counts. The answers
     are kept in FILE's name with .answers.jsonl; the same command asks only what
-    has no answer there.
+    has no answer there: add --restart where another model is served under the
+    same name.
 
     \b
     Examples:
@@ -153,7 +158,7 @@ def probe_command(
     request = probe.ProbeRequest(
         base=base, others=sampling, at_once=parallel, seconds=timeout, **options
     )
-    report = probe.probe(url, request, out, force=force)
+    report = probe.probe(url, request, out, restart=restart, force=force)
     emit(report, _lines(report), as_json, told_otherwise=True)
 
 
@@ -162,6 +167,9 @@ def _lines(report: ProbeReport) -> Iterator[str]:
     yield from fact("server", report.url)
     prompts = f"{counted(report.records, 'prompt')} of {report.prompts}"
     yield from fact("asked", f"{counted(report.samples, 'question')}: {prompts}")
+    if report.resumed:
+        kept = counted(report.resumed, "answer")
+        yield from fact("not asked", f"for {kept} that an earlier run had kept (--restart)")
     sampled = (f"{name} {value:g}" for name, value in report.settings[0].sampling.items())
     yield from fact("sampling", ", ".join(sampled))
     if report.original is not None:

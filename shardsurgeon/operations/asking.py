@@ -77,10 +77,10 @@ def digest_of(served: Sequence[Served], *others: object) -> str:
 class Side:
     """One served model, what it is asked, and the answers that are kept."""
 
-    def __init__(self, served: Served, kept: KeptAnswers) -> None:
-        """Raises OutputError where answers to other questions are kept, which may not go."""
+    def __init__(self, served: Served, kept: KeptAnswers, force: bool) -> None:
+        """force: whether answers to other questions may go. Raises OutputError where they stay."""
         self.server, self.questions, self.kept = served.server, served.questions, kept
-        kept.require_only({each.id for each in self.questions})
+        kept.keep_only({each.id for each in self.questions}, force=force)
         self._refused: dict[Question, str] = {}
         self._refusing = threading.Lock()
 

@@ -64,13 +64,13 @@ class KeptAnswers:
     Holds in memory where each answer lies, not the answers.
     """
 
-    def __init__(self, path: Path, *, force: bool = False) -> None:
-        """force: whether answers to other questions, which `require_only` finds, may go.
+    def __init__(self, path: Path, *, restart: bool = False) -> None:
+        """restart: discard the answers that are there.
 
         Raises OutputError for a file that holds something else than answers, or that another
         process is adding to.
         """
-        self.path, self._force = path, force
+        self.path = path
         self._places: dict[str, tuple[int, int]] = {}
         self._system, self._writing = default_system(), threading.Lock()
         require_folder_of(path)
@@ -83,6 +83,9 @@ class KeptAnswers:
                 problem = "is being added to by another run of probe"
                 raise OutputError(path, problem, "wait for it, or choose another -o")
             self._end = self._scan()
+            if restart:
+                self._end = 0
+                self._places.clear()
             with writing(path):
                 self._file.truncate(self._end)
         except BaseException:
@@ -105,10 +108,11 @@ class KeptAnswers:
     def __len__(self) -> int:
         return len(self._places)
 
-    def require_only(self, ids: Collection[str]) -> None:
-        """Raise OutputError where answers to other questions are kept, unless these may go."""
+    def keep_only(self, ids: Collection[str], *, force: bool) -> None:
+        """Know no answers to other questions. Raises OutputError where there are some, unless they
+        may go, with `force`."""
         others = self._places.keys() - set(ids)
-        if others and not self._force:
+        if others and not force:
             problem = f"holds {len(others):,} answers to questions that this command does not ask"
             raise OutputError(self.path, problem, _OTHER_WORK)
         for other in others:

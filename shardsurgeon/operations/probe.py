@@ -96,21 +96,29 @@ class ProbeRequest:
         other = None if self.against is None else os.fspath(self.against)
         return other if other is not None and "://" in other else None
 
+    @property
+    def file_against(self) -> Path | None:
+        """The report of the original's own probe, None where it is a server or nothing."""
+        is_file = self.against is not None and self.server_against is None
+        return Path(self.against) if is_file and self.against is not None else None
+
 
 def probe(
     url: str,
     request: ProbeRequest,
     out: AnyPath,
     *,
+    restart: bool = False,
     force: bool = False,
     policy: RetryPolicy = POLICY,
 ) -> ProbeReport:
     """Ask a server for free answers, count what is wrong with them, and write that as JSON.
 
     The answers are kept beside `out`, as `<name>.answers.jsonl`, and those of the original's
-    server as `<name>.original.answers.jsonl`; what is there is not asked again. force: replace a
-    probe of something else, and discard answers to other questions. Raises children of InputError
-    for what cannot be used, NetworkError where a server fails; the answers stay.
+    server as `<name>.original.answers.jsonl`; what is there is not asked again. restart: discard
+    them and ask everything; force: replace a probe of something else, and discard answers to other
+    questions. Raises children of InputError for what cannot be used, NetworkError where a server
+    fails; the answers stay.
     """
     places, settings = _Places.of(out), settings_of(request.base, request.others)
     keys = _keys(url, request)
@@ -119,34 +127,23 @@ def probe(
     sha256 = prompts_sha256(prompts, request.seed)
     original: OriginalReport | None = None
     compared: Mapping[str, Counts] | None = None
-    if request.against is not None and request.server_against is None:
-        earlier = Path(request.against)
-        model, compared = counts_of(earlier, (sha256, len(prompts)), settings)
-        original = OriginalReport(earlier.name, model)
+    if request.file_against is not None:
+        model, compared = counts_of(request.file_against, (sha256, len(prompts)), settings)
+        original = OriginalReport(request.file_against.name, model)
     with ExitStack() as closing:
-        served = []
-        for place, key, named, option in (
-            (url, keys[0], request.served_model, "--served-model"),
-            (request.server_against, keys[1], request.against_model, "--against-model"),
-        ):
-            if place is not None:
-                silence, at_once = request.seconds, request.at_once
-                server = CompletionServer(place, key, at_once, silence, policy)
-                closing.enter_context(server)
-                model = model_of(server, named, option)
-                served.append(Served(server, model, prompts, settings, request.seed))
-        if len(served) > 1:
-            own, other = served
-            if (own.server.location, own.model) == (other.server.location, other.model):
-                raise UsageError("--against", "names the server and the model that are probed")
+        served = [
+            Served(server, model, prompts, settings, request.seed)
+            for server, model in _connected(url, request, keys, policy, closing)
+        ]
+        for other in served[1:]:
             original = OriginalReport(other.server.location, other.model, places.original.name)
         digest = digest_of(served, request.detect, original and asdict(original), compared)
-        output = places.output(digest, request, force)
-        files = (places.answers, places.original)
-        sides = [
-            Side(each, closing.enter_context(KeptAnswers(path, force=force)))
-            for each, path in zip(served, files, strict=False)
-        ]
+        output = places.output(digest, request, force or restart)
+        sides = []
+        for each, path in zip(served, (places.answers, places.original), strict=False):
+            kept = closing.enter_context(KeptAnswers(path, restart=restart))
+            sides.append(Side(each, kept, force))
+        resumed = sum(len(side.kept) for side in sides)
         ask_all(sides, request.at_once)
         counts, *others = [side.counts() for side in sides]
         (compared,) = others or (compared,)
@@ -163,25 +160,61 @@ def probe(
             request=digest,
             answers_file=places.answers.name,
             original=original,
-            settings=tuple(
-                SettingReport(
-                    name,
-                    asdict(setting),
-                    *sides[0].answered(name),
-                    failures(
-                        counts[name],
-                        None if compared is None else compared.get(name),
-                        None if name == BASE else counts[BASE],
-                        request.detect,
-                    ),
-                )
-                for name, setting in settings.items()
-            ),
+            settings=_settings(sides[0], settings, counts, compared, request.detect),
             refusals=tuple(each for side in sides for each in side.refusals())[:_MOST_LISTED],
+            resumed=resumed,
         )
         for side in sides:
             side.kept.sort(side.questions)
     return replace(report, written=output.write(_document(report)))
+
+
+def _connected(
+    url: str,
+    request: ProbeRequest,
+    keys: Sequence[str | None],
+    policy: RetryPolicy,
+    closing: ExitStack,
+) -> list[tuple[CompletionServer, str]]:
+    """The server, and the original's where there is one, with the models to ask. Raises UsageError
+    where the two are one, and what `model_of` raises."""
+    found = []
+    models = (request.served_model, request.against_model)
+    options = ("--served-model", "--against-model")
+    for place, key, named, option in zip(
+        (url, request.server_against), keys, models, options, strict=True
+    ):
+        if place is not None:
+            server = CompletionServer(place, key, request.at_once, request.seconds, policy)
+            closing.enter_context(server)
+            found.append((server, model_of(server, named, option)))
+    if len({(server.location, model) for server, model in found}) < len(found):
+        raise UsageError("--against", "names the server and the model that are probed")
+    return found
+
+
+def _settings(
+    side: Side,
+    settings: Mapping[str, Sampling],
+    counts: Mapping[str, Counts],
+    original: Mapping[str, Counts] | None,
+    detect: float,
+) -> tuple[SettingReport, ...]:
+    """What is reported of each setting. original: the counts there, of the settings it has."""
+    return tuple(
+        SettingReport(
+            name,
+            asdict(setting),
+            *side.answered(name),
+            failures(
+                counts[name],
+                (original or {}).get(name),
+                None if name == BASE else counts[BASE],
+                detect,
+            ),
+        )
+        for name, setting in settings.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +240,12 @@ class _Places:
     def output(self, digest: str, request: ProbeRequest, force: bool) -> Output:
         """The report, which may take the place of one of the same request. Raises OutputError."""
         output = Output(self.report, "another probe", is_probe, force)
-        if request.against is not None and request.server_against is None:
-            output = output.apart_from([Path(request.against)])
+        output = output.apart_from([request.file_against])
         if self.report.is_file() and is_probe(self.report):
             if read_probe(self.report)["request"] != digest and not force:
                 output.refuse()
-            output = replace(output, force=True)
-        return output.apart_from([])
+            return replace(output, force=True)
+        return output
 
 
 def _keys(url: str, request: ProbeRequest) -> tuple[str | None, str | None]:
@@ -247,6 +279,6 @@ def _key(variable: str | None, option: str) -> str | None:
 def _document(report: ProbeReport) -> bytes:
     """The file of a report: without what depends on where it lies, and on what lay there."""
     document = report.to_dict()
-    for name in ("out", "written"):
+    for name in ("out", "written", "resumed"):
         del document[name]
     return f"{json.dumps(document, indent=1, allow_nan=False)}\n".encode()

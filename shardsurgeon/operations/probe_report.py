@@ -94,8 +94,8 @@ class ProbeReport(Report):
     """Free answers of a served model, and how many of them fail in which way.
 
     prompts: the spec; records: how many different ones were asked; samples: questions for each
-    setting; request: a digest of all that was asked; refusals: the first of them; written: False
-    where the file held this already.
+    setting; request: a digest of all that was asked; refusals: the first of them; resumed: answers
+    that an earlier run had kept; written: False where the file held this already.
 
     >>> from shardsurgeon.operations.probe_report import SettingReport, failure
     >>> loop = failure("loops", 7, 100)
@@ -104,7 +104,7 @@ class ProbeReport(Report):
     ...     "probe.json", "http://127.0.0.1:8000/v1", "K2.5-72", "chats.jsonl", 100, 100, 42, 0.02,
     ...     "1f0c", "9ad2", "probe.answers.jsonl", None, (base,), ()
     ... )
-    K2.5-72: 7 of 100 answers loop (7.00 %, 95 % of 3.43 % to 13.75 %) -> probe.json
+    K2.5-72: 7 of 100 answers loop, 7.00 % [3.43 %, 13.75 %] -> probe.json
     """
 
     out: str
@@ -121,15 +121,16 @@ class ProbeReport(Report):
     original: OriginalReport | None
     settings: tuple[SettingReport, ...]
     refusals: tuple[RefusedReport, ...]
+    resumed: int = 0
     written: bool = True
 
     @property
     def title(self) -> str:
-        """`K2.5-72: 7 of 100 answers loop (7.00 %, 95 % of 3.43 % to 13.75 %) -> probe.json`."""
+        """`K2.5-72: 7 of 100 answers loop, 7.00 % [3.43 %, 13.75 %] -> probe.json`."""
         loops = self.settings[0].failures[0]
         share, low, high = (f"{100 * x:.2f} %" for x in (loops.share, loops.low, loops.high))
         said = (
-            f"{loops.count:,} of {loops.answers:,} answers loop ({share}, 95 % of {low} to {high})"
+            f"{loops.count:,} of {loops.answers:,} answers loop, {share} [{low}, {high}]"
         )
         return f"{self.model}: {said} -> {self.out}{'' if self.written else ': there already'}"
 

@@ -234,6 +234,7 @@ def probe(
     against_model: str | None = None,
     api_key_env: str | None = None,
     against_key_env: str | None = None,
+    restart: bool = False,
     force: bool = False,
     progress: bool = False,
 ) -> ProbeReport:
@@ -248,7 +249,8 @@ def probe(
     where the interval is wider nothing is said to be the same. seed: which records are asked, and
     what the server draws. field: as for `calibrate`. parallel: questions at a time; timeout:
     seconds for one answer. served_model, against_model: where a server has several. api_key_env,
-    against_key_env: the environment variables that hold the keys. force: replace a probe of
+    against_key_env: the environment variables that hold the keys. restart: ask everything
+    again, as where another model is served under the same name; force: replace a probe of
     something else, and drop its answers. progress: show a bar.
 
     Answers are kept beside `out`, as `<name>.answers.jsonl`, those of the original's server as
@@ -282,4 +284,4 @@ def probe(
         against_key_env,
     )
     with bars(progress):
-        return asked(url, request, out, force=force)
+        return asked(url, request, out, restart=restart, force=force)

@@ -69,8 +69,8 @@ def loops_in_seven(question: dict[str, Any]) -> str:
 def probed(
     url: str, prompts: str = "chats.jsonl:100", out: str = "probe.json", **options: Any
 ) -> ProbeReport:
-    force = options.pop("force", False)
-    return probe(url, ProbeRequest(prompts, **options), out, force=force, policy=FAST)
+    kept = {name: options.pop(name) for name in ("force", "restart") if name in options}
+    return probe(url, ProbeRequest(prompts, **options), out, **kept, policy=FAST)
 
 
 def failures(report: ProbeReport, setting: int = 0) -> dict[str, FailureReport]:
@@ -97,9 +97,8 @@ def test_seven_loops_of_a_hundred_are_seven_percent_with_their_interval() -> Non
     assert (loops.answers, loops.share) == (100, 0.07)
     # By hand: (0.07 + z²/200 ± z sqrt(0.0651/100 + z²/40000)) / (1 + z²/100) with z = 1.96.
     assert (loops.low, loops.high) == pytest.approx((0.0343, 0.1375), abs=5e-5)
-    assert report.title == (
-        "tiny: 7 of 100 answers loop (7.00 %, 95 % of 3.43 % to 13.75 %) -> probe.json"
-    )
+    title = "tiny: 7 of 100 answers loop, 7.00 % [3.43 %, 13.75 %] -> probe.json"
+    assert report.title == title
 
 
 def test_every_kind_of_failure_is_counted() -> None:
@@ -289,8 +288,18 @@ def test_the_same_command_asks_nothing_again_and_its_files_stay_the_same() -> No
         again = probed(server.url, at_once=3)
         assert len(server.questions) == 100
     assert (first.written, again.written) == (True, False)
+    assert (first.resumed, again.resumed) == (0, 100)
     assert {path: path.read_bytes() for path in Path().glob("probe*")} == files
     assert [each["index"] for each in answers()] == list(range(100))
+
+
+def test_another_model_under_the_same_name_is_asked_with_restart() -> None:
+    with ScriptedServer(loops_in_seven) as server:
+        probed(server.url)
+        server.script = lambda question: LOOP
+        assert counts(probed(server.url)) == {"loops": 7}
+        assert counts(probed(server.url, restart=True)) == {"loops": 100}
+    assert {each["completion"] for each in answers()} == {LOOP}
 
 
 def test_more_answers_go_on_from_those_that_are_there() -> None:
