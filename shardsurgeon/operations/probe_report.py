@@ -129,9 +129,7 @@ class ProbeReport(Report):
         """`K2.5-72: 7 of 100 answers loop, 7.00 % [3.43 %, 13.75 %] -> probe.json`."""
         loops = self.settings[0].failures[0]
         share, low, high = (f"{100 * x:.2f} %" for x in (loops.share, loops.low, loops.high))
-        said = (
-            f"{loops.count:,} of {loops.answers:,} answers loop, {share} [{low}, {high}]"
-        )
+        said = f"{loops.count:,} of {loops.answers:,} answers loop, {share} [{low}, {high}]"
         return f"{self.model}: {said} -> {self.out}{'' if self.written else ': there already'}"
 
 
