@@ -23,12 +23,14 @@ from shardsurgeon.cli.output import (
     fact,
     layer_number,
     mtp_legend,
+    part_lines,
     percent,
     saliency,
     saved,
     table,
     width,
 )
+from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.cli.values import ratios
 from shardsurgeon.units import counted
 
@@ -308,6 +310,8 @@ def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
     if report.samples is not None and report.tokens is not None:
         words = f"{counted(report.samples, 'sample')}, {counted(report.tokens, 'token')}"
         yield from fact("calibration", words)
+    yield from part_lines(report.parts)
+    yield from note_lines(report.notes)
 
 
 @click.command("from-router", cls=Command)

@@ -306,6 +306,16 @@ def identity(source: str) -> str:
     return mark + content
 
 
+def words_of(source: str) -> DatasetPart | None:
+    """What the name of a dataset says; None where it is that of a file's or folder's content."""
+    if _DIGEST_MARK in source:
+        return None
+    match = _NAME.fullmatch(source)
+    if match is None:
+        return DatasetPart(source)
+    return DatasetPart(match["name"], match["subset"], match["split"], match["revision"])
+
+
 def content_name(path: Path) -> str:
     """A file's name with 12 digits of its SHA-256: `chats.jsonl@sha256:1f0c9ad2b4e6`."""
     return f"{path.name}{_DIGEST_MARK}{_sha256(path)[:_DIGITS]}"

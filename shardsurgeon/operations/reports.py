@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from shardsurgeon._version import __version__
+from shardsurgeon.layerwise.parts import PartReport
 from shardsurgeon.pruning.analysis import ShownLayerReport, SuggestedCut
 from shardsurgeon.pruning.report import PlanReport
 from shardsurgeon.reports import Report
@@ -313,7 +314,8 @@ class WrittenScoresReport(Report):
     """A score file that was converted or merged.
 
     inputs: the files it came from; layers, metrics: what it holds; samples, tokens: of the
-    calibration in it, None without one; written: False where the file held this already.
+    calibration in it, None without one; written: False where the file held this already; parts:
+    the datasets whose sums it keeps apart, where there are several.
 
     >>> shardsurgeon.convert_scores("fixtures/kimi_k25/scores.pt", "scores.json")
     fixtures/kimi_k25/scores.pt -> scores.json
@@ -326,6 +328,8 @@ class WrittenScoresReport(Report):
     samples: int | None
     tokens: int | None
     written: bool = True
+    parts: tuple[PartReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -336,7 +340,7 @@ class WrittenScoresReport(Report):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BlendPartReport:
-    """A part of a blend.
+    """A part of a blend. file: the one that it is in, wholly or as one of several.
 
     weight: how often each of its tokens counts, 1 on average over the parts that count; retained,
     retained_equal: the share of its own saliency that the experts kept have under these weights,
@@ -356,7 +360,8 @@ class BlendReport(Report):
 
     objective: `weights` or `max-min`; metric: the one that shares are of; kept: how many experts
     stay in the largest layer, None where no count is given; metrics, layers: what the file holds;
-    written: False where it held this already.
+    written: False where it held this already; worst: the part that retains least, None where no
+    count is given.
 
     >>> import json
     >>> for name, sums in {"code": [3, 1, 2], "chat": [1, 4, 2]}.items():
@@ -376,6 +381,14 @@ class BlendReport(Report):
     layers: int
     metrics: tuple[str, ...]
     written: bool = True
+
+    figures: ClassVar[tuple[str, ...]] = ("worst",)
+
+    @property
+    def worst(self) -> str | None:
+        """The first of those that retain least."""
+        shares = {part.name: part.retained for part in self.parts if part.retained is not None}
+        return min(shares, key=lambda name: shares[name], default=None)
 
     @property
     def title(self) -> str:

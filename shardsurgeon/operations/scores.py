@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -373,7 +374,7 @@ def _content(scores: Scores, calibration: Calibration | None) -> ScoreContent:
         layers[layer] = {**layers.get(layer, {}), **metrics}
     own = ("format", "version", TOTAL_TOKENS)
     facts = {key: fact for key, fact in scores.facts.items() if key not in own}
-    return ScoreContent(layers, {}, facts, added.accumulators, added.calibration)
+    return replace(added, layers=layers, facts=facts)
 
 
 def _written(
@@ -393,4 +394,6 @@ def _written(
         samples=None if calibration is None else calibration.num_samples,
         tokens=None if samples is None else sum(sample[2] for sample in samples),
         written=written,
+        parts=() if calibration is None else calibration.parts,
+        notes=(calibration.lacks_parts,) if calibration and calibration.lacks_parts else (),
     )

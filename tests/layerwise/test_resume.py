@@ -103,6 +103,49 @@ def test_a_killed_run_resumes_to_the_same_sums(
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
+@pytest.fixture(scope="module")
+def mix(chats: Path) -> str:
+    """Two datasets, of which 5 and 7 samples are drawn."""
+    other = write_chats(chats.with_name("other.jsonl"), seed=2)
+    return f"{chats}:5,{other}:7"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_run_over_a_mix_resumes_to_the_same_bytes(tmp_path: Path, mix: str) -> None:
+    whole, out = tmp_path / "whole.json", tmp_path / "scores.json"
+    command = words(MODEL, mix, out, "--dtype", "float32")
+    assert main(words(MODEL, mix, whole, "--dtype", "float32")) == 0
+    kill(command, "keep", 3, "before")
+    assert main(command) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    calibration = read_calibration(out)
+    assert [(part.name, part.records) for part in sorted(calibration.parts, key=str)] == [
+        ("chats", 5),
+        ("other", 7),
+    ]
+
+
+def test_a_mix_in_shares_or_dataset_by_dataset_has_the_sums_of_each_part(
+    tmp_path: Path, mix: str
+) -> None:
+    def run(dataset: str, name: str, *more: str) -> dict[int, Accumulators]:
+        out = tmp_path / name
+        assert main([*words(MODEL, dataset, out, "--dtype", "float64"), *more]) == 0
+        return sums(out)
+
+    whole = run(mix, "whole.json")
+    assert {len(of.parts or {}) for of in whole.values()} == {2}
+    for share in ("1/2", "2/2"):
+        run(mix, f"{share[0]}.json", "--share", share)
+    merged = merge([read_calibration(tmp_path / f"{n}.json") for n in (1, 2)], "merged.json")
+    assert_same(merged.layers, whole, rtol=1e-12)
+    first, _, second = mix.partition(",")
+    alone = run(first, "first.json", "--samples", "5")
+    assert {of.parts for of in alone.values()} == {None}
+    more = ("--samples", "7", "--extend", str(tmp_path / "first.json"))
+    assert_same(run(second, "extended.json", *more), whole, rtol=1e-12)
+
+
 def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str], after: int = 1) -> None:
     """Stop the command, as Ctrl-C would, after its n-th generation of activations."""
     advance, calls = ActivationStore.advance, []

@@ -131,7 +131,7 @@ def test_files_that_do_not_add_up_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=says):
             blend_scores(["code.npz", f"{name}.npz"], "b.npz", weights={"code": 1, name: 1})
-    with pytest.raises(UsageError, match="1 file to blend; give at least two"):
+    with pytest.raises(UsageError, match="1 part of the data; give a file of"):
         blend_scores(["code.npz"], "b.npz", weights={"code": 1})
     with pytest.raises(UsageError, match=r"code\.npz: is given twice"):
         blend_scores(["code.npz"] * 2, "b.npz", weights={"code": 1})
