@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -42,7 +42,11 @@ if TYPE_CHECKING:
         ScoresReport,
         WrittenScoresReport,
     )
-    from shardsurgeon.pruning.agreement import ComparedLayerReport, ComparisonReport
+    from shardsurgeon.pruning.agreement import (
+        ComparedLayerReport,
+        ComparedPartsReport,
+        ComparisonReport,
+    )
     from shardsurgeon.pruning.analysis import Gap, ShownLayerReport
 
 # Of the shares that the report has, those that fit a table of 80 columns, and a wide one.
@@ -100,6 +104,7 @@ def _shown_lines(report: ScoresReport) -> Iterator[str]:
     yield NO_ACCURACY
     yield ""
     yield from _cuts(report)
+    yield from _shown_parts(report)
     yield from (line for note in report.notes for line in fact("note", note))
 
 
@@ -169,6 +174,25 @@ def _cuts(report: ScoresReport) -> Iterator[str]:
     yield from table(headings, rows)
 
 
+def _shown_parts(report: ScoresReport) -> Iterator[str]:
+    """What the experts retain of each part that the scores of all would choose."""
+    if not report.parts:
+        return
+    yield ""
+    yield f"Parts, and the share of their own {report.metric} that stays where this file chooses:"
+    ratios = [f"retained\nat {ratio}" for ratio in report.parts[0].retained]
+    rows = (
+        (
+            part.name,
+            f"{part.records:,}",
+            f"{part.tokens:,}",
+            *("-" if share is None else percent(share) for share in part.retained.values()),
+        )
+        for part in report.parts
+    )
+    yield from table(("part", "records", "tokens", *ratios), rows)
+
+
 @click.command("compare", cls=Command)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
@@ -197,12 +221,14 @@ def compare_command(
     Per layer: the rank correlations of Spearman and Kendall (tau-b), and at each
     ratio the share of one keep-list that is in the other and their Jaccard
     index. Without groups and super experts; a keep-list by chance shares as much
-    as it keeps.
+    as it keeps. Where `calibrate` measured several datasets, those of A are set
+    beside those of B, too; a file and itself: its datasets beside each other.
 
     \b
     Examples:
       shardsurgeon scores compare scores.pt router.safetensors
       shardsurgeon scores compare a.pt b.pt --ratio 0.65 --metric reap,ean_mean
+      shardsurgeon scores compare mix.pt mix.pt
     """
     from shardsurgeon.operations import scores
 
@@ -216,19 +242,31 @@ def _comparison_lines(report: ComparisonReport) -> Iterator[str]:
     yield from fact("A", f"{report.metric_a} of {report.a}")
     yield from fact("B", f"{report.metric_b} of {report.b}")
     yield ""
-    overlaps = [f"{head}\nat {ratio:g}" for ratio in report.ratios for head in ("share", "Jaccard")]
-    rows = [*report.layers, report.mean]
-    yield from table(("layer", "Spearman", "Kendall", *overlaps), map(_comparison_row, rows))
+    rows = ((str(layer.layer), *_agreement(layer)) for layer in (*report.layers, report.mean))
+    with_itself = report.a == report.b and report.metric_a == report.metric_b
+    if not (with_itself and report.parts):
+        yield from table(_agreement_headings("layer", report.ratios), rows)
+        yield from [""] * bool(report.parts)
+    if report.parts:
+        yield "Part by part, the means over the layers:"
+        pairs = ((f"{pair.a}, {pair.b}", *_agreement(pair)) for pair in report.parts)
+        yield from table(_agreement_headings("parts", report.ratios), pairs)
     for name, layers in (("A", report.only_a), ("B", report.only_b)):
         if layers:
             yield from fact(f"only in {name}", f"layer {', '.join(map(str, layers))}")
 
 
-def _comparison_row(layer: ComparedLayerReport) -> tuple[str, ...]:
-    cells = [_correlation(layer.spearman), _correlation(layer.kendall)]
-    for both in layer.overlaps.values():
-        cells += [percent(both.share), percent(both.jaccard)]
-    return str(layer.layer), *cells
+def _agreement_headings(first: str, ratios: Iterable[float]) -> tuple[str, ...]:
+    overlaps = (f"{head}\nat {ratio:g}" for ratio in ratios for head in ("share", "Jaccard"))
+    return first, "Spearman", "Kendall", *overlaps
+
+
+def _agreement(compared: ComparedLayerReport | ComparedPartsReport) -> Iterator[str]:
+    yield _correlation(compared.spearman)
+    yield _correlation(compared.kendall)
+    for both in compared.overlaps.values():
+        yield percent(both.share)
+        yield percent(both.jaccard)
 
 
 def _correlation(value: float | None) -> str:

@@ -99,11 +99,11 @@ class Calibration:
 
     @property
     def lacks_parts(self) -> str:
-        """Why a mix of datasets has no sums by part, for a note; empty where it has, or is none."""
+        """What to say of a mix of datasets without sums by part; empty for others."""
         count = len(identities(source for source, _, _ in self.samples))
         if count == 1 or self.mix:
             return ""
-        problem = f"the sums of the {count:,} datasets in {self.origin} are not known apart"
+        problem = f"does not keep the sums of its {count:,} datasets apart"
         if all(sums.parts for sums in self.layers.values()):
             return f"{problem}: they are more than a file holds"
         return f"{problem}: an earlier version measured some of them"

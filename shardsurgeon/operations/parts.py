@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+import numpy as np
+
+from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.layerwise.calibration_file import Calibration, find_calibration
+from shardsurgeon.operations.reports import ShownPartReport
+from shardsurgeon.pruning.agreement import keep_list
+from shardsurgeon.pruning.request import removed_count
 from shardsurgeon.scores.files import read_scores
-from shardsurgeon.scores.table import Scores
+from shardsurgeon.scores.table import Scores, Vector
 from shardsurgeon.units import counted
 
 Path = str | os.PathLike[str]
+
+# Shares of the experts that go, at which it is shown what each part retains.
+SHOWN_RATIOS = (0.25, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,36 @@ def parts_of(calibration: Calibration) -> dict[str, Scores]:
             tokens={layer: sums.total_tokens for layer, sums in layers.items()},
         )
     return found
+
+
+def shown_parts(
+    calibration: Calibration, chosen_by: Mapping[Layer, Vector], metric: str
+) -> tuple[ShownPartReport, ...]:
+    """The parts of a file, and what they retain of a metric.
+
+    chosen_by: layer → saliency by which experts stay, the file's own.
+    """
+    found = []
+    for part, scores in zip(calibration.parts, parts_of(calibration).values(), strict=True):
+        shares = {str(at): _retained(scores, chosen_by, metric, at) for at in SHOWN_RATIOS}
+        found.append(ShownPartReport(part.name, part.source, part.records, part.tokens, shares))
+    return tuple(found)
+
+
+def _retained(
+    part: Scores, chosen_by: Mapping[Layer, Vector], metric: str, ratio: float
+) -> float | None:
+    """The part's own saliency of the experts that stay over that of all, the mean over the layers;
+    None where that says nothing."""
+    shares = []
+    for layer, values in chosen_by.items():
+        own = part.layers.get(layer, {}).get(metric)
+        if own is None or not np.isfinite(own).all() or own.min() < 0:
+            return None
+        stay = sorted(keep_list(values, len(values) - removed_count(ratio, len(values))))
+        if (total := own.sum()) > 0:
+            shares.append(float(own[stay].sum() / total))
+    return fmean(shares) if shares else None
 
 
 def read_parts(files: Sequence[Path]) -> ReadParts:

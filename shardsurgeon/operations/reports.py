@@ -275,6 +275,22 @@ class BaselineReport(Report):
         return f"{self.model}: {self.metric} of {self.num_experts} experts in {scored}"
 
 
+@dataclass(frozen=True, slots=True)
+class ShownPartReport:
+    """One dataset of a mix, as PartReport has it, and how the scores of all serve it.
+
+    retained: ratio removed (as text) → the share of the part's own saliency that the experts have
+    which stay when the file's scores choose, the mean over the layers; None where a saliency is
+    below 0 or none is above.
+    """
+
+    name: str
+    source: str
+    records: int
+    tokens: int
+    retained: dict[str, float | None]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class ScoresReport(Report):
     """What a score file says. model: the model it was looked at with, None without one.
@@ -282,7 +298,8 @@ class ScoresReport(Report):
     metric: the one shown, of `metrics`; super_experts_known: whether the file has what they are
     told by; facts: small values beside the scores; calibration: settings of the run that made
     it, with the number of samples in place of their list, None without accumulators; notes: why
-    `plan` would refuse the metric.
+    `plan` would refuse the metric; parts: the datasets whose sums it keeps apart, where there are
+    several.
 
     >>> report = shardsurgeon.show_scores("fixtures/kimi_k25/scores.pt", "fixtures/kimi_k25")
     >>> report.title
@@ -300,6 +317,7 @@ class ScoresReport(Report):
     facts: dict[str, str | int | float | bool] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     notes: tuple[str, ...] = ()
+    parts: tuple[ShownPartReport, ...] = ()
 
     @property
     def title(self) -> str:

@@ -135,7 +135,7 @@ def test_more_parts_than_any_mix_has_are_refused_before_they_are_read(
     with pytest.raises(ScoreError, match="holds 2 parts, more than any mix has"):
         read_calibration(tmp_path / "s.npz")
     assert not whole.content().parts
-    assert "2 datasets in 3.pt are not known apart: they are more than a file" in whole.lacks_parts
+    assert "sums of its 2 datasets apart: they are more than a file" in whole.lacks_parts
 
 
 def test_parts_of_one_dataset_add_up_under_whatever_name_it_has() -> None:
@@ -169,7 +169,7 @@ def test_a_mix_that_an_earlier_version_measured_leaves_the_merge_without_parts()
     assert old.mix == {} and old.parts == ()
     merged = merge([old, mixed(2, CODE, CHAT)], "merged.pt")
     assert merged.mix == {} and not merged.content().parts
-    said = "the sums of the 2 datasets in merged.pt are not known apart: an earlier version"
+    said = "does not keep the sums of its 2 datasets apart: an earlier version"
     assert merged.lacks_parts.startswith(said)
 
 
