@@ -50,11 +50,12 @@ def blend_scores(
     that the shares are of. same_model, mixed, force: as for `merge_scores`, which also says what
     is raised for the files. Raises UsageError for weights that are not one for each part.
 
+    >>> file = "fixtures/kimi_k25/scores.pt"
     >>> try:
-    ...     shardsurgeon.blend_scores(["a.pt", "b.pt"], "ab.npz", weights={"a": 1})
+    ...     shardsurgeon.blend_scores([file], "blend.npz", weights={"code": 2, "chat": 1})
     ... except shardsurgeon.InputError as error:
-    ...     print(error)
-    weights: has none for b; give one for each of a, b
+    ...     print(error.problem)
+    1 part of the data
     """
     if metric not in WEIGHED:
         problem = f"'{metric}' is none that adds up over parts"

@@ -123,6 +123,9 @@ def test_people_and_programs_read_the_parts(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     assert "share of their own reap that stays where this file chooses:" in shown
     assert "  chat        2     100" in shown
+    assert main(["scores", "merge", "mix.npz", "one.npz", "-o", "merged.npz"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "parts z (2 records, 100 tokens), chat (2 records, 100 tokens), math (2" in words
     assert main(["scores", "compare", "mix.npz", "mix.npz"]) == 0
     compared = capsys.readouterr().out
     assert "z, chat" in compared and "layer  Spearman" not in compared
