@@ -16,6 +16,7 @@ import torch
 
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.experts import Recorder, Routing, TokenParts
+from shardsurgeon.layerwise.forward import Batch
 from shardsurgeon.layerwise.samples import Sample
 from tests.families.specimens import fixture, written
 from tests.layerwise import in_memory
@@ -112,6 +113,18 @@ def test_a_row_that_is_of_no_part_or_not_counted_changes_no_other() -> None:
     for part, sums in expected.items():
         for name, array in sums.arrays().items():
             np.testing.assert_array_equal(found[part].arrays()[name], array, err_msg=name)
+
+
+@pytest.mark.torch
+def test_a_batch_knows_how_many_tokens_of_each_part_count() -> None:
+    ids = token_ids((3, 1, 2))
+    counted = [np.array([True, False, True]), None, np.array([False, True])]
+    parts = Batch.of(ids, "cpu", counted, parts=[1, 0, 1]).parts
+    assert parts is not None
+    # Each sample is padded to 3 tokens.
+    assert parts.numbers.tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert parts.counted == {0: 1, 1: 3}
+    assert Batch.of(ids, "cpu", counted).parts is None
 
 
 def sums(tokens: int, *counts: int) -> Accumulators:

@@ -146,6 +146,23 @@ def test_a_mix_in_shares_or_dataset_by_dataset_has_the_sums_of_each_part(
     assert_same(run(second, "extended.json", *more), whole, rtol=1e-12)
 
 
+def test_a_mix_of_an_earlier_version_is_extended_without_parts_which_is_said(
+    tmp_path: Path, mix: str, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, out = tmp_path / "old.json", tmp_path / "scores.json"
+    assert main(words(MODEL, mix, old, "--dtype", "float32")) == 0
+    tree = json.loads(old.read_text())
+    del tree["parts"]
+    old.write_text(json.dumps(tree))
+    command = words(MODEL, chats, out, "--samples", "2", "--extend", str(old), "--json")
+    capsys.readouterr()
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    said = f"{out} does not keep the sums of its 2 datasets apart: an earlier version"
+    assert report["parts"] == [] and report["notes"][-1].startswith(said)
+    assert "parts" not in json.loads(out.read_text())
+
+
 def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str], after: int = 1) -> None:
     """Stop the command, as Ctrl-C would, after its n-th generation of activations."""
     advance, calls = ActivationStore.advance, []
