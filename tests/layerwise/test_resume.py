@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardsurgeon.cli.main import main
@@ -16,6 +17,8 @@ from shardsurgeon.layerwise import saving
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.calibration_file import merge, read_calibration
+from shardsurgeon.operations.blend import blend_scores
+from shardsurgeon.scores.files import read_scores
 from tests.cli.standins import in_python
 from tests.layerwise.chats import FIXTURES, assert_same, sums, words, write_chats
 
@@ -123,6 +126,12 @@ def test_a_killed_run_over_a_mix_resumes_to_the_same_bytes(tmp_path: Path, mix: 
         ("chats", 5),
         ("other", 7),
     ]
+    # All samples in one run are the parts with equal weights, but for the order of additions.
+    blend_scores([out], tmp_path / "blend.json", weights={"chats": 1, "other": 1})
+    layers = read_scores(out).layers
+    for layer, metrics in read_scores(tmp_path / "blend.json").layers.items():
+        for metric, row in metrics.items():
+            np.testing.assert_allclose(row, layers[layer][metric], rtol=1e-12, err_msg=metric)
 
 
 def test_a_mix_in_shares_or_dataset_by_dataset_has_the_sums_of_each_part(
