@@ -133,13 +133,10 @@ class Partial(Generic[Finished]):
             shutil.rmtree(self._files)
 
 
-PartialCalibration = Partial[FinishedLayers]
-
-
 @contextmanager
 def partial_calibration(
     out: Path, run: Run, layers: int = 0, *, restart: bool = False, system: System | None = None
-) -> Iterator[PartialCalibration]:
+) -> Iterator[Partial[FinishedLayers]]:
     """As `partial_work`, of a calibration."""
     with partial_work(out, run, FinishedLayers, layers, restart=restart, system=system) as partial:
         yield partial
