@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from small_model import MODEL, PARTS, TEST_RECORDS, WINDOW
+from small_model import MODEL, PARTS, WINDOW
 
 SEEDS = 5
 # (label, score file, metric): of a calibration, which has many, and of files that have one.
@@ -90,9 +90,15 @@ def plan(work: Path, into: Path, way: tuple[str, str, str], ratio: str) -> Path:
     return path
 
 
+def held_out(work: Path) -> list[Path]:
+    """The files that perplexity is measured on, every record of them."""
+    return [work / f"{part}-test.jsonl" for part in PARTS]
+
+
 def by_evaluate(work: Path, into: Path, plans: Sequence[Path]) -> list[float]:
     """Perplexity of the original and of each plan, all of them in one pass over the weights."""
-    data = ",".join(f"{work / part}-test.jsonl:{TEST_RECORDS}" for part in PARTS)
+    counts = {path: len(path.read_text().splitlines()) for path in held_out(work)}
+    data = ",".join(f"{path}:{count}" for path, count in counts.items())
     report = into / "evaluation.json"
     words = [word for path in plans for word in ("--plan", str(path))]
     sampling = ["--dataset", data, "--max-length", str(WINDOW), "--dtype", "float32"]
@@ -106,7 +112,7 @@ def by_transformers(work: Path, into: Path, plans: Sequence[Path]) -> list[float
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work / MODEL)
-    lines = [line for part in PARTS for line in (work / f"{part}-test.jsonl").open()]
+    lines = [line for path in held_out(work) for line in path.read_text().splitlines()]
     encoded = tokenizer([json.loads(line)["text"] for line in lines])["input_ids"]
     windows = [ids[:WINDOW] for ids in encoded]
     found = [perplexity(work / MODEL, windows)]

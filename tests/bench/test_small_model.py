@@ -11,7 +11,7 @@ from tests.bench.small_model import HELD_OUT, PARTS, PIECE, documents, pieces, s
 SOURCE = '''"""About it."""
 import os
 
-
+\f
 class Seat:
     """Where
     one sits."""
@@ -25,9 +25,9 @@ class Seat:
 def test_docstrings_are_prose_and_the_other_lines_are_code() -> None:
     found = separate(SOURCE)
     assert found["prose"] == "About it.\n\nWhere\none sits.\n\nWhether."
-    assert found["code"].splitlines() == [
-        *("import os", "", "", "class Seat:", "", "    def taken(self):"),
-        '        return "no docstring"',
+    assert found["code"].split("\n") == [
+        *("import os", "", "\f", "class Seat:", "", "    def taken(self):"),
+        *('        return "no docstring"', ""),
     ]
 
 
