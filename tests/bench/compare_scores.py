@@ -158,7 +158,7 @@ def table(ratios: Sequence[str], measured: Sequence[float]) -> str:
     original, *pruned = measured
     rows = [pruned[at : at + len(ratios)] for at in range(0, len(pruned), len(ratios))]
     lines = [["none removed", *[_figure(original)] * len(ratios)]]
-    lines += [[label, *map(_figure, row)] for (label, _, _), row in zip(WAYS, rows, strict=False)]
+    lines += [[label, *map(_figure, row)] for (label, _, _), row in zip(WAYS, rows, strict=True)]
     random = list(zip(*rows[-SEEDS:], strict=True))
     lines[-SEEDS:] = [[f"random, {SEEDS} seeds: mean (range)", *map(_spread, random)]]
     return measure.table(["experts chosen by", *(f"{float(each):.0%}" for each in ratios)], lines)
