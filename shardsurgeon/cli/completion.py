@@ -77,7 +77,7 @@ def _metrics(context: click.Context, begun: str) -> list[CompletionItem]:
 # Option or positional → how its value is completed. Choices complete themselves.
 _COMPLETED: dict[str, Complete] = {
     **dict.fromkeys(("scores", "file", "a", "b", "source", "files"), _files),
-    **dict.fromkeys(("--out", "--plan", "--dataset", "--extend", "--card"), _files),
+    **dict.fromkeys(("--out", "--plan", "--dataset", "--extend", "--card", "--evaluation"), _files),
     **dict.fromkeys(("--include", "--exclude"), _files),
     **dict.fromkeys(("model", "places", "pruned", "--model", "--tokenizer"), _folders),
     "--family": _auto_or_files,

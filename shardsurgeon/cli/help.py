@@ -13,7 +13,9 @@ SECTIONS = {
     "Parts (one of them)": ("--weights", "--objective"),
     "How much (one of them)": ("--ratio", "--keep", "--target-size", "--plan"),
     "Samples": ("--dataset", "--samples", "--max-length"),
-    "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
+    "Model and output": (
+        *("--model", "--out", "--dry-run", "--restart", "--force", "--layers", "--evaluation"),
+    ),
     "Machine": ("--device", "--dtype", "--batch-size", "--memory", "--activation-budget"),
     "More about samples": (
         *("--pack", "--tokens", "--seed", "--field", "--skip-invalid", "--share", "--extend"),

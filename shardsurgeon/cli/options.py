@@ -192,6 +192,16 @@ def links_option(command: Command) -> Command:
     )(command)
 
 
+def evaluation_option(command: Command) -> Command:
+    """Add `--evaluation FILE`."""
+    return click.option(
+        "--evaluation",
+        metavar="FILE",
+        help="What `evaluate` measured of this prune: shown with the plan, kept in calibration/, "
+        "printed in the model card.",
+    )(command)
+
+
 def scores_argument(command: Command) -> Command:
     """Add the optional positional SCORES."""
     return click.argument(

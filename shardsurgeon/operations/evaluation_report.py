@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from shardsurgeon.errors import ScoreError
@@ -91,8 +92,10 @@ class EvaluationReport(Report):
         return f"{self.model}: {counted(len(self.candidates), 'candidate')} on {self.dataset}"
 
     def file(self) -> bytes:
-        """evaluation.json."""
-        return (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
+        """evaluation.json, which a pruned model may be published with: no folder is named."""
+        document = {"kind": self.kind, "format": self.format, **self.to_dict()}
+        document["out"] = Path(self.out).name
+        return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
 def is_evaluation(path: str | PathLike[str]) -> bool:
@@ -117,7 +120,7 @@ def read_evaluation(path: str | PathLike[str]) -> EvaluationReport:
         raise ScoreError(where, problem, _REMEDY)
     try:
         return _report(found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         problem = f"is not what an evaluation wrote ({type(error).__name__}: {str(error)[:80]})"
         raise ScoreError(where, problem, _REMEDY) from error
 
@@ -128,6 +131,9 @@ def _report(found: Mapping[str, Any]) -> EvaluationReport:
     given["original_parts"] = tuple(map(_part, found["original_parts"]))
     given["candidates"] = tuple(map(_candidate, found["candidates"]))
     given["notes"] = tuple(map(str, found["notes"]))
+    for candidate in given["candidates"]:
+        if len(candidate.parts) != len(given["original_parts"]):
+            raise ValueError(f"a candidate of {len(candidate.parts)} parts")
     return _checked(EvaluationReport(**given))
 
 
@@ -173,4 +179,6 @@ def _checked(made: Made) -> Made:
             fine = isinstance(value, types) and not isinstance(value, bool)
             if wanted and not fine and not (value is None and kind.endswith("None")):
                 raise TypeError(f"{field.name} is {str(value)[:20]}")
+            if wanted and name == "float" and value is not None:
+                object.__setattr__(made, field.name, float(value))
     return made
