@@ -16,6 +16,7 @@ from shardsurgeon.errors import ScoreError
 from shardsurgeon.operations.evaluation_report import (
     CandidateDamage,
     EvaluationReport,
+    candidate_of,
     read_evaluation,
 )
 from shardsurgeon.pruning.keep_lists import KeepList, keep_sha256
@@ -82,11 +83,6 @@ class Evaluation:
 def main_layers(anatomy: Anatomy) -> list[int]:
     """The layers whose keep-lists an evaluation runs."""
     return [layer.index for layer in anatomy.main_layers]
-
-
-def candidate_of(report: EvaluationReport, digest: str) -> CandidateDamage | None:
-    """The candidate with these keep-lists, None where there is none."""
-    return next((each for each in report.candidates if each.keep_sha256 == digest), None)
 
 
 def measuring(

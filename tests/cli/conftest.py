@@ -6,7 +6,7 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import run as calibration
-from shardsurgeon.operations import apply, blend, inspect, prune, push, scores, verify
+from shardsurgeon.operations import apply, blend, evaluate, inspect, prune, push, scores, verify
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, FakePruning, Run
 
 
@@ -19,6 +19,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (apply, "apply"),
         (verify, "verify"),
         (push, "push"),
+        (evaluate, "evaluate"),
     ):
         monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(prune, "compare", operations_.compare)

@@ -189,6 +189,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "inspect": (3,),
     "calibrate": (MODEL, 3, "out.npz"),
     "estimate_calibration": (MODEL, 3),
+    "evaluate": (MODEL, 3),
+    "read_evaluation": (None,),
     "show_scores": (None,),
     "compare_scores": (FILE, 3),
     "convert_scores": (FILE, None),
