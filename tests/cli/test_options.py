@@ -19,7 +19,7 @@ WITH_MODEL = {
     "apply": ("apply", *SELECTED),
     "verify": ("verify", "pruned"),
     "calibrate": ("calibrate", "--dataset", "a.txt", *OUT),
-    "evaluate": ("evaluate", "--plan", "a.json", "--dataset", "a.txt", *OUT),
+    "evaluate": ("evaluate", *SELECTED, "--dataset", "a.txt", *OUT),
     "show": ("scores", "show", "scores.pt"),
     "convert": ("scores", "convert", "scores.pt", *OUT),
     "from-router": ("scores", "from-router", *OUT),
