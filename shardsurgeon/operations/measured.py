@@ -76,8 +76,8 @@ class Evaluation:
         names = [_short(each.name) for each in self.report.candidates[:_MOST_NAMED]]
         more = len(self.report.candidates) - len(names)
         named = ", ".join(names) + (f" and {more} more" if more else "")
-        known = f"{self.file} measured {named or 'nothing'}, and this is none of those"
-        return f"{known}: `{shlex.join(self.command)}` measures it"
+        known = f"{self.file} measured {named} and no other prune"
+        return f"{known}; `{shlex.join(self.command)}` measures what is missing"
 
 
 def main_layers(anatomy: Anatomy) -> list[int]:
