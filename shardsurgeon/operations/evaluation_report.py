@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -233,5 +234,7 @@ def _checked(made: Made) -> Made:
             if wanted and not fine and not (value is None and kind.endswith("None")):
                 raise TypeError(f"{field.name} is {str(value)[:20]}")
             if wanted and name == "float" and value is not None:
-                object.__setattr__(made, field.name, float(value))
+                if not math.isfinite(number := float(value)):
+                    raise ValueError(f"{field.name} is {number}")
+                object.__setattr__(made, field.name, number)
     return made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,8 +25,9 @@ from shardsurgeon.pruning.request import Allocation, Lists, Rounding, SelectionR
 from shardsurgeon.storage import limits
 from tests.cli.standins import EVALUATED
 from tests.operations.test_model_card import card_of
-from tests.operations.workbench import scores_of
+from tests.operations.workbench import downloaded, scores_of
 from tests.support.hub.models import fixture_folder
+from tests.support.hub.server import LocalHub
 
 MODEL, SCORES = fixture_folder("qwen3_moe"), scores_of("qwen3_moe")
 SHA256 = hashlib.sha256((MODEL / "config.json").read_bytes()).hexdigest()
@@ -293,6 +296,23 @@ def test_the_card_prints_what_was_measured_of_this_prune(file: Path, tmp_path: P
     row = "8 | 9 (+12.5%) | 1 | 8 | 75 % |"
     for name in ("All", "`code.jsonl`", "`chat.jsonl`"):
         assert f"| {name} | {row}\n" in text
+
+
+def test_what_is_pushed_says_what_it_costs_and_how_it_is_made_again(
+    file: Path, tmp_path: Path, online: LocalHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = shardsurgeon.plan(MODEL, SCORES, ratio=0.5, evaluation=file)
+    shardsurgeon.apply(plan, stream_push="me/small")
+    folder = downloaded(online, "me/small", tmp_path / "pushed")
+    card = (folder / "README.md").read_text()
+    assert "| All | 8 | 9 (+12.5%) |" in card
+    (command,) = re.findall(r"^shardsurgeon (apply .+)$", card, re.MULTILINE)
+    words = shlex.split(command.replace("calibration/", f"{folder}/calibration/"))
+    words[words.index("--model") + 1] = str(MODEL)
+    again = tmp_path / "again"
+    assert main([*words, "-o", str(again)]) == 0
+    left = {path.name: path.read_bytes() for path in (again / "calibration").iterdir()}
+    assert left == {path.name: path.read_bytes() for path in (folder / "calibration").iterdir()}
 
 
 def test_the_card_prints_nothing_of_other_prunes(file: Path, tmp_path: Path) -> None:
