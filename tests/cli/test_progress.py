@@ -41,6 +41,7 @@ WORDS = [
     ("scores", "from-weights", "-o", "w.json"),
     ("scores", "random", "-o", "r.json"),
     ("calibrate", "--dataset", "chats.jsonl", "-o", "s.json"),
+    ("evaluate", "s.pt", "--ratio", "0.5", "--dataset", "chats.jsonl", "-o", "e.json"),
 ]
 
 
