@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from shardsurgeon.operations.evaluation_api import evaluate, read_evaluation
     from shardsurgeon.operations.evaluation_report import EvaluationReport
+    from shardsurgeon.operations.probe_report import ProbeReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import (
         ApplyReport,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         convert_scores,
         estimate_calibration,
         merge_scores,
+        probe,
         scores_from_router,
         scores_from_weights,
         scores_random,
@@ -69,6 +71,7 @@ __all__ = [
     "InputError",
     "InspectReport",
     "PlanReport",
+    "ProbeReport",
     "Pruning",
     "PushReport",
     "RouterScoresReport",
@@ -89,6 +92,7 @@ __all__ = [
     "merge_scores",
     "open_checkpoint",
     "plan",
+    "probe",
     "push",
     "read_evaluation",
     "read_scores",
@@ -112,6 +116,7 @@ _HOMES = {
     "EvaluationReport": "operations.evaluation_report",
     "InspectReport": "operations.reports",
     "PlanReport": "pruning.report",
+    "ProbeReport": "operations.probe_report",
     "Pruning": "operations.prune",
     "PushReport": "operations.reports",
     "RouterScoresReport": "operations.reports",
@@ -130,6 +135,7 @@ _HOMES = {
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
     "plan": "operations.api",
+    "probe": "operations.score_api",
     "push": "operations.api",
     "read_evaluation": "operations.evaluation_api",
     "read_scores": "operations.api",

@@ -49,7 +49,7 @@ def _one_ratio(
 
 
 @click.command("blend", cls=Command)
-@click.argument("files", metavar="FILE FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @out_option
 @click.option(
     "--weights",
@@ -109,9 +109,10 @@ def blend_command(
 ) -> None:
     """Make one saliency of several parts of the data.
 
-    Each FILE of `calibrate`, or of REAP's observer, measured one part, and names
-    it: code.pt is the part code. Files of one name are called by their folders.
-    Equal weights give what `scores merge` gives.
+    A file of `calibrate` over several datasets has a part for each, called by it:
+    org/code[python] and code.jsonl are code (`scores show` lists them). Any other
+    FILE of it, or of REAP's observer, is one part, called by the file, or by its
+    folder. Equal weights give what `scores merge` gives.
 
     A part's retained share is its own saliency of the experts that stay over
     that of all, averaged over the layers; it is no accuracy. Groups and super
@@ -119,7 +120,7 @@ def blend_command(
 
     \b
     Examples:
-      shardsurgeon scores blend code.pt chat.pt --weights code=2,chat=1 -o s.pt
+      shardsurgeon scores blend mix.pt --weights code=2,chat=1 -o scores.pt
       shardsurgeon scores blend *.pt --objective max-min --ratio 0.5 -o s.npz
     """
     from shardsurgeon.operations import blend
@@ -149,6 +150,8 @@ def _lines(report: BlendReport) -> Iterator[str]:
         yield f"Retained shares of {report.metric} with {report.kept} experts kept:"
         headings += ("retained", "with equal\nweights")
     yield from table(headings, map(_row, report.parts))
+    if report.worst is not None:
+        yield from fact("worst part", report.worst)
 
 
 def _row(part: BlendPartReport) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from shardsurgeon.cli.options import (
     model_argument,
     progress_option,
 )
-from shardsurgeon.cli.output import emit, fact, typed
+from shardsurgeon.cli.output import emit, fact, part_lines, typed
 from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.cli.values import OfMachine, at_least, size
 from shardsurgeon.errors import UsageError
@@ -278,6 +278,7 @@ def _lines(report: CalibrationReport, model: str | None, family: str | None) -> 
         yield from fact("counted", counted(report.counted_tokens, "token"))
     if report.total_samples != report.samples:
         yield from fact("in the file", counted(report.total_samples, "sample"))
+    yield from part_lines(report.parts)
     reason = f": {report.dtype_reason}" if report.dtype_reason else ""
     yield from fact("computed", f"in {report.dtype} on {report.device}{reason}")
     layers = counted(report.layers, "MoE layer")

@@ -13,9 +13,18 @@ _HOW_MUCH = "How much (one of them)"
 SECTIONS = {
     "Parts (one of them)": ("--weights", "--objective"),
     _HOW_MUCH: ("--ratio", "--keep", "--target-size", "--plan"),
-    "Samples": ("--dataset", "--samples", "--max-length"),
+    "Samples": ("--dataset", "--prompts", "--samples", "--max-length"),
     "Model and output": (
         *("--model", "--out", "--dry-run", "--restart", "--force", "--layers", "--evaluation"),
+    ),
+    "Comparison": ("--against", "--sampling", "--detect"),
+    "Sampling": (
+        *("--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"),
+        "--max-tokens",
+    ),
+    "Server": (
+        *("--parallel", "--timeout", "--served-model", "--against-model", "--api-key-env"),
+        "--against-key-env",
     ),
     "Machine": ("--device", "--dtype", "--batch-size", "--memory", "--activation-budget"),
     "More about samples": (

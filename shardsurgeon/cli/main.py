@@ -27,6 +27,7 @@ from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.output import as_text
 from shardsurgeon.cli.plan import plan_command
+from shardsurgeon.cli.probe import probe_command
 from shardsurgeon.cli.progress import PROGRAM
 from shardsurgeon.cli.push import push_command
 from shardsurgeon.cli.run import run_command
@@ -51,6 +52,7 @@ _RESUMING: dict[str | None, str] = {
     apply_command.name: "the same command resumes",
     calibrate_command.name: "the same command resumes",
     evaluate_command.name: "the same command resumes",
+    probe_command.name: "the same command resumes",
     run_command.name: "the same command resumes",
     push_command.name: "what is uploaded is kept there; the same command resumes",
 }
@@ -92,6 +94,7 @@ class _Commands(InOrder):
         scores_commands,
         calibrate_command,
         evaluate_command,
+        probe_command,
         run_command,
         families_command,
         env_command,

@@ -21,6 +21,7 @@ from shardsurgeon.errors import ShardSurgeonError, printable
 from shardsurgeon.reports import Report, failure_of
 
 if TYPE_CHECKING:
+    from shardsurgeon.layerwise.parts import PartReport
     from shardsurgeon.operations.recipe import Recipe
 
 _LABEL = 14
@@ -128,6 +129,16 @@ def fact(label: str, text: str) -> list[str]:
         break_on_hyphens=False,
     )
     return lines or [f"  {label}"]
+
+
+def part_lines(parts: Sequence[PartReport]) -> list[str]:
+    """The datasets of a mix, where a file keeps their sums apart."""
+    sizes = (
+        f"{part.name} ({units.counted(part.records, 'record')}, "
+        f"{units.counted(part.tokens, 'token')})"
+        for part in parts
+    )
+    return fact("parts", ", ".join(sizes)) if parts else []
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from shardsurgeon.cli.blend import blend_command
+from shardsurgeon.cli.compare import compare_command
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     InOrder,
@@ -23,13 +24,14 @@ from shardsurgeon.cli.output import (
     layer_number,
     mtp_legend,
     no_accuracy,
+    part_lines,
     percent,
     saliency,
     saved,
     table,
     width,
 )
-from shardsurgeon.cli.values import ratios
+from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted
 
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
         ScoresReport,
         WrittenScoresReport,
     )
-    from shardsurgeon.pruning.agreement import ComparedLayerReport, ComparisonReport
     from shardsurgeon.pruning.analysis import Gap, ShownLayerReport
 
 # Of the shares that the report has, those that fit a table of 80 columns, and a wide one.
@@ -101,6 +102,7 @@ def _shown_lines(report: ScoresReport, measures: Sequence[str]) -> Iterator[str]
     yield from no_accuracy(measures)
     yield ""
     yield from _cuts(report)
+    yield from _shown_parts(report)
     yield from (line for note in report.notes for line in fact("note", note))
 
 
@@ -170,70 +172,23 @@ def _cuts(report: ScoresReport) -> Iterator[str]:
     yield from table(headings, rows)
 
 
-@click.command("compare", cls=Command)
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
-@click.option(
-    "--ratio",
-    "-r",
-    "at",
-    metavar="R[,R...]",
-    default="0.25,0.5",
-    show_default=True,
-    callback=ratios,
-    help="Compare what is kept when this fraction of the experts is removed.",
-)
-@click.option(
-    "--metric",
-    metavar="NAME[,NAME]",
-    help="The metric of both files, or of each.  [default: reap]",
-)
-@progress_option
-@json_option
-def compare_command(
-    a: str, b: str, at: tuple[float, ...], metric: str | None, as_json: bool
-) -> None:
-    """Compare two score files of one model.
-
-    Per layer: the rank correlations of Spearman and Kendall (tau-b), and at each
-    ratio the share of one keep-list that is in the other and their Jaccard
-    index. Without groups and super experts; a keep-list by chance shares as much
-    as it keeps.
-
-    \b
-    Examples:
-      shardsurgeon scores compare scores.pt router.safetensors
-      shardsurgeon scores compare a.pt b.pt --ratio 0.65 --metric reap,ean_mean
-    """
-    from shardsurgeon.operations import scores
-
-    metrics = () if metric is None else tuple(metric.split(","))
-    report = scores.compare_scores(a, b, ratios=tuple(dict.fromkeys(at)), metrics=metrics)
-    emit(report, _comparison_lines(report), as_json)
-
-
-def _comparison_lines(report: ComparisonReport) -> Iterator[str]:
-    yield report.title
-    yield from fact("A", f"{report.metric_a} of {report.a}")
-    yield from fact("B", f"{report.metric_b} of {report.b}")
+def _shown_parts(report: ScoresReport) -> Iterator[str]:
+    """What the experts retain of each part that the scores of all would choose."""
+    if not report.parts:
+        return
     yield ""
-    overlaps = [f"{head}\nat {ratio:g}" for ratio in report.ratios for head in ("share", "Jaccard")]
-    rows = [*report.layers, report.mean]
-    yield from table(("layer", "Spearman", "Kendall", *overlaps), map(_comparison_row, rows))
-    for name, layers in (("A", report.only_a), ("B", report.only_b)):
-        if layers:
-            yield from fact(f"only in {name}", f"layer {', '.join(map(str, layers))}")
-
-
-def _comparison_row(layer: ComparedLayerReport) -> tuple[str, ...]:
-    cells = [_correlation(layer.spearman), _correlation(layer.kendall)]
-    for both in layer.overlaps.values():
-        cells += [percent(both.share), percent(both.jaccard)]
-    return str(layer.layer), *cells
-
-
-def _correlation(value: float | None) -> str:
-    return "-" if value is None else f"{value:z.3f}"
+    yield f"Parts, and the share of their own {report.metric} that stays where this file chooses:"
+    ratios = [f"retained\nat {ratio}" for ratio in report.parts[0].retained]
+    rows = (
+        (
+            part.name,
+            f"{part.records:,}",
+            f"{part.tokens:,}",
+            *("-" if share is None else percent(share) for share in part.retained.values()),
+        )
+        for part in report.parts
+    )
+    yield from table(("part", "records", "tokens", *ratios), rows)
 
 
 @click.command("convert", cls=Command)
@@ -311,6 +266,8 @@ def _written_lines(report: WrittenScoresReport) -> Iterator[str]:
     if report.samples is not None and report.tokens is not None:
         words = f"{counted(report.samples, 'sample')}, {counted(report.tokens, 'token')}"
         yield from fact("calibration", words)
+    yield from part_lines(report.parts)
+    yield from note_lines(report.notes)
 
 
 @click.command("from-router", cls=Command)

@@ -8,8 +8,9 @@ add up to the whole; means are taken at the end. numpy only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TypeAlias
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ TOTAL_TOKENS = "total_tokens"
 _SIGNED = ("weight_sum", "weighted_norm_sum")
 # Not in files of earlier versions.
 _LATER = ("norm_square_sum",)
+# Not an array, and kept beside them.
+_PARTS = "parts"
 _DAMAGED = "the file is damaged: fetch it again or calibrate anew"
 
 
@@ -43,6 +46,8 @@ class Accumulators:
     negative, as in REAP's observer.
     norm_square_sum: float64 [E], Σ ‖f_j(x)‖₂²; None in a calibration from before it was kept, and
     in a sum that such a one is part of.
+    parts: where the samples are a mix of datasets, the identity of each → its own sums, which have
+    no parts; None where they are not known apart.
     """
 
     total_tokens: int
@@ -52,12 +57,13 @@ class Accumulators:
     weighted_norm_sum: Vector
     max_activation: Vector
     norm_square_sum: Vector | None = None
+    parts: dict[str, Accumulators] | None = field(default=None, kw_only=True)
 
     @classmethod
     def zeros(cls, num_experts: int) -> Accumulators:
         """Accumulators of a layer before its first token."""
         sums = [np.zeros(num_experts) for _ in range(5)]
-        return cls(0, np.zeros(num_experts, np.int64), *sums)
+        return cls(0, np.zeros(num_experts, np.int64), *sums, parts={})
 
     @classmethod
     def from_arrays(
@@ -70,7 +76,7 @@ class Accumulators:
         that cannot be sums of a calibration.
         """
         place = f"layer {layer}, "
-        names = [f.name for f in fields(cls) if f.name in arrays or f.name not in _LATER]
+        names = [name for name in _NAMES if name in arrays or name not in _LATER]
         missing = [name for name in names if name not in arrays]
         if missing:
             raise ScoreError(where, f"{place}has no accumulator {missing[0]!r}", _DAMAGED)
@@ -78,7 +84,7 @@ class Accumulators:
         if num_experts == 0:
             raise ScoreError(where, f"{place}counts has shape [0]", _DAMAGED)
         shapes = dict.fromkeys(arrays, (num_experts,)) | {TOTAL_TOKENS: ()}
-        found = {}
+        found: dict[str, Any] = {}
         for name in names:
             vector = np.array(arrays[name], np.float64)
             if vector.shape != shapes[name]:
@@ -97,6 +103,11 @@ class Accumulators:
         """How many routed experts the layer has."""
         return len(self.counts)
 
+    def of_one(self, part: str) -> Accumulators:
+        """The same sums, all of them of this part."""
+        own = replace(deepcopy(self), parts=None)
+        return replace(deepcopy(own), parts={part: own})
+
     def add(self, other: Accumulators) -> None:
         """Add the sums of another part of the calibration, for the same number of experts.
 
@@ -112,10 +123,21 @@ class Accumulators:
             self.norm_square_sum = None
         else:
             self.norm_square_sum += other.norm_square_sum
+        self._add_parts(other)
+
+    def _add_parts(self, other: Accumulators) -> None:
+        if self.parts is None or other.parts is None:
+            self.parts = None
+            return
+        for part, sums in other.parts.items():
+            if part in self.parts:
+                self.parts[part].add(sums)
+            else:
+                self.parts[part] = deepcopy(sums)
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Name → array, as files keep them: int64 or float64 [E]; total_tokens is int64 []."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        held = {name: getattr(self, name) for name in _NAMES}
         named: dict[str, NDArray[np.generic]] = {
             name: np.asarray(sums) for name, sums in held.items() if sums is not None
         }
@@ -146,6 +168,9 @@ class Accumulators:
 
     def _mean(self, sums: Vector) -> Vector:
         return sums / np.maximum(self.counts, 1)
+
+
+_NAMES = tuple(each.name for each in fields(Accumulators) if each.name != _PARTS)
 
 
 def _check_numbers(vector: Vector, place: str, where: str, signed: bool) -> None:

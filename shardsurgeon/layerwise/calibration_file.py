@@ -21,9 +21,17 @@ from shardsurgeon.checkpoint.layer_names import parse_layer
 from shardsurgeon.errors import ScoreError, UsageError
 from shardsurgeon.layerwise.accumulators import TOTAL_TOKENS, Accumulators
 from shardsurgeon.layerwise.datasets import identity
+from shardsurgeon.layerwise.parts import (
+    PartReport,
+    can_be_kept,
+    identities,
+    part_reports,
+    stacked,
+    unstack,
+)
 from shardsurgeon.layerwise.samples import SampleEntry
 from shardsurgeon.scores.files import FORMAT, VERSION, ScoreContent, read_value
-from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION
+from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, PARTS
 from shardsurgeon.storage.formats.dtypes import StoredArray
 from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.storage.limits import CALIBRATION_JSON, MAX_EXPERTS, MAX_LAYERS
@@ -52,6 +60,7 @@ class Calibration:
 
     origin: the file that it was read from or will be written to, as messages name it.
     layers: layer number (MTP layer j is num_hidden_layers + j) → its accumulators.
+    Of a mix of datasets each has its sums by part too.
     settings: values of JSON types. Used here are `model` (its name), `revision` (text or None),
     `config_sha256`, `samples`, a list of [source, index, tokens], and `parts`, the settings of
     merged calibrations; all others (dataset, seed, dtype, versions, …) are kept unchanged.
@@ -69,6 +78,35 @@ class Calibration:
             problem = "does not say which samples its accumulators were added up from"
             raise ScoreError(self.origin, problem, "calibrate again")
         return [self._sample(entry) for entry in listed]
+
+    @property
+    def mix(self) -> dict[str, dict[int, Accumulators]]:
+        """The identity of each dataset → layer → its own sums, ascending; empty where they are
+        not known apart. Raises ScoreError where the list of samples is malformed."""
+        found = identities(source for source, _, _ in self.samples)
+        if len(found) == 1:
+            return {found[0]: self.layers}
+        by_layer = {layer: sums.parts or {} for layer, sums in self.layers.items()}
+        apart = all(parts.keys() == {*found} for parts in by_layer.values())
+        if not apart or not can_be_kept(self.layers, len(found)):
+            return {}
+        return {part: {layer: by_layer[layer][part] for layer in by_layer} for part in found}
+
+    @property
+    def parts(self) -> tuple[PartReport, ...]:
+        """The datasets of a mix whose sums are known apart, as `mix` orders them; () for one."""
+        return part_reports(self.samples) if len(self.mix) > 1 else ()
+
+    @property
+    def lacks_parts(self) -> str:
+        """What to say of a mix of datasets without sums by part; empty for others."""
+        count = len(identities(source for source, _, _ in self.samples))
+        if count == 1 or self.mix:
+            return ""
+        problem = f"does not keep the sums of its {count:,} datasets apart"
+        if all(sums.parts for sums in self.layers.values()):
+            return f"{problem}: they are more than a file holds"
+        return f"{problem}: an earlier version measured some of them"
 
     @property
     def num_samples(self) -> int:
@@ -100,7 +138,9 @@ class Calibration:
             arrays = accumulators.arrays()
             sums[layer] = arrays
             scores[layer] = {**accumulators.metrics(), TOTAL_TOKENS: arrays[TOTAL_TOKENS]}
-        return ScoreContent(layers=scores, accumulators=sums, calibration=self.settings)
+        apart = any(len(of.parts or ()) > 1 for of in self.layers.values())
+        parts = stacked(self.layers, tuple(self.mix)) if apart and self.mix else {}
+        return ScoreContent(scores, accumulators=sums, parts=parts, calibration=self.settings)
 
 
 def read_calibration(path: str | PathLike[str]) -> Calibration:
@@ -133,7 +173,11 @@ def find_calibration(path: str | PathLike[str]) -> Calibration | None:
     if metadata.get("version") != VERSION:
         problem = f"is of version {str(metadata.get('version'))[:20]}, this program reads {VERSION}"
         raise ScoreError(where, problem, "use the shardsurgeon that wrote it")
-    return Calibration(where, dict(sorted(layers.items())), settings)
+    calibration = Calibration(where, dict(sorted(layers.items())), settings)
+    if held := _arrays(value, PARTS, where):
+        listed = identities(source for source, _, _ in calibration.samples)
+        unstack(held, calibration.layers, listed, where)
+    return calibration
 
 
 def _metadata(
@@ -157,33 +201,42 @@ def _parsed(text: str, where: str) -> object:
 
 
 def _layers(value: Mapping[object, object], where: str) -> dict[int, Accumulators]:
-    """Layer → accumulators, from a tree or from arrays named `accumulators.layers.3.counts`."""
-    found: dict[int, dict[str, Callable[[], NDArray[np.generic]]]] = {}
-    tree = value.get(ACCUMULATORS)
-    if isinstance(tree, dict):
-        for key, sums in tree.items():
-            if not isinstance(sums, dict):
-                raise ScoreError(where, f"its {ACCUMULATORS} of layer {key} are none", _DAMAGED)
-            for name, item in sums.items():
-                found.setdefault(_layer(key, where), {})[str(name)] = _loader(item, where)
-    for key, item in value.items():
-        if isinstance(key, str) and key.startswith(f"{ACCUMULATORS}."):
-            inner = key.removeprefix(f"{ACCUMULATORS}.")
-            parsed = parse_layer(inner)
-            name = parsed.rest if parsed is not None else ""
-            found.setdefault(_layer(inner, where), {})[name] = _loader(item, where)
-    if len(found) > MAX_LAYERS:
-        raise ScoreError(where, f"holds {len(found):,} layers of {ACCUMULATORS}", _DAMAGED)
+    """Layer → accumulators."""
+    loaders = {
+        layer: {name: _loader(item, where) for name, item in sums.items()}
+        for layer, sums in _arrays(value, ACCUMULATORS, where).items()
+    }
     return {
         layer: Accumulators.from_arrays({n: load() for n, load in sums.items()}, where, layer)
-        for layer, sums in found.items()
+        for layer, sums in loaders.items()
     }
 
 
-def _layer(key: object, where: str) -> int:
+def _arrays(value: Mapping[object, object], kind: str, where: str) -> dict[int, dict[str, object]]:
+    """Layer → name → what lies there, from a tree or from arrays named `<kind>.layers.3.counts`."""
+    found: dict[int, dict[str, object]] = {}
+    tree = value.get(kind)
+    if isinstance(tree, dict):
+        for key, sums in tree.items():
+            if not isinstance(sums, dict):
+                raise ScoreError(where, f"its {kind} of layer {key} are none", _DAMAGED)
+            for name, item in sums.items():
+                found.setdefault(_layer(key, kind, where), {})[str(name)] = item
+    for key, item in value.items():
+        if isinstance(key, str) and key.startswith(f"{kind}."):
+            inner = key.removeprefix(f"{kind}.")
+            parsed = parse_layer(inner)
+            name = parsed.rest if parsed is not None else ""
+            found.setdefault(_layer(inner, kind, where), {})[name] = item
+    if len(found) > MAX_LAYERS:
+        raise ScoreError(where, f"holds {len(found):,} layers of {kind}", _DAMAGED)
+    return found
+
+
+def _layer(key: object, kind: str, where: str) -> int:
     name = parse_layer(key)
     if name is None or not isinstance(name.layer, int):
-        raise ScoreError(where, f"its {ACCUMULATORS} name {str(key)[:60]!r} a layer", _DAMAGED)
+        raise ScoreError(where, f"its {kind} name {str(key)[:60]!r} a layer", _DAMAGED)
     return name.layer
 
 
@@ -229,12 +282,21 @@ def merge(
     samples = _disjoint([(part, part.samples) for part in parts])
     # Rounding depends on the order of additions: sorted, any order of parts gives the same bits.
     ordered = sorted(parts, key=lambda part: min(_key(sample) for sample in part.samples))
-    layers: dict[int, Accumulators] = deepcopy(ordered[0].layers)
+    layers = _with_parts(ordered[0])
     for part in ordered[1:]:
-        for layer, accumulators in part.layers.items():
+        for layer, accumulators in _with_parts(part).items():
             layers[layer].add(accumulators)
     settings = {**_settings(ordered), _SAMPLES: [list(sample) for sample in samples]}
     return Calibration(origin, layers, settings)
+
+
+def _with_parts(calibration: Calibration) -> dict[int, Accumulators]:
+    """A copy of its layers, with the sums by part wherever they are known."""
+    layers = deepcopy(calibration.layers)
+    parts = calibration.mix
+    if len(parts) == 1:
+        return {layer: sums.of_one(next(iter(parts))) for layer, sums in layers.items()}
+    return layers
 
 
 def _require_same_model(first: Calibration, other: Calibration, any_name: bool) -> None:

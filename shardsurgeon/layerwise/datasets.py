@@ -76,11 +76,13 @@ class DatasetPart:
         return words + (f"({self.split})" if self.split else "")
 
 
-def parse_spec(text: str, samples: int | None = None) -> tuple[DatasetPart, ...]:
+def parse_spec(
+    text: str, samples: int | None = None, default: int = DEFAULT_SAMPLES
+) -> tuple[DatasetPart, ...]:
     """The parts of a spec, each with its count.
 
     samples: of all parts together; None for the sum of the parts' numbers or, where a part has
-    none, DEFAULT_SAMPLES. Raises UsageError for a text that is not a spec, a dataset named twice,
+    none, the default. Raises UsageError for a text that is not a spec, a dataset named twice,
     and numbers that contradict each other.
     """
     parts = [_part(piece.strip()) for piece in _PARTS.findall(text)]
@@ -88,7 +90,7 @@ def parse_spec(text: str, samples: int | None = None) -> tuple[DatasetPart, ...]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(OPTION, f"names {name} {names.count(name)} times", "add them up")
-    return _share_out(parts, samples)
+    return _share_out(parts, samples, default)
 
 
 def _part(piece: str) -> DatasetPart:
@@ -135,7 +137,9 @@ def local_parts(text: str) -> Iterator[tuple[str, str]]:
             yield path, _sha256(Path(path))
 
 
-def _share_out(parts: Sequence[DatasetPart], samples: int | None) -> tuple[DatasetPart, ...]:
+def _share_out(
+    parts: Sequence[DatasetPart], samples: int | None, default: int
+) -> tuple[DatasetPart, ...]:
     """The parts, those without a number with an equal share of the samples that are left."""
     counted = sum(part.count or 0 for part in parts)
     uncounted = sum(part.count is None for part in parts)
@@ -144,7 +148,7 @@ def _share_out(parts: Sequence[DatasetPart], samples: int | None) -> tuple[Datas
             problem = f"the parts ask for {counted:,} samples together, --samples for {samples:,}"
             raise UsageError(OPTION, problem, "leave one of them out")
         return tuple(parts)
-    left = (DEFAULT_SAMPLES if samples is None else samples) - counted
+    left = (default if samples is None else samples) - counted
     if left < uncounted:
         problem = (
             f"of --samples {counted + left:,} the parts with a number take {counted:,}, {left:,}"
@@ -300,6 +304,16 @@ def identity(source: str) -> str:
     """
     _, mark, content = source.rpartition(_DIGEST_MARK)
     return mark + content
+
+
+def words_of(source: str) -> DatasetPart | None:
+    """What the name of a dataset says; None where it is that of a file's or folder's content."""
+    if _DIGEST_MARK in source:
+        return None
+    match = _NAME.fullmatch(source)
+    if match is None:
+        return DatasetPart(source)
+    return DatasetPart(match["name"], match["subset"], match["split"], match["revision"])
 
 
 def content_name(path: Path) -> str:

@@ -19,6 +19,7 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
 from shardsurgeon.layerwise.activations import ActivationStore
+from shardsurgeon.layerwise.datasets import identity
 from shardsurgeon.layerwise.devices import Device, require_device
 from shardsurgeon.layerwise.experts import Recorder, StreamedExperts
 from shardsurgeon.layerwise.memory import free_memory, model_size, program_memory
@@ -79,6 +80,9 @@ def calibrate_layers(
         if num_experts.keys() <= sink.done_layers():
             return schedule
         layers = groups[-1].stop + (mtp is not None)
+        identities = [identity(sample.source) for sample in samples]
+        parts = sorted({*identities})
+        numbers = [parts.index(part) for part in identities] if len(parts) > 1 else None
         stream = LayerStream(
             model,
             samples,
@@ -89,6 +93,7 @@ def calibrate_layers(
             on_progress,
             groups=groups,
             num_layers=layers,
+            parts=numbers,
         )
         crossings = len(groups) + (mtp is not None)
         each = model.dtype.itemsize
@@ -96,7 +101,7 @@ def calibrate_layers(
         for line in words(schedule, cost, program_memory(device.name)):
             _log.info(line)
         with stream:
-            _Calibration(stream, mtp, num_experts, schedule, device, sink).run()
+            _Calibration(stream, mtp, num_experts, schedule, device, sink, parts).run()
     return schedule
 
 
@@ -132,8 +137,11 @@ class _Calibration:
         schedule: Schedule,
         device: Device,
         sink: LayerSink,
+        parts: Sequence[str],
     ) -> None:
+        """parts: the identities of the datasets that samples are of."""
         self._stream = stream
+        self._parts = parts
         self._mtp = mtp
         self._num_experts = num_experts
         self._schedule = schedule
@@ -192,4 +200,4 @@ class _Calibration:
         stream.report_layers(range(mtp.index, mtp.index + 1), tokens_counted=True)
 
     def _recorder(self, layer: int, name: str) -> Recorder:
-        return Recorder(name, self._num_experts[layer], self._device.name)
+        return Recorder(name, self._num_experts[layer], self._device.name, self._parts)

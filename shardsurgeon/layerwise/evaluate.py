@@ -278,7 +278,7 @@ class _Comparison:
         sums = self._of(layer).compared[batch.lane - 1]
         asked = _counted(batch).nonzero()[:, 0]
         assert batch.parts is not None
-        parts = batch.parts[asked]
+        parts = batch.parts.numbers[asked]
         ours, theirs = (each.flatten(0, 1)[asked].flatten(1).double() for each in (states, whole))
         norm, own = (torch.linalg.vector_norm(each, dim=-1) for each in (theirs, ours))
         apart = torch.linalg.vector_norm(ours - theirs, dim=-1)
@@ -297,7 +297,7 @@ class _Comparison:
         experts = sums.gates.shape[1]
         asked = routing.counted.nonzero()[:, 0]
         index, weights = routing.index[asked], routing.weights[asked].double()
-        places = (routing.parts[asked][:, None] * experts + index)[index < experts]
+        places = (routing.parts.numbers[asked][:, None] * experts + index)[index < experts]
         places, order = places.sort(stable=True)
         every = torch.arange(self._num_parts * experts + 1, device=places.device)
         lengths = torch.searchsorted(places, every).diff()

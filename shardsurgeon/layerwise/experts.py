@@ -7,12 +7,13 @@ they are multiplied by the gate weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,6 +27,17 @@ from shardsurgeon.layerwise.text_model import ExpertModule
 _TOKENS_ADDED = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class TokenParts:
+    """Which part of a mix of datasets each of some tokens is of.
+
+    numbers: int64 [N]; counted: the numbers that occur → how many tokens of them are added up.
+    """
+
+    numbers: Tensor
+    counted: Mapping[int, int]
+
+
 @dataclass(slots=True)
 class Routing:
     """The tokens of one batch, and which experts of a layer they go to.
@@ -33,7 +45,7 @@ class Routing:
     layer: the layer's number; inputs: [N, H]; index: int64 [N, K], expert ids; weights: [N, K],
     gate weights; real: int64, the tokens that are not padding, None where there is no padding;
     counted: bool [N], the tokens that are added up, None for all; num_counted: how many they are;
-    lane, parts: of its batch.
+    parts: of the N tokens, None where all samples are of one part; lane: of its batch.
     """
 
     layer: int
@@ -43,8 +55,8 @@ class Routing:
     real: Tensor | None
     counted: Tensor | None
     num_counted: int
+    parts: TokenParts | None = None
     lane: int = 0
-    parts: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -53,7 +65,8 @@ class _Choices:
 
     tokens: [M], numbered through the batches; experts: [M], ascending; gates: [M], gate weights;
     counted: bool [M], None where all are added up; order: [M], the place of each where they are
-    sorted by token; real: [M / K], the tokens in that order; width: K.
+    sorted by token; real: [M / K], the tokens in that order; width: K; parts: int64 [M], None
+    where all are of one part.
     """
 
     tokens: Tensor
@@ -63,6 +76,12 @@ class _Choices:
     order: Tensor
     real: Tensor
     width: int
+    parts: Tensor | None = None
+
+    def kinds(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Which of some choices are added up, and of which parts they are."""
+        counted = None if self.counted is None else self.counted[rows]
+        return counted, None if self.parts is None else self.parts[rows]
 
 
 def _sorted_choices(routings: Sequence[Routing]) -> _Choices:
@@ -88,6 +107,11 @@ def _sorted_choices(routings: Sequence[Routing]) -> _Choices:
             for routing, part in pairs
         ]
         counted = torch.cat(masks).index_select(0, order // width)
+    mixed = [
+        routing.parts.numbers.index_select(0, part)
+        for routing, part in pairs
+        if routing.parts is not None
+    ]
     return _Choices(
         tokens=real.index_select(0, order // width),
         experts=experts,
@@ -96,33 +120,53 @@ def _sorted_choices(routings: Sequence[Routing]) -> _Choices:
         order=order,
         real=real,
         width=width,
+        parts=torch.cat(mixed).index_select(0, order // width) if mixed else None,
     )
 
 
 class Recorder:
     """Adds up the outputs of one layer's experts, in float64 on the device of the tensors.
 
-    layer: its name in messages. Nothing here waits for the device until `result`.
+    layer: its name in messages; parts: the identities of the datasets that samples are of, by the
+    number that `TokenParts` has. Nothing here waits for the device until `result`.
     """
 
-    def __init__(self, layer: str, num_experts: int, device: str) -> None:
+    def __init__(self, layer: str, num_experts: int, device: str, parts: Sequence[str]) -> None:
         self._layer = layer
+        self._parts = parts
         self._tokens = 0
+        self._tokens_of = [0] * len(parts)
+        # The parts that the tokens at hand are of.
+        self._present: list[int] = []
         # Rows: counts, gate weights, norms, norms times gate weights, squared norms, the largest
         # component.
         self._sums = torch.zeros(6, num_experts, dtype=torch.float64, device=device)
+        apart = len(parts) if len(parts) > 1 else 0
+        self._sums_of = self._sums.new_zeros(apart, *self._sums.shape)
 
-    def add_tokens(self, tokens: int) -> None:
-        """Count tokens that went through the layer."""
-        self._tokens += tokens
+    def add_tokens(self, routings: Sequence[Routing]) -> None:
+        """Count the tokens of some batches, whose outputs come next, as gone through the layer."""
+        self._tokens += sum(routing.num_counted for routing in routings)
+        mixed = [routing.parts.counted for routing in routings if routing.parts is not None]
+        for counted in mixed:
+            for part, tokens in counted.items():
+                self._tokens_of[part] += tokens
+        self._present = sorted({part for counted in mixed for part in counted})
 
     def add(
-        self, first: int, outputs: Tensor, gates: Tensor, counted: Tensor | None, ends: Tensor
+        self,
+        first: int,
+        outputs: Tensor,
+        gates: Tensor,
+        counted: Tensor | None,
+        parts: Tensor | None,
+        ends: Tensor,
     ) -> None:
         """Add outputs [n, H] of consecutive experts, before they meet the gate weights [n].
 
         first: the first of the experts; counted: bool [n], which rows are added up, None for all;
-        ends: int [experts], where each one's rows end; rows behind the last end are left out.
+        parts: int64 [n], the part that each row is of, None where there is one; ends: int
+        [experts], where each one's rows end; rows behind the last end are left out.
         """
         weights = gates.double()
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)
@@ -133,19 +177,37 @@ class Recorder:
             # Not by a product: what is not counted may not be finite.
             rows = torch.where(counted, rows, 0.0)
         lengths = ends.diff(prepend=ends.new_zeros(1)).long()
-        here = self._sums[:, first : first + len(ends)]
-        here[:5] += segments(rows[:5], lengths, "sum")
-        here[5] = torch.maximum(here[5], segments(rows[5:], lengths, "max")[0])
+        experts = slice(first, first + len(ends))
+        _add_rows(self._sums[:, experts], rows, lengths)
+        if parts is not None:
+            for part in self._present:
+                own = rows if len(self._present) == 1 else torch.where(parts == part, rows, 0.0)
+                _add_rows(self._sums_of[part, :, experts], own, lengths)
 
     def result(self) -> Accumulators:
-        """The sums. Raises WorkError where an expert's outputs were not finite."""
+        """The sums, and those of each part. Raises WorkError where an expert's outputs were not
+        finite."""
         sums = self._sums.cpu().numpy()
         wrong = ~np.isfinite(sums).all(0)
         if wrong.any():
             problem = f"expert {int(np.argmax(wrong))} gave numbers that are not finite"
             raise WorkError(self._layer, problem, "calibrate with --dtype bfloat16 or float32")
-        in_order = sums[[1, 2, 3, 5, 4]]
-        return Accumulators(self._tokens, sums[0].astype(np.int64), *in_order)
+        total = _accumulators(self._tokens, sums)
+        if len(self._parts) == 1:
+            return total.of_one(self._parts[0])
+        own = map(_accumulators, self._tokens_of, self._sums_of.cpu().numpy())
+        return replace(total, parts=dict(zip(self._parts, own, strict=True)))
+
+
+def _accumulators(tokens: int, sums: NDArray[np.float64]) -> Accumulators:
+    """sums: [6, E], as a recorder has them."""
+    return Accumulators(tokens, sums[0].astype(np.int64), *sums[[1, 2, 3, 5, 4]])
+
+
+def _add_rows(sums: Tensor, rows: Tensor, lengths: Tensor) -> None:
+    """Add rows [6, n] to the sums [6, experts] of those whose segments they are."""
+    sums[:5] += segments(rows[:5], lengths, "sum")
+    sums[5] = torch.maximum(sums[5], segments(rows[5:], lengths, "max")[0])
 
 
 def segments(rows: Tensor, lengths: Tensor, how: str) -> Tensor:
@@ -201,7 +263,7 @@ class StreamedExperts:
         outputs = torch.zeros_like(inputs, dtype=torch.promote_types(*dtypes))
         choices = _sorted_choices(routings)
         if self.recorder is not None:
-            self.recorder.add_tokens(sum(routing.num_counted for routing in routings))
+            self.recorder.add_tokens(routings)
         if self._supply.stacked:
             self._together(inputs, outputs, choices)
         else:
@@ -240,9 +302,8 @@ class StreamedExperts:
         # An expert without parameters copies its input.
         made = own if parameters is None else self._outputs(own)
         if parameters is not None and self.recorder is not None:
-            counted = None if choices.counted is None else choices.counted[rows]
             ends = torch.tensor([len(made)], device=made.device)
-            self.recorder.add(expert, made, gates, counted, ends)
+            self.recorder.add(expert, made, gates, *choices.kinds(rows), ends)
         if self._module.scales_inputs:
             made = self._outputs(own * gates[:, None])
         else:
@@ -298,8 +359,7 @@ class StreamedExperts:
         made = grouped_outputs(self._module.module, stack, own, here.int())
         gates = choices.gates[rows]
         if self.recorder is not None:
-            counted = None if choices.counted is None else choices.counted[rows]
-            self.recorder.add(experts.start, made, gates, counted, here)
+            self.recorder.add(experts.start, made, gates, *choices.kinds(rows), here)
         return made * gates[:, None]
 
 

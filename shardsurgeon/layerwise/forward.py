@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardsurgeon.layerwise.devices import Device
-from shardsurgeon.layerwise.experts import Experts, Routing
+from shardsurgeon.layerwise.experts import Experts, Routing, TokenParts
 from shardsurgeon.layerwise.text_model import TextModel
 
 Embed = Callable[[str, Tensor], Tensor]
@@ -39,11 +39,10 @@ class Batch:
     ids: int64 [B, S]; lengths: tokens of each sample; real: int64, the positions in [B · S] that
     are not padding, None where none is padding; counted: bool [B · S], which tokens count, None
     where all do; num_counted: how many that are; mask: int64 [B, S], 0 where no token may look, as
-    transformers takes it, None where causal attention looks at real tokens alone; states: hidden
-    states [B, S, ...], the input of the next layers to run; None before the first layer; lane:
-    which of several models that run side by side they are of; positions: which samples of a run
-    they are; parts: int64 [B · S], the part of the data that each token is of, None where nobody
-    asks.
+    transformers takes it, None where causal attention looks at real tokens alone; parts: of the
+    B · S tokens, None where all samples are of one part; states: hidden states [B, S, ...], the
+    input of the next layers to run; None before the first layer; lane: which of several models that
+    run side by side they are of; positions: which samples of a run they are.
     """
 
     ids: Tensor
@@ -52,10 +51,10 @@ class Batch:
     counted: Tensor | None
     num_counted: int
     mask: Tensor | None = None
+    parts: TokenParts | None = None
     states: Tensor | None = None
     lane: int = 0
     positions: tuple[int, ...] = ()
-    parts: Tensor | None = None
 
     @classmethod
     def of(
@@ -64,11 +63,13 @@ class Batch:
         device: str,
         counted: Sequence[NDArray[np.bool_] | None] = (),
         gaps: Sequence[NDArray[np.bool_] | None] = (),
+        parts: Sequence[int] = (),
     ) -> Batch:
         """Pad samples, each int64 [tokens], to the longest of them.
 
         counted: which of each sample's tokens count, None for all; gaps: which hold no token and
-        are not to be looked at, None for none.
+        are not to be looked at, None for none; parts: the number of each sample's part, empty
+        where all are of one.
         """
         lengths = [len(ids) for ids in samples]
         shape = (len(samples), max(lengths))
@@ -89,6 +90,7 @@ class Batch:
             mask=None
             if np.array_equal(seen, real)
             else torch.from_numpy(seen.astype(np.int64)).to(device),
+            parts=_token_parts(parts, counts, device) if parts else None,
         )
 
     @property
@@ -276,7 +278,7 @@ class LayerRunner:
         flat, batch = inputs.reshape(-1, inputs.shape[-1]), call.batch
         choice = (index.reshape(len(flat), -1), weights.reshape(len(flat), -1))
         real, counted, number = batch.real, batch.counted, batch.num_counted
-        asked = Routing(layer, flat, *choice, real, counted, number, batch.lane, batch.parts)
+        asked = Routing(layer, flat, *choice, real, counted, number, batch.parts, batch.lane)
         outputs: Tensor = call.request_experts(asked)
         self._call = call  # Other batches ran meanwhile.
         return outputs.reshape(inputs.shape)
@@ -311,6 +313,13 @@ class LayerRunner:
 def _plain(ids: Tensor) -> Batch:
     """A batch of these token ids [B, S], without padding."""
     return Batch(ids, [ids.shape[1]] * len(ids), None, None, ids.numel())
+
+
+def _token_parts(parts: Sequence[int], counts: NDArray[np.bool_], device: str) -> TokenParts:
+    """Of samples with these numbers; counts: bool [B, S], which of their tokens are added up."""
+    rows = np.array(parts)
+    numbers = torch.from_numpy(np.repeat(rows, counts.shape[1])).to(device)
+    return TokenParts(numbers, {part: int(counts[rows == part].sum()) for part in set(parts)})
 
 
 def _unexpected_request(request: Any) -> Any:

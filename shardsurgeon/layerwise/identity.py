@@ -20,6 +20,7 @@ from shardsurgeon.layerwise.calibration_file import (
     find_calibration,
 )
 from shardsurgeon.layerwise.datasets import without_folders
+from shardsurgeon.layerwise.parts import identities
 from shardsurgeon.layerwise.preparation import with_dtype
 from shardsurgeon.layerwise.request import CalibrationRequest
 from shardsurgeon.layerwise.samples import Drawn, Sample, samples_sha256
@@ -56,6 +57,8 @@ def run_identity(
     }
     if len(used) > 1:
         asked["devices"] = len(used)
+    if len(identities(sample.source for sample in samples)) > 1:
+        asked["parts"] = "apart"  # unlike in what earlier versions left of a mix
     headers = [shard.header_sha256 for shard in checkpoint.shards]
     shards = {shard.file for shard in checkpoint.shards} | {CONFIG_NAME}
     files = tuple(file for file in checkpoint.files if file.name in shards)

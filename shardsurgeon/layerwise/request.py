@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from shardsurgeon.errors import UsageError
+from shardsurgeon.layerwise.parts import PartReport
 from shardsurgeon.layerwise.settings import TOKENS, Settings, Tokens
 from shardsurgeon.reports import Report
 
@@ -65,7 +66,8 @@ class CalibrationReport(Report):
     layers: MoE layers in the file; mtp_layers: how many of them are MTP layers; layers_resumed:
     layers that an earlier run had finished; never_routed: experts, over all layers, that no token
     was routed to; dtype: of the arithmetic; dtype_reason: why that is not the model's own, where
-    nobody asked for it; seconds: wall time.
+    nobody asked for it; seconds: wall time; parts: the datasets of the file, those of an extended
+    file included, where it keeps the sums of several apart.
 
     >>> with open("chats.txt", "w") as file:
     ...     written = file.write("the cat sat on the mat\\n" * 4)
@@ -90,6 +92,7 @@ class CalibrationReport(Report):
     device: str
     seconds: float
     notes: tuple[str, ...]
+    parts: tuple[PartReport, ...] = ()
 
     figures: ClassVar[tuple[str, ...]] = ("tokens_per_second",)
 

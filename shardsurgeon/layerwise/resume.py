@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -50,9 +51,10 @@ class FinishedLayers:
         """
         if index in self._layers:
             return
-        sums = {name: array.tolist() for name, array in accumulators.arrays().items()}
         # json writes a float with as many digits as it takes to read the same float back.
-        content = {"layer": index, "is_mtp": is_mtp, "accumulators": sums}
+        content = {"layer": index, "is_mtp": is_mtp, "accumulators": _listed(accumulators)}
+        if accumulators.parts is not None:
+            content["parts"] = {part: _listed(sums) for part, sums in accumulators.parts.items()}
         path = self._folder / f"layer-{index:05d}.json"
         write_file(path, json.dumps(content).encode(), self._system)
         self._layers[index] = accumulators
@@ -131,13 +133,10 @@ class Partial(Generic[Finished]):
             shutil.rmtree(self._files)
 
 
-PartialCalibration = Partial[FinishedLayers]
-
-
 @contextmanager
 def partial_calibration(
     out: Path, run: Run, layers: int = 0, *, restart: bool = False, system: System | None = None
-) -> Iterator[PartialCalibration]:
+) -> Iterator[Partial[FinishedLayers]]:
     """As `partial_work`, of a calibration."""
     with partial_work(out, run, FinishedLayers, layers, restart=restart, system=system) as partial:
         yield partial
@@ -188,11 +187,23 @@ def _read_damage(path: Path) -> LayerSums:
         raise OutputError(path, f"is not what an evaluation wrote ({error})", remedy) from error
 
 
+def _listed(accumulators: Accumulators) -> dict[str, object]:
+    return {name: array.tolist() for name, array in accumulators.arrays().items()}
+
+
 def _read_layer(path: Path, index: int) -> Accumulators:
     try:
         content = json.loads(path.read_bytes())
-        sums = {name: np.array(values) for name, values in content["accumulators"].items()}
-        return Accumulators.from_arrays(sums, str(path), index)
+        whole = _sums(content["accumulators"], path, index)
+        if "parts" not in content:  # of an earlier version
+            return whole
+        parts = {part: _sums(listed, path, index) for part, listed in content["parts"].items()}
+        return replace(whole, parts=parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ScoreError) as error:
         remedy = "--restart starts over"
         raise OutputError(path, f"is not what a calibration wrote ({error})", remedy) from error
+
+
+def _sums(listed: dict[str, object], path: Path, index: int) -> Accumulators:
+    arrays = {name: np.array(values) for name, values in listed.items()}
+    return Accumulators.from_arrays(arrays, str(path), index)

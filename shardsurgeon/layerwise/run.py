@@ -306,6 +306,7 @@ def _report(
         listed = ", ".join(map(str, missing))
         notes.append(f"layers without scores: {listed}; `apply` has --mtp for MTP layers")
     notes += _notes_on_samples(request, drawn)
+    notes += [f"{whole.origin} {whole.lacks_parts}"] if whole.lacks_parts else []
     return CalibrationReport(
         model=checkpoint.source.name,
         out=whole.origin,
@@ -323,6 +324,7 @@ def _report(
         device=request.settings.device,
         seconds=seconds,
         notes=tuple(notes),
+        parts=whole.parts,
     )
 
 

@@ -244,7 +244,7 @@ class _Reading:
     def numbers(self) -> Iterator[int]:
         """The numbers of the records, without those that are taken."""
         taken = _taken(self.dataset, self.options)
-        order = _order(len(self.dataset.records), self.options.seed, self.dataset.source)
+        order = record_order(len(self.dataset.records), self.options.seed, self.dataset.source)
         return (index for index in order.tolist() if index not in taken)
 
     def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
@@ -359,9 +359,10 @@ def _taken(dataset: OpenDataset, options: SamplingOptions) -> set[int]:
     return {index for source, index in options.taken if identity(source) == known_as}
 
 
-def _order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
-    """Every record once, shuffled. numpy promises that a bit generator's raw output stays the
-    same in later versions; it promises no such thing for its shuffle."""
+def record_order(num_records: int, seed: int, source: str) -> NDArray[np.int64]:
+    """The numbers of all records of the dataset `source`, shuffled. numpy promises that a bit
+    generator's raw output stays the same in later versions; it promises no such thing for its
+    shuffle."""
     digest = np.frombuffer(hashlib.sha256(source.encode()).digest(), "<u4")
     bits = np.random.PCG64([seed, *digest.tolist()])
     return np.argsort(bits.random_raw(num_records), kind="stable").astype(np.int64)

@@ -196,13 +196,12 @@ class LayerStream:
             self._device.name,
             counted=[None if one.counted is None else one.counted[:end] for one, end in parts],
             gaps=[None if one.gaps is None else one.gaps[:end] for one, end in parts],
+            parts=[self._parts[position % len(self.samples)] for position in positions]
+            if self._parts is not None
+            else (),
         )
         batch.lane = positions[0] // len(self.samples)
         batch.positions = tuple(position % len(self.samples) for position in positions)
-        if self._parts is not None:
-            rows = torch.tensor([self._parts[sample] for sample in batch.positions])
-            rows = rows.repeat_interleave(batch.ids.shape[1])
-            batch.parts = rows.to(self._device.name)
         return batch
 
     def chunks_with_states(self) -> Iterator[tuple[Chunk, list[Batch]]]:

@@ -1,4 +1,4 @@
-"""The `scores blend` command: files that each measured one part of the data, made one saliency."""
+"""The `scores blend` command: parts of the data, each measured apart, made one saliency."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Literal
 
 from shardsurgeon.checkpoint.layer_names import Layer
 from shardsurgeon.errors import ScoreError, UsageError
-from shardsurgeon.layerwise.calibration_file import find_calibration, merge
+from shardsurgeon.layerwise.calibration_file import merge
+from shardsurgeon.operations.parts import ReadParts, read_parts
 from shardsurgeon.operations.reports import BlendPartReport, BlendReport
 from shardsurgeon.pruning.request import removed_count
 from shardsurgeon.scores.blending import Retained, in_proportion
-from shardsurgeon.scores.files import read_scores, score_output, write_scores
+from shardsurgeon.scores.files import score_output, write_scores
 from shardsurgeon.scores.observed import COUNT, MEANS, WEIGHED, is_observed, merge_observed
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.phases import phase
-from shardsurgeon.units import counted, require_ratios
+from shardsurgeon.units import require_ratios
 
 Path = str | os.PathLike[str]
 Objective = Literal["max-min"]
@@ -38,30 +39,33 @@ def blend_scores(
     mixed: bool = False,
     force: bool = False,
 ) -> BlendReport:
-    """Make one saliency of files that each measured one part of the data, and write its score file.
+    """Make one saliency of several parts of the data, and write its score file.
 
-    files: of `calibrate` or of REAP's observer, two or more of one model; a part is named by its
-    file without the ending, or by its folder where several files have that name. weights: name →
-    how often each token of the part counts, in proportion to the others'; equal ones give what
-    `merge_scores` gives. objective: `max-min` finds the weights under which the part that retains
+    files: of `calibrate` or of REAP's observer, of one model; a calibration over several datasets
+    has a part for each (`read_parts` says how parts are called). weights: name → how often each
+    token of the part counts, in proportion to the others'; equal ones give what `merge_scores`
+    gives. objective: `max-min` finds the weights under which the part that retains
     the least share of its saliency retains most, at `keep` experts a layer or at the `ratio`
     removed. With weights, keep or ratio add the retained shares to the report. metric: the one
     that the shares are of. same_model, mixed, force: as for `merge_scores`, which also says what
     is raised for the files. Raises UsageError for weights that are not one for each part.
 
+    >>> file = "fixtures/kimi_k25/scores.pt"
     >>> try:
-    ...     shardsurgeon.blend_scores(["a.pt", "b.pt"], "ab.npz", weights={"a": 1})
+    ...     shardsurgeon.blend_scores([file], "blend.npz", weights={"code": 2, "chat": 1})
     ... except shardsurgeon.InputError as error:
-    ...     print(error)
-    weights: has none for b; give one for each of a, b
+    ...     print(error.problem)
+    1 part of the data
     """
-    names = _names(files)
-    given = _given(names, weights, objective, keep, ratio)
     if metric not in WEIGHED:
         problem = f"'{metric}' is none that adds up over parts"
         raise UsageError("--metric", problem, f"choose {', '.join(WEIGHED)}")
     output = score_output(out, force=force).apart_from(pathlib.Path(file) for file in files)
-    parts = _read(files, str(out), same_model, mixed)
+    read = read_parts(files)
+    names = [part.name for part in read.parts]
+    given = _given(names, weights, objective, keep, ratio)
+    _require_sums(read, str(out), same_model, mixed)
+    parts = [part.scores for part in read.parts]
     content = merge_observed(parts, given)
     kept = _kept(parts[0], keep, ratio)
     retained = None if kept is None else _retained(parts, metric, kept)
@@ -77,32 +81,18 @@ def blend_scores(
     none = (None,) * len(parts)
     shares = none if retained is None else retained.shares(given)
     equal = none if retained is None else retained.shares((1.0,) * len(parts))
+    of_files = [str(part.file) for part in read.parts]
     metrics = {name for row in content.layers.values() for name, of in row.items() if of.ndim == 1}
     return BlendReport(
         out=str(out),
         objective=objective or "weights",
         metric=metric,
         kept=None if kept is None else max(kept.values()),
-        parts=tuple(map(BlendPartReport, names, map(str, files), given, shares, equal)),
+        parts=tuple(map(BlendPartReport, names, of_files, given, shares, equal)),
         layers=len(content.layers),
         metrics=tuple(sorted(metrics)),
         written=written,
     )
-
-
-def _names(files: Sequence[Path]) -> tuple[str, ...]:
-    """A name for each file. Raises UsageError for fewer than two, or one given twice."""
-    if len(files) < 2:
-        problem = f"{counted(len(files), 'file')} to blend"
-        raise UsageError("scores blend", problem, "give at least two")
-    paths = [pathlib.Path(file) for file in files]
-    for named in ([path.stem for path in paths], [path.absolute().parent.name for path in paths]):
-        if len({*named}) == len(named):
-            return tuple(named)
-    if len({*paths}) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise UsageError(twice, "is given twice", "give each part once, and weigh it")
-    return tuple(map(str, paths))
 
 
 def _given(
@@ -142,19 +132,15 @@ def _given(
     return in_proportion([weights[name] for name in names])
 
 
-def _read(files: Sequence[Path], out: str, same_model: bool, mixed: bool) -> list[Scores]:
-    """The parts. Raises ScoreError for a file without sums, and what a merge of them raises."""
-    parts = [read_scores(file) for file in files]
-    for part in parts:
-        if not is_observed(part):
+def _require_sums(read: ReadParts, out: str, same_model: bool, mixed: bool) -> None:
+    """Raise ScoreError for a part without sums, and what a merge of the files raises."""
+    for part in read.parts:
+        if not is_observed(part.scores):
             problem = "holds scores without the sums and counts that they are means of"
             remedy = "files of `shardsurgeon calibrate` and of REAP's observer can be blended"
-            raise ScoreError(part.origin, problem, remedy)
-    found = [find_calibration(file) for file in files]
-    calibrations = [each for each in found if each is not None]
-    if len(calibrations) > 1:
-        merge(calibrations, out, any_name=same_model, mixed=mixed)
-    return parts
+            raise ScoreError(part.scores.origin, problem, remedy)
+    if len(read.calibrations) > 1:
+        merge(read.calibrations, out, any_name=same_model, mixed=mixed)
 
 
 def _kept(part: Scores, keep: int | None, ratio: float | None) -> dict[Layer, int] | None:

@@ -29,9 +29,10 @@ from shardsurgeon.layerwise.damage import (
     Predictions,
     damage_of,
 )
-from shardsurgeon.layerwise.datasets import parse_spec, without_folders
+from shardsurgeon.layerwise.datasets import identity, without_folders
 from shardsurgeon.layerwise.dtype_choice import chosen_dtype
 from shardsurgeon.layerwise.identity import run_identity
+from shardsurgeon.layerwise.parts import short_names
 from shardsurgeon.layerwise.preparation import (
     check_vocabulary,
     drawn_samples,
@@ -144,7 +145,7 @@ def evaluate(
     possible = dtypes_of(request, checkpoint, anatomy, None)
     drawn = drawn_samples(request, checkpoint, None, answers=True)
     check_vocabulary(checkpoint, anatomy, drawn.samples)
-    data = _Data.of(drawn.samples, [part.words for part in parse_spec(request.dataset)])
+    data = _Data.of(drawn.samples)
     digests = [keep_sha256(keep, main_layers(anatomy)) for keep in keeps]
     run = run_identity(request, checkpoint, data.samples, [request.settings.device])
     asked = f"{_RESULTS} {run.result} {' '.join(digests)}"
@@ -296,12 +297,14 @@ class _Data:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, drawn: Sequence[Sample], names: Sequence[str]) -> _Data:
-        """Leave out samples that predict nothing. names: of the parts, in their order.
+    def of(cls, drawn: Sequence[Sample]) -> _Data:
+        """Leave out samples that predict nothing; parts are in the order of the dataset.
 
         Raises UsageError for a part with fewer than FEWEST_TOKENS to predict.
         """
         sources = list(dict.fromkeys(sample.source for sample in drawn))
+        short = short_names(sources)
+        names = [short[identity(source)] for source in sources]
         samples = [sample for sample in drawn if _predicted(sample)]
         parts = [sources.index(sample.source) for sample in samples]
         found = Counter(parts)
@@ -318,7 +321,7 @@ class _Data:
         begins = np.cumsum([0, *map(_predicted, samples)]).tolist()
         left = len(drawn) - len(samples)
         notes = (f"{counted(left, 'sample')} left out: no token to predict",) if left else ()
-        return cls(samples, parts, list(names), begins, notes)
+        return cls(samples, parts, names, begins, notes)
 
     def damage(self, found: Predictions) -> Damage:
         """Over all samples."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from shardsurgeon._version import __version__
+from shardsurgeon.layerwise.parts import PartReport
 from shardsurgeon.pruning.analysis import ShownLayerReport, SuggestedCut
 from shardsurgeon.pruning.report import PlanReport
 from shardsurgeon.reports import Report
@@ -274,6 +275,22 @@ class BaselineReport(Report):
         return f"{self.model}: {self.metric} of {self.num_experts} experts in {scored}"
 
 
+@dataclass(frozen=True, slots=True)
+class ShownPartReport:
+    """One dataset of a mix, as PartReport has it, and how the scores of all serve it.
+
+    retained: ratio removed (as text) → the share of the part's own saliency that the experts have
+    which stay when the file's scores choose, the mean over the layers; None where a saliency is
+    below 0 or none is above.
+    """
+
+    name: str
+    source: str
+    records: int
+    tokens: int
+    retained: dict[str, float | None]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class ScoresReport(Report):
     """What a score file says. model: the model it was looked at with, None without one.
@@ -281,7 +298,8 @@ class ScoresReport(Report):
     metric: the one shown, of `metrics`; super_experts_known: whether the file has what they are
     told by; facts: small values beside the scores; calibration: settings of the run that made
     it, with the number of samples in place of their list, None without accumulators; notes: why
-    `plan` would refuse the metric.
+    `plan` would refuse the metric; parts: the datasets whose sums it keeps apart, where there are
+    several.
 
     >>> report = shardsurgeon.show_scores("fixtures/kimi_k25/scores.pt", "fixtures/kimi_k25")
     >>> report.title
@@ -299,6 +317,7 @@ class ScoresReport(Report):
     facts: dict[str, str | int | float | bool] = field(default_factory=dict)
     calibration: dict[str, object] | None = None
     notes: tuple[str, ...] = ()
+    parts: tuple[ShownPartReport, ...] = ()
 
     @property
     def title(self) -> str:
@@ -313,7 +332,8 @@ class WrittenScoresReport(Report):
     """A score file that was converted or merged.
 
     inputs: the files it came from; layers, metrics: what it holds; samples, tokens: of the
-    calibration in it, None without one; written: False where the file held this already.
+    calibration in it, None without one; written: False where the file held this already; parts:
+    the datasets whose sums it keeps apart, where there are several.
 
     >>> shardsurgeon.convert_scores("fixtures/kimi_k25/scores.pt", "scores.json")
     fixtures/kimi_k25/scores.pt -> scores.json
@@ -326,6 +346,8 @@ class WrittenScoresReport(Report):
     samples: int | None
     tokens: int | None
     written: bool = True
+    parts: tuple[PartReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -336,7 +358,7 @@ class WrittenScoresReport(Report):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BlendPartReport:
-    """A part of a blend.
+    """A part of a blend. file: the one that it is in, wholly or as one of several.
 
     weight: how often each of its tokens counts, 1 on average over the parts that count; retained,
     retained_equal: the share of its own saliency that the experts kept have under these weights,
@@ -356,7 +378,8 @@ class BlendReport(Report):
 
     objective: `weights` or `max-min`; metric: the one that shares are of; kept: how many experts
     stay in the largest layer, None where no count is given; metrics, layers: what the file holds;
-    written: False where it held this already.
+    written: False where it held this already; worst: the part that retains least, None where no
+    count is given.
 
     >>> import json
     >>> for name, sums in {"code": [3, 1, 2], "chat": [1, 4, 2]}.items():
@@ -376,6 +399,14 @@ class BlendReport(Report):
     layers: int
     metrics: tuple[str, ...]
     written: bool = True
+
+    figures: ClassVar[tuple[str, ...]] = ("worst",)
+
+    @property
+    def worst(self) -> str | None:
+        """The first of those that retain least."""
+        shares = {part.name: part.retained for part in self.parts if part.retained is not None}
+        return min(shares, key=lambda name: shares[name], default=None)
 
     @property
     def title(self) -> str:

@@ -1,8 +1,9 @@
-"""Calibration and the tools for score files, for notebooks and pipelines."""
+"""Calibration, the tools for score files and probes of a server, for notebooks and pipelines."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from shardsurgeon.layerwise.settings import Listener, Settings, Tokens
 from shardsurgeon.operations import blend, scores
@@ -14,6 +15,7 @@ from shardsurgeon.units import parse_size
 if TYPE_CHECKING:
     from shardsurgeon.layerwise.estimate import CalibrationEstimate
     from shardsurgeon.layerwise.request import CalibrationReport
+    from shardsurgeon.operations.probe_report import ProbeReport
 
 Dtype: TypeAlias = Literal["bfloat16", "float16", "float32", "float64"]
 
@@ -206,3 +208,80 @@ def estimate_calibration(
 
 def _nbytes(size: int | str | None, name: str) -> int | None:
     return parse_size(size, name) if isinstance(size, str) else size
+
+
+@public
+def probe(
+    url: str,
+    prompts: str,
+    out: AnyPath,
+    *,
+    samples: int | None = None,
+    against: AnyPath | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = -1,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    max_tokens: int = 2048,
+    sampling: Sequence[Mapping[str, Any]] = (),
+    detect: float = 0.02,
+    seed: int = 42,
+    field: str | None = None,
+    parallel: int = 32,
+    timeout: float = 600.0,
+    served_model: str | None = None,
+    against_model: str | None = None,
+    api_key_env: str | None = None,
+    against_key_env: str | None = None,
+    restart: bool = False,
+    force: bool = False,
+    progress: bool = False,
+) -> ProbeReport:
+    """Ask a server for free answers, count what is wrong with them, and write that as JSON.
+
+    url: of an OpenAI-compatible server, up to `/v1`. prompts: as the dataset of `calibrate`; of a
+    conversation the last answer is left out, a text is what a user says. samples: answers to each
+    setting, None for what prompts says, or 2000; more than there are records ask them again.
+    against: the original's server, which is asked the same, or the file of an earlier probe.
+    temperature to max_tokens: the base setting, all of which is sent; sampling: what each other
+    setting changes in it, as `[{"min_p": 0.05}]`. detect: the difference of shares that matters;
+    where the interval is wider nothing is said to be the same. seed: which records are asked, and
+    what the server draws. field: as for `calibrate`. parallel: questions at a time; timeout:
+    seconds for one answer. served_model, against_model: where a server has several. api_key_env,
+    against_key_env: the environment variables that hold the keys. restart: ask everything
+    again, as where another model is served under the same name; force: replace a probe of
+    something else, and drop its answers. progress: show a bar.
+
+    Answers are kept beside `out`, as `<name>.answers.jsonl`, those of the original's server as
+    `<name>.original.answers.jsonl`; what is there is not asked again. Raises children of
+    InputError for what cannot be used, NetworkError where a server fails; the answers stay.
+
+    >>> try:
+    ...     shardsurgeon.probe("http://127.0.0.1:8000/v1", "nowhere.jsonl", "probe.json")
+    ... except shardsurgeon.InputError as error:
+    ...     print(error)
+    nowhere.jsonl: there is no such file; check the path
+    """
+    from shardsurgeon.operations.probe import ProbeRequest
+    from shardsurgeon.operations.probe import probe as asked
+    from shardsurgeon.operations.prompts import Sampling
+
+    request = ProbeRequest(
+        prompts,
+        samples,
+        Sampling(temperature, top_p, top_k, min_p, repetition_penalty, max_tokens),
+        sampling,
+        against,
+        detect,
+        seed,
+        parallel,
+        timeout,
+        field,
+        served_model,
+        against_model,
+        api_key_env,
+        against_key_env,
+    )
+    with bars(progress):
+        return asked(url, request, out, restart=restart, force=force)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations, product
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -23,14 +25,21 @@ from shardsurgeon.layerwise.calibration_file import (
     merge,
     read_calibration,
 )
+from shardsurgeon.operations.parts import parts_of, shown_parts
 from shardsurgeon.operations.reports import (
     BaselineReport,
     RouterScoresReport,
     ScoreLayerReport,
     ScoresReport,
+    ShownPartReport,
     WrittenScoresReport,
 )
-from shardsurgeon.pruning.agreement import ComparisonReport, compare
+from shardsurgeon.pruning.agreement import (
+    ComparisonReport,
+    NamedScores,
+    compare,
+    compare_parts,
+)
 from shardsurgeon.pruning.analysis import (
     ScoreAnalysis,
     main_layers,
@@ -100,7 +109,16 @@ def show_scores(
         facts=dict(scores.facts),
         calibration=None if calibration is None else _settings_summary(calibration),
         notes=_notes(with_row_names(scores), analysis.metric),
+        parts=_shown_parts(scores, calibration, analysis.metric),
     )
+
+
+def _shown_parts(
+    scores: Scores, calibration: Calibration | None, metric: str
+) -> tuple[ShownPartReport, ...]:
+    if calibration is None or not calibration.parts:
+        return ()
+    return shown_parts(calibration, scores.select(metric)[1], metric)
 
 
 def _notes(scores: Scores, metric: str) -> tuple[str, ...]:
@@ -205,7 +223,9 @@ def compare_scores(
     """How well two score files agree on the order of each layer's experts.
 
     ratios: fractions removed at which the keep-lists are compared; metrics: one for both files or
-    one for each, none for the one that `plan` would take. Raises ScoreError where the files have no
+    one for each, none for the one that `plan` would take. Parts that the files keep apart are
+    compared as well, those of one with those of the other; a file with itself: each of its parts
+    with each other. Raises ScoreError where the files have no
     layer in common or different numbers of experts in one.
 
     >>> scores = "fixtures/kimi_k25/scores.pt"
@@ -217,7 +237,25 @@ def compare_scores(
     if len(metrics) > 2:
         raise UsageError("--metric", f"{len(metrics)} metrics for two files", "give one or two")
     wanted = (metrics[0], metrics[-1]) if metrics else (None, None)
-    return compare(read_scores(a), read_scores(b), ratios, wanted)
+    scores = read_scores(a), read_scores(b)
+    report = compare(*scores, ratios, wanted)
+    parts = [
+        _parts_of_file(file) or {"all": whole} for file, whole in zip((a, b), scores, strict=True)
+    ]
+    if max(map(len, parts)) == 1:
+        return report
+    used = (report.metric_a, report.metric_b)
+    pairs: Iterable[tuple[NamedScores, NamedScores]]
+    if str(a) == str(b) and used[0] == used[1]:
+        pairs = combinations(parts[0].items(), 2)
+    else:
+        pairs = product(parts[0].items(), parts[1].items())
+    return replace(report, parts=compare_parts(pairs, ratios, used))
+
+
+def _parts_of_file(file: Path) -> dict[str, Scores]:
+    calibration = find_calibration(file)
+    return {} if calibration is None else parts_of(calibration)
 
 
 def scores_from_router(
@@ -373,7 +411,7 @@ def _content(scores: Scores, calibration: Calibration | None) -> ScoreContent:
         layers[layer] = {**layers.get(layer, {}), **metrics}
     own = ("format", "version", TOTAL_TOKENS)
     facts = {key: fact for key, fact in scores.facts.items() if key not in own}
-    return ScoreContent(layers, {}, facts, added.accumulators, added.calibration)
+    return replace(added, layers=layers, facts=facts)
 
 
 def _written(
@@ -385,6 +423,7 @@ def _written(
     written: bool,
 ) -> WrittenScoresReport:
     samples = None if calibration is None else calibration.samples
+    lacking = "" if calibration is None else calibration.lacks_parts
     return WrittenScoresReport(
         inputs=tuple(map(str, files)),
         out=str(out),
@@ -393,4 +432,6 @@ def _written(
         samples=None if calibration is None else calibration.num_samples,
         tokens=None if samples is None else sum(sample[2] for sample in samples),
         written=written,
+        parts=() if calibration is None else calibration.parts,
+        notes=(f"{out} {lacking}",) if lacking else (),
     )

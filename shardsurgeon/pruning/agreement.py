@@ -6,7 +6,7 @@ Two rank correlations per layer, and what the keep-lists of both files share at 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -22,6 +22,7 @@ from shardsurgeon.scores.table import Scores
 from shardsurgeon.units import counted
 
 Values = NDArray[np.float64]
+NamedScores = tuple[str, Scores]
 
 # Below this, comparing each with each is quicker than dividing further.
 _FEW = 64
@@ -55,12 +56,27 @@ class ComparedLayerReport:
     overlaps: dict[str, OverlapReport]
 
 
+@dataclass(frozen=True, slots=True)
+class ComparedPartsReport:
+    """How the scores of two parts of the data agree: the means over the layers.
+
+    a, b: the parts' names, "all" for a file that has one; the rest is as in ComparedLayerReport.
+    """
+
+    a: str
+    b: str
+    spearman: float | None
+    kendall: float | None
+    overlaps: dict[str, OverlapReport]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class ComparisonReport(Report):
     """How two score files agree in the layers that both have.
 
     mean: over those layers, with "mean" as its `layer`; only_a, only_b: layers that one file
-    alone has.
+    alone has; parts: every dataset of one file beside every dataset of the other, of files that
+    keep the sums of several apart; of one file and itself, every two.
 
     >>> scores = "fixtures/kimi_k25/scores.pt"
     >>> shardsurgeon.compare_scores(scores, scores).mean.overlaps["0.5"].jaccard
@@ -76,6 +92,7 @@ class ComparisonReport(Report):
     mean: ComparedLayerReport
     only_a: tuple[int | str, ...] = ()
     only_b: tuple[int | str, ...] = ()
+    parts: tuple[ComparedPartsReport, ...] = ()
 
     @property
     def title(self) -> str:
@@ -119,6 +136,20 @@ def compare(
     )
 
 
+def compare_parts(
+    pairs: Iterable[tuple[NamedScores, NamedScores]],
+    ratios: Sequence[float],
+    metrics: tuple[str, str],
+) -> tuple[ComparedPartsReport, ...]:
+    """How the scores of each pair of parts agree; a pair that lacks its metrics is left out."""
+    found = []
+    for (a, one), (b, other) in pairs:
+        if metrics[0] in (*one.metrics, *one.rows) and metrics[1] in (*other.metrics, *other.rows):
+            mean = compare(one, other, ratios, metrics).mean
+            found.append(ComparedPartsReport(a, b, mean.spearman, mean.kendall, mean.overlaps))
+    return tuple(found)
+
+
 def spearman(a: Values, b: Values) -> float | None:
     """Spearman's rho of two scorings of the same experts, -1 to 1.
 
@@ -159,7 +190,7 @@ def overlap(a: Values, b: Values, kept: int) -> OverlapReport:
 
     a, b: float64 [experts]; kept: 1 to experts.
     """
-    common = len(_keep_list(a, kept) & _keep_list(b, kept))
+    common = len(keep_list(a, kept) & keep_list(b, kept))
     return OverlapReport(kept, common / kept, common / (2 * kept - common))
 
 
@@ -199,7 +230,8 @@ def _mean(layers: Sequence[ComparedLayerReport]) -> ComparedLayerReport:
     )
 
 
-def _keep_list(values: Values, kept: int) -> set[int]:
+def keep_list(values: Values, kept: int) -> set[int]:
+    """The `kept` most salient experts; values: float64 [experts]."""
     # As `select` chooses: a stable sort puts the lower id first among equals.
     return set(np.argsort(-_order(values), kind="stable")[:kept].tolist())
 

@@ -25,7 +25,7 @@ from shardsurgeon.checkpoint.recognition import SCORES, is_well_known
 from shardsurgeon.checkpoint.wrong_files import require_file
 from shardsurgeon.errors import HeaderError, ScoreError, ShardSurgeonError, UsageError, install
 from shardsurgeon.scores.shapes import flat_metric, read_tables, small_facts
-from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, UNNAMED, Fact, Scores
+from shardsurgeon.scores.table import ACCUMULATORS, CALIBRATION, PARTS, UNNAMED, Fact, Scores
 from shardsurgeon.storage.files import Output, output_path
 from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray, decode
 from shardsurgeon.storage.formats.npz import read_npz
@@ -78,13 +78,15 @@ class ScoreContent:
     layers: layer → metric → [experts], or one number for the whole layer; rows: metric →
     [MoE layers, experts], of scores that name no layers; facts: small values beside them.
     accumulators: layer → name → array, and calibration: plain values, of a file that a
-    calibration made and that can be merged with another.
+    calibration made and that can be merged with another; parts: layer → name → array with an axis
+    of parts in front, where it is over a mix of datasets.
     """
 
     layers: Table = field(default_factory=dict)
     rows: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     facts: Mapping[str, Fact] = field(default_factory=dict)
     accumulators: Table = field(default_factory=dict)
+    parts: Table = field(default_factory=dict)
     calibration: Mapping[str, object] | None = None
 
 
@@ -298,11 +300,11 @@ _READERS: dict[str, Callable[[Path, str], _Held]] = {
 def score_file(path: str | PathLike[str], content: ScoreContent) -> bytes:
     """The bytes of a score file of that name, whose ending is not torch.save's.
 
-    `.safetensors` and `.npz` hold an array `layers.<n>.<metric>` for each metric and
-    `accumulators.layers.<n>.<name>` for each accumulator; what lies beside them is metadata, in
-    an `.npz` an array of that name with the UTF-8 of a JSON object. JSON holds the nested
-    objects that `.pt` files hold, with lists for arrays. The numbers survive all of them to the
-    last bit. The same content gives the same bytes.
+    `.safetensors` and `.npz` hold an array `layers.<n>.<metric>` for each metric,
+    `accumulators.layers.<n>.<name>` for each accumulator, and `parts.layers.<n>.<name>` for those
+    of the parts; what lies beside them is metadata, in an `.npz` an array of that name with the
+    UTF-8 of a JSON object. JSON holds the nested objects that `.pt` files hold, with lists for
+    arrays. The numbers survive all of them to the last bit. The same content gives the same bytes.
 
     Raises UsageError for a metric whose name such a file cannot keep.
     """
@@ -352,9 +354,10 @@ def _flat(path: str | PathLike[str], content: ScoreContent) -> Iterator[tuple[st
                 problem = f"metric {metric!r} could not be told from a part of its tensor's name"
                 raise UsageError(path, problem, "write .json or .pt")
             yield name, row
-    for layer, sums in content.accumulators.items():
-        for name, array in sums.items():
-            yield f"{ACCUMULATORS}.layers.{layer}.{name}", array
+    for kind, table in ((ACCUMULATORS, content.accumulators), (PARTS, content.parts)):
+        for layer, sums in table.items():
+            for name, array in sums.items():
+                yield f"{kind}.layers.{layer}.{name}", array
 
 
 def _json(path: str | PathLike[str], content: ScoreContent) -> bytes:
@@ -393,8 +396,9 @@ def _tree(content: ScoreContent) -> dict[str, Any]:
         named = {"scores" if name == UNNAMED else name: row for name, row in content.rows.items()}
         return {**tree, **named}
     tree["scores"] = {layer: dict(metrics) for layer, metrics in content.layers.items()}
-    if content.accumulators:
-        tree[ACCUMULATORS] = {layer: dict(sums) for layer, sums in content.accumulators.items()}
+    for kind, table in ((ACCUMULATORS, content.accumulators), (PARTS, content.parts)):
+        if table:
+            tree[kind] = {layer: dict(sums) for layer, sums in table.items()}
     return tree
 
 

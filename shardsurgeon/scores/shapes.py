@@ -17,7 +17,7 @@ from shardsurgeon.errors import ScoreError
 from shardsurgeon.scores.list_names import are_records, layer_of, list_meaning, ranking_in
 from shardsurgeon.scores.rankings import RankingOrder, is_ranking, saliency_of
 from shardsurgeon.scores.records import by_layer
-from shardsurgeon.scores.table import ACCUMULATORS, UNNAMED, Fact, Scores, Vector
+from shardsurgeon.scores.table import ACCUMULATORS, PARTS, UNNAMED, Fact, Scores, Vector
 from shardsurgeon.storage.formats.dtypes import StoredArray
 from shardsurgeon.storage.formats.strict_json import Repeated, is_text, is_whole_number
 from shardsurgeon.storage.limits import MAX_EXPERTS, MAX_LAYERS, MAX_NUMBERS
@@ -373,7 +373,7 @@ def _metric(rest: str) -> str:
 
 
 def _is_accumulator(key: object) -> bool:
-    return isinstance(key, str) and key.startswith(f"{ACCUMULATORS}.")
+    return isinstance(key, str) and key.startswith((f"{ACCUMULATORS}.", f"{PARTS}.layers."))
 
 
 def _is_vector(shape: tuple[int, ...]) -> bool:

@@ -32,8 +32,10 @@ _ALSO_CALLED = {"man": "ean_mean"}
 # How often an expert was routed to: reap-mlx's word, llama.cpp's and REAP's, which goes before.
 _FREQUENCIES = ("active_token_count", "cnt", "expert_frequency")
 
-# Where a file keeps what its scores were added up from, and how. Neither is a score.
+# Where a file keeps what its scores were added up from, of all samples and of each part of a mix,
+# and how. None of it is a score.
 ACCUMULATORS = "accumulators"
+PARTS = "parts"
 CALIBRATION = "calibration"
 
 

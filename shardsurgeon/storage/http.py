@@ -91,20 +91,31 @@ def plain_client() -> Any:
 
 
 @contextmanager
-def answer(client: Any, url: str, headers: Mapping[str, str], policy: RetryPolicy) -> Iterator[Any]:
-    """The response to a GET, its body unread; one that redirects is not followed.
+def answer(
+    client: Any,
+    url: str,
+    headers: Mapping[str, str],
+    policy: RetryPolicy,
+    content: bytes | None = None,
+    silence: float | None = None,
+) -> Iterator[Any]:
+    """The response to a GET, or to a POST of `content`, its body unread; one that redirects is not
+    followed.
 
-    Raises RetryableError, also while the body is read, where another try may succeed: a server is
-    busy, a connection is refused, cut, silent for huggingface_hub's download timeout, or slower
-    than the policy's least rate. Raises NetworkError where none will: for a certificate that is
-    not accepted, and an address that cannot be asked.
+    silence: for how many seconds the server may say nothing, None for huggingface_hub's download
+    timeout. Raises RetryableError, also while the body is read, where another try may succeed: a
+    server is busy, a connection is refused, cut, silent for too long, or slower than the policy's
+    least rate. Raises NetworkError where none will: for a certificate that is not accepted, and an
+    address that cannot be asked.
     """
+    longest = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     try:
         with guarded(client).stream(
-            "GET",
+            "GET" if content is None else "POST",
             url,
+            content=content,
             headers={**headers, "Accept-Encoding": "identity"},
-            timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT),
+            timeout=HTTP_LIBRARY.Timeout(longest, read=silence or longest),
             follow_redirects=False,
             extensions=terms(policy),
         ) as response:

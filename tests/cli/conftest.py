@@ -6,7 +6,17 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import run as calibration
-from shardsurgeon.operations import apply, blend, evaluate, inspect, prune, push, scores, verify
+from shardsurgeon.operations import (
+    apply,
+    blend,
+    evaluate,
+    inspect,
+    probe,
+    prune,
+    push,
+    scores,
+    verify,
+)
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, FakePruning, Run
 
 
@@ -20,6 +30,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (verify, "verify"),
         (push, "push"),
         (evaluate, "evaluate"),
+        (probe, "probe"),
     ):
         monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(prune, "compare", operations_.compare)

@@ -21,6 +21,7 @@ from shardsurgeon.layerwise.estimate import CalibrationEstimate
 from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.evaluation_report import EvaluationReport
 from shardsurgeon.operations.families import FamiliesReport
+from shardsurgeon.operations.probe_report import ProbeReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
@@ -56,6 +57,7 @@ COMMANDS: dict[str, type[Report]] = {
     "calibrate": CalibrationReport,
     "calibrate --dry-run": CalibrationEstimate,
     "evaluate": EvaluationReport,
+    "probe": ProbeReport,
     "run": RunReport,
     "families": FamiliesReport,
     "env": EnvReport,

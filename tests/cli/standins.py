@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ from shardsurgeon.operations.evaluation_report import (
     EvaluationReport,
     PartDamage,
 )
+from shardsurgeon.operations.probe_report import (
+    OriginalReport,
+    ProbeReport,
+    RefusedReport,
+    SettingReport,
+    failure,
+)
+from shardsurgeon.operations.prompts import Sampling
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
@@ -291,6 +299,42 @@ ESTIMATED = CalibrationEstimate(
     notes=("a note",),
 )
 
+PROBED = ProbeReport(
+    out="probe.json",
+    url="http://gpu:8000/v1",
+    model="K2.5-72",
+    prompts="chats.jsonl",
+    records=1000,
+    samples=2000,
+    seed=42,
+    detect=0.02,
+    prompts_sha256="0123456789abcdef",
+    request="fedcba9876543210",
+    answers_file="probe.answers.jsonl",
+    original=OriginalReport("http://gpu:8001/v1", "K2.5", "probe.original.answers.jsonl"),
+    settings=(
+        SettingReport(
+            "base",
+            asdict(Sampling()),
+            1999,
+            1,
+            (
+                failure("loops", 144, 1999, (72, 2000), None, 0.02),
+                failure("cut by length", 160, 1999, (150, 2000), None, 0.02),
+                failure("empty", 0, 1999, (1, 2000), None, 0.02),
+            ),
+        ),
+        SettingReport(
+            "min_p=0.05",
+            asdict(Sampling(min_p=0.05)),
+            2000,
+            0,
+            (failure("loops", 60, 2000, (70, 2000), (144, 1999), 0.02),),
+        ),
+    ),
+    refusals=(RefusedReport("http://gpu:8000/v1", "chats.jsonl, record 7", "400 Bad Request"),),
+)
+
 
 def damage(perplexity: float, kl: float, agreement: float) -> Damage:
     """Of so many tokens that no other stand-in has."""
@@ -343,6 +387,7 @@ class FakeOperations:
     rehearse: Any = ESTIMATED
     push: Any = PUSHED
     evaluate: Any = EVALUATED
+    probe: Any = PROBED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def answer(self, name: str) -> Callable[..., Any]:

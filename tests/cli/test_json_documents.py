@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shardsurgeon.cli.main import cli, main
 from tests.cli.report_schema import COMMANDS, SCHEMA_FILE, as_file, require_valid
 from tests.cli.test_refusals import ROOT
 from tests.layerwise.files import calibration
+from tests.support.completions import ScriptedServer
 
 TAKE = ("scores.pt", "--model", "model")
 # Of every command that reads no weights of a running model and needs no Hub, several ways.
@@ -46,6 +48,17 @@ SESSIONS = {
     "scores from-weights": [("model", "-o", "weights.npz")],
     "scores random": [("model", "-o", "random.npz")],
     "calibrate --dry-run": [("model",), ("model", "--device", "cpu", "--memory", "1MB")],
+    "probe": [
+        ("SERVER", "--prompts", "chats.txt", "--samples", "3", "-o", "probe.json"),
+        (
+            *("SERVER", "--prompts", "chats.txt", "--samples", "3", "-o", "second.json"),
+            *("--against", "probe.json", "--sampling", "min_p=0.1"),
+        ),
+        (
+            *("SERVER", "--prompts", "chats.txt", "--samples", "3", "-o", "third.json"),
+            *("--against", "probe.json", "--detect", "0.9"),
+        ),
+    ],
     "run": [("recipe.toml",)],
     "families": [()],
     "env": [()],
@@ -71,6 +84,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "fixtures" / "qwen3_moe", "model")
     shutil.copytree(ROOT / "fixtures" / "kimi_k2", "other")
     shutil.copy("model/scores.pt", "scores.pt")
+    Path("chats.txt").write_text("How are you?\nWhat is a shard?\n")
     Path("recipe.toml").write_text(
         'model = "model"\n[plan]\nscores = "scores.pt"\nratio = [0.25, 0.5]\n'
         '[apply]\nscores = "scores.pt"\nratio = 0.5\nout = "by-recipe"\n'
@@ -79,6 +93,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, name in enumerate(("one.npz", "two.npz"), start=1):
         write_scores(name, calibration(number).content())
     return tmp_path
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer(lambda question: "Fine.") as found:
+        yield found
 
 
 def commands(group: click.Group, path: str = "") -> dict[str, click.Command]:
@@ -108,11 +128,12 @@ def test_every_command_with_json_has_a_schema() -> None:
 
 @pytest.mark.parametrize("name", SESSIONS)
 def test_what_a_command_prints_is_as_the_schema_says(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str, server: ScriptedServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words in SESSIONS[name]:
         capsys.readouterr()
-        status = main([*name.split(), *words, "--json"])
+        given = (word.replace("SERVER", server.url) for word in words)
+        status = main([*name.split(), *given, "--json"])
         document = json.loads(capsys.readouterr().out)
         require_valid(document, name)
         assert ("error" in document) == (status != 0)

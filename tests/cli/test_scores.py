@@ -193,6 +193,7 @@ def test_a_blend_reads_well(run: Run) -> None:
         "  ----  ------  --------  ----------\n"
         "  code   1.333     81.2%       75.0%\n"
         "  chat  0.6667     80.0%       90.0%\n"
+        "  worst part    chat\n"
     )
 
 

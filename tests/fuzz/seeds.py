@@ -187,8 +187,8 @@ def _tables() -> dict[str, object]:
 
 
 def scores_jsons() -> list[bytes]:
-    """Tables by layer and by row, and a calibration."""
-    tables = [json.dumps(one).encode() for one in (*_tables().values(), _calibration())]
+    """Tables by layer and by row, and calibrations of one dataset and of two."""
+    tables = [json.dumps(one).encode() for one in (*_tables().values(), _calibration(), _mix())]
     lines = b'{"layer": 3, "ranking": [1, 0]}\n{"layer": 4, "ranking": [0, 1]}\n'
     return [*tables, lines, b"\xef\xbb\xbf[[1,2],[3,4]]"]
 
@@ -213,15 +213,27 @@ def evaluations() -> list[bytes]:
     return [EVALUATED.file()]
 
 
+def _mix() -> dict[str, Any]:
+    """The same calibration, of which a third is another dataset."""
+    made = _calibration()
+    own = {name: [[1, 0], [2, 0]] for name in made["accumulators"]["3"]}
+    made["calibration"]["samples"] = [["c4", 0, 3], ["org/code(train)", 0, 6]]
+    return {**made, "parts": {"3": {**own, "total_tokens": [3, 6]}}}
+
+
 def scores_safetensors() -> list[bytes]:
     """The same as tensors."""
     arrays = {"3.reap": np.array([0.5, 1.5], "f4"), "3.expert_frequency": np.array([1, 0])}
     made = _calibration()
     sums = {f"accumulators.layers.3.{n}": np.array(v) for n, v in made["accumulators"]["3"].items()}
     said = {"version": "1", "calibration": json.dumps(made["calibration"])}
+    mix = _mix()
+    parts = {f"parts.layers.3.{n}": np.array(v) for n, v in mix["parts"]["3"].items()}
+    mixed = {**said, "calibration": json.dumps(mix["calibration"]), "format": mix["format"]}
     return [
         safetensors.numpy.save(arrays, {"total_tokens": "12"}),
         safetensors.numpy.save({**arrays, **sums}, {"format": made["format"], **said}),
+        safetensors.numpy.save({**arrays, **sums, **parts}, mixed),
         safetensors.numpy.save({"scores": np.ones((2, 3), "f2")}),
         *map(_vector_of, ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "U64", "C64")),
     ]

@@ -289,6 +289,7 @@ def _calibration(path: Path) -> None:
         again = path.with_name("again.json")
         again.write_bytes(score_file(again, found.content()))
         assert read_calibration(again).content().accumulators.keys() == found.layers.keys()
+        assert read_calibration(again).parts == found.parts
 
 
 # torch.save's files

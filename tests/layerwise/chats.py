@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +49,7 @@ def write_chats(path: Path, count: int = 12, seed: int = 1) -> Path:
     return path
 
 
-def words(model: str, dataset: Path, out: Path, *more: str) -> list[str]:
+def words(model: str, dataset: Path | str, out: Path, *more: str) -> list[str]:
     """A command line: 12 samples of at most 48 tokens."""
     place = str(FIXTURES / model)
     options = ["--max-length", "48", "-o", str(out), *more]
@@ -61,9 +63,15 @@ def sums(path: Path) -> dict[int, Accumulators]:
     return read_calibration(path).layers
 
 
-def assert_same(one: dict[int, Accumulators], other: dict[int, Accumulators], rtol: float) -> None:
+def assert_same(
+    one: Mapping[Any, Accumulators], other: Mapping[Any, Accumulators], rtol: float
+) -> None:
+    """The same sums, of all samples and of each part, as far as `other` knows its parts."""
     assert one.keys() == other.keys()
     for layer, found in one.items():
         wanted = other[layer].arrays()
         for name, array in found.arrays().items():
             np.testing.assert_allclose(array, wanted[name], rtol=rtol, err_msg=f"{layer} {name}")
+        parts = other[layer].parts
+        if parts is not None:
+            assert_same(found.parts or {}, parts, rtol)

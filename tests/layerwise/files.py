@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.calibration_file import Calibration
+from shardsurgeon.layerwise.datasets import identity
 
 EXPERTS = 6
 
@@ -42,3 +45,15 @@ def calibration(
     }
     layers = {layer: sums(10 * number + layer) for layer in (1, 2, 5)}
     return Calibration(f"{number}.pt", layers, {**known, **settings})
+
+
+def mixed(number: int, *sources: str, **settings: object) -> Calibration:
+    """A calibration of these datasets, two samples of each, with the sums of each."""
+    samples: list[list[object]] = []
+    layers = {layer: Accumulators.zeros(EXPERTS) for layer in (1, 2, 5)}
+    for place, source in enumerate(sorted(sources, key=identity)):
+        samples += [[source, 2 * number, 60], [source, 2 * number + 1, 40]]
+        for layer, of in layers.items():
+            of.add(sums(100 * number + 10 * place + layer).of_one(identity(source)))
+    whole = calibration(number, samples, **settings)
+    return replace(whole, layers=layers)

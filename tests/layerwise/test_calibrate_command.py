@@ -16,7 +16,7 @@ from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import engine, settings
 from shardsurgeon.layerwise import run as calibration
 from shardsurgeon.layerwise.calibration_file import read_calibration
-from shardsurgeon.layerwise.resume import PartialCalibration
+from shardsurgeon.layerwise.resume import Partial
 from shardsurgeon.scores.files import read_scores
 from tests.cli.report_schema import require_valid
 from tests.cli.standins import in_python
@@ -192,7 +192,7 @@ def test_a_calibration_whose_result_is_there_is_done(
     command = words(MODEL, fresh, Path("scores.pt"), *more)
     # A kill between the result and the end leaves the work beside it.
     with monkeypatch.context() as killed:
-        killed.setattr(PartialCalibration, "clear", lambda self: None)
+        killed.setattr(Partial, "clear", lambda self: None)
         assert main(command) == 0
     assert Path("scores.pt.partial").is_dir()
     before, stamp = Path("scores.pt").read_bytes(), Path("scores.pt").stat().st_mtime_ns

@@ -65,16 +65,16 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def assert_close(one: dict[int, Accumulators], other: dict[int, Accumulators]) -> None:
     assert one.keys() == other.keys()
     for layer in one:
-        for field in fields(Accumulators):
-            ours, theirs = (getattr(found[layer], field.name) for found in (one, other))
-            np.testing.assert_allclose(ours, theirs, rtol=2e-6, err_msg=f"{layer} {field.name}")
+        theirs = other[layer].arrays()
+        for name, ours in one[layer].arrays().items():
+            np.testing.assert_allclose(ours, theirs[name], rtol=2e-6, err_msg=f"{layer} {name}")
 
 
 def assert_same(one: dict[int, Accumulators], other: dict[int, Accumulators]) -> None:
     for layer in one:
-        for field in fields(Accumulators):
-            ours, theirs = (getattr(found[layer], field.name) for found in (one, other))
-            assert np.array_equal(ours, theirs), (layer, field.name)
+        theirs = other[layer].arrays()
+        for name, ours in one[layer].arrays().items():
+            assert np.array_equal(ours, theirs[name]), (layer, name)
 
 
 def sizes(folder: Path) -> ModelSize:

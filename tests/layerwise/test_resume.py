@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardsurgeon.cli.main import main
@@ -16,6 +17,8 @@ from shardsurgeon.layerwise import saving
 from shardsurgeon.layerwise.accumulators import Accumulators
 from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.calibration_file import merge, read_calibration
+from shardsurgeon.operations.blend import blend_scores
+from shardsurgeon.scores.files import read_scores
 from tests.cli.standins import in_python
 from tests.layerwise.chats import FIXTURES, assert_same, sums, words, write_chats
 
@@ -101,6 +104,72 @@ def test_a_killed_run_resumes_to_the_same_sums(
     assert main(command) == 0
     assert_same(sums(out), uninterrupted, rtol=1e-12)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+@pytest.fixture(scope="module")
+def mix(chats: Path) -> str:
+    """Two datasets, of which 5 and 7 samples are drawn."""
+    other = write_chats(chats.with_name("other.jsonl"), seed=2)
+    return f"{chats}:5,{other}:7"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_run_over_a_mix_resumes_to_the_same_bytes(tmp_path: Path, mix: str) -> None:
+    whole, out = tmp_path / "whole.json", tmp_path / "scores.json"
+    command = words(MODEL, mix, out, "--dtype", "float32")
+    assert main(words(MODEL, mix, whole, "--dtype", "float32")) == 0
+    kill(command, "keep", 3, "before")
+    assert main(command) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    calibration = read_calibration(out)
+    assert [(part.name, part.records) for part in sorted(calibration.parts, key=str)] == [
+        ("chats", 5),
+        ("other", 7),
+    ]
+    # All samples in one run are the parts with equal weights, but for the order of additions.
+    blend_scores([out], tmp_path / "blend.json", weights={"chats": 1, "other": 1})
+    layers = read_scores(out).layers
+    for layer, metrics in read_scores(tmp_path / "blend.json").layers.items():
+        for metric, row in metrics.items():
+            np.testing.assert_allclose(row, layers[layer][metric], rtol=1e-12, err_msg=metric)
+
+
+def test_a_mix_in_shares_or_dataset_by_dataset_has_the_sums_of_each_part(
+    tmp_path: Path, mix: str
+) -> None:
+    def run(dataset: str, name: str, *more: str) -> dict[int, Accumulators]:
+        out = tmp_path / name
+        assert main([*words(MODEL, dataset, out, "--dtype", "float64"), *more]) == 0
+        return sums(out)
+
+    whole = run(mix, "whole.json")
+    assert {len(of.parts or {}) for of in whole.values()} == {2}
+    for share in ("1/2", "2/2"):
+        run(mix, f"{share[0]}.json", "--share", share)
+    merged = merge([read_calibration(tmp_path / f"{n}.json") for n in (1, 2)], "merged.json")
+    assert_same(merged.layers, whole, rtol=1e-12)
+    first, _, second = mix.partition(",")
+    alone = run(first, "first.json", "--samples", "5")
+    assert {of.parts for of in alone.values()} == {None}
+    more = ("--samples", "7", "--extend", str(tmp_path / "first.json"))
+    assert_same(run(second, "extended.json", *more), whole, rtol=1e-12)
+
+
+def test_a_mix_of_an_earlier_version_is_extended_without_parts_which_is_said(
+    tmp_path: Path, mix: str, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, out = tmp_path / "old.json", tmp_path / "scores.json"
+    assert main(words(MODEL, mix, old, "--dtype", "float32")) == 0
+    tree = json.loads(old.read_text())
+    del tree["parts"]
+    old.write_text(json.dumps(tree))
+    command = words(MODEL, chats, out, "--samples", "2", "--extend", str(old), "--json")
+    capsys.readouterr()
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    said = f"{out} does not keep the sums of its 2 datasets apart: an earlier version"
+    assert report["parts"] == [] and report["notes"][-1].startswith(said)
+    assert "parts" not in json.loads(out.read_text())
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str], after: int = 1) -> None:

@@ -74,12 +74,14 @@ def test_two_processes_find_the_sums_of_one(
 ) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     given = ["--dtype", "float64", "--progress"]
-    assert main(words(MODEL, chats, two, *given)) == 0
+    mix = f"{chats}:9,{write_chats(chats.with_name('other.jsonl'), seed=2)}:3"
+    assert main(words(MODEL, mix, two, *given)) == 0
     captured = capsys.readouterr()
     assert "on cpu, cpu" in captured.out
     assert "error" not in captured.err and captured.err.count("calibrating") >= 1
     monkeypatch.setattr(run, "devices", processes.devices)
-    assert main(words(MODEL, chats, one, *given)) == 0
+    assert main(words(MODEL, mix, one, *given)) == 0
+    assert {len(of.parts or {}) for of in sums(one).values()} == {2}
     assert_same(sums(two), sums(one), rtol=1e-12)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from shardsurgeon.errors import InputError, UsageError
+from shardsurgeon.errors import InputError, ScoreError, UsageError
+from shardsurgeon.layerwise.calibration_file import merge
 from shardsurgeon.operations.blend import blend_scores
 from shardsurgeon.operations.scores import merge_scores
 from shardsurgeon.scores.files import read_scores, write_scores
 from shardsurgeon.scores.table import Fact
-from tests.layerwise.files import calibration
+from tests.layerwise.files import calibration, mixed
 from tests.operations.test_scores import observed
 
 
@@ -38,6 +42,79 @@ def test_two_halves_of_equal_weight_are_the_merged_calibration() -> None:
     for layer, metrics in merged.layers.items():
         for metric, row in ((metric, metrics[metric]) for metric in weighed):
             np.testing.assert_array_equal(blended.layers[layer][metric], row)
+
+
+def mix(name: str, *numbers: int) -> None:
+    """One file of several datasets, of which each is a calibration of its own as well."""
+    parts = [mixed(number, f"org/{'?abc'[number]}(train)") for number in numbers]
+    for number, part in zip(numbers, parts, strict=True):
+        write_scores(f"{'?abc'[number]}.npz", part.content())
+    whole = merge(parts, name) if len(parts) > 1 else parts[0]
+    write_scores(name, whole.content())
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.permutations([1, 2, 3]), st.floats(1e-3, 1e3))
+def test_parts_of_one_file_with_equal_weights_are_the_file(
+    numbers: list[int], weight: float
+) -> None:
+    mix("mix.npz", *numbers)
+    report = blend_scores(
+        ["mix.npz"], "blend.npz", weights=dict.fromkeys("cab", weight), force=True
+    )
+    assert [(part.name, part.file) for part in report.parts] == [(n, "mix.npz") for n in "abc"]
+    whole, blended = read_scores("mix.npz"), read_scores("blend.npz")
+    assert blended.tokens == whole.tokens
+    for layer, metrics in blended.layers.items():
+        for metric, row in metrics.items():
+            np.testing.assert_array_equal(whole.layers[layer][metric], row)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"weights": {"a": 2, "b": 1, "c": 0.5}, "keep": 2},
+        {"objective": "max-min", "ratio": 0.5},
+        {"objective": "max-min", "keep": 2, "metric": "ean_mean"},
+    ],
+)
+def test_parts_of_one_file_blend_as_files_of_their_own(how: dict[str, Any]) -> None:
+    mix("mix.npz", 1, 2, 3)
+    one = blend_scores(["mix.npz"], "one.npz", **how)
+    other = blend_scores(["a.npz", "b.npz", "c.npz"], "other.npz", **how)
+    assert Path("one.npz").read_bytes() == Path("other.npz").read_bytes()
+    assert one.worst == other.worst
+    shares = {part.name: part.retained or 0 for part in one.parts}
+    assert shares == {part.name: part.retained for part in other.parts}
+    assert one.worst == min(shares, key=lambda name: shares[name])
+    if "objective" in how:
+        assert min(shares.values()) >= min(part.retained_equal or 0 for part in one.parts)
+
+
+def test_the_parts_of_several_files_are_told_apart_by_their_files() -> None:
+    mix("mix.npz", 1, 2)
+    write_scores("more.npz", mixed(5, "org/a(train)", "org/d(train)").content())
+    names = ["mix:a", "b", "more:a", "d", "code"]
+    report = blend_scores(
+        ["mix.npz", "more.npz", "code.npz"], "blend.npz", weights=dict.fromkeys(names, 1)
+    )
+    assert [part.name for part in report.parts] == names
+    with pytest.raises(
+        UsageError, match="'a' is no part; give one for each of mix:a, b, more:a, d"
+    ):
+        blend_scores(["mix.npz", "more.npz"], "blend.npz", weights={"a": 1})
+
+
+def test_a_file_that_does_not_know_its_parts_is_no_blend() -> None:
+    whole = mixed(1, "org/a(train)", "org/b(train)")
+    layers = {layer: replace(sums, parts=None) for layer, sums in whole.layers.items()}
+    write_scores("old.npz", replace(whole, layers=layers).content())
+    says = "old.npz: does not keep the sums of its 2 datasets apart: an earlier .*; calibrate again"
+    with pytest.raises(ScoreError, match=says):
+        blend_scores(["old.npz"], "blend.npz", weights={"a": 1, "b": 1})
+    # Beside another file it is one part, as a whole.
+    report = blend_scores(["old.npz", "chat.npz"], "blend.npz", weights={"old": 1, "chat": 1})
+    assert [part.name for part in report.parts] == ["old", "chat"]
 
 
 def test_the_file_says_how_its_parts_weigh_and_repeats_itself_to_the_byte() -> None:
@@ -131,7 +208,7 @@ def test_files_that_do_not_add_up_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=says):
             blend_scores(["code.npz", f"{name}.npz"], "b.npz", weights={"code": 1, name: 1})
-    with pytest.raises(UsageError, match="1 file to blend; give at least two"):
+    with pytest.raises(UsageError, match="1 part of the data; give a file of"):
         blend_scores(["code.npz"], "b.npz", weights={"code": 1})
     with pytest.raises(UsageError, match=r"code\.npz: is given twice"):
         blend_scores(["code.npz"] * 2, "b.npz", weights={"code": 1})

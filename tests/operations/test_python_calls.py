@@ -185,6 +185,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "read_scores": (3,),
     "plan": (MODEL, 3),
     "apply": ("model",),
+    "probe": ("http://localhost:8000/v1", 3, "probe.json"),
     "push": (MODEL, 3),
     "verify": (MODEL, None),
     "inspect": (3,),

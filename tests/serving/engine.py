@@ -44,7 +44,7 @@ class Server:
     """A running server; `serving` makes one."""
 
     def __init__(self, port: int) -> None:
-        self._address = f"http://{HOST}:{port}"
+        self.address = f"http://{HOST}:{port}"
 
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Answer:
         """The log-probabilities of every token at every place of `prompt`, and what follows."""
@@ -67,16 +67,22 @@ class Server:
         chosen = torch.tensor(choice["logprobs"]["token_logprobs"], dtype=torch.float64)
         return Answer(logprobs, tuple(choice["token_ids"]), chosen)
 
+    def chat(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The only choice of an answer to messages."""
+        choice: Mapping[str, Any]
+        (choice,) = self._post("/v1/chat/completions", request)["choices"]
+        return choice
+
     def healthy(self) -> bool:
         try:
-            with _opener.open(f"{self._address}/health", timeout=5) as response:
+            with _opener.open(f"{self.address}/health", timeout=5) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         request = urllib.request.Request(
-            self._address + path,
+            self.address + path,
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
