@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         read_scores,
         verify,
     )
+    from shardsurgeon.operations.evaluation_api import evaluate, read_evaluation
+    from shardsurgeon.operations.evaluation_report import EvaluationReport
     from shardsurgeon.operations.probe_report import ProbeReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import (
@@ -65,6 +67,7 @@ __all__ = [
     "CalibrationReport",
     "Checkpoint",
     "ComparisonReport",
+    "EvaluationReport",
     "InputError",
     "InspectReport",
     "PlanReport",
@@ -84,12 +87,14 @@ __all__ = [
     "compare_scores",
     "convert_scores",
     "estimate_calibration",
+    "evaluate",
     "inspect",
     "merge_scores",
     "open_checkpoint",
     "plan",
     "probe",
     "push",
+    "read_evaluation",
     "read_scores",
     "scores_from_router",
     "scores_from_weights",
@@ -108,6 +113,7 @@ _HOMES = {
     "CalibrationReport": "layerwise.request",
     "Checkpoint": "checkpoint.checkpoint",
     "ComparisonReport": "pruning.agreement",
+    "EvaluationReport": "operations.evaluation_report",
     "InspectReport": "operations.reports",
     "PlanReport": "pruning.report",
     "ProbeReport": "operations.probe_report",
@@ -124,12 +130,14 @@ _HOMES = {
     "compare_scores": "operations.score_api",
     "convert_scores": "operations.score_api",
     "estimate_calibration": "operations.score_api",
+    "evaluate": "operations.evaluation_api",
     "inspect": "operations.api",
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
     "plan": "operations.api",
     "probe": "operations.score_api",
     "push": "operations.api",
+    "read_evaluation": "operations.evaluation_api",
     "read_scores": "operations.api",
     "scores_from_router": "operations.score_api",
     "scores_from_weights": "operations.score_api",

@@ -11,6 +11,7 @@ from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
     as_given,
+    evaluation_option,
     family_option,
     json_option,
     links_option,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @selection_options
 @family_option
 @links_option
+@evaluation_option
 @click.option(
     *OUT,
     "out",
@@ -101,6 +103,7 @@ def apply_command(
     requests: Sequence[SelectionRequest],
     family: str | None,
     follow_links: bool,
+    evaluation: str | None,
     out: str | None,
     max_shard_nbytes: int | None,
     workers: int,
@@ -131,6 +134,7 @@ def apply_command(
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
     from shardsurgeon.operations import apply, prune
+    from shardsurgeon.operations.measured import measuring
 
     request, steps = only_one(requests), Steps.here()
     destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
@@ -153,12 +157,14 @@ def apply_command(
             family=family,
             follow_links=follow_links,
             recipe=steps.recipe if steps else None,
+            evaluation=evaluation,
         ),
         options,
         destination,
     )
     refused = _refused(report.refusal) if report.refusal is not None else None
-    lines = _lines(report, follow_links)
+    measures = () if evaluation else measuring(model, scores, [request], family)
+    lines = _lines(report, measures, follow_links)
     try:
         emit(report, lines, as_json, told_otherwise=not dry_run, error=refused)
     except BaseException as stop:
@@ -175,9 +181,9 @@ def _refused(refusal: Refusal) -> ShardSurgeonError:
     return kind(refusal.where, refusal.problem, refusal.remedy)
 
 
-def _lines(report: ApplyReport, follow_links: bool) -> Iterator[str]:
+def _lines(report: ApplyReport, measures: Sequence[str], follow_links: bool) -> Iterator[str]:
     if report.dry_run:
-        yield from plan_lines(report.plan)
+        yield from plan_lines(report.plan, measures)
         yield from _target_lines(report.target) if report.target else ()
         yield ""
         stop = "; the run would stop at once" if report.refusal else ""

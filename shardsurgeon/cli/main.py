@@ -108,11 +108,11 @@ class _Commands(InOrder):
 @click.version_option(__version__, "--version", "-V", prog_name=PROGRAM)
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Remove whole experts from a Mixture-of-Experts checkpoint.
-
-    Works on shards byte by byte and never loads the model. In a model's folder:
+    """Remove whole experts from a Mixture-of-Experts checkpoint, byte by byte, by
+    a file of expert scores; the model is never loaded. In a model's folder:
 
     \b
+      shardsurgeon inspect
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
       shardsurgeon apply scores.pt --ratio 0.65
     """

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,10 +57,11 @@ from shardsurgeon.operations.evaluation_report import (
     is_evaluation,
     read_evaluation,
 )
+from shardsurgeon.operations.measured import main_layers
 from shardsurgeon.operations.prune import plan
 from shardsurgeon.pruning.keep_lists import KeepList, keep_sha256
 from shardsurgeon.pruning.planner import changed_tensors
-from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.files import Output, output_path
 from shardsurgeon.units import counted
@@ -73,6 +76,36 @@ class Prune:
 
     name: str
     request: SelectionRequest
+
+
+def candidates(
+    ratios: Sequence[float],
+    keep: int | None,
+    plan_files: Sequence[str | os.PathLike[str]],
+    metrics: Sequence[str],
+    allocate: Allocation,
+) -> list[Prune]:
+    """The prunes that are to be measured, named by what tells them apart.
+
+    Every metric at every ratio, and with that count of experts; no metrics: the default one; then
+    the keep-lists of each file.
+    """
+    counts: list[dict[str, Any]] = [{"ratio": value} for value in ratios]
+    counts += [{"keep": keep}] if keep is not None else []
+    found = []
+    for metric, count in product(metrics or (None,), counts):
+        words = [f"{count['ratio']:g}" if "ratio" in count else f"keep {keep}"]
+        words += [metric] if metric is not None and len(metrics) > 1 else []
+        words += [allocate.value] if allocate is not Allocation.UNIFORM else []
+        request = SelectionRequest(**count, metric=metric, allocate=allocate)
+        found.append(Prune(" ".join(words), request))
+    stems = [Path(file).stem for file in plan_files]
+    named = stems if len({*stems}) == len(stems) else [os.fspath(file) for file in plan_files]
+    found += [
+        Prune(name, SelectionRequest(plan_file=file))
+        for name, file in zip(named, plan_files, strict=True)
+    ]
+    return found
 
 
 def evaluate(
@@ -113,8 +146,7 @@ def evaluate(
     drawn = drawn_samples(request, checkpoint, None, answers=True)
     check_vocabulary(checkpoint, anatomy, drawn.samples)
     data = _Data.of(drawn.samples)
-    main = [layer.index for layer in anatomy.main_layers]
-    digests = [keep_sha256(keep, main) for keep in keeps]
+    digests = [keep_sha256(keep, main_layers(anatomy)) for keep in keeps]
     run = run_identity(request, checkpoint, data.samples, [request.settings.device])
     asked = f"{_RESULTS} {run.result} {' '.join(digests)}"
     run = replace(run, result=hashlib.sha256(asked.encode()).hexdigest(), command=command)
@@ -199,7 +231,7 @@ def _before(output: Output, run: str) -> EvaluationReport | None:
     with suppress(ScoreError):
         found = read_evaluation(output.path)
         if found.run == run:
-            return found
+            return replace(found, out=str(output.path))
     if not output.force:
         output.refuse()
     return None

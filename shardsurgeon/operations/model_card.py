@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -29,7 +29,7 @@ from shardsurgeon.checkpoint.provenance import (
     rounding_alone,
 )
 from shardsurgeon.errors import UsageError
-from shardsurgeon.operations.card_data import Calibration, ModelFacts
+from shardsurgeon.operations.card_data import Calibration, Cost, ModelFacts
 from shardsurgeon.operations.serving import serve_words
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
 from shardsurgeon.storage.open import hub_address
@@ -104,6 +104,7 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
         "steps": _rows(_step(step, record.is_uniform) for step in record.steps),
         "notes": "\n".join(f"- {note}" for note in notes),
         "layers": "" if record.is_uniform else _layer_table(record),
+        "costs": "\n\n".join(map(_cost, facts.costs)),
         "use": _use(facts, placement),
         "version": __version__,
         "command": "\n".join(placement.command),
@@ -254,9 +255,12 @@ def _policies(record: Provenance) -> Iterator[str]:
 def _calibration(calibrations: Iterable[Calibration]) -> Iterator[str]:
     for found in calibrations:
         facts = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in found.facts.items())
-        name = found.file if _FILE.fullmatch(found.file) else _plain(found.file)
-        link = f"[{name}]({quote(found.file)})"
-        yield f"Scores: {link}" + (f" ({facts})" if facts else "")
+        yield f"Scores: {_link(found.file)}" + (f" ({facts})" if facts else "")
+
+
+def _link(file: str) -> str:
+    """To a file of the model's folder."""
+    return f"[{file if _FILE.fullmatch(file) else _plain(file)}]({quote(file)})"
 
 
 def _plain(value: object) -> str:
@@ -273,6 +277,38 @@ def _layer_table(record: Provenance) -> str:
     ]
     table = _rows([*head, *counts])
     return f"<details>\n<summary>Experts per layer</summary>\n\n{table}\n\n</details>"
+
+
+def _cost(cost: Cost) -> str:
+    """What an evaluation measured, its parts each in a row where there are several."""
+    evaluation, found = cost.evaluation, cost.found
+    rows = [("All", evaluation.original, found.damage)]
+    if len(found.parts) > 1:
+        parts = zip(evaluation.original_parts, found.parts, strict=True)
+        rows += [(_plain(part.name), before.damage, part.damage) for before, part in parts]
+    head = [("", "Perplexity before", "After", "KL mean", "KL p99", "Same first choice")]
+    cells = [
+        (
+            name,
+            f"{before.perplexity:.4g}",
+            f"{after.perplexity:.4g} ({_change(before.perplexity, after.perplexity)})",
+            f"{after.kl_mean:.3g}",
+            f"{after.kl_p99:.3g}",
+            percent(after.agreement),
+        )
+        for name, before, after in rows
+    ]
+    table = _rows([*head, ("---",) * 6, *cells])
+    return (
+        f"## What it costs\n\nMeasured on {counted(evaluation.predicted, 'token')} of "
+        f"{_plain(evaluation.dataset)}, against the original "
+        f"({_link(cost.file)}):\n\n{table}\n\n"
+        "KL: of this model's predictions from the original's, in nats per token."
+    )
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else "-"
 
 
 def _use(facts: ModelFacts, placement: Placement) -> str:
@@ -306,14 +342,16 @@ def recipe(
     given: Mapping[str, str],
     max_shard_nbytes: int | None,
     declared: str | None,
+    evaluation: Collection[Path],
 ) -> str:
     """The command that was given, with its files by their names in the model's folder.
 
-    given: name in the model → path, of the score file and the keep-list; declared: what --family
-    said.
+    given: name in the model → path, of the score file, the keep-list and the evaluation, whose
+    path evaluation is; declared: what --family said.
     """
     plan = None if request.plan_file is None else str(Path(request.plan_file).absolute())
-    scores = [name for name, path in given.items() if path != plan]
+    measured = next((name for name, path in given.items() if Path(path) in evaluation), None)
+    scores = [name for name, path in given.items() if path != plan and name != measured]
     options: dict[str, object] = {
         "--ratio": request.ratio,
         "--keep": request.keep,
@@ -326,6 +364,7 @@ def recipe(
         "--allocate": request.allocate if request.allocate is not Allocation.UNIFORM else None,
         "--max-shard-size": max_shard_nbytes,
         "--family": declared and Path(declared).name,
+        "--evaluation": measured,
     }
     words = [*_PROGRAM, *scores, "--model", address(source)]
     for option, value in options.items():

@@ -12,11 +12,17 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
-from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES, RECIPE_NAME
+from shardsurgeon.checkpoint.files import (
+    CALIBRATION_FOLDER,
+    EVALUATION_NAME,
+    QUANTIZATION_FILES,
+    RECIPE_NAME,
+)
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
 from shardsurgeon.checkpoint.second_configs import second_configs
@@ -42,6 +48,8 @@ _TENSOR_COUNTS = ("total_tensors", "num_tensors")
 # Where another tool's file of our record's name is kept.
 _FOREIGN_PROVENANCE = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source.json"
 
+_NONE: Mapping[Path, str] = MappingProxyType({})
+
 Recipe = Callable[[Sequence[tuple[str, str, str]]], bytes]
 
 
@@ -54,12 +62,14 @@ def assemble(
     given: Mapping[Path, str],
     max_shard_nbytes: int | None,
     recipe: Recipe | None = None,
+    evaluation: Mapping[Path, str] = _NONE,
 ) -> Plan:
     """The whole plan.
 
     shards: what `plan_shards` made; given: the score or keep-list file of this run → its SHA-256
     (hex) when it was read; max_shard_nbytes: what the shards were repacked to, None where they
-    were not; recipe: makes the copy of the recipe that is kept, of the plan's `score_files`.
+    were not; recipe: makes the copy of the recipe that is kept, of the plan's `score_files`;
+    evaluation: the file of one, as `given`.
     Raises ConfigError and HeaderError where config or quantization lists cannot be rewritten,
     SourceReadError where they cannot be read.
     """
@@ -70,7 +80,7 @@ def assemble(
         checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
     )
     require_sound(checkpoint, request.include, request.exclude)
-    beside, score_files = _copied_files(checkpoint, request, given)
+    beside, score_files = _copied_files(checkpoint, request, given, evaluation)
     source_files = _source_files(checkpoint, beside)
     second = second_configs(checkpoint, anatomy, beside)
     copied = tuple(name for name in beside if name not in second)
@@ -165,14 +175,17 @@ def total_parameters(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) ->
 
 
 def _copied_files(
-    checkpoint: Checkpoint, request: SelectionRequest, given: Mapping[Path, str]
+    checkpoint: Checkpoint,
+    request: SelectionRequest,
+    given: Mapping[Path, str],
+    evaluation: Mapping[Path, str],
 ) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
     """(source files to copy as they are, (output name, path, sha256) of files from elsewhere).
 
-    given: the score or keep-list file of this run. It goes to calibration/ and, should it lie
-    in the source, nowhere else.
+    given: the score or keep-list file of this run; evaluation: the file of one. They go to
+    calibration/ and, should they lie in the source, nowhere else.
     """
-    elsewhere = {os.path.realpath(path) for path in given}
+    elsewhere = {os.path.realpath(path) for path in (*given, *evaluation)}
     copied = tuple(
         name
         for name in side_files(checkpoint, request.include, request.exclude).carried
@@ -181,8 +194,10 @@ def _copied_files(
     # A metadata file given as --plan must not take the place of the one that is written.
     taken = {*copied, PROVENANCE_NAME, _FOREIGN_PROVENANCE}
     score_files = []
-    for path, sha256 in given.items():
-        name = _free_name(f"{CALIBRATION_FOLDER}{path.name}", taken)
+    named = [(f"{CALIBRATION_FOLDER}{path.name}", path, sha256) for path, sha256 in given.items()]
+    named += [(EVALUATION_NAME, path, sha256) for path, sha256 in evaluation.items()]
+    for wanted, path, sha256 in named:
+        name = _free_name(wanted, taken)
         taken.add(name)
         score_files.append((name, str(path), sha256))
     return copied, tuple(score_files)

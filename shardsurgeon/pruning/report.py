@@ -56,6 +56,29 @@ class LayerReport:
     saliency_dropped_uniform: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an evaluation measured of a plan, on its data.
+
+    candidate: what the plan is called there; dataset; tokens: that were predicted.
+    perplexity_before: the whole model's; perplexity_ratio: the plan's by that; kl_mean, kl_p99: of
+    the plan's predictions from the whole model's, in nats per token; agreement: share of tokens
+    with the same first choice; worst_part: the part of the data whose mean KL is largest, None
+    where there is one part.
+    """
+
+    candidate: str
+    dataset: str
+    tokens: int
+    perplexity_before: float
+    perplexity: float
+    perplexity_ratio: float
+    kl_mean: float
+    kl_p99: float
+    agreement: float
+    worst_part: str | None
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class PlanReport(Report):
     """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
@@ -66,7 +89,8 @@ class PlanReport(Report):
     parameters: None where the storage format hides them. carried_along: the files beside the
     weights that are copied; left_behind: those that are not → why. saliency_of: the other model
     whose plan this is and whose saliencies these are, None where they are this model's own.
-    space_free: bytes free where the result would go, None where nobody looked.
+    space_free: bytes free where the result would go, None where nobody looked. measured: what an
+    evaluation says of it, None where none was given or it measured other prunes.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -99,6 +123,7 @@ class PlanReport(Report):
     saliency_of: str | None = None
     # Of the disk in that moment: no two looks at it need agree.
     space_free: int | None = field(default=None, compare=False)
+    measured: Measured | None = None
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),

@@ -6,7 +6,17 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import run as calibration
-from shardsurgeon.operations import apply, blend, inspect, probe, prune, push, scores, verify
+from shardsurgeon.operations import (
+    apply,
+    blend,
+    evaluate,
+    inspect,
+    probe,
+    prune,
+    push,
+    scores,
+    verify,
+)
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, FakePruning, Run
 
 
@@ -19,6 +29,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (apply, "apply"),
         (verify, "verify"),
         (push, "push"),
+        (evaluate, "evaluate"),
         (probe, "probe"),
     ):
         monkeypatch.setattr(module, name, operations_.answer(name))

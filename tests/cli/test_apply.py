@@ -25,6 +25,7 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
             "family": None,
             "follow_links": False,
             "recipe": None,
+            "evaluation": None,
         },
     )
     assert (pruning.args, pruning.options) == planned
@@ -33,11 +34,11 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     words = ("--model", "/m", "-o", "/out", "--max-shard-size", "5GB", "--workers", "3")
-    words += ("--family", "auto", "--follow-links", "--checksums")
+    words += ("--family", "auto", "--follow-links", "--checksums", "--evaluation", "e.json")
     run(*APPLY, *words, "--no-verify", "--dry-run", "--restart")
     (args, planned), ((_, options, _), _) = fake.calls
     assert args[0] == "/m"
-    opening = {"family": "auto", "follow_links": True, "recipe": None}
+    opening = {"family": "auto", "follow_links": True, "recipe": None, "evaluation": "e.json"}
     assert planned == {"out": "/out", "max_shard_nbytes": 5 * 10**9, **opening}
     expected = RunOptions(3, verify=False, dry_run=True, restart=True, checksums=True)
     assert options == expected

@@ -30,6 +30,7 @@ SPEAKERS = {
     "cli/blend.py": ["scores blend"],
     "cli/calibrate.py": ["calibrate"],
     "cli/estimate.py": ["calibrate"],
+    "cli/evaluate.py": ["evaluate"],
     "cli/main.py": list(OPTIONS),
     "cli/options.py": ["plan", "apply"],
     "cli/plan.py": ["plan"],
@@ -37,6 +38,8 @@ SPEAKERS = {
     "execution/": ["apply"],
     "families/": [*MODELS, "push"],
     "layerwise/": ["calibrate"],
+    "operations/evaluate.py": ["evaluate"],
+    "operations/measured.py": ["evaluate"],
     "operations/asking.py": ["probe"],
     "operations/intervals.py": ["probe"],
     "operations/kept_answers.py": ["probe"],
@@ -143,7 +146,7 @@ def test_what_is_said_of_a_broken_model_names_options_of_the_command(
     _SPOILT[case](model)
     monkeypatch.chdir(tmp_path)
     for name, words in WITH_MODEL.items():
-        if name != "calibrate":  # which needs torch
+        if name not in ("calibrate", "evaluate"):  # which need torch
             command = MODELS[list(WITH_MODEL).index(name)]
             main([*words, "--model", "model"])
             line = capsys.readouterr().err

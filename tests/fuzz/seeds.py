@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from tests.cli.standins import EVALUATED
 from tests.support import tiny
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -205,6 +206,11 @@ def _calibration() -> dict[str, Any]:
         "scores": {"3": {"reap": [0.5, 0]}},
         "accumulators": {"3": sums},
     }
+
+
+def evaluations() -> list[bytes]:
+    """One of two candidates on two parts."""
+    return [EVALUATED.file()]
 
 
 def _mix() -> dict[str, Any]:
