@@ -73,6 +73,20 @@ def evaluated(
     return found, sink
 
 
+def assert_first_choices(
+    ours: Predictions,
+    theirs: pruned_in_memory.Predicted,
+    whole: pruned_in_memory.Predicted,
+    ids: list[Any],
+) -> None:
+    """Agreement with the whole model and with the text, wherever no two choices are as good."""
+    clear = (theirs.gap > 1e-4) & (whole.gap > 1e-4)
+    assert clear.mean() > 0.8
+    following = np.concatenate([each[1:] for each in ids])
+    np.testing.assert_array_equal(ours.agrees[clear], (theirs.first == whole.first)[clear])
+    np.testing.assert_array_equal(ours.hits[clear], (theirs.first == following)[clear])
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in LEFT_OUT])
 def test_candidates_are_what_transformers_makes_of_the_pruned_folder(
     name: str, tmp_path: Path
@@ -91,7 +105,9 @@ def test_candidates_are_what_transformers_makes_of_the_pruned_folder(
     shardsurgeon.apply(plan, verify=False)
     whole = pruned_in_memory.logits(whole_model(name, folder, tmp_path / "a"), ids)
     model = in_memory.load(TWINS.get(name, name), tmp_path / "pruned", tmp_path / "b")
+    own = pruned_in_memory.predicted(whole, whole, ids)
     for ours, logits in zip(found, (whole, pruned_in_memory.logits(model, ids)), strict=True):
         theirs = pruned_in_memory.predicted(whole, logits, ids)
         assert np.exp(ours.nll.mean()) == pytest.approx(theirs.perplexity, rel=1e-5)
         np.testing.assert_allclose(ours.kl, theirs.kl, rtol=1e-4, atol=1e-6)
+        assert_first_choices(ours, theirs, own, ids)
