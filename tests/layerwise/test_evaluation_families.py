@@ -1,4 +1,4 @@
-"""Measured side by side, every family's candidates are what transformers makes of pruned folders."""
+"""Side by side, every family's candidates are what transformers makes of pruned folders."""
 
 from __future__ import annotations
 
