@@ -31,7 +31,12 @@ _LAYER = re.compile(r"layer-(\d{5,})\.json")
 
 
 class FinishedLayers:
-    """The accumulators of finished layers, on disk and in memory; a LayerSink of the engine."""
+    """The accumulators of finished layers, on disk and in memory; a LayerSink of the engine.
+
+    is_result: whether nothing is left to compute once all layers are there.
+    """
+
+    is_result = True
 
     def __init__(self, folder: Path, system: System) -> None:
         """Load what an earlier run left. Raises OutputError for a malformed file."""
@@ -69,6 +74,9 @@ class FinishedLayers:
 
 class FinishedDamage:
     """What an evaluation found in finished layers, on disk and in memory; its sink."""
+
+    # The head still needs what leaves the last layer.
+    is_result = False
 
     def __init__(self, folder: Path, system: System) -> None:
         """Load what an earlier run left. Raises OutputError for a malformed file."""
@@ -123,7 +131,9 @@ class Partial(Generic[Finished]):
         # On several devices, each has a folder for its share of the samples.
         total = min(map(saved_layers, [*self._files.glob("*/")] or [self._files]))
         done = self.layers.done_layers()
-        return len(done) if len(done) == self._total else sum(layer < total for layer in done)
+        if self.layers.is_result and len(done) == self._total:
+            return self._total
+        return sum(layer < total for layer in done)
 
     def clear(self) -> None:
         """Remove everything; to be called once the score file is written."""

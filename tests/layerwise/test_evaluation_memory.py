@@ -41,7 +41,7 @@ def test_a_head_that_does_not_fit_is_refused_before_the_work(
 ) -> None:
     assert free_memory("cpu") > 100 << 20
     keeps, ids = [every_other(folder, 8)], token_ids((20, 20))
-    with pytest.raises(UsageError, match="--device cpu: the head takes 2.*MB.* are free"):
+    with pytest.raises(UsageError, match=r"--device cpu: the head takes 2.*MB.* are free"):
         evaluated(folder, keeps, ids, tmp_path / "s", memory=60 << 20)
     assert not list((tmp_path / "s").iterdir())
     monkeypatch.setattr(evaluate, "_WORKSPACE", 0)
