@@ -53,7 +53,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (
         0 if sys.platform == "darwin" else 10
     )
-    print(json.dumps({"announced": announced, "peak": peak}))
+    sys.stdout.write(json.dumps({"announced": announced, "peak": peak}) + "\n")
 
 
 if __name__ == "__main__":

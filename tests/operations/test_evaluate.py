@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import ScoreError
@@ -178,7 +179,7 @@ def test_bad_records_and_bad_requests_get_one_line(
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"foo": 1}\n' * 8)
     keep = tmp_path / "keep.json"
-    keep.write_text(json.dumps({n: list(range(40)) for n in range(3)}))
+    keep.write_text(json.dumps({n: {"kept": [*range(40)], "keep": 40} for n in range(3)}))
     data = ["--dataset", str(chats), "--samples", "8", "-o", str(out)]
     scores = str(MODEL / "scores.pt")
     for command, says in [
@@ -202,7 +203,7 @@ def test_a_plan_of_another_model_is_refused(
     out, plan = tmp_path / "e.json", tmp_path / "plan.json"
     other = FIXTURES / "deepseek_v3"
     scores = str(other / "scores.pt")
-    assert main(["plan", str(other), scores, "--ratio", "0.5", "-o", str(plan)]) == 0
+    assert main(["plan", "--model", str(other), scores, "--ratio", "0.5", "-o", str(plan)]) == 0
     assert "plan.json" in refused(capsys, words(out, chats, "--plan", str(plan)), out)
 
 
@@ -232,11 +233,13 @@ def test_a_model_without_a_head_is_refused(
 
 def test_unequal_keep_lists_are_measured_without_more_words(tmp_path: Path, chats: Path) -> None:
     keep, out = tmp_path / "keep.json", tmp_path / "e.json"
-    keep.write_text(json.dumps({0: list(range(16)), 1: list(range(8)), 2: list(range(5))}))
+    keep.write_text(
+        json.dumps({n: {"kept": [*range(k)], "keep": k} for n, k in enumerate((16, 8, 5))})
+    )
     assert main(words(out, chats, "--plan", str(keep))) == 0
     (found,) = read_evaluation(out).candidates
     assert found.removed == pytest.approx(1 - 29 / 48)
-    assert [layer.lost_weight for layer in found.layers][0] == 0
+    assert found.layers[0].lost_weight == 0
 
 
 @pytest.mark.parametrize(
@@ -279,3 +282,35 @@ def test_what_is_no_evaluation_at_all_is_refused(tmp_path: Path, raw: bytes) -> 
     path.write_bytes(raw)
     with pytest.raises(ScoreError, match=r"e\.json"):
         read_evaluation(path)
+
+
+def test_only_the_tokens_of_answers_are_predicted_and_texts_have_none(
+    tmp_path: Path, chats: Path
+) -> None:
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "e.json"
+    said = "the cat sat on a mat while far stars burned and nobody knew why it mattered"
+    records = [
+        {"prompt": f"why {n}", "completion": said, "reasoning": "stars " * n} for n in range(8)
+    ]
+    answers.write_text("\n".join(map(json.dumps, records)))
+    assert main(words(out, f"{chats}:8,{answers}:8", "--max-length", "200")) == 0
+    report = read_evaluation(out)
+    texts, forced = report.original_parts
+    assert texts.damage.accepted is None
+    found = forced.damage.accepted
+    assert found is not None and found.answers == 8
+    encode = AutoTokenizer.from_pretrained(MODEL).encode
+    lengths = []
+    for record in records:
+        thought = str(record["reasoning"])
+        before = f"<think>\n{thought}\n</think>\n\n" if thought else ""
+        lengths.append(len(encode(before + said, add_special_tokens=False)))
+    assert forced.damage.tokens == sum(lengths)
+    assert found.length == pytest.approx(sum(lengths) / 8)
+    assert report.predicted == texts.damage.tokens + forced.damage.tokens
+    # Of all samples, those that force an answer alone.
+    assert report.original.accepted == found
+    for candidate in report.candidates:
+        assert candidate.parts[0].damage.accepted is None
+        assert candidate.damage.accepted == candidate.parts[1].damage.accepted
+        assert candidate.worst_part in (texts.name, forced.name)
