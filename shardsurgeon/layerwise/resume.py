@@ -192,7 +192,10 @@ def _read_damage(path: Path) -> LayerSums:
         content = json.loads(path.read_bytes())
         gates = content["gates"]
         compared = np.array(content["compared"], np.float64)
-        return LayerSums(compared, None if gates is None else np.array(gates, np.float64))
+        gates = None if gates is None else np.array(gates, np.float64)
+        if compared.ndim != 3 or (gates is not None and gates.ndim != 2):
+            raise ValueError("sums of another shape")
+        return LayerSums(compared, gates)
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "--restart starts over"
         raise OutputError(path, f"is not what an evaluation wrote ({error})", remedy) from error

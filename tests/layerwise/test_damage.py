@@ -46,7 +46,7 @@ def test_a_part_is_numpy_on_its_tokens_alone(
     if not forced:
         assert damage.accepted is None
         return
-    prefixes = [(hits + [False]).index(False) for hits in forced]
+    prefixes = [[*hits, False].index(False) for hits in forced]
     accepted = damage.accepted
     assert accepted is not None and accepted.answers == len(forced)
     assert accepted.mean == pytest.approx(np.mean(prefixes))

@@ -124,6 +124,22 @@ def test_layers_count_as_resumed_where_their_output_was_saved(
     assert json.loads(out.read_text())["layers_resumed"] == resumed
 
 
+@pytest.mark.parametrize("raw", ["{}", "[", '{"compared": [0.5], "gates": null}'])
+def test_a_broken_layer_is_refused(
+    tmp_path: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raw: str,
+) -> None:
+    out = tmp_path / "e.json"
+    interrupt(monkeypatch, words(out, chats), LayerRunner, "logits")
+    (tmp_path / "e.json.partial" / "files" / "layer-00001.json").write_text(raw)
+    line = refused(capsys, words(out, chats), out)
+    assert "layer-00001.json: is not what an evaluation wrote" in line and "--restart" in line
+    assert main([*words(out, chats), "--restart"]) == 0
+
+
 def test_the_same_command_again_runs_nothing_and_another_one_is_refused(
     tmp_path: Path,
     chats: Path,
@@ -225,10 +241,8 @@ def test_a_model_without_a_head_is_refused(
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(MODEL / name, model / name)
     out = tmp_path / "e.json"
-    assert main(words(out, chats, model=model)) == 2
-    line = capsys.readouterr().err
-    assert "has no head that predicts tokens" in line and line.count("\n") == 1
-    assert not out.exists()
+    line = refused(capsys, words(out, chats, model=model), out)
+    assert "has no head that predicts tokens" in line
 
 
 def test_unequal_keep_lists_are_measured_without_more_words(tmp_path: Path, chats: Path) -> None:
