@@ -49,8 +49,8 @@ _log = logging.getLogger(__name__)
 # two distributions, how far they are apart, and one that is computed with.
 _LOGITS_NBYTES = {False: 256 << 20, True: 1 << 30}
 _OF_A_LOGIT = 4 * 8
-# What torch takes for code and buffers of its own when it first computes; seen: 50 MB.
-_WORKSPACE = 64 << 20
+# What torch takes for code and buffers of its own when it first computes; seen: 80 MB.
+_WORKSPACE = 128 << 20
 # Bytes of what is kept of one predicted token (`Predictions`), and sorted for percentiles.
 _OF_A_PREDICTION = 18 + 16
 # Tokens that are compared at a time, in float64.
