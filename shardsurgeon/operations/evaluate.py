@@ -210,10 +210,14 @@ def _keep_lists(
         problem = "is not used: every prune has a keep-list of its own"
         raise UsageError(scores, problem, "leave it out, or say how much with --ratio")
     table = read_scores(scores) if scores is not None else None
-    return [
-        plan(checkpoint, None if prune.request.plan_file else table, prune.request).decision.keep
-        for prune in prunes
-    ]
+    keeps = []
+    for prune in prunes:
+        request, given = prune.request, table
+        if request.plan_file is not None:
+            # Measured beside the others, layers may differ: nothing is written.
+            request, given = replace(request, allow_nonuniform=True), None
+        keeps.append(plan(checkpoint, given, request).decision.keep)
+    return keeps
 
 
 def _candidates(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,9 +182,9 @@ def read_evaluation(path: str | PathLike[str]) -> EvaluationReport:
 def _report(found: Mapping[str, Any]) -> EvaluationReport:
     given = _known(EvaluationReport, found)
     given["original"] = _damage(found["original"])
-    given["original_parts"] = tuple(map(_part, found["original_parts"]))
-    given["candidates"] = tuple(map(_candidate, found["candidates"]))
-    given["notes"] = tuple(map(str, found["notes"]))
+    given["original_parts"] = _each(found["original_parts"], _part)
+    given["candidates"] = _each(found["candidates"], _candidate)
+    given["notes"] = _each(found["notes"], str)
     for candidate in given["candidates"]:
         if len(candidate.parts) != len(given["original_parts"]):
             raise ValueError(f"a candidate of {len(candidate.parts)} parts")
@@ -194,11 +194,13 @@ def _report(found: Mapping[str, Any]) -> EvaluationReport:
 def _candidate(found: Mapping[str, Any]) -> CandidateDamage:
     given = _known(CandidateDamage, found)
     given["damage"] = _damage(found["damage"])
-    given["parts"] = tuple(map(_part, found["parts"]))
-    given["layers"] = tuple(
-        _checked(LayerDamage(**_known(LayerDamage, layer))) for layer in found["layers"]
-    )
+    given["parts"] = _each(found["parts"], _part)
+    given["layers"] = _each(found["layers"], _layer)
     return _checked(CandidateDamage(**given))
+
+
+def _layer(found: Mapping[str, Any]) -> LayerDamage:
+    return _checked(LayerDamage(**_known(LayerDamage, found)))
 
 
 def _part(found: Mapping[str, Any]) -> PartDamage:
@@ -211,6 +213,13 @@ def _damage(found: Mapping[str, Any]) -> Damage:
     if accepted is not None:
         given["accepted"] = _checked(Accepted(**_known(Accepted, accepted)))
     return _checked(Damage(**given))
+
+
+def _each(found: Any, make: Callable[[Any], Made]) -> tuple[Made, ...]:
+    """Of every entry of a list. Raises TypeError for anything else."""
+    if not isinstance(found, list):
+        raise TypeError(f"{str(found)[:20]} is no list")
+    return tuple(map(make, found))
 
 
 def _known(kind: type[Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,10 +240,12 @@ def _checked(made: Made) -> Made:
         for name, types in (("int", (int,)), ("float", (int, float)), ("str", (str,))):
             wanted = kind in (name, f"{name} | None")
             fine = isinstance(value, types) and not isinstance(value, bool)
+            # Python's JSON reads NaN; a number that no float holds becomes infinite.
+            fine = fine and (not isinstance(value, float) or isfinite(value))
             if wanted and not fine and not (value is None and kind.endswith("None")):
                 raise TypeError(f"{field.name} is {str(value)[:20]}")
             if wanted and name == "float" and value is not None:
-                if not math.isfinite(number := float(value)):
+                if not isfinite(number := float(value)):
                     raise ValueError(f"{field.name} is {number}")
                 object.__setattr__(made, field.name, number)
     return made
