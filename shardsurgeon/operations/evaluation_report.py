@@ -240,11 +240,10 @@ def _checked(made: Made) -> Made:
         for name, types in (("int", (int,)), ("float", (int, float)), ("str", (str,))):
             wanted = kind in (name, f"{name} | None")
             fine = isinstance(value, types) and not isinstance(value, bool)
-            # Python's JSON reads NaN; a number that no float holds becomes infinite.
-            fine = fine and (not isinstance(value, float) or isfinite(value))
             if wanted and not fine and not (value is None and kind.endswith("None")):
                 raise TypeError(f"{field.name} is {str(value)[:20]}")
             if wanted and name == "float" and value is not None:
+                # Python's JSON reads NaN; a number that no float holds becomes infinite.
                 if not isfinite(number := float(value)):
                     raise ValueError(f"{field.name} is {number}")
                 object.__setattr__(made, field.name, number)

@@ -104,7 +104,8 @@ def by_evaluate(work: Path, into: Path, plans: Sequence[Path]) -> list[float]:
     sampling = ["--dataset", data, "--max-length", str(WINDOW), "--dtype", "float32"]
     surgeon("evaluate", str(work / MODEL), *words, *sampling, "-o", str(report))
     found = json.loads(report.read_text())
-    return [each["perplexity"] for each in (found["original"], *found["candidates"])]
+    damages = [found["original"], *(each["damage"] for each in found["candidates"])]
+    return [damage["perplexity"] for damage in damages]
 
 
 def by_transformers(work: Path, into: Path, plans: Sequence[Path]) -> list[float]:
