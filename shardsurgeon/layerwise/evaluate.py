@@ -8,8 +8,9 @@ compared there; behind the last one the head predicts every next token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -20,13 +21,14 @@ from torch import Tensor
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
-from shardsurgeon.errors import UsageError, WorkError
+from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.candidates import CandidateLayers
+from shardsurgeon.layerwise.comparison import Comparison, WatchedExperts, predicting
 from shardsurgeon.layerwise.damage import Candidate, LayerSums, Predictions
 from shardsurgeon.layerwise.devices import Device, require_device
 from shardsurgeon.layerwise.engine import limits_of
-from shardsurgeon.layerwise.experts import Experts, Routing, StreamedExperts, segments
+from shardsurgeon.layerwise.experts import Experts, StreamedExperts
 from shardsurgeon.layerwise.forward import Batch
 from shardsurgeon.layerwise.memory import ModelSize, model_size, program_memory
 from shardsurgeon.layerwise.model import Model
@@ -53,8 +55,6 @@ _OF_A_LOGIT = 4 * 8
 _WORKSPACE = 128 << 20
 # Bytes of what is kept of one predicted token (`Predictions`), and sorted for percentiles.
 _OF_A_PREDICTION = 18 + 16
-# Tokens that are compared at a time, in float64.
-_COMPARED = 1024
 
 
 class DamageSink(Protocol):
@@ -189,7 +189,7 @@ class _Evaluation:
         self._lanes = lanes
         self._device = device
         self._sink = sink
-        self._comparison: _Comparison | None = None
+        self._comparison: Comparison | None = None
 
     def run(self) -> None:
         """Run every group of layers that an earlier run has not finished."""
@@ -200,7 +200,7 @@ class _Evaluation:
             if number < stream.groups_done:
                 stream.report_layers(group)
                 continue
-            found = _Comparison(stream, self._num_parts, self._lanes, self._device)
+            found = Comparison(stream, self._num_parts, self._lanes, self._device)
             self._comparison, runner.watch = found, found.watch
             try:
                 stream.run_group(number, self._opened, beside=self._layers.filled)
@@ -213,7 +213,7 @@ class _Evaluation:
 
     def _opened(self, layer: int, experts: StreamedExperts) -> Experts:
         assert self._comparison is not None
-        return _Watched(experts, self._comparison)
+        return WatchedExperts(experts, self._comparison)
 
     def predict(self) -> list[Predictions]:
         """What the head predicts from the states behind the last layer, for each model."""
@@ -243,7 +243,7 @@ class _Evaluation:
     ) -> None:
         """One batch of all models. places: of its predicted tokens among those of the run."""
         ids = lanes[0].ids.flatten()
-        asked = _counted(lanes[0]).nonzero()[:, 0]
+        asked = predicting(lanes[0]).nonzero()[:, 0]
         for begin in range(0, len(asked), at_once):
             part = asked[begin : begin + at_once]
             given, following = ids[part], ids[part + 1]
@@ -264,117 +264,16 @@ class _Distribution:
         self._logs = logits.log_softmax(-1)
         self._first = logits.argmax(-1)
 
+    @cached_property
+    def _shares(self) -> Tensor:
+        return self._logs.exp()
+
     def against(self, whole: _Distribution, following: Tensor) -> list[np.ndarray]:
         """nll, KL from the whole model's, agreement with it, and with the tokens that follow."""
         nll = -self._logs.gather(1, following[:, None])[:, 0]
-        p = whole._logs.exp()
+        p = whole._shares
         kl = (whole._logs - self._logs).mul_(p)
         # A token that the whole model excludes has no part in the sum: 0 · inf is none.
         kl = kl.masked_fill_(p == 0, 0.0).sum(-1)
         agrees, hits = self._first == whole._first, self._first == following
         return [values.cpu().numpy() for values in (nll, kl, agrees, hits)]
-
-
-def _counted(batch: Batch) -> Tensor:
-    """Bool [B · S], which tokens predict one that is asked for."""
-    assert batch.counted is not None
-    return batch.counted
-
-
-class _Watched:
-    """A layer's experts, and the gate weights that the whole model gives them."""
-
-    def __init__(self, experts: StreamedExperts, comparison: _Comparison) -> None:
-        self._experts = experts
-        self._comparison = comparison
-
-    def compute(self, routings: list[Routing]) -> list[Tensor]:
-        """As the experts compute."""
-        for routing in routings:
-            if routing.lane == 0:
-                self._comparison.routed(routing)
-        return self._experts.compute(routings)
-
-
-@dataclass
-class _Sums:
-    """Sums of one layer: compared [lanes - 1, 2, parts] (relative errors, cosines), gates [parts,
-    experts]."""
-
-    compared: Tensor
-    gates: Tensor | None = None
-
-
-class _Comparison:
-    """What leaves the layers of a group: candidates against the whole model."""
-
-    def __init__(self, stream: LayerStream, num_parts: int, lanes: int, device: Device) -> None:
-        self._stream = stream
-        self._num_parts = num_parts
-        self._lanes = lanes
-        self._device = device
-        self._layers: dict[int, _Sums] = {}
-        # (layer, positions in lane 0) → the whole model's states, until all candidates are through.
-        self._whole: dict[tuple[int, tuple[int, ...]], tuple[Tensor, int]] = {}
-
-    def watch(self, layer: int, batch: Batch, states: Tensor) -> None:
-        """Called with the output of each layer for each batch."""
-        key = (layer, batch.positions)
-        if batch.lane == 0:
-            self._whole[key] = (states, self._lanes - 1)
-            return
-        whole, left = self._whole[key]
-        if left == 1:
-            del self._whole[key]
-        else:
-            self._whole[key] = (whole, left - 1)
-        sums = self._of(layer).compared[batch.lane - 1]
-        both = [each.flatten(0, 1) for each in (states, whole)]
-        assert batch.parts is not None
-        for asked in _counted(batch).nonzero()[:, 0].split(_COMPARED):
-            parts = batch.parts.numbers[asked]
-            ours, theirs = (each[asked].flatten(1).double() for each in both)
-            norm, own = (torch.linalg.vector_norm(each, dim=-1) for each in (theirs, ours))
-            apart = torch.linalg.vector_norm(ours - theirs, dim=-1)
-            cosine = ours.mul_(theirs).sum(-1) / (norm * own)
-            for part in range(self._num_parts):
-                for place, values in enumerate((apart / norm, cosine)):
-                    sums[place, part] += torch.where(parts == part, values, 0.0).sum()
-
-    def routed(self, routing: Routing) -> None:
-        """Add the gate weights that the whole model gave; copies of the input get none."""
-        assert routing.counted is not None and routing.parts is not None
-        sums = self._of(routing.layer)
-        if sums.gates is None:
-            experts = self._stream.num_experts[routing.layer]
-            sums.gates = self._zeros(self._num_parts, experts)
-        experts = sums.gates.shape[1]
-        asked = routing.counted.nonzero()[:, 0]
-        index, weights = routing.index[asked], routing.weights[asked].double()
-        places = (routing.parts.numbers[asked][:, None] * experts + index)[index < experts]
-        places, order = places.sort(stable=True)
-        every = torch.arange(self._num_parts * experts + 1, device=places.device)
-        lengths = torch.searchsorted(places, every).diff()
-        row = weights[index < experts][order]
-        sums.gates.view(-1).add_(segments(row[None], lengths, "sum")[0])
-
-    def results(self) -> Iterator[tuple[int, LayerSums]]:
-        """Layer → its sums. Raises WorkError where they are not finite."""
-        assert not self._whole
-        for layer, sums in sorted(self._layers.items()):
-            compared = sums.compared.cpu().numpy()
-            if not np.isfinite(compared).all():
-                problem = "its output has numbers that are not finite"
-                remedy = "evaluate with --dtype bfloat16 or float32"
-                raise WorkError(f"layer {layer}", problem, remedy)
-            gates = None if sums.gates is None else sums.gates.cpu().numpy()
-            yield layer, LayerSums(compared, gates)
-
-    def _of(self, layer: int) -> _Sums:
-        if layer not in self._layers:
-            shape = (self._lanes - 1, 2, self._num_parts)
-            self._layers[layer] = _Sums(self._zeros(*shape))
-        return self._layers[layer]
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self._device.name)
