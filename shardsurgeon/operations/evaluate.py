@@ -6,9 +6,10 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -154,19 +155,19 @@ def evaluate(
     if (before := _before(output, known)) is not None:
         return before
     layers = anatomy.num_layers
-    with partial_work(Path(out), run, FinishedDamage, layers, restart=restart) as partial:
-        resumed = partial.num_resumed
-        with chosen_dtype(possible, partial.activations) as choice:
+    with partial_work(Path(out), run, FinishedDamage, layers, restart=restart) as work:
+        resumed = work.num_resumed
+        with chosen_dtype(possible, work.activations) as choice:
             asked_of = with_dtype(request, choice.dtype)
             candidates = list(_candidates(checkpoint, anatomy, prunes, keeps))
-            found = _run(checkpoint, asked_of, data, candidates, partial, progress)
-        require_unchanged_weights(checkpoint, run, partial)
+            found = _run(checkpoint, asked_of, data, candidates, work, progress)
+        require_unchanged_weights(checkpoint, run, work)
         original = data.damage(found[0])
-        sums = partial.layers.layers
         measured = []
         for place, (candidate, digest) in enumerate(zip(candidates, digests, strict=True)):
             made = data.candidate(candidate, digest, original, found[place + 1])
-            measured.append(replace(made, layers=_layers(candidate.keep, sums, place, data)))
+            own = partial(_layers, candidate.keep, work.layers.layers, place)
+            measured.append(_with_layers(made, own))
         report = EvaluationReport(
             model=checkpoint.source.name,
             revision=checkpoint.source.revision,
@@ -188,7 +189,7 @@ def evaluate(
             notes=(*checkpoint.notes, *data.notes),
         )
         output.write(report.file())
-        partial.clear()
+        work.clear()
     return report
 
 
@@ -270,16 +271,33 @@ def _run(
         )
 
 
+def _with_layers(
+    made: CandidateDamage, of: Callable[[Sequence[int], int], tuple[LayerDamage, ...]]
+) -> CandidateDamage:
+    """The same with its layers, on all tokens and, of several parts, on each part's.
+
+    of: (numbers of parts, their tokens) → what the layers do on them.
+    """
+    every = of(range(len(made.parts)), made.damage.tokens)
+    if len(made.parts) == 1:
+        return replace(made, layers=every)
+    parts = (
+        replace(part, layers=of([number], part.damage.tokens))
+        for number, part in enumerate(made.parts)
+    )
+    return replace(made, layers=every, parts=tuple(parts))
+
+
 def _layers(
-    keep: KeepList, found: Mapping[int, LayerSums], place: int, data: _Data
+    keep: KeepList, found: Mapping[int, LayerSums], place: int, parts: Sequence[int], tokens: int
 ) -> tuple[LayerDamage, ...]:
-    """What candidate number `place` does to each layer's output."""
+    """What candidate number `place` does to each layer's output, on some parts' tokens."""
     made = []
     for layer, sums in found.items():
-        error, cosine = sums.compared[place].sum(1) / data.begins[-1]
+        error, cosine = sums.compared[place][:, parts].sum(1) / tokens
         lost = None
         if sums.gates is not None:
-            gates, kept = sums.gates.sum(0), keep.layers.get(layer)
+            gates, kept = sums.gates[parts].sum(0), keep.layers.get(layer)
             gone = gates[list(kept.pruned)].sum() if kept is not None else 0.0
             lost = float(gone / gates.sum()) if gates.sum() else 0.0
         made.append(LayerDamage(layer, float(error), float(cosine), lost))

@@ -25,11 +25,16 @@ _REMEDY = "evaluate again"
 
 @dataclass(frozen=True, slots=True)
 class PartDamage:
-    """What one part of the data says of a model. name: the part's; samples: how many it has."""
+    """What one part of the data says of a model.
+
+    name: the part's; samples: how many it has; layers: of a candidate, what it does to every
+    decoder layer on this part; empty for the whole model, and where there is one part.
+    """
 
     name: str
     samples: int
     damage: Damage
+    layers: tuple[LayerDamage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +209,8 @@ def _layer(found: Mapping[str, Any]) -> LayerDamage:
 
 
 def _part(found: Mapping[str, Any]) -> PartDamage:
-    return _checked(PartDamage(found["name"], found["samples"], _damage(found["damage"])))
+    layers = _each(found["layers"], _layer)
+    return _checked(PartDamage(found["name"], found["samples"], _damage(found["damage"]), layers))
 
 
 def _damage(found: Mapping[str, Any]) -> Damage:

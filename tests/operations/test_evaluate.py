@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -327,4 +328,17 @@ def test_only_the_tokens_of_answers_are_predicted_and_texts_have_none(
     for candidate in report.candidates:
         assert candidate.parts[0].damage.accepted is None
         assert candidate.damage.accepted == candidate.parts[1].damage.accepted
+        # What a layer does on all tokens is the mean of what it does on each part's.
+        weights = [part.damage.tokens for part in candidate.parts]
+        for layer, *own in zip(
+            candidate.layers, *(part.layers for part in candidate.parts), strict=True
+        ):
+            for name in ("relative_error", "cosine"):
+                values = [getattr(each, name) for each in own]
+                mean = np.average(values, weights=weights)
+                assert getattr(layer, name) == pytest.approx(mean, rel=1e-12)
+            assert layer.lost_weight is not None
+            assert {each.layer for each in own} == {layer.layer}
+            lost = [each.lost_weight or 0.0 for each in own]
+            assert min(lost) <= layer.lost_weight <= max(lost)
         assert candidate.worst_part in (texts.name, forced.name)
