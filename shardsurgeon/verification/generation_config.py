@@ -11,7 +11,7 @@ from typing import Any
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME as NAME
-from shardsurgeon.errors import ConfigError
+from shardsurgeon.errors import ConfigError, InputError
 from shardsurgeon.storage.formats.json_edit import Document, Insert
 from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.storage.limits import CONFIG
@@ -29,29 +29,39 @@ def check_generation_config(
     asked = [step.sampling for step in steps if step.sampling]
     if not asked:
         return frozenset()
-    expected = None
-    if NAME in carried_files(source, pruned):
-        expected = source.read_file(NAME, CONFIG)
+    if NAME in {file.name for file in pruned.files}:
+        _check(source, pruned, asked, findings)
+    else:
+        findings.add(NAME, "is missing")
+    return frozenset({NAME})
+
+
+def _check(
+    source: Checkpoint, pruned: Checkpoint, asked: list[Mapping[str, Any]], findings: Findings
+) -> None:
+    """asked: what was written, prune by prune."""
+    expected: bytes | None = None
     try:
+        if NAME in carried_files(source, pruned):
+            expected = source.read_file(NAME, CONFIG)
         for members in asked:
             expected = _with(expected, members)
-    except ConfigError as error:
-        findings.add(NAME, f"cannot be the source's with settings in it: that {error.problem}")
-        return frozenset({NAME})
-    assert expected is not None
-    if NAME not in {file.name for file in pruned.files}:
-        findings.add(NAME, "is missing")
-        return frozenset({NAME})
-    found = pruned.read_file(NAME, CONFIG)
+        found = pruned.read_file(NAME, CONFIG)
+    except InputError as error:
+        findings.add(NAME, f"cannot be compared: that of {error.where} {error.problem}")
+        return
     if found == expected:
-        return frozenset({NAME})
+        return
     try:
-        compare_values(NAME, "", parse_json(expected, CONFIG), parse_json(found, CONFIG), findings)
+        compare_values(NAME, "", _values(expected or b""), _values(found), findings)
     except (ValueError, RecursionError) as error:
         findings.add(NAME, f"is not valid JSON ({error})")
     if not findings.tells_of(NAME):
         findings.add(NAME, "is not the source's with the recorded settings, byte for byte")
-    return frozenset({NAME})
+
+
+def _values(raw: bytes) -> Any:
+    return parse_json(raw, CONFIG, parse_constant=str)
 
 
 def _with(raw: bytes | None, members: Mapping[str, Any]) -> bytes:
