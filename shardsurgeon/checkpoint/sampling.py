@@ -44,6 +44,9 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
 )
 # max_tokens has another name there.
 _KEYS = {"max_tokens": "max_new_tokens"}
+# Where there is no generation_config.json engines take these, by which an answer ends, from the
+# config; where there is one, they do not.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NAMES = {_KEYS.get(name, name): name for name in SETTINGS}
 
 
@@ -78,6 +81,15 @@ def generation_members(settings: Mapping[str, object]) -> dict[str, Any]:
         all_tokens = name == "top_k" and number == -1
         members[_KEYS.get(name, name)] = 0 if all_tokens else number
     return members
+
+
+def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json must have that is made where there was none: the token ids
+    that config.json says, at its top or of its text model."""
+    text = config.get("text_config")
+    places = [config, *([text] if isinstance(text, Mapping) else [])]
+    said = {key: [at[key] for at in places if at.get(key) is not None] for key in _TOKEN_IDS}
+    return {key: values[0] for key, values in said.items() if values}
 
 
 def settings_of(members: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from shardsurgeon.checkpoint.sampling import DO_SAMPLE, generation_members
+from shardsurgeon.checkpoint.sampling import DO_SAMPLE, generation_members, token_ids
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.storage.formats.json_edit import Document, Insert, Path
 
@@ -15,14 +15,15 @@ _OF_DRAWING = ("temperature", "top_p", "top_k", "min_p")
 
 
 def with_sampling(
-    raw: bytes | None, settings: Mapping[str, float], where: str
+    raw: bytes | None, settings: Mapping[str, float], config: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], bytes]:
     """(the members that are written, the file with them).
 
-    raw: the source's file, None where the result would have none; every byte stays but for these
-    members. With a setting that needs it comes do_sample: true where the source says nothing of
-    it, false with temperature 0, which transformers takes in no other way. Raises ConfigError,
-    naming `where`, for a file that is no JSON object.
+    raw: the source's file, of which every byte stays but for these members; None where the result
+    would have none, and gets one with the token ids of the source's config beside them. With a
+    setting that needs it comes do_sample: true where the source says nothing of it, false with
+    temperature 0, which transformers takes in no other way. Raises ConfigError, naming `where`,
+    for a file that is no JSON object.
     """
     document = Document.parse(b"{}" if raw is None else raw, where)
     present = document.value
@@ -34,7 +35,7 @@ def with_sampling(
     if greedy or (present.get(DO_SAMPLE) is None and not members.keys().isdisjoint(_OF_DRAWING)):
         members[DO_SAMPLE] = not greedy
     if raw is None:
-        return members, (json.dumps(members, indent=2) + "\n").encode()
+        return members, (json.dumps(token_ids(config) | members, indent=2) + "\n").encode()
     changes: dict[Path, object] = {
         (key,): value if key in present else Insert(value) for key, value in members.items()
     }

@@ -164,7 +164,7 @@ def _generation_config(
     """As `with_sampling`; copied: what else belongs to the result, of the source's files."""
     name = GENERATION_CONFIG_NAME
     raw = checkpoint.read_file(name, CONFIG) if name in copied else None
-    return with_sampling(raw, settings, f"{checkpoint.location}/{name}")
+    return with_sampling(raw, settings, checkpoint.settings, f"{checkpoint.location}/{name}")
 
 
 def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME as NAME
+from shardsurgeon.checkpoint.sampling import token_ids
 from shardsurgeon.errors import ConfigError, InputError
 from shardsurgeon.storage.formats.json_edit import Document, Insert
 from shardsurgeon.storage.formats.strict_json import parse_json
@@ -45,7 +46,7 @@ def _check(
         if NAME in carried_files(source, pruned):
             expected = source.read_file(NAME, CONFIG)
         for members in asked:
-            expected = _with(expected, members)
+            expected = _with(expected, members, source)
         found = pruned.read_file(NAME, CONFIG)
     except InputError as error:
         findings.add(NAME, f"cannot be compared: that of {error.where} {error.problem}")
@@ -64,10 +65,14 @@ def _values(raw: bytes) -> Any:
     return parse_json(raw, CONFIG, parse_constant=str)
 
 
-def _with(raw: bytes | None, members: Mapping[str, Any]) -> bytes:
-    """The file with these members. Raises ConfigError where it is no JSON object."""
+def _with(raw: bytes | None, members: Mapping[str, Any], source: Checkpoint) -> bytes:
+    """The file with these members; where there was none, with the token ids of the config too.
+
+    Raises ConfigError where it is no JSON object.
+    """
     if raw is None:
-        return (json.dumps(dict(members), indent=2) + "\n").encode()
+        made = {**token_ids(source.settings), **members}
+        return (json.dumps(made, indent=2) + "\n").encode()
     document = Document.parse(raw, NAME)
     if not isinstance(document.value, dict):
         raise ConfigError(NAME, "is no JSON object")

@@ -130,6 +130,23 @@ def test_do_sample_comes_with_what_needs_it_where_the_source_does_not_say_it(
 
 
 @pytest.mark.torch
+def test_an_answer_still_ends_where_the_file_is_made_anew(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ends: dict[str, Any] = {"eos_token_id": [3, 4], "pad_token_id": None}
+    config = tiny.config(**ends, text_config={"bos_token_id": 1, "eos_token_id": 9})
+    source = model(tmp_path / "model", None)
+    (source / "config.json").write_text(json.dumps(config))
+    out = pruned(source, tmp_path / "out", {"min_p": 0.05})
+    assert shardsurgeon.verify(source, out).differences == ()
+    # What transformers, and with it vLLM, takes where there is no such file.
+    before = transformers.GenerationConfig.from_model_config(config)
+    after = transformers.GenerationConfig.from_pretrained(out)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(after, key) == getattr(before, key)
+    assert (after.eos_token_id, after.bos_token_id) == ([3, 4], 1)
+
+
+@pytest.mark.torch
 def test_transformers_reads_the_file_and_can_save_it_again(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     asked = {"temperature": 0.6, "top_k": -1, "top_p": 0.9, "min_p": 0.05}
