@@ -88,8 +88,13 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     that config.json says, at its top or of its text model."""
     text = config.get("text_config")
     places = [config, *([text] if isinstance(text, Mapping) else [])]
-    said = {key: [at[key] for at in places if at.get(key) is not None] for key in _TOKEN_IDS}
+    said = {key: [at[key] for at in places if _are_ids(at.get(key))] for key in _TOKEN_IDS}
     return {key: values[0] for key, values in said.items() if values}
+
+
+def _are_ids(value: object) -> bool:
+    each = value if isinstance(value, list) else [value]
+    return all(type(one) is int for one in each)
 
 
 def settings_of(members: Mapping[str, Any]) -> dict[str, Any]:
