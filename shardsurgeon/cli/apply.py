@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.checkpoint.sampling import generation_members
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
@@ -25,7 +27,7 @@ from shardsurgeon.cli.options import (
 from shardsurgeon.cli.output import Steps, emit, fact, typed
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines
 from shardsurgeon.cli.push import push_lines
-from shardsurgeon.cli.values import OfMachine, at_least, shard_size, size
+from shardsurgeon.cli.values import OfMachine, at_least, settings, shard_size, size
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
@@ -34,6 +36,15 @@ from shardsurgeon.units import counted, format_size
 if TYPE_CHECKING:
     from shardsurgeon.operations.reports import ApplyReport, PushTarget, Refusal
     from shardsurgeon.verification.findings import VerifyReport
+
+
+def _sampling(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, float]:
+    """Turn `min_p=0.05` into values by name, which can be written."""
+    found = settings(texts)
+    generation_members(found)
+    return found
 
 
 @click.command("apply", cls=Command)
@@ -48,6 +59,14 @@ if TYPE_CHECKING:
     "out",
     metavar="OUT",
     help="Folder to write.  [default: <model>-REAP-65pct]",
+)
+@click.option(
+    "--sampling",
+    metavar="NAME=X[,...]",
+    multiple=True,
+    callback=_sampling,
+    help="Write these defaults into the result's generation_config.json, such as "
+    "min_p=0.05,repetition_penalty=1.1, by the names of `probe`.",
 )
 @click.option(
     "--max-shard-size",
@@ -104,6 +123,7 @@ def apply_command(
     family: str | None,
     follow_links: bool,
     evaluation: str | None,
+    sampling: dict[str, float],
     out: str | None,
     max_shard_nbytes: int | None,
     workers: int,
@@ -136,7 +156,7 @@ def apply_command(
     from shardsurgeon.operations import apply, prune
     from shardsurgeon.operations.measured import measuring
 
-    request, steps = only_one(requests), Steps.here()
+    request, steps = replace(only_one(requests), sampling=sampling), Steps.here()
     destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
     options = RunOptions(
         workers=workers,

@@ -17,10 +17,10 @@ SECTIONS = {
     "Model and output": (
         *("--model", "--out", "--dry-run", "--restart", "--force", "--layers", "--evaluation"),
     ),
-    "Comparison": ("--against", "--sampling", "--detect"),
+    "Comparison": ("--against", "--detect"),
     "Sampling": (
         *("--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"),
-        "--max-tokens",
+        *("--max-tokens", "--sampling"),
     ),
     "Server": (
         *("--parallel", "--timeout", "--served-model", "--against-model", "--api-key-env"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, Unpack, overload
@@ -128,6 +128,7 @@ def plan(
     lists: ListsName | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    sampling: Mapping[str, float] | None = None,
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
     family: AnyPath | None = None,
@@ -163,6 +164,8 @@ def plan(
     - lists: what lists of expert ids are in a file that does not say it: `kept` or `dropped` in
       plan_file, `best-first` or `worst-first` in scores that rank the experts;
     - include, exclude: globs of files beside the weights to copy, or not, whatever they are;
+    - sampling: defaults to write into the result's generation_config.json, `{"min_p": 0.05}`: any
+      of temperature, top_p, top_k, min_p, repetition_penalty and max_tokens;
     - out: the folder that `apply` writes, by default named after the model and the ratio;
     - max_shard_size: of the result, in bytes or as `"5GB"`; None keeps the source's shards;
     - family: the file of a declaration, or `auto` to read a model of no declared family;
@@ -197,6 +200,7 @@ def plan(
             lists=None if lists is None else Lists(lists),
             include=_globs(include),
             exclude=_globs(exclude),
+            sampling=dict(sampling or {}),
         )
 
     def known(requests: list[SelectionRequest]) -> Evaluation | None:

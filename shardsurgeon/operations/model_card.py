@@ -7,6 +7,7 @@ wrote is kept to the letter.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from shardsurgeon.checkpoint.provenance import (
     Step,
     rounding_alone,
 )
+from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, OPTION, as_option, settings_of
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.card_data import Calibration, Cost, ModelFacts
 from shardsurgeon.operations.serving import serve_words
@@ -94,6 +96,7 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
     experts_before = sum(layer.num_experts for layer in record.layers.values())
     pruned = sum(len(layer.pruned) for layer in record.layers.values())
     notes = (*_preserved(record), *_policies(record), *_calibration(facts.calibrations))
+    notes += tuple(_sampling(record))
     values = {
         "metadata": _metadata(facts),
         "title": placement.repo_id.rpartition("/")[2],
@@ -258,6 +261,12 @@ def _calibration(calibrations: Iterable[Calibration]) -> Iterator[str]:
         yield f"Scores: {_link(found.file)}" + (f" ({facts})" if facts else "")
 
 
+def _sampling(record: Provenance) -> Iterator[str]:
+    if record.sampling:
+        said = ", ".join(f"`{key}` {json.dumps(value)}" for key, value in record.sampling.items())
+        yield f"{_link(GENERATION_CONFIG_NAME)} was given defaults to sample with: {said}"
+
+
 def _link(file: str) -> str:
     """To a file of the model's folder."""
     return f"[{file if _FILE.fullmatch(file) else _plain(file)}]({quote(file)})"
@@ -365,6 +374,7 @@ def recipe(
         "--max-shard-size": max_shard_nbytes,
         "--family": declared and Path(declared).name,
         "--evaluation": measured,
+        OPTION: as_option(request.sampling) or None,
     }
     words = [*_PROGRAM, *scores, "--model", address(source)]
     for option, value in options.items():
@@ -381,6 +391,8 @@ def recipe_by_record(facts: ModelFacts) -> str:
     words = [*_PROGRAM, "--plan", PROVENANCE_NAME, "--model", address(source)]
     words += ["--mtp", "drop"] if facts.mtp_removed and not facts.mtp_layers else []
     words += [] if facts.uniform else ["--allow-nonuniform"]
+    sampling = as_option(settings_of(facts.provenance.sampling))
+    words += [OPTION, sampling] if sampling else []
     words += _globs(facts.provenance)
     return shlex.join(words)
 

@@ -66,6 +66,7 @@ class PlanOptions(TypedDict, total=False):
     lists: ListsName | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
+    sampling: Mapping[str, float] | None
     out: AnyPath | None
     max_shard_size: int | str | None
     family: AnyPath | None

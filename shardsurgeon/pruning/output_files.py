@@ -1,7 +1,8 @@
 """The files beside the shards, and with them the whole plan.
 
-Written anew are config, index, quantization lists and the record of the prune; what else belongs to
-the model is copied. Quantization lists and another tool's record are read here.
+Written anew are config, index, quantization lists, the record of the prune, and sampling settings
+where they are asked for; what else belongs to the model is copied. Quantization lists and another
+tool's record are read here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from shardsurgeon.checkpoint.files import (
 )
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
+from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, listed
+from shardsurgeon.checkpoint.sampling import OPTION as SAMPLING
 from shardsurgeon.checkpoint.second_configs import second_configs
 from shardsurgeon.checkpoint.side_files import require_sound, side_files
 from shardsurgeon.execution.outputs import output_sizes
@@ -35,6 +38,7 @@ from shardsurgeon.pruning.config_edits import (
     pruned_second_config,
 )
 from shardsurgeon.pruning.decide import Decision
+from shardsurgeon.pruning.generation_config import with_sampling
 from shardsurgeon.pruning.lineage import compose, step_of
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.storage.formats.index import build_index
@@ -73,18 +77,23 @@ def assemble(
     Raises ConfigError and HeaderError where config or quantization lists cannot be rewritten,
     SourceReadError where they cannot be read.
     """
-    step = step_of(
-        request, decision.keep, decision.metric, identity_of(checkpoint), decision.made_for
-    )
-    provenance = compose(
-        checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
-    )
     require_sound(checkpoint, request.include, request.exclude)
     beside, score_files = _copied_files(checkpoint, request, given, evaluation)
     source_files = _source_files(checkpoint, beside)
     second = second_configs(checkpoint, anatomy, beside)
     copied = tuple(name for name in beside if name not in second)
     generated = _generated_files(checkpoint, anatomy, decision, shards, second)
+    step = step_of(
+        request, decision.keep, decision.metric, identity_of(checkpoint), decision.made_for
+    )
+    if request.sampling:
+        sampling, content = _generation_config(checkpoint, request.sampling, copied)
+        step = replace(step, sampling=sampling)
+        copied = tuple(name for name in copied if name != GENERATION_CONFIG_NAME)
+        generated = ((GENERATION_CONFIG_NAME, content), *generated)
+    provenance = compose(
+        checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
+    )
     if recipe is not None:
         taken = {*copied, *(name for name, _, _ in score_files), PROVENANCE_NAME}
         generated = ((_free_name(RECIPE_NAME, taken), recipe(score_files)), *generated)
@@ -97,6 +106,7 @@ def assemble(
         asked=(
             *_asked(decision, max_shard_nbytes, step, score_files, request),
             *([("--follow-links", "given")] if checkpoint.source.follows_links else []),
+            *([(SAMPLING, listed(step.sampling))] if step.sampling else []),
         ),
         source_fingerprint=_source_fingerprint(checkpoint, source_files),
     )
@@ -146,6 +156,15 @@ def _generated_files(
     if len(shards) > 1:
         files.append((checkpoint.names.index, _index(checkpoint, shards)))
     return tuple(files)
+
+
+def _generation_config(
+    checkpoint: Checkpoint, settings: Mapping[str, float], copied: Collection[str]
+) -> tuple[dict[str, Any], bytes]:
+    """As `with_sampling`; copied: what else belongs to the result, of the source's files."""
+    name = GENERATION_CONFIG_NAME
+    raw = checkpoint.read_file(name, CONFIG) if name in copied else None
+    return with_sampling(raw, settings, checkpoint.settings, f"{checkpoint.location}/{name}")
 
 
 def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:

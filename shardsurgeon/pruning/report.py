@@ -16,6 +16,7 @@ from shardsurgeon.checkpoint.config import PER_LAYER_KEY
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
+from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, OPTION
 from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
@@ -283,6 +284,7 @@ def plan_report(
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
             *_rewritten(tensors),
             *_uncounted(checkpoint, plan),
+            *_sampling(plan),
             *stale_counts(checkpoint, anatomy, plan.copied_files),
             *([] if decision.drop_mtp else absent_mtp_notes(anatomy)),
             *_weights_in_folders(checkpoint, plan),
@@ -355,6 +357,12 @@ def _uncounted(checkpoint: Checkpoint, plan: Plan) -> list[str]:
         return []
     what = "the way the weights are packed hides how many parameters they are"
     return [f"total_parameters is left out of {checkpoint.names.index}: {what}"]
+
+
+def _sampling(plan: Plan) -> list[str]:
+    """Says what engines will sample with, where the user asked for it."""
+    asked = dict(plan.asked).get(OPTION)
+    return [f"{GENERATION_CONFIG_NAME} gets {asked}"] if asked else []
 
 
 def absent_mtp_notes(anatomy: Anatomy) -> list[str]:

@@ -85,7 +85,7 @@ def _differences(path: str, expected: Any, found: Any, is_old: bool) -> Iterator
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for number, pair in enumerate(zip(expected, found, strict=True)):
             yield from _differences(f"{path}{number}.", *pair, is_old)
-    elif isinstance(expected, bool) or isinstance(found, bool) or expected != found:
+    elif isinstance(expected, bool) != isinstance(found, bool) or expected != found:
         unknown = is_old and expected is None and as_number(found) is not None
         if not unknown:
             yield path.rstrip("."), f"is {brief(found)}, expected {brief(expected)}"

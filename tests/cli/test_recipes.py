@@ -70,6 +70,19 @@ def test_its_copy_reproduces_the_bytes_and_names_no_path(place: Path, tmp_path: 
     assert kept(place / "small")["sha256"].keys() == {"config.json", "scores.pt"}
 
 
+@pytest.mark.parametrize("said", ['"min_p=0.05,top_k=20"', '["min_p=0.05", "top_k=20"]'])
+def test_sampling_settings_are_of_the_recipe_and_of_its_copy(place: Path, said: str) -> None:
+    path = written(place, f'model = "model"\n{APPLY}sampling = {said}\n')
+    assert main(["run", path]) == 0
+    made = json.loads((place / "small" / "generation_config.json").read_bytes())
+    before = json.loads((place / "model" / "generation_config.json").read_bytes())
+    assert made == before | {"min_p": 0.05, "top_k": 20, "do_sample": True}
+    assert kept(place / "small")["apply"]["sampling"] == json.loads(said)
+    copy = str(place / "small" / "calibration" / "recipe.toml")
+    assert main(["run", copy, "--model", str(place / "model"), "-o", "again"]) == 0
+    assert contents(Path("again")) == contents(place / "small")
+
+
 def test_an_evaluation_is_a_file_of_the_recipe(place: Path) -> None:
     digest = hashlib.sha256((place / "model" / "config.json").read_bytes()).hexdigest()
     evaluation = replace(EVALUATED, config_sha256=digest).file()

@@ -24,6 +24,7 @@ MODELS = [" ".join(line[: 2 if line[0] == "scores" else 1]) for line in WITH_MOD
 SPEAKERS = {
     "checkpoint/": [*MODELS, "push"],
     "checkpoint/open.py": MODELS,
+    "checkpoint/sampling.py": ["apply", "probe"],
     "checkpoint/side_files.py": ["plan", "apply"],
     "checkpoint/transformers_model.py": ["verify"],
     "cli/apply.py": ["apply"],
@@ -55,6 +56,7 @@ SPEAKERS = {
     "operations/scores.py": ["scores compare"],
     "operations/verify.py": ["apply"],
     "pruning/": ["plan", "apply"],
+    "pruning/generation_config.py": ["apply"],
     "scores/blending.py": ["scores blend"],
     "scores/checks.py": ["plan", "apply"],
     "scores/files.py": ["scores convert"],

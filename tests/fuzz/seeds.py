@@ -129,10 +129,9 @@ def provenances() -> list[bytes]:
         "steps": [step],
         "layers": {"1": layer},
     }
-    chain = {
-        **whole,
-        "steps": [{**step, "num_experts_after": 3}, {**step, "num_experts_before": 3}],
-    }
+    sampling = {"min_p": 0.05, "top_k": 0, "do_sample": True}
+    last = {**step, "num_experts_before": 3, "sampling": sampling}
+    chain = {**whole, "steps": [{**step, "num_experts_after": 3}, last]}
     bare = {key: value for key, value in whole.items() if key != "steps"}
     every: list[dict[str, Any]] = [whole, chain, bare, {"layers": []}]
     return [json.dumps(one).encode() for one in every]

@@ -426,7 +426,10 @@ _CONFIG_KEYS = (
 _KEEP_LISTS = [json.loads(raw) for raw in seeds.keep_lists()[:-1]]
 _KEEP_KEYS = ("kept", "dropped", "retained", "pruned", "layers", "num_experts", "mtp", "3", "kind")
 _PROVENANCES = [json.loads(raw) for raw in seeds.provenances()]
-_PROVENANCE_KEYS = ("format", "steps", "groups", "files", "include", "retained", "saliency", "2")
+_PROVENANCE_KEYS = (
+    *("format", "steps", "groups", "files", "include", "retained", "saliency", "2", "sampling"),
+    *("min_p", "top_k", "do_sample"),
+)
 
 TARGETS = [
     Target("header", header, seeds.headers, (*_JSON_WORDS, *_HEADER_WORDS)),
