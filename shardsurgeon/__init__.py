@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardsurgeon.layerwise.request import CalibrationReport
     from shardsurgeon.operations.api import (
         apply,
+        fit,
         inspect,
         open_checkpoint,
         plan,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         read_scores,
         verify,
     )
+    from shardsurgeon.operations.fit import FitReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import (
         ApplyReport,
@@ -63,6 +65,7 @@ __all__ = [
     "CalibrationReport",
     "Checkpoint",
     "ComparisonReport",
+    "FitReport",
     "InputError",
     "InspectReport",
     "PlanReport",
@@ -81,6 +84,7 @@ __all__ = [
     "compare_scores",
     "convert_scores",
     "estimate_calibration",
+    "fit",
     "inspect",
     "merge_scores",
     "open_checkpoint",
@@ -104,6 +108,7 @@ _HOMES = {
     "CalibrationReport": "layerwise.request",
     "Checkpoint": "checkpoint.checkpoint",
     "ComparisonReport": "pruning.agreement",
+    "FitReport": "operations.fit",
     "InspectReport": "operations.reports",
     "PlanReport": "pruning.report",
     "Pruning": "operations.prune",
@@ -119,6 +124,7 @@ _HOMES = {
     "compare_scores": "operations.score_api",
     "convert_scores": "operations.score_api",
     "estimate_calibration": "operations.score_api",
+    "fit": "operations.api",
     "inspect": "operations.api",
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",

@@ -249,7 +249,7 @@ class _Reader:
         """What one GPU has of so many heads or channels, which engines only split evenly."""
         if number % self.ranks:
             problem = f"{number} {what} do not divide by {self.ranks} ranks"
-            raise ConfigError(self.where, problem, "give another --tensor-parallel")
+            raise ConfigError(self.where, problem, "take another number of ranks")
         return number // self.ranks
 
     @property
@@ -276,7 +276,7 @@ class _Reader:
         self.share(heads, "attention heads")
         if kv_heads % self.ranks and self.ranks % kv_heads:
             problem = f"{kv_heads} KV heads neither divide by {self.ranks} ranks nor the reverse"
-            raise ConfigError(self.where, problem, "give another --tensor-parallel")
+            raise ConfigError(self.where, problem, "take another number of ranks")
         width = head_dim + self.get("value_head_dim", head_dim)
         return max(1, kv_heads // self.ranks) * width * self.nbytes
 

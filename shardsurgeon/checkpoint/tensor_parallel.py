@@ -53,7 +53,7 @@ class Parallel:
     def __post_init__(self) -> None:
         if min(self.gpus, self.tensor) < 1 or self.gpus % self.tensor:
             problem = f"{self.tensor} ranks do not divide {self.gpus} GPUs"
-            raise UsageError("--tensor-parallel", problem, "give a divisor of the number of GPUs")
+            raise UsageError("GPUs", problem, "take a divisor of the number of GPUs")
 
     @property
     def replicas(self) -> int:
@@ -220,6 +220,6 @@ def block_problem(
                 each = inner / parallel.tensor
                 problem = f"an expert's width {inner} over {parallel.tensor} ranks is {each:g}, "
                 problem += f"not whole FP8 blocks of {block[0]}"
-                return problem, "--expert-parallel, or fewer ranks"
+                return problem, "keep experts whole (expert parallelism), or take fewer ranks"
             return None
     return None

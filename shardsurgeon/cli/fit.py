@@ -1,87 +1,38 @@
-"""`shardsurgeon fit`: how many experts fit which GPUs; the options that `plan` has of it."""
+"""`shardsurgeon fit`: how many experts fit which GPUs."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.cli.gpus import SERVING, fit_request
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import family_option, json_option, model_argument, progress_option
 from shardsurgeon.cli.output import emit, fact, percent, table
-from shardsurgeon.errors import UsageError
-from shardsurgeon.operations.machines import parse_machines
-from shardsurgeon.units import counted, format_size, number_of
+from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
-    from shardsurgeon.operations.fit import FitReport, FitRequest, FitRow, MachineFit
+    from shardsurgeon.operations.fit import FitReport
+    from shardsurgeon.pruning.fit import FitRow, MachineFit
 
 # Rows of a machine's table for people: the counts around the best one, thinned out below and above.
 _ROWS = 12
 
 
-def serving_options(command: Any) -> Any:
-    """Add --context, --sequences, --kv-dtype, --tensor-parallel and --expert-parallel.
-
-    The command receives them as `serving`: the keywords of a FitRequest that were given.
-    """
-
-    @functools.wraps(command)
-    def with_serving(*args: Any, **given: Any) -> Any:
-        names = ("context", "sequences", "kv_dtype", "tensor_parallel", "expert_parallel")
-        serving = {name: value for name in names if (value := given.pop(name)) not in (None, False)}
-        return command(*args, serving=serving, **given)
-
-    options = (
-        click.option(
-            "--context",
-            metavar="TOKENS",
-            callback=_tokens,
-            help="Tokens of each sequence.  [default: 32768]",
-        ),
-        click.option(
-            "--sequences", type=int, metavar="N", help="Sequences at a time.  [default: 16]"
-        ),
-        click.option(
-            "--kv-dtype",
-            type=click.Choice(["auto", "fp8"]),
-            help="Of keys and values; auto: as the model says.  [default: auto]",
-        ),
-        click.option(
-            "--tensor-parallel",
-            type=int,
-            metavar="N",
-            help="GPUs that split each layer; the others are replicas.  [default: all]",
-        ),
-        click.option(
-            "--expert-parallel", is_flag=True, help="Whole experts on one GPU each, not split."
-        ),
-    )
-    for option in reversed(options):
-        with_serving = option(with_serving)
-    return with_serving
-
-
-def _tokens(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    """A callback that turns `32768` or `128k` into a number of tokens."""
-    return None if text is None else number_of(text, "--context", "tokens")
-
-
-def fit_request(gpus: str | None, serving: dict[str, Any], option: str = "--gpus") -> FitRequest:
-    """The options as a request."""
-    from shardsurgeon.operations.fit import FitRequest
-
-    machines = parse_machines(gpus, option) if gpus is not None else ()
-    return FitRequest(machines=machines, **serving)
+def _serving(command: Any) -> Any:
+    """Add the options that say how a model is served."""
+    return functools.reduce(lambda done, option: option(done), reversed(SERVING.values()), command)
 
 
 @click.command("fit", cls=Command)
 @model_argument
 @click.argument("scores", required=False)
 @click.option("--gpus", metavar="MACHINES", help="Such as 8x80GB or 4x80GB,2x141GB.")
-@serving_options
+@_serving
 @click.option("--mtp-layers", is_flag=True, help="Count the MTP layers, for speculative decoding.")
 @family_option
 @progress_option
@@ -90,10 +41,10 @@ def fit_command(
     model: str | None,
     scores: str | None,
     gpus: str | None,
-    serving: dict[str, Any],
     mtp_layers: bool,
     family: str | None,
     as_json: bool,
+    **serving: Any,
 ) -> None:
     """Show how many experts fit which GPUs, with how much context.
 
@@ -110,7 +61,7 @@ def fit_command(
     """
     from shardsurgeon.operations import fit
 
-    request = fit_request(gpus, serving | ({"mtp": True} if mtp_layers else {}))
+    request = replace(fit_request(gpus, serving, "--gpus"), mtp=mtp_layers)
     report = fit.fit(model, request, scores=scores, family=family)
     emit(report, fit_lines(report), as_json)
 
@@ -230,10 +181,3 @@ def thinned(rows: tuple[FitRow, ...], kept: int | None) -> list[FitRow]:
     step = (len(rows) - 1) / (_ROWS - len(near) - 1)
     spread = {round(n * step) for n in range(_ROWS - len(near))}
     return [rows[n] for n in sorted(near | spread)]
-
-
-def require_gpus(gpus: str | None, serving: dict[str, Any]) -> None:
-    """Raise UsageError where an option says how a model is served, and nothing on what."""
-    if gpus is None and serving:
-        option = f"--{next(iter(serving)).replace('_', '-')}"
-        raise UsageError(option, "is about GPUs, and there are none", "give --gpus as well")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.workers import Listener
 from shardsurgeon.operations import apply as applying
+from shardsurgeon.operations import fit as fitting
 from shardsurgeon.operations import inspect as inspection
 from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
@@ -30,6 +31,7 @@ from shardsurgeon.operations.python_calls import (
 )
 from shardsurgeon.operations.reports import ApplyReport, PushReport
 from shardsurgeon.operations.request import Destination, RunOptions
+from shardsurgeon.pruning.machines import SEQUENCES, FitRequest, parse_machines
 from shardsurgeon.pruning.request import (
     Allocation,
     Lists,
@@ -45,6 +47,45 @@ from shardsurgeon.units import parse_ratios, parse_size
 from shardsurgeon.verification.findings import VerifyReport
 
 inspect = public(inspection.inspect)
+
+
+@public
+def fit(
+    model: AnyPath | Checkpoint | None = None,
+    scores: AnyPath | Scores | None = None,
+    *,
+    gpus: str | None = None,
+    context: int | None = None,
+    sequences: int = SEQUENCES,
+    kv_dtype: Literal["auto", "fp8"] = "auto",
+    tensor_parallel: int | None = None,
+    expert_parallel: bool = False,
+    mtp_layers: bool = False,
+    family: str | None = None,
+) -> fitting.FitReport:
+    """Which counts of experts fit which GPUs, and with how much context. Reads headers and JSON.
+
+    gpus: machines such as `8x80GB,2x141GB`, None for the usual ones; context: tokens of a sequence,
+    None for 32,768 or what the model is made for; sequences: at the same time; kv_dtype: of keys
+    and values, `auto` as the model says; tensor_parallel: GPUs that split each layer, None for all;
+    expert_parallel: whole experts on one GPU each; mtp_layers: count them as loaded; scores: what
+    each count drops of them. Raises UsageError for words that are no machine and a context beyond
+    the model's, FamilyError where the model's attention is unknown.
+
+    >>> report = shardsurgeon.fit("fixtures/kimi_k25", gpus="1x24GB", context=4096)
+    >>> report.machines[0].kept, report.sequence_nbytes
+    (32, 786432)
+    """
+    request = FitRequest(
+        machines=() if gpus is None else parse_machines(gpus, "gpus"),
+        context=context,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+        mtp=mtp_layers,
+    )
+    return fitting.fit(model, request, scores=scores, family=family)
 
 
 @public

@@ -1,4 +1,6 @@
-"""Words for machines: `8x80GB`, `2x141GB`, `1x128GB-unified`. Imported by every plan, so light.
+"""Machines in words (`8x80GB`, `1x128GB-unified`) and how a model is to be served on them.
+
+Imported by the command line for its options, so nothing heavy is imported here.
 
 A GPU is called by its vendor's number. An 80GB card has 80 GiB but for what the driver and error
 correction keep, so each GB is taken as a GiB, less two in a hundred: an H100 80GB shows 79.6 GiB
@@ -17,6 +19,8 @@ LEFT_OF_GPU = 0.98
 # Of unified memory, which the system and other programs use too (macOS gives a GPU as much).
 LEFT_OF_UNIFIED = 0.75
 _MOST_GPUS = 1024
+# What is asked for where nobody says it: tokens of a sequence, and sequences at a time.
+CONTEXT, SEQUENCES = 32768, 16
 _WORD = re.compile(
     r"(?:(\d{1,5})\s*[x*×])?\s*(\d+(?:\.\d+)?)\s*(GB|G|MIB|GIB)(-UNIFIED)?", re.ASCII | re.I
 )
@@ -70,3 +74,34 @@ def usual_machines() -> tuple[Machine, ...]:
     words = [f"{count}x{size}GB" for size in sizes for count in counts]
     words += ["1x128GB-unified", "1x512GB-unified"]
     return parse_machines(",".join(words))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitRequest:
+    """What is to fit.
+
+    machines: () for the usual ones; context: tokens of a sequence, None for 32,768 or what the
+    model is made for; sequences: at the same time; kv_dtype: `auto` or `fp8`; tensor_parallel:
+    ranks that split each matrix, None for all GPUs of a machine; expert_parallel: whether whole
+    experts go to one GPU each; mtp: whether MTP layers are loaded. Raises UsageError for numbers
+    below 1.
+    """
+
+    machines: tuple[Machine, ...] = ()
+    context: int | None = None
+    sequences: int = SEQUENCES
+    kv_dtype: str = "auto"
+    tensor_parallel: int | None = None
+    expert_parallel: bool = False
+    mtp: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--context", self.context),
+            ("--sequences", self.sequences),
+            ("--tensor-parallel", self.tensor_parallel),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(option, f"{value} is less than 1")
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise UsageError("--kv-dtype", f"'{self.kv_dtype}' is not known", "say auto or fp8")
