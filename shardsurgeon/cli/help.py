@@ -11,7 +11,11 @@ import click
 # is on top is what most users need. An option that is not listed comes last, under Advanced.
 SECTIONS = {
     "Parts (one of them)": ("--weights", "--objective"),
-    "How much (one of them)": ("--ratio", "--keep", "--target-size", "--plan"),
+    "How much (one of them)": ("--ratio", "--keep", "--target-size", "--fit", "--plan"),
+    "GPUs": (
+        *("--gpus", "--context", "--sequences", "--kv-dtype", "--tensor-parallel"),
+        *("--expert-parallel", "--mtp-layers"),
+    ),
     "Samples": ("--dataset", "--samples", "--max-length"),
     "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
     "Machine": ("--device", "--dtype", "--batch-size", "--memory", "--activation-budget"),

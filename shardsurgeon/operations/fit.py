@@ -1,4 +1,4 @@
-"""`fit`: how many experts fit which GPUs, and with how much context. Reads headers and JSON only."""
+"""`fit`: how many experts fit which GPUs, and with how much context. Reads headers alone."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ ASSUMED = (
     f"beside weights and KV cache it needs 1 GiB per GPU, and for {BATCHED_TOKENS:,} tokens at "
     f"once {VECTORS} + top-k vectors of the hidden size each, the logits of {MAX_SEQUENCES} "
     "tokens, and copies of a latent's up-projections",
-    "MTP layers are not loaded: vLLM loads them with --speculative-config, and --mtp-layers counts "
-    "them",
+    "MTP layers are not loaded: vLLM loads them with --speculative-config, `fit --mtp-layers` "
+    "counts them",
 )
 
 

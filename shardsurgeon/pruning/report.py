@@ -22,6 +22,7 @@ from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
 from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer, stale_counts
 from shardsurgeon.pruning.decide import Decision
+from shardsurgeon.pruning.fit import MachineFit
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.output_files import total_parameters
 from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
@@ -66,7 +67,8 @@ class PlanReport(Report):
     parameters: None where the storage format hides them. carried_along: the files beside the
     weights that are copied; left_behind: those that are not → why. saliency_of: the other model
     whose plan this is and whose saliencies these are, None where they are this model's own.
-    space_free: bytes free where the result would go, None where nobody looked.
+    space_free: bytes free where the result would go, None where nobody looked. fits: what is left
+    of the machines that were named, a row each.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -99,6 +101,7 @@ class PlanReport(Report):
     saliency_of: str | None = None
     # Of the disk in that moment: no two looks at it need agree.
     space_free: int | None = field(default=None, compare=False)
+    fits: tuple[MachineFit, ...] = ()
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),

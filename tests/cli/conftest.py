@@ -6,7 +6,7 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import run as calibration
-from shardsurgeon.operations import apply, blend, inspect, prune, push, scores, verify
+from shardsurgeon.operations import apply, blend, fit, inspect, prune, push, scores, verify
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, FakePruning, Run
 
 
@@ -15,6 +15,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     operations_ = FakeOperations()
     for module, name in (
         (inspect, "inspect"),
+        (fit, "fit"),
         (prune, "plan"),
         (apply, "apply"),
         (verify, "verify"),

@@ -20,6 +20,7 @@ import shardsurgeon
 from shardsurgeon.layerwise.estimate import CalibrationEstimate
 from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.families import FamiliesReport
+from shardsurgeon.operations.fit import FitReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
     BaselineReport,
@@ -40,6 +41,7 @@ from shardsurgeon.verification.findings import VerifyReport
 SCHEMA_FILE = Path(shardsurgeon.__file__).parent / "operations" / "report.schema.json"
 COMMANDS: dict[str, type[Report]] = {
     "inspect": InspectReport,
+    "fit": FitReport,
     "plan": PlansReport,
     "apply": ApplyReport,
     "verify": VerifyReport,

@@ -17,7 +17,7 @@ from shardsurgeon.cli.scores import scores_commands
 from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "run"]
+COMMANDS = ["inspect", "fit", "plan", "apply", "verify", "push", "scores", "calibrate", "run"]
 COMMANDS += ["families", "env", "completion"]
 SCORES = ["show", "compare", "convert", "merge", "blend", "from-router", "from-weights", "random"]
 WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
