@@ -51,10 +51,15 @@ FIT = click.option(
 )
 
 
+def _is_given(value: object) -> bool:
+    """Whether an option was given: 0 is a value, and refused as one."""
+    return value is not None and value is not False
+
+
 def fit_request(machines: str | None, given: Mapping[str, Any], option: str) -> FitRequest:
     """Words for machines, named by `option`, and the values of SERVING as a request."""
     found = parse_machines(machines, option) if machines is not None else ()
-    serving = {name: given[name] for name in SERVING if given[name] not in (None, False)}
+    serving = {name: given[name] for name in SERVING if _is_given(given[name])}
     return FitRequest(machines=found, **serving)
 
 
@@ -65,7 +70,7 @@ def selected(given: dict[str, Any]) -> dict[str, Any]:
     """
     of_selection = {name: value for name, value in given.items() if name not in SERVING}
     if given["fit"] is None:
-        named = next((name for name in SERVING if given[name] not in (None, False)), None)
+        named = next((name for name in SERVING if _is_given(given[name])), None)
         if named and click.get_current_context().params.get("gpus") is None:
             option = f"--{named.replace('_', '-')}"
             raise UsageError(option, "is about GPUs, and none are named", "name them with --fit")

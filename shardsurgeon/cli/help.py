@@ -12,13 +12,13 @@ import click
 SECTIONS = {
     "Parts (one of them)": ("--weights", "--objective"),
     "How much (one of them)": ("--ratio", "--keep", "--target-size", "--fit", "--plan"),
+    "Samples": ("--dataset", "--samples", "--max-length"),
+    "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
+    "Machine": ("--device", "--dtype", "--batch-size", "--memory", "--activation-budget"),
     "GPUs": (
         *("--gpus", "--context", "--sequences", "--kv-dtype", "--tensor-parallel"),
         *("--expert-parallel", "--mtp-layers"),
     ),
-    "Samples": ("--dataset", "--samples", "--max-length"),
-    "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
-    "Machine": ("--device", "--dtype", "--batch-size", "--memory", "--activation-budget"),
     "More about samples": (
         *("--pack", "--tokens", "--seed", "--field", "--skip-invalid", "--share", "--extend"),
     ),

@@ -104,10 +104,8 @@ class _Commands(InOrder):
 @click.version_option(__version__, "--version", "-V", prog_name=PROGRAM)
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Remove whole experts from a Mixture-of-Experts checkpoint.
-
-    Works on safetensors shards byte by byte, from a file of expert scores; the
-    model is never loaded. In a model's folder:
+    """Remove whole experts from a Mixture-of-Experts checkpoint, byte by byte, by
+    a file of expert scores; the model is never loaded. In a model's folder:
 
     \b
       shardsurgeon inspect

@@ -82,8 +82,7 @@ def plan_command(
       shardsurgeon plan scores.pt --keep 72 --model /models/Kimi-K2.5
       shardsurgeon plan scores.pt --target-size 122GB -o plan.json
       shardsurgeon plan scores.pt --ratio 0.5 --allocate global
-      shardsurgeon plan scores.pt --ratio 0.5,0.65 --gpus 4x80GB,2x141GB
-      shardsurgeon plan scores.pt --fit 8x80GB --context 128k -o plan.json
+      shardsurgeon plan scores.pt --fit 8x80GB --context 128k
     """
     from shardsurgeon.operations import prune
     from shardsurgeon.pruning.report import PlansReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Unpack, overload
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.open import open_model
@@ -21,6 +21,7 @@ from shardsurgeon.operations.prune import Pruning, require_apart
 from shardsurgeon.operations.python_calls import (
     AllocationName,
     AnyPath,
+    KvDtypeName,
     ListsName,
     MtpName,
     PlanOptions,
@@ -57,7 +58,7 @@ def fit(
     gpus: str | None = None,
     context: int | None = None,
     sequences: int = SEQUENCES,
-    kv_dtype: Literal["auto", "fp8"] = "auto",
+    kv_dtype: KvDtypeName = "auto",
     tensor_parallel: int | None = None,
     expert_parallel: bool = False,
     mtp_layers: bool = False,
@@ -157,6 +158,13 @@ def plan(
     ratio: float | str | Sequence[float | str] | None = None,
     keep: int | None = None,
     target_size: int | str | None = None,
+    fit: str | None = None,
+    gpus: str | None = None,
+    context: int | None = None,
+    sequences: int = SEQUENCES,
+    kv_dtype: KvDtypeName = "auto",
+    tensor_parallel: int | None = None,
+    expert_parallel: bool = False,
     plan_file: AnyPath | None = None,
     rounding: RoundingName | None = None,
     multiple_of: int | None = None,
@@ -185,7 +193,11 @@ def plan(
       result is a list of plans;
     - keep: how many to keep;
     - target_size: as many as fit tensor data of this size, in bytes or as `"122GB"`;
+    - fit: as many as fit GPUs, such as `"8x80GB"`, with the KV cache of what follows;
     - plan_file: a keep-list that names them.
+
+    context, sequences, kv_dtype, tensor_parallel, expert_parallel: how it is to be served there,
+    and on the machines of gpus, whose room the report says: as for `fit`.
 
     The rest is as on the command line:
 
@@ -218,11 +230,22 @@ def plan(
     limit = _nbytes(max_shard_size, "max_shard_size")
     table = _table(scores)
 
+    def serving(words: str, option: str) -> FitRequest:
+        return FitRequest(
+            machines=parse_machines(words, option),
+            context=context,
+            sequences=sequences,
+            kv_dtype=kv_dtype,
+            tensor_parallel=tensor_parallel,
+            expert_parallel=expert_parallel,
+        )
+
     def planned(model: Checkpoint | AnyPath, share: float | str | None, **how: Any) -> Pruning:
         request = SelectionRequest(
             ratio=_ratio(share),
             keep=keep,
             target_size=_nbytes(target_size, "target_size"),
+            fit=None if fit is None else serving(fit, "fit"),
             plan_file=plan_file,
             rounding=None if rounding is None else Rounding(rounding),
             multiple_of=multiple_of,
@@ -235,7 +258,9 @@ def plan(
             include=_globs(include),
             exclude=_globs(exclude),
         )
-        return prune.plan(model, table, request, out=out, max_shard_nbytes=limit, **how)
+        shown = None if gpus is None else serving(gpus, "gpus")
+        how |= {"out": out, "max_shard_nbytes": limit, "gpus": shown}
+        return prune.plan(model, table, request, **how)
 
     if not isinstance(ratio, list | tuple):
         assert not isinstance(ratio, Sequence) or isinstance(ratio, str)

@@ -38,12 +38,11 @@ VECTORS = 12
 STEP = 8
 ASSUMED = (
     "a GPU of N GB has 0.98 N GiB, unified memory 0.75 N GiB; N MiB and N GiB are exact",
-    f"of it the engine takes {UTILIZATION:g} (vLLM's --gpu-memory-utilization)",
+    f"of it the engine takes {UTILIZATION:g} (vLLM's default)",
     f"beside weights and KV cache it needs 1 GiB per GPU, and for {BATCHED_TOKENS:,} tokens at "
     f"once {VECTORS} + top-k vectors of the hidden size each, the logits of {MAX_SEQUENCES} "
     "tokens, and copies of a latent's up-projections",
-    "MTP layers are not loaded: vLLM loads them with --speculative-config, `fit --mtp-layers` "
-    "counts them",
+    "MTP layers are not loaded: vLLM loads them to speculate, and `fit --mtp-layers` counts them",
 )
 
 

@@ -74,7 +74,7 @@ NARROWER = {
 }
 # Command lines of a card and of another program, and spellings of options.
 ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py"}
-ELSEWHERE |= {"operations/serving.py", "cli/push.py"}
+ELSEWHERE |= {"operations/serving.py", "cli/push.py", "pruning/fit.py"}
 
 
 def strings(tree: ast.AST) -> Iterator[str]:
