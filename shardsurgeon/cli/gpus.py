@@ -47,7 +47,7 @@ SERVING = {
 FIT = click.option(
     "--fit",
     metavar="MACHINE",
-    help="The most experts that fit GPUs with their KV cache, such as 8x80GB.",
+    help="The most experts that fit GPUs, such as 8x80GB.",
 )
 
 

@@ -79,8 +79,7 @@ def plan_command(
     Examples:
       shardsurgeon plan scores.pt --ratio 0.65
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
-      shardsurgeon plan scores.pt --keep 72 --model /models/Kimi-K2.5
-      shardsurgeon plan scores.pt --target-size 122GB -o plan.json
+      shardsurgeon plan scores.pt --keep 72 --model /models/Kimi-K2.5 -o plan.json
       shardsurgeon plan scores.pt --ratio 0.5 --allocate global
       shardsurgeon plan scores.pt --fit 8x80GB --context 128k
     """

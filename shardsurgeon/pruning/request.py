@@ -145,7 +145,7 @@ class SelectionRequest:
         self._check_lists()
         if self.fit is not None and len(self.fit.machines) != 1:
             problem = f"names {len(self.fit.machines)} machines, a model is made for one"
-            raise UsageError("--fit", problem, "name one; --gpus compares several")
+            raise UsageError("--fit", problem, "name one: `plan --gpus` compares several")
         if self.fit is not None and self.multiple_of is not None:
             problem = "counts that fit are multiples of 8 and of the ranks already"
             raise UsageError("--multiple-of", problem, "leave out --multiple-of")
