@@ -97,10 +97,12 @@ def read_kv_cache(
     ranks: int = 1,
     dtype: str = "auto",
     mtp: bool = False,
+    beside: Mapping[str, Any] | None = None,
 ) -> KVCache:
     """What every layer of a model keeps, on each of `ranks` GPUs that share each layer's heads.
 
-    dtype: `auto` as the config says, or `fp8`; mtp: with the MTP layers. Raises FamilyError where
+    dtype: `auto` as the checkpoint says, or `fp8`; mtp: with the MTP layers; beside: as of
+    `stored_dtype`. Raises FamilyError where
     it is not known what the family's layers keep, ConfigError, naming `where`, for a number that
     is missing or does not divide by the ranks.
     """
@@ -109,7 +111,8 @@ def read_kv_cache(
         why = attention.unknown or f"no declaration says what layers of {family.name} keep"
         raise FamilyError(where, f"unknown attention: {why}", "its KV cache is not guessed")
     section = text_section(family, config)
-    stored = stored_dtype(config) if dtype == "auto" else dtype
+    stored = stored_dtype(config, beside) if dtype == "auto" else dtype
+    stored = attention.stored or stored
     model = _model_dtype(section, config)
     reader = _Reader(attention, section, where, ranks, model, stored)
     count = numbers.num_layers + (numbers.mtp_layers if mtp else 0)
@@ -131,12 +134,14 @@ def text_section(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]
     return next((s for s in sections if any(name in s for name in names)), config)
 
 
-def stored_dtype(config: Mapping[str, Any]) -> str:
+def stored_dtype(config: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
     """`fp8` where a checkpoint is calibrated for keys and values in FP8, "" where not.
 
-    As vLLM reads it: `kv_cache_scheme`, or ModelOpt's `kv_cache_quant_algo`.
+    As vLLM reads it: `kv_cache_scheme`, or ModelOpt's `kv_cache_quant_algo`. beside: the content of
+    hf_quant_config.json, which says it where the config says nothing of quantization.
     """
-    for _, section in quantization_sections(config):
+    said_in_config = [section for _, section in quantization_sections(config)]
+    for section in said_in_config or [beside or {}]:
         inner = section.get("quantization")
         for said in (section, inner if isinstance(inner, Mapping) else {}):
             scheme = said.get("kv_cache_scheme")

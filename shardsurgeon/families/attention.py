@@ -49,7 +49,8 @@ class AttentionKeys:
     keys: number of a formula, or `cache.number` → path in the config, where it is not in
     USUAL_KEYS; usual: number of a formula → what it is where the config does not have its key.
     shared: key of how many layers at the end use the cache of an earlier one.
-    window_also: tokens more than the window that engines keep. state: dtype of recurrent states
+    window_also: tokens more than the window that engines keep; stored: dtype of keys and values
+    where engines have but one for the family. state: dtype of recurrent states
     where no key `state_dtype` says it; "" for the dtype of the model.
     unknown: why it is not known what the layers keep.
     """
@@ -67,6 +68,7 @@ class AttentionKeys:
     usual: tuple[tuple[str, str], ...] = ()
     shared: str = ""
     window_also: int = 0
+    stored: str = ""
     state: str = ""
     unknown: str = ""
 

@@ -1,4 +1,4 @@
-"""Which counts of experts fit which machines, with how much context. Pure.
+"""Which counts of experts fit which machines, with how much context.
 
 A pruned model fits where its weights, what the engine needs beside them, and the KV cache of the
 sequences asked for are less than the memory that the engine takes. `checkpoint/serving_memory.md`
@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import Numbers, read_numbers
+from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.checkpoint.kv_cache import KVCache, read_kv_cache, text_section, value_at
 from shardsurgeon.checkpoint.tensor_parallel import (
     GpuWeights,
@@ -25,6 +27,8 @@ from shardsurgeon.checkpoint.tensor_parallel import (
 from shardsurgeon.errors import ConfigError, UsageError
 from shardsurgeon.pruning.machines import CONTEXT, FitRequest, Machine
 from shardsurgeon.pruning.routing import check_routing, fewest_kept, routing_facts
+from shardsurgeon.storage.formats.json_edit import Document
+from shardsurgeon.storage.limits import CONFIG
 from shardsurgeon.units import format_size
 
 # vLLM's --gpu-memory-utilization, --max-num-batched-tokens and --max-num-seqs, where not given.
@@ -136,6 +140,16 @@ class Fit:
         place = self.checkpoint.config_place
         return read_numbers(self.anatomy.family, self.checkpoint.settings, place)
 
+    @cached_property
+    def _beside(self) -> Mapping[str, Any] | None:
+        """What ModelOpt says of quantization in a file of its own, None where there is none."""
+        name = QUANTIZATION_FILES[0]
+        if all(file.name != name for file in self.checkpoint.files):
+            return None
+        raw = self.checkpoint.read_file(name, CONFIG)
+        value = Document.parse(raw, f"{self.checkpoint.location}/{name}").value
+        return value if isinstance(value, Mapping) else None
+
     def _cache(self, ranks: int) -> KVCache:
         return read_kv_cache(
             self.anatomy.family,
@@ -145,6 +159,7 @@ class Fit:
             ranks=ranks,
             dtype=self.request.kv_dtype,
             mtp=self.request.mtp,
+            beside=self._beside,
         )
 
     def other_nbytes(self, parallel: Parallel) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,13 @@ HIDDEN, INNER, EXPERTS, LAYERS, VOCABULARY = 64, 32, 8, 2, 100
 HEADS, KV_HEADS, DIM = 8, 2, 16
 
 
-def model(*extra: Spec, layers: int = LAYERS, dtype: str = "BF16", **settings: Any) -> Checkpoint:
+def model(
+    *extra: Spec,
+    layers: int = LAYERS,
+    dtype: str = "BF16",
+    beside: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Checkpoint:
     """A qwen3_moe of these sizes, without its bytes."""
     specs: list[Spec] = [
         ("model.embed_tokens.weight", "BF16", (VOCABULARY, HIDDEN)),
@@ -62,6 +69,8 @@ def model(*extra: Spec, layers: int = LAYERS, dtype: str = "BF16", **settings: A
     }
 
     files = {"config.json": whole(json.dumps(config).encode()), "model.safetensors": shard(specs)}
+    for name, content in (beside or {}).items():
+        files[name] = whole(json.dumps(content).encode())
     return open_checkpoint(HollowSource("small", files))
 
 

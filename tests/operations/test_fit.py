@@ -151,6 +151,14 @@ def test_words_that_are_no_machine_are_refused(words: str, says: str) -> None:
     assert caught.value.where == "--gpus"
 
 
+def test_modelopts_own_file_says_the_dtype_of_keys_and_values() -> None:
+    said = {"hf_quant_config.json": {"quantization": {"kv_cache_quant_algo": "FP8"}}}
+    assert fit(model(beside=said)).kv_dtype == "fp8"
+    assert fit(model(beside={"other.json": said["hf_quant_config.json"]})).kv_dtype == "bfloat16"
+    # Of a config that says how it is quantized, vLLM reads no other file.
+    assert fit(model(beside=said, quantization_config={"quant_method": "fp8"})).kv_dtype != "fp8"
+
+
 def test_what_a_model_is_not_made_for_is_refused() -> None:
     with pytest.raises(UsageError, match=r"65,537 tokens are more than the 65,536") as caught:
         fit(MODEL, FitRequest(context=65537))
