@@ -197,10 +197,8 @@ def _is_vocabulary(record: TensorRecord, size: object) -> bool:
     )
 
 
-def block_problem(
-    checkpoint: Checkpoint, anatomy: Anatomy, parallel: Parallel
-) -> tuple[str, str] | None:
-    """(problem, remedy) where experts in FP8 blocks cannot be split over the ranks.
+def block_problem(checkpoint: Checkpoint, anatomy: Anatomy, parallel: Parallel) -> str | None:
+    """Why experts in FP8 blocks cannot be split over the ranks, None where they can.
 
     vLLM refuses an expert whose part on a GPU is not whole blocks.
     """
@@ -219,7 +217,6 @@ def block_problem(
             if inner % (block[0] * parallel.tensor):
                 each = inner / parallel.tensor
                 problem = f"an expert's width {inner} over {parallel.tensor} ranks is {each:g}, "
-                problem += f"not whole FP8 blocks of {block[0]}"
-                return problem, "keep experts whole (expert parallelism), or take fewer ranks"
+                return f"{problem}not whole FP8 blocks of {block[0]}"
             return None
     return None

@@ -87,13 +87,14 @@ def fit_lines(report: FitReport) -> Iterator[str]:
 
 
 def refusals(machines: Iterable[MachineFit]) -> Iterator[str]:
-    """Why no engine runs the model on some machines, each reason once."""
-    reasons: dict[str, list[str]] = {}
+    """Why no engine runs the model on some machines, or does otherwise, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
     for machine in machines:
-        if machine.problem:
-            reasons.setdefault(machine.problem, []).append(machine.machine)
-    for problem, names in reasons.items():
-        yield from fact("not on", f"{', '.join(names)}: {problem}")
+        for label, reason in (("not on", machine.problem), ("note", machine.note)):
+            if reason:
+                reasons.setdefault((label, reason), []).append(machine.machine)
+    for (label, reason), names in reasons.items():
+        yield from fact(label, f"{', '.join(names)}: {reason}")
 
 
 def assumption_lines(assumptions: Iterable[str]) -> Iterator[str]:

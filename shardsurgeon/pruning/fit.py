@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,7 +81,8 @@ class MachineFit:
     gpu_nbytes: memory of one GPU; tensor_parallel, replicas: how the engine uses the GPUs;
     sequence_nbytes: KV cache per GPU of one sequence; other_nbytes: what is needed beside weights
     and cache; rows: one per count, fewest experts first; kept: the most that fit, None for none;
-    problem: why no engine runs it so, None where one does; flags: what to start vLLM with.
+    problem: why no engine runs it so, None where one does; flags: what to start vLLM with; note:
+    why the experts are not split, where that was not asked for.
     """
 
     machine: str
@@ -95,6 +96,7 @@ class MachineFit:
     kept: int | None
     problem: str | None
     flags: str
+    note: str | None = None
 
     @property
     def best(self) -> FitRow | None:
@@ -182,12 +184,14 @@ class Fit:
             cache = self._cache(ranks)
         except ConfigError as error:
             return self._told(machine, parallel, 0, other, (), error.problem)
-        refused = block_problem(self.checkpoint, self.anatomy, parallel)
-        if refused:
-            return self._told(machine, parallel, 0, other, (), "; ".join(refused))
+        # What cannot be split can be spread: vLLM then wants --enable-expert-parallel.
+        spread = block_problem(self.checkpoint, self.anatomy, parallel)
+        if spread:
+            parallel = replace(parallel, experts=True)
         budget = int(machine.nbytes * UTILIZATION) - other
         rows = tuple(self._row(count, budget, cache, parallel) for count in counts)
-        return self._told(machine, parallel, cache.sequence_nbytes(self.context), other, rows, None)
+        told = self._told(machine, parallel, cache.sequence_nbytes(self.context), other, rows, None)
+        return replace(told, note=f"experts stay whole: {spread}") if spread else told
 
     def _told(
         self,

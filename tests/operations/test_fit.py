@@ -85,6 +85,16 @@ def test_heads_that_do_not_divide_are_a_reason_and_no_row() -> None:
     assert found.problem == "8 attention heads do not divide by 3 ranks"
 
 
+def test_experts_that_cannot_be_split_stay_whole() -> None:
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    made = model(dtype="F8_E4M3", **quantized)
+    found = Fit(made, read_anatomy(made), FitRequest(context=64)).on(machine(2**31, 8), [8])
+    assert found.problem is None and "--enable-expert-parallel" in found.flags
+    assert found.note == (
+        "experts stay whole: an expert's width 32 over 8 ranks is 4, not whole FP8 blocks of 8"
+    )
+
+
 def test_counts_are_multiples_that_the_router_can_choose_from() -> None:
     large = shardsurgeon.open_checkpoint(KIMI)
     counts = list(Fit(large, read_anatomy(large), FitRequest()).counts(1))
