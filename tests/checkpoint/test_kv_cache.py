@@ -310,3 +310,26 @@ def test_more_tokens_take_no_less_and_more_ranks_no_more(
     full = kept("laguna", len(kinds), {**config, "sliding_window": None})
     block = 16 * sum(each.row_nbytes for layer in full.layers for each in layer)
     assert alone.sequence_nbytes(tokens) <= full.sequence_nbytes(tokens) + block
+
+
+def test_a_declaration_of_ones_own_may_name_lightning_attention() -> None:
+    text = 'like = "mixtral"\nfacts = ""\n[attention]\nevery = "lightning"\nnth = "group"\n'
+    own = parse_family(text, "own.toml")
+    cache = read_kv_cache(own, HEADS | {"group": 4}, numbers(8), "config.json", ranks=2)
+    # Six layers of eight: half of 64 heads, a square of 128 numbers each.
+    assert cache.state_nbytes == 6 * 32 * 128 * 128 * 2
+    assert cache.token_nbytes == 2 * 2 * 2 * 128 * 2
+
+
+def test_mamba_of_the_first_kind_has_a_state_per_channel() -> None:
+    config = HEADS | {
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "mamba_expand": 2,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "num_attention_heads": 32,
+    }
+    cache = kept("jamba", 4, config)
+    assert [len(layer) and layer[0].is_state for layer in cache.layers] == [True, True, False, True]
+    assert cache.state_nbytes == 3 * 2 * 4096 * (3 + 16) * 2
