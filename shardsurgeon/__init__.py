@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardsurgeon.layerwise.request import CalibrationReport
     from shardsurgeon.operations.api import (
         apply,
+        fit,
         inspect,
         open_checkpoint,
         plan,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
     from shardsurgeon.operations.evaluation_api import evaluate, read_evaluation
     from shardsurgeon.operations.evaluation_report import EvaluationReport
+    from shardsurgeon.operations.fit import FitReport
     from shardsurgeon.operations.probe_report import ProbeReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import (
@@ -68,6 +70,7 @@ __all__ = [
     "Checkpoint",
     "ComparisonReport",
     "EvaluationReport",
+    "FitReport",
     "InputError",
     "InspectReport",
     "PlanReport",
@@ -88,6 +91,7 @@ __all__ = [
     "convert_scores",
     "estimate_calibration",
     "evaluate",
+    "fit",
     "inspect",
     "merge_scores",
     "open_checkpoint",
@@ -114,6 +118,7 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "ComparisonReport": "pruning.agreement",
     "EvaluationReport": "operations.evaluation_report",
+    "FitReport": "operations.fit",
     "InspectReport": "operations.reports",
     "PlanReport": "pruning.report",
     "ProbeReport": "operations.probe_report",
@@ -131,6 +136,7 @@ _HOMES = {
     "convert_scores": "operations.score_api",
     "estimate_calibration": "operations.score_api",
     "evaluate": "operations.evaluation_api",
+    "fit": "operations.api",
     "inspect": "operations.api",
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",

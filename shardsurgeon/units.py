@@ -48,6 +48,20 @@ def parse_size(text: str, option: str = "size") -> int:
     return nbytes
 
 
+def number_of(text: str, option: str, what: str) -> int:
+    """Turn `32768`, `32,768` or `32k` (1024 each) into a number of `what`.
+
+    Raises UsageError, naming `option`, where the text is no whole number above 0.
+    """
+    match = re.fullmatch(r"\s*(\d[\d,_]{0,14})\s*(k|m)?\s*", text, re.ASCII | re.I)
+    factor = {"": 1, "k": 2**10, "m": 2**20}[(match[2] or "").lower()] if match else 0
+    number = int(re.sub("[,_]", "", match[1])) * factor if match else 0
+    if number < 1:
+        problem = f"'{text}' is not a number of {what}"
+        raise UsageError(option, problem, "write it like 32768 or 32k")
+    return number
+
+
 def parse_ratios(text: str, option: str = "--ratio") -> tuple[float, ...]:
     """Turn `0.65`, `65%` or a list such as `0.5,0.65` into ratios, each above 0 and below 1.
 

@@ -12,7 +12,7 @@ _HOW_MUCH = "How much (one of them)"
 # is on top is what most users need. An option that is not listed comes last, under Advanced.
 SECTIONS = {
     "Parts (one of them)": ("--weights", "--objective"),
-    _HOW_MUCH: ("--ratio", "--keep", "--target-size", "--plan"),
+    _HOW_MUCH: ("--ratio", "--keep", "--target-size", "--fit", "--plan"),
     "Samples": ("--dataset", "--prompts", "--samples", "--max-length"),
     "Model and output": (
         *("--model", "--out", "--dry-run", "--restart", "--force", "--layers", "--evaluation"),
@@ -27,6 +27,10 @@ SECTIONS = {
         "--against-key-env",
     ),
     "Machine": ("--device", "--dtype", "--batch-size", "--memory", "--activation-budget"),
+    "GPUs": (
+        *("--gpus", "--context", "--sequences", "--kv-dtype", "--tensor-parallel"),
+        *("--expert-parallel", "--mtp-layers"),
+    ),
     "More about samples": (
         *("--pack", "--tokens", "--seed", "--field", "--skip-invalid", "--share", "--extend"),
     ),

@@ -23,6 +23,7 @@ from shardsurgeon.cli.completion import add_completion, complete, completion_com
 from shardsurgeon.cli.env import env_command
 from shardsurgeon.cli.evaluate import evaluate_command
 from shardsurgeon.cli.families import families_command
+from shardsurgeon.cli.fit import fit_command
 from shardsurgeon.cli.inspect import inspect_command
 from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.output import as_text
@@ -87,6 +88,7 @@ class _Commands(InOrder):
     cls=_Commands,
     commands=[
         inspect_command,
+        fit_command,
         plan_command,
         apply_command,
         verify_command,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from shardsurgeon.cli.gpus import FIT, SERVING, selected
 from shardsurgeon.cli.output import Steps, as_typed
 from shardsurgeon.cli.progress import PROGRAM, shown
 from shardsurgeon.cli.values import OfMachine, choice, kept, of_variable, ratios, size
@@ -39,7 +40,8 @@ def selection_options(command: Command) -> Command:
     """
 
     def requests(ratio: tuple[float, ...], **others: Any) -> tuple[SelectionRequest, ...]:
-        return tuple(SelectionRequest(ratio=value, **others) for value in ratio or (None,))
+        asked = selected(others)
+        return tuple(SelectionRequest(ratio=value, **asked) for value in ratio or (None,))
 
     gathered = _gathered(command, _SELECTION, "requests", requests)
 
@@ -333,6 +335,8 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         callback=size,
         help="The most experts that fit a size, such as 122GB.",
     ),
+    "fit": FIT,
+    **SERVING,
     "plan_file": click.option(
         "--plan",
         "plan_file",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.cli.fit import assumption_lines, refusals
+from shardsurgeon.cli.gpus import gpus_option
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.layers import layer_lines
 from shardsurgeon.cli.options import (
@@ -39,12 +41,15 @@ from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
+    from shardsurgeon.pruning.fit import FitRow, MachineFit
+    from shardsurgeon.pruning.machines import FitRequest
     from shardsurgeon.pruning.report import Measured, PlanReport, PlansReport
 
 
 @click.command("plan", cls=Command)
 @scores_argument
 @model_option
+@gpus_option
 @selection_options
 @family_option
 @links_option
@@ -58,6 +63,7 @@ def plan_command(
     scores: str | None,
     model: str | None,
     requests: Sequence[SelectionRequest],
+    gpus: FitRequest | None,
     family: str | None,
     follow_links: bool,
     evaluation: str | None,
@@ -76,10 +82,10 @@ def plan_command(
     Examples:
       shardsurgeon plan scores.pt --ratio 0.65
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
-      shardsurgeon plan scores.pt --keep 72 --model /models/Kimi-K2.5
-      shardsurgeon plan scores.pt --target-size 122GB -o plan.json
+      shardsurgeon plan scores.pt --keep 72 --model /models/Kimi-K2.5 -o plan.json
       shardsurgeon plan scores.pt --ratio 0.5 --allocate global
       shardsurgeon plan scores.pt --ratio 0.25,0.5 --evaluation evaluation.json
+      shardsurgeon plan scores.pt --fit 8x80GB --context 128k
     """
     from shardsurgeon.operations import prune
     from shardsurgeon.operations.measured import measuring
@@ -126,6 +132,7 @@ def total_lines(report: PlanReport) -> Iterator[str]:
     yield from fact("free space", _space(report))
     yield from fact("output", report.out)
     yield from note_lines(report.notes)
+    yield from _room(report)
 
 
 def _space(report: PlanReport) -> str:
@@ -155,15 +162,51 @@ def comparison_lines(compared: PlansReport, measures: Sequence[str]) -> Iterator
     yield ""
     yield from fact("now", _now(reports[0]))
     yield ""
-    yield from table(_COMPARED, (_compared(report) for report in reports))
+    machines = [fit.machine.replace("x", "x\n", 1) for fit in reports[0].fits]
+    headings = (*_COMPARED[:-1], *machines) if machines else _COMPARED
+    yield from table(headings, (_compared(report) for report in reports))
     yield ""
     yield from _measured_table(reports)
     yield "  saliency dropped: share of a layer's saliency that goes with its experts"
     yield from no_accuracy(measures)
-    yield "  narrowest cut: how far the highest pruned saliency stays below the lowest kept"
+    if machines:
+        yield "  under a machine: tokens of KV cache left; -: the weights do not fit"
+    else:
+        yield "  narrowest cut: how far the highest pruned saliency stays below the lowest kept"
     yield units_legend(reports[0].total_parameters_before)
     notes = list(note_lines(note for report in reports for note in report.notes))
     yield from ["", *notes] if notes else []
+    yield from _served(reports)
+
+
+def _served(reports: Sequence[PlanReport]) -> Iterator[str]:
+    """What the machines' columns rest on: counts that do not divide, flags, assumptions."""
+    if not reports[0].fits:
+        return
+    yield ""
+    for fit in reports[0].fits:
+        yield from fact(fit.machine, f"vllm serve ... {fit.flags}")
+    yield from refusals(reports[0].fits)
+    notes = (row.note for report in reports for fit in report.fits for row in fit.rows)
+    yield from note_lines(note for note in notes if note)
+    yield ""
+    from shardsurgeon.pruning.fit import ASSUMED
+
+    yield from assumption_lines(ASSUMED)
+
+
+def _room(report: PlanReport) -> Iterator[str]:
+    """What one plan leaves of each machine, and what that rests on."""
+    for fit in report.fits:
+        for row in fit.rows:
+            words = f"{format_size(row.weights_nbytes)} of weights per GPU, {_tokens(row)} tokens "
+            fits = "fits" if row.fits else "does not fit"
+            yield from fact(fit.machine, f"{words}of KV cache left: {fits}")
+    yield from _served([report])
+
+
+def _tokens(row: FitRow) -> str:
+    return f"{row.tokens:,}" if row.cache_nbytes > 0 else "-"
 
 
 def _now(report: PlanReport) -> str:
@@ -231,7 +274,7 @@ def _compared(report: PlanReport) -> tuple[str, ...]:
         parameters(report.total_parameters_after),
         percent(report.saliency_dropped_mean),
         percent(report.saliency_dropped_worst),
-        percent(report.narrowest_cut),
+        *([_column(fit) for fit in report.fits] or [percent(report.narrowest_cut)]),
     )
 
 
@@ -273,6 +316,10 @@ def _measured(found: Measured) -> Iterator[tuple[str, str]]:
     worst = f", worst on {worst}" if found.worst_part else ""
     on = f"{counted(found.tokens, 'token')} of {found.dataset}"
     yield "same choice", f"{agreement} of first choices, measured on {on}{worst}"
+
+
+def _column(fit: MachineFit) -> str:
+    return _tokens(fit.rows[0]) if fit.rows else "no"
 
 
 def _kept(report: PlanReport) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shardsurgeon.errors import FamilyError
+from shardsurgeon.families.attention import CACHES, UNDECLARED, AttentionKeys
 from shardsurgeon.families.templates import pattern, require_templates
 from shardsurgeon.storage.formats.strict_json import brief
 from shardsurgeon.storage.formats.strict_toml import parse_toml, read_toml
@@ -154,7 +155,7 @@ class Family:
     known_by: dotted paths that tell the family where a config names no type, all of them there.
     only_bytes: whether the bytes of a prune are all that is proven: no engine's answers were
     compared with those of the original.
-    transformers: not inherited; what is `like` another family need not be built like it.
+    transformers, attention: not inherited; what is `like` another family need not be built like it.
     """
 
     name: str
@@ -168,6 +169,7 @@ class Family:
     known_by: tuple[str, ...] = ()
     only_bytes: bool = False
     transformers: TransformersView = TransformersView()
+    attention: AttentionKeys = UNDECLARED
 
 
 def parse_family(text: str, where: str) -> Family:
@@ -333,11 +335,13 @@ def _family(data: dict[str, Any], where: str) -> Family:
     config = _build(ConfigKeys, data.pop("config", {}), f"{where} [config]")
     tensors = _build(TensorNames, data.pop("tensors", {}), f"{where} [tensors]")
     view = _build(TransformersView, data.pop("transformers", {}), f"{where} [transformers]")
+    attention = _build(AttentionKeys, data.pop("attention", {}), f"{where} [attention]")
     rest = {
         "name": Path(where).stem,
         "config": config,
         "tensors": tensors,
         "transformers": view,
+        "attention": attention,
     }
     family: Family = _build(Family, {**data, **rest}, where)
     return family
@@ -362,6 +366,9 @@ def _sound(family: Family, where: str) -> Family:
         if place and place.split(".").count("*") != 1:
             problem = f"'{place}' has not one '*' for the number of a layer"
             raise FamilyError(f"{where} [config]", problem, _SEE)
+    for unknown in sorted(family.attention.caches() - CACHES):
+        known = ", ".join(sorted(CACHES))
+        raise FamilyError(f"{where} [attention]", f"'{unknown}' is no cache", f"one of {known}")
     templates = [
         (field.name, item.name if isinstance(item, Rule) else item)
         for field in fields(tensors)
@@ -388,7 +395,8 @@ def _inherit(data: dict[str, Any], where: str) -> dict[str, Any]:
     }
     merged = {**base, **data, **tables}
     del merged["like"]
-    merged["transformers"] = data.get("transformers", {})
+    for own in ("transformers", "attention"):
+        merged[own] = data.get(own, {})
     return merged
 
 

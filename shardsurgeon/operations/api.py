@@ -12,6 +12,7 @@ from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.workers import Listener
 from shardsurgeon.operations import apply as applying
+from shardsurgeon.operations import fit as fitting
 from shardsurgeon.operations import inspect as inspection
 from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
@@ -21,6 +22,7 @@ from shardsurgeon.operations.prune import Pruning, require_apart
 from shardsurgeon.operations.python_calls import (
     AllocationName,
     AnyPath,
+    KvDtypeName,
     ListsName,
     MtpName,
     PlanOptions,
@@ -31,6 +33,7 @@ from shardsurgeon.operations.python_calls import (
 )
 from shardsurgeon.operations.reports import ApplyReport, PushReport
 from shardsurgeon.operations.request import Destination, RunOptions
+from shardsurgeon.pruning.machines import SEQUENCES, FitRequest, parse_machines
 from shardsurgeon.pruning.request import (
     Allocation,
     Lists,
@@ -46,6 +49,45 @@ from shardsurgeon.units import parse_ratios, parse_size
 from shardsurgeon.verification.findings import VerifyReport
 
 inspect = public(inspection.inspect)
+
+
+@public
+def fit(
+    model: AnyPath | Checkpoint | None = None,
+    scores: AnyPath | Scores | None = None,
+    *,
+    gpus: str | None = None,
+    context: int | None = None,
+    sequences: int = SEQUENCES,
+    kv_dtype: KvDtypeName = "auto",
+    tensor_parallel: int | None = None,
+    expert_parallel: bool = False,
+    mtp_layers: bool = False,
+    family: str | None = None,
+) -> fitting.FitReport:
+    """Which counts of experts fit which GPUs, and with how much context. Reads headers and JSON.
+
+    gpus: machines such as `8x80GB,2x141GB`, None for the usual ones; context: tokens of a sequence,
+    None for 32,768 or what the model is made for; sequences: at the same time; kv_dtype: of keys
+    and values, `auto` as the model says; tensor_parallel: GPUs that split each layer, None for all;
+    expert_parallel: whole experts on one GPU each; mtp_layers: count them as loaded; scores: what
+    each count drops of them. Raises UsageError for words that are no machine and a context beyond
+    the model's, FamilyError where the model's attention is unknown.
+
+    >>> report = shardsurgeon.fit("fixtures/kimi_k25", gpus="1x24GB", context=4096)
+    >>> report.machines[0].kept, report.sequence_nbytes
+    (32, 786432)
+    """
+    request = FitRequest(
+        machines=() if gpus is None else parse_machines(gpus, "gpus"),
+        context=context,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+        mtp=mtp_layers,
+    )
+    return fitting.fit(model, request, scores=scores, family=family)
 
 
 @public
@@ -117,6 +159,13 @@ def plan(
     ratio: float | str | Sequence[float | str] | None = None,
     keep: int | None = None,
     target_size: int | str | None = None,
+    fit: str | None = None,
+    gpus: str | None = None,
+    context: int | None = None,
+    sequences: int = SEQUENCES,
+    kv_dtype: KvDtypeName = "auto",
+    tensor_parallel: int | None = None,
+    expert_parallel: bool = False,
     plan_file: AnyPath | None = None,
     rounding: RoundingName | None = None,
     multiple_of: int | None = None,
@@ -147,7 +196,11 @@ def plan(
       result is a list of plans;
     - keep: how many to keep;
     - target_size: as many as fit tensor data of this size, in bytes or as `"122GB"`;
+    - fit: as many as fit GPUs, such as `"8x80GB"`, with the KV cache of what follows;
     - plan_file: a keep-list that names them.
+
+    context, sequences, kv_dtype, tensor_parallel, expert_parallel: how it is to be served there,
+    and on the machines of gpus, whose room the report says: as for `fit`.
 
     The rest is as on the command line:
 
@@ -184,11 +237,22 @@ def plan(
     limit = _nbytes(max_shard_size, "max_shard_size")
     table = _table(scores)
 
+    def serving(words: str, option: str) -> FitRequest:
+        return FitRequest(
+            machines=parse_machines(words, option),
+            context=context,
+            sequences=sequences,
+            kv_dtype=kv_dtype,
+            tensor_parallel=tensor_parallel,
+            expert_parallel=expert_parallel,
+        )
+
     def asked(share: float | str | None) -> SelectionRequest:
         return SelectionRequest(
             ratio=_ratio(share),
             keep=keep,
             target_size=_nbytes(target_size, "target_size"),
+            fit=None if fit is None else serving(fit, "fit"),
             plan_file=plan_file,
             rounding=None if rounding is None else Rounding(rounding),
             multiple_of=multiple_of,
@@ -209,7 +273,9 @@ def plan(
         return Evaluation.read(evaluation, measuring(checkpoint, table, requests, declared))
 
     def planned(model: Checkpoint | AnyPath, request: SelectionRequest, **how: Any) -> Pruning:
-        return prune.plan(model, table, request, out=out, max_shard_nbytes=limit, **how)
+        shown = None if gpus is None else serving(gpus, "gpus")
+        how |= {"out": out, "max_shard_nbytes": limit, "gpus": shown}
+        return prune.plan(model, table, request, **how)
 
     declared = as_text(family)
     if not isinstance(ratio, list | tuple):

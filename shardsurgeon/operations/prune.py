@@ -24,8 +24,10 @@ from shardsurgeon.operations.python_calls import public
 from shardsurgeon.operations.recipe import Recipe
 from shardsurgeon.operations.serving import Serving, serving_of
 from shardsurgeon.pruning.decide import Decision, decide
+from shardsurgeon.pruning.fit import Fit, MachineFit
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import write_plan
+from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.plan_model import facts_of
 from shardsurgeon.pruning.planner import (
@@ -50,7 +52,8 @@ class Pruning(Titled):
 
     decision: which experts stay; plan: the bytes to move; out: the folder they go to;
     max_shard_nbytes: the limit of a shard's size in bytes, None for the source's shards;
-    declared: what --family said; evaluation: what it was measured by, None where that is unknown.
+    declared: what --family said; evaluation: what it was measured by, None where that is unknown;
+    gpus: machines that the report says the room of; note: what else it says.
 
     >>> plan = shardsurgeon.plan("fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", keep=8)
     >>> plan.report.total_size_before, plan.report.total_size_after
@@ -71,6 +74,8 @@ class Pruning(Titled):
     max_shard_nbytes: int | None = None
     declared: str | None = None
     evaluation: Evaluation | None = None
+    gpus: FitRequest | None = None
+    note: str = ""
 
     @property
     def title(self) -> str:
@@ -95,7 +100,17 @@ class Pruning(Titled):
             )
         if self.evaluation is not None:
             found = self.evaluation.told(found, self.decision.keep, self.anatomy)
-        return replace(found, space_free=_free_space(self.out))
+        notes = found.notes if not self.note else (*found.notes, self.note)
+        return replace(found, space_free=_free_space(self.out), notes=notes, fits=self._fits())
+
+    def _fits(self) -> tuple[MachineFit, ...]:
+        """What the result leaves of the machines that were named."""
+        if self.gpus is None:
+            return ()
+        fit = Fit(self.checkpoint, self.anatomy, self.gpus)
+        layers = self.decision.keep.layers
+        kept = {layer: len(keep.retained) for layer, keep in layers.items()}
+        return tuple(fit.on(machine, [kept]) for machine in self.gpus.machines)
 
     @property
     def serving(self) -> Serving:
@@ -144,6 +159,7 @@ def plan(
     follow_links: bool = False,
     recipe: Recipe | None = None,
     evaluation: str | os.PathLike[str] | Evaluation | None = None,
+    gpus: FitRequest | None = None,
 ) -> Pruning:
     """Decide which experts stay and plan every byte of the result. Writes nothing.
 
@@ -153,7 +169,8 @@ def plan(
     cutting; family: a file with the model's declaration, or `auto` to read a model without
     one, where that leaves no doubt; follow_links: take files that are links out of the model;
     recipe: what the result keeps a copy of, and so it does of an evaluation, which says in the
-    report what the plan costs. Raises InputError and its children for whatever does not fit.
+    report what the plan costs; gpus: machines whose room the report says. Raises InputError and
+    its children for whatever does not fit.
     """
     place = None if out is None else output_path(out)
     _require_files(model, scores, request.plan_file)
@@ -165,9 +182,10 @@ def plan(
     if evaluation is not None:
         evaluation.require_of(checkpoint)
     with phase("planning"):
-        return _plan(
+        made = _plan(
             checkpoint, scores, request, place, max_shard_nbytes, family, recipe, evaluation
         )
+        return made if gpus is None else replace(made, gpus=gpus)
 
 
 def _plan(
@@ -184,6 +202,9 @@ def _plan(
     anatomy = read_anatomy(checkpoint)
     given = _digests(scores, request.plan_file)
     table = scores if isinstance(scores, Scores) or scores is None else read_scores(scores)
+    note = ""
+    if request.fit is not None:
+        request, note = _fitted(checkpoint, anatomy, request, request.fit)
     estimate = SizeEstimate(checkpoint, anatomy, mtp=request.mtp)
     decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
     check_expert_counts(checkpoint, anatomy)
@@ -211,7 +232,7 @@ def _plan(
         kept,
         {} if evaluation is None else evaluation.files,
     )
-    return Pruning(
+    made = Pruning(
         checkpoint,
         anatomy,
         request,
@@ -222,6 +243,19 @@ def _plan(
         family,
         evaluation,
     )
+    return replace(made, note=note) if note else made
+
+
+def _fitted(
+    checkpoint: Checkpoint, anatomy: Anatomy, request: SelectionRequest, asked: FitRequest
+) -> tuple[SelectionRequest, str]:
+    """The request with the largest count that fits in place of --fit, and a note on it."""
+    fit = Fit(checkpoint, anatomy, asked)
+    (machine,) = asked.machines
+    kept = fit.largest(machine)
+    note = f"{kept} experts are the most that fit {machine.label} with {asked.sequences} sequences "
+    note += f"of {fit.context:,} tokens: `vllm serve ... {fit.on(machine, [kept]).flags}`"
+    return replace(request, fit=None, keep=kept), note
 
 
 def compare(
@@ -232,6 +266,7 @@ def compare(
     family: str | None = None,
     follow_links: bool = False,
     evaluation: str | os.PathLike[str] | None = None,
+    gpus: FitRequest | None = None,
 ) -> list[PlanReport]:
     """What each of several requests would do to one model, which is opened once.
 
@@ -242,7 +277,10 @@ def compare(
     if evaluation is not None:
         known = Evaluation.read(evaluation, measuring(model, scores, requests, family))
     checkpoint = open_model(model, family, follow_links=follow_links)
-    return [plan(checkpoint, scores, request, evaluation=known).report for request in requests]
+    return [
+        plan(checkpoint, scores, request, evaluation=known, gpus=gpus).report
+        for request in requests
+    ]
 
 
 def require_ready(pruning: Pruning, *, stays: bool = True) -> None:

@@ -46,6 +46,8 @@ class Array(Protocol):
         ...
 
 
+KvDtypeName: TypeAlias = Literal["auto", "fp8"]
+
 # Scores without a file: `{layer: numbers}`, `{layer: {metric: numbers}}`, or a row for each layer.
 ScoreValues: TypeAlias = Mapping[Any, Any] | Array | Sequence[Any]
 
@@ -55,6 +57,13 @@ class PlanOptions(TypedDict, total=False):
 
     keep: int | None
     target_size: int | str | None
+    fit: str | None
+    gpus: str | None
+    context: int | None
+    sequences: int
+    kv_dtype: KvDtypeName
+    tensor_parallel: int | None
+    expert_parallel: bool
     plan_file: AnyPath | None
     rounding: RoundingName | None
     multiple_of: int | None

@@ -23,6 +23,7 @@ from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
 from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer, stale_counts
 from shardsurgeon.pruning.decide import Decision
+from shardsurgeon.pruning.fit import MachineFit
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.output_files import total_parameters
 from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
@@ -91,7 +92,8 @@ class PlanReport(Report):
     weights that are copied; left_behind: those that are not → why. saliency_of: the other model
     whose plan this is and whose saliencies these are, None where they are this model's own.
     space_free: bytes free where the result would go, None where nobody looked. measured: what an
-    evaluation says of it, None where none was given or it measured other prunes.
+    evaluation says of it, None where none was given or it measured other prunes. fits: what is
+    left of the machines that were named, a row each.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -125,6 +127,7 @@ class PlanReport(Report):
     # Of the disk in that moment: no two looks at it need agree.
     space_free: int | None = field(default=None, compare=False)
     measured: Measured | None = None
+    fits: tuple[MachineFit, ...] = ()
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),

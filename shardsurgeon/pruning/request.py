@@ -13,6 +13,7 @@ from os import PathLike
 
 from shardsurgeon.checkpoint.sampling import generation_members
 from shardsurgeon.errors import UsageError
+from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.units import require_ratios
 
 # What an error is about that says how many selections there are.
@@ -63,10 +64,11 @@ class Allocation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRequest:
-    """What the user asked for. Exactly one of ratio, keep, target_size, plan_file.
+    """What the user asked for. Exactly one of ratio, keep, target_size, fit, plan_file.
 
     ratio: fraction of each layer's experts to remove, 0 < ratio < 1; keep: experts per layer;
-    target_size: bytes of the result's weight files; plan_file: a keep-list. rounding,
+    target_size: bytes of the result's weight files; fit: one machine, on which it is to be served;
+    plan_file: a keep-list. rounding,
     multiple_of and metric are None where the user did not say; `effective_rounding` is what then
     holds. mtp: for MTP layers without scores. allocate: whether every layer keeps the same
     number or the layers share one budget, `global` for the least lost in all of them together,
@@ -80,6 +82,7 @@ class SelectionRequest:
     ratio: float | None = None
     keep: int | None = None
     target_size: int | None = None
+    fit: FitRequest | None = None
     plan_file: str | PathLike[str] | None = None
     rounding: Rounding | None = None
     multiple_of: int | None = None
@@ -101,7 +104,7 @@ class SelectionRequest:
 
     @property
     def selection(self) -> str:
-        """Which of the four it is: `ratio`, `keep`, `target-size` or `plan`."""
+        """Which of the five it is: `ratio`, `keep`, `target-size`, `fit` or `plan`."""
         return self._given()[0].removeprefix("--")
 
     @property
@@ -116,6 +119,7 @@ class SelectionRequest:
             "--ratio": self.ratio,
             "--keep": self.keep,
             "--target-size": self.target_size,
+            "--fit": self.fit,
             "--plan": self.plan_file,
         }
         return [option for option, value in choices.items() if value is not None]
@@ -123,7 +127,7 @@ class SelectionRequest:
     def _check_one_selection(self) -> None:
         given = self._given()
         if not given:
-            remedy = "give one of --ratio, --keep, --target-size, --plan"
+            remedy = "give one of --ratio, --keep, --target-size, --fit, --plan"
             raise UsageError(SELECTION, "nothing says how many experts to keep", remedy)
         if len(given) > 1:
             problem = f"{len(given)} selections at once ({', '.join(given)})"
@@ -144,6 +148,12 @@ class SelectionRequest:
         if self.rounding is not None and self.ratio is None:
             raise UsageError("--rounding", "rounds a ratio, and there is none", "leave it out")
         self._check_lists()
+        if self.fit is not None and len(self.fit.machines) != 1:
+            problem = f"names {len(self.fit.machines)} machines, a model is made for one"
+            raise UsageError("--fit", problem, "name one: `plan --gpus` compares several")
+        if self.fit is not None and self.multiple_of is not None:
+            problem = "counts that fit are multiples of 8 and of the ranks already"
+            raise UsageError("--multiple-of", problem, "leave out --multiple-of")
         if self.plan_file is None:
             return
         for option, unwanted in (

@@ -10,6 +10,7 @@ from shardsurgeon.operations import (
     apply,
     blend,
     evaluate,
+    fit,
     inspect,
     probe,
     prune,
@@ -25,6 +26,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     operations_ = FakeOperations()
     for module, name in (
         (inspect, "inspect"),
+        (fit, "fit"),
         (prune, "plan"),
         (apply, "apply"),
         (verify, "verify"),

@@ -21,6 +21,7 @@ from shardsurgeon.layerwise.estimate import CalibrationEstimate
 from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.evaluation_report import EvaluationReport
 from shardsurgeon.operations.families import FamiliesReport
+from shardsurgeon.operations.fit import FitReport
 from shardsurgeon.operations.probe_report import ProbeReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
@@ -42,6 +43,7 @@ from shardsurgeon.verification.findings import VerifyReport
 SCHEMA_FILE = Path(shardsurgeon.__file__).parent / "operations" / "report.schema.json"
 COMMANDS: dict[str, type[Report]] = {
     "inspect": InspectReport,
+    "fit": FitReport,
     "plan": PlansReport,
     "apply": ApplyReport,
     "verify": VerifyReport,

@@ -18,6 +18,7 @@ from shardsurgeon.operations.evaluation_report import (
     EvaluationReport,
     PartDamage,
 )
+from shardsurgeon.operations.fit import FitReport
 from shardsurgeon.operations.probe_report import (
     OriginalReport,
     ProbeReport,
@@ -40,6 +41,7 @@ from shardsurgeon.operations.reports import (
 )
 from shardsurgeon.pruning.agreement import ComparedLayerReport, ComparisonReport, OverlapReport
 from shardsurgeon.pruning.analysis import Gap, ShownLayerReport, SuggestedCut
+from shardsurgeon.pruning.fit import FitRow, MachineFit
 from shardsurgeon.pruning.report import LayerReport, PlanReport
 from shardsurgeon.verification.findings import VerifyReport
 
@@ -375,11 +377,52 @@ EVALUATED = EvaluationReport(
 )
 
 
+ROOM = FitRow(
+    kept=112,
+    ratio=0.5625,
+    weights_nbytes=61_200_000_000,
+    cache_nbytes=9_800_000_000,
+    tokens=571_000,
+    longest_context=34_900,
+    fits=True,
+)
+FITTED = FitReport(
+    name="Kimi-K2.5",
+    family="kimi_k25",
+    num_experts=384,
+    context=32768,
+    longest_context=262_144,
+    sequences=16,
+    kv_dtype="bfloat16",
+    token_nbytes=70_272.0,
+    state_nbytes=0,
+    sequence_nbytes=2_302_672_896,
+    expert_parallel=False,
+    usual=True,
+    machines=(
+        MachineFit(
+            machine="4x80GB",
+            gpus=4,
+            gpu_nbytes=84_181_155_840,
+            tensor_parallel=4,
+            replicas=1,
+            sequence_nbytes=2_302_672_896,
+            other_nbytes=4_000_000_000,
+            rows=(ROOM, replace(ROOM, kept=120, fits=False, note="a note")),
+            kept=112,
+            problem=None,
+            flags="--tensor-parallel-size 4 --max-model-len 32768",
+        ),
+    ),
+)
+
+
 @dataclass
 class FakeOperations:
     """What each operation answers (an exception is raised, a function called), and the calls."""
 
     inspect: Any = INSPECTED
+    fit: Any = FITTED
     plan: Any = PLANNED
     apply: Any = APPLIED
     verify: Any = VERIFIED

@@ -17,7 +17,7 @@ from shardsurgeon.cli.scores import scores_commands
 from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "evaluate"]
+COMMANDS = ["inspect", "fit", "plan", "apply", "verify", "push", "scores", "calibrate", "evaluate"]
 COMMANDS += ["probe", "run", "families", "env", "completion"]
 SCORES = ["show", "compare", "convert", "merge", "blend", "from-router", "from-weights", "random"]
 WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
@@ -83,9 +83,10 @@ def test_a_long_help_begins_with_what_most_need(run: Run) -> None:
         if len(lines) > 2 * 23:
             long[words[0]] = re.findall(r"^ +(-.+?)(?:  |$)", "\n".join(lines[:23]), re.MULTILINE)
             assert lines.count("Options:") == 0
-    how_much = ["-r, --ratio R", "--keep N", "--target-size SIZE", "--plan FILE"]
+    how_much = ["-r, --ratio R", "--keep N", "--target-size SIZE", "--fit MACHINE"]
+    how_much += ["--plan FILE"]
     place = "-m, --model MODEL"
-    assert set(long) == {"plan", "apply", "calibrate", "evaluate", "push", "scores", "probe"}
+    assert set(long) == {"fit", "plan", "apply", "calibrate", "evaluate", "push", "scores", "probe"}
     assert set(long["scores"]) >= {"--weights NAME=W[,...]", "--objective [max-min]", *how_much[:2]}
     assert set(long["plan"]) >= {*how_much, place, "-o, --out, --output FILE"}
     assert set(long["apply"]) >= {*how_much, place, "-o, --out, --output OUT", "--dry-run"}

@@ -15,6 +15,7 @@ SELECTED = ("scores.pt", "--ratio", "0.5")
 # Command lines that take a model, without it.
 WITH_MODEL = {
     "inspect": ("inspect",),
+    "fit": ("fit",),
     "plan": ("plan", *SELECTED),
     "apply": ("apply", *SELECTED),
     "verify": ("verify", "pruned"),

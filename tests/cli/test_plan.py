@@ -75,7 +75,7 @@ def test_model_and_scores_are_handed_on(run: Run, fake: FakeOperations) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "--ratio, --keep, --target-size, --plan"),
+        ((), "--ratio, --keep, --target-size, --fit, --plan"),
         (("--ratio", "0.5", "--keep", "8"), "--ratio, --keep"),
         (("--ratio", "65"), "65 is not between 0 and 1; did you mean 0.65?"),
         (("--ratio", "0,65"), "did you mean 0.65?"),

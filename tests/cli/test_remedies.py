@@ -32,6 +32,8 @@ SPEAKERS = {
     "cli/calibrate.py": ["calibrate"],
     "cli/estimate.py": ["calibrate"],
     "cli/evaluate.py": ["evaluate"],
+    "cli/fit.py": ["fit"],
+    "cli/gpus.py": ["plan", "apply"],
     "cli/main.py": list(OPTIONS),
     "cli/options.py": ["plan", "apply"],
     "cli/plan.py": ["plan"],
@@ -57,6 +59,7 @@ SPEAKERS = {
     "operations/verify.py": ["apply"],
     "pruning/": ["plan", "apply"],
     "pruning/generation_config.py": ["apply"],
+    "pruning/machines.py": ["fit", "plan"],
     "scores/blending.py": ["scores blend"],
     "scores/checks.py": ["plan", "apply"],
     "scores/files.py": ["scores convert"],
@@ -84,7 +87,7 @@ NARROWER = {
 }
 # Command lines of a card and of another program, and spellings of options.
 ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py"}
-ELSEWHERE |= {"operations/serving.py", "cli/push.py"}
+ELSEWHERE |= {"operations/serving.py", "cli/push.py", "pruning/fit.py"}
 
 
 def strings(tree: ast.AST) -> Iterator[str]:

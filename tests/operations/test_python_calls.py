@@ -189,6 +189,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "push": (MODEL, 3),
     "verify": (MODEL, None),
     "inspect": (3,),
+    "fit": (3,),
     "calibrate": (MODEL, 3, "out.npz"),
     "estimate_calibration": (MODEL, 3),
     "evaluate": (MODEL, 3),
