@@ -30,6 +30,7 @@ from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.probe import probe_command
 from shardsurgeon.cli.progress import PROGRAM
 from shardsurgeon.cli.push import push_command
+from shardsurgeon.cli.report import report_command
 from shardsurgeon.cli.run import run_command
 from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.streams import StdoutLost, watched_streams
@@ -95,6 +96,7 @@ class _Commands(InOrder):
         calibrate_command,
         evaluate_command,
         probe_command,
+        report_command,
         run_command,
         families_command,
         env_command,
