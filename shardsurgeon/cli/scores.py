@@ -10,6 +10,7 @@ import click
 from shardsurgeon.cli.blend import blend_command
 from shardsurgeon.cli.compare import compare_command
 from shardsurgeon.cli.help import Command
+from shardsurgeon.cli.layers import profile_lines
 from shardsurgeon.cli.options import (
     InOrder,
     family_option,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from shardsurgeon.pruning.analysis import Gap, ShownLayerReport
 
 # Of the shares that the report has, those that fit a table of 80 columns, and a wide one.
+# Where a layer's profile is cut.
+_DRAWN = "0.05"
 _SHARES, _MORE_SHARES, _WIDE = ("0.05", "0.25"), ("0.01", "0.05", "0.1", "0.25"), 100
 
 
@@ -95,12 +98,20 @@ def _shown_lines(report: ScoresReport) -> Iterator[str]:
     yield ""
     yield from table(_shown_headings(), (_shown_row(report, layer) for layer in report.layers))
     yield from mtp_legend(report.layers)
+    yield from profile_lines((layer_number(x), x.profile, _share_kept(x)) for x in report.layers)
+    yield f"  the cut: experts before it have all but {float(_DRAWN):.0%} of the layer's saliency"
     yield "  widest gap: experts below it, and how many times as high the next score is"
     yield NO_ACCURACY
     yield ""
     yield from _cuts(report)
     yield from _shown_parts(report)
     yield from (line for note in report.notes for line in fact("note", note))
+
+
+def _share_kept(layer: ShownLayerReport) -> float | None:
+    """The share of the experts that stay where what _DRAWN says may go."""
+    removed = layer.removable.get(_DRAWN)
+    return None if removed is None else 1 - removed / layer.num_experts
 
 
 def _calibration(settings: dict[str, object]) -> str:

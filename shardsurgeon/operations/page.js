@@ -108,13 +108,13 @@
     context.scale(ratio, ratio);
     context.imageSmoothingEnabled = false;
     context.drawImage(cells(colours), LABELS, 0, width, high);
-    context.fillStyle = colours.text;
     context.font = "11px system-ui, sans-serif";
     context.textAlign = "right"; context.textBaseline = "middle";
     const every = Math.ceil(13 / row);
     layers.forEach((layer, number) => {
       const y = number * row;
       if (number % every === 0) {
+        context.fillStyle = colours.text;
         const name = `${layer.layer}${layer.mtp ? "*" : ""}`;
         context.fillText(name, LABELS - 6, Math.min(y + row / 2, high - 6));
       }

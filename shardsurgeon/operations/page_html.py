@@ -1,4 +1,4 @@
-"""Pieces of a page as HTML: tables, facts, an interval, a curve with two axes. Text is escaped here.
+"""Pieces of a page as HTML: tables, facts, intervals, a curve with two axes. Text is escaped here.
 
 A curve is SVG that the page's style sheet colours, so that it follows dark mode and print.
 """
@@ -17,7 +17,12 @@ _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 68, 30, 46
 _TICKS = 5
 # Of the points of a series, so that no colour is needed to tell two apart.
-_SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-4-4h8v8h-8z", "M0-5l5 9h-10z", "M0-6l5 6-5 6-5-6z")
+_SHAPES = (
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+    "M-4-4h8v8h-8z",
+    "M0-5l5 9h-10z",
+    "M0-6l5 6-5 6-5-6z",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def interval_table(
     """A table whose last column draws intervals: (cells, (low, value, high)) in shares of 1."""
     top = max((high for _, (_, _, high) in rows), default=0.0) or 1.0
     head = "".join(f'<th scope="col">{safe(text)}</th>' for text in headings)
-    head += f'<th scope="col" class="wide">0 to {top:.2%}</th>'
+    head += f'<th scope="col" class="wide">0 to {100 * top:.2f} %</th>'
     body = "".join(_row([*map(safe, cells), _interval(ends, top)]) for cells, ends in rows)
     return _boxed(head, body)
 
@@ -151,7 +156,7 @@ def curve(
     parts.append(_text(x(right / 2), _HEIGHT - 6, "experts removed", "middle"))
     label = safe(f"{title} over the share of experts removed")
     drawing = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
-    return f'{drawing}{"".join(parts)}</svg>{_legend(series)}'
+    return f"{drawing}{''.join(parts)}</svg>{_legend(series)}"
 
 
 def _axes(
@@ -163,7 +168,7 @@ def _axes(
 ) -> Iterator[str]:
     for number in range(round(most / step) + 1):
         at = y(number * step / most)
-        yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        yield f'<path class="grid" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>'
         yield _text(_LEFT - 6, at + 4, f"{number * step:.3g}", "end")
     wide = 2 if right > 0.5 else 1
     for tenth in range(0, round(right * 10) + 1, wide):
@@ -190,9 +195,10 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _legend(series: Sequence[Series]) -> str:
+    box = '<svg viewBox="-7 -7 14 14" aria-hidden="true">'
     rows = "".join(
-        f'<li class="series s{number % len(_SHAPES)}"><svg viewBox="-7 -7 14 14" aria-hidden="true">'
-        f'<path d="{_SHAPES[number % len(_SHAPES)]}"/></svg>{safe(each.name)}</li>'
-        for number, each in enumerate(series)
+        f'<li class="series s{n % len(_SHAPES)}">{box}<path d="{_SHAPES[n % len(_SHAPES)]}"/></svg>'
+        f"{safe(each.name)}</li>"
+        for n, each in enumerate(series)
     )
     return f'<ul class="legend">{rows}</ul>'

@@ -174,12 +174,10 @@ def _with_model(subject: Subject, model: AnyPath | None, family: str | None) -> 
         gone += anatomy.mtp_nbytes
     before = checkpoint.total_size
     sizes = Sizes(before, before - gone, sum(sum(each.expert_nbytes) for each in anatomy.layers))
-    notes = ()
-    if other is not None:
-        notes = (
-            f"sizes are those of {checkpoint.source.name}, the plan was made for {other.name}",
-        )
-    return replace(subject, sizes=sizes, notes=notes)
+    if other is None:
+        return replace(subject, sizes=sizes)
+    note = f"sizes are those of {checkpoint.source.name}, the plan was made for {other.name}"
+    return replace(subject, sizes=sizes, notes=(note,))
 
 
 def _prune(place: AnyPath, family: str | None) -> Subject:

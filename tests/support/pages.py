@@ -26,7 +26,7 @@ def saliencies(layers: int, experts: int, seed: int = 0) -> np.ndarray:
 
 
 def keep_list(values: np.ndarray, kept: int, preserved: int = 0) -> KeepList:
-    """The highest of each layer; of the first layer, `preserved` low ones stay whatever they are."""
+    """The highest of each layer; in the first, the lowest `preserved` ones stay as well."""
     layers = {}
     for number, row in enumerate(values, start=1):
         order = np.argsort(-row, kind="stable").tolist()
