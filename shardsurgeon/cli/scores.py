@@ -12,6 +12,7 @@ from shardsurgeon.cli.compare import compare_command
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.layers import profile_lines
 from shardsurgeon.cli.options import (
+    OUT,
     InOrder,
     family_option,
     json_option,
@@ -33,6 +34,8 @@ from shardsurgeon.cli.output import (
     width,
 )
 from shardsurgeon.cli.plan import note_lines
+from shardsurgeon.cli.values import ratios
+from shardsurgeon.errors import UsageError
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
@@ -197,6 +200,55 @@ def _shown_parts(report: ScoresReport) -> Iterator[str]:
         for part in report.parts
     )
     yield from table(("part", "records", "tokens", *ratios), rows)
+
+
+@click.command("plot", cls=Command)
+@click.argument("file", metavar="FILE")
+@click.option(
+    "--ratio",
+    "-r",
+    metavar="R",
+    callback=ratios,
+    help="Draw the cut where this share of each layer's experts goes.",
+)
+@click.option("--evaluation", metavar="FILE", help="What `evaluate` measured, for the curve.")
+@click.option("--metric", metavar="NAME", help="Which metric to draw.  [default: reap]")
+@click.option(*OUT, "out", metavar="FILE", required=True, help="The picture, .png or .svg.")
+@click.option("--force", is_flag=True, help="Replace another picture that lies there.")
+@progress_option
+@json_option
+def plot_command(
+    file: str,
+    ratio: tuple[float, ...],
+    evaluation: str | None,
+    metric: str | None,
+    out: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Draw the saliencies, the cut and what prunes cost, as a picture.
+
+    For papers and model cards. Without --evaluation the curve is the share of
+    saliency that goes, which is no accuracy.
+
+    \b
+    Examples:
+      shardsurgeon scores plot scores.pt --ratio 0.65 -o saliency.svg
+      shardsurgeon scores plot scores.pt --evaluation e.json -o damage.png
+    """
+    from shardsurgeon.operations import plots
+
+    if len(ratio) > 1:
+        raise UsageError("--ratio", f"{len(ratio)} ratios at once", "give one, for one cut")
+    report = plots.plot_scores(
+        file,
+        out,
+        ratio=ratio[0] if ratio else None,
+        evaluation=evaluation,
+        metric=metric,
+        force=force,
+    )
+    emit(report, [report.title], as_json, told_otherwise=True)
 
 
 @click.command("convert", cls=Command)
@@ -403,6 +455,7 @@ def _baseline_lines(report: RouterScoresReport | BaselineReport) -> Iterator[str
     cls=InOrder,
     commands=[
         show_command,
+        plot_command,
         compare_command,
         convert_command,
         merge_command,

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,12 @@ from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.errors import printable
 from shardsurgeon.layerwise.damage import LayerDamage
-from shardsurgeon.operations.evaluation_report import CandidateDamage, EvaluationReport
+from shardsurgeon.operations.evaluation_report import (
+    CandidateDamage,
+    EvaluationReport,
+    by_plan,
+    by_way,
+)
 from shardsurgeon.operations.model_card import address
 from shardsurgeon.operations.page_html import (
     Point,
@@ -42,7 +46,6 @@ from shardsurgeon.units import counted, format_size, number_ranges, percent
 
 _NO_ACCURACY = "A share of saliency is no accuracy: measure what the pruned model answers."
 _KL = "mean KL, nats per token"
-_OTHER_PLANS = "other plans"
 
 
 @dataclass(frozen=True)
@@ -136,18 +139,18 @@ def _cost(page: Page) -> Iterator[str]:
 
 def _damage_series(page: Page, found: EvaluationReport) -> list[Series]:
     """A line for each way of choosing, over the ratios; plans by their names are points."""
-    lines: dict[str, list[Point]] = {}
-    for each in found.candidates:
-        first, _, rest = each.name.partition(" ")
-        name = (rest or "by ratio") if _is_ratio(first) else _OTHER_PLANS
-        label = f"{each.name}: KL {each.damage.kl_mean:.3g}, {percent(each.removed)} removed"
-        point = Point(each.removed, each.damage.kl_mean, label, each is page.measured)
-        lines.setdefault(name, []).append(point)
     start = Point(0.0, 0.0, "the whole model")
-    return [
-        Series(name, points if name == _OTHER_PLANS else [start, *points], name != _OTHER_PLANS)
-        for name, points in lines.items()
+
+    def point(each: CandidateDamage) -> Point:
+        label = f"{each.name}: KL {each.damage.kl_mean:.3g}, {percent(each.removed)} removed"
+        return Point(each.removed, each.damage.kl_mean, label, each is page.measured)
+
+    lines = [
+        Series(way or "by ratio", [start, *map(point, candidates)])
+        for way, candidates in by_way(found).items()
     ]
+    others = [point(each) for each in by_plan(found)]
+    return [*lines, *([Series("other plans", others, joined=False)] if others else [])]
 
 
 def _saliency_curve(page: Page) -> list[Series]:
@@ -296,28 +299,14 @@ def _commands(page: Page) -> Iterator[str]:
         yield shlex.join([*_program("apply"), "--plan", subject.origin, "--model", model])
     if page.evaluation is not None:
         beside = ["--model", model, "--dataset", page.evaluation.dataset]
-        for chosen_by, ratios in _ways(page.evaluation):
-            words = [*_program("evaluate"), scores, "--ratio", ",".join(ratios), *chosen_by]
+        for way, candidates in by_way(page.evaluation).items():
+            ratios = ",".join(each.name.partition(" ")[0] for each in candidates)
+            words = [*_program("evaluate"), scores, "--ratio", ratios]
+            for word in way.split():
+                words += ["--allocate" if word in [*Allocation] else "--metric", word]
             yield shlex.join([*words, *beside, "-o", page.evaluation_file])
     if page.command:
         yield page.command
-
-
-def _ways(found: EvaluationReport) -> Iterator[tuple[list[str], list[str]]]:
-    """(options, ratios) of the candidates that were asked for by ratio, as their names have it."""
-    ways: dict[str, list[str]] = {}
-    for each in found.candidates:
-        first, _, rest = each.name.partition(" ")
-        if _is_ratio(first):
-            ways.setdefault(rest, []).append(first)
-    for rest, ratios in ways.items():
-        known = [*Allocation]
-        words = (["--allocate" if word in known else "--metric", word] for word in rest.split())
-        yield [*chain.from_iterable(words)], ratios
-
-
-def _is_ratio(word: str) -> bool:
-    return word.replace(".", "", 1).isdecimal()
 
 
 def _program(command: str) -> tuple[str, str]:
