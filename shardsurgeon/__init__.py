@@ -26,6 +26,9 @@ if TYPE_CHECKING:
         read_scores,
         verify,
     )
+    from shardsurgeon.operations.page import PageReport
+    from shardsurgeon.operations.picture_api import plot_scores, report
+    from shardsurgeon.operations.plots import PlotReport
     from shardsurgeon.operations.probe_report import ProbeReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import (
@@ -67,7 +70,9 @@ __all__ = [
     "ComparisonReport",
     "InputError",
     "InspectReport",
+    "PageReport",
     "PlanReport",
+    "PlotReport",
     "ProbeReport",
     "Pruning",
     "PushReport",
@@ -88,9 +93,11 @@ __all__ = [
     "merge_scores",
     "open_checkpoint",
     "plan",
+    "plot_scores",
     "probe",
     "push",
     "read_scores",
+    "report",
     "scores_from_router",
     "scores_from_weights",
     "scores_random",
@@ -109,7 +116,9 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "ComparisonReport": "pruning.agreement",
     "InspectReport": "operations.reports",
+    "PageReport": "operations.page",
     "PlanReport": "pruning.report",
+    "PlotReport": "operations.plots",
     "ProbeReport": "operations.probe_report",
     "Pruning": "operations.prune",
     "PushReport": "operations.reports",
@@ -128,9 +137,11 @@ _HOMES = {
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
     "plan": "operations.api",
+    "plot_scores": "operations.picture_api",
     "probe": "operations.score_api",
     "push": "operations.api",
     "read_scores": "operations.api",
+    "report": "operations.picture_api",
     "scores_from_router": "operations.score_api",
     "scores_from_weights": "operations.score_api",
     "scores_random": "operations.score_api",

@@ -110,9 +110,7 @@ class _Commands(InOrder):
 @click.version_option(__version__, "--version", "-V", prog_name=PROGRAM)
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Remove whole experts from a Mixture-of-Experts checkpoint.
-
-    Works on shards byte by byte and never loads the model. In a model's folder:
+    """Remove whole experts from a Mixture-of-Experts checkpoint. In its folder:
 
     \b
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from shardsurgeon.cli.options import (
 )
 from shardsurgeon.cli.output import emit, fact
 from shardsurgeon.cli.plan import note_lines
+from shardsurgeon.cli.values import of_variable
 from shardsurgeon.units import format_size
 
 if TYPE_CHECKING:
@@ -48,12 +50,12 @@ def report_command(
     family: str | None,
     as_json: bool,
 ) -> None:
-    """Write one page about a plan, or a pruned folder, that can be sent.
+    """Show a plan, or a pruned folder, on one page that can be sent.
 
     \b
     Examples:
       shardsurgeon report plan.json --scores scores.pt -o report.html
-      shardsurgeon report K2.5-72 --evaluation e.json --probe p.json -o report.html
+      shardsurgeon report K2.5-72 --evaluation e.json -o report.html
 
     The page needs no network: the saliency of every expert and the cut, what
     prunes cost, what the model answers, each layer, where all of it comes from.
@@ -62,6 +64,8 @@ def report_command(
     """
     from shardsurgeon.operations.page import report_page
 
+    if os.path.isdir(place) and of_variable(click.get_current_context(), "model"):
+        model = None  # a pruned folder says its own sizes
     report = report_page(
         place,
         out,

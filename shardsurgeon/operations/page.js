@@ -170,10 +170,10 @@
   }
 
   function say(parts) {
-    detail.replaceChildren(...parts.map(([tag, text]) => {
+    detail.replaceChildren(...parts.flatMap(([tag, text], number) => {
       const element = document.createElement(tag);
       element.textContent = text;
-      return element;
+      return number ? [" · ", element] : [element];
     }));
   }
 

@@ -21,7 +21,7 @@ from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.provenance import LayerRecord
 from shardsurgeon.checkpoint.recognition import SCORES
 from shardsurgeon.checkpoint.wrong_files import require_file
-from shardsurgeon.errors import ScoreError, printable
+from shardsurgeon.errors import ScoreError, UsageError, printable
 from shardsurgeon.layerwise.calibration_file import find_calibration
 from shardsurgeon.operations.page_content import Page, sections, summary
 from shardsurgeon.operations.page_html import (
@@ -104,6 +104,9 @@ def report_page(
     given = [Path(each) for each in (place, scores, evaluation, probe) if each is not None]
     output = Output(output_path(out), "a report", is_page, force).apart_from(given)
     subject = read_subject(place, model, family)
+    if subject.is_prune and model is not None:
+        problem = f"gives sizes to a plan, and {os.fspath(place)} is a pruned model"
+        raise UsageError("--model", problem, "leave it out")
     beside = scores_beside(place) if scores is None and subject.is_prune else None
     said: Mapping[str, object] = {}
     if scores is not None or beside is not None:
@@ -127,6 +130,7 @@ def report_page(
         evaluation=found,
         evaluation_file=os.fspath(evaluation or ""),
         probe=None if probe is None else read_probe(Path(probe)),
+        probe_file=os.fspath(probe or ""),
         fit=fit,
         command=command,
         keeps=subject.keep.layers,

@@ -16,7 +16,7 @@ import numpy as np
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
-from shardsurgeon.errors import printable
+from shardsurgeon.errors import UsageError, printable
 from shardsurgeon.layerwise.damage import LayerDamage
 from shardsurgeon.operations.evaluation_report import (
     CandidateDamage,
@@ -58,6 +58,7 @@ class Page:
     evaluation: EvaluationReport | None
     evaluation_file: str
     probe: Mapping[str, Any] | None
+    probe_file: str
     fit: Table | None
     command: str
     keeps: Mapping[int, LayerKeep] = field(repr=False)
@@ -107,7 +108,7 @@ def summary(page: Page) -> Iterator[tuple[str, str]]:
 def sections(page: Page) -> Iterator[tuple[str, str]]:
     """The parts below the map, by name, in order; "" where there is nothing to show."""
     yield "cost", section("cost", "What it costs", *_cost(page))
-    yield "answers", section("answers", "What it answers", *_answers(page.probe))
+    yield "answers", section("answers", "What it answers", *_answers(page))
     fit = "" if page.fit is None else table(page.fit)
     yield "machines", section("machines", "Where it fits", fit)
     yield "layers", section("layers", "Layer by layer", table(_layers(page)))
@@ -188,7 +189,7 @@ def _damage(page: Page, found: EvaluationReport) -> Table:
         damage = each.damage
         mark = " (this page)" if each is page.measured else ""
         cells = [f"{each.name}{mark}", str(each.kept), percent(each.removed)]
-        cells += [f"{damage.perplexity:.4g}", f"{damage.perplexity / whole - 1:+.1%}"]
+        cells += [f"{damage.perplexity:.4g}", f"{each.perplexity_ratio - 1:+.1%}"]
         cells += [f"{damage.kl_mean:.3g}", f"{damage.kl_p99:.3g}", percent(damage.agreement)]
         cells += [format_size(sizes.at(each.removed))] if sizes is not None else []
         rows.append(cells)
@@ -199,9 +200,17 @@ def _damage(page: Page, found: EvaluationReport) -> Table:
     return Table(headings, rows, [legend, *found.notes])
 
 
-def _answers(probe: Mapping[str, Any] | None) -> Iterator[str]:
-    if probe is None:
-        return
+def _answers(page: Page) -> list[str]:
+    if page.probe is None:
+        return []
+    try:
+        return [*_answer_parts(page.probe)]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = f"is not what a probe wrote ({type(error).__name__}: {str(error)[:80]})"
+        raise UsageError(page.probe_file, problem, "probe again") from error
+
+
+def _answer_parts(probe: Mapping[str, Any]) -> Iterator[str]:
     for setting in probe["settings"]:
         rows, differences = [], []
         for each in setting["failures"]:

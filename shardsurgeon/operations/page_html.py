@@ -122,14 +122,14 @@ def curve(
     """
     points = [point for each in series for point in each.points]
     step, most = _scale(max((point.y for point in points), default=0.0))
-    right = max((point.x for point in points), default=0.0)
-    right = min(1.0, math.ceil(right * 10 + 0.5) / 10)
+    right = min(1.0, max((point.x for point in points), default=0.0))
+    right = min(1.0, max(0.1, math.ceil(right * 10 + 0.5) / 10))
 
     def x(share: float) -> float:
         return _LEFT + share / right * (_WIDTH - _LEFT - _RIGHT)
 
     def y(share: float) -> float:
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        return _HEIGHT - _BOTTOM - min(share, 1.0) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [*_axes(right, step, most, x, y)]
     if size is not None:

@@ -30,7 +30,7 @@ from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep, keep_sha256
 from shardsurgeon.pruning.plan_model import PlannedModel, other_model
 from shardsurgeon.pruning.request import MtpPolicy
 from shardsurgeon.scores.table import Scores
-from shardsurgeon.storage.formats.strict_json import is_whole_number, read_object
+from shardsurgeon.storage.formats.strict_json import brief, is_whole_number, read_object
 from shardsurgeon.storage.limits import KEEP_LIST, read_limited
 
 AnyPath = str | os.PathLike[str]
@@ -235,7 +235,7 @@ def with_scores(subject: Subject, scores: Scores) -> Subject:
     metric = subject.selection.get("metric")
     if metric is not None and metric not in scores.choices:
         listed = ", ".join(scores.choices)
-        raise ScoreError(where, f"has no metric {metric!r}, only {listed}", _SAME_SCORES)
+        raise ScoreError(where, f"has no metric {brief(metric)}, only {listed}", _SAME_SCORES)
     table = {_number(n, subject, mtp): row for n, row in scores.select(metric)[1].items()}
     missing = set(main).difference(table)
     surplus = set(table).difference(subject.layers)
@@ -255,7 +255,7 @@ def with_scores(subject: Subject, scores: Scores) -> Subject:
         elif metric is not None or found.policy in ("scores", "plan"):
             layers[number] = replace(found, saliency=values)
     counted = scores.frequencies().items()
-    frequency = {_number(n, subject, mtp): _finite(row.tolist()) for n, row in counted}
+    frequency = {_number(n, subject, mtp): _whole_counts(row.tolist()) for n, row in counted}
     return replace(subject, layers=layers, frequency=frequency)
 
 
@@ -292,6 +292,14 @@ def _number(layer: int | str, subject: Subject, mtp: list[int]) -> int:
 
 def _finite(values: Iterable[float]) -> Values:
     return tuple(value if math.isfinite(value) else None for value in values)
+
+
+def _whole_counts(values: Iterable[float]) -> Values:
+    """Counts as whole numbers, where they are."""
+    finite = _finite(values)
+    return tuple(
+        int(value) if value is not None and value.is_integer() else value for value in finite
+    )
 
 
 def _whole(value: object) -> int | None:

@@ -51,7 +51,12 @@ _SHARES = np.linspace(0.0, 1.0, 41)
 class PlotReport(Report):
     """A picture that was written. out: the file; metric: what it shows; removed: experts of the
     largest layers that the cut leaves out, None without a cut; measured: candidates on the curve;
-    written: False where it was there already."""
+    written: False where it was there already.
+
+    >>> from shardsurgeon.operations.plots import PlotReport
+    >>> PlotReport("picture.png", "scores.pt", "reap", 60, 384, 249, 0)
+    scores.pt: reap of 384 experts in 60 layers -> picture.png
+    """
 
     out: str
     file: str
@@ -84,6 +89,12 @@ def plot_scores(
     of the same model, for the curve; metric: None for the one that `plan` would take; force:
     replace another picture of ours. Raises ScoreError for files that are broken or of two models,
     OutputError for another ending, UsageError where matplotlib is missing.
+
+    >>> try:
+    ...     shardsurgeon.plot_scores("fixtures/kimi_k25/scores.pt", "picture.pdf")
+    ... except shardsurgeon.InputError as error:
+    ...     print(error)
+    picture.pdf: does not end in .png or .svg; name the picture so
     """
     kind = Path(out).suffix.lower()
     if kind not in _KINDS:

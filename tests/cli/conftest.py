@@ -6,7 +6,18 @@ import pytest
 
 from shardsurgeon.cli.main import main
 from shardsurgeon.layerwise import run as calibration
-from shardsurgeon.operations import apply, blend, inspect, probe, prune, push, scores, verify
+from shardsurgeon.operations import (
+    apply,
+    blend,
+    inspect,
+    page,
+    plots,
+    probe,
+    prune,
+    push,
+    scores,
+    verify,
+)
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, FakePruning, Run
 
 
@@ -20,12 +31,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (verify, "verify"),
         (push, "push"),
         (probe, "probe"),
+        (page, "report_page"),
     ):
         monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(prune, "compare", operations_.compare)
     monkeypatch.setattr(prune, "save_plan", FakePruning.save_plan)
     for name in SCORE_OPERATIONS:
-        module = blend if name == "blend_scores" else scores
+        module = {"blend_scores": blend, "plot_scores": plots}.get(name, scores)
         monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(calibration, "calibrate", operations_.answer("calibrate"))
     monkeypatch.setattr(calibration, "rehearse", operations_.answer("rehearse"))

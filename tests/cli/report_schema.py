@@ -20,6 +20,8 @@ import shardsurgeon
 from shardsurgeon.layerwise.estimate import CalibrationEstimate
 from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.families import FamiliesReport
+from shardsurgeon.operations.page import PageReport
+from shardsurgeon.operations.plots import PlotReport
 from shardsurgeon.operations.probe_report import ProbeReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
@@ -46,6 +48,7 @@ COMMANDS: dict[str, type[Report]] = {
     "verify": VerifyReport,
     "push": PushReport,
     "scores show": ScoresReport,
+    "scores plot": PlotReport,
     "scores compare": ComparisonReport,
     "scores convert": WrittenScoresReport,
     "scores merge": WrittenScoresReport,
@@ -56,6 +59,7 @@ COMMANDS: dict[str, type[Report]] = {
     "calibrate": CalibrationReport,
     "calibrate --dry-run": CalibrationEstimate,
     "probe": ProbeReport,
+    "report": PageReport,
     "run": RunReport,
     "families": FamiliesReport,
     "env": EnvReport,

@@ -12,6 +12,8 @@ from typing import Any
 
 from shardsurgeon.layerwise.estimate import CalibrationEstimate, Estimate
 from shardsurgeon.layerwise.request import CalibrationReport
+from shardsurgeon.operations.page import PageReport
+from shardsurgeon.operations.plots import PlotReport
 from shardsurgeon.operations.probe_report import (
     OriginalReport,
     ProbeReport,
@@ -214,8 +216,11 @@ COMPARED = ComparisonReport(
     only_b=(92,),
 )
 
+PLOTTED = PlotReport("picture.png", "scores.pt", "reap", 60, 384, 249, 0)
+
 SCORE_OPERATIONS = {
     "show_scores": SHOWN,
+    "plot_scores": PLOTTED,
     "compare_scores": COMPARED,
     "convert_scores": WRITTEN,
     "merge_scores": WRITTEN,
@@ -329,6 +334,16 @@ PROBED = ProbeReport(
     refusals=(RefusedReport("http://gpu:8000/v1", "chats.jsonl, record 7", "400 Bad Request"),),
 )
 
+PAGED = PageReport(
+    out="report.html",
+    model="Kimi-K2.5",
+    layers=60,
+    num_experts=384,
+    holds=("map", "cost", "layers", "origin", "again"),
+    nbytes=769_000,
+    notes=("a note",),
+)
+
 
 @dataclass
 class FakeOperations:
@@ -342,6 +357,7 @@ class FakeOperations:
     rehearse: Any = ESTIMATED
     push: Any = PUSHED
     probe: Any = PROBED
+    report_page: Any = PAGED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def answer(self, name: str) -> Callable[..., Any]:

@@ -17,9 +17,10 @@ from shardsurgeon.cli.scores import scores_commands
 from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "probe"]
-COMMANDS += ["run", "families", "env", "completion"]
-SCORES = ["show", "compare", "convert", "merge", "blend", "from-router", "from-weights", "random"]
+COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "evaluate"]
+COMMANDS += ["probe", "report", "run", "families", "env", "completion"]
+SCORES = ["show", "plot", "compare", "convert", "merge", "blend", "from-router", "from-weights"]
+SCORES += ["random"]
 WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
 
 

@@ -37,6 +37,7 @@ SESSIONS = {
     ],
     "verify": [("model", "pruned"), ("model", "pruned", "--sample", "1"), ("other", "pruned")],
     "scores show": [("scores.pt",), ("scores.pt", "--model", "model"), ("one.npz",)],
+    "scores plot": [("scores.pt", "-o", "picture.pdf")],
     "scores compare": [("scores.pt", "scores.pt"), ("one.npz", "two.npz", "--ratio", "0.5")],
     "scores convert": [("scores.pt", "-o", "scores.npz"), ("one.npz", "-o", "one.json")],
     "scores merge": [("one.npz", "two.npz", "-o", "both.npz")],
@@ -47,6 +48,7 @@ SESSIONS = {
     "scores from-router": [("model", "-o", "router.npz")],
     "scores from-weights": [("model", "-o", "weights.npz")],
     "scores random": [("model", "-o", "random.npz")],
+    "report": [("pruned", "-o", "report.html"), ("pruned", "-o", "report.html")],
     "calibrate --dry-run": [("model",), ("model", "--device", "cpu", "--memory", "1MB")],
     "probe": [
         ("SERVER", "--prompts", "chats.txt", "--samples", "3", "-o", "probe.json"),

@@ -191,6 +191,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "calibrate": (MODEL, 3, "out.npz"),
     "estimate_calibration": (MODEL, 3),
     "show_scores": (None,),
+    "plot_scores": (FILE, None),
+    "report": ("plan.json", 3),
     "compare_scores": (FILE, 3),
     "convert_scores": (FILE, None),
     "blend_scores": (FILE, "out.npz"),

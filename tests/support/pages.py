@@ -13,6 +13,7 @@ from shardsurgeon.operations.evaluation_report import (
     EvaluationReport,
     PartDamage,
 )
+from shardsurgeon.operations.page_html import Table
 from shardsurgeon.operations.probe_report import OriginalReport, ProbeReport, SettingReport, failure
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep, keep_sha256, write_plan
 
@@ -107,3 +108,10 @@ def lay_probe(path: Path, found: ProbeReport | None = None) -> Path:
     """A probe's file."""
     path.write_text(json.dumps((found or probe()).to_dict()))
     return path
+
+
+MACHINES = Table(
+    ["kept", "weights", "8 x 80 GB", "4 x 141 GB"],
+    [["192", "301.2 GB", "240,128 tokens", "201,344 tokens"], ["288", "447.7 GB", "-", "-"]],
+    ["tokens of KV cache that are left"],
+)
