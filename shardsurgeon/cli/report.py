@@ -11,7 +11,6 @@ import click
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
-    as_given,
     family_option,
     json_option,
     model_option,
@@ -75,7 +74,6 @@ def report_command(
         model=model,
         family=family,
         force=force,
-        command=as_given(),
     )
     emit(report, _lines(report), as_json, told_otherwise=True)
 

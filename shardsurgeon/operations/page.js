@@ -108,15 +108,17 @@
     context.scale(ratio, ratio);
     context.imageSmoothingEnabled = false;
     context.drawImage(cells(colours), LABELS, 0, width, high);
-    context.font = "11px system-ui, sans-serif";
+    // Paper shows the whole at half its size.
+    const letters = printing ? 18 : 11;
+    context.font = `${letters}px system-ui, sans-serif`;
     context.textAlign = "right"; context.textBaseline = "middle";
-    const every = Math.ceil(13 / row);
+    const every = Math.ceil((letters + 2) / row);
     layers.forEach((layer, number) => {
       const y = number * row;
       if (number % every === 0) {
         context.fillStyle = colours.text;
         const name = `${layer.layer}${layer.mtp ? "*" : ""}`;
-        context.fillText(name, LABELS - 6, Math.min(y + row / 2, high - 6));
+        context.fillText(name, LABELS - 6, Math.min(Math.max(y + row / 2, letters / 2), high - letters / 2));
       }
       marks(context, colours, layer, y);
     });

@@ -91,14 +91,13 @@ def report_page(
     family: str | None = None,
     fit: Table | None = None,
     force: bool = False,
-    command: str = "",
 ) -> PageReport:
     """Write a page about a plan.json, or about a folder that `apply` wrote.
 
     out: the .html file. scores: what the plan was made from; of a folder, by default the score file
     that it keeps. evaluation: of the unpruned model. probe: of the pruned model, served. model: of
     a plan, for its sizes; family: as for `plan`. fit: which machines it fits. force: replace
-    another page; command: what was typed. Raises KeepListError, CheckpointError, ScoreError or
+    another page. Raises KeepListError, CheckpointError, ScoreError or
     UsageError for a file that is missing, broken, or about another model.
     """
     given = [Path(each) for each in (place, scores, evaluation, probe) if each is not None]
@@ -125,14 +124,20 @@ def report_page(
     found = None if evaluation is None else read_evaluation_of(evaluation, subject)
     page = Page(
         subject=subject,
-        scores=None if (file := scores or beside) is None else os.fspath(file),
+        files={
+            option: os.fspath(file)
+            for option, file in {
+                "--scores": scores or beside,
+                "--evaluation": evaluation,
+                "--probe": probe,
+                "--model": model,
+            }.items()
+            if file is not None
+        },
         scores_facts=said,
         evaluation=found,
-        evaluation_file=os.fspath(evaluation or ""),
         probe=None if probe is None else read_probe(Path(probe)),
-        probe_file=os.fspath(probe or ""),
         fit=fit,
-        command=command,
         keeps=subject.keep.layers,
     )
     shown = {"map": _part("page_map.html")}

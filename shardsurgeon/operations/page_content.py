@@ -5,9 +5,7 @@ All of it is HTML and SVG made here, so that it prints, and is there for a reade
 
 from __future__ import annotations
 
-import os
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from shardsurgeon._version import __version__
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
-from shardsurgeon.errors import UsageError, printable
+from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.damage import LayerDamage
 from shardsurgeon.operations.evaluation_report import (
     CandidateDamage,
@@ -24,7 +21,7 @@ from shardsurgeon.operations.evaluation_report import (
     by_plan,
     by_way,
 )
-from shardsurgeon.operations.model_card import address
+from shardsurgeon.operations.page_commands import commands, plain_name, without_folders
 from shardsurgeon.operations.page_html import (
     Point,
     Series,
@@ -40,7 +37,6 @@ from shardsurgeon.operations.page_html import (
 from shardsurgeon.operations.page_subject import Subject, candidate_of
 from shardsurgeon.pruning.analysis import lost_shares
 from shardsurgeon.pruning.keep_lists import LayerKeep
-from shardsurgeon.pruning.request import Allocation
 from shardsurgeon.pruning.selection import dropped_share, saliency_cut
 from shardsurgeon.units import counted, format_size, number_ranges, percent
 
@@ -50,17 +46,15 @@ _KL = "mean KL, nats per token"
 
 @dataclass(frozen=True)
 class Page:
-    """What a page is made from. fit: a table of machines; command: what was typed."""
+    """What a page is made from. files: option → file, of those that were given, and the score file
+    that a prune keeps; fit: a table of machines."""
 
     subject: Subject
-    scores: str | None
+    files: Mapping[str, str]
     scores_facts: Mapping[str, object]
     evaluation: EvaluationReport | None
-    evaluation_file: str
     probe: Mapping[str, Any] | None
-    probe_file: str
     fit: Table | None
-    command: str
     keeps: Mapping[int, LayerKeep] = field(repr=False)
 
     @cached_property
@@ -113,8 +107,8 @@ def sections(page: Page) -> Iterator[tuple[str, str]]:
     yield "machines", section("machines", "Where it fits", fit)
     yield "layers", section("layers", "Layer by layer", table(_layers(page)))
     yield "origin", section("origin", "Where it comes from", facts(_origin(page)))
-    commands = "\n".join(printable(line) for line in _commands(page))
-    again = f"<pre tabindex=0><code>{safe(commands)}</code></pre>"
+    lines = "\n".join(commands(page.subject, page.files, page.evaluation))
+    again = f"<pre tabindex=0><code>{safe(lines)}</code></pre>"
     yield "again", section("again", "To make it again", again)
 
 
@@ -189,14 +183,13 @@ def _damage(page: Page, found: EvaluationReport) -> Table:
         damage = each.damage
         mark = " (this page)" if each is page.measured else ""
         cells = [f"{each.name}{mark}", str(each.kept), percent(each.removed)]
-        cells += [f"{damage.perplexity:.4g}", f"{each.perplexity_ratio - 1:+.1%}"]
+        cells += [f"{damage.perplexity:.4g}", f"{100 * (each.perplexity_ratio - 1):+.1f} %"]
         cells += [f"{damage.kl_mean:.3g}", f"{damage.kl_p99:.3g}", percent(damage.agreement)]
         cells += [format_size(sizes.at(each.removed))] if sizes is not None else []
         rows.append(cells)
     tokens = f"{counted(found.predicted, 'token')} of {counted(found.samples, 'sample')}"
-    legend = (
-        f"On {tokens} of {found.dataset}. KL: in nats per token, of a candidate from the model."
-    )
+    legend = f"On {tokens} of {without_folders(found.dataset)}."
+    legend += " KL: in nats per token, of a candidate from the model."
     return Table(headings, rows, [legend, *found.notes])
 
 
@@ -207,7 +200,7 @@ def _answers(page: Page) -> list[str]:
         return [*_answer_parts(page.probe)]
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         problem = f"is not what a probe wrote ({type(error).__name__}: {str(error)[:80]})"
-        raise UsageError(page.probe_file, problem, "probe again") from error
+        raise UsageError(page.files["--probe"], problem, "probe again") from error
 
 
 def _answer_parts(probe: Mapping[str, Any]) -> Iterator[str]:
@@ -282,52 +275,14 @@ def _origin(page: Page) -> Iterator[tuple[str, str]]:
     yield "layers", number_ranges(sorted(subject.layers))
     yield "chosen by", ", ".join(f"{k} {v}" for k, v in chosen.items() if v is not None)
     yield "prunes", str(subject.steps) if subject.steps > 1 else ""
-    yield "scores", page.scores or ""
+    yield "scores", plain_name(page.files.get("--scores", ""))
     yield "calibration", ", ".join(f"{k} {v}" for k, v in page.scores_facts.items())
     if found is not None:
-        words = f"{found.dataset}, {found.samples:,} samples, {found.predicted:,} tokens"
+        data = without_folders(found.dataset)
+        words = f"{data}, {found.samples:,} samples, {found.predicted:,} tokens"
         yield "evaluation", f"{words}, {found.dtype} on {found.device}"
     if probe is not None:
-        known = ("url", "prompts", "samples", "seed", "prompts_sha256")
-        yield "probe", ", ".join(f"{key} {probe[key]}" for key in known if key in probe)
+        known = ("model", "prompts", "samples", "seed", "prompts_sha256")
+        words = ", ".join(f"{key} {probe[key]}" for key in known if key in probe)
+        yield "probe", without_folders(words)
     yield "made by", f"shardsurgeon {__version__}"
-
-
-def _commands(page: Page) -> Iterator[str]:
-    """What was done, as far as the files say it; words in capitals are for the reader to fill."""
-    subject, chosen = page.subject, page.subject.selection
-    model, scores = address(subject.source), page.scores or "SCORES"
-    if subject.is_prune:
-        record = os.path.join(subject.origin, PROVENANCE_NAME)
-        yield shlex.join([*_program("apply"), "--plan", record, "--model", model])
-        yield shlex.join([*_program("verify"), model, subject.origin])
-    else:
-        words = [*_program("plan"), scores, *_how_many(chosen), "--model", model]
-        if chosen.get("selection") != "plan":
-            yield shlex.join([*words, "-o", subject.origin])
-        yield shlex.join([*_program("apply"), "--plan", subject.origin, "--model", model])
-    if page.evaluation is not None:
-        beside = ["--model", model, "--dataset", page.evaluation.dataset]
-        for way, candidates in by_way(page.evaluation).items():
-            ratios = ",".join(each.name.partition(" ")[0] for each in candidates)
-            words = [*_program("evaluate"), scores, "--ratio", ratios]
-            for word in way.split():
-                words += ["--allocate" if word in [*Allocation] else "--metric", word]
-            yield shlex.join([*words, *beside, "-o", page.evaluation_file])
-    if page.command:
-        yield page.command
-
-
-def _program(command: str) -> tuple[str, str]:
-    return "shardsurgeon", command
-
-
-def _how_many(chosen: Mapping[str, Any]) -> Sequence[str]:
-    """The options that a plan says it was made with."""
-    by_ratio = chosen.get("selection") == "ratio" and chosen.get("ratio") is not None
-    words = ["--ratio", str(chosen["ratio"])] if by_ratio else ["--keep", str(chosen.get("kept"))]
-    usual = {"rounding": "floor", "metric": "reap", "allocate": "uniform", "mtp": "router-norm"}
-    for name, default in usual.items():
-        if chosen.get(name) not in (None, default):
-            words += [f"--{name}", str(chosen[name])]
-    return words

@@ -14,7 +14,9 @@ from shardsurgeon.errors import printable
 
 # Of the drawing, in units of its own; text in it is some 13 of them high.
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 68, 30, 46
+_LEFT, _TOP, _BOTTOM = 62, 30, 46
+# With an axis of sizes at the right, and without.
+_SIZED, _BARE = 96, 24
 _TICKS = 5
 # Of the points of a series, so that no colour is needed to tell two apart.
 _SHAPES = (
@@ -125,8 +127,10 @@ def curve(
     right = min(1.0, max((point.x for point in points), default=0.0))
     right = min(1.0, max(0.1, math.ceil(right * 10 + 0.5) / 10))
 
+    end = _WIDTH - (_BARE if size is None else _SIZED)
+
     def x(share: float) -> float:
-        return _LEFT + share / right * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + share / right * (end - _LEFT)
 
     def y(share: float) -> float:
         return _HEIGHT - _BOTTOM - min(share, 1.0) * (_HEIGHT - _TOP - _BOTTOM)
@@ -138,7 +142,7 @@ def curve(
         for number in range(round(most / step) + 1):
             share = number * step / most
             text = safe(size_text(share * whole))
-            parts.append(_text(_WIDTH - _RIGHT + 6, y(share) + 4, text, "start"))
+            parts.append(_text(end + 6, y(share) + 4, text, "start"))
         parts.append(_text(_WIDTH - 4, 16, "size, dashed", "end"))
     for number, each in enumerate(series):
         shape = _SHAPES[number % len(_SHAPES)]
@@ -168,7 +172,7 @@ def _axes(
 ) -> Iterator[str]:
     for number in range(round(most / step) + 1):
         at = y(number * step / most)
-        yield f'<path class="grid" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>'
+        yield f'<path class="grid" d="M{_LEFT} {at:.1f}H{x(right):.1f}"/>'
         yield _text(_LEFT - 6, at + 4, f"{number * step:.3g}", "end")
     wide = 2 if right > 0.5 else 1
     for tenth in range(0, round(right * 10) + 1, wide):

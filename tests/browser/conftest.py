@@ -51,6 +51,5 @@ def full_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation=folder / "evaluation.json",
         probe=pages.lay_probe(folder / "probe.json"),
         fit=pages.MACHINES,
-        command="shardsurgeon report plan.json -o report.html",
     )
     return out

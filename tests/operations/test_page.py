@@ -144,7 +144,7 @@ def test_a_hostile_text_stays_text_wherever_it_stands(scores: Path, tmp_path: Pa
     (tmp_path / "probe.json").write_text(json.dumps(probe | {"model": hostile, "url": hostile}))
     out = tmp_path / "report.html"
     files = {"evaluation": tmp_path / "e.json", "probe": tmp_path / "probe.json"}
-    report_page(plan, out, scores=scores, command=hostile, **files)
+    report_page(plan, out, scores=scores, **files)
     tags = [tag for tag, _ in Elements(out).found]
     assert tags.count("script") == 2 and "img" not in tags
     assert "alert(1)" in text_of(out) and embedded(out)["model"].startswith("</script>")
@@ -153,16 +153,27 @@ def test_a_hostile_text_stays_text_wherever_it_stands(scores: Path, tmp_path: Pa
 def test_secrets_are_redacted(tmp_path: Path) -> None:
     token = "hf_" + "a1" * 16
     plan = pages.lay_plan(tmp_path / "plan.json", KEEP, f"model-{token}")
-    report_page(plan, tmp_path / "r.html", command=f"shardsurgeon report --x {token}")
+    report_page(plan, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert token not in text and "hf_***" in text
+
+
+def test_no_folder_of_the_machine_stands_on_a_page_that_is_sent(
+    plan: Path, scores: Path, tmp_path: Path
+) -> None:
+    found = json.loads(pages.evaluation(KEEP).file()) | {"dataset": f"{tmp_path}/a.jsonl:64,org/b"}
+    (tmp_path / "e.json").write_text(json.dumps(found))
+    report_page(plan, tmp_path / "r.html", scores=scores, evaluation=tmp_path / "e.json")
+    assert str(tmp_path) not in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "shardsurgeon plan scores.json --ratio 0.65" in text_of(tmp_path / "r.html")
+    assert "--dataset a.jsonl:64,org/b -o e.json" in text_of(tmp_path / "r.html")
 
 
 def test_what_was_measured_stands_on_the_page(plan: Path, scores: Path, tmp_path: Path) -> None:
     page = with_everything(plan, scores, tmp_path)
     text = text_of(page)
     for said in (
-        *("6.12 → 8.391", "0.371 nats", "0.65 (this page)", "+37.1%", "90,000 tokens of 128"),
+        *("6.12 → 8.391", "0.371 nats", "0.65 (this page)", "+37.1 %", "90,000 tokens of 128"),
         *("31 of 1,000", "3.10 % [2.19 %, 4.37 %]", "+2.70 % [+1.60 %, +3.99 %]", "undecided"),
         *("8 x 80 GB", "240,128 tokens", "shardsurgeon evaluate", "--allocate global"),
     ):
