@@ -64,11 +64,13 @@ def layer_lines(layers: Sequence[LayerReport], *, every: bool) -> Iterator[str]:
         yield NO_ACCURACY
 
 
-def profile_lines(layers: Iterable[tuple[str, str, float | None]]) -> Iterator[str]:
+def profile_lines(
+    layers: Iterable[tuple[str, str, float | None]], meaning: str = ""
+) -> Iterator[str]:
     """A line for each layer that has saliencies: these from the highest down, and the cut.
 
-    layers: (number, profile, the share of the experts before the cut, None for no cut). In blocks,
-    or where stdout cannot print them in ASCII.
+    layers: (number, profile, the share of the experts before the cut, None for no cut); meaning: of
+    the cut. In blocks, or where stdout cannot print them in ASCII.
     """
     rows = [layer for layer in layers if layer[1]]
     if not rows:
@@ -83,7 +85,7 @@ def profile_lines(layers: Iterable[tuple[str, str, float | None]]) -> Iterator[s
             place = round(share * len(drawn))
             drawn = f"{drawn[:place]}{cut}{drawn[place:]}"
         yield f"  {number:>{label}}  {drawn}".rstrip()
-    yield f"  heights: roots of saliencies, the highest first; {cut} the cut"
+    yield f"  heights: roots of saliencies, the highest first; {cut} the cut{meaning}"
 
 
 def _share_kept(layer: LayerReport) -> float:

@@ -101,8 +101,8 @@ def _shown_lines(report: ScoresReport) -> Iterator[str]:
     yield ""
     yield from table(_shown_headings(), (_shown_row(report, layer) for layer in report.layers))
     yield from mtp_legend(report.layers)
-    yield from profile_lines((layer_number(x), x.profile, _share_kept(x)) for x in report.layers)
-    yield f"  the cut: experts before it have all but {float(_DRAWN):.0%} of the layer's saliency"
+    rows = ((layer_number(x), x.profile, _share_kept(x)) for x in report.layers)
+    yield from profile_lines(rows, f" at {float(_DRAWN):.0%}")
     yield "  widest gap: experts below it, and how many times as high the next score is"
     yield NO_ACCURACY
     yield ""
