@@ -19,7 +19,7 @@ from string import Template
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.provenance import LayerRecord
-from shardsurgeon.checkpoint.recognition import SCORES
+from shardsurgeon.checkpoint.recognition import PAGE_MARK, SCORES
 from shardsurgeon.checkpoint.wrong_files import require_file
 from shardsurgeon.errors import ScoreError, UsageError, printable
 from shardsurgeon.layerwise.calibration_file import find_calibration
@@ -45,7 +45,6 @@ from shardsurgeon.units import counted
 
 AnyPath = str | os.PathLike[str]
 
-_MARK = b"<!-- shardsurgeon report -->"
 _NO_ACCURACY = "A share of saliency is no accuracy: measure what the pruned model answers."
 _KL = "mean KL, nats per token"
 _MOST_NOTES = 20
@@ -163,7 +162,7 @@ def is_page(path: Path) -> bool:
     """Whether a file is a page that was written here."""
     try:
         with path.open("rb") as file:
-            return _MARK in file.read(256)
+            return PAGE_MARK in file.read(256)
     except OSError:
         return False
 
@@ -185,7 +184,7 @@ def _html(page: Page, body: str) -> bytes:
     style, script, frame = (_part(f"page.{kind}") for kind in ("css", "js", "html"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values = {
-        "mark": _MARK.decode(),
+        "mark": PAGE_MARK.decode(),
         "digest": digest,
         "title": safe(page.title),
         "style": style,

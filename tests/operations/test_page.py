@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,16 @@ def test_the_same_files_give_the_same_bytes_and_another_report_stays(
         report_page(plan, tmp_path / "mine.html", force=True)
     with pytest.raises(OutputError, match="is read by this command"):
         report_page(plan, plan, force=True)
+
+
+def test_a_page_in_the_models_folder_is_no_part_of_the_model(tmp_path: Path) -> None:
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    shardsurgeon.plan(model, SCORES, ratio=0.5).write_plan(tmp_path / "plan.json")
+    report_page(tmp_path / "plan.json", model / "report.html")
+    (model / "about.html").write_text("<!doctype html><p>the model")
+    found = shardsurgeon.plan(model, SCORES, ratio=0.5).report
+    assert found.left_behind["report.html"] == "report"
+    assert "about.html" in found.carried_along
 
 
 def _other_model(folder: Path) -> dict[str, Any]:
