@@ -17,7 +17,7 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.layer_names import layer_number, listed_layers
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.provenance import LayerRecord, SourceIdentity
-from shardsurgeon.checkpoint.recognition import PLAN, SCORES
+from shardsurgeon.checkpoint.recognition import PLAN, SCORES, kind_of
 from shardsurgeon.checkpoint.wrong_files import files_of, require_file
 from shardsurgeon.errors import CheckpointError, KeepListError, ScoreError
 from shardsurgeon.operations.evaluation_report import (
@@ -105,7 +105,11 @@ def read_subject(place: AnyPath, model: AnyPath | None, family: str | None) -> S
     KeepListError for a file that is no plan or is one of another model, CheckpointError for a
     folder that is no prune.
     """
-    if os.path.isfile(place) or (not os.path.lexists(place) and Path(place).suffix == ".json"):
+    missing = not os.path.lexists(place)
+    if missing and not {"/", ":"} & {*os.fspath(place)} and Path(place).suffix != ".json":
+        remedy = "give a file of `plan -o`, or a folder that `apply` wrote"
+        raise KeepListError(place, "there is no such file or folder", remedy)
+    if os.path.isfile(place) or (missing and Path(place).suffix == ".json"):
         return _with_model(_plan(place), model, family)
     return _prune(place, family)
 
@@ -113,6 +117,8 @@ def read_subject(place: AnyPath, model: AnyPath | None, family: str | None) -> S
 def _plan(path: AnyPath) -> Subject:
     require_file(path, PLAN, KeepListError)
     where = os.fspath(path)
+    if kind_of(Path(path)) == SCORES:
+        raise KeepListError(where, "holds scores, no plan", "give it with --scores, beside a plan")
     raw = read_limited(path, KEEP_LIST, KeepListError)
     value = read_object(raw, where, "the plan", KeepListError, _SAVE, KEEP_LIST)
     if value.get("kind") != PLAN_KIND:
@@ -240,9 +246,9 @@ def with_scores(subject: Subject, scores: Scores) -> Subject:
     missing = set(main).difference(table)
     surplus = set(table).difference(subject.layers)
     if missing or surplus:
-        lacks = f"lacks layer {listed_layers(missing)} of" if missing else ""
-        lacks = lacks or f"has layer {listed_layers(surplus)}, which is not in"
-        raise ScoreError(where, f"{lacks} {subject.origin}", _SAME_SCORES)
+        which, how = (missing, "lacks") if missing else (surplus, "has, unlike it,")
+        problem = f"is not of {subject.origin}: {how} layer {listed_layers(which)}"
+        raise ScoreError(where, problem, _SAME_SCORES)
     layers = dict(subject.layers)
     for number, row in table.items():
         found = layers[number]

@@ -283,7 +283,7 @@ def _broken_probe(folder: Path) -> dict[str, Any]:
     [
         (_other_model, ScoreError, "config.json has sha256 dddddddddddd…, that of Kimi-K2.5 has"),
         (_other_scores, ScoreError, "layer 1, expert 0: its saliency is"),
-        (_fewer_layers, ScoreError, "lacks layer 4 of"),
+        (_fewer_layers, ScoreError, "plan.json: lacks layer 4"),
         (_more_experts, ScoreError, "has 32 experts in layer 1"),
         (_other_metric, ScoreError, "has no metric 'reap', only ean_sum"),
         (_no_probe, UsageError, "is no report of a probe"),
@@ -318,6 +318,13 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: bytes, says:
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(KeepListError, match=says):
         report_page(tmp_path / "plan.json", tmp_path / "r.html")
+
+
+def test_what_is_no_plan_and_no_folder_is_refused(tmp_path: Path, scores: Path) -> None:
+    with pytest.raises(KeepListError, match="holds scores, no plan; give it with --scores"):
+        report_page(scores, tmp_path / "r.html")
+    with pytest.raises(KeepListError, match="there is no such file or folder; give a file of"):
+        report_page("nowhere", tmp_path / "r.html")
 
 
 def test_a_folder_that_is_no_prune_is_refused(tmp_path: Path) -> None:
