@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         read_scores,
         verify,
     )
+    from shardsurgeon.operations.evaluation_api import evaluate, read_evaluation
+    from shardsurgeon.operations.evaluation_report import EvaluationReport
     from shardsurgeon.operations.page import PageReport
     from shardsurgeon.operations.picture_api import plot_scores, report
     from shardsurgeon.operations.plots import PlotReport
@@ -68,6 +70,7 @@ __all__ = [
     "CalibrationReport",
     "Checkpoint",
     "ComparisonReport",
+    "EvaluationReport",
     "InputError",
     "InspectReport",
     "PageReport",
@@ -89,6 +92,7 @@ __all__ = [
     "compare_scores",
     "convert_scores",
     "estimate_calibration",
+    "evaluate",
     "inspect",
     "merge_scores",
     "open_checkpoint",
@@ -96,6 +100,7 @@ __all__ = [
     "plot_scores",
     "probe",
     "push",
+    "read_evaluation",
     "read_scores",
     "report",
     "scores_from_router",
@@ -115,6 +120,7 @@ _HOMES = {
     "CalibrationReport": "layerwise.request",
     "Checkpoint": "checkpoint.checkpoint",
     "ComparisonReport": "pruning.agreement",
+    "EvaluationReport": "operations.evaluation_report",
     "InspectReport": "operations.reports",
     "PageReport": "operations.page",
     "PlanReport": "pruning.report",
@@ -133,6 +139,7 @@ _HOMES = {
     "compare_scores": "operations.score_api",
     "convert_scores": "operations.score_api",
     "estimate_calibration": "operations.score_api",
+    "evaluate": "operations.evaluation_api",
     "inspect": "operations.api",
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
@@ -140,6 +147,7 @@ _HOMES = {
     "plot_scores": "operations.picture_api",
     "probe": "operations.score_api",
     "push": "operations.api",
+    "read_evaluation": "operations.evaluation_api",
     "read_scores": "operations.api",
     "report": "operations.picture_api",
     "scores_from_router": "operations.score_api",

@@ -28,6 +28,7 @@ QUANTIZATION_FILES = (
 # Where a pruned model carries its record and the scores or keep-list that it was made with.
 CALIBRATION_FOLDER = "calibration/"
 RECIPE_NAME = f"{CALIBRATION_FOLDER}recipe.toml"
+EVALUATION_NAME = f"{CALIBRATION_FOLDER}evaluation.json"
 
 CARD_NAME = "README.md"
 SOURCE_CARD_NAME = "README.source.md"

@@ -14,10 +14,12 @@ from itertools import pairwise
 from typing import Any
 
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
+from shardsurgeon.checkpoint.sampling import are_members
 from shardsurgeon.errors import CheckpointError
 from shardsurgeon.storage.formats.checksums import CHECKSUMS_KEY, with_checksums
 from shardsurgeon.storage.formats.strict_json import (
     CheckedJson,
+    brief,
     is_whole_number,
     parse_for_a_hint,
     parse_json,
@@ -57,7 +59,8 @@ class Step:
     ratio: the ratio asked for, or else the exact fraction removed; rounding: None unless a ratio
     was asked for; metric: None where a keep-list decided; selection: `ratio`, `keep`,
     `target-size` or `plan`; source: the checkpoint it was applied to; saliency_of: the other model
-    whose plan was used and whose saliencies these are, None where they are the source's own.
+    whose plan was used and whose saliencies these are, None where they are the source's own;
+    sampling: what the user had written into generation_config.json, by the keys there.
     """
 
     num_experts_before: int
@@ -68,12 +71,15 @@ class Step:
     selection: str
     source: SourceIdentity
     saliency_of: SourceIdentity | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def fields(self) -> dict[str, object]:
         """As the file has them: without what is not said."""
         fields = asdict(self)
         if self.saliency_of is None:
             del fields["saliency_of"]
+        if not self.sampling:
+            del fields["sampling"]
         return fields
 
 
@@ -135,6 +141,11 @@ class Provenance:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     sha256: Mapping[str, str] | None = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What all prunes together have written into generation_config.json, by the keys there."""
+        return {key: value for step in self.steps for key, value in step.sampling.items()}
 
     @property
     def ratio(self) -> float:
@@ -396,7 +407,17 @@ class _Reader(CheckedJson):
             selection=self.text(fields, "selection", place) or "keep",
             source=self.identity(self.member(fields, "source", place), f"{place}.source"),
             saliency_of=None if other is None else self.identity(other, f"{place}.saliency_of"),
+            sampling=self.sampling(fields, place),
         )
+
+    def sampling(self, fields: dict[str, Any], place: str) -> dict[str, Any]:
+        if "sampling" not in fields:
+            return {}
+        members = self.member(fields, "sampling", place)
+        if not are_members(members):
+            problem = f"{place}.sampling: {brief(members)} are no settings to sample with"
+            self.refuse(problem)
+        return members
 
     def identity(self, fields: dict[str, Any], place: str) -> SourceIdentity:
         return SourceIdentity(

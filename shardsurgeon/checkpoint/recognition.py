@@ -1,8 +1,8 @@
 """Files beside the weights that are no part of the model, told by name and by content.
 
-Most are told by their names (`files.why_left_behind`). Plans and score files have any name: they
-are recognised by how they begin, so that a remote source sends little. A file that the model's
-configs name belongs, unless it is hidden or a secret.
+Most are told by their names (`files.why_left_behind`). Plans, score files and evaluations have any
+name: they are recognised by how they begin, so that a remote source sends little. A file that the
+model's configs name belongs, unless it is hidden or a secret.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardsurgeon.storage.limits import TOKENIZER_CONFIG
 from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
-PLAN, SCORES = "plan", "scores"
+PLAN, SCORES, EVALUATION = "plan", "scores", "evaluation"
 PAGE_MARK = b"<!-- shardsurgeon report -->"
 """What a page of `report` begins with, behind its doctype."""
 
@@ -39,6 +39,7 @@ _WELL_KNOWN = re.compile(
 _MAY_BE_EITHER = (".json", ".jsonl", ".pt", ".npz", ".safetensors", ".html")
 
 _OUR_PLAN = re.compile(rb'"kind"\s*:\s*"shardsurgeon-plan"|"num_experts_before"\s*:')
+_OUR_EVALUATION = re.compile(rb'\{\s*"kind"\s*:\s*"evaluation"\s*,\s*"format"\s*:\s*\d')
 _OUR_SCORES = re.compile(rb'"format"\s*:\s*\\?"shardsurgeon scores')
 # What JSON of plans and scores is made of. A layer's name, and before a colon:
 _LAYER_NAME = (
@@ -127,8 +128,8 @@ def named_by_configs(
 
 
 def recognised(name: str, head: bytes) -> str | None:
-    """`plan` or `scores` for a file that begins so, whatever it is called, `report` for a page of
-    ours; else None."""
+    """`plan`, `scores` or `evaluation` for a file that begins so, whatever it is called, `report`
+    for a page; else None."""
     if _ROWS_ONLY.match(head):
         return SCORES if _NAMED_SCORES.search(name.rpartition("/")[2]) else None
     suffix = name.lower().rpartition(".")[2]
@@ -142,6 +143,8 @@ def recognised(name: str, head: bytes) -> str | None:
         is_scores = _OUR_SCORES.search(head) or _TENSOR.search(head)
     else:
         text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if _OUR_EVALUATION.match(text):
+            return EVALUATION
         if _OUR_PLAN.search(text) or _KEEP_LIST.match(text) or _NAMED_KEEP_LIST.search(text):
             return PLAN
         ours = _OUR_SCORES.search(text) or _RECORDS.search(text)
@@ -150,8 +153,8 @@ def recognised(name: str, head: bytes) -> str | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """`plan`, `scores` or `report` for a file on this machine, whatever it is called; None for any
-    other file, a pipe, and what cannot be read."""
+    """`plan`, `scores`, `evaluation` or `report` for a file on this machine, whatever it is called;
+    None for any other file, a pipe, and what cannot be read."""
     name = path.name
     if not name.lower().endswith(_MAY_BE_EITHER) or is_well_known(name) or not path.is_file():
         return None

@@ -13,17 +13,18 @@ from itertools import islice
 from pathlib import Path
 
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
-from shardsurgeon.checkpoint.recognition import PLAN, SCORES, kind_of
+from shardsurgeon.checkpoint.recognition import EVALUATION, PLAN, SCORES, kind_of
 from shardsurgeon.errors import InputError
 from shardsurgeon.storage.files import unexpanded_home
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 
 AnyPath = str | os.PathLike[str]
 
-_WORDS = {SCORES: "score file", PLAN: "keep-list"}
+_WORDS = {SCORES: "score file", PLAN: "keep-list", EVALUATION: "evaluation"}
 _MADE_BY = {
     SCORES: "`shardsurgeon calibrate` or `shardsurgeon scores from-router` makes one",
     PLAN: "`plan -o FILE` saves one",
+    EVALUATION: "`shardsurgeon evaluate` makes one",
 }
 _MOST_SHOWN = 3
 # A folder with more files than this is no place to look for one.
@@ -36,7 +37,8 @@ def require_file(
 ) -> None:
     """Raise `error` where there is nothing, or a folder, and name the files that may be meant.
 
-    kind: PLAN or SCORES; folders: where such files may lie, beside the one that the path names.
+    kind: PLAN, SCORES or EVALUATION; folders: where such files may lie, beside the one that the
+    path names.
     """
     where, place = os.fspath(path), Path(path)
     if os.path.isdir(place):
@@ -44,7 +46,7 @@ def require_file(
             problem = "is the unfinished work of another command"
             raise error(where, problem, "run that command again: it goes on where it stopped")
         what = "a model's folder" if is_model(place) else "a folder"
-        problem = f"is {what}, not a {_WORDS[kind]}"
+        problem = f"is {what}, not {'an' if kind == EVALUATION else 'a'} {_WORDS[kind]}"
         raise error(where, problem, _meant(files_of(kind, place), place.name, kind))
     if not os.path.lexists(place):
         home = unexpanded_home(where)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardsurgeon.checkpoint.sampling import generation_members
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
     as_given,
+    evaluation_option,
     family_option,
     json_option,
     links_option,
@@ -24,7 +27,7 @@ from shardsurgeon.cli.options import (
 from shardsurgeon.cli.output import Steps, emit, fact, typed
 from shardsurgeon.cli.plan import note_lines, outcome_lines, plan_lines
 from shardsurgeon.cli.push import push_lines
-from shardsurgeon.cli.values import OfMachine, at_least, shard_size, size
+from shardsurgeon.cli.values import OfMachine, at_least, settings, shard_size, size
 from shardsurgeon.errors import InputError, ShardSurgeonError, WorkError
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.pruning.request import SelectionRequest
@@ -35,17 +38,35 @@ if TYPE_CHECKING:
     from shardsurgeon.verification.findings import VerifyReport
 
 
+def _sampling(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, float]:
+    """Turn `min_p=0.05` into values by name, which can be written."""
+    found = settings(texts)
+    generation_members(found)
+    return found
+
+
 @click.command("apply", cls=Command)
 @scores_argument
 @model_option
 @selection_options
 @family_option
 @links_option
+@evaluation_option
 @click.option(
     *OUT,
     "out",
     metavar="OUT",
     help="Folder to write.  [default: <model>-REAP-65pct]",
+)
+@click.option(
+    "--sampling",
+    metavar="NAME=X[,...]",
+    multiple=True,
+    callback=_sampling,
+    help="Write these defaults into the result's generation_config.json, such as "
+    "min_p=0.05,repetition_penalty=1.1, by the names of `probe`.",
 )
 @click.option(
     "--max-shard-size",
@@ -101,6 +122,8 @@ def apply_command(
     requests: Sequence[SelectionRequest],
     family: str | None,
     follow_links: bool,
+    evaluation: str | None,
+    sampling: dict[str, float],
     out: str | None,
     max_shard_nbytes: int | None,
     workers: int,
@@ -131,8 +154,9 @@ def apply_command(
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
     from shardsurgeon.operations import apply, prune
+    from shardsurgeon.operations.measured import measuring
 
-    request, steps = only_one(requests), Steps.here()
+    request, steps = replace(only_one(requests), sampling=sampling), Steps.here()
     destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
     options = RunOptions(
         workers=workers,
@@ -153,12 +177,14 @@ def apply_command(
             family=family,
             follow_links=follow_links,
             recipe=steps.recipe if steps else None,
+            evaluation=evaluation,
         ),
         options,
         destination,
     )
     refused = _refused(report.refusal) if report.refusal is not None else None
-    lines = _lines(report, follow_links)
+    measures = () if evaluation else measuring(model, scores, [request], family)
+    lines = _lines(report, measures, follow_links)
     try:
         emit(report, lines, as_json, told_otherwise=not dry_run, error=refused)
     except BaseException as stop:
@@ -175,9 +201,9 @@ def _refused(refusal: Refusal) -> ShardSurgeonError:
     return kind(refusal.where, refusal.problem, refusal.remedy)
 
 
-def _lines(report: ApplyReport, follow_links: bool) -> Iterator[str]:
+def _lines(report: ApplyReport, measures: Sequence[str], follow_links: bool) -> Iterator[str]:
     if report.dry_run:
-        yield from plan_lines(report.plan)
+        yield from plan_lines(report.plan, measures)
         yield from _target_lines(report.target) if report.target else ()
         yield ""
         stop = "; the run would stop at once" if report.refusal else ""

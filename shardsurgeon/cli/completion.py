@@ -64,9 +64,11 @@ def _sizes(context: click.Context, begun: str) -> list[CompletionItem]:
 def _metrics(context: click.Context, begun: str) -> list[CompletionItem]:
     """The metrics of the score file that the line names."""
     named = [context.params.get(name) for name in ("scores", "file", "a")]
+    named += context.params.get("words") or ()
     # Where the option is the last word, the words before it are not sorted out yet.
-    file = next((name for name in [*named, *context.args] if name), None)
-    if file is None or not Path(file).is_file() or Path(file).stat().st_size > _LARGEST:
+    found = (name for name in [*named, *context.args] if name and Path(name).is_file())
+    file = next(found, None)
+    if file is None or Path(file).stat().st_size > _LARGEST:
         return []
     from shardsurgeon.scores.files import read_scores
 
@@ -76,9 +78,9 @@ def _metrics(context: click.Context, begun: str) -> list[CompletionItem]:
 
 # Option or positional → how its value is completed. Choices complete themselves.
 _COMPLETED: dict[str, Complete] = {
-    **dict.fromkeys(("scores", "file", "a", "b", "source", "files"), _files),
-    **dict.fromkeys(("--out", "--plan", "--dataset", "--extend", "--card"), _files),
-    **dict.fromkeys(("--prompts", "--against", "--scores", "--evaluation", "--probe"), _files),
+    **dict.fromkeys(("scores", "file", "a", "b", "source", "files", "words"), _files),
+    **dict.fromkeys(("--out", "--plan", "--dataset", "--extend", "--card", "--evaluation"), _files),
+    **dict.fromkeys(("--prompts", "--against", "--scores", "--probe"), _files),
     "place": _files,
     **dict.fromkeys(("--include", "--exclude"), _files),
     **dict.fromkeys(("model", "places", "pruned", "--model", "--tokenizer"), _folders),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +16,17 @@ from shardsurgeon.cli.options import (
     family_option,
     json_option,
     model_option,
+    one_model,
     progress_option,
 )
 from shardsurgeon.cli.output import emit, fact, percent, table
 from shardsurgeon.cli.plan import note_lines
-from shardsurgeon.cli.values import choice, kept, ratios
-from shardsurgeon.errors import UsageError
-from shardsurgeon.pruning.request import Allocation, SelectionRequest
+from shardsurgeon.cli.values import choice, kept, of_variable, ratios
+from shardsurgeon.pruning.request import Allocation
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
     from shardsurgeon.layerwise.damage import Damage
-    from shardsurgeon.operations.evaluate import Prune
     from shardsurgeon.operations.evaluation_report import CandidateDamage, EvaluationReport
 
 _HEADINGS = ["", "perplexity", "change", "KL\nmean", "KL\np95", "KL\np99", "same first\nchoice"]
@@ -42,7 +40,11 @@ def _model_and_scores(
     return words
 
 
-@click.command("evaluate", cls=Command)
+class _Evaluate(Command):
+    how_much = "How much (all are measured)"
+
+
+@click.command("evaluate", cls=_Evaluate)
 @click.argument("words", metavar="[MODEL] [SCORES]", nargs=-1, callback=_model_and_scores)
 @model_option
 @click.option(
@@ -106,8 +108,9 @@ def evaluate_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure what prunes cost before one is made: perplexity, KL, agreement.
+    """Measure what prunes cost before one is made.
 
+    Perplexity, the divergence of predictions (KL), the share of equal first choices.
     The model and every candidate go through the layers side by side, each with
     its own hidden states; the weights are read once for all of them. Nothing is
     written but FILE. The numbers are those of the pruned folder. MODEL is, by
@@ -120,13 +123,14 @@ def evaluate_command(
     \b
     Examples:
       shardsurgeon evaluate scores.pt --ratio 0.25,0.5 --dataset a.jsonl -o e.json
-      shardsurgeon evaluate MODEL --plan a.json --plan b.json --dataset a.jsonl -o e.json
+      shardsurgeon evaluate --plan plan.json --dataset chats.jsonl -o e.json
     """
     from shardsurgeon.layerwise.request import CalibrationRequest
-    from shardsurgeon.operations.evaluate import evaluate
+    from shardsurgeon.operations.evaluate import candidates, evaluate
 
     place, scores = _places(words, model)
-    prunes = candidates(ratio, keep, plan_files, metric, allocate)
+    metrics = () if metric is None else metric.split(",")
+    prunes = candidates(ratio, keep, plan_files, metrics, allocate)
     settings = settings_of(device, dtype, batch_size, seed)
     request = CalibrationRequest(dataset, settings, **options)
     report = evaluate(
@@ -146,41 +150,11 @@ def evaluate_command(
 def _places(words: Sequence[str], model: str | None) -> tuple[str | None, str | None]:
     """MODEL and SCORES. Raises UsageError where the model is said twice."""
     if len(words) == 2:
-        if model is not None:
-            raise UsageError("MODEL", f"says {words[0]}, --model says {model}", "give one of them")
-        return words[0], words[1]
-    if words and model is None and not Path(words[0]).is_file():
+        return one_model("MODEL", words[0], model, "model"), words[1]
+    said_here = model is not None and not of_variable(click.get_current_context(), "model")
+    if words and not said_here and not Path(words[0]).is_file():
         return words[0], None
     return model, words[0] if words else None
-
-
-def candidates(
-    ratio: Sequence[float],
-    keep: int | None,
-    plan_files: Sequence[str],
-    metric: str | None,
-    allocate: Allocation,
-) -> list[Prune]:
-    """What is to be measured, each with a name."""
-    from shardsurgeon.operations.evaluate import Prune
-
-    metrics = metric.split(",") if metric is not None else [None]
-    counts: list[dict[str, Any]] = [{"ratio": value} for value in ratio]
-    counts += [{"keep": keep}] if keep is not None else []
-    found = []
-    for name, count in product(metrics, counts):
-        words = [f"{count['ratio']:g}" if "ratio" in count else f"keep {keep}"]
-        words += [name] if name is not None and len(metrics) > 1 else []
-        words += [allocate.value] if allocate is not Allocation.UNIFORM else []
-        request = SelectionRequest(**count, metric=name, allocate=allocate)
-        found.append(Prune(" ".join(words), request))
-    stems = [Path(file).stem for file in plan_files]
-    named = stems if len({*stems}) == len(stems) else list(plan_files)
-    found += [
-        Prune(name, SelectionRequest(plan_file=file))
-        for name, file in zip(named, plan_files, strict=True)
-    ]
-    return found
 
 
 def _lines(report: EvaluationReport, *, every: bool) -> Iterator[str]:

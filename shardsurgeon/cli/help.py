@@ -7,17 +7,20 @@ from collections.abc import Iterator
 
 import click
 
+_HOW_MUCH = "How much (one of them)"
 # Headings, and the options under each, of the commands that have too many for a flat list. What
 # is on top is what most users need. An option that is not listed comes last, under Advanced.
 SECTIONS = {
     "Parts (one of them)": ("--weights", "--objective"),
-    "How much (one of them)": ("--ratio", "--keep", "--target-size", "--plan"),
+    _HOW_MUCH: ("--ratio", "--keep", "--target-size", "--plan"),
     "Samples": ("--dataset", "--prompts", "--samples", "--max-length"),
-    "Model and output": ("--model", "--out", "--dry-run", "--restart", "--force", "--layers"),
-    "Comparison": ("--against", "--sampling", "--detect"),
+    "Model and output": (
+        *("--model", "--out", "--dry-run", "--restart", "--force", "--layers", "--evaluation"),
+    ),
+    "Comparison": ("--against", "--detect"),
     "Sampling": (
         *("--temperature", "--top-p", "--top-k", "--min-p", "--repetition-penalty"),
-        "--max-tokens",
+        *("--max-tokens", "--sampling"),
     ),
     "Server": (
         *("--parallel", "--timeout", "--served-model", "--against-model", "--api-key-env"),
@@ -50,7 +53,12 @@ _WIDEST = 26
 
 
 class Command(click.Command):
-    """A command whose help shows examples, then options, then the rest of its description."""
+    """A command whose help shows examples, then options, then the rest of its description.
+
+    how_much: the heading of the options that say how many experts go.
+    """
+
+    how_much = _HOW_MUCH
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the first paragraph and the examples."""
@@ -71,7 +79,7 @@ class Command(click.Command):
         width = min(_WIDEST, max(len(names) for names, _ in records.values()))
         for heading, names in sections.items():
             rows = [(records[name][0].ljust(width), records[name][1]) for name in names]
-            with formatter.section(heading):
+            with formatter.section(self.how_much if heading == _HOW_MUCH else heading):
                 formatter.write_dl(rows, col_max=_WIDEST)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,9 +8,9 @@ from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from shardsurgeon.cli.output import (
-    NO_ACCURACY,
     layer_number,
     mtp_legend,
+    no_accuracy,
     percent,
     saliency,
     table,
@@ -48,8 +48,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 _ALWAYS, _ONLY_IF_ANY = ("kept", "pruned"), ("never_routed", "preserved")
 
 
-def layer_lines(layers: Sequence[LayerReport], *, every: bool) -> Iterator[str]:
-    """The table of a plan's layers and its legends; every: all of them, however many."""
+def layer_lines(
+    layers: Sequence[LayerReport], *, every: bool, measuring: Sequence[str]
+) -> Iterator[str]:
+    """The table of a plan's layers and its legends; every: all of them, however many; measuring:
+    as for `no_accuracy`."""
     headings = [heading for heading in _COLUMNS if _has_value(layers, heading)]
     if every or len(layers) <= _FEW:
         rows = [_row(layer, headings) for layer in layers]
@@ -61,7 +64,7 @@ def layer_lines(layers: Sequence[LayerReport], *, every: bool) -> Iterator[str]:
         yield from profile_lines((layer_number(x), x.profile, _share_kept(x)) for x in layers)
     if "saliency\ndropped" in headings:
         yield "  saliency dropped: share of a layer's saliency that goes with its experts"
-        yield NO_ACCURACY
+        yield from no_accuracy(measuring)
 
 
 def profile_lines(

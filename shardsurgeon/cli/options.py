@@ -115,7 +115,7 @@ def model_argument(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_model(*args: Any, model: str | None, named: str | None, **given: Any) -> Any:
-        return command(*args, model=_one_model("MODEL", model, named, "named"), **given)
+        return command(*args, model=one_model("MODEL", model, named, "named"), **given)
 
     option = _model_option("The same as MODEL.  [default: this folder]", "named")
     return click.argument("model", required=False)(option(cast(Command, with_model)))
@@ -132,7 +132,7 @@ def source_and_pruned(command: Command) -> Command:
         if len(places) > 2:
             raise click.UsageError(f"Got unexpected extra argument ({' '.join(places[2:])})")
         first = places[0] if len(places) > 1 else None
-        source = _one_model("SOURCE", first, model, "model")
+        source = one_model("SOURCE", first, model, "model")
         if source is None:
             count = "one of them" if places else "none"
             raise click.UsageError(f"SOURCE and PRUNED are needed, {count} is given")
@@ -145,7 +145,7 @@ def source_and_pruned(command: Command) -> Command:
     return places(option(cast(Command, with_both)))
 
 
-def _one_model(what: str, given: str | None, named: str | None, option: str) -> str | None:
+def one_model(what: str, given: str | None, named: str | None, option: str) -> str | None:
     """The model of a command, said as a positional, with --model, both or not at all.
 
     what: what the positional is called; option: the parameter of --model. Raises UsageError where
@@ -189,6 +189,16 @@ def links_option(command: Command) -> Command:
         "--follow-links",
         is_flag=True,
         help="Take files that are links out of the folder, as shards may always be.",
+    )(command)
+
+
+def evaluation_option(command: Command) -> Command:
+    """Add `--evaluation FILE`."""
+    return click.option(
+        "--evaluation",
+        metavar="FILE",
+        help="What `evaluate` measured of this prune: shown with the plan, kept in calibration/, "
+        "printed in the model card.",
     )(command)
 
 

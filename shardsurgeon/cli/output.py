@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,8 +109,12 @@ def as_text(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False)
 
 
-NO_ACCURACY = "  a share of saliency is no accuracy: measure what the pruned model answers"
-"""The legend of every table of such shares: at one share one model is as good, another is not."""
+def no_accuracy(measuring: Sequence[str]) -> Iterator[str]:
+    """The legend of every table of shares of saliency: at one share one model is as good, another
+    is not. measuring: the command that says what a prune costs, to copy; none for no legend."""
+    if measuring:
+        yield "  a share of saliency is no accuracy; this measures what a prune costs:"
+        yield f"    {typed(measuring)}"
 
 
 def fact(label: str, text: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.layers import layer_lines
 from shardsurgeon.cli.options import (
     OUT,
+    evaluation_option,
     family_option,
     json_option,
     links_option,
@@ -21,12 +22,12 @@ from shardsurgeon.cli.options import (
     selection_options,
 )
 from shardsurgeon.cli.output import (
-    NO_ACCURACY,
     change,
     emit,
     fact,
     facts,
     grouped,
+    no_accuracy,
     parameters,
     percent,
     saved,
@@ -38,7 +39,7 @@ from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
-    from shardsurgeon.pruning.report import PlanReport, PlansReport
+    from shardsurgeon.pruning.report import Measured, PlanReport, PlansReport
 
 
 @click.command("plan", cls=Command)
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @selection_options
 @family_option
 @links_option
+@evaluation_option
 @click.option(*OUT, "plan_out", metavar="FILE", help="Save the keep-lists, for `apply --plan`.")
 @click.option("--force", is_flag=True, help="Replace another plan that was saved there.")
 @click.option("--layers", is_flag=True, help="Show each layer, not their spread and the worst.")
@@ -58,6 +60,7 @@ def plan_command(
     requests: Sequence[SelectionRequest],
     family: str | None,
     follow_links: bool,
+    evaluation: str | None,
     plan_out: str | None,
     force: bool,
     layers: bool,
@@ -76,8 +79,10 @@ def plan_command(
       shardsurgeon plan scores.pt --keep 72 --model /models/Kimi-K2.5
       shardsurgeon plan scores.pt --target-size 122GB -o plan.json
       shardsurgeon plan scores.pt --ratio 0.5 --allocate global
+      shardsurgeon plan scores.pt --ratio 0.25,0.5 --evaluation evaluation.json
     """
     from shardsurgeon.operations import prune
+    from shardsurgeon.operations.measured import measuring
     from shardsurgeon.pruning.report import PlansReport
     from shardsurgeon.storage.files import output_path, require_folder_of
 
@@ -85,27 +90,31 @@ def plan_command(
         require_folder_of(output_path(plan_out))
     if force and plan_out is None:
         raise UsageError("--force", "is about a file that -o names", "give -o as well")
+    measures = () if evaluation else measuring(model, scores, requests, family)
+    how: dict[str, Any] = {"family": family, "follow_links": follow_links, "evaluation": evaluation}
     if len(requests) > 1:
         if plan_out is not None:
             problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"
             raise UsageError("-o", problem, "give a single --ratio")
-        reports = prune.compare(model, scores, requests, family=family, follow_links=follow_links)
-        compared = PlansReport(tuple(reports))
-        emit(compared, comparison_lines(compared), as_json)
+        compared = PlansReport(tuple(prune.compare(model, scores, requests, **how)))
+        emit(compared, comparison_lines(compared, measures), as_json)
         return
-    pruning = prune.plan(model, scores, requests[0], family=family, follow_links=follow_links)
-    lines: Iterable[str] = plan_lines(pruning.report, every=layers)
+    pruning = prune.plan(model, scores, requests[0], **how)
+    lines: Iterable[str] = plan_lines(pruning.report, measures, every=layers)
     if plan_out is not None:
         written = prune.save_plan(pruning, plan_out, force=force)
         lines = chain(lines, ["", saved("Keep-lists", plan_out, written)])
     emit(pruning.report, lines, as_json, told_otherwise=plan_out is not None)
 
 
-def plan_lines(report: PlanReport, *, every: bool = False) -> Iterator[str]:
-    """A plan: its layers, then the totals; every: each layer, however many there are."""
+def plan_lines(
+    report: PlanReport, measures: Sequence[str], *, every: bool = False
+) -> Iterator[str]:
+    """A plan: its layers, then the totals; measures: the command that says what it costs, to copy,
+    none where that is known; every: each layer, however many there are."""
     yield report.title
     yield ""
-    yield from layer_lines(report.layers, every=every)
+    yield from layer_lines(report.layers, every=every, measuring=measures)
     yield units_legend(report.total_parameters_before)
     yield ""
     yield from total_lines(report)
@@ -139,8 +148,8 @@ def note_lines(notes: Iterable[str]) -> Iterator[str]:
         yield from fact("note", note)
 
 
-def comparison_lines(compared: PlansReport) -> Iterator[str]:
-    """Several plans of one model, a line each."""
+def comparison_lines(compared: PlansReport, measures: Sequence[str]) -> Iterator[str]:
+    """Several plans of one model, a line each; measures: as for `plan_lines`."""
     reports = compared.plans
     yield compared.title
     yield ""
@@ -148,8 +157,9 @@ def comparison_lines(compared: PlansReport) -> Iterator[str]:
     yield ""
     yield from table(_COMPARED, (_compared(report) for report in reports))
     yield ""
+    yield from _measured_table(reports)
     yield "  saliency dropped: share of a layer's saliency that goes with its experts"
-    yield NO_ACCURACY
+    yield from no_accuracy(measures)
     yield "  narrowest cut: how far the highest pruned saliency stays below the lowest kept"
     yield units_legend(reports[0].total_parameters_before)
     notes = list(note_lines(note for report in reports for note in report.notes))
@@ -173,6 +183,8 @@ def _outcome(report: PlanReport) -> Iterator[tuple[str, str]]:
     if (mean := report.saliency_dropped_uniform_mean) is not None:
         worst = report.saliency_dropped_uniform_worst, report.saliency_dropped_uniform_worst_layer
         yield "if equal", _dropped_words(report, mean, *worst)
+    if report.measured is not None:
+        yield from _measured(report.measured)
     if report.mtp_dropped:
         yield "MTP", "the next-token-prediction layers are dropped"
     yield "tensor data", _size_change(report)
@@ -221,6 +233,46 @@ def _compared(report: PlanReport) -> tuple[str, ...]:
         percent(report.saliency_dropped_worst),
         percent(report.narrowest_cut),
     )
+
+
+def _measured_table(reports: Sequence[PlanReport]) -> Iterator[str]:
+    """What an evaluation measured of plans: a table of its own, for which a line has no room."""
+    known = next((report.measured for report in reports if report.measured is not None), None)
+    if known is None:
+        return
+    headings = ["ratio", "perplexity", "change", "KL\nmean", "KL\np99", "same first\nchoice"]
+    parts = any(report.measured and report.measured.worst_part for report in reports)
+    headings += ["worst\npart"] if parts else []
+    data = f"on {known.dataset}, {counted(known.tokens, 'token')}"
+    before = f"the whole model's perplexity is {known.perplexity_before:.4g}"
+    yield from fact("measured", f"{data}: {before}")
+    yield ""
+    rows = ((f"{report.ratio:g}", *_costs(report.measured)) for report in reports)
+    yield from table(headings, (row[: len(headings)] for row in rows))
+    yield "  KL: in nats, of the plan from the model, per token; 0 where they say the same"
+    yield ""
+
+
+def _costs(found: Measured | None) -> tuple[str, ...]:
+    if found is None:
+        return ("-",) * 6
+    return (
+        f"{found.perplexity:.4g}",
+        f"{found.perplexity_ratio - 1:+.1%}",
+        f"{found.kl_mean:.3g}",
+        f"{found.kl_p99:.3g}",
+        percent(found.agreement),
+        found.worst_part or "-",
+    )
+
+
+def _measured(found: Measured) -> Iterator[tuple[str, str]]:
+    perplexity, by, mean, p99, agreement, worst = _costs(found)
+    yield "perplexity", f"{found.perplexity_before:.4g} -> {perplexity} ({by})"
+    yield "KL", f"{mean} nats per token on average, {p99} at the 99th percentile"
+    worst = f", worst on {worst}" if found.worst_part else ""
+    on = f"{counted(found.tokens, 'token')} of {found.dataset}"
+    yield "same choice", f"{agreement} of first choices, measured on {on}{worst}"
 
 
 def _kept(report: PlanReport) -> str:

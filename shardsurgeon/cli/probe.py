@@ -10,8 +10,7 @@ import click
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import OUT, json_option, progress_option
 from shardsurgeon.cli.output import emit, fact, table
-from shardsurgeon.cli.values import at_least
-from shardsurgeon.errors import UsageError
+from shardsurgeon.cli.values import at_least, settings
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
@@ -29,16 +28,7 @@ def _others(
     context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
 ) -> list[dict[str, float]]:
     """Turn each `min_p=0.05,top_k=20` into values by name."""
-    return [dict(map(_value, text.split(","))) for text in texts]
-
-
-def _value(entry: str) -> tuple[str, float]:
-    name, _, number = entry.partition("=")
-    try:
-        return name.strip().replace("-", "_"), float(number)
-    except ValueError:
-        problem = f"'{entry}' is not NAME=NUMBER"
-        raise UsageError("--sampling", problem, "write it like min_p=0.05") from None
+    return [settings([text]) for text in texts]
 
 
 def _number(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -21,11 +21,11 @@ from shardsurgeon.cli.options import (
     progress_option,
 )
 from shardsurgeon.cli.output import (
-    NO_ACCURACY,
     emit,
     fact,
     layer_number,
     mtp_legend,
+    no_accuracy,
     part_lines,
     percent,
     saliency,
@@ -36,6 +36,7 @@ from shardsurgeon.cli.output import (
 from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.cli.values import ratios
 from shardsurgeon.errors import UsageError
+from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
@@ -86,12 +87,14 @@ def show_command(
       shardsurgeon scores show scores.pt --model /models/K2.5 --metric ean_mean
     """
     from shardsurgeon.operations import scores
+    from shardsurgeon.operations.measured import measuring
 
     report = scores.show_scores(file, model, metric=metric, family=family)
-    emit(report, _shown_lines(report), as_json)
+    some = [SelectionRequest(ratio=ratio, metric=metric) for ratio in (0.25, 0.5)]
+    emit(report, _shown_lines(report, measuring(model, file, some, family)), as_json)
 
 
-def _shown_lines(report: ScoresReport) -> Iterator[str]:
+def _shown_lines(report: ScoresReport, measures: Sequence[str]) -> Iterator[str]:
     yield report.title
     yield from fact("metrics", ", ".join(report.metrics))
     if report.facts:
@@ -104,7 +107,7 @@ def _shown_lines(report: ScoresReport) -> Iterator[str]:
     rows = ((layer_number(x), x.profile, _share_kept(x)) for x in report.layers)
     yield from profile_lines(rows, f" at {float(_DRAWN):.0%}")
     yield "  widest gap: experts below it, and how many times as high the next score is"
-    yield NO_ACCURACY
+    yield from no_accuracy(measures)
     yield ""
     yield from _cuts(report)
     yield from _shown_parts(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import StrEnum
 from typing import Any
@@ -74,6 +74,25 @@ def kept(context: click.Context, parameter: click.Parameter, text: str | None) -
 def size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     """A callback that turns `20GB` into bytes."""
     return None if text is None else parse_size(text, parameter.opts[0])
+
+
+def settings(texts: Iterable[str]) -> dict[str, float]:
+    """The numbers of `min_p=0.05,top_k=20`, in one text or in several, by name.
+
+    Raises UsageError, naming --sampling, for other text and for a name that stands there twice.
+    """
+    found: dict[str, float] = {}
+    for entry in (entry for text in texts for entry in text.split(",")):
+        word, _, number = entry.partition("=")
+        name = word.strip().replace("-", "_")
+        if name in found:
+            raise UsageError("--sampling", f"{name} stands there twice", "say it once")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            problem = f"'{entry}' is not NAME=NUMBER"
+            raise UsageError("--sampling", problem, "write it like min_p=0.05") from None
+    return found
 
 
 def choice(kind: type[StrEnum]) -> Callable[[click.Context, click.Parameter, Any], StrEnum | None]:

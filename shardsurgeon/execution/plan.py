@@ -77,7 +77,8 @@ class Plan:
     metadata): (name, bytes), in the order of writing.
     copied_files: files of the source that are copied byte for byte, by name.
     score_files: (output name, absolute path, sha256 hex) of files from outside the source: the
-    scores or the keep-list that the plan was made from, with the digest of what was read.
+    scores or the keep-list that the plan was made from, and an evaluation of it, with the digest
+    of what was read.
     source_files: size and stamp of every source file the plan reads, as they were when it
     was planned.
     asked: what the user asked for, (name, value), to name a difference between two runs.

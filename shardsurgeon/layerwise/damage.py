@@ -108,10 +108,10 @@ class Predictions:
         flags = np.zeros((2, tokens), np.bool_)
         return cls(numbers[0], numbers[1], flags[0], flags[1])
 
-    def put(self, begin: int, values: Sequence[NDArray[Any]]) -> None:
-        """Set the values of some tokens from a place on, in the order of the attributes."""
+    def put(self, places: NDArray[np.int64], values: Sequence[NDArray[Any]]) -> None:
+        """Set the values of the tokens at some places, in the order of the attributes."""
         for own, part in zip((self.nll, self.kl, self.agrees, self.hits), values, strict=True):
-            own[begin : begin + len(part)] = part
+            own[places] = part
 
 
 @dataclass(frozen=True, slots=True)

@@ -430,7 +430,7 @@ class _Form:
         return [*tiles, (rows, 1)] if len(self.shape) > 2 else tiles
 
     def _unknown(self, problem: str) -> FamilyError:
-        return FamilyError(self.name, problem, "calibrate the checkpoint it was quantized from")
+        return FamilyError(self.name, problem, "run the checkpoint it was quantized from")
 
 
 def _may_be_written(shape: Shape, lead: Shape, grid: tuple[int, int]) -> bool:

@@ -8,36 +8,53 @@ compared there; behind the last one the head predicts every next token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.transformers_model import silence_hub
-from shardsurgeon.errors import WorkError
+from shardsurgeon.errors import UsageError
 from shardsurgeon.layerwise.activations import ActivationStore
 from shardsurgeon.layerwise.candidates import CandidateLayers
+from shardsurgeon.layerwise.comparison import Comparison, WatchedExperts, predicting
 from shardsurgeon.layerwise.damage import Candidate, LayerSums, Predictions
 from shardsurgeon.layerwise.devices import Device, require_device
 from shardsurgeon.layerwise.engine import limits_of
-from shardsurgeon.layerwise.experts import Experts, Routing, StreamedExperts, segments
+from shardsurgeon.layerwise.experts import Experts, StreamedExperts
 from shardsurgeon.layerwise.forward import Batch
-from shardsurgeon.layerwise.memory import model_size, program_memory
+from shardsurgeon.layerwise.memory import ModelSize, model_size, program_memory
 from shardsurgeon.layerwise.model import Model
 from shardsurgeon.layerwise.samples import Sample
-from shardsurgeon.layerwise.schedule import Schedule, costs, make_schedule, words
+from shardsurgeon.layerwise.schedule import (
+    Limits,
+    Place,
+    Schedule,
+    costs,
+    make_schedule,
+    words,
+)
 from shardsurgeon.layerwise.settings import Listener, Settings
 from shardsurgeon.layerwise.stream import LayerStream
+from shardsurgeon.units import format_size
 
 _log = logging.getLogger(__name__)
 
-# Bytes of the logits of one model that are made at a time, in float64.
-_LOGITS_NBYTES = {False: 128 << 20, True: 1 << 30}
+# Bytes of the logits that are made at a time. Of one token's there are four in float64: the logs of
+# two distributions, how far they are apart, and one that is computed with.
+_LOGITS_NBYTES = {False: 256 << 20, True: 1 << 30}
+_OF_A_LOGIT = 4 * 8
+# What torch takes for code and buffers of its own when it first computes; seen: 80 MB.
+_WORKSPACE = 128 << 20
+# Bytes of what is kept of one predicted token (`Predictions`), and sorted for percentiles.
+_OF_A_PREDICTION = 18 + 16
 
 
 class DamageSink(Protocol):
@@ -76,12 +93,20 @@ def evaluate_layers(
     asked = [_predicting(sample) for sample in samples]
     with silence_hub(), torch.inference_mode(), device.current():
         model = Model(checkpoint, anatomy, settings, device)
-        size = replace(model_size(checkpoint, anatomy), outside=model.resident)
-        size = replace(size, layers=tuple(layer for layer in size.layers if not layer.is_mtp))
-        lengths = [sample.num_tokens for sample in samples] * lanes
-        limits = limits_of(model, settings, store, memory)
-        schedule = store.keep_schedule(adjust(make_schedule(size, lengths, limits)))
         groups = model.groups()
+        together = max(map(len, groups))
+        size = model_size(checkpoint, anatomy)
+        # Each candidate has routers of its own.
+        routers = len(candidates) * together * anatomy.num_experts * size.width
+        main = tuple(layer for layer in size.layers if not layer.is_mtp)
+        size = replace(size, layers=main, outside=model.resident + routers)
+        lengths = [sample.num_tokens for sample in samples] * lanes
+        compared = together * size.state * model.dtype.itemsize
+        limits = replace(limits_of(model, settings, store, memory), compared=compared)
+        schedule = make_schedule(size, lengths, limits)
+        schedule = store.keep_schedule(
+            adjust(_with_head(schedule, model, size, lengths, limits, lanes))
+        )
         stream = LayerStream(
             model,
             asked,
@@ -103,6 +128,40 @@ def evaluate_layers(
             run = _Evaluation(stream, layers, max(parts) + 1, lanes, device, sink)
             run.run()
             return run.predict()
+
+
+def _with_head(
+    schedule: Schedule,
+    model: Model,
+    size: ModelSize,
+    lengths: Sequence[int],
+    limits: Limits,
+    lanes: int,
+) -> Schedule:
+    """The schedule, with the peak of the head where that is higher than that of the layers.
+
+    lengths: of all lanes' samples. Raises UsageError where the head does not fit.
+    """
+    state, tokens = size.state * model.dtype.itemsize, sum(lengths)
+    held = 0 if schedule.states is Place.FILE else tokens * state + schedule.spare
+    if schedule.states is Place.HOST and limits.on_gpu:
+        held = 0
+    # While it is read, the head is there as it is stored, too.
+    head = model.head_nbytes
+    batches = (lanes * schedule.batch_size * max(lengths) + schedule.chunk) * state
+    logits = max(_LOGITS_NBYTES[limits.on_gpu], _OF_A_LOGIT * model.vocabulary)
+    logits = min(logits, _OF_A_LOGIT * model.vocabulary * tokens)
+    found = 0 if limits.on_gpu else _WORKSPACE + tokens * _OF_A_PREDICTION
+    needed = held + found + max(2 * head, head + batches + logits)
+    if needed > limits.device_free:
+        problem = f"the head takes {format_size(2 * head)}, a batch of {lanes} models and its "
+        problem += f"logits {format_size(batches + logits)}, what waits {format_size(held + found)}"
+        problem += f", and {format_size(limits.device_free)} are free"
+        remedy = "give fewer candidates, a smaller --batch-size or --samples, or more memory"
+        raise UsageError(f"--device {limits.device}", problem, remedy)
+    peak = max(schedule.device_nbytes, needed)
+    host = schedule.host_nbytes if limits.on_gpu else peak
+    return replace(schedule, device_nbytes=peak, host_nbytes=host)
 
 
 def _predicting(sample: Sample) -> Sample:
@@ -130,7 +189,7 @@ class _Evaluation:
         self._lanes = lanes
         self._device = device
         self._sink = sink
-        self._comparison: _Comparison | None = None
+        self._comparison: Comparison | None = None
 
     def run(self) -> None:
         """Run every group of layers that an earlier run has not finished."""
@@ -141,7 +200,7 @@ class _Evaluation:
             if number < stream.groups_done:
                 stream.report_layers(group)
                 continue
-            found = _Comparison(stream, self._num_parts, self._lanes, self._device)
+            found = Comparison(stream, self._num_parts, self._lanes, self._device)
             self._comparison, runner.watch = found, found.watch
             try:
                 stream.run_group(number, self._opened, beside=self._layers.filled)
@@ -154,55 +213,48 @@ class _Evaluation:
 
     def _opened(self, layer: int, experts: StreamedExperts) -> Experts:
         assert self._comparison is not None
-        return _Watched(experts, self._comparison)
+        return WatchedExperts(experts, self._comparison)
 
     def predict(self) -> list[Predictions]:
         """What the head predicts from the states behind the last layer, for each model."""
-        begins = np.cumsum([0, *(sample.num_counted for sample in self._stream.samples)]).tolist()
+        counts = [sample.num_counted for sample in self._stream.samples]
+        begins = np.cumsum([0, *counts]).tolist()
         found = [Predictions.empty(begins[-1]) for _ in range(self._lanes)]
         model = self._stream.model
-        row_nbytes = 8 * model.vocabulary
+        at_once = max(1, _LOGITS_NBYTES[self._device.is_gpu] // (_OF_A_LOGIT * model.vocabulary))
         waiting: list[Batch] = []
         with model.with_head():
             for _, batches in self._stream.chunks_with_states():
                 for batch in batches:
                     waiting.append(batch)
                     if len(waiting) == self._lanes:
-                        self._predict(waiting, begins, row_nbytes, found)
+                        own = waiting[0].positions
+                        places = [np.arange(begins[place], begins[place + 1]) for place in own]
+                        self._predict(waiting, np.concatenate(places), at_once, found)
                         waiting = []
         return found
 
     def _predict(
         self,
         lanes: list[Batch],
-        begins: list[int],
-        row_nbytes: int,
+        places: NDArray[np.int64],
+        at_once: int,
         found: list[Predictions],
     ) -> None:
-        """One batch of all models."""
-        own = lanes[0].positions
-        ids, width = lanes[0].ids, lanes[0].ids.shape[1]
-        asked = _counted(lanes[0]).view(len(own), width)
-        at_once = max(1, _LOGITS_NBYTES[self._device.is_gpu] // (row_nbytes * len(own)))
-        written = [begins[sample] for sample in own]
-        for begin in range(0, width - 1, at_once):
-            positions = torch.arange(begin, min(begin + at_once, width - 1), device=ids.device)
-            rows = asked[:, positions]
-            following = ids[:, positions + 1][rows]
-            counts = rows.sum(1).tolist()
-            if not sum(counts):
-                continue
+        """One batch of all models. places: of its predicted tokens among those of the run."""
+        ids = lanes[0].ids.flatten()
+        asked = predicting(lanes[0]).nonzero()[:, 0]
+        for begin in range(0, len(asked), at_once):
+            part = asked[begin : begin + at_once]
+            given, following = ids[part], ids[part + 1]
             whole: _Distribution | None = None
             for lane, batch in zip(found, lanes, strict=True):
-                logits = self._stream.model.runner.logits(batch, positions)[rows].double()
-                own_says = _Distribution(logits)
-                whole = whole or own_says
-                made = own_says.against(whole, following)
-                at = 0
-                for place, count in zip(written, counts, strict=True):
-                    lane.put(place, [values[at : at + count] for values in made])
-                    at += count
-            written = [place + count for place, count in zip(written, counts, strict=True)]
+                assert batch.states is not None
+                states = batch.states.flatten(0, 1)[part]
+                own = _Distribution(self._stream.model.runner.logits(given, states).double())
+                whole = whole or own
+                lane.put(places[begin : begin + at_once], own.against(whole, following))
+                del own
 
 
 class _Distribution:
@@ -212,115 +264,16 @@ class _Distribution:
         self._logs = logits.log_softmax(-1)
         self._first = logits.argmax(-1)
 
+    @cached_property
+    def _shares(self) -> Tensor:
+        return self._logs.exp()
+
     def against(self, whole: _Distribution, following: Tensor) -> list[np.ndarray]:
         """nll, KL from the whole model's, agreement with it, and with the tokens that follow."""
         nll = -self._logs.gather(1, following[:, None])[:, 0]
-        p = whole._logs.exp()
+        p = whole._shares
+        kl = (whole._logs - self._logs).mul_(p)
         # A token that the whole model excludes has no part in the sum: 0 · inf is none.
-        kl = torch.where(p == 0, 0.0, p * (whole._logs - self._logs)).sum(-1)
+        kl = kl.masked_fill_(p == 0, 0.0).sum(-1)
         agrees, hits = self._first == whole._first, self._first == following
         return [values.cpu().numpy() for values in (nll, kl, agrees, hits)]
-
-
-def _counted(batch: Batch) -> Tensor:
-    """Bool [B · S], which tokens predict one that is asked for."""
-    assert batch.counted is not None
-    return batch.counted
-
-
-class _Watched:
-    """A layer's experts, and the gate weights that the whole model gives them."""
-
-    def __init__(self, experts: StreamedExperts, comparison: _Comparison) -> None:
-        self._experts = experts
-        self._comparison = comparison
-
-    def compute(self, routings: list[Routing]) -> list[Tensor]:
-        """As the experts compute."""
-        for routing in routings:
-            if routing.lane == 0:
-                self._comparison.routed(routing)
-        return self._experts.compute(routings)
-
-
-@dataclass
-class _Sums:
-    """Sums of one layer: compared [lanes - 1, 2, parts] (relative errors, cosines), gates [parts,
-    experts]."""
-
-    compared: Tensor
-    gates: Tensor | None = None
-
-
-class _Comparison:
-    """What leaves the layers of a group: candidates against the whole model."""
-
-    def __init__(self, stream: LayerStream, num_parts: int, lanes: int, device: Device) -> None:
-        self._stream = stream
-        self._num_parts = num_parts
-        self._lanes = lanes
-        self._device = device
-        self._layers: dict[int, _Sums] = {}
-        # (layer, positions in lane 0) → the whole model's states, until all candidates are through.
-        self._whole: dict[tuple[int, tuple[int, ...]], tuple[Tensor, int]] = {}
-
-    def watch(self, layer: int, batch: Batch, states: Tensor) -> None:
-        """Called with the output of each layer for each batch."""
-        key = (layer, batch.positions)
-        if batch.lane == 0:
-            self._whole[key] = (states, self._lanes - 1)
-            return
-        whole, left = self._whole[key]
-        if left == 1:
-            del self._whole[key]
-        else:
-            self._whole[key] = (whole, left - 1)
-        sums = self._of(layer).compared[batch.lane - 1]
-        asked = _counted(batch).nonzero()[:, 0]
-        assert batch.parts is not None
-        parts = batch.parts.numbers[asked]
-        ours, theirs = (each.flatten(0, 1)[asked].flatten(1).double() for each in (states, whole))
-        norm, own = (torch.linalg.vector_norm(each, dim=-1) for each in (theirs, ours))
-        apart = torch.linalg.vector_norm(ours - theirs, dim=-1)
-        cosine = (ours * theirs).sum(-1) / (norm * own)
-        for part in range(self._num_parts):
-            for place, values in enumerate((apart / norm, cosine)):
-                sums[place, part] += torch.where(parts == part, values, 0.0).sum()
-
-    def routed(self, routing: Routing) -> None:
-        """Add the gate weights that the whole model gave; copies of the input get none."""
-        assert routing.counted is not None and routing.parts is not None
-        sums = self._of(routing.layer)
-        if sums.gates is None:
-            experts = self._stream.num_experts[routing.layer]
-            sums.gates = self._zeros(self._num_parts, experts)
-        experts = sums.gates.shape[1]
-        asked = routing.counted.nonzero()[:, 0]
-        index, weights = routing.index[asked], routing.weights[asked].double()
-        places = (routing.parts.numbers[asked][:, None] * experts + index)[index < experts]
-        places, order = places.sort(stable=True)
-        every = torch.arange(self._num_parts * experts + 1, device=places.device)
-        lengths = torch.searchsorted(places, every).diff()
-        row = weights[index < experts][order]
-        sums.gates.view(-1).add_(segments(row[None], lengths, "sum")[0])
-
-    def results(self) -> Iterator[tuple[int, LayerSums]]:
-        """Layer → its sums. Raises WorkError where they are not finite."""
-        assert not self._whole
-        for layer, sums in sorted(self._layers.items()):
-            compared = sums.compared.cpu().numpy()
-            if not np.isfinite(compared).all():
-                problem = "its output has numbers that are not finite"
-                remedy = "evaluate with --dtype bfloat16 or float32"
-                raise WorkError(f"layer {layer}", problem, remedy)
-            gates = None if sums.gates is None else sums.gates.cpu().numpy()
-            yield layer, LayerSums(compared, gates)
-
-    def _of(self, layer: int) -> _Sums:
-        if layer not in self._layers:
-            shape = (self._lanes - 1, 2, self._num_parts)
-            self._layers[layer] = _Sums(self._zeros(*shape))
-        return self._layers[layer]
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self._device.name)

@@ -10,7 +10,7 @@ in the middle of the model's own code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -200,19 +200,17 @@ class LayerRunner:
         ).last_hidden_state
         return done
 
-    def logits(self, batch: Batch, positions: Tensor) -> Tensor:
-        """What the model's head makes of states behind the last layer: [B, n, vocabulary].
+    def logits(self, ids: Tensor, states: Tensor) -> Tensor:
+        """What the model's head makes of states behind the last layer: [n, vocabulary].
 
-        positions: int64 [n], the tokens of each sample whose logits are wanted.
+        ids: int64 [n], any tokens of the run; states: [n, ...], theirs.
         """
-        assert batch.states is not None
-        batch = replace(batch, states=batch.states.to(self.head_dtype))
+        batch = _plain(ids[None])
+        batch.states = states[None].to(self.head_dtype)
         call = _Call(batch, range(0), _unexpected_request, self._layers_see_embeddings)
         assert self._text.predictor is not None
-        model = self._text.predictor[1]
-        done: Tensor = self._forward(call, model, logits_to_keep=positions).logits
-        # Some models make the logits of all tokens whatever they are asked for.
-        return done if done.shape[1] == len(positions) else done[:, positions]
+        done: Tensor = self._forward(call, self._text.predictor[1]).logits[0]
+        return done
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The embeddings [B, S, H] of token ids [B, S]."""
@@ -227,7 +225,7 @@ class LayerRunner:
     def _task(self, batch: Batch, layers: range, request_experts: Callable[[Any], Any]) -> None:
         self._forward(_Call(batch, layers, request_experts, self._layers_see_embeddings))
 
-    def _forward(self, call: _Call, model: Any = None, **more: Any) -> Any:
+    def _forward(self, call: _Call, model: Any = None) -> Any:
         """model: what to call, None for the text model."""
         self._call = call
         model = self._text.text if model is None else model
@@ -235,7 +233,7 @@ class LayerRunner:
             with torch.inference_mode(), self._device.current():
                 batch = call.batch
                 masked = {} if batch.mask is None else {"attention_mask": batch.mask}
-                return model(input_ids=batch.ids, use_cache=False, **masked, **more)
+                return model(input_ids=batch.ids, use_cache=False, **masked)
         finally:
             self._call = None
 

@@ -40,7 +40,7 @@ from shardsurgeon.layerwise.decoding import Decoder, PackedInteger, PackedWeight
 from shardsurgeon.layerwise.memory import OUTSIDE
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
-_REMEDY = "its scores cannot be calibrated"
+_REMEDY = "this model cannot be run here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def layer_weights(
     """The weights that a layer's tensors store. Raises FamilyError for an unknown form."""
     weights = read_weights(records, config)
     for name, problem in weights.problems.items():
-        raise FamilyError(name, problem, "calibrate the checkpoint it was quantized from")
+        raise FamilyError(name, problem, "run the checkpoint it was quantized from")
     layer = LayerWeights()
     for name, shape in weights.shapes.items():
         role = anatomy.reader.role(TensorRecord(name, "", shape, 0, 0))

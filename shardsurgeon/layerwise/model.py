@@ -48,7 +48,7 @@ from shardsurgeon.layerwise.tensors import HeldTensors, TensorReader
 from shardsurgeon.layerwise.text_model import ExpertModule, TextModel
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
-_ELSEWHERE = "use scores that were made with the model's engine"
+_ELSEWHERE = "measure with an engine that runs it"
 
 
 class Model:
@@ -388,12 +388,13 @@ def meta_model(
     config = as_transformers_reads(settings, view, is_known)
     if config is None:
         reason = view.unknown or f"it does not know model type {settings.get('model_type')!r}"
-        problem = f"{engine_name()} cannot run {checkpoint.location}: {reason}"
-        raise UsageError("calibrate", problem, _ELSEWHERE)
+        raise UsageError(
+            checkpoint.location, f"{engine_name()} cannot run it: {reason}", _ELSEWHERE
+        )
     try:
         return MetaModel(config, checkpoint.location, attention=None, dtype=dtype)
     except UsageError as error:
-        raise UsageError("calibrate", error.problem, _ELSEWHERE) from error
+        raise UsageError("running a model", error.problem, _ELSEWHERE) from error
 
 
 def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,12 @@ _LAYER = re.compile(r"layer-(\d{5,})\.json")
 
 
 class FinishedLayers:
-    """The accumulators of finished layers, on disk and in memory; a LayerSink of the engine."""
+    """The accumulators of finished layers, on disk and in memory; a LayerSink of the engine.
+
+    is_result: whether nothing is left to compute once all layers are there.
+    """
+
+    is_result = True
 
     def __init__(self, folder: Path, system: System) -> None:
         """Load what an earlier run left. Raises OutputError for a malformed file."""
@@ -71,6 +76,9 @@ class FinishedLayers:
 
 class FinishedDamage:
     """What an evaluation found in finished layers, on disk and in memory; its sink."""
+
+    # The head still needs what leaves the last layer.
+    is_result = False
 
     def __init__(self, folder: Path, system: System) -> None:
         """Load what an earlier run left. Raises OutputError for a malformed file."""
@@ -125,7 +133,9 @@ class Partial(Generic[Finished]):
         # On several devices, each has a folder for its share of the samples.
         total = min(map(saved_layers, [*self._files.glob("*/")] or [self._files]))
         done = self.layers.done_layers()
-        return len(done) if len(done) == self._total else sum(layer < total for layer in done)
+        if self.layers.is_result and len(done) == self._total:
+            return self._total
+        return sum(layer < total for layer in done)
 
     def clear(self) -> None:
         """Remove everything; to be called once the score file is written."""
@@ -181,7 +191,10 @@ def _read_damage(path: Path) -> LayerSums:
         content = json.loads(path.read_bytes())
         gates = content["gates"]
         compared = np.array(content["compared"], np.float64)
-        return LayerSums(compared, None if gates is None else np.array(gates, np.float64))
+        gates = None if gates is None else np.array(gates, np.float64)
+        if compared.ndim != 3 or (gates is not None and gates.ndim != 2):
+            raise ValueError("sums of another shape")
+        return LayerSums(compared, gates)
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "--restart starts over"
         raise OutputError(path, f"is not what an evaluation wrote ({error})", remedy) from error

@@ -71,8 +71,9 @@ class Limits:
     itemsize: bytes of one number; on_gpu: whether the device has a memory of its own; device_free,
     host_free: bytes, the same where it has not; states_budget: bytes for hidden states in the
     host's memory, None for half of it; batch_size: samples of a batch, or auto; attention_pair:
-    bytes of the scores of one pair of tokens where attention is computed in full, else 0; groups:
-    layers that run together; device: its name in messages.
+    bytes of the scores of one pair of tokens where attention is computed in full, else 0; compared:
+    bytes of each token of a batch that are kept until other models' are there; groups: layers that
+    run together; device: its name in messages.
     """
 
     itemsize: int
@@ -82,6 +83,7 @@ class Limits:
     states_budget: int | None = None
     batch_size: BatchSize = "auto"
     attention_pair: int = 0
+    compared: int = 0
     groups: tuple[range, ...] = ()
     device: str = "cpu"
 
@@ -154,11 +156,11 @@ class _Chooser:
         # One expert as it is stored, in float32, and twice in the dtype of the run.
         self._one = largest.expert * (max(each, 4) + 2 * each)
         pair = max(limits.attention_pair, size.pair_nbytes)
-        self._token = each * size.token + pair * self._longest
+        self._token = each * size.token + pair * self._longest + limits.compared
         if limits.on_gpu:
             # Outputs of all of a token's experts, before they are added up.
             self._token += each * size.top_k * size.width
-        self._row, self._waiting = each * size.row, each * size.waiting
+        self._row, self._waiting = each * size.row, each * size.waiting + limits.compared
         self._top_k = max(size.top_k, 1)
         self._most_rows = _GROUPED_ROWS if limits.on_gpu else MOST_ROWS
         while self._most_rows > MOST_ROWS and (

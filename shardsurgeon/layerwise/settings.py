@@ -108,13 +108,12 @@ def require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         missing = error.name or name
-        raise UsageError(
-            "calibrate", f"needs {missing}, which is not installed", INSTALL
-        ) from error
+        problem = f"needs {missing}, which is not installed"
+        raise UsageError("running a model", problem, INSTALL) from error
 
 
 def missing_packages() -> list[str]:
-    """The packages that every calibration needs and that are not installed; imports none."""
+    """The packages that every run of a model needs and that are not installed; imports none."""
     return [name for name in _NEEDED if not _is_installed(name)]
 
 
@@ -126,7 +125,7 @@ def _is_installed(name: str) -> bool:
 
 
 def require_packages() -> None:
-    """Raise UsageError where a package that every calibration needs is missing; imports none."""
+    """Raise UsageError where a package that every run of a model needs is missing; imports none."""
     for name in missing_packages():
         require(name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -166,14 +167,16 @@ class HeldTensors:
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
         self._held: dict[tuple[str, int | None], torch.Tensor] = {}
+        self._reading: dict[tuple[str, int | None], threading.Lock] = {}
 
     def record(self, name: str) -> TensorRecord | None:
         """As of the reader behind it."""
         return self._tensors.record(name)
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        """As of the reader behind it, which is asked once for each row."""
-        held = self._held.get((name, row))
-        if held is None:
-            held = self._held[name, row] = self._tensors.read(name, row)
-        return held
+        """As of the reader behind it, which is asked once for each row, by several threads too."""
+        with self._reading.setdefault((name, row), threading.Lock()):
+            held = self._held.get((name, row))
+            if held is None:
+                held = self._held[name, row] = self._tensors.read(name, row)
+            return held

@@ -289,4 +289,4 @@ def _input_scaling_block(block: Any, route: Callable[..., Tensor], hidden_states
 
 
 def _unknown_block(where: str, problem: str) -> FamilyError:
-    return FamilyError(where, problem, "experts built like this cannot be calibrated")
+    return FamilyError(where, problem, "experts built like this cannot be run here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, Unpack, overload
@@ -16,6 +16,7 @@ from shardsurgeon.operations import inspect as inspection
 from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
 from shardsurgeon.operations.bars import bars
+from shardsurgeon.operations.measured import Evaluation, measuring
 from shardsurgeon.operations.prune import Pruning, require_apart
 from shardsurgeon.operations.python_calls import (
     AllocationName,
@@ -127,10 +128,12 @@ def plan(
     lists: ListsName | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    sampling: Mapping[str, float] | None = None,
     out: AnyPath | None = None,
     max_shard_size: int | str | None = None,
     family: AnyPath | None = None,
     follow_links: bool = False,
+    evaluation: AnyPath | None = None,
 ) -> Pruning | list[Pruning]:
     """Decide which experts stay and plan every byte of the result. Reads headers, writes nothing.
 
@@ -161,14 +164,18 @@ def plan(
     - lists: what lists of expert ids are in a file that does not say it: `kept` or `dropped` in
       plan_file, `best-first` or `worst-first` in scores that rank the experts;
     - include, exclude: globs of files beside the weights to copy, or not, whatever they are;
+    - sampling: defaults to write into the result's generation_config.json, `{"min_p": 0.05}`: any
+      of temperature, top_p, top_k, min_p, repetition_penalty and max_tokens;
     - out: the folder that `apply` writes, by default named after the model and the ratio;
     - max_shard_size: of the result, in bytes or as `"5GB"`; None keeps the source's shards;
     - family: the file of a declaration, or `auto` to read a model of no declared family;
     - follow_links: take files that are links out of the model's folder, as shards may always be;
-      neither of the two with a checkpoint that is already open.
+      neither of the two with a checkpoint that is already open;
+    - evaluation: the file of an `evaluate` of this model; what it measured of this prune is
+      `report.measured`, and `apply` keeps a copy, which the model card is written from.
 
     Raises InputError and its children: for arguments that contradict each other or the model,
-    for a file that is missing or broken, for scores that do not fit.
+    for a file that is missing or broken, for scores or an evaluation that do not fit.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> plan.report.num_experts_before, plan.report.num_experts_after
@@ -177,8 +184,8 @@ def plan(
     limit = _nbytes(max_shard_size, "max_shard_size")
     table = _table(scores)
 
-    def planned(model: Checkpoint | AnyPath, share: float | str | None, **how: Any) -> Pruning:
-        request = SelectionRequest(
+    def asked(share: float | str | None) -> SelectionRequest:
+        return SelectionRequest(
             ratio=_ratio(share),
             keep=keep,
             target_size=_nbytes(target_size, "target_size"),
@@ -193,22 +200,35 @@ def plan(
             lists=None if lists is None else Lists(lists),
             include=_globs(include),
             exclude=_globs(exclude),
+            sampling=dict(sampling or {}),
         )
+
+    def known(requests: list[SelectionRequest]) -> Evaluation | None:
+        if evaluation is None:
+            return None
+        return Evaluation.read(evaluation, measuring(checkpoint, table, requests, declared))
+
+    def planned(model: Checkpoint | AnyPath, request: SelectionRequest, **how: Any) -> Pruning:
         return prune.plan(model, table, request, out=out, max_shard_nbytes=limit, **how)
 
+    declared = as_text(family)
     if not isinstance(ratio, list | tuple):
         assert not isinstance(ratio, Sequence) or isinstance(ratio, str)
-        return planned(checkpoint, ratio, family=as_text(family), follow_links=follow_links)
+        how: dict[str, Any] = {"family": declared, "follow_links": follow_links}
+        return planned(checkpoint, asked(ratio), evaluation=known([asked(ratio)]), **how)
     if not ratio:
         raise UsageError("ratio", "is an empty list", "give at least one")
     if out is not None:
         problem = f"one folder cannot hold the models of {len(ratio)} ratios"
         raise UsageError("out", problem, "leave it out, and give it to `apply`")
+    requests = [asked(each) for each in ratio]
+    measured = known(requests)
     if isinstance(checkpoint, Checkpoint):
-        return [planned(checkpoint, each, family=as_text(family)) for each in ratio]
-    declared = as_text(family)
+        how = {"family": declared, "evaluation": measured}
+        return [planned(checkpoint, each, **how) for each in requests]
     opened = open_model(checkpoint, declared, follow_links=follow_links)
-    return [replace(planned(opened, each), declared=declared) for each in ratio]
+    plans = (planned(opened, each, evaluation=measured) for each in requests)
+    return [replace(each, declared=declared) for each in plans]
 
 
 @public

@@ -14,13 +14,20 @@ from huggingface_hub import ModelCard
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import counts_no_mtp
-from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, CARD_NAME
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, CARD_NAME, EVALUATION_NAME
 from shardsurgeon.checkpoint.provenance import Provenance
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
 from shardsurgeon.errors import InputError
 from shardsurgeon.families.schema import architectures_of
+from shardsurgeon.operations.evaluation_report import (
+    CandidateDamage,
+    EvaluationReport,
+    candidate_of,
+    read_evaluation,
+)
 from shardsurgeon.operations.serving import Serving, serving_of
+from shardsurgeon.pruning.keep_lists import retained_sha256
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 from shardsurgeon.storage.formats.safetensors import TensorRecord
@@ -43,6 +50,15 @@ class Calibration:
 
     file: str
     facts: Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an evaluation in the model's folder measured of it; file: its name there."""
+
+    file: str
+    evaluation: EvaluationReport
+    found: CandidateDamage
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,7 @@ class ModelFacts:
     uniform: bool
     loading: Loading
     calibrations: tuple[Calibration, ...]
+    costs: tuple[Cost, ...]
     source_card: Mapping[str, Any] | None
 
 
@@ -99,6 +116,7 @@ def model_facts(
         uniform=uniform,
         loading=_loading(pruned, serving),
         calibrations=tuple(_calibrations(pruned, folder)),
+        costs=tuple(_costs(pruned, anatomy, provenance, folder)),
         source_card=_source_card(folder / CARD_NAME),
     )
 
@@ -168,6 +186,29 @@ def _calibrations(pruned: Checkpoint, folder: Path) -> Iterator[Calibration]:
             except InputError:
                 continue
             yield Calibration(file.name, scores.facts)
+
+
+def _costs(
+    pruned: Checkpoint, anatomy: Anatomy, provenance: Provenance, folder: Path
+) -> Iterator[Cost]:
+    """What evaluations of the first, unpruned model say of this one.
+
+    Those of a model in the middle of a chain of prunes are passed over: they count in its ids.
+    """
+    main = [layer.index for layer in anatomy.main_layers]
+    retained = {layer: record.retained for layer, record in provenance.layers.items()}
+    digest = retained_sha256({layer: retained.get(layer, ()) for layer in main})
+    for file in pruned.files:
+        if not file.name.startswith(EVALUATION_NAME.removesuffix(".json")):
+            continue
+        try:
+            evaluation = read_evaluation(folder / file.name)
+        except InputError:
+            continue
+        found = candidate_of(evaluation, digest)
+        source = provenance.steps[0].source
+        if found is not None and evaluation.config_sha256 == source.config_sha256:
+            yield Cost(file.name, evaluation, found)
 
 
 def _source_card(path: Path) -> Mapping[str, Any] | None:

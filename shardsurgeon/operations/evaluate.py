@@ -6,10 +6,13 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,10 +58,11 @@ from shardsurgeon.operations.evaluation_report import (
     is_evaluation,
     read_evaluation,
 )
+from shardsurgeon.operations.measured import main_layers
 from shardsurgeon.operations.prune import plan
 from shardsurgeon.pruning.keep_lists import KeepList, keep_sha256
 from shardsurgeon.pruning.planner import changed_tensors
-from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.files import Output, output_path
 from shardsurgeon.units import counted
@@ -73,6 +77,36 @@ class Prune:
 
     name: str
     request: SelectionRequest
+
+
+def candidates(
+    ratios: Sequence[float],
+    keep: int | None,
+    plan_files: Sequence[str | os.PathLike[str]],
+    metrics: Sequence[str],
+    allocate: Allocation,
+) -> list[Prune]:
+    """The prunes that are to be measured, named by what tells them apart.
+
+    Every metric at every ratio, and with that count of experts; no metrics: the default one; then
+    the keep-lists of each file.
+    """
+    counts: list[dict[str, Any]] = [{"ratio": value} for value in ratios]
+    counts += [{"keep": keep}] if keep is not None else []
+    found = []
+    for metric, count in product(metrics or (None,), counts):
+        words = [f"{count['ratio']:g}" if "ratio" in count else f"keep {keep}"]
+        words += [metric] if metric is not None and len(metrics) > 1 else []
+        words += [allocate.value] if allocate is not Allocation.UNIFORM else []
+        request = SelectionRequest(**count, metric=metric, allocate=allocate)
+        found.append(Prune(" ".join(words), request))
+    stems = [Path(file).stem for file in plan_files]
+    named = stems if len({*stems}) == len(stems) else [os.fspath(file) for file in plan_files]
+    found += [
+        Prune(name, SelectionRequest(plan_file=file))
+        for name, file in zip(named, plan_files, strict=True)
+    ]
+    return found
 
 
 def evaluate(
@@ -113,8 +147,7 @@ def evaluate(
     drawn = drawn_samples(request, checkpoint, None, answers=True)
     check_vocabulary(checkpoint, anatomy, drawn.samples)
     data = _Data.of(drawn.samples)
-    main = [layer.index for layer in anatomy.main_layers]
-    digests = [keep_sha256(keep, main) for keep in keeps]
+    digests = [keep_sha256(keep, main_layers(anatomy)) for keep in keeps]
     run = run_identity(request, checkpoint, data.samples, [request.settings.device])
     asked = f"{_RESULTS} {run.result} {' '.join(digests)}"
     run = replace(run, result=hashlib.sha256(asked.encode()).hexdigest(), command=command)
@@ -122,19 +155,19 @@ def evaluate(
     if (before := _before(output, known)) is not None:
         return before
     layers = anatomy.num_layers
-    with partial_work(Path(out), run, FinishedDamage, layers, restart=restart) as partial:
-        resumed = partial.num_resumed
-        with chosen_dtype(possible, partial.activations) as choice:
+    with partial_work(Path(out), run, FinishedDamage, layers, restart=restart) as work:
+        resumed = work.num_resumed
+        with chosen_dtype(possible, work.activations) as choice:
             asked_of = with_dtype(request, choice.dtype)
             candidates = list(_candidates(checkpoint, anatomy, prunes, keeps))
-            found = _run(checkpoint, asked_of, data, candidates, partial, progress)
-        require_unchanged_weights(checkpoint, run, partial)
+            found = _run(checkpoint, asked_of, data, candidates, work, progress)
+        require_unchanged_weights(checkpoint, run, work)
         original = data.damage(found[0])
-        sums = partial.layers.layers
         measured = []
         for place, (candidate, digest) in enumerate(zip(candidates, digests, strict=True)):
             made = data.candidate(candidate, digest, original, found[place + 1])
-            measured.append(replace(made, layers=_layers(candidate.keep, sums, place, data)))
+            own = partial(_layers, candidate.keep, work.layers.layers, place)
+            measured.append(_with_layers(made, own))
         report = EvaluationReport(
             model=checkpoint.source.name,
             revision=checkpoint.source.revision,
@@ -156,7 +189,7 @@ def evaluate(
             notes=(*checkpoint.notes, *data.notes),
         )
         output.write(report.file())
-        partial.clear()
+        work.clear()
     return report
 
 
@@ -178,10 +211,14 @@ def _keep_lists(
         problem = "is not used: every prune has a keep-list of its own"
         raise UsageError(scores, problem, "leave it out, or say how much with --ratio")
     table = read_scores(scores) if scores is not None else None
-    return [
-        plan(checkpoint, None if prune.request.plan_file else table, prune.request).decision.keep
-        for prune in prunes
-    ]
+    keeps = []
+    for prune in prunes:
+        request, given = prune.request, table
+        if request.plan_file is not None:
+            # Measured beside the others, layers may differ: nothing is written.
+            request, given = replace(request, allow_nonuniform=True), None
+        keeps.append(plan(checkpoint, given, request).decision.keep)
+    return keeps
 
 
 def _candidates(
@@ -199,7 +236,7 @@ def _before(output: Output, run: str) -> EvaluationReport | None:
     with suppress(ScoreError):
         found = read_evaluation(output.path)
         if found.run == run:
-            return found
+            return replace(found, out=str(output.path))
     if not output.force:
         output.refuse()
     return None
@@ -234,16 +271,33 @@ def _run(
         )
 
 
+def _with_layers(
+    made: CandidateDamage, of: Callable[[Sequence[int], int], tuple[LayerDamage, ...]]
+) -> CandidateDamage:
+    """The same with its layers, on all tokens and, of several parts, on each part's.
+
+    of: (numbers of parts, their tokens) → what the layers do on them.
+    """
+    every = of(range(len(made.parts)), made.damage.tokens)
+    if len(made.parts) == 1:
+        return replace(made, layers=every)
+    parts = (
+        replace(part, layers=of([number], part.damage.tokens))
+        for number, part in enumerate(made.parts)
+    )
+    return replace(made, layers=every, parts=tuple(parts))
+
+
 def _layers(
-    keep: KeepList, found: Mapping[int, LayerSums], place: int, data: _Data
+    keep: KeepList, found: Mapping[int, LayerSums], place: int, parts: Sequence[int], tokens: int
 ) -> tuple[LayerDamage, ...]:
-    """What candidate number `place` does to each layer's output."""
+    """What candidate number `place` does to each layer's output, on some parts' tokens."""
     made = []
     for layer, sums in found.items():
-        error, cosine = sums.compared[place].sum(1) / data.begins[-1]
+        error, cosine = sums.compared[place][:, parts].sum(1) / tokens
         lost = None
         if sums.gates is not None:
-            gates, kept = sums.gates.sum(0), keep.layers.get(layer)
+            gates, kept = sums.gates[parts].sum(0), keep.layers.get(layer)
             gone = gates[list(kept.pruned)].sum() if kept is not None else 0.0
             lost = float(gone / gates.sum()) if gates.sum() else 0.0
         made.append(LayerDamage(layer, float(error), float(cosine), lost))

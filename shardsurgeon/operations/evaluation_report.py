@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from os import PathLike
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from shardsurgeon.errors import ScoreError
 from shardsurgeon.layerwise.damage import Accepted, Damage, LayerDamage
@@ -23,11 +25,16 @@ _REMEDY = "evaluate again"
 
 @dataclass(frozen=True, slots=True)
 class PartDamage:
-    """What one part of the data says of a model. name: the part's; samples: how many it has."""
+    """What one part of the data says of a model.
+
+    name: the part's; samples: how many it has; layers: of a candidate, what it does to every
+    decoder layer on this part; empty for the whole model, and where there is one part.
+    """
 
     name: str
     samples: int
     damage: Damage
+    layers: tuple[LayerDamage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,26 @@ class CandidateDamage:
     layers: tuple[LayerDamage, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A candidate as a notebook shows it."""
+
+    name: str
+    perplexity: float
+    kl_mean: float
+    kl_p95: float
+    kl_p99: float
+    same_first_choice: float
+    accepted_tokens: float | None
+    worst_part: str | None
+
+    @classmethod
+    def of(cls, name: str, found: Damage, worst: str | None) -> _Row:
+        accepted = found.accepted.mean if found.accepted is not None else None
+        kl = found.kl_mean, found.kl_p95, found.kl_p99
+        return cls(name, found.perplexity, *kl, found.agreement, accepted, worst)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class EvaluationReport(Report):
     """What several prunes of one model cost, measured before any of them is made.
@@ -60,6 +87,17 @@ class EvaluationReport(Report):
     they passed through the models; predicted: tokens that were predicted, over which all means
     are; original: of the whole model; layers_resumed: layers that an earlier run had finished;
     seconds: wall time of this run.
+
+    >>> with open("chats.txt", "w") as file:
+    ...     written = file.write("the cat sat on the mat, and the dog sat on the cat\\n" * 8)
+    >>> report = shardsurgeon.evaluate(
+    ...     "fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", ratio=[0.25, 0.5],
+    ...     dataset="chats.txt:8", out="evaluation.json", dtype="float32",
+    ... )
+    >>> report.title
+    'qwen3_moe: 2 candidates on chats.txt:8'
+    >>> [(each.name, each.kept, each.damage.kl_mean > 0) for each in report.candidates]
+    [('0.25', 12, True), ('0.5', 8, True)]
     """
 
     model: str
@@ -83,16 +121,30 @@ class EvaluationReport(Report):
     kind: str = KIND
     format: int = FORMAT
 
-    figures: ClassVar[tuple[str, ...]] = ()
-
     @property
     def title(self) -> str:
         """The model, and what was measured."""
         return f"{self.model}: {counted(len(self.candidates), 'candidate')} on {self.dataset}"
 
+    def shown(self) -> Iterable[tuple[str, Any]]:
+        """What was measured in all, a row for each candidate; layers and parts are for files."""
+        yield "samples", self.samples
+        yield "predicted tokens", self.predicted
+        rows = [_Row.of("original", self.original, None)]
+        rows += [_Row.of(each.name, each.damage, each.worst_part) for each in self.candidates]
+        yield "candidates", tuple(rows)
+        yield "notes", self.notes
+
     def file(self) -> bytes:
-        """evaluation.json."""
-        return (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
+        """evaluation.json, which a pruned model may be published with: no folder is named."""
+        document = {"kind": self.kind, "format": self.format, **self.to_dict()}
+        document["out"] = Path(self.out).name
+        return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+
+
+def candidate_of(report: EvaluationReport, keep_sha256: str) -> CandidateDamage | None:
+    """The candidate with these keep-lists, None where there is none."""
+    return next((each for each in report.candidates if each.keep_sha256 == keep_sha256), None)
 
 
 def is_evaluation(path: str | PathLike[str]) -> bool:
@@ -106,7 +158,17 @@ def is_evaluation(path: str | PathLike[str]) -> bool:
 
 
 def read_evaluation(path: str | PathLike[str]) -> EvaluationReport:
-    """Read an evaluation.json. Raises ScoreError where it is none, or is broken."""
+    """Read the file of an `evaluate`. Raises ScoreError where it is none, or is broken.
+
+    >>> with open("chats.txt", "w") as file:
+    ...     written = file.write("the cat sat on the mat, and the dog sat on the cat\\n" * 8)
+    >>> model, scores = "fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt"
+    >>> report = shardsurgeon.evaluate(
+    ...     model, scores, keep=8, dataset="chats.txt:8", out="evaluation.json", dtype="float32"
+    ... )
+    >>> shardsurgeon.read_evaluation("evaluation.json").candidates == report.candidates
+    True
+    """
     where = str(path)
     raw = read_limited(path, EVALUATION, ScoreError, "no evaluation is so large")
     found = read_object(raw, where, "the evaluation", ScoreError, _REMEDY, EVALUATION)
@@ -117,7 +179,7 @@ def read_evaluation(path: str | PathLike[str]) -> EvaluationReport:
         raise ScoreError(where, problem, _REMEDY)
     try:
         return _report(found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         problem = f"is not what an evaluation wrote ({type(error).__name__}: {str(error)[:80]})"
         raise ScoreError(where, problem, _REMEDY) from error
 
@@ -125,24 +187,30 @@ def read_evaluation(path: str | PathLike[str]) -> EvaluationReport:
 def _report(found: Mapping[str, Any]) -> EvaluationReport:
     given = _known(EvaluationReport, found)
     given["original"] = _damage(found["original"])
-    given["original_parts"] = tuple(map(_part, found["original_parts"]))
-    given["candidates"] = tuple(map(_candidate, found["candidates"]))
-    given["notes"] = tuple(map(str, found["notes"]))
+    given["original_parts"] = _each(found["original_parts"], _part)
+    given["candidates"] = _each(found["candidates"], _candidate)
+    given["notes"] = _each(found["notes"], str)
+    for candidate in given["candidates"]:
+        if len(candidate.parts) != len(given["original_parts"]):
+            raise ValueError(f"a candidate of {len(candidate.parts)} parts")
     return _checked(EvaluationReport(**given))
 
 
 def _candidate(found: Mapping[str, Any]) -> CandidateDamage:
     given = _known(CandidateDamage, found)
     given["damage"] = _damage(found["damage"])
-    given["parts"] = tuple(map(_part, found["parts"]))
-    given["layers"] = tuple(
-        _checked(LayerDamage(**_known(LayerDamage, layer))) for layer in found["layers"]
-    )
+    given["parts"] = _each(found["parts"], _part)
+    given["layers"] = _each(found["layers"], _layer)
     return _checked(CandidateDamage(**given))
 
 
+def _layer(found: Mapping[str, Any]) -> LayerDamage:
+    return _checked(LayerDamage(**_known(LayerDamage, found)))
+
+
 def _part(found: Mapping[str, Any]) -> PartDamage:
-    return _checked(PartDamage(found["name"], found["samples"], _damage(found["damage"])))
+    layers = _each(found["layers"], _layer)
+    return _checked(PartDamage(found["name"], found["samples"], _damage(found["damage"]), layers))
 
 
 def _damage(found: Mapping[str, Any]) -> Damage:
@@ -151,6 +219,13 @@ def _damage(found: Mapping[str, Any]) -> Damage:
     if accepted is not None:
         given["accepted"] = _checked(Accepted(**_known(Accepted, accepted)))
     return _checked(Damage(**given))
+
+
+def _each(found: Any, make: Callable[[Any], Made]) -> tuple[Made, ...]:
+    """Of every entry of a list. Raises TypeError for anything else."""
+    if not isinstance(found, list):
+        raise TypeError(f"{str(found)[:20]} is no list")
+    return tuple(map(make, found))
 
 
 def _known(kind: type[Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,6 +248,11 @@ def _checked(made: Made) -> Made:
             fine = isinstance(value, types) and not isinstance(value, bool)
             if wanted and not fine and not (value is None and kind.endswith("None")):
                 raise TypeError(f"{field.name} is {str(value)[:20]}")
+            if wanted and name == "float" and value is not None:
+                # Python's JSON reads NaN; a number that no float holds becomes infinite.
+                if not isfinite(number := float(value)):
+                    raise ValueError(f"{field.name} is {number}")
+                object.__setattr__(made, field.name, number)
     return made
 
 

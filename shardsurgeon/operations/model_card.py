@@ -7,9 +7,10 @@ wrote is kept to the letter.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,8 +29,9 @@ from shardsurgeon.checkpoint.provenance import (
     Step,
     rounding_alone,
 )
+from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, OPTION, as_option, settings_of
 from shardsurgeon.errors import UsageError
-from shardsurgeon.operations.card_data import Calibration, ModelFacts
+from shardsurgeon.operations.card_data import Calibration, Cost, ModelFacts
 from shardsurgeon.operations.serving import serve_words
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
 from shardsurgeon.storage.open import hub_address
@@ -94,6 +96,7 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
     experts_before = sum(layer.num_experts for layer in record.layers.values())
     pruned = sum(len(layer.pruned) for layer in record.layers.values())
     notes = (*_preserved(record), *_policies(record), *_calibration(facts.calibrations))
+    notes += tuple(_sampling(record))
     values = {
         "metadata": _metadata(facts),
         "title": placement.repo_id.rpartition("/")[2],
@@ -104,6 +107,7 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
         "steps": _rows(_step(step, record.is_uniform) for step in record.steps),
         "notes": "\n".join(f"- {note}" for note in notes),
         "layers": "" if record.is_uniform else _layer_table(record),
+        "costs": "\n\n".join(map(_cost, facts.costs)),
         "use": _use(facts, placement),
         "version": __version__,
         "command": "\n".join(placement.command),
@@ -254,9 +258,18 @@ def _policies(record: Provenance) -> Iterator[str]:
 def _calibration(calibrations: Iterable[Calibration]) -> Iterator[str]:
     for found in calibrations:
         facts = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in found.facts.items())
-        name = found.file if _FILE.fullmatch(found.file) else _plain(found.file)
-        link = f"[{name}]({quote(found.file)})"
-        yield f"Scores: {link}" + (f" ({facts})" if facts else "")
+        yield f"Scores: {_link(found.file)}" + (f" ({facts})" if facts else "")
+
+
+def _sampling(record: Provenance) -> Iterator[str]:
+    if record.sampling:
+        said = ", ".join(f"`{key}` {json.dumps(value)}" for key, value in record.sampling.items())
+        yield f"{_link(GENERATION_CONFIG_NAME)} was given defaults to sample with: {said}"
+
+
+def _link(file: str) -> str:
+    """To a file of the model's folder."""
+    return f"[{file if _FILE.fullmatch(file) else _plain(file)}]({quote(file)})"
 
 
 def _plain(value: object) -> str:
@@ -273,6 +286,38 @@ def _layer_table(record: Provenance) -> str:
     ]
     table = _rows([*head, *counts])
     return f"<details>\n<summary>Experts per layer</summary>\n\n{table}\n\n</details>"
+
+
+def _cost(cost: Cost) -> str:
+    """What an evaluation measured, its parts each in a row where there are several."""
+    evaluation, found = cost.evaluation, cost.found
+    rows = [("All", evaluation.original, found.damage)]
+    if len(found.parts) > 1:
+        parts = zip(evaluation.original_parts, found.parts, strict=True)
+        rows += [(_plain(part.name), before.damage, part.damage) for before, part in parts]
+    head = [("", "Perplexity before", "After", "KL mean", "KL p99", "Same first choice")]
+    cells = [
+        (
+            name,
+            f"{before.perplexity:.4g}",
+            f"{after.perplexity:.4g} ({_change(before.perplexity, after.perplexity)})",
+            f"{after.kl_mean:.3g}",
+            f"{after.kl_p99:.3g}",
+            percent(after.agreement),
+        )
+        for name, before, after in rows
+    ]
+    table = _rows([*head, ("---",) * 6, *cells])
+    return (
+        f"## What it costs\n\nMeasured on {counted(evaluation.predicted, 'token')} of "
+        f"{_plain(evaluation.dataset)}, against the original "
+        f"({_link(cost.file)}):\n\n{table}\n\n"
+        "KL: of this model's predictions from the original's, in nats per token."
+    )
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else "-"
 
 
 def _use(facts: ModelFacts, placement: Placement) -> str:
@@ -306,14 +351,16 @@ def recipe(
     given: Mapping[str, str],
     max_shard_nbytes: int | None,
     declared: str | None,
+    evaluation: Collection[Path],
 ) -> str:
     """The command that was given, with its files by their names in the model's folder.
 
-    given: name in the model → path, of the score file and the keep-list; declared: what --family
-    said.
+    given: name in the model → path, of the score file, the keep-list and the evaluation, whose
+    path evaluation is; declared: what --family said.
     """
     plan = None if request.plan_file is None else str(Path(request.plan_file).absolute())
-    scores = [name for name, path in given.items() if path != plan]
+    measured = next((name for name, path in given.items() if Path(path) in evaluation), None)
+    scores = [name for name, path in given.items() if path != plan and name != measured]
     options: dict[str, object] = {
         "--ratio": request.ratio,
         "--keep": request.keep,
@@ -326,6 +373,8 @@ def recipe(
         "--allocate": request.allocate if request.allocate is not Allocation.UNIFORM else None,
         "--max-shard-size": max_shard_nbytes,
         "--family": declared and Path(declared).name,
+        "--evaluation": measured,
+        OPTION: as_option(request.sampling) or None,
     }
     words = [*_PROGRAM, *scores, "--model", address(source)]
     for option, value in options.items():
@@ -342,6 +391,8 @@ def recipe_by_record(facts: ModelFacts) -> str:
     words = [*_PROGRAM, "--plan", PROVENANCE_NAME, "--model", address(source)]
     words += ["--mtp", "drop"] if facts.mtp_removed and not facts.mtp_layers else []
     words += [] if facts.uniform else ["--allow-nonuniform"]
+    sampling = as_option(settings_of(facts.provenance.sampling))
+    words += [OPTION, sampling] if sampling else []
     words += _globs(facts.provenance)
     return shlex.join(words)
 

@@ -12,14 +12,15 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import Template
 
 from shardsurgeon._version import __version__
 from shardsurgeon.checkpoint.provenance import LayerRecord
-from shardsurgeon.checkpoint.recognition import PAGE_MARK, SCORES
+from shardsurgeon.checkpoint.recognition import EVALUATION, PAGE_MARK, SCORES
 from shardsurgeon.checkpoint.wrong_files import require_file
 from shardsurgeon.errors import ScoreError, UsageError, printable
 from shardsurgeon.layerwise.calibration_file import find_calibration
@@ -32,9 +33,9 @@ from shardsurgeon.operations.page_html import (
 )
 from shardsurgeon.operations.page_subject import (
     Subject,
+    kept_beside,
     read_evaluation_of,
     read_subject,
-    scores_beside,
     with_scores,
 )
 from shardsurgeon.operations.probe_report import read_probe
@@ -93,8 +94,8 @@ def report_page(
 ) -> PageReport:
     """Write a page about a plan.json, or about a folder that `apply` wrote.
 
-    out: the .html file. scores: what the plan was made from; of a folder, by default the score file
-    that it keeps. evaluation: of the unpruned model. probe: of the pruned model, served. model: of
+    out: the .html file. scores: what the plan was made from; evaluation: of the unpruned model; of
+    a folder, by default those that it keeps. probe: of the pruned model, served. model: of
     a plan, for its sizes; family: as for `plan`. fit: which machines it fits. force: replace
     another page. Raises KeepListError, CheckpointError, ScoreError or
     UsageError for a file that is missing, broken, or about another model.
@@ -105,28 +106,20 @@ def report_page(
     if subject.is_prune and model is not None:
         problem = f"gives sizes to a plan, and {os.fspath(place)} is a pruned model"
         raise UsageError("--model", problem, "leave it out")
-    beside = scores_beside(place) if scores is None and subject.is_prune else None
+    if subject.is_prune:
+        scores = scores or _kept(place, SCORES, partial(_scored, subject))
+        checked = partial(read_evaluation_of, subject=subject)
+        evaluation = evaluation or _kept(place, EVALUATION, checked)
     said: Mapping[str, object] = {}
-    if scores is not None or beside is not None:
-        file = scores or beside
-        assert file is not None
-        require_file(file, SCORES, ScoreError)
-        table_of = read_scores(file)
-        try:
-            subject = with_scores(subject, table_of)
-            said = _said_of(file, table_of.facts)
-        except ScoreError:
-            # What a prune keeps need not be what decided; what the user names must be.
-            if scores is not None:
-                raise
-            beside = None
+    if scores is not None:
+        subject, said = _scored(subject, scores)
     found = None if evaluation is None else read_evaluation_of(evaluation, subject)
     page = Page(
         subject=subject,
         files={
             option: os.fspath(file)
             for option, file in {
-                "--scores": scores or beside,
+                "--scores": scores,
                 "--evaluation": evaluation,
                 "--probe": probe,
                 "--model": model,
@@ -165,6 +158,25 @@ def is_page(path: Path) -> bool:
             return PAGE_MARK in file.read(256)
     except OSError:
         return False
+
+
+def _kept(place: AnyPath, kind: str, check: Callable[[Path], object]) -> Path | None:
+    """The file of a kind that a prune keeps, where it is about that prune; it need not be.
+
+    check: raises ScoreError where it is not.
+    """
+    file = kept_beside(place, kind)
+    try:
+        return None if file is None or check(file) is None else file
+    except ScoreError:
+        return None
+
+
+def _scored(subject: Subject, file: AnyPath) -> tuple[Subject, dict[str, object]]:
+    """With the scores of a file, and what it says of how they were made."""
+    require_file(file, SCORES, ScoreError)
+    scores = read_scores(file)
+    return with_scores(subject, scores), _said_of(file, scores.facts)
 
 
 def _said_of(file: AnyPath, beside: Mapping[str, object]) -> dict[str, object]:

@@ -20,6 +20,7 @@ from shardsurgeon.operations.evaluation_report import (
     EvaluationReport,
     by_plan,
     by_way,
+    candidate_of,
 )
 from shardsurgeon.operations.page_commands import commands, plain_name, without_folders
 from shardsurgeon.operations.page_html import (
@@ -34,9 +35,9 @@ from shardsurgeon.operations.page_html import (
     section,
     table,
 )
-from shardsurgeon.operations.page_subject import Subject, candidate_of
+from shardsurgeon.operations.page_subject import Subject
 from shardsurgeon.pruning.analysis import lost_shares
-from shardsurgeon.pruning.keep_lists import LayerKeep
+from shardsurgeon.pruning.keep_lists import LayerKeep, keep_sha256
 from shardsurgeon.pruning.selection import dropped_share, saliency_cut
 from shardsurgeon.units import counted, format_size, number_ranges, percent
 
@@ -60,7 +61,11 @@ class Page:
     @cached_property
     def measured(self) -> CandidateDamage | None:
         """What the evaluation says of just these keep-lists."""
-        return None if self.evaluation is None else candidate_of(self.subject, self.evaluation)
+        return (
+            None
+            if self.evaluation is None
+            else candidate_of(self.evaluation, keep_sha256(self.subject.keep, self.subject.main))
+        )
 
     @cached_property
     def lost(self) -> dict[int, float]:

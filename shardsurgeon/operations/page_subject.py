@@ -17,16 +17,15 @@ from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.layer_names import layer_number, listed_layers
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.provenance import LayerRecord, SourceIdentity
-from shardsurgeon.checkpoint.recognition import PLAN, SCORES, kind_of
+from shardsurgeon.checkpoint.recognition import EVALUATION, PLAN, SCORES, kind_of
 from shardsurgeon.checkpoint.wrong_files import files_of, require_file
 from shardsurgeon.errors import CheckpointError, KeepListError, ScoreError
 from shardsurgeon.operations.evaluation_report import (
-    CandidateDamage,
     EvaluationReport,
     read_evaluation,
 )
 from shardsurgeon.pruning.keep_list_files import PLAN_KIND, recognise
-from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep, keep_sha256
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.plan_model import PlannedModel, other_model
 from shardsurgeon.pruning.request import MtpPolicy
 from shardsurgeon.scores.table import Scores
@@ -223,9 +222,9 @@ def _prune(place: AnyPath, family: str | None) -> Subject:
     )
 
 
-def scores_beside(place: AnyPath) -> Path | None:
-    """The score file that a prune keeps in its folder, where it keeps one."""
-    found = files_of(SCORES, place) if os.path.isdir(place) else []
+def kept_beside(place: AnyPath, kind: str) -> Path | None:
+    """The file of a kind that a prune keeps in its folder, where it keeps one."""
+    found = files_of(kind, place) if os.path.isdir(place) else []
     return found[0] if len(found) == 1 else None
 
 
@@ -277,6 +276,7 @@ def _require_same(where: str, layer: int, said: Values, here: Values, subject: S
 
 def read_evaluation_of(path: AnyPath, subject: Subject) -> EvaluationReport:
     """An evaluation of the unpruned model. Raises ScoreError where it is of another one."""
+    require_file(path, EVALUATION, ScoreError)
     found = read_evaluation(path)
     if subject.source.config_sha256 not in (None, found.config_sha256):
         problem = f"is of {found.model[:40]}, whose config.json has sha256 "
@@ -284,12 +284,6 @@ def read_evaluation_of(path: AnyPath, subject: Subject) -> EvaluationReport:
         remedy = "give an evaluation of this model, or leave it out"
         raise ScoreError(path, f"{problem}{subject.source.config_sha256:.12}…", remedy)
     return found
-
-
-def candidate_of(subject: Subject, found: EvaluationReport) -> CandidateDamage | None:
-    """What an evaluation measured of just these keep-lists, where it did."""
-    digest = keep_sha256(subject.keep, subject.main)
-    return next((each for each in found.candidates if each.keep_sha256 == digest), None)
 
 
 def _number(layer: int | str, subject: Subject, mtp: list[int]) -> int:

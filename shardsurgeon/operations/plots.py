@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsurgeon.checkpoint.recognition import SCORES
+from shardsurgeon.checkpoint.recognition import EVALUATION, SCORES
 from shardsurgeon.checkpoint.wrong_files import require_file
 from shardsurgeon.errors import OutputError, ScoreError, UsageError, install, printable
 from shardsurgeon.layerwise.calibration_file import find_calibration
@@ -124,6 +124,7 @@ def plot_scores(
 
 def _evaluation_of(path: AnyPath, scores: AnyPath) -> EvaluationReport:
     """An evaluation. Raises ScoreError where the scores say that they are of another model."""
+    require_file(path, EVALUATION, ScoreError)
     found, calibration = read_evaluation(path), find_calibration(scores)
     said = None if calibration is None else calibration.settings.get("config_sha256")
     if said not in (None, found.config_sha256):

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from shardsurgeon.checkpoint.sampling import OPTION as SAMPLING
+from shardsurgeon.checkpoint.sampling import SETTINGS, number_of
 from shardsurgeon.errors import DatasetError, UsageError
 from shardsurgeon.layerwise.datasets import DatasetPart, open_dataset, parse_spec
 from shardsurgeon.layerwise.records import Conversation, Message, read_record
@@ -18,7 +20,6 @@ from shardsurgeon.storage.phases import phase
 DEFAULT_ANSWERS = 2000
 OPTION = "--prompts"
 BASE = "base"
-_OTHERS = "--sampling"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,31 +38,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that no server takes."""
-        for name, sound, wanted in (
-            ("temperature", 0 <= self.temperature <= 100, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k == -1 or self.top_k > 0, "1 or more, or -1 for all tokens"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, and 1 for none"),
-            ("max_tokens", self.max_tokens > 0, "1 or more"),
-        ):
-            if not (sound and math.isfinite(getattr(self, name))):
+        for name, setting in SETTINGS.items():
+            value = getattr(self, name)
+            if not (setting.is_sound(value) and math.isfinite(value)):
                 option = f"--{name.replace('_', '-')}"
-                raise UsageError(option, f"{getattr(self, name):g} cannot be", f"give {wanted}")
+                raise UsageError(option, f"{value:g} cannot be", f"give {setting.wanted}")
 
     def with_values(self, values: Mapping[str, Any]) -> Sampling:
         """The same with other values. Raises UsageError, naming --sampling."""
-        known = [each.name for each in fields(self)]
-        given: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in known:
-                raise UsageError(_OTHERS, f"'{name}' is no setting", f"choose {', '.join(known)}")
-            kind = type(getattr(self, name))
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or kind(value) != value:
-                wanted = "a whole number" if kind is int else "a number"
-                raise UsageError(_OTHERS, f"{name} is {str(value)[:40]}", f"give {wanted}")
-            given[name] = kind(value)
+        given: dict[str, Any] = {name: number_of(name, value) for name, value in values.items()}
         return replace(self, **given)
 
     def body(self) -> dict[str, Any]:
@@ -80,7 +65,7 @@ def settings_of(base: Sampling, others: Sequence[Mapping[str, Any]]) -> dict[str
         name = ",".join(f"{key}={value:g}" for key, value in values.items())
         if setting in settings.values():
             raise UsageError(
-                _OTHERS, f"'{name}' changes nothing, or is given twice", "leave it out"
+                SAMPLING, f"'{name}' changes nothing, or is given twice", "leave it out"
             )
         settings[name] = setting
     return settings

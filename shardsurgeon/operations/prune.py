@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from shardsurgeon.checkpoint.wrong_files import files_of, is_model, require_file
 from shardsurgeon.errors import KeepListError, OutputError, OutputWriteError, ScoreError, UsageError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
+from shardsurgeon.operations.measured import Evaluation, measuring
 from shardsurgeon.operations.python_calls import public
 from shardsurgeon.operations.recipe import Recipe
 from shardsurgeon.operations.serving import Serving, serving_of
@@ -49,7 +50,7 @@ class Pruning(Titled):
 
     decision: which experts stay; plan: the bytes to move; out: the folder they go to;
     max_shard_nbytes: the limit of a shard's size in bytes, None for the source's shards;
-    declared: what --family said.
+    declared: what --family said; evaluation: what it was measured by, None where that is unknown.
 
     >>> plan = shardsurgeon.plan("fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", keep=8)
     >>> plan.report.total_size_before, plan.report.total_size_after
@@ -69,6 +70,7 @@ class Pruning(Titled):
     out: Path
     max_shard_nbytes: int | None = None
     declared: str | None = None
+    evaluation: Evaluation | None = None
 
     @property
     def title(self) -> str:
@@ -91,6 +93,8 @@ class Pruning(Titled):
                 self.plan,
                 str(self.out),
             )
+        if self.evaluation is not None:
+            found = self.evaluation.told(found, self.decision.keep, self.anatomy)
         return replace(found, space_free=_free_space(self.out))
 
     @property
@@ -139,6 +143,7 @@ def plan(
     family: str | None = None,
     follow_links: bool = False,
     recipe: Recipe | None = None,
+    evaluation: str | os.PathLike[str] | Evaluation | None = None,
 ) -> Pruning:
     """Decide which experts stay and plan every byte of the result. Writes nothing.
 
@@ -147,16 +152,22 @@ def plan(
     result is to go (None: named after the model); max_shard_nbytes: None keeps the source's
     cutting; family: a file with the model's declaration, or `auto` to read a model without
     one, where that leaves no doubt; follow_links: take files that are links out of the model;
-    recipe: what the result keeps a copy of. Raises InputError and its children for whatever does
-    not fit.
+    recipe: what the result keeps a copy of, and so it does of an evaluation, which says in the
+    report what the plan costs. Raises InputError and its children for whatever does not fit.
     """
     place = None if out is None else output_path(out)
     _require_files(model, scores, request.plan_file)
+    if evaluation is not None and not isinstance(evaluation, Evaluation):
+        evaluation = Evaluation.read(evaluation, measuring(model, scores, [request], family))
     if isinstance(model, Checkpoint) and follow_links:
         raise already_open("follow_links")
     checkpoint = reopened(model, family, follow_links=follow_links)
+    if evaluation is not None:
+        evaluation.require_of(checkpoint)
     with phase("planning"):
-        return _plan(checkpoint, scores, request, place, max_shard_nbytes, family, recipe)
+        return _plan(
+            checkpoint, scores, request, place, max_shard_nbytes, family, recipe, evaluation
+        )
 
 
 def _plan(
@@ -167,6 +178,7 @@ def _plan(
     max_shard_nbytes: int | None,
     family: str | None,
     recipe: Recipe | None,
+    evaluation: Evaluation | None,
 ) -> Pruning:
     """`plan`, of a checkpoint that is open; place: where the result is to go."""
     anatomy = read_anatomy(checkpoint)
@@ -188,25 +200,49 @@ def _plan(
     folder = place if place is not None else default_out(checkpoint, decision)
     require_apart(checkpoint, folder)
     kept = None if recipe is None else partial(recipe.copy_for, checkpoint)
-    plan = assemble(checkpoint, anatomy, request, decision, shards, given, max_shard_nbytes, kept)
-    return Pruning(checkpoint, anatomy, request, decision, plan, folder, max_shard_nbytes, family)
+    plan = assemble(
+        checkpoint,
+        anatomy,
+        request,
+        decision,
+        shards,
+        given,
+        max_shard_nbytes,
+        kept,
+        {} if evaluation is None else evaluation.files,
+    )
+    return Pruning(
+        checkpoint,
+        anatomy,
+        request,
+        decision,
+        plan,
+        folder,
+        max_shard_nbytes,
+        family,
+        evaluation,
+    )
 
 
 def compare(
     model: str | os.PathLike[str] | None,
     scores: str | os.PathLike[str] | None,
-    requests: Iterable[SelectionRequest],
+    requests: Sequence[SelectionRequest],
     *,
     family: str | None = None,
     follow_links: bool = False,
+    evaluation: str | os.PathLike[str] | None = None,
 ) -> list[PlanReport]:
     """What each of several requests would do to one model, which is opened once.
 
     Arguments and errors are those of `plan`. A plan of a large model takes much memory, so each is
     let go of before the next is made.
     """
+    known = None
+    if evaluation is not None:
+        known = Evaluation.read(evaluation, measuring(model, scores, requests, family))
     checkpoint = open_model(model, family, follow_links=follow_links)
-    return [plan(checkpoint, scores, request).report for request in requests]
+    return [plan(checkpoint, scores, request, evaluation=known).report for request in requests]
 
 
 def require_ready(pruning: Pruning, *, stays: bool = True) -> None:

@@ -229,10 +229,17 @@ def _options(destination: Destination) -> list[str]:
 def _recipe(pruning: Pruning) -> str | None:
     """The command of a prune; None where its scores were not read from a file."""
     given = {name: path for name, path, _ in pruning.plan.score_files}
-    if not given:
+    evaluation = {} if pruning.evaluation is None else pruning.evaluation.files
+    if len(given) == len(evaluation):
         return None
-    origin = identity_of(pruning.checkpoint)
-    return recipe(pruning.request, origin, given, pruning.max_shard_nbytes, pruning.declared)
+    return recipe(
+        pruning.request,
+        identity_of(pruning.checkpoint),
+        given,
+        pruning.max_shard_nbytes,
+        pruning.declared,
+        evaluation,
+    )
 
 
 def _card(pruned: Checkpoint, folder: Path, repository: Repository, command: str | None) -> bytes:

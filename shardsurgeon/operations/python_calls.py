@@ -66,10 +66,12 @@ class PlanOptions(TypedDict, total=False):
     lists: ListsName | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
+    sampling: Mapping[str, float] | None
     out: AnyPath | None
     max_shard_size: int | str | None
     family: AnyPath | None
     follow_links: bool
+    evaluation: AnyPath | None
 
 
 P = ParamSpec("P")
@@ -135,8 +137,9 @@ def public(function: Callable[P, T]) -> Callable[P, T]:
                     bound.arguments[name] = fitted(name, value, hints()[name])
             return function(*bound.args, **bound.kwargs)
         except ShardSurgeonError as error:
-            # What -o says is `path` where that is what the function is given.
-            own = {"-o": "path"} if "path" in signature.parameters else {}
+            # What -o says is `path` where that is what the function is given; so for --plan.
+            others = {"-o": "path", "--plan": "plan_files"}
+            own = {option: name for option, name in others.items() if name in signature.parameters}
             spelled = {**_SPELLED, **own}
             parts = (in_python(part, spelled) for part in (error.problem, error.remedy))
             error.reword(_where(error.where, spelled), *parts)

@@ -41,13 +41,16 @@ Options = dict[str, Any]
 
 _DATASET = "dataset"
 # Options that name a file or folder to read. Some may also be words, or names on the Hub.
-_READ = (_DATASET, "scores", "plan", "extend", "tokenizer", "family", "model", "card", "pruned")
+_READ = (
+    *(_DATASET, "scores", "plan", "evaluation", "extend", "tokenizer", "family", "model", "card"),
+    "pruned",
+)
 _SELECTIONS = ("ratio", "keep", "target-size", "plan")
 _OF_THE_COMMAND_LINE = ("json", "progress", "quiet", "verbose", "dry-run")
 # What decides a result's bytes is kept with it; how it was made on one machine is not.
 _NOT_KEPT = {
     "calibrate": ("memory", "activation-budget", "force", "restart", "model"),
-    "plan": ("force", "model"),
+    "plan": ("force", "model", "evaluation"),
     "apply": (
         *("model", "out", "workers", "verify", "restart", "push-to-hub", "stream-push"),
         *("disk-budget", "private", "revision", "create-pr", "card", "no-card"),

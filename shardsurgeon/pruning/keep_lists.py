@@ -71,7 +71,12 @@ class KeepList:
 def keep_sha256(keep: KeepList, layers: Iterable[int]) -> str:
     """SHA-256 of what some layers keep, as hexadecimal digits: the same for the same choice, made
     in whatever way."""
-    kept = {str(layer): keep.layers[layer].retained for layer in sorted(layers)}
+    return retained_sha256({layer: keep.layers[layer].retained for layer in layers})
+
+
+def retained_sha256(retained: Mapping[int, Sequence[int]]) -> str:
+    """The same of the experts that layers retain, by layer."""
+    kept = {str(layer): retained[layer] for layer in sorted(retained)}
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 

@@ -1,7 +1,8 @@
 """The files beside the shards, and with them the whole plan.
 
-Written anew are config, index, quantization lists and the record of the prune; what else belongs to
-the model is copied. Quantization lists and another tool's record are read here.
+Written anew are config, index, quantization lists, the record of the prune, and sampling settings
+where they are asked for; what else belongs to the model is copied. Quantization lists and another
+tool's record are read here.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of
-from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, QUANTIZATION_FILES, RECIPE_NAME
+from shardsurgeon.checkpoint.files import (
+    CALIBRATION_FOLDER,
+    EVALUATION_NAME,
+    QUANTIZATION_FILES,
+    RECIPE_NAME,
+)
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Step
 from shardsurgeon.checkpoint.quantization import count_parameters, count_stored_elements
+from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, listed
+from shardsurgeon.checkpoint.sampling import OPTION as SAMPLING
 from shardsurgeon.checkpoint.second_configs import second_configs
 from shardsurgeon.checkpoint.side_files import require_sound, side_files
 from shardsurgeon.execution.outputs import output_sizes
@@ -29,6 +38,7 @@ from shardsurgeon.pruning.config_edits import (
     pruned_second_config,
 )
 from shardsurgeon.pruning.decide import Decision
+from shardsurgeon.pruning.generation_config import with_sampling
 from shardsurgeon.pruning.lineage import compose, step_of
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.storage.formats.index import build_index
@@ -42,6 +52,8 @@ _TENSOR_COUNTS = ("total_tensors", "num_tensors")
 # Where another tool's file of our record's name is kept.
 _FOREIGN_PROVENANCE = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source.json"
 
+_NONE: Mapping[Path, str] = MappingProxyType({})
+
 Recipe = Callable[[Sequence[tuple[str, str, str]]], bytes]
 
 
@@ -54,27 +66,34 @@ def assemble(
     given: Mapping[Path, str],
     max_shard_nbytes: int | None,
     recipe: Recipe | None = None,
+    evaluation: Mapping[Path, str] = _NONE,
 ) -> Plan:
     """The whole plan.
 
     shards: what `plan_shards` made; given: the score or keep-list file of this run → its SHA-256
     (hex) when it was read; max_shard_nbytes: what the shards were repacked to, None where they
-    were not; recipe: makes the copy of the recipe that is kept, of the plan's `score_files`.
+    were not; recipe: makes the copy of the recipe that is kept, of the plan's `score_files`;
+    evaluation: the file of one, as `given`.
     Raises ConfigError and HeaderError where config or quantization lists cannot be rewritten,
     SourceReadError where they cannot be read.
     """
-    step = step_of(
-        request, decision.keep, decision.metric, identity_of(checkpoint), decision.made_for
-    )
-    provenance = compose(
-        checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
-    )
     require_sound(checkpoint, request.include, request.exclude)
-    beside, score_files = _copied_files(checkpoint, request, given)
+    beside, score_files = _copied_files(checkpoint, request, given, evaluation)
     source_files = _source_files(checkpoint, beside)
     second = second_configs(checkpoint, anatomy, beside)
     copied = tuple(name for name in beside if name not in second)
     generated = _generated_files(checkpoint, anatomy, decision, shards, second)
+    step = step_of(
+        request, decision.keep, decision.metric, identity_of(checkpoint), decision.made_for
+    )
+    if request.sampling:
+        sampling, content = _generation_config(checkpoint, request.sampling, copied)
+        step = replace(step, sampling=sampling)
+        copied = tuple(name for name in copied if name != GENERATION_CONFIG_NAME)
+        generated = ((GENERATION_CONFIG_NAME, content), *generated)
+    provenance = compose(
+        checkpoint.provenance, decision.keep, step, anatomy.n_group, decision.policies
+    )
     if recipe is not None:
         taken = {*copied, *(name for name, _, _ in score_files), PROVENANCE_NAME}
         generated = ((_free_name(RECIPE_NAME, taken), recipe(score_files)), *generated)
@@ -87,6 +106,7 @@ def assemble(
         asked=(
             *_asked(decision, max_shard_nbytes, step, score_files, request),
             *([("--follow-links", "given")] if checkpoint.source.follows_links else []),
+            *([(SAMPLING, listed(step.sampling))] if step.sampling else []),
         ),
         source_fingerprint=_source_fingerprint(checkpoint, source_files),
     )
@@ -138,6 +158,15 @@ def _generated_files(
     return tuple(files)
 
 
+def _generation_config(
+    checkpoint: Checkpoint, settings: Mapping[str, float], copied: Collection[str]
+) -> tuple[dict[str, Any], bytes]:
+    """As `with_sampling`; copied: what else belongs to the result, of the source's files."""
+    name = GENERATION_CONFIG_NAME
+    raw = checkpoint.read_file(name, CONFIG) if name in copied else None
+    return with_sampling(raw, settings, checkpoint.settings, f"{checkpoint.location}/{name}")
+
+
 def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     metadata: dict[str, Any] = dict(checkpoint.index_metadata or {})
@@ -165,14 +194,17 @@ def total_parameters(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) ->
 
 
 def _copied_files(
-    checkpoint: Checkpoint, request: SelectionRequest, given: Mapping[Path, str]
+    checkpoint: Checkpoint,
+    request: SelectionRequest,
+    given: Mapping[Path, str],
+    evaluation: Mapping[Path, str],
 ) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
     """(source files to copy as they are, (output name, path, sha256) of files from elsewhere).
 
-    given: the score or keep-list file of this run. It goes to calibration/ and, should it lie
-    in the source, nowhere else.
+    given: the score or keep-list file of this run; evaluation: the file of one. They go to
+    calibration/ and, should they lie in the source, nowhere else.
     """
-    elsewhere = {os.path.realpath(path) for path in given}
+    elsewhere = {os.path.realpath(path) for path in (*given, *evaluation)}
     copied = tuple(
         name
         for name in side_files(checkpoint, request.include, request.exclude).carried
@@ -181,8 +213,10 @@ def _copied_files(
     # A metadata file given as --plan must not take the place of the one that is written.
     taken = {*copied, PROVENANCE_NAME, _FOREIGN_PROVENANCE}
     score_files = []
-    for path, sha256 in given.items():
-        name = _free_name(f"{CALIBRATION_FOLDER}{path.name}", taken)
+    named = [(f"{CALIBRATION_FOLDER}{path.name}", path, sha256) for path, sha256 in given.items()]
+    named += [(EVALUATION_NAME, path, sha256) for path, sha256 in evaluation.items()]
+    for wanted, path, sha256 in named:
+        name = _free_name(wanted, taken)
         taken.add(name)
         score_files.append((name, str(path), sha256))
     return copied, tuple(score_files)

@@ -18,6 +18,7 @@ from shardsurgeon.checkpoint.config import PER_LAYER_KEY
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
+from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, OPTION
 from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
@@ -61,6 +62,29 @@ class LayerReport:
     profile: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an evaluation measured of a plan, on its data.
+
+    candidate: what the plan is called there; dataset; tokens: that were predicted.
+    perplexity_before: the whole model's; perplexity_ratio: the plan's by that; kl_mean, kl_p99: of
+    the plan's predictions from the whole model's, in nats per token; agreement: share of tokens
+    with the same first choice; worst_part: the part of the data whose mean KL is largest, None
+    where there is one part.
+    """
+
+    candidate: str
+    dataset: str
+    tokens: int
+    perplexity_before: float
+    perplexity: float
+    perplexity_ratio: float
+    kl_mean: float
+    kl_p99: float
+    agreement: float
+    worst_part: str | None
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class PlanReport(Report):
     """What a prune would do. Sizes in bytes of tensor data; space_needed in bytes on disk.
@@ -71,7 +95,8 @@ class PlanReport(Report):
     parameters: None where the storage format hides them. carried_along: the files beside the
     weights that are copied; left_behind: those that are not → why. saliency_of: the other model
     whose plan this is and whose saliencies these are, None where they are this model's own.
-    space_free: bytes free where the result would go, None where nobody looked.
+    space_free: bytes free where the result would go, None where nobody looked. measured: what an
+    evaluation says of it, None where none was given or it measured other prunes.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -104,6 +129,7 @@ class PlanReport(Report):
     saliency_of: str | None = None
     # Of the disk in that moment: no two looks at it need agree.
     space_free: int | None = field(default=None, compare=False)
+    measured: Measured | None = None
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),
@@ -263,6 +289,7 @@ def plan_report(
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
             *_rewritten(tensors),
             *_uncounted(checkpoint, plan),
+            *_sampling(plan),
             *stale_counts(checkpoint, anatomy, plan.copied_files),
             *([] if decision.drop_mtp else absent_mtp_notes(anatomy)),
             *_weights_in_folders(checkpoint, plan),
@@ -336,6 +363,12 @@ def _uncounted(checkpoint: Checkpoint, plan: Plan) -> list[str]:
         return []
     what = "the way the weights are packed hides how many parameters they are"
     return [f"total_parameters is left out of {checkpoint.names.index}: {what}"]
+
+
+def _sampling(plan: Plan) -> list[str]:
+    """Says what engines will sample with, where the user asked for it."""
+    asked = dict(plan.asked).get(OPTION)
+    return [f"{GENERATION_CONFIG_NAME} gets {asked}"] if asked else []
 
 
 def absent_mtp_notes(anatomy: Anatomy) -> list[str]:

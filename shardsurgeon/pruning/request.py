@@ -5,11 +5,13 @@ Imported by the command line for its option lists, so nothing heavy is imported 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from enum import StrEnum
 from os import PathLike
 
+from shardsurgeon.checkpoint.sampling import generation_members
 from shardsurgeon.errors import UsageError
 from shardsurgeon.units import require_ratios
 
@@ -71,7 +73,8 @@ class SelectionRequest:
     `waterfill` for the least lost in the worst; allow_nonuniform: whether a model whose layers keep
     different numbers may be written; lists: what the file's lists mean, None where it says it
     itself. include, exclude: globs of files beside the weights that are copied, or left behind,
-    whatever they are. Raises UsageError for values and combinations that cannot be meant.
+    whatever they are; sampling: settings to write into generation_config.json, by name. Raises
+    UsageError for values and combinations that cannot be meant.
     """
 
     ratio: float | None = None
@@ -88,11 +91,13 @@ class SelectionRequest:
     lists: Lists | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         self._check_one_selection()
         self._check_values()
         self._check_modifiers()
+        generation_members(self.sampling)
 
     @property
     def selection(self) -> str:

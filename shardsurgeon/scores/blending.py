@@ -22,9 +22,10 @@ from shardsurgeon.scores.table import Scores, Vector
 
 # The search for weights, whose logarithms are to base 2: every part is tilted by up to six octaves,
 # four times in each; so many of the best begin a climb, beside equal weights.
-_PER_OCTAVE, _TILTS, _STARTS = 4, 24, 4
-# The steps of a climb, how far apart weights may get, and after how many trials it ends.
-_FIRST_STEP, _LAST_STEP, _FARTHEST, _TRIALS = 0.5, 1 / 64, 16.0, 500
+_PER_OCTAVE, _TILTS, _STARTS = 4, 24, 2
+# A climb tries steps from the nearest on, each an eighth longer than the one before; how far apart
+# weights may get, and after how many trials it ends.
+_NEAREST, _STEPS, _LONGER, _FARTHEST, _TRIALS = 1 / 64, 48, 9 / 8, 16.0, 1500
 
 
 def in_proportion(weights: Sequence[float]) -> tuple[float, ...]:
@@ -74,12 +75,13 @@ class Retained:
     def max_min(self) -> tuple[float, ...]:
         """Weights, 1 on average, under which the part that retains least retains most.
 
-        max_w min_p share_p(w), by a pattern search (Hooke and Jeeves 1961) over the logarithms of
-        the weights: from equal weights, and from the best of every part tilted against the others,
-        steps of one part at a time, halved where none helps. Of weights whose worst part retains
-        the same, those are better whose second worst retains more. A share is a step function of
-        the weights, with many levels, so the result is a good point and no proven maximum; never is
-        its worst part worse off than under equal weights, where the search begins.
+        max_w min_p share_p(w), by climbing along one weight at a time over the logarithms of the
+        weights: from equal weights, and from the best of every part tilted against the others; of
+        all steps along a weight the best is taken, as long as one helps. Of weights whose worst
+        part retains the same, those are better whose second worst retains more. A share is a step
+        function of the weights, with many levels, so the result is a good point and no proven
+        maximum; never is its worst part worse off than under equal weights, where the search
+        begins.
         """
         equal = np.zeros(self._num_parts)
         tilts = (number / _PER_OCTAVE for number in range(-_TILTS, _TILTS + 1) if number)
@@ -90,16 +92,16 @@ class Retained:
 
     def _climbed(self, start: Vector) -> Vector:
         """The best logarithms of weights that steps from `start` lead to."""
-        logs, best = start, self._worst_first(start)
-        step, trials = _FIRST_STEP, 0
-        while step >= _LAST_STEP and trials < _TRIALS:
+        logs, best, trials, improved = start, self._worst_first(start), 0, True
+        ahead = [_NEAREST * _LONGER**number for number in range(_STEPS)]
+        while improved and trials < _TRIALS:
             improved = False
             for part in range(self._num_parts):
-                for move in (step, -step):
-                    tried, trials = _moved(logs, part, move), trials + 1
-                    if (shares := self._worst_first(tried)) > best:
-                        logs, best, improved = tried, shares, True
-            step = step if improved else step / 2
+                tried = [_moved(logs, part, sign * step) for step in ahead for sign in (1, -1)]
+                trials += len(tried)
+                found = max(tried, key=self._worst_first)
+                if (shares := self._worst_first(found)) > best:
+                    logs, best, improved = found, shares, True
         return logs
 
     def _worst_first(self, logs: Vector) -> list[float]:

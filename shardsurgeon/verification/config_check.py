@@ -92,7 +92,7 @@ def check_settings(
         method = tool_of(name)
         wanted = lists.admit(expected.section(before, method), found, method)
         lists.check(name, before, found, findings, method)
-        _compare(name, "", wanted, found, findings)
+        compare_values(name, "", wanted, found, findings)
     return second.keys()
 
 
@@ -106,7 +106,7 @@ def _check_config(
             now = _at(found, path)
             _replace(wanted, path, expected.lists.admit(_at(wanted, path), now))
             expected.lists.check(name, section, now, findings)
-    _compare(name, "", wanted, found, findings)
+    compare_values(name, "", wanted, found, findings)
     for path in expected.forgotten(found, ()):
         dotted, count = ".".join(map(str, path)), expected.count_before
         findings.add(name, f"{dotted} is {count}, the expert count of the source")
@@ -304,8 +304,11 @@ class _Expected:
         ]
 
 
-def _compare(where: str, path: str, expected: Any, found: Any, findings: Findings) -> None:
-    """Note where two JSON values differ; the order of keys counts."""
+def compare_values(where: str, path: str, expected: Any, found: Any, findings: Findings) -> None:
+    """Note where two JSON values of the file `where` differ; the order of keys counts.
+
+    path: of both in the file, a dot behind it.
+    """
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in [key for key in expected if key not in found]:
             findings.add(where, f"{path}{key} is missing")
@@ -314,10 +317,10 @@ def _compare(where: str, path: str, expected: Any, found: Any, findings: Finding
         if expected.keys() == found.keys() and list(expected) != list(found):
             findings.add(where, f"the keys of {path or 'the top'} are in another order")
         for key in [key for key in expected if key in found]:
-            _compare(where, f"{path}{key}.", expected[key], found[key], findings)
+            compare_values(where, f"{path}{key}.", expected[key], found[key], findings)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for position, (left, right) in enumerate(zip(expected, found, strict=True)):
-            _compare(where, f"{path}{position}.", left, right, findings)
+            compare_values(where, f"{path}{position}.", left, right, findings)
     elif type(expected) is not type(found) or expected != found:
         shown = f"{_brief(found)}, expected {_brief(expected)}"
         findings.add(where, f"{path.rstrip('.') or 'the document'} is {shown}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, RECIPE_NAME
+from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, EVALUATION_NAME, RECIPE_NAME
 from shardsurgeon.checkpoint.layer_names import layer_number
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, LayerRecord, Provenance
 from shardsurgeon.errors import InputError
@@ -32,7 +32,8 @@ _ROUNDINGS = ("floor", "nearest", "ceil")
 _POLICIES = ("scores", "plan")
 _MTP_POLICIES = (*_POLICIES, "router-norm", "last", "keep")
 _OF_OTHERS = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source"
-_RECIPES = RECIPE_NAME.removesuffix(".toml")
+# Of these, and with a number behind their names where an earlier prune left some.
+_NO_SCORES = (_OF_OTHERS, RECIPE_NAME.removesuffix(".toml"), EVALUATION_NAME.removesuffix(".json"))
 
 
 def check_fields(anatomy: Anatomy, pruned: Checkpoint, findings: Findings) -> None:
@@ -84,7 +85,7 @@ def _differences(path: str, expected: Any, found: Any, is_old: bool) -> Iterator
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for number, pair in enumerate(zip(expected, found, strict=True)):
             yield from _differences(f"{path}{number}.", *pair, is_old)
-    elif isinstance(expected, bool) or isinstance(found, bool) or expected != found:
+    elif isinstance(expected, bool) != isinstance(found, bool) or expected != found:
         unknown = is_old and expected is None and as_number(found) is not None
         if not unknown:
             yield path.rstrip("."), f"is {brief(found)}, expected {brief(expected)}"
@@ -113,7 +114,7 @@ def check_saliencies(
         for file in pruned.files
         if file.name.startswith(CALIBRATION_FOLDER)
         and file.name not in known | {PROVENANCE_NAME}
-        and not file.name.startswith((_OF_OTHERS, _RECIPES))
+        and not file.name.startswith(_NO_SCORES)
         and (record.files is None or file.name in record.files)
     ]
     if len(kept) != 1:

@@ -20,6 +20,7 @@ from shardsurgeon.checkpoint.files import (
 )
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.checkpoint.recorded_files import SHA256, deviations
+from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME
 from shardsurgeon.storage.source import SKIPPED_FOLDERS
 from shardsurgeon.units import counted
 from shardsurgeon.verification.files import carried_files
@@ -37,6 +38,8 @@ def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
     expected |= {pruned.names.index} if len(pruned.shards) > 1 else set()
     expected |= {file.name for file in source.files}.intersection(QUANTIZATION_FILES)
     record = pruned.provenance
+    if record is not None and any(step.sampling for step in record.steps):
+        expected.add(GENERATION_CONFIG_NAME)
     recorded = {} if record is None or record.files is None else record.files
     if record is not None and record.files is None:
         # Earlier versions copied whatever lay there.

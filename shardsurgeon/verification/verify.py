@@ -14,6 +14,7 @@ from shardsurgeon.verification.byte_comparison import Compared, Progress, Sampli
 from shardsurgeon.verification.config_check import check_settings
 from shardsurgeon.verification.files import check_side_files, check_structure
 from shardsurgeon.verification.findings import Findings, VerifyReport
+from shardsurgeon.verification.generation_config import check_generation_config
 from shardsurgeon.verification.pairing import pair_tensors
 from shardsurgeon.verification.record import check_layers, read_keeps
 from shardsurgeon.verification.record_fields import check_fields, check_saliencies
@@ -75,7 +76,10 @@ def _report(
         check_layers(anatomy, after, keeps, pairing.mtp_dropped, findings)
         check_shapes(anatomy, keeps, pairing.pairs, findings)
         check_structure(before, after, pairing.pairs, findings)
-        rewritten = check_settings(before, anatomy, after, keeps, pairing, findings)
+        rewritten = {
+            *check_settings(before, anatomy, after, keeps, pairing, findings),
+            *check_generation_config(before, after, findings),
+        }
         check_side_files(before, after, findings, rewritten)
         check_strays(before, after, findings)
         check_fields(anatomy, after, findings)

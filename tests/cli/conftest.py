@@ -9,6 +9,7 @@ from shardsurgeon.layerwise import run as calibration
 from shardsurgeon.operations import (
     apply,
     blend,
+    evaluate,
     inspect,
     page,
     plots,
@@ -30,6 +31,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (apply, "apply"),
         (verify, "verify"),
         (push, "push"),
+        (evaluate, "evaluate"),
         (probe, "probe"),
         (page, "report_page"),
     ):

@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import shardsurgeon
 from shardsurgeon.layerwise.estimate import CalibrationEstimate
 from shardsurgeon.layerwise.request import CalibrationReport
+from shardsurgeon.operations.evaluation_report import EvaluationReport
 from shardsurgeon.operations.families import FamiliesReport
 from shardsurgeon.operations.page import PageReport
 from shardsurgeon.operations.plots import PlotReport
@@ -58,6 +59,7 @@ COMMANDS: dict[str, type[Report]] = {
     "scores random": BaselineReport,
     "calibrate": CalibrationReport,
     "calibrate --dry-run": CalibrationEstimate,
+    "evaluate": EvaluationReport,
     "probe": ProbeReport,
     "report": PageReport,
     "run": RunReport,

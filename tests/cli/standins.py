@@ -10,8 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shardsurgeon.layerwise.damage import Damage, LayerDamage
 from shardsurgeon.layerwise.estimate import CalibrationEstimate, Estimate
 from shardsurgeon.layerwise.request import CalibrationReport
+from shardsurgeon.operations.evaluation_report import (
+    CandidateDamage,
+    EvaluationReport,
+    PartDamage,
+)
 from shardsurgeon.operations.page import PageReport
 from shardsurgeon.operations.plots import PlotReport
 from shardsurgeon.operations.probe_report import (
@@ -345,6 +351,45 @@ PAGED = PageReport(
 )
 
 
+def damage(perplexity: float, kl: float, agreement: float) -> Damage:
+    """Of so many tokens that no other stand-in has."""
+    return Damage(65_536, perplexity, kl, kl * 4, kl * 8, agreement)
+
+
+def candidate(name: str, kept: int, kl: float, worst: str | None = "chat.jsonl") -> CandidateDamage:
+    """A candidate on two parts, code and chat, with a layer."""
+    found = damage(8.0 + kl, kl, 0.75)
+    parts = tuple(PartDamage(part, 256, found) for part in ("code.jsonl", "chat.jsonl"))
+    layers = (LayerDamage(0, 0.125, 0.9921875, None), LayerDamage(1, 0.25, 0.96875, 0.375))
+    digest = f"{kept:064x}"
+    return CandidateDamage(
+        name, kept, 1 - kept / 384, digest, found, (8 + kl) / 8, parts, worst, layers
+    )
+
+
+_WHOLE = damage(8.0, 0.0, 1.0)
+EVALUATED = EvaluationReport(
+    model="Kimi-K2.5",
+    revision=None,
+    config_sha256="c" * 64,
+    run="d" * 64,
+    out="evaluation.json",
+    dataset="code.jsonl:256,chat.jsonl:256",
+    samples=512,
+    tokens=1_310_720,
+    predicted=65_536,
+    num_experts=384,
+    original=_WHOLE,
+    original_parts=tuple(PartDamage(p, 256, _WHOLE) for p in ("code.jsonl", "chat.jsonl")),
+    candidates=(candidate("0.5", 192, 0.5), candidate("0.65", 135, 1.0)),
+    dtype="bfloat16",
+    device="cuda",
+    layers_resumed=0,
+    seconds=4096.0,
+    notes=("a note",),
+)
+
+
 @dataclass
 class FakeOperations:
     """What each operation answers (an exception is raised, a function called), and the calls."""
@@ -356,6 +401,7 @@ class FakeOperations:
     calibrate: Any = CALIBRATED
     rehearse: Any = ESTIMATED
     push: Any = PUSHED
+    evaluate: Any = EVALUATED
     probe: Any = PROBED
     report_page: Any = PAGED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)

@@ -25,6 +25,7 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
             "family": None,
             "follow_links": False,
             "recipe": None,
+            "evaluation": None,
         },
     )
     assert (pruning.args, pruning.options) == planned
@@ -33,14 +34,23 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     words = ("--model", "/m", "-o", "/out", "--max-shard-size", "5GB", "--workers", "3")
-    words += ("--family", "auto", "--follow-links", "--checksums")
+    words += ("--family", "auto", "--follow-links", "--checksums", "--evaluation", "e.json")
     run(*APPLY, *words, "--no-verify", "--dry-run", "--restart")
     (args, planned), ((_, options, _), _) = fake.calls
     assert args[0] == "/m"
-    opening = {"family": "auto", "follow_links": True, "recipe": None}
+    opening = {"family": "auto", "follow_links": True, "recipe": None, "evaluation": "e.json"}
     assert planned == {"out": "/out", "max_shard_nbytes": 5 * 10**9, **opening}
     expected = RunOptions(3, verify=False, dry_run=True, restart=True, checksums=True)
     assert options == expected
+
+
+def test_sampling_settings_of_one_option_or_several_reach_the_operation(
+    run: Run, fake: FakeOperations
+) -> None:
+    run(*APPLY, "--sampling", "min-p=0.05, top_k=20", "--sampling", "repetition_penalty=1.1")
+    (_, _, request), _ = fake.calls[0]
+    assert request.sampling == {"min_p": 0.05, "top_k": 20, "repetition_penalty": 1.1}
+    assert (request.ratio, fake.calls[0][1]["out"]) == (0.65, None)
 
 
 def test_the_shard_size_may_be_the_sources(run: Run, fake: FakeOperations) -> None:
@@ -54,6 +64,15 @@ def test_the_shard_size_may_be_the_sources(run: Run, fake: FakeOperations) -> No
         (("--ratio", "0.5,0.65"), "2 ratios at once; give one; `shardsurgeon plan` compares"),
         (("--keep", "9", "--max-shard-size", "all"), "--max-shard-size: 'all' is not a size"),
         (("--keep", "9", "--workers", "-1"), "--workers: -1 is less than 0"),
+        (("--keep", "9", "--sampling", "min_p"), "--sampling: 'min_p' is not NAME=NUMBER; write"),
+        (("--keep", "9", "--sampling", "min_p=.1,"), "--sampling: '' is not NAME=NUMBER"),
+        (("--keep", "9", "--sampling", "min_p=2"), "--sampling: min_p is 2; give between 0 and 1"),
+        (("--keep", "9", "--sampling", "top_k=nan"), "--sampling: top_k is nan; give a whole"),
+        (("--keep", "9", "--sampling", "a=1"), "--sampling: 'a' is no setting; choose temperature"),
+        (
+            ("--keep", "9", "--sampling", "min_p=0.1", "--sampling", "min-p=0.2"),
+            "--sampling: min_p stands there twice; say it once",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_before_any_file_is_read(

@@ -43,6 +43,10 @@ def offered(*words: str) -> list[str]:
         (("scores", "merge", "a.pt", ""), ["<file>"]),
         (("scores", "convert", ""), ["<file>"]),
         (("calibrate", "--dataset", ""), ["<file>"]),
+        (("evaluate", ""), ["<file>"]),
+        (("evaluate", "--plan", ""), ["<file>"]),
+        (("plan", "s.pt", "--evaluation", ""), ["<file>"]),
+        (("evaluate", "s.pt", "-r", "0.25,0.6"), ["0.25,0.65"]),
         (("apply", "s.pt", "--ratio", "0.6"), ["0.65"]),
         (("plan", "s.pt", "-r", "0.25,0.7"), ["0.25,0.75"]),
         (("apply", "s.pt", "--mtp", "r"), ["router-norm"]),
@@ -78,6 +82,8 @@ def test_nothing_that_names_a_file_is_left_to_guessing() -> None:
         ("plan", "--ratio", "0.5", str(K25 / "scores.pt"), "--metric"),
         ("scores", "show", str(K25 / "scores.pt"), "--metric"),
         ("scores", "compare", str(K25 / "scores.pt"), "b.pt", "--metric"),
+        ("evaluate", str(K25 / "scores.pt"), "--metric"),
+        ("evaluate", str(K25), str(K25 / "scores.pt"), "--ratio", "0.5", "--metric"),
     ],
 )
 def test_metrics_are_those_of_the_score_file(words: tuple[str, ...]) -> None:

@@ -86,11 +86,15 @@ def test_a_long_help_begins_with_what_most_need(run: Run) -> None:
             assert lines.count("Options:") == 0
     how_much = ["-r, --ratio R", "--keep N", "--target-size SIZE", "--plan FILE"]
     place = "-m, --model MODEL"
-    assert set(long) == {"plan", "apply", "calibrate", "push", "scores", "probe"}
+    assert set(long) == {"plan", "apply", "calibrate", "evaluate", "push", "scores", "probe"}
     assert set(long["scores"]) >= {"--weights NAME=W[,...]", "--objective [max-min]", *how_much[:2]}
     assert set(long["plan"]) >= {*how_much, place, "-o, --out, --output FILE"}
     assert set(long["apply"]) >= {*how_much, place, "-o, --out, --output OUT", "--dry-run"}
     assert "--dry-run" in long["push"]
+    assert set(long["evaluate"]) >= {
+        *("-r, --ratio R[,...]", "--keep N", "--plan FILE", "--dataset SPEC", "--samples N"),
+        *(place, "-o, --out, --output FILE"),
+    }
     assert set(long["probe"]) >= {"--prompts SPEC", "--samples N", "--against URL|FILE"}
     assert set(long["calibrate"]) >= {
         *("--dataset SPEC", "--samples N", "--max-length L", place),
@@ -106,7 +110,11 @@ def test_the_first_screen_lists_the_commands(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("plan",), ("apply",), ("calibrate",), ("push",), ("probe",), ("scores", "blend")]
+    "words",
+    [
+        *((name,) for name in ["plan", "apply", "calibrate", "evaluate", "push", "probe"]),
+        ("scores", "blend"),
+    ],
 )
 def test_every_option_of_a_long_help_is_in_a_group(run: Run, words: tuple[str, ...]) -> None:
     grouped = {name for names in SECTIONS.values() for name in names}

@@ -124,7 +124,7 @@ def test_every_command_with_json_has_a_schema() -> None:
         if any("--json" in option.opts for option in command.params)
     }
     assert with_json == COMMANDS.keys() - {"calibrate --dry-run"}
-    assert SESSIONS.keys() == COMMANDS.keys() - {"push", "calibrate", "scores plot"}
+    assert SESSIONS.keys() == COMMANDS.keys() - {"push", "calibrate", "evaluate", "scores plot"}
 
 
 @pytest.mark.parametrize("name", SESSIONS)

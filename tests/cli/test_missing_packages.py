@@ -15,6 +15,8 @@ from tests.cli.standins import ROOT
 MODEL = str(ROOT / "fixtures" / "qwen3_moe")
 OTHER = str(ROOT / "fixtures" / "kimi_k2")
 CALIBRATE = ("calibrate", MODEL, "--dataset", "org/name", "-o", "new.json")
+EVALUATE = ("evaluate", f"{MODEL}/scores.pt", "--model", MODEL, "--ratio", "0.5", "--dataset")
+EVALUATE += ("org/name", "-o", "new.json")
 ALL = ("torch", "transformers", "psutil", "datasets", "s3fs", "gcsfs")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
@@ -31,6 +33,9 @@ needs_torch = pytest.mark.torch
         pytest.param(CALIBRATE, ("psutil",), "calibrate", marks=needs_torch),
         pytest.param(CALIBRATE, ("datasets",), "calibrate", marks=needs_torch),
         ((*CALIBRATE[:-1], "new.pt"), ALL, "calibrate"),
+        (EVALUATE, ALL, "calibrate"),
+        pytest.param(EVALUATE, ("psutil",), "calibrate", marks=needs_torch),
+        pytest.param(EVALUATE, ("datasets",), "calibrate", marks=needs_torch),
         (("verify", MODEL, OTHER, "--architecture"), ALL, "architecture"),
         pytest.param(
             ("verify", MODEL, OTHER, "--architecture"),
@@ -63,6 +68,7 @@ def test_the_line_names_the_extra_that_brings_it(
     assert main(words) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
+    assert "calibrate: " not in line
     assert f"in the clone of shardsurgeon, pip install '.[{extra}]'" in line
     # With that, nothing is missing any more.
     missing = [package for package in hidden if package in line]

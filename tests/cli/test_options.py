@@ -19,6 +19,7 @@ WITH_MODEL = {
     "apply": ("apply", *SELECTED),
     "verify": ("verify", "pruned"),
     "calibrate": ("calibrate", "--dataset", "a.txt", *OUT),
+    "evaluate": ("evaluate", *SELECTED, "--dataset", "a.txt", *OUT),
     "show": ("scores", "show", "scores.pt"),
     "convert": ("scores", "convert", "scores.pt", *OUT),
     "from-router": ("scores", "from-router", *OUT),
@@ -27,7 +28,7 @@ WITH_MODEL = {
     "report": ("report", "plan.json", *OUT),
 }
 # Those of them with a positional for it, which comes before other positionals.
-POSITIONAL = ["inspect", "verify", "calibrate", "from-router", "from-weights", "random"]
+POSITIONAL = ["inspect", "verify", "calibrate", "evaluate", "from-router", "from-weights", "random"]
 # One meaning, one way to write it.
 SHORT = {
     "-m": {"--model"},

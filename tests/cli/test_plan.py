@@ -117,7 +117,8 @@ def test_a_plan_in_full(run: Run) -> None:
         "      1   135     249     0.5     0.25     12.5%\n"
         "      2   135     249     0.5   0.4375     37.5%\n"
         "  saliency dropped: share of a layer's saliency that goes with its experts\n"
-        "  a share of saliency is no accuracy: measure what the pruned model answers\n"
+        "  a share of saliency is no accuracy; this measures what a prune costs:\n"
+        "    shardsurgeon evaluate scores.pt --ratio 0.65 --dataset DATA -o evaluation.json\n"
         "  kB, MB, GB, TB: powers of 1000 bytes; K, M, B: powers of 1000 parameters\n"
         "\n"
         "  chosen by     --ratio 0.65, rounding floor, metric reap\n"
@@ -137,13 +138,15 @@ def test_a_plan_with_everything_to_say_fits_80_columns(run: Run, fake: FakeOpera
     ]
     mtp = layer(61, is_mtp=True, policy="router-norm", saliency_dropped=None)
     fake.plan = replace(PLANNED, layers=(*layers, mtp), mtp_dropped=True, notes=("word " * 40,))
-    lines = run("plan", "scores.pt", "--ratio", "0.65", "--layers").stdout.splitlines()
+    # But for the command to copy, which is on a line of its own however long it gets.
+    words = ("plan", "scores.pt", "--ratio", "0.65", "--evaluation", "e.json")
+    lines = run(*words, "--layers").stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.endswith(" scores") for line in lines) == 60
     row = next(line for line in lines if line.lstrip().startswith("61*"))
     assert row.split() == ["61*", "135", "249", "0", "0", "0.5", "0.25", "-", "router-norm"]
     assert "  * next-token-prediction layer" in lines
-    short = run("plan", "scores.pt", "--ratio", "0.65").stdout.splitlines()
+    short = run(*words).stdout.splitlines()
     assert max(map(len, short)) <= 80
     assert row.split() in map(str.split, short) and len(short) < len(lines) - 45
 
@@ -241,7 +244,7 @@ def test_a_global_allocation_is_shown_beside_the_uniform_one(
         "      1    96     288     0.5     0.25     25.0%     12.5%",
         "      2   174     210     0.5     0.25     12.5%     37.5%",
     ]
-    assert lines[11:14] == [
+    assert lines[12:15] == [
         "  chosen by     --ratio 0.65, rounding floor, metric reap, --allocate global",
         "  saliency      18.8% dropped on average, 25.0% at worst (layer 1)",
         "  if equal      25.0% dropped on average, 37.5% at worst (layer 2)",
@@ -264,7 +267,8 @@ def test_several_ratios_are_compared_a_line_each(run: Run, fake: FakeOperations)
         "   0.65   135  237.6 GB  40.0%      372.0B       25.0%     37.5%      12.5%\n"
         "\n"
         "  saliency dropped: share of a layer's saliency that goes with its experts\n"
-        "  a share of saliency is no accuracy: measure what the pruned model answers\n"
+        "  a share of saliency is no accuracy; this measures what a prune costs:\n"
+        "    shardsurgeon evaluate scores.pt --ratio 0.5,0.65 --dataset DATA -o evaluation.json\n"
         "  narrowest cut: how far the highest pruned saliency stays below the lowest kept\n"
         "  kB, MB, GB, TB: powers of 1000 bytes; K, M, B: powers of 1000 parameters\n"
     )

@@ -88,6 +88,7 @@ def test_without_an_original_nothing_is_compared(run: Run, fake: FakeOperations)
     ("words", "says"),
     [
         (("--sampling", "min_p"), "--sampling: 'min_p' is not NAME=NUMBER; write it like"),
+        (("--sampling", "min_p=1,min-p=.5"), "--sampling: min_p stands there twice; say it once"),
         (("--sampling", "min_p=a,top_k=1"), "--sampling: 'min_p=a' is not NAME=NUMBER"),
         (("--temperature", "-1"), "--temperature: -1 cannot be; give 0 or more"),
         (("--top-p", "0"), "--top-p: 0 cannot be; give above 0 and at most 1"),

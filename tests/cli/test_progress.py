@@ -41,6 +41,8 @@ WORDS = [
     ("scores", "from-weights", "-o", "w.json"),
     ("scores", "random", "-o", "r.json"),
     ("calibrate", "--dataset", "chats.jsonl", "-o", "s.json"),
+    ("probe", "http://gpu:8000/v1", "--prompts", "chats.jsonl", "-o", "probe.json"),
+    ("evaluate", "s.pt", "--ratio", "0.5", "--dataset", "chats.jsonl", "-o", "e.json"),
 ]
 
 

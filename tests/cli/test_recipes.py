@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from shardsurgeon.cli.main import main
 from shardsurgeon.errors import VerificationError
 from shardsurgeon.operations import recipe, verify
-from tests.cli.standins import ROOT, FakeOperations, Run
+from tests.cli.standins import EVALUATED, ROOT, FakeOperations, Run
 
 APPLY = '[apply]\nscores = "data/scores.pt"\nratio = 0.5\nmax-shard-size = "200kB"\nout = "small"\n'
 
@@ -66,6 +68,36 @@ def test_its_copy_reproduces_the_bytes_and_names_no_path(place: Path, tmp_path: 
     assert contents(Path("again")) == contents(place / "small")
     assert str(tmp_path) not in copy.read_text() and kept(place / "small")["model"] == "model"
     assert kept(place / "small")["sha256"].keys() == {"config.json", "scores.pt"}
+
+
+@pytest.mark.parametrize("said", ['"min_p=0.05,top_k=20"', '["min_p=0.05", "top_k=20"]'])
+def test_sampling_settings_are_of_the_recipe_and_of_its_copy(place: Path, said: str) -> None:
+    path = written(place, f'model = "model"\n{APPLY}sampling = {said}\n')
+    assert main(["run", path]) == 0
+    made = json.loads((place / "small" / "generation_config.json").read_bytes())
+    before = json.loads((place / "model" / "generation_config.json").read_bytes())
+    assert made == before | {"min_p": 0.05, "top_k": 20, "do_sample": True}
+    assert kept(place / "small")["apply"]["sampling"] == json.loads(said)
+    copy = str(place / "small" / "calibration" / "recipe.toml")
+    assert main(["run", copy, "--model", str(place / "model"), "-o", "again"]) == 0
+    assert contents(Path("again")) == contents(place / "small")
+
+
+def test_an_evaluation_is_a_file_of_the_recipe(place: Path) -> None:
+    digest = hashlib.sha256((place / "model" / "config.json").read_bytes()).hexdigest()
+    evaluation = replace(EVALUATED, config_sha256=digest).file()
+    (place / "data" / "measured.json").write_bytes(evaluation)
+    ratios = '[plan]\nscores = "data/scores.pt"\nratio = [0.25, 0.5]\n'
+    given = 'evaluation = "data/measured.json"\n'
+    path = written(place, f'model = "model"\n{ratios}{given}{APPLY}{given}')
+    assert main(["run", path]) == 0
+    said = kept(place / "small")
+    assert said["apply"]["evaluation"] == "evaluation.json" and "plan" not in said
+    assert said["sha256"]["evaluation.json"] == hashlib.sha256(evaluation).hexdigest()
+    copy = str(place / "small" / "calibration" / "recipe.toml")
+    assert main(["run", copy, "--model", str(place / "model"), "-o", "again"]) == 0
+    assert contents(Path("again")) == contents(place / "small")
+    assert contents(Path("again"))["calibration/evaluation.json"] == evaluation
 
 
 def test_a_result_made_by_a_recipe_holds_and_is_pruned_again(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from tests.cli.standins import EVALUATED
 from tests.support import tiny
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -128,10 +129,9 @@ def provenances() -> list[bytes]:
         "steps": [step],
         "layers": {"1": layer},
     }
-    chain = {
-        **whole,
-        "steps": [{**step, "num_experts_after": 3}, {**step, "num_experts_before": 3}],
-    }
+    sampling = {"min_p": 0.05, "top_k": 0, "do_sample": True}
+    last = {**step, "num_experts_before": 3, "sampling": sampling}
+    chain = {**whole, "steps": [{**step, "num_experts_after": 3}, last]}
     bare = {key: value for key, value in whole.items() if key != "steps"}
     every: list[dict[str, Any]] = [whole, chain, bare, {"layers": []}]
     return [json.dumps(one).encode() for one in every]
@@ -205,6 +205,11 @@ def _calibration() -> dict[str, Any]:
         "scores": {"3": {"reap": [0.5, 0]}},
         "accumulators": {"3": sums},
     }
+
+
+def evaluations() -> list[bytes]:
+    """One of two candidates on two parts."""
+    return [EVALUATED.file()]
 
 
 def _mix() -> dict[str, Any]:

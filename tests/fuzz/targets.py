@@ -47,6 +47,7 @@ from shardsurgeon.families.schema import (
     parse_family,
 )
 from shardsurgeon.layerwise.calibration_file import find_calibration, read_calibration
+from shardsurgeon.operations.evaluation_report import read_evaluation
 from shardsurgeon.pruning.analysis import view_alone
 from shardsurgeon.pruning.config_edits import pruned_config
 from shardsurgeon.pruning.keep_list_files import read_keeplist
@@ -294,6 +295,18 @@ def _calibration(path: Path) -> None:
 # torch.save's files
 
 
+def evaluation(data: bytes, scratch: Path) -> None:
+    """An evaluation.json, which is what it was when it is written again."""
+    path = _written(scratch, "e.json", data)
+    try:
+        found = read_evaluation(path)
+    except ScoreError:
+        return
+    again = read_evaluation(_written(scratch, "again.json", found.file()))
+    assert again.file() == found.file()
+    assert found.title and found._repr_html_()
+
+
 def torch_file(data: bytes, scratch: Path) -> None:
     """A whole `.pt`."""
     _torch(_written(scratch, "scores.pt", data))
@@ -413,7 +426,10 @@ _CONFIG_KEYS = (
 _KEEP_LISTS = [json.loads(raw) for raw in seeds.keep_lists()[:-1]]
 _KEEP_KEYS = ("kept", "dropped", "retained", "pruned", "layers", "num_experts", "mtp", "3", "kind")
 _PROVENANCES = [json.loads(raw) for raw in seeds.provenances()]
-_PROVENANCE_KEYS = ("format", "steps", "groups", "files", "include", "retained", "saliency", "2")
+_PROVENANCE_KEYS = (
+    *("format", "steps", "groups", "files", "include", "retained", "saliency", "2", "sampling"),
+    *("min_p", "top_k", "do_sample"),
+)
 
 TARGETS = [
     Target("header", header, seeds.headers, (*_JSON_WORDS, *_HEADER_WORDS)),
@@ -433,6 +449,7 @@ TARGETS = [
         lambda: [*seeds.scores_jsons(), *seeds.scores_safetensors(), *seeds.npz_files()],
         (b"PK\x05\x06", b"\x80\x02"),
     ),
+    Target("evaluation", evaluation, seeds.evaluations, (*_JSON_WORDS, b'"damage"', b'"parts"')),
     Target("torch-file", torch_file, seeds.torch_files, (*_PICKLE_WORDS, b"PK\x03\x04")),
     Target("torch-pickle", torch_pickle, seeds.torch_pickles, (*_PICKLE_WORDS, *_NAMES)),
     Target("npz-file", npz_file, seeds.npz_files, _NPY_WORDS),

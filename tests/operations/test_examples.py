@@ -13,7 +13,8 @@ from tests.support.hub.models import ROOT
 
 # These examples need a Hub to push to, those transformers.
 PUSHING = {"push", "PushReport"}
-WITH_TORCH = {"ArchitectureReport", "CalibrationReport", "calibrate"}
+WITH_TORCH = {"ArchitectureReport", "CalibrationReport", "EvaluationReport", "calibrate"}
+WITH_TORCH |= {"evaluate", "read_evaluation"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.torch if name in WITH_TORCH else ())
     for name in shardsurgeon.__all__

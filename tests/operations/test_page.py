@@ -25,6 +25,7 @@ from shardsurgeon.errors import (
 )
 from shardsurgeon.operations.page import report_page
 from shardsurgeon.operations.page_html import Point, Series, curve
+from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.units import format_size
 from tests.operations.workbench import scores_of
 from tests.support import pages
@@ -289,7 +290,7 @@ def _broken_probe(folder: Path) -> dict[str, Any]:
         (_no_probe, UsageError, "is no report of a probe"),
         (_broken_probe, UsageError, "is not what a probe wrote"),
         (lambda folder: {"scores": folder / "none.pt"}, ScoreError, "there is no such file"),
-        (lambda folder: {"evaluation": folder / "none.json"}, ScoreError, "cannot be read"),
+        (lambda folder: {"evaluation": folder / "none.json"}, ScoreError, "there is no such file"),
         (lambda folder: {"model": MODEL}, KeepListError, "was made for Kimi-K2.5, whose"),
     ],
 )
@@ -352,3 +353,18 @@ def test_a_curve_keeps_within_its_axes_whatever_it_is_given() -> None:
 
 def test_the_extra_that_draws_is_one_of_the_project() -> None:
     assert install("report").endswith("pip install '.[report]'")
+
+
+def test_a_pruned_folder_brings_its_own_scores_and_evaluation(tmp_path: Path) -> None:
+    shardsurgeon.apply(shardsurgeon.plan(MODEL, SCORES, ratio=0.5), tmp_path / "out")
+    pruned = shardsurgeon.open_checkpoint(tmp_path / "out")
+    record = pruned.provenance
+    assert record is not None
+    digest = str(record.steps[0].source.config_sha256)
+    kept = KeepList(32, {n: LayerKeep(x.retained, x.pruned) for n, x in record.layers.items()})
+    beside = tmp_path / "out" / "calibration" / "evaluation.json"
+    for sha256, measured in ((digest, True), ("d" * 64, False)):
+        beside.write_bytes(pages.evaluation(kept, sha256).file())
+        report_page(tmp_path / "out", tmp_path / "r.html", force=True)
+        assert ("0.65 (this page)" in text_of(tmp_path / "r.html")) is measured
+        assert all(layer["frequency"] for layer in embedded(tmp_path / "r.html")["layers"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import shardsurgeon
+from shardsurgeon.cli.evaluate import evaluate_command
 from shardsurgeon.errors import InputError, OutputError, ScoreError, UsageError
 from shardsurgeon.operations import python_calls
 from shardsurgeon.operations.python_calls import in_python
@@ -190,6 +191,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "inspect": (3,),
     "calibrate": (MODEL, 3, "out.npz"),
     "estimate_calibration": (MODEL, 3),
+    "evaluate": (MODEL, 3),
+    "read_evaluation": (None,),
     "show_scores": (None,),
     "plot_scores": (FILE, None),
     "report": ("plan.json", 3),
@@ -203,12 +206,15 @@ WRONG: dict[str, tuple[Any, ...]] = {
 }
 
 
+NEEDED = {"evaluate": {"dataset": "chats.txt", "out": "e.json"}}
+
+
 def test_every_public_function_refuses_wrong_types_and_names_the_argument() -> None:
     functions = [name for name in shardsurgeon.__all__ if name[0].islower()]
     assert set(functions) == WRONG.keys()
     for name, arguments in WRONG.items():
         with pytest.raises(UsageError) as caught:
-            getattr(shardsurgeon, name)(*arguments)
+            getattr(shardsurgeon, name)(*arguments, **NEEDED.get(name, {}))
         assert caught.value.remedy.startswith("give "), name
 
 
@@ -332,6 +338,23 @@ def test_progress_shows_a_bar_of_the_bytes(tmp_path: Path) -> None:
     with redirect_stderr(io.StringIO()) as said:
         shardsurgeon.scores_from_weights(MODEL, tmp_path / "weights.npz", progress=True)
     assert "100%" in said.getvalue()
+
+
+def test_an_evaluation_may_be_asked_for_as_a_calibration_and_as_on_the_command_line() -> None:
+    asked = inspect.signature(shardsurgeon.evaluate).parameters
+    calibrated = inspect.signature(shardsurgeon.calibrate).parameters
+    # What is about sums that are added up, and what says what is measured.
+    sums = {"extend", "share", "pack"}
+    prunes = {"scores", "ratio", "keep", "plan_files", "metric", "allocate"}
+    assert asked.keys() - calibrated.keys() == prunes
+    assert calibrated.keys() - asked.keys() == sums
+    same = asked.keys() - prunes - {"dataset", "out"}
+    assert {name: asked[name].default for name in same} == {
+        name: calibrated[name].default for name in same
+    }
+    shown = {"as_json", "verbose", "quiet", "layers"}
+    typed = {each.name for each in evaluate_command.params} - shown
+    assert typed - {"words"} | {"scores", "on_progress"} == asked.keys()
 
 
 def test_an_estimate_is_of_everything_that_a_calibration_may_be_asked_for() -> None:

@@ -33,6 +33,7 @@ EVERY = [
     *standins.SCORE_OPERATIONS.values(),
     standins.CALIBRATED,
     standins.PAGED,
+    standins.EVALUATED,
 ]
 
 

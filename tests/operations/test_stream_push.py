@@ -69,12 +69,14 @@ def test_scores_that_change_during_the_run_reach_no_commit(
     shell: Shell, source: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = tmp_path / "scores.pt"
-    scores.write_bytes(Path(scores_of(FAMILY)).read_bytes())
+    raw = Path(scores_of(FAMILY)).read_bytes()
+    scores.write_bytes(raw)
     pruning = api.plan("org/Tiny", scores, ratio=0.65, out=tmp_path / "out")
 
     def listen(progress: Progress) -> None:
-        if progress.shards_done == 1:
-            scores.write_bytes(scores.read_bytes()[::-1])
+        # Told more than once of as many shards, and of several at once.
+        if progress.shards_done >= 1:
+            scores.write_bytes(raw[::-1])
 
     monkeypatch.setenv("HF_TOKEN", source.token)
     with pytest.raises(SourceChangedError, match=r"scores\.pt: had SHA-256"):
@@ -403,3 +405,16 @@ def test_a_card_in_a_language_is_carried_over(shell: Shell, tmp_path: Path) -> N
     assert card.startswith("---\nbase_model:\n- org/Tiny\nbase_model_relation: finetune\n")
     assert "license: apache-2.0\n" in card and "- zh\n" in card
     assert subprocess.list2cmdline(["--ratio", "0.65"]) in card
+
+
+def test_sampling_settings_of_a_far_model_are_pushed_and_checked(
+    shell: Shell, source: LocalHub, tmp_path: Path
+) -> None:
+    ended = shell.here(*words("--stream-push", "me/small", "--sampling", "min_p=0.05"))
+    assert ended.status == 0, ended.stderr
+    there = downloaded(source, "me/small", tmp_path / "there")
+    before = json.loads((fixture_folder(FAMILY) / "generation_config.json").read_bytes())
+    written = json.loads((there / "generation_config.json").read_bytes())
+    assert written == before | {"min_p": 0.05, "do_sample": True}
+    assert api.verify("org/Tiny", there).differences == ()
+    assert "`min_p` 0.05, `do_sample` true" in (there / "README.md").read_text()
