@@ -48,15 +48,12 @@
   }
 
   function theme() {
-    const dark = !printing && matchMedia("(prefers-color-scheme: dark)").matches;
+    // Before paper is laid out, the style sheet still is that of the screen.
+    if (printing) return { text: "#57606a", cut: "#d55e00", gone: ["#ececec", "#8c8c8c"].map(rgb) };
     const style = getComputedStyle(document.documentElement);
-    return dark || !printing
-      ? {
-          text: style.getPropertyValue("--faint").trim(), cut: style.getPropertyValue("--cut").trim(),
-          ground: style.getPropertyValue("--ground").trim(),
-          gone: [style.getPropertyValue("--gone-low"), style.getPropertyValue("--gone-high")].map(rgb),
-        }
-      : { text: "#57606a", cut: "#d55e00", ground: "#fff", gone: ["#ececec", "#8c8c8c"].map(rgb) };
+    const [text, cut, low, high] = ["--faint", "--cut", "--gone-low", "--gone-high"]
+      .map((name) => style.getPropertyValue(name).trim());
+    return { text, cut, gone: [low, high].map(rgb) };
   }
 
   function rgb(hex) {
