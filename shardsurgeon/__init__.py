@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from shardsurgeon.operations.evaluation_api import evaluate, read_evaluation
     from shardsurgeon.operations.evaluation_report import EvaluationReport
     from shardsurgeon.operations.fit import FitReport
+    from shardsurgeon.operations.page import PageReport
+    from shardsurgeon.operations.picture_api import plot_scores, report
+    from shardsurgeon.operations.plots import PlotReport
     from shardsurgeon.operations.probe_report import ProbeReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import (
@@ -73,7 +76,9 @@ __all__ = [
     "FitReport",
     "InputError",
     "InspectReport",
+    "PageReport",
     "PlanReport",
+    "PlotReport",
     "ProbeReport",
     "Pruning",
     "PushReport",
@@ -96,10 +101,12 @@ __all__ = [
     "merge_scores",
     "open_checkpoint",
     "plan",
+    "plot_scores",
     "probe",
     "push",
     "read_evaluation",
     "read_scores",
+    "report",
     "scores_from_router",
     "scores_from_weights",
     "scores_random",
@@ -120,7 +127,9 @@ _HOMES = {
     "EvaluationReport": "operations.evaluation_report",
     "FitReport": "operations.fit",
     "InspectReport": "operations.reports",
+    "PageReport": "operations.page",
     "PlanReport": "pruning.report",
+    "PlotReport": "operations.plots",
     "ProbeReport": "operations.probe_report",
     "Pruning": "operations.prune",
     "PushReport": "operations.reports",
@@ -141,10 +150,12 @@ _HOMES = {
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
     "plan": "operations.api",
+    "plot_scores": "operations.picture_api",
     "probe": "operations.score_api",
     "push": "operations.api",
     "read_evaluation": "operations.evaluation_api",
     "read_scores": "operations.api",
+    "report": "operations.picture_api",
     "scores_from_router": "operations.score_api",
     "scores_from_weights": "operations.score_api",
     "scores_random": "operations.score_api",

@@ -22,6 +22,8 @@ from shardsurgeon.storage.source import Source, SourceFile
 from shardsurgeon.storage.threads import map_in_threads
 
 PLAN, SCORES, EVALUATION = "plan", "scores", "evaluation"
+PAGE_MARK = b"<!-- shardsurgeon report -->"
+"""What a page of `report` begins with, behind its doctype."""
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # Plans and scores show what they are within so many bytes.
@@ -34,7 +36,7 @@ _WELL_KNOWN = re.compile(
     r"|added_tokens|chat_template|tekken|modules|model_index)\.json"
     r"|(?:.*/)?(?:[^/]*-\d+-of-\d+|(?:[^/]*[-_])?model)\.safetensors|.*\.index\.json"
 )
-_MAY_BE_EITHER = (".json", ".jsonl", ".pt", ".npz", ".safetensors")
+_MAY_BE_EITHER = (".json", ".jsonl", ".pt", ".npz", ".safetensors", ".html")
 
 _OUR_PLAN = re.compile(rb'"kind"\s*:\s*"shardsurgeon-plan"|"num_experts_before"\s*:')
 _OUR_EVALUATION = re.compile(rb'\{\s*"kind"\s*:\s*"evaluation"\s*,\s*"format"\s*:\s*\d')
@@ -126,11 +128,13 @@ def named_by_configs(
 
 
 def recognised(name: str, head: bytes) -> str | None:
-    """`plan`, `scores` or `evaluation` for a file that begins so, whatever it is called; else
-    None."""
+    """`plan`, `scores` or `evaluation` for a file that begins so, whatever it is called, `report`
+    for a page; else None."""
     if _ROWS_ONLY.match(head):
         return SCORES if _NAMED_SCORES.search(name.rpartition("/")[2]) else None
     suffix = name.lower().rpartition(".")[2]
+    if suffix == "html":
+        return "report" if PAGE_MARK in head else None
     if suffix == "pt":
         is_scores = b"data.pkl" in head and _PICKLED.search(head)
     elif suffix == "npz":
@@ -149,8 +153,8 @@ def recognised(name: str, head: bytes) -> str | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """`plan`, `scores` or `evaluation` for a file on this machine, whatever it is called; None for
-    any other file, a pipe, and what cannot be read."""
+    """`plan`, `scores`, `evaluation` or `report` for a file on this machine, whatever it is called;
+    None for any other file, a pipe, and what cannot be read."""
     name = path.name
     if not name.lower().endswith(_MAY_BE_EITHER) or is_well_known(name) or not path.is_file():
         return None

@@ -80,7 +80,8 @@ def _metrics(context: click.Context, begun: str) -> list[CompletionItem]:
 _COMPLETED: dict[str, Complete] = {
     **dict.fromkeys(("scores", "file", "a", "b", "source", "files", "words"), _files),
     **dict.fromkeys(("--out", "--plan", "--dataset", "--extend", "--card", "--evaluation"), _files),
-    **dict.fromkeys(("--prompts", "--against"), _files),
+    **dict.fromkeys(("--prompts", "--against", "--scores", "--probe"), _files),
+    "place": _files,
     **dict.fromkeys(("--include", "--exclude"), _files),
     **dict.fromkeys(("model", "places", "pruned", "--model", "--tokenizer"), _folders),
     "--family": _auto_or_files,

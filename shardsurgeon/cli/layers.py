@@ -1,8 +1,9 @@
-"""The layers of a plan as a table: all of them, or their spread and the worst."""
+"""The layers of a plan as a table, all of them or their spread and the worst, and as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from shardsurgeon.cli.output import (
     percent,
     saliency,
     table,
+    width,
 )
 from shardsurgeon.pruning.request import MtpPolicy
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 # A table of so many layers is no longer than what would stand in its place.
 _FEW = 10
 _WORST = 5
+# From nothing to the tallest, and where a cut is; for terminals that can print them, and others.
+_BLOCKS, _LETTERS = (" ▁▂▃▄▅▆▇█", "│"), (" .:-=+*%#", "|")
 _SPREAD = ("lowest", "25%", "median", "75%", "highest")
 
 
@@ -56,9 +60,47 @@ def layer_lines(
         yield from mtp_legend(layers)
     else:
         yield from _summary(layers, headings)
+    if every:
+        yield from profile_lines((layer_number(x), x.profile, _share_kept(x)) for x in layers)
     if "saliency\ndropped" in headings:
         yield "  saliency dropped: share of a layer's saliency that goes with its experts"
         yield from no_accuracy(measuring)
+
+
+def profile_lines(
+    layers: Iterable[tuple[str, str, float | None]], meaning: str = ""
+) -> Iterator[str]:
+    """A line for each layer that has saliencies: these from the highest down, and the cut.
+
+    layers: (number, profile, the share of the experts before the cut, None for no cut); meaning: of
+    the cut. In blocks, or where stdout cannot print them in ASCII.
+    """
+    rows = [layer for layer in layers if layer[1]]
+    if not rows:
+        return
+    letters, cut = _BLOCKS if _prints("".join(_BLOCKS)) else _LETTERS
+    label = max(len(number) for number, *_ in rows)
+    yield ""
+    for number, profile, share in rows:
+        every = -(-len(profile) // (width() - label - 5))
+        drawn = "".join(letters[int(digit)] for digit in profile[::every])
+        if share is not None:
+            place = round(share * len(drawn))
+            drawn = f"{drawn[:place]}{cut}{drawn[place:]}"
+        yield f"  {number:>{label}}  {drawn}".rstrip()
+    yield f"  heights: roots of saliencies, the highest first; {cut} the cut{meaning}"
+
+
+def _share_kept(layer: LayerReport) -> float:
+    return layer.kept / (layer.kept + layer.pruned)
+
+
+def _prints(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeError, LookupError):
+        return False
+    return True
 
 
 def scored(layers: Sequence[LayerReport]) -> list[LayerReport]:

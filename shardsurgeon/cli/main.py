@@ -31,6 +31,7 @@ from shardsurgeon.cli.plan import plan_command
 from shardsurgeon.cli.probe import probe_command
 from shardsurgeon.cli.progress import PROGRAM
 from shardsurgeon.cli.push import push_command
+from shardsurgeon.cli.report import report_command
 from shardsurgeon.cli.run import run_command
 from shardsurgeon.cli.scores import scores_commands
 from shardsurgeon.cli.streams import StdoutLost, watched_streams
@@ -97,6 +98,7 @@ class _Commands(InOrder):
         calibrate_command,
         evaluate_command,
         probe_command,
+        report_command,
         run_command,
         families_command,
         env_command,
@@ -110,8 +112,7 @@ class _Commands(InOrder):
 @click.version_option(__version__, "--version", "-V", prog_name=PROGRAM)
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Remove whole experts from a Mixture-of-Experts checkpoint, byte by byte, by
-    a file of expert scores; the model is never loaded. In a model's folder:
+    """Remove whole experts from a Mixture-of-Experts checkpoint. In its folder:
 
     \b
       shardsurgeon inspect

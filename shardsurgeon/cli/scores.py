@@ -10,7 +10,9 @@ import click
 from shardsurgeon.cli.blend import blend_command
 from shardsurgeon.cli.compare import compare_command
 from shardsurgeon.cli.help import Command
+from shardsurgeon.cli.layers import profile_lines
 from shardsurgeon.cli.options import (
+    OUT,
     InOrder,
     family_option,
     json_option,
@@ -32,6 +34,8 @@ from shardsurgeon.cli.output import (
     width,
 )
 from shardsurgeon.cli.plan import note_lines
+from shardsurgeon.cli.values import ratios
+from shardsurgeon.errors import UsageError
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted
 
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from shardsurgeon.pruning.analysis import Gap, ShownLayerReport
 
 # Of the shares that the report has, those that fit a table of 80 columns, and a wide one.
+# Where a layer's profile is cut.
+_DRAWN = "0.05"
 _SHARES, _MORE_SHARES, _WIDE = ("0.05", "0.25"), ("0.01", "0.05", "0.1", "0.25"), 100
 
 
@@ -98,12 +104,20 @@ def _shown_lines(report: ScoresReport, measures: Sequence[str]) -> Iterator[str]
     yield ""
     yield from table(_shown_headings(), (_shown_row(report, layer) for layer in report.layers))
     yield from mtp_legend(report.layers)
+    rows = ((layer_number(x), x.profile, _share_kept(x)) for x in report.layers)
+    yield from profile_lines(rows, f" at {float(_DRAWN):.0%}")
     yield "  widest gap: experts below it, and how many times as high the next score is"
     yield from no_accuracy(measures)
     yield ""
     yield from _cuts(report)
     yield from _shown_parts(report)
     yield from (line for note in report.notes for line in fact("note", note))
+
+
+def _share_kept(layer: ShownLayerReport) -> float | None:
+    """The share of the experts that stay where what _DRAWN says may go."""
+    removed = layer.removable.get(_DRAWN)
+    return None if removed is None else 1 - removed / layer.num_experts
 
 
 def _calibration(settings: dict[str, object]) -> str:
@@ -189,6 +203,55 @@ def _shown_parts(report: ScoresReport) -> Iterator[str]:
         for part in report.parts
     )
     yield from table(("part", "records", "tokens", *ratios), rows)
+
+
+@click.command("plot", cls=Command)
+@click.argument("file", metavar="FILE")
+@click.option(
+    "--ratio",
+    "-r",
+    metavar="R",
+    callback=ratios,
+    help="Draw the cut where this share of each layer's experts goes.",
+)
+@click.option("--evaluation", metavar="FILE", help="What `evaluate` measured, for the curve.")
+@click.option("--metric", metavar="NAME", help="Which metric to draw.  [default: reap]")
+@click.option(*OUT, "out", metavar="FILE", required=True, help="The picture, .png or .svg.")
+@click.option("--force", is_flag=True, help="Replace another picture that lies there.")
+@progress_option
+@json_option
+def plot_command(
+    file: str,
+    ratio: tuple[float, ...],
+    evaluation: str | None,
+    metric: str | None,
+    out: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Draw the saliencies, the cut and what prunes cost, as a picture.
+
+    For papers and model cards. Without --evaluation the curve is the share of
+    saliency that goes, which is no accuracy.
+
+    \b
+    Examples:
+      shardsurgeon scores plot scores.pt --ratio 0.65 -o saliency.svg
+      shardsurgeon scores plot scores.pt --evaluation e.json -o damage.png
+    """
+    from shardsurgeon.operations import plots
+
+    if len(ratio) > 1:
+        raise UsageError("--ratio", f"{len(ratio)} ratios at once", "give one, for one cut")
+    report = plots.plot_scores(
+        file,
+        out,
+        ratio=ratio[0] if ratio else None,
+        evaluation=evaluation,
+        metric=metric,
+        force=force,
+    )
+    emit(report, [report.title], as_json, told_otherwise=True)
 
 
 @click.command("convert", cls=Command)
@@ -395,6 +458,7 @@ def _baseline_lines(report: RouterScoresReport | BaselineReport) -> Iterator[str
     cls=InOrder,
     commands=[
         show_command,
+        plot_command,
         compare_command,
         convert_command,
         merge_command,

@@ -254,3 +254,20 @@ def _checked(made: Made) -> Made:
                     raise ValueError(f"{field.name} is {number}")
                 object.__setattr__(made, field.name, number)
     return made
+
+
+def by_way(found: EvaluationReport) -> dict[str, list[CandidateDamage]]:
+    """Way of choosing, as candidates' names say it behind the ratio ("" where they say none) →
+    those that were asked for by ratio."""
+    ways: dict[str, list[CandidateDamage]] = {}
+    for each in found.candidates:
+        first, _, rest = each.name.partition(" ")
+        if first.replace(".", "", 1).isdecimal():
+            ways.setdefault(rest, []).append(each)
+    return ways
+
+
+def by_plan(found: EvaluationReport) -> list[CandidateDamage]:
+    """The candidates that were not asked for by ratio."""
+    others = [each for way in by_way(found).values() for each in way]
+    return [each for each in found.candidates if each not in others]

@@ -29,6 +29,8 @@ LIMITS = (0.01, 0.05, 0.1, 0.25)
 _ROUNDING = 1e-12
 # Where a gap is looked for: outliers at either end are no place to cut.
 _GAP_FROM, _GAP_TO = 0.1, 0.9
+# Of a profile: no more steps than a line of a terminal has, and no taller than blocks can show.
+_STEPS, _TALLEST = 64, 8
 # With as many digits a float64 is spelled exactly: no shorter ratio is left to be found.
 _MAX_DIGITS = 17
 
@@ -52,7 +54,7 @@ class ShownLayerReport:
     max: over finite scores, None without any. never_routed: ids that no token reached;
     super_experts, preserved: ids with extreme activations, and those that the file marks with
     +inf. removable: share of the saliency (as text) → experts that can go at no more than that
-    cost; empty where shares mean nothing.
+    cost; empty where shares mean nothing. profile: as `profile` gives it.
     """
 
     layer: int | str
@@ -66,6 +68,7 @@ class ShownLayerReport:
     preserved: tuple[int, ...]
     removable: dict[str, int]
     gap: Gap | None
+    profile: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,7 @@ class ScoreAnalysis:
             preserved=tuple(np.flatnonzero(np.isposinf(values)).tolist()),
             removable=_removable(values, _groups_of(len(values), self.facts)),
             gap=widest_gap(values),
+            profile=profile(values),
         )
 
 
@@ -212,6 +216,21 @@ def lost_shares(values: Values, n_group: int = 1) -> Values | None:
     ascending = np.take_along_axis((known / top).reshape(n_group, -1), order, axis=1)
     lost = np.concatenate([[0.0], np.cumsum(ascending.sum(axis=0))])
     return np.asarray(lost / lost[-1])
+
+
+def profile(values: Values) -> str:
+    """The saliencies of a layer from the highest down, as one digit for each of at most 64 steps.
+
+    values: float64 [experts], as in `lost_shares`; +inf counts as the highest, NaN as 0. A digit is
+    the root of the mean of its step over the highest finite saliency, in eighths: most of a layer's
+    saliencies are far below the highest. "" where none is above 0.
+    """
+    top = values[np.isfinite(values)].max(initial=0.0)
+    if top <= 0:
+        return ""
+    known = np.clip(np.nan_to_num(values / top, nan=0.0, posinf=1.0), 0.0, 1.0)
+    steps = np.array_split(np.sort(known)[::-1], min(_STEPS, len(known)))
+    return "".join(str(round(_TALLEST * math.sqrt(step.mean()))) for step in steps)
 
 
 def ratio_of(removed: int, experts: int) -> float:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import PER_LAYER_KEY
@@ -21,6 +23,7 @@ from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
 from shardsurgeon.families.schema import all_families
+from shardsurgeon.pruning.analysis import profile
 from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer, stale_counts
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.fit import MachineFit
@@ -43,6 +46,7 @@ class LayerReport:
     where there is no saliency. saliency_dropped: share of the layer's saliency that goes, 0 to
     1; saliency_dropped_uniform: the same had every layer kept as many, None without
     --allocate. policy: where the choice comes from (`scores`, `router-norm`, `last`, `plan`).
+    profile: the saliencies from the highest down, as `analysis.profile` gives them.
     """
 
     layer: int
@@ -56,6 +60,7 @@ class LayerReport:
     saliency_dropped: float | None
     policy: str
     saliency_dropped_uniform: float | None = None
+    profile: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +318,7 @@ def _layer_report(layer: int, keep: LayerKeep, anatomy: Anatomy, decision: Decis
         saliency_dropped=dropped_share(keep),
         policy=decision.policies.get(layer, "scores"),
         saliency_dropped_uniform=None if uniform is None else dropped_share(uniform),
+        profile="" if keep.saliency is None else profile(np.array(keep.saliency, dtype=float)),
     )
 
 

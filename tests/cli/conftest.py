@@ -12,6 +12,8 @@ from shardsurgeon.operations import (
     evaluate,
     fit,
     inspect,
+    page,
+    plots,
     probe,
     prune,
     push,
@@ -33,12 +35,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (push, "push"),
         (evaluate, "evaluate"),
         (probe, "probe"),
+        (page, "report_page"),
     ):
         monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(prune, "compare", operations_.compare)
     monkeypatch.setattr(prune, "save_plan", FakePruning.save_plan)
     for name in SCORE_OPERATIONS:
-        module = blend if name == "blend_scores" else scores
+        module = {"blend_scores": blend, "plot_scores": plots}.get(name, scores)
         monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(calibration, "calibrate", operations_.answer("calibrate"))
     monkeypatch.setattr(calibration, "rehearse", operations_.answer("rehearse"))

@@ -22,6 +22,8 @@ from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.evaluation_report import EvaluationReport
 from shardsurgeon.operations.families import FamiliesReport
 from shardsurgeon.operations.fit import FitReport
+from shardsurgeon.operations.page import PageReport
+from shardsurgeon.operations.plots import PlotReport
 from shardsurgeon.operations.probe_report import ProbeReport
 from shardsurgeon.operations.reports import (
     ApplyReport,
@@ -49,6 +51,7 @@ COMMANDS: dict[str, type[Report]] = {
     "verify": VerifyReport,
     "push": PushReport,
     "scores show": ScoresReport,
+    "scores plot": PlotReport,
     "scores compare": ComparisonReport,
     "scores convert": WrittenScoresReport,
     "scores merge": WrittenScoresReport,
@@ -60,6 +63,7 @@ COMMANDS: dict[str, type[Report]] = {
     "calibrate --dry-run": CalibrationEstimate,
     "evaluate": EvaluationReport,
     "probe": ProbeReport,
+    "report": PageReport,
     "run": RunReport,
     "families": FamiliesReport,
     "env": EnvReport,

@@ -19,6 +19,8 @@ from shardsurgeon.operations.evaluation_report import (
     PartDamage,
 )
 from shardsurgeon.operations.fit import FitReport
+from shardsurgeon.operations.page import PageReport
+from shardsurgeon.operations.plots import PlotReport
 from shardsurgeon.operations.probe_report import (
     OriginalReport,
     ProbeReport,
@@ -222,8 +224,11 @@ COMPARED = ComparisonReport(
     only_b=(92,),
 )
 
+PLOTTED = PlotReport("picture.png", "scores.pt", "reap", 60, 384, 249, 0)
+
 SCORE_OPERATIONS = {
     "show_scores": SHOWN,
+    "plot_scores": PLOTTED,
     "compare_scores": COMPARED,
     "convert_scores": WRITTEN,
     "merge_scores": WRITTEN,
@@ -337,6 +342,16 @@ PROBED = ProbeReport(
     refusals=(RefusedReport("http://gpu:8000/v1", "chats.jsonl, record 7", "400 Bad Request"),),
 )
 
+PAGED = PageReport(
+    out="report.html",
+    model="Kimi-K2.5",
+    layers=60,
+    num_experts=384,
+    holds=("map", "cost", "layers", "origin", "again"),
+    nbytes=769_000,
+    notes=("a note",),
+)
+
 
 def damage(perplexity: float, kl: float, agreement: float) -> Damage:
     """Of so many tokens that no other stand-in has."""
@@ -431,6 +446,7 @@ class FakeOperations:
     push: Any = PUSHED
     evaluate: Any = EVALUATED
     probe: Any = PROBED
+    report_page: Any = PAGED
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def answer(self, name: str) -> Callable[..., Any]:

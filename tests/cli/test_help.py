@@ -18,8 +18,9 @@ from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
 COMMANDS = ["inspect", "fit", "plan", "apply", "verify", "push", "scores", "calibrate", "evaluate"]
-COMMANDS += ["probe", "run", "families", "env", "completion"]
-SCORES = ["show", "compare", "convert", "merge", "blend", "from-router", "from-weights", "random"]
+COMMANDS += ["probe", "report", "run", "families", "env", "completion"]
+SCORES = ["show", "plot", "compare", "convert", "merge", "blend", "from-router", "from-weights"]
+SCORES += ["random"]
 WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]
 
 

@@ -47,6 +47,7 @@ SESSIONS = {
     "scores from-router": [("model", "-o", "router.npz")],
     "scores from-weights": [("model", "-o", "weights.npz")],
     "scores random": [("model", "-o", "random.npz")],
+    "report": [("pruned", "-o", "report.html"), ("pruned", "-o", "report.html")],
     "calibrate --dry-run": [("model",), ("model", "--device", "cpu", "--memory", "1MB")],
     "probe": [
         ("SERVER", "--prompts", "chats.txt", "--samples", "3", "-o", "probe.json"),
@@ -123,7 +124,7 @@ def test_every_command_with_json_has_a_schema() -> None:
         if any("--json" in option.opts for option in command.params)
     }
     assert with_json == COMMANDS.keys() - {"calibrate --dry-run"}
-    assert SESSIONS.keys() == COMMANDS.keys() - {"push", "calibrate", "evaluate"}
+    assert SESSIONS.keys() == COMMANDS.keys() - {"push", "calibrate", "evaluate", "scores plot"}
 
 
 @pytest.mark.parametrize("name", SESSIONS)

@@ -45,6 +45,7 @@ needs_torch = pytest.mark.torch
         ),
         (("scores", "convert", f"{MODEL}/scores.pt", "-o", "new.pt"), ALL, "torch"),
         (("scores", "from-router", MODEL, "-o", "new.pt"), ALL, "torch"),
+        (("scores", "plot", f"{MODEL}/scores.pt", "-o", "new.png"), ("matplotlib",), "report"),
         (("inspect", "s3://bucket/model"), ALL, "s3"),
         (("inspect", "s3a://bucket/model"), ALL, "s3"),
         (("inspect", "gs://bucket/model"), ALL, "gs"),

@@ -26,6 +26,7 @@ WITH_MODEL = {
     "from-router": ("scores", "from-router", *OUT),
     "from-weights": ("scores", "from-weights", *OUT),
     "random": ("scores", "random", *OUT),
+    "report": ("report", "plan.json", *OUT),
 }
 # Those of them with a positional for it, which comes before other positionals.
 POSITIONAL = ["inspect", "verify", "calibrate", "evaluate", "from-router", "from-weights", "random"]

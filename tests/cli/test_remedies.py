@@ -38,6 +38,7 @@ SPEAKERS = {
     "cli/options.py": ["plan", "apply"],
     "cli/plan.py": ["plan"],
     "cli/probe.py": ["probe"],
+    "cli/scores.py": ["scores plot"],
     "execution/": ["apply"],
     "families/": [*MODELS, "push"],
     "layerwise/": ["calibrate"],
@@ -45,6 +46,9 @@ SPEAKERS = {
     "operations/measured.py": ["evaluate"],
     "operations/asking.py": ["probe"],
     "operations/intervals.py": ["probe"],
+    "operations/page.py": ["report"],
+    "operations/page_content.py": ["report"],
+    "operations/page_subject.py": ["report"],
     "operations/kept_answers.py": ["probe"],
     "operations/probe.py": ["probe"],
     "operations/probe_report.py": ["probe"],
@@ -85,9 +89,10 @@ NARROWER = {
     ("storage/files.py", "-o"): [name for name in OPTIONS if "--out" in OPTIONS[name]],
     ("storage/hub/repository.py", "--restart"): ["apply"],
 }
-# Command lines of a card and of another program, and spellings of options.
+# Command lines of a card, of a page and of another program, and spellings of options.
 ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py"}
-ELSEWHERE |= {"operations/serving.py", "cli/push.py", "pruning/fit.py"}
+ELSEWHERE |= {"operations/page_commands.py", "operations/serving.py", "cli/push.py"}
+ELSEWHERE |= {"pruning/fit.py"}
 
 
 def strings(tree: ast.AST) -> Iterator[str]:

@@ -16,6 +16,7 @@ from tests.cli.standins import SCORE_OPERATIONS, SCORED, FakeOperations, Run
 WORDS = ("scores", "from-router", "-o", "scores.safetensors")
 EVERY = {
     "show_scores": ("show", "scores.pt"),
+    "plot_scores": ("plot", "scores.pt", "--ratio", "0.65", "-o", "picture.png"),
     "compare_scores": ("compare", "scores.pt", "router.json"),
     "convert_scores": ("convert", "a.pt", "-o", "b.json"),
     "merge_scores": ("merge", "a.pt", "b.pt", "-o", "both.pt"),
@@ -63,6 +64,13 @@ BLEND = {
         (
             ("scores", "show", "s.pt", "--model", "/models/K2", "--metric", "ean_sum"),
             (("s.pt", "/models/K2"), {"metric": "ean_sum", "family": None}),
+        ),
+        (
+            ("scores", "plot", "s.pt", "-r", "65%", "--evaluation", "e.json", "-o", "p.svg"),
+            (
+                ("s.pt", "p.svg"),
+                {"ratio": 0.65, "evaluation": "e.json", "metric": None, "force": False},
+            ),
         ),
         (
             ("scores", "convert", "a.pt", "-o", "b.json"),

@@ -27,8 +27,9 @@ os.environ["SHARDSURGEON_PROGRESS"] = "none"
 RECORDED = Path(__file__).with_name("recorded.txt")
 FAMILIES = ["deepseek_v3", "kimi_k2", "kimi_k25", "kimi_linear", "qwen3_5_moe", "qwen3_moe"]
 COMMANDS = ["inspect", "plan", "apply", "verify", "push", "scores", "calibrate", "probe"]
-COMMANDS += ["run", "families", "env", "completion"]
-SCORES = ["show", "compare", "convert", "merge", "blend", "from-router", "from-weights", "random"]
+COMMANDS += ["report", "run", "families", "env", "completion"]
+SCORES = ["show", "plot", "compare", "convert", "merge", "blend", "from-router", "from-weights"]
+SCORES += ["random"]
 # What differs from one run, or one machine, to the next.
 _PASSING = [
     (re.compile(r'("(?:\w+_)?seconds?": )[\d.e-]+'), r"\1SECONDS"),
@@ -92,6 +93,7 @@ def _family(folder: Path) -> Iterator[str]:
         yield _run("plan", *take, "--ratio", "0.25,0.5")
         yield _run("plan", *take, "--ratio", "0.5", "-o", "plan.json")
         yield _files(folder, "plan.json")
+        yield _run("report", "plan.json", "--scores", "scores.pt", "-o", "report.html")
         yield _run("plan", *take, "--ratio", "0.5", "--mtp", "last", "--json")
         yield _run("plan", *take, "--target-size", "600kB", "--preserve-super-experts")
         yield _run("plan", *take, "--ratio", "0.5", "--allocate", "global")
@@ -178,6 +180,9 @@ def _refusals(folder: Path) -> Iterator[str]:
             ("scores", "convert", "scores.pt", "-o", "scores.xyz"),
             ("scores", "merge", "scores.pt", "-o", "merged.npz"),
             ("scores", "show", "model/config.json"),
+            ("scores", "plot", "scores.pt", "-o", "picture.pdf"),
+            ("report", "scores.pt", "-o", "report.html"),
+            ("report", "model", "-o", "report.html"),
         ):
             yield _run(*words)
         for case, change in _SPOILT.items():

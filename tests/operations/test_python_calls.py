@@ -195,6 +195,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "evaluate": (MODEL, 3),
     "read_evaluation": (None,),
     "show_scores": (None,),
+    "plot_scores": (FILE, None),
+    "report": ("plan.json", 3),
     "compare_scores": (FILE, 3),
     "convert_scores": (FILE, None),
     "blend_scores": (FILE, "out.npz"),

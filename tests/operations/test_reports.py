@@ -32,6 +32,7 @@ EVERY = [
     *(standins.INSPECTED, standins.PLANNED, standins.APPLIED, standins.VERIFIED, standins.PUSHED),
     *standins.SCORE_OPERATIONS.values(),
     standins.CALIBRATED,
+    standins.PAGED,
     standins.EVALUATED,
 ]
 

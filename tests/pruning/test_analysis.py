@@ -15,6 +15,7 @@ from shardsurgeon.pruning.analysis import (
     ScoreAnalysis,
     SuggestedCut,
     lost_shares,
+    profile,
     ratio_of,
     suggested_cuts,
     view_alone,
@@ -178,6 +179,21 @@ def test_a_layer_is_told_by_its_known_values() -> None:
     assert other.removable == {} and other.gap is None
     alone = ScoreAnalysis("reap", values, {}, None).layers()
     assert [(layer.is_mtp, layer.super_experts) for layer in alone] == [(None, ())] * 2
+
+
+def test_a_profile_is_the_roots_of_the_saliencies_from_the_highest_down() -> None:
+    assert profile(np.array([1.0, NAN, 4.0, 0.0, 0.25])) == "84200"
+    assert profile(np.array([1.0, INF, 4.0])) == "884"
+    assert profile(np.array([0.0, NAN])) == profile(np.array([INF])) == ""
+    pairs = np.repeat([16.0, 1.0], 64)
+    assert profile(pairs) == "8" * 32 + "2" * 32
+
+
+@given(st.lists(st.floats(min_value=0, max_value=1e300), min_size=1, max_size=200))
+def test_a_profile_never_rises_and_fits_a_line(values: list[float]) -> None:
+    found = profile(np.array(values))
+    assert list(found) == sorted(found, reverse=True)
+    assert len(found) == (min(len(values), 64) if max(values) > 0 else 0)
 
 
 def test_super_experts_are_found_where_every_layer_has_their_metric() -> None:

@@ -36,6 +36,7 @@ HEAVY = {
     "compressed_tensors",
     "datasets",
     "loguru",
+    "matplotlib",
     "nbclient",
     "nbformat",
     "tokenizers",

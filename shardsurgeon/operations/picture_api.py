@@ -1,0 +1,49 @@
+"""Pages and pictures, for notebooks and pipelines."""
+
+from __future__ import annotations
+
+from shardsurgeon.operations import plots
+from shardsurgeon.operations.page import PageReport, report_page
+from shardsurgeon.operations.python_calls import AnyPath, as_text, public
+
+plot_scores = public(plots.plot_scores)
+
+
+@public
+def report(
+    place: AnyPath,
+    out: AnyPath,
+    *,
+    scores: AnyPath | None = None,
+    evaluation: AnyPath | None = None,
+    probe: AnyPath | None = None,
+    model: AnyPath | None = None,
+    family: AnyPath | None = None,
+    force: bool = False,
+) -> PageReport:
+    """Write one page about a plan, or a pruned folder, that can be sent.
+
+    place: a file that `write_plan` saved, or a folder that `apply` wrote; out: the .html file.
+    scores: what the plan was made from, by default what a folder keeps; evaluation: what was
+    measured of the unpruned model's prunes; probe: what was found of the pruned model's answers.
+    model: that of a plan, which gives sizes; family: as for `plan`. force: replace another report.
+
+    Raises KeepListError, CheckpointError, ScoreError and UsageError for a file that is missing,
+    broken, or about another model; OutputError where `out` holds something else.
+
+    >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
+    >>> plan.write_plan("keep.json")
+    True
+    >>> shardsurgeon.report("keep.json", "report.html", scores="fixtures/kimi_k25/scores.pt")
+    kimi_k25: 32 experts in 3 layers -> report.html
+    """
+    return report_page(
+        place,
+        out,
+        scores=scores,
+        evaluation=evaluation,
+        probe=probe,
+        model=model,
+        family=as_text(family),
+        force=force,
+    )
