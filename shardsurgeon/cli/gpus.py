@@ -51,6 +51,13 @@ FIT = click.option(
 )
 
 
+_GPUS = click.option(
+    "--gpus",
+    metavar="MACHINES",
+    help="Show the KV cache that is left on GPUs, such as 4x80GB,2x141GB.",
+)
+
+
 def _is_given(value: object) -> bool:
     """Whether an option was given: 0 is a value, and refused as one."""
     return value is not None and value is not False
@@ -78,6 +85,25 @@ def selected(given: dict[str, Any]) -> dict[str, Any]:
     return {**of_selection, "fit": fit_request(given["fit"], given, "--fit")}
 
 
+def gpus_options(command: Any) -> Any:
+    """Add `--gpus` and SERVING to a command without a selection; received as `gpus`, a FitRequest
+    or None. Raises UsageError where an option says how a model is served, and none on what."""
+
+    @functools.wraps(command)
+    def with_gpus(*args: Any, gpus: str | None, **given: Any) -> Any:
+        serving = {name: given.pop(name) for name in SERVING}
+        named = next((name for name, value in serving.items() if _is_given(value)), None)
+        if gpus is None and named:
+            option = f"--{named.replace('_', '-')}"
+            raise UsageError(option, "is about GPUs, and none are named", "name them with --gpus")
+        request = None if gpus is None else fit_request(gpus, serving, "--gpus")
+        return command(*args, gpus=request, **given)
+
+    return functools.reduce(
+        lambda done, option: option(done), [*reversed(SERVING.values()), _GPUS], with_gpus
+    )
+
+
 def gpus_option(command: Any) -> Any:
     """Add `--gpus` to a command with a selection; received as `gpus`, a FitRequest or None."""
 
@@ -86,8 +112,4 @@ def gpus_option(command: Any) -> Any:
         request = None if gpus is None else fit_request(gpus, given, "--gpus")
         return command(*args, gpus=request, **given)
 
-    return click.option(
-        "--gpus",
-        metavar="MACHINES",
-        help="Show the KV cache that is left on GPUs, such as 4x80GB,2x141GB.",
-    )(with_gpus)
+    return _GPUS(with_gpus)

@@ -15,7 +15,17 @@ SECTIONS = {
     _HOW_MUCH: ("--ratio", "--keep", "--target-size", "--fit", "--plan"),
     "Samples": ("--dataset", "--prompts", "--samples", "--max-length"),
     "Model and output": (
-        *("--model", "--out", "--dry-run", "--restart", "--force", "--layers", "--evaluation"),
+        *(
+            "--model",
+            "--out",
+            "--dry-run",
+            "--restart",
+            "--force",
+            "--layers",
+            "--evaluation",
+            "--scores",
+            "--probe",
+        ),
     ),
     "Comparison": ("--against", "--detect"),
     "Sampling": (

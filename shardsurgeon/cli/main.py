@@ -115,7 +115,6 @@ def cli(context: click.Context) -> None:
     """Remove whole experts from a Mixture-of-Experts checkpoint. In its folder:
 
     \b
-      shardsurgeon inspect
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
       shardsurgeon apply scores.pt --ratio 0.65
     """

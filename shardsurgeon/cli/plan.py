@@ -97,7 +97,8 @@ def plan_command(
     if force and plan_out is None:
         raise UsageError("--force", "is about a file that -o names", "give -o as well")
     measures = () if evaluation else measuring(model, scores, requests, family)
-    how: dict[str, Any] = {"family": family, "follow_links": follow_links, "evaluation": evaluation}
+    how: dict[str, Any] = {"family": family, "follow_links": follow_links}
+    how |= {"evaluation": evaluation, "gpus": gpus}
     if len(requests) > 1:
         if plan_out is not None:
             problem = f"one file cannot hold the keep-lists of {len(requests)} ratios"

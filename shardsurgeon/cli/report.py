@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardsurgeon.cli.gpus import gpus_options
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
     OUT,
@@ -23,6 +24,7 @@ from shardsurgeon.units import format_size
 
 if TYPE_CHECKING:
     from shardsurgeon.operations.page import PageReport
+    from shardsurgeon.pruning.machines import FitRequest
 
 
 @click.command("report", cls=Command)
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--evaluation", metavar="FILE", help="What `evaluate` measured of the model.")
 @click.option("--probe", metavar="FILE", help="What `probe` found of the pruned model's answers.")
+@gpus_options
 @model_option
 @click.option(*OUT, "out", metavar="FILE", required=True, help="The page, .html.")
 @click.option("--force", is_flag=True, help="Replace another report that lies there.")
@@ -43,6 +46,7 @@ def report_command(
     scores: str | None,
     evaluation: str | None,
     probe: str | None,
+    gpus: FitRequest | None,
     model: str | None,
     out: str,
     force: bool,
@@ -71,6 +75,7 @@ def report_command(
         scores=scores,
         evaluation=evaluation,
         probe=probe,
+        gpus=gpus,
         model=model,
         family=family,
         force=force,

@@ -19,6 +19,8 @@ from pathlib import Path
 from string import Template
 
 from shardsurgeon._version import __version__
+from shardsurgeon.checkpoint.anatomy import read_anatomy
+from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.provenance import LayerRecord
 from shardsurgeon.checkpoint.recognition import EVALUATION, PAGE_MARK, SCORES
 from shardsurgeon.checkpoint.wrong_files import require_file
@@ -39,10 +41,12 @@ from shardsurgeon.operations.page_subject import (
     with_scores,
 )
 from shardsurgeon.operations.probe_report import read_probe
+from shardsurgeon.pruning.fit import ASSUMED, Fit
+from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.reports import Report, document
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.files import Output, output_path
-from shardsurgeon.units import counted
+from shardsurgeon.units import counted, format_size
 
 AnyPath = str | os.PathLike[str]
 
@@ -89,6 +93,7 @@ def report_page(
     probe: AnyPath | None = None,
     model: AnyPath | None = None,
     family: str | None = None,
+    gpus: FitRequest | None = None,
     fit: Table | None = None,
     force: bool = False,
 ) -> PageReport:
@@ -96,9 +101,10 @@ def report_page(
 
     out: the .html file. scores: what the plan was made from; evaluation: of the unpruned model; of
     a folder, by default those that it keeps. probe: of the pruned model, served. model: of
-    a plan, for its sizes; family: as for `plan`. fit: which machines it fits. force: replace
-    another page. Raises KeepListError, CheckpointError, ScoreError or
-    UsageError for a file that is missing, broken, or about another model.
+    a plan, for its sizes; family: as for `plan`. gpus: machines that the page says the room of, for
+    which a plan needs its model; fit: such a table that is made already. force: replace another
+    page. Raises KeepListError, CheckpointError, ScoreError or UsageError for a file that is
+    missing, broken, or about another model.
     """
     given = [Path(each) for each in (place, scores, evaluation, probe) if each is not None]
     output = Output(output_path(out), "a report", is_page, force).apart_from(given)
@@ -106,10 +112,15 @@ def report_page(
     if subject.is_prune and model is not None:
         problem = f"gives sizes to a plan, and {os.fspath(place)} is a pruned model"
         raise UsageError("--model", problem, "leave it out")
+    if gpus is not None and model is None and not subject.is_prune:
+        problem = f"says what {os.fspath(place)} leaves of GPUs, and its model is not named"
+        raise UsageError("--gpus", problem, "name it with --model")
     if subject.is_prune:
         scores = scores or _kept(place, SCORES, partial(_scored, subject))
         checked = partial(read_evaluation_of, subject=subject)
         evaluation = evaluation or _kept(place, EVALUATION, checked)
+    if gpus is not None:
+        fit = _room(place if model is None else model, family, subject, gpus)
     said: Mapping[str, object] = {}
     if scores is not None:
         subject, said = _scored(subject, scores)
@@ -149,6 +160,30 @@ def report_page(
         notes=notes,
         written=written,
     )
+
+
+def _room(model: AnyPath, family: str | None, subject: Subject, gpus: FitRequest) -> Table:
+    """What a prune leaves of machines. model: the pruned folder, or the one that a plan is of."""
+    checkpoint = open_model(model, family, follow_links=True)
+    anatomy = read_anatomy(checkpoint)
+    fit = Fit(checkpoint, anatomy, gpus)
+    kept = anatomy.experts_per_layer
+    if not subject.is_prune:
+        kept = {n: len(keep.retained) for n, keep in subject.keep.layers.items()}
+    rows = []
+    for machine in gpus.machines:
+        found = fit.on(machine, [kept])
+        if not found.rows:
+            rows.append([found.machine, found.problem or "-", "-", "-", "-"])
+            continue
+        (row,) = found.rows
+        cells = [format_size(row.weights_nbytes), format_size(max(row.cache_nbytes, 0))]
+        cells += [f"{row.tokens:,}", f"{row.longest_context:,}" if row.longest_context else "-"]
+        rows.append([found.machine, *cells])
+    headings = ["machine", "weights per GPU", "KV cache per GPU", "KV tokens", "longest context"]
+    sequences = counted(gpus.sequences, "sequence")
+    legend = f"Longest context: of {sequences} at a time. Computed from headers and config, with:"
+    return Table(headings, rows, (legend, *ASSUMED))
 
 
 def is_page(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shardsurgeon.operations import plots
 from shardsurgeon.operations.page import PageReport, report_page
 from shardsurgeon.operations.python_calls import AnyPath, as_text, public
+from shardsurgeon.pruning.machines import FitRequest, parse_machines
 
 plot_scores = public(plots.plot_scores)
 
@@ -17,6 +18,9 @@ def report(
     scores: AnyPath | None = None,
     evaluation: AnyPath | None = None,
     probe: AnyPath | None = None,
+    gpus: str | None = None,
+    context: int | None = None,
+    sequences: int = 16,
     model: AnyPath | None = None,
     family: AnyPath | None = None,
     force: bool = False,
@@ -26,6 +30,8 @@ def report(
     place: a file that `write_plan` saved, or a folder that `apply` wrote; out: the .html file.
     scores: what the plan was made from, by default what a folder keeps; evaluation: what was
     measured of the unpruned model's prunes; probe: what was found of the pruned model's answers.
+    gpus: machines that the page says the room of, such as "8x80GB", for so many `sequences` of a
+    `context` at a time, as for `fit`.
     model: that of a plan, which gives sizes; family: as for `plan`. force: replace another report.
 
     Raises KeepListError, CheckpointError, ScoreError and UsageError for a file that is missing,
@@ -37,12 +43,17 @@ def report(
     >>> shardsurgeon.report("keep.json", "report.html", scores="fixtures/kimi_k25/scores.pt")
     kimi_k25: 32 experts in 3 layers -> report.html
     """
+    request = None
+    if gpus is not None:
+        machines = parse_machines(gpus, "gpus")
+        request = FitRequest(machines=machines, context=context, sequences=sequences)
     return report_page(
         place,
         out,
         scores=scores,
         evaluation=evaluation,
         probe=probe,
+        gpus=request,
         model=model,
         family=as_text(family),
         force=force,

@@ -87,7 +87,16 @@ def test_a_long_help_begins_with_what_most_need(run: Run) -> None:
     how_much = ["-r, --ratio R", "--keep N", "--target-size SIZE", "--fit MACHINE"]
     how_much += ["--plan FILE"]
     place = "-m, --model MODEL"
-    assert set(long) == {"fit", "plan", "apply", "calibrate", "evaluate", "push", "scores", "probe"}
+    assert set(long) == {
+        "fit",
+        "plan",
+        "apply",
+        "calibrate",
+        "evaluate",
+        "push",
+        "scores",
+        "probe",
+    } | {"report"}
     assert set(long["scores"]) >= {"--weights NAME=W[,...]", "--objective [max-min]", *how_much[:2]}
     assert set(long["plan"]) >= {*how_much, place, "-o, --out, --output FILE"}
     assert set(long["apply"]) >= {*how_much, place, "-o, --out, --output OUT", "--dry-run"}
@@ -113,7 +122,10 @@ def test_the_first_screen_lists_the_commands(run: Run) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        *((name,) for name in ["plan", "apply", "calibrate", "evaluate", "push", "probe"]),
+        *(
+            (name,)
+            for name in ["fit", "plan", "apply", "calibrate", "evaluate", "push", "probe", "report"]
+        ),
         ("scores", "blend"),
     ],
 )

@@ -23,6 +23,7 @@ TAKE = ("scores.pt", "--model", "model")
 # Of every command that reads no weights of a running model and needs no Hub, several ways.
 SESSIONS = {
     "inspect": [("model",), ("pruned",)],
+    "fit": [("model",), ("model", "scores.pt", "--gpus", "1x24GB,8x80GB", "--context", "4096")],
     "plan": [
         (*TAKE, "--ratio", "0.5"),
         (*TAKE, "--ratio", "0.25,0.5"),

@@ -28,6 +28,7 @@ MODEL = ROOT / "fixtures" / "kimi_k25"
 APPLY = ("apply", str(MODEL / "scores.pt"), "--model", str(MODEL), "--ratio", "0.5", "-o", "out")
 WORDS = [
     ("inspect",),
+    ("fit",),
     ("plan", "s.pt", "--ratio", "0.5"),
     ("apply", "s.pt", "--ratio", "0.5"),
     ("verify", "source", "pruned"),
@@ -43,6 +44,8 @@ WORDS = [
     ("calibrate", "--dataset", "chats.jsonl", "-o", "s.json"),
     ("probe", "http://gpu:8000/v1", "--prompts", "chats.jsonl", "-o", "probe.json"),
     ("evaluate", "s.pt", "--ratio", "0.5", "--dataset", "chats.jsonl", "-o", "e.json"),
+    ("report", "plan.json", "-o", "report.html"),
+    ("scores", "plot", "s.pt", "-o", "s.svg"),
 ]
 
 

@@ -82,6 +82,7 @@ SPEAKERS = {
 }
 # Options of one function of a module whose other messages are everybody's.
 NARROWER = {
+    ("cli/gpus.py", "--gpus"): ["plan", "report"],
     ("operations/push.py", "--revision"): ["push", "apply"],
     ("operations/scores.py", "--seed"): ["scores random"],
     ("operations/scores.py", "--family"): ["scores show", "scores convert"],
