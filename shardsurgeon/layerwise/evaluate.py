@@ -159,7 +159,7 @@ def _with_head(
         problem += f", and {format_size(limits.device_free)} are free"
         remedy = "give fewer candidates, a smaller --batch-size or --samples, or more memory"
         raise UsageError(f"--device {limits.device}", problem, remedy)
-    peak = max(schedule.device_nbytes, needed)
+    peak = max(schedule.device_nbytes + (0 if limits.on_gpu else _WORKSPACE), needed)
     host = schedule.host_nbytes if limits.on_gpu else peak
     return replace(schedule, device_nbytes=peak, host_nbytes=host)
 
