@@ -56,8 +56,8 @@ def read_answer(record: Record, where: str, *, is_chat: bool) -> Answered | None
     """The answer of a record that has a `completion`, and `messages` or a `prompt` before it.
 
     A `reasoning` before the completion is part of the answer. is_chat: whether a prompt that is a
-    text is the user's message. None where the record holds no answer. Raises DatasetError where
-    the messages have an unknown form.
+    text is the user's message. None where the record holds none; an empty one is an answer without
+    a token. Raises DatasetError where the messages have an unknown form.
     """
     if not isinstance(record, dict) or not isinstance(record.get("completion"), str):
         return None
@@ -65,7 +65,7 @@ def read_answer(record: Record, where: str, *, is_chat: bool) -> Answered | None
     if isinstance(thought, str) and thought:
         answer = f"<think>\n{thought}\n</think>\n\n{answer}"
     asked = record.get("messages") or record.get("prompt")
-    if not answer or not asked:
+    if not asked:
         return None
     if isinstance(asked, str) and not _are_messages(_unpacked(asked)):
         prompt = {"role": "user", "content": asked}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shardsurgeon.errors import DatasetError
-from shardsurgeon.layerwise.records import Conversation, read_record
+from shardsurgeon.layerwise.records import Conversation, read_answer, read_record
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
@@ -115,3 +115,28 @@ def test_records_of_unknown_form_are_refused(
         read_record(record, "a.jsonl, record 3", field)
     assert str(raised.value).startswith("a.jsonl, record 3: ")
     assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"prompt": "why", "completion": "so"}, "so"),
+        (
+            {"messages": [USER], "completion": "so", "reasoning": "hm"},
+            "<think>\nhm\n</think>\n\nso",
+        ),
+        # What a server gave as its answer is one, without a token of its own.
+        ({"prompt": "why", "completion": ""}, ""),
+        ({"prompt": "why", "completion": [ASSISTANT]}, None),
+        ({"completion": "so"}, None),
+        ({"text": "so"}, None),
+    ],
+)
+def test_answers_that_a_record_keeps(record: dict[str, Any], answer: str | None) -> None:
+    found = read_answer(record, "record 1", is_chat=True)
+    assert (found and found.answer) == answer
+    if found is not None:
+        assert isinstance(found.prompt, Conversation)
+        assert [message["role"] for message in found.prompt.messages] == ["user"]
+        plain = read_answer(record, "record 1", is_chat=False)
+        assert plain is not None and (plain.prompt == "why") == ("prompt" in record)
