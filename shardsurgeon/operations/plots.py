@@ -7,6 +7,7 @@ cost: measured where there is an evaluation, else the share of saliency that goe
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ _COLOURS, _MARKERS = ("#0072b2", "#b34700", "#00735a", "#8a2f6b"), "os^D"
 # What makes the same picture of the same numbers: no time, no random names.
 _SETTINGS = {"svg.hashsalt": "shardsurgeon", "font.size": 9, "axes.titlesize": 9}
 _SHARES = np.linspace(0.0, 1.0, 41)
+# What it says of its caches goes to a log where there is one, and not between the lines of a push.
+logging.getLogger("matplotlib").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from shardsurgeon.operations.plots import curve_of_damage, map_of_prune
 from shardsurgeon.operations.push import push
 from shardsurgeon.operations.request import Destination
 from tests.operations.test_model_card import card_of, facts_of
-from tests.operations.workbench import digests, downloaded, scores_of
+from tests.operations.workbench import Shell, digests, downloaded, scores_of
 from tests.support import pages
 from tests.support.hub.models import fixture_folder
 from tests.support.hub.server import LocalHub
@@ -92,6 +93,14 @@ def test_every_way_to_push_draws_the_same(
     assert not list(tmp_path.rglob("*.png"))
     for name in (MAP, CURVE):
         assert len({online.read(f"me/{which}", name) for which in ("one", "two", "three")}) == 1
+
+
+def test_a_machine_without_a_place_for_matplotlibs_cache_is_not_noticed(
+    half: Path, shell: Shell
+) -> None:
+    words = json.loads(shell.good("push", str(half), "me/half", "--json", MPLCONFIGDIR="/dev/null"))
+    assert words["notes"] == []
+    assert MAP in shell.hub.files("me/half")
 
 
 def test_without_matplotlib_the_card_is_one_of_words(
