@@ -32,6 +32,11 @@ EVALUATION_NAME = f"{CALIBRATION_FOLDER}evaluation.json"
 
 CARD_NAME = "README.md"
 SOURCE_CARD_NAME = "README.source.md"
+# Pictures in the card of a pushed model: the first, and the next where an earlier prune left some.
+SALIENCY_PICTURE, DAMAGE_PICTURE = (
+    f"{CALIBRATION_FOLDER}{what}.png" for what in ("saliency", "damage")
+)
+_CARD_PICTURE = re.compile(rf"{CALIBRATION_FOLDER}(?:saliency|damage)(?:-\d+)?\.png")
 _SET_ASIDE = re.compile(r"README\.source(?:-(\d+))?\.md")
 # Suffixes of weights in another format. A model with these only cannot be opened; beside
 # safetensors they are left behind.
@@ -153,6 +158,11 @@ def set_aside(name: str) -> str | None:
         return SOURCE_CARD_NAME
     found = _SET_ASIDE.fullmatch(name)
     return f"README.source-{int(found[1] or 1) + 1}.md" if found else None
+
+
+def is_card_picture(name: str) -> bool:
+    """Whether a file is called as the pictures that `push` adds to a model."""
+    return _CARD_PICTURE.fullmatch(name) is not None
 
 
 def why_left_behind(name: str) -> str | None:

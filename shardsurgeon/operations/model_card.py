@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from string import Template
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -32,6 +33,7 @@ from shardsurgeon.checkpoint.provenance import (
 from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, OPTION, as_option, settings_of
 from shardsurgeon.errors import UsageError
 from shardsurgeon.operations.card_data import Calibration, Cost, ModelFacts
+from shardsurgeon.operations.card_pictures import Picture
 from shardsurgeon.operations.serving import serve_words
 from shardsurgeon.pruning.request import Allocation, MtpPolicy, SelectionRequest
 from shardsurgeon.storage.open import hub_address
@@ -90,8 +92,10 @@ class Placement:
     command: Sequence[str]
 
 
-def model_card(facts: ModelFacts, placement: Placement) -> str:
-    """The README.md."""
+def model_card(
+    facts: ModelFacts, placement: Placement, pictures: Mapping[str, Picture] = MappingProxyType({})
+) -> str:
+    """The README.md; pictures: those that it shows, as `card_pictures` draws them."""
     record = facts.provenance
     experts_before = sum(layer.num_experts for layer in record.layers.values())
     pruned = sum(len(layer.pruned) for layer in record.layers.values())
@@ -106,8 +110,9 @@ def model_card(facts: ModelFacts, placement: Placement) -> str:
         "sizes": _rows(_sizes(facts, experts_before, experts_before - pruned)),
         "steps": _rows(_step(step, record.is_uniform) for step in record.steps),
         "notes": "\n".join(f"- {note}" for note in notes),
+        "map": _picture(pictures.get(PROVENANCE_NAME)),
         "layers": "" if record.is_uniform else _layer_table(record),
-        "costs": "\n\n".join(map(_cost, facts.costs)),
+        "costs": "\n\n".join(_cost(cost, pictures.get(cost.file)) for cost in facts.costs),
         "use": _use(facts, placement),
         "version": __version__,
         "command": "\n".join(placement.command),
@@ -288,7 +293,11 @@ def _layer_table(record: Provenance) -> str:
     return f"<details>\n<summary>Experts per layer</summary>\n\n{table}\n\n</details>"
 
 
-def _cost(cost: Cost) -> str:
+def _picture(picture: Picture | None) -> str:
+    return "" if picture is None else f"![{picture.text}]({picture.name})"
+
+
+def _cost(cost: Cost, picture: Picture | None) -> str:
     """What an evaluation measured, its parts each in a row where there are several."""
     evaluation, found = cost.evaluation, cost.found
     rows = [("All", evaluation.original, found.damage)]
@@ -313,6 +322,7 @@ def _cost(cost: Cost) -> str:
         f"{_plain(evaluation.dataset)}, against the original "
         f"({_link(cost.file)}):\n\n{table}\n\n"
         "KL: of this model's predictions from the original's, in nats per token."
+        + (f"\n\n{_picture(picture)}" if picture is not None else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""`scores plot`: a score file as a picture for a paper or a card, by matplotlib.
+"""`scores plot`: a score file as a picture for a paper, by matplotlib; and those of a model card.
 
 At the left the saliencies of every layer in their order, and the cut; at the right what prunes
 cost: measured where there is an evaluation, else the share of saliency that goes, which is none.
@@ -7,8 +7,9 @@ cost: measured where there is an evaluation, else the share of saliency that goe
 from __future__ import annotations
 
 import io
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ _COLOURS, _MARKERS = ("#0072b2", "#b34700", "#00735a", "#8a2f6b"), "os^D"
 # What makes the same picture of the same numbers: no time, no random names.
 _SETTINGS = {"svg.hashsalt": "shardsurgeon", "font.size": 9, "axes.titlesize": 9}
 _SHARES = np.linspace(0.0, 1.0, 41)
+# What it says of its caches goes to a log where there is one, and not between the lines of a push.
+logging.getLogger("matplotlib").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -109,7 +112,16 @@ def plot_scores(
     cuts = {n: removed_count(ratio or 0.0, len(row)) for n, row in shown.values.items()}
     drawn = {str(n): row for n, row in shown.values.items()}
     removed = {str(n): count for n, count in cuts.items()} if ratio is not None else {}
-    data = _drawn(kind, shown.metric, drawn, removed, found)
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        _draw_map(figure, left, shown.metric, drawn, removed)
+        if found is None:
+            _draw_shares(right, drawn)
+        else:
+            _draw_damage(right, found)
+
+    data = _saved(kind, 10, draw)
     return PlotReport(
         out=os.fspath(out),
         file=os.fspath(file),
@@ -134,27 +146,44 @@ def _evaluation_of(path: AnyPath, scores: AnyPath) -> EvaluationReport:
     return found
 
 
-def _drawn(
-    kind: str,
-    metric: str,
-    layers: Mapping[str, Values],
-    removed: Mapping[str, int],
-    found: EvaluationReport | None,
-) -> bytes:
-    """The bytes of a picture. removed: layer → experts beyond the cut, empty for no cut."""
+def map_of_prune(metric: str, layers: Mapping[str, tuple[Values, Values]]) -> bytes:
+    """A .png of what a prune kept and what it removed.
+
+    layers: layer → the saliencies of its experts that stayed, and of those that went; NaN where
+    one is unknown. Raises UsageError where matplotlib is missing.
+    """
+    rows = {name: np.concatenate(list(map(_descending, both))) for name, both in layers.items()}
+    removed = {name: len(gone) for name, (_, gone) in layers.items()}
+    order = "experts that stayed, then those that went, each the highest saliency first"
+
+    def draw(figure: Any) -> None:
+        _draw_map(figure, figure.subplots(), metric, rows, removed, order)
+
+    return _saved(".png", 7, draw)
+
+
+def curve_of_damage(found: EvaluationReport, this: CandidateDamage) -> bytes:
+    """A .png of what an evaluation measured; this: the candidate that is marked in it.
+
+    Raises UsageError where matplotlib is missing.
+    """
+
+    def draw(figure: Any) -> None:
+        _draw_damage(figure.subplots(), found, this)
+
+    return _saved(".png", 5, draw)
+
+
+def _saved(kind: str, width: float, draw: Callable[[Any], None]) -> bytes:
+    """The bytes of a picture, 4 inches high. Raises UsageError where matplotlib is missing."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("scores plot", "needs matplotlib", install("report")) from error
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-        _draw_map(figure, left, metric, layers, removed)
-        if found is None:
-            _draw_shares(right, layers)
-        else:
-            _draw_damage(right, found)
+        figure = Figure(figsize=(width, 4), layout="constrained")
+        draw(figure)
         written = io.BytesIO()
         mark = _MARK.decode()
         metadata = {"Date": None, "Creator": mark} if kind == ".svg" else {"Software": mark}
@@ -162,14 +191,27 @@ def _drawn(
     return written.getvalue()
 
 
+def _descending(row: Values) -> Values:
+    return np.sort(np.nan_to_num(row, nan=0.0, posinf=np.inf, neginf=0.0))[::-1]
+
+
 def _draw_map(
-    figure: Any, axes: Any, metric: str, layers: Mapping[str, Values], removed: Mapping[str, int]
+    figure: Any,
+    axes: Any,
+    metric: str,
+    layers: Mapping[str, Values],
+    removed: Mapping[str, int],
+    order: str | None = None,
 ) -> None:
-    """Each layer's saliencies from the highest down, over its own 99.5th percentile."""
+    """Each layer's saliencies over its own 99.5th percentile.
+
+    removed: layer → experts beyond the cut, empty for no cut; order: that of the saliencies in
+    words, None to draw them from the highest down.
+    """
     wide = max(map(len, layers.values()))
     picture = np.full((len(layers), wide), np.nan)
     for number, row in enumerate(layers.values()):
-        known = np.sort(np.nan_to_num(row, nan=0.0, posinf=np.inf, neginf=0.0))[::-1]
+        known = _descending(row) if order is None else row
         finite = known[np.isfinite(known)]
         top = np.quantile(finite, 0.995) if finite.size else 0.0
         picture[number, : len(row)] = np.sqrt(np.clip(known / (top or 1.0), 0.0, 1.0))
@@ -180,7 +222,7 @@ def _draw_map(
         axes.step(np.append(edges, edges[-1]), rows, where="pre", color=_CUT, linewidth=1.5)
     every = max(1, len(layers) // 12)
     axes.set_yticks(range(0, len(layers), every), _plain([*layers][::every]))
-    axes.set_xlabel("experts, the highest saliency first")
+    axes.set_xlabel(order or "experts, the highest saliency first")
     axes.set_ylabel("layer")
     axes.set_title(_plain([metric])[0] + (", and the cut" if removed else ""))
     figure.colorbar(image, ax=axes, label="root of saliency over the layer's 99.5th percentile")
@@ -200,7 +242,7 @@ def _draw_shares(axes: Any, layers: Mapping[str, Values]) -> None:
     axes.set_title("share of saliency, which is no accuracy")
 
 
-def _draw_damage(axes: Any, found: EvaluationReport) -> None:
+def _draw_damage(axes: Any, found: EvaluationReport, this: CandidateDamage | None = None) -> None:
     start = [(0.0, 0.0)]
     lines = {way or "by ratio": start + _points(each) for way, each in by_way(found).items()}
     lines |= {"other plans": _points(others)} if (others := by_plan(found)) else {}
@@ -209,6 +251,9 @@ def _draw_damage(axes: Any, found: EvaluationReport) -> None:
         style = "" if name == "other plans" else "-"
         look = f"{_MARKERS[number % len(_MARKERS)]}{style}"
         axes.plot(x, y, look, color=_COLOURS[number % len(_COLOURS)], label=_plain([name])[0])
+    if this is not None:
+        ring = {"markersize": 14, "markerfacecolor": "none", "color": _GREY, "linestyle": ""}
+        axes.plot(*zip(*_points([this]), strict=True), "o", **ring, label="this model")
     axes.legend(frameon=False)
     _label(axes, "mean KL, nats per token")
     axes.set_title(f"on {found.predicted:,} tokens")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of, open_checkpoint
+from shardsurgeon.checkpoint.files import CARD_NAME
 from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import open_model, require_finished, unfinished
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity
@@ -21,6 +22,7 @@ from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.run import require_budget
 from shardsurgeon.operations.card_data import model_facts
+from shardsurgeon.operations.card_pictures import card_pictures
 from shardsurgeon.operations.model_card import (
     Placement,
     model_card,
@@ -92,14 +94,15 @@ def push(
     with silence_hub() as notes:
         repository, card = _repository(destination), _own_card(destination)
         _prepare(repository, destination, [step.source for step in record.steps], dry_run)
-        if destination.with_card and card is None:
+        if destination.with_card and not card:
             card = _card(checkpoint, folder, repository, None)
         files = _named(folder, chosen, card)
         published = foresee(repository, files) if dry_run else publish(repository, files, {})
     anatomy = read_anatomy(checkpoint)
     kept = {layer: len(found.retained) for layer, found in record.layers.items()}
     serving = serving_of(checkpoint, anatomy, kept)
-    return _report(repository, published, begun, notes, serving, chosen.left)
+    left = tuple(name for name in chosen.left if name not in card)
+    return _report(repository, published, begun, notes, serving, left)
 
 
 class Shipment:
@@ -180,8 +183,8 @@ class Shipment:
     def _opened(self, source: Source) -> Checkpoint:
         return open_checkpoint(source, self._family)
 
-    def _card_for(self, pruned: Checkpoint, folder: Path) -> bytes | None:
-        if self._card is not None or not self._destination.with_card:
+    def _card_for(self, pruned: Checkpoint, folder: Path) -> Mapping[str, bytes]:
+        if self._card or not self._destination.with_card:
             return self._card
         return _card(pruned, folder, self._repository, self._command)
 
@@ -199,10 +202,10 @@ def _repository(destination: Destination) -> Repository:
     return Repository(destination.repo_id, destination.revision, destination.create_pr)
 
 
-def _own_card(destination: Destination) -> bytes | None:
-    """The content of the user's card. Raises UsageError where it cannot be read as one."""
+def _own_card(destination: Destination) -> dict[str, bytes]:
+    """The user's card, empty where there is none. Raises UsageError where it cannot be read."""
     if destination.card is None:
-        return None
+        return {}
     raw = read_limited(destination.card, CARD, UsageError)
     try:
         text = raw.decode("utf-8-sig")
@@ -210,10 +213,10 @@ def _own_card(destination: Destination) -> bytes | None:
         raise UsageError(destination.card, f"cannot be read as a card ({error})") from error
     require_metadata(text, destination.card)
     refuse_secret(text.encode(), os.fspath(destination.card))
-    return text.encode()
+    return {CARD_NAME: text.encode()}
 
 
-def _named(folder: Path, chosen: Selection, card: bytes | None) -> dict[str, Content]:
+def _named(folder: Path, chosen: Selection, card: Mapping[str, bytes]) -> dict[str, Content]:
     return files_to_publish(folder, [file.name for file in chosen.files], card)
 
 
@@ -242,8 +245,10 @@ def _recipe(pruning: Pruning) -> str | None:
     )
 
 
-def _card(pruned: Checkpoint, folder: Path, repository: Repository, command: str | None) -> bytes:
-    """The card of a pruned model.
+def _card(
+    pruned: Checkpoint, folder: Path, repository: Repository, command: str | None
+) -> dict[str, bytes]:
+    """The card of a pruned model, README.md, and its pictures.
 
     folder: has its small files; command: the one that made it, None to derive one from its record.
     """
@@ -253,8 +258,10 @@ def _card(pruned: Checkpoint, folder: Path, repository: Repository, command: str
         facts = model_facts(pruned, read_anatomy(pruned), record, folder)
         revision = None if repository.revision == MAIN else repository.revision
         lines = with_files(command or recipe_by_record(facts), repository.repo_id, revision)
-        card = model_card(facts, Placement(repository.repo_id, revision, lines))
-    return card.encode(errors="backslashreplace")  # a folder's name may be any bytes
+        pictures = card_pictures(facts)
+        card = model_card(facts, Placement(repository.repo_id, revision, lines), pictures)
+    raw = card.encode(errors="backslashreplace")  # a folder's name may be any bytes
+    return {CARD_NAME: raw, **{picture.name: picture.data for picture in pictures.values()}}
 
 
 def _origins(source: Checkpoint) -> list[SourceIdentity]:

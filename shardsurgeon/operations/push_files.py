@@ -9,7 +9,7 @@ tokens and keys: what is looked for is what people leave in such folders, not ev
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,17 +121,19 @@ def require_as_written(pruned: Checkpoint, meant: Sequence[str]) -> None:
         raise CheckpointError(pruned.location, problem, _AS_IT_IS)
 
 
-def files_to_publish(folder: Path, names: Iterable[str], card: bytes | None) -> dict[str, Content]:
+def files_to_publish(
+    folder: Path, names: Iterable[str], card: Mapping[str, bytes]
+) -> dict[str, Content]:
     """The chosen files of a folder by their names in the repository.
 
-    card: the content of README.md; the folder's own is then named README.source.md, and an earlier
-    one of that name README.source-2.md. None: every file keeps its name.
+    card: README.md and its pictures; the folder's own is then named README.source.md, and an
+    earlier one of that name README.source-2.md. Empty: every file keeps its name.
     """
     files: dict[str, Content] = {name: folder / name for name in names}
-    if card is None:
+    if not card:
         return files
     moving, name = files.get(CARD_NAME), set_aside(CARD_NAME)
-    files[CARD_NAME] = card
+    files |= card
     while moving is not None and name is not None:
         files[name], moving = moving, files.get(name)
         name = set_aside(name)

@@ -15,6 +15,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import (
     CALIBRATION_FOLDER,
     QUANTIZATION_FILES,
+    is_card_picture,
     looks_like_weights,
     set_aside,
 )
@@ -49,6 +50,8 @@ def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
     for name in (*(file.name for file in pruned.files), *_not_listed(pruned)):
         is_ours = name.startswith(CALIBRATION_FOLDER) and not name.endswith("/")
         if name in expected or set_aside(name) is not None or name == _THE_HUBS:
+            continue
+        if is_card_picture(name):
             continue
         if is_ours and (name in recorded or record is None or record.files is None):
             continue

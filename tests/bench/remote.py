@@ -41,7 +41,7 @@ MODEL, RESULT, RATIO = "org/name", "me/pruned", "0.65"
 MOST_DOWNLOADED = 1.02
 LOOK_SECONDS = 0.02
 # What a push adds, renames or finds in the repository.
-OF_THE_HUB = {"README.md", "README.source.md", ".gitattributes"}
+OF_THE_HUB = {"README.md", "README.source.md", ".gitattributes", "calibration/saliency.png"}
 # Listings and the like, which are JSON; behind resolve-cache lie files.
 API_ANSWERS = r" /(api/(?!resolve-cache/)|.*/info/lfs/)"
 SNAPSHOT = """

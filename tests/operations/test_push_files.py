@@ -13,7 +13,7 @@ from shardsurgeon.errors import UsageError
 from shardsurgeon.operations import api
 from shardsurgeon.operations.push_files import refuse_secret, refuse_secrets
 from shardsurgeon.storage.source import MemorySource
-from tests.operations.workbench import Shell, digests, scores_of
+from tests.operations.workbench import OWN, Shell, digests, scores_of
 from tests.support.hub.models import fixture_folder
 
 # Put together here, so that no scanner takes this file for one that tells a secret.
@@ -55,7 +55,7 @@ def test_what_apply_did_not_write_stays_and_is_named(shell: Shell, folder: Path)
     report = pushed(shell, str(folder), "me/tiny")
     assert report["left"] == [".env", "eval.json", "wandb/a.yaml"]
     there = set(shell.hub.files("me/tiny"))
-    assert there - {".gitattributes", "README.source.md"} == before.keys() - {*report["left"]}  # type: ignore[misc]
+    assert there - OWN == before.keys() - OWN - {*report["left"]}  # type: ignore[misc]
     assert digests(folder) == before
     said = shell.good("push", str(folder), "me/tiny")
     assert "  left here     .env, eval.json, wandb/ (3)\n" in said

@@ -20,7 +20,7 @@ from tests.support.hub.models import ROOT, fixture_folder
 from tests.support.hub.server import LocalHub
 
 # What a push adds, renames or finds there.
-OWN = {"README.md", "README.source.md", ".gitattributes"}
+OWN = {"README.md", "README.source.md", ".gitattributes", "calibration/saliency.png"}
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,12 @@ def test_harmless_files_are_named_and_it_holds(copy: Path) -> None:
     os.mkfifo(copy / "pipe")
     (copy / "data").symlink_to(copy / "docs")
     write(copy, "z.txt")
+    write(copy, "saliency.png")
     report = verified(copy, sample=None)
     assert report.verdict == "identical"
     assert report.notes == (
         "beside the model lie files that apply does not write: calibration/more.pt, "
-        "config_vllm.json, data, eval.json, pipe and 2 more",
+        "config_vllm.json, data, eval.json, pipe and 3 more",
     )
 
 
@@ -135,6 +136,8 @@ def test_cards_and_what_the_hub_adds_are_nobodys_business(copy: Path) -> None:
     (copy / "README.md").rename(copy / "README.source.md")
     (copy / "README.md").write_text("a card")
     write(copy, ".gitattributes")
+    for name in ("saliency.png", "damage.png", "saliency-2.png"):
+        write(copy, f"calibration/{name}")
     write(copy, ".git/objects/pack.bin")
     assert verified(copy).differences == verified(copy, None).notes == ()
 
