@@ -18,6 +18,7 @@ from shardsurgeon.cli.options import (
     model_option,
     one_model,
     progress_option,
+    refuse_swapped,
 )
 from shardsurgeon.cli.output import emit, fact, percent, table
 from shardsurgeon.cli.plan import note_lines
@@ -148,8 +149,9 @@ def evaluate_command(
 
 
 def _places(words: Sequence[str], model: str | None) -> tuple[str | None, str | None]:
-    """MODEL and SCORES. Raises UsageError where the model is said twice."""
+    """MODEL and SCORES. Raises UsageError where the model is said twice, or the two are swapped."""
     if len(words) == 2:
+        refuse_swapped(*words)
         return one_model("MODEL", words[0], model, "model"), words[1]
     said_here = model is not None and not of_variable(click.get_current_context(), "model")
     if words and not said_here and not Path(words[0]).is_file():

@@ -11,7 +11,13 @@ import click
 
 from shardsurgeon.cli.gpus import SERVING, fit_request
 from shardsurgeon.cli.help import Command
-from shardsurgeon.cli.options import family_option, json_option, model_argument, progress_option
+from shardsurgeon.cli.options import (
+    family_option,
+    json_option,
+    model_argument,
+    progress_option,
+    refuse_swapped,
+)
 from shardsurgeon.cli.output import emit, fact, percent, table
 from shardsurgeon.units import counted, format_size
 
@@ -61,6 +67,8 @@ def fit_command(
     """
     from shardsurgeon.operations import fit
 
+    if model is not None and scores is not None:
+        refuse_swapped(model, scores)
     request = replace(fit_request(gpus, serving, "--gpus"), mtp=mtp_layers)
     report = fit.fit(model, request, scores=scores, family=family)
     emit(report, fit_lines(report), as_json)

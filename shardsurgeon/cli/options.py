@@ -159,6 +159,13 @@ def one_model(what: str, given: str | None, named: str | None, option: str) -> s
     return named if given is None else given
 
 
+def refuse_swapped(model: str, scores: str) -> None:
+    """Raise UsageError where a file stands in the place of MODEL and a folder in that of SCORES."""
+    if os.path.isfile(model) and os.path.isdir(scores):
+        meant = f"{as_typed(scores)} {as_typed(model)}"
+        raise UsageError(model, "is a file, where MODEL is a folder", f"did you mean {meant}?")
+
+
 def _same_place(name: str) -> str:
     return name.rstrip("/\\") or name
 

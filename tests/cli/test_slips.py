@@ -52,6 +52,10 @@ WRONG_SCORES = {
     ("scores", "show", "plan.json"): "plan.json: is a keep-list, not scores",
     ("apply", "q", "q/scores.pt", "--ratio", "0.5"): "did you mean --model q?",
     ("apply", "q/scores.pt", "q", "--ratio", "0.5"): "did you mean --model q?",
+    ("fit", "q/scores.pt", "q"): "q/scores.pt: is a file, where MODEL is a folder; did you mean q "
+    "q/scores.pt?",
+    ("evaluate", "q/scores.pt", "q", "--ratio", "0.5", "--dataset", "d.txt", "-o", "e.json"): "did "
+    "you mean q q/scores.pt?",
     ("plan", "org/name", "q/scores.pt", "--keep", "8"): "did you mean --model org/name?",
     ("plan", "a.pt", "b.pt", "--keep", "8"): "Got unexpected extra argument (b.pt)",
 }
