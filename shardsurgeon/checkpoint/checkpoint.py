@@ -296,7 +296,7 @@ def _weight_notes(settled: Settled, unindexed: tuple[str, ...], has_index: bool)
     if not has_index and len(settled.shards) > 1 and not are_one_set(settled.shards):
         files = ", ".join(shard.file for shard in settled.shards)
         yield f"there is no index: {files} together are taken for the model"
-    if settled.unlisted:
+    if has_index and settled.unlisted:
         yield f"{len(settled.unlisted)} tensors that the index does not list are part of the model"
     if settled.superseded:
         files = ", ".join(dict.fromkeys(file for file, _ in settled.superseded))

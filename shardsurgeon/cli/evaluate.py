@@ -15,6 +15,7 @@ from shardsurgeon.cli.options import (
     as_given,
     family_option,
     json_option,
+    lists_option,
     model_option,
     one_model,
     progress_option,
@@ -23,7 +24,7 @@ from shardsurgeon.cli.options import (
 from shardsurgeon.cli.output import emit, fact, percent, table
 from shardsurgeon.cli.plan import note_lines
 from shardsurgeon.cli.values import choice, kept, of_variable, ratios
-from shardsurgeon.pruning.request import Allocation
+from shardsurgeon.pruning.request import Allocation, Lists
 from shardsurgeon.units import counted
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class _Evaluate(Command):
     callback=choice(Allocation),
     help="Every layer keeps the same number, or the layers share one budget.",
 )
+@lists_option
 @family_option
 @click.option("--restart", is_flag=True, help="Start over instead of resuming in FILE.partial.")
 @progress_option
@@ -96,6 +98,7 @@ def evaluate_command(
     plan_files: tuple[str, ...],
     metric: str | None,
     allocate: Allocation,
+    lists: Lists | None,
     dataset: str,
     out: str,
     force: bool,
@@ -131,7 +134,7 @@ def evaluate_command(
 
     place, scores = _places(words, model)
     metrics = () if metric is None else metric.split(",")
-    prunes = candidates(ratio, keep, plan_files, metrics, allocate)
+    prunes = candidates(ratio, keep, plan_files, metrics, allocate, lists)
     settings = settings_of(device, dtype, batch_size, seed)
     request = CalibrationRequest(dataset, settings, **options)
     report = evaluate(

@@ -325,6 +325,15 @@ def force_option(command: Command) -> Command:
     )(command)
 
 
+lists_option = click.option(
+    "--lists",
+    metavar="MEANING",
+    type=click.Choice([str(meaning) for meaning in Lists]),
+    callback=choice(Lists),
+    help="What lists of expert ids are in a file that does not say it: kept or dropped, with "
+    "--plan; best-first or worst-first, where SCORES ranks the experts.",
+)
+
 _SELECTION: dict[str, Callable[[Any], Any]] = {
     "ratio": click.option(
         "--ratio",
@@ -350,14 +359,7 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
         metavar="FILE",
         help="Take a keep-list of `plan`, or from elsewhere.",
     ),
-    "lists": click.option(
-        "--lists",
-        metavar="MEANING",
-        type=click.Choice([str(meaning) for meaning in Lists]),
-        callback=choice(Lists),
-        help="What lists of expert ids are in a file that does not say it: kept or dropped, with "
-        "--plan; best-first or worst-first, where SCORES ranks the experts.",
-    ),
+    "lists": lists_option,
     "rounding": click.option(
         "--rounding",
         metavar="RULE",

@@ -62,7 +62,7 @@ from shardsurgeon.operations.measured import main_layers
 from shardsurgeon.operations.prune import plan
 from shardsurgeon.pruning.keep_lists import KeepList, keep_sha256
 from shardsurgeon.pruning.planner import changed_tensors
-from shardsurgeon.pruning.request import Allocation, SelectionRequest
+from shardsurgeon.pruning.request import Allocation, Lists, SelectionRequest
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.files import Output, output_path
 from shardsurgeon.units import counted
@@ -85,12 +85,15 @@ def candidates(
     plan_files: Sequence[str | os.PathLike[str]],
     metrics: Sequence[str],
     allocate: Allocation,
+    lists: Lists | None = None,
 ) -> list[Prune]:
     """The prunes that are to be measured, named by what tells them apart.
 
     Every metric at every ratio, and with that count of experts; no metrics: the default one; then
-    the keep-lists of each file.
+    the keep-lists of each file. lists: what lists are in files that do not say it themselves.
     """
+    of_plans = lists if lists in (Lists.KEPT, Lists.DROPPED) else None
+    of_scores = lists if of_plans is None else None
     counts: list[dict[str, Any]] = [{"ratio": value} for value in ratios]
     counts += [{"keep": keep}] if keep is not None else []
     found = []
@@ -98,12 +101,12 @@ def candidates(
         words = [f"{count['ratio']:g}" if "ratio" in count else f"keep {keep}"]
         words += [metric] if metric is not None and len(metrics) > 1 else []
         words += [allocate.value] if allocate is not Allocation.UNIFORM else []
-        request = SelectionRequest(**count, metric=metric, allocate=allocate)
+        request = SelectionRequest(**count, metric=metric, allocate=allocate, lists=of_scores)
         found.append(Prune(" ".join(words), request))
     stems = [Path(file).stem for file in plan_files]
     named = stems if len({*stems}) == len(stems) else [os.fspath(file) for file in plan_files]
     found += [
-        Prune(name, SelectionRequest(plan_file=file))
+        Prune(name, SelectionRequest(plan_file=file, lists=of_plans))
         for name, file in zip(named, plan_files, strict=True)
     ]
     return found

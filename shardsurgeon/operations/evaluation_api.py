@@ -10,9 +10,15 @@ from shardsurgeon.layerwise.settings import Listener, Settings, Tokens
 from shardsurgeon.operations import evaluation_report
 from shardsurgeon.operations.bars import bars
 from shardsurgeon.operations.evaluation_report import EvaluationReport
-from shardsurgeon.operations.python_calls import AllocationName, AnyPath, as_text, public
+from shardsurgeon.operations.python_calls import (
+    AllocationName,
+    AnyPath,
+    ListsName,
+    as_text,
+    public,
+)
 from shardsurgeon.operations.score_api import Dtype
-from shardsurgeon.pruning.request import Allocation
+from shardsurgeon.pruning.request import Allocation, Lists
 from shardsurgeon.units import parse_ratios, parse_size
 
 read_evaluation = public(evaluation_report.read_evaluation)
@@ -30,6 +36,7 @@ def evaluate(
     plan_files: AnyPath | Sequence[AnyPath] = (),
     metric: str | Sequence[str] = (),
     allocate: AllocationName = "uniform",
+    lists: ListsName | None = None,
     samples: int | None = None,
     max_length: int | None = None,
     seed: int = 42,
@@ -56,7 +63,7 @@ def evaluate(
 
     What is measured, all of it in one pass over the weights: ratio, keep: as for `plan`; ratio may
     be a list. plan_files: keep-lists, one or a list. metric: which of the scores decides, or a
-    list, each of which is measured. allocate: as for `plan`.
+    list, each of which is measured. allocate, lists: as for `plan`.
 
     The rest is as for `calibrate`. A record that has a `completion` beside its prompt is an answer:
     it is forced, and its tokens alone are predicted.
@@ -97,6 +104,7 @@ def evaluate(
         [plan_files] if isinstance(plan_files, str | PathLike) else plan_files,
         [metric] if isinstance(metric, str) else metric,
         Allocation(allocate),
+        None if lists is None else Lists(lists),
     )
     with bars(progress):
         return evaluating.evaluate(

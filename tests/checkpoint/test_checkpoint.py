@@ -75,6 +75,16 @@ def test_a_tensor_that_the_index_forgot_is_part_of_the_model() -> None:
     assert "1 tensors that the index does not list" in checkpoint.notes[0]
 
 
+def test_where_there_is_no_index_nothing_is_said_of_what_it_lists() -> None:
+    files = tiny.files()
+    index = "model.safetensors.index.json"
+    single = {"model.safetensors": tiny.files()[FIRST]}
+    alone = {name: raw for name, raw in files.items() if not name.endswith(".safetensors")}
+    del alone[index]
+    checkpoint = opened({**alone, **single})
+    assert checkpoint.notes == ()
+
+
 def test_a_record_of_another_tool_is_no_lineage_and_is_said() -> None:
     foreign = {"calibration/reap_pruning_metadata.json": b'{"prune_method": "reap"}'}
     checkpoint = opened({**tiny.files(), **foreign})

@@ -12,7 +12,7 @@ from shardsurgeon.layerwise.damage import Accepted
 from shardsurgeon.layerwise.request import CalibrationRequest
 from shardsurgeon.layerwise.settings import Settings
 from shardsurgeon.operations.evaluate import Prune, candidates
-from shardsurgeon.pruning.request import Allocation, SelectionRequest
+from shardsurgeon.pruning.request import Allocation, Lists, SelectionRequest
 from tests.cli.standins import EVALUATED, FakeOperations, Run, candidate
 
 LEAST = ("evaluate", "--ratio", "0.5", "--dataset", "chats.jsonl", "-o", "e.json")
@@ -170,3 +170,12 @@ def test_candidates_are_named_by_what_tells_them_apart() -> None:
     assert alone == Prune("keep 8", SelectionRequest(keep=8, metric="man"))
     alike = candidates([], None, [Path("a/plan.json"), "b/plan.json"], [], Allocation.UNIFORM)
     assert [prune.name for prune in alike] == ["a/plan.json", "b/plan.json"]
+
+
+def test_what_lists_are_is_said_of_keep_lists_or_of_rankings() -> None:
+    def asked(lists: Lists) -> list[Lists | None]:
+        found = candidates([0.5], None, ["plan.json"], [], Allocation.UNIFORM, lists)
+        return [prune.request.lists for prune in found]
+
+    assert asked(Lists.DROPPED) == [None, Lists.DROPPED]
+    assert asked(Lists.WORST_FIRST) == [Lists.WORST_FIRST, None]
