@@ -136,7 +136,8 @@ def report_page(
                 "--model": model,
             }.items()
             if file is not None
-        },
+        }
+        | ({} if gpus is None else gpus.options),
         scores_facts=said,
         evaluation=found,
         probe=None if probe is None else read_probe(Path(probe)),

@@ -39,7 +39,8 @@ def commands(
 ) -> Iterator[str]:
     """Command lines; words in capitals are for the reader to fill in.
 
-    files: option of `report` → the file that was given; found: what its evaluation is.
+    files: option of `report` → the file or the value that was given, empty for a flag; found: what
+    its evaluation is.
     """
     place, model = plain_name(subject.origin), address(subject.source)
     scores = plain_name(files["--scores"]) if "--scores" in files else "SCORES"
@@ -63,7 +64,7 @@ def commands(
                 words += ["--allocate" if word in [*Allocation] else "--metric", word]
             yield _line(*words, *beside, "-o", out)
     given = [word for option, file in files.items() for word in (option, plain_name(file))]
-    yield _line("report", place, *given, "-o", "report.html")
+    yield _line("report", place, *filter(None, given), "-o", "report.html")
 
 
 def _how_many(chosen: Mapping[str, Any]) -> list[str]:

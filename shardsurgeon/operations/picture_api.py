@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from shardsurgeon.operations import plots
 from shardsurgeon.operations.page import PageReport, report_page
-from shardsurgeon.operations.python_calls import AnyPath, as_text, public
-from shardsurgeon.pruning.machines import FitRequest, parse_machines
+from shardsurgeon.operations.python_calls import AnyPath, KvDtypeName, as_text, public
+from shardsurgeon.pruning.machines import SEQUENCES, FitRequest, parse_machines
 
 plot_scores = public(plots.plot_scores)
 
@@ -20,7 +20,10 @@ def report(
     probe: AnyPath | None = None,
     gpus: str | None = None,
     context: int | None = None,
-    sequences: int = 16,
+    sequences: int = SEQUENCES,
+    kv_dtype: KvDtypeName = "auto",
+    tensor_parallel: int | None = None,
+    expert_parallel: bool = False,
     model: AnyPath | None = None,
     family: AnyPath | None = None,
     force: bool = False,
@@ -30,9 +33,9 @@ def report(
     place: a file that `write_plan` saved, or a folder that `apply` wrote; out: the .html file.
     scores: what the plan was made from, by default what a folder keeps; evaluation: what was
     measured of the unpruned model's prunes; probe: what was found of the pruned model's answers.
-    gpus: machines that the page says the room of, such as "8x80GB", for so many `sequences` of a
-    `context` at a time, as for `fit`.
-    model: that of a plan, which gives sizes; family: as for `plan`. force: replace another report.
+    gpus: machines that the page says the room of, such as "8x80GB"; context, sequences, kv_dtype,
+    tensor_parallel, expert_parallel: how it is served there, as for `fit`. model: that of a plan,
+    which gives sizes; family: as for `plan`. force: replace another report.
 
     Raises KeepListError, CheckpointError, ScoreError and UsageError for a file that is missing,
     broken, or about another model; OutputError where `out` holds something else.
@@ -46,7 +49,14 @@ def report(
     request = None
     if gpus is not None:
         machines = parse_machines(gpus, "gpus")
-        request = FitRequest(machines=machines, context=context, sequences=sequences)
+        request = FitRequest(
+            machines=machines,
+            context=context,
+            sequences=sequences,
+            kv_dtype=kv_dtype,
+            tensor_parallel=tensor_parallel,
+            expert_parallel=expert_parallel,
+        )
     return report_page(
         place,
         out,

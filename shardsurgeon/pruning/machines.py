@@ -105,3 +105,14 @@ class FitRequest:
                 raise UsageError(option, f"{value} is less than 1")
         if self.kv_dtype not in ("auto", "fp8"):
             raise UsageError("--kv-dtype", f"'{self.kv_dtype}' is not known", "say auto or fp8")
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What asks for it on the command line, by option; a flag has an empty value."""
+        said = {"--gpus": ",".join(machine.label for machine in self.machines)}
+        said |= {} if self.context is None else {"--context": str(self.context)}
+        said |= {} if self.sequences == SEQUENCES else {"--sequences": str(self.sequences)}
+        said |= {} if self.kv_dtype == "auto" else {"--kv-dtype": self.kv_dtype}
+        ranks = self.tensor_parallel
+        said |= {} if ranks is None else {"--tensor-parallel": str(ranks)}
+        return said | ({"--expert-parallel": ""} if self.expert_parallel else {})

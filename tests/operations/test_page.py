@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import chdir
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -368,3 +369,20 @@ def test_a_pruned_folder_brings_its_own_scores_and_evaluation(tmp_path: Path) ->
         report_page(tmp_path / "out", tmp_path / "r.html", force=True)
         assert ("0.65 (this page)" in text_of(tmp_path / "r.html")) is measured
         assert all(layer["frequency"] for layer in embedded(tmp_path / "r.html")["layers"])
+
+
+def test_a_page_with_machines_is_made_again_by_the_command_that_it_prints(tmp_path: Path) -> None:
+    folder = Path("fixtures/kimi_k25").resolve()
+    plan = tmp_path / "keep.json"
+    shardsurgeon.plan(folder, folder / "scores.pt", keep=16).write_plan(plan)
+    out = tmp_path / "report.html"
+    shardsurgeon.report(
+        plan, out, gpus="1x24GB,2x24GB", context=4096, expert_parallel=True, model=folder
+    )
+    assert "Where it fits" in text_of(out)
+    (command,) = re.findall(r"shardsurgeon (report .*) -o report.html", text_of(out))
+    words = [*command.replace("--model kimi_k25", f"--model {folder}").split(), "-o", "again.html"]
+    assert "--gpus 1x24GB,2x24GB --context 4096 --expert-parallel" in command
+    with chdir(tmp_path):
+        assert main(words) == 0
+    assert (tmp_path / "again.html").read_bytes() == out.read_bytes()
