@@ -34,8 +34,8 @@ from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
+    from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import ApplyReport, PushTarget, Refusal
-    from shardsurgeon.verification.findings import VerifyReport
 
 
 def _sampling(
@@ -90,9 +90,15 @@ def _sampling(
 )
 @click.option(
     "--verify/--no-verify",
-    default=True,
-    show_default=True,
-    help="Check the result: structure of every tensor, bytes of a sample.",
+    default=None,
+    help="Check the result: structure of every tensor, bytes of a sample.  "
+    "[default: verify, but for a view]",
+)
+@click.option(
+    "--view",
+    is_flag=True,
+    help="Write where the shards' bytes lie in MODEL, and no shards: a few MB that "
+    "engines load and `materialize` makes shards of.",
 )
 @click.option(
     "--checksums",
@@ -127,7 +133,8 @@ def apply_command(
     out: str | None,
     max_shard_nbytes: int | None,
     workers: int,
-    verify: bool,
+    verify: bool | None,
+    view: bool,
     checksums: bool,
     dry_run: bool,
     restart: bool,
@@ -150,7 +157,7 @@ def apply_command(
       shardsurgeon apply scores.pt --ratio 0.65
       shardsurgeon apply scores.pt --keep 72 --model /models/Kimi-K2.5
       shardsurgeon apply scores.pt --target-size 122GB -o /models/small
-      shardsurgeon apply --plan plan.json --max-shard-size 5GB
+      shardsurgeon apply scores.pt --ratio 0.65 --view
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
     from shardsurgeon.operations import apply, prune
@@ -160,15 +167,15 @@ def apply_command(
     destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
     options = RunOptions(
         workers=workers,
-        verify=verify,
+        verify=not view if verify is None else verify,
         dry_run=dry_run,
         restart=restart,
         checksums=checksums,
         command=as_given(),
     )
-    report = apply.apply(
-        # No variable holds the plan: its memory is needed for the check at the end.
-        prune.plan(
+
+    def planned() -> Pruning:
+        made = prune.plan(
             model,
             scores,
             request,
@@ -178,10 +185,11 @@ def apply_command(
             follow_links=follow_links,
             recipe=steps.recipe if steps else None,
             evaluation=evaluation,
-        ),
-        options,
-        destination,
-    )
+        )
+        return prune.as_view(made, is_named=out is not None) if view else made
+
+    # No variable holds the plan: its memory is needed for the check at the end.
+    report = apply.apply(planned(), options, destination)
     refused = _refused(report.refusal) if report.refusal is not None else None
     measures = () if evaluation else measuring(model, scores, [request], family)
     lines = _lines(report, measures, follow_links)
@@ -218,7 +226,7 @@ def _lines(report: ApplyReport, measures: Sequence[str], follow_links: bool) -> 
         yield from fact("streamed", _written(report))
     if report.bytes_downloaded:
         yield from fact("downloaded", format_size(report.bytes_downloaded))
-    yield from _checked(report.verification)
+    yield from _checked(report)
     yield from push_lines(report.push) if report.push else ()
     yield from note_lines(report.plan.notes)
     yield from _next(report, follow_links)
@@ -245,9 +253,10 @@ def _written(report: ApplyReport) -> str:
     return words
 
 
-def _checked(check: VerifyReport | None) -> list[str]:
+def _checked(report: ApplyReport) -> list[str]:
+    check = report.verification
     if check is None:
-        return fact("checked", "nothing (--no-verify)")
+        return fact("checked", "nothing" if report.view else "nothing (--no-verify)")
     structure = f"structure of all {counted(check.tensors, 'tensor')}"
     compared = f"bytes of {check.tensors_compared:,}"
     compared += " sampled" if check.sampled is not None else ""
@@ -265,6 +274,9 @@ def _next(report: ApplyReport, follow_links: bool) -> Iterator[str]:
         words += ["--follow-links"] if follow_links else []
         yield "Compare every byte:"
         yield f"  {typed(words)}"
+    if out is not None and report.view:
+        yield "Make real shards:"
+        yield f"  {typed(['shardsurgeon', 'materialize', out])}"
     if report.serve is not None:
         yield "Serve:"
         yield f"  {typed(report.serve)}"

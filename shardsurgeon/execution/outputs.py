@@ -20,7 +20,7 @@ def output_sizes(plan: Plan) -> dict[str, int]:
     files = [(shard.file, shard.nbytes) for shard in plan.shards]
     files += [(name, source_sizes[name]) for name in plan.copied_files]
     files += [(name, _size_on_disk(path)) for name, path, _ in plan.score_files]
-    files += [(name, len(data)) for name, data in plan.generated_files]
+    files += [(name, len(data)) for name, data in (*plan.generated_files, *plan.manifest)]
     sizes: dict[str, int] = {}
     for name, nbytes in files:
         if leads_out(name):
@@ -30,9 +30,8 @@ def output_sizes(plan: Plan) -> dict[str, int]:
         sizes[name] = nbytes
     _require_folders(sizes)
     if plan.record:
-        left_out = (
-            {plan.record} if plan.checksums else {plan.record, *(s.file for s in plan.shards)}
-        )
+        left_out = {plan.record, *(name for name, _ in plan.manifest)}
+        left_out |= set() if plan.checksums else {shard.file for shard in plan.shards}
         document = dict(plan.generated_files)[plan.record]
         sizes[plan.record] = nbytes_with_checksums(document, sizes.keys() - left_out)
     return sizes
@@ -52,7 +51,8 @@ def holds_result(out: Path, plan: Plan, sizes: dict[str, int]) -> bool:
 
     sizes: of every output file. Reads no weights. Files beside those of the plan do not matter.
     """
-    begins = {shard.file: shard.header for shard in plan.shards} | dict(plan.generated_files)
+    begins = {shard.file: shard.header for shard in plan.shards}
+    begins |= dict((*plan.generated_files, *plan.manifest))
     if plan.record:
         begins[plan.record] = begin_with_checksums(begins[plan.record])
     try:

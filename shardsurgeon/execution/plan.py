@@ -56,11 +56,15 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One output file: its header bytes (length prefix included) and then its tensors, in order."""
+    """One output file: its header bytes (length prefix included) and then its tensors, in order.
+
+    metadata: the header's `__metadata__`, None where it has none.
+    """
 
     file: str
     header: bytes = field(repr=False)
     tensors: tuple[OutputTensor, ...] = field(repr=False)
+    metadata: dict[str, str] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +89,7 @@ class Plan:
     source_fingerprint: sha256 hex of names, sizes, stamps and headers of the source.
     record: the generated file, JSON, to which the SHA-256 of the others are added when they are
     written (`formats.checksums`), "" for none; checksums: those of the shards too.
+    manifest: (name, bytes) of files that stand for shards and are in no record, those of a view.
     """
 
     shards: tuple[OutputShard, ...]
@@ -96,6 +101,7 @@ class Plan:
     source_fingerprint: str
     record: str = ""
     checksums: bool = False
+    manifest: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
 
     def digest(self) -> str:
         """sha256 hex of the result: every byte that is written here and where the others lie."""
@@ -110,7 +116,7 @@ class Plan:
                     else:
                         place = f"{piece.file}\0{piece.begin}\0{piece.nbytes}\0"
                         found.update(place.encode(errors="surrogateescape"))
-        for name, data in self.generated_files:
+        for name, data in (*self.generated_files, *self.manifest):
             found.update(_joined(name.encode(), data))
         scores = [(name, sha256) for name, _, sha256 in self.score_files]
         beside = [self.copied_files, scores, self.record, self.checksums]

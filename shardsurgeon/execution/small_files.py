@@ -61,7 +61,7 @@ def _write(
     if context.plan.record:
         generated[context.plan.record] = with_checksums(generated[context.plan.record], digests)
     known = {file.name for file in context.plan.source_files}
-    for name, data in generated.items():
+    for name, data in (*context.plan.manifest, *generated.items()):
         with _new_file(context, name, 0) as path:
             transfer.write([CopyRange(Literal(data), 0)], path)
             carry_mode([context.source.local_path(name)] if name in known else (), path)

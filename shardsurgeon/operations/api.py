@@ -306,6 +306,7 @@ def apply(
     verify: bool = True,
     restart: bool = False,
     checksums: bool = False,
+    view: bool = False,
     progress: bool = False,
     on_progress: Listener | None = None,
     push_to_hub: str | None = None,
@@ -322,9 +323,9 @@ def apply(
     workers: threads, 0 for a number that suits the machine. verify: compare the structure of every
     tensor and the bytes of a sample. restart: discard what an interrupted run left, instead of
     going on from there. checksums: record the SHA-256 of the shards too, for which they are read
-    once more; that of every other file is always recorded. progress: show a bar. on_progress:
-    called often, by one thread at a time, with the bytes and shards that are done; what it raises
-    stops the run.
+    once more; that of every other file is always recorded. view: write no shards, but where their
+    bytes lie; `materialize` makes the shards. progress: show a bar. on_progress: called often, by
+    one thread at a time, with the bytes and shards that are done; what it raises stops the run.
 
     push_to_hub: a repository, `org/name`, to push the finished folder to. stream_push: one to
     upload every shard to as soon as it is finished, so that nothing stays here; disk_budget: bytes
@@ -344,6 +345,7 @@ def apply(
     if out is not None:
         plan = replace(plan, out=output_path(out))
         require_apart(plan.checkpoint, plan.out)
+    plan = prune.as_view(plan, is_named=out is not None) if view else plan
     own, with_card = _card(card)
     destination = Destination.of(
         push_to_hub,

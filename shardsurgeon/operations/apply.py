@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from shardsurgeon.errors import ShardSurgeonError
+from shardsurgeon.errors import ShardSurgeonError, UsageError
+from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.run import execute, rehearse, require_space
 from shardsurgeon.execution.upload import ShardDestination
@@ -41,6 +42,7 @@ def apply(
     """
     if options.dry_run:
         return _rehearsed(pruning, options, destination)
+    _require_view_alone(pruning, options, destination)
     require_ready(pruning, stays=destination is None or not destination.stream)
     if destination is None:
         run = _Run(pruning, by_shard=False)
@@ -71,8 +73,9 @@ def _rehearsed(
     """
     report, target, refusal, stream = pruning.report, None, None, None
     budget: int | None = None
-    plan = replace(pruning.plan, checksums=options.checksums)
     try:
+        _require_view_alone(pruning, options, destination)
+        plan = replace(pruning.written, checksums=options.checksums)
         require_ready(pruning, stays=destination is None or not destination.stream)
         if destination is not None:
             from shardsurgeon.operations.push import Shipment
@@ -99,6 +102,20 @@ def _rehearsed(
     return ApplyReport(report, True, None, 0, 0, 0, 0.0, None, target=target, refusal=refusal)
 
 
+def _require_view_alone(
+    pruning: Pruning, options: RunOptions, destination: Destination | None
+) -> None:
+    """Raise UsageError for what is about shards, of a run that writes none."""
+    if not pruning.view:
+        return
+    if destination is not None:
+        remedy = "make the view, then `shardsurgeon push VIEW REPO_ID`"
+        raise UsageError("--view", "writes no shards that could be pushed", remedy)
+    if options.checksums:
+        problem = "is about shards, and a view has none"
+        raise UsageError("--checksums", problem, "give it to `materialize`")
+
+
 class _Run:
     """A plan on its way to the executor, and what the report says of it.
 
@@ -109,15 +126,15 @@ class _Run:
 
     def __init__(self, pruning: Pruning, *, by_shard: bool) -> None:
         """by_shard: whether shards leave the disk, and each is checked alone."""
-        plan = pruning.plan
-        small = len(plan.generated_files) + len(plan.copied_files) + len(plan.score_files)
+        plan = pruning.written
         self._plan: Plan | None = plan
-        self._files = len(plan.shards) + small
+        self._files = len(output_sizes(plan))
+        self._view = pruning.view
         self._report, self._out = pruning.report, pruning.out
         self._source = pruning.checkpoint.source
         self._family = pruning.declared
         self._serving = pruning.serving
-        self._check = SelfCheck(pruning.checkpoint, plan, pruning.out, by_shard=by_shard)
+        self._check = SelfCheck(pruning.checkpoint, pruning.plan, pruning.out, by_shard=by_shard)
 
     def carry_out(
         self,
@@ -163,11 +180,13 @@ class _Run:
             source=address_of(self._source),
             family=self._family,
             serve=self._serve(out) if taken is None else None,
+            view=self._view,
         )
 
     def _serve(self, out: Path) -> tuple[str, ...] | None:
         """The command that serves the finished folder."""
-        return serve_words(str(out), None, self._serving) if self._serving.by_vllm else None
+        words = serve_words(str(out), None, self._serving, view=self._view)
+        return words if self._serving.by_vllm else None
 
     def _hand_over(self, checksums: bool) -> Plan:
         """The plan, of which no reference is kept. checksums: whether to record those of shards."""

@@ -19,6 +19,7 @@ from shardsurgeon.checkpoint.wrong_files import files_of, is_model, require_file
 from shardsurgeon.errors import KeepListError, OutputError, OutputWriteError, ScoreError, UsageError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
+from shardsurgeon.execution.view import plan_view
 from shardsurgeon.operations.measured import Evaluation, measuring
 from shardsurgeon.operations.python_calls import public
 from shardsurgeon.operations.recipe import Recipe
@@ -53,7 +54,8 @@ class Pruning(Titled):
     decision: which experts stay; plan: the bytes to move; out: the folder they go to;
     max_shard_nbytes: the limit of a shard's size in bytes, None for the source's shards;
     declared: what --family said; evaluation: what it was measured by, None where that is unknown;
-    gpus: machines that the report says the room of; note: what else it says.
+    gpus: machines that the report says the room of; note: what else it says; view: whether `apply`
+    writes a view in place of shards.
 
     >>> plan = shardsurgeon.plan("fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", keep=8)
     >>> plan.report.total_size_before, plan.report.total_size_after
@@ -76,6 +78,7 @@ class Pruning(Titled):
     evaluation: Evaluation | None = None
     gpus: FitRequest | None = None
     note: str = ""
+    view: bool = False
 
     @property
     def title(self) -> str:
@@ -111,6 +114,14 @@ class Pruning(Titled):
         layers = self.decision.keep.layers
         kept = {layer: len(keep.retained) for layer, keep in layers.items()}
         return tuple(fit.on(machine, [kept]) for machine in self.gpus.machines)
+
+    @cached_property
+    def written(self) -> Plan:
+        """The bytes to move to `out`: the plan, or that of its view. Raises UsageError where no
+        view can be made of the source."""
+        if not self.view:
+            return self.plan
+        return plan_view(self.plan, self.checkpoint.source, self.out)
 
     @property
     def serving(self) -> Serving:
@@ -283,6 +294,16 @@ def compare(
     ]
 
 
+def as_view(pruning: Pruning, *, is_named: bool) -> Pruning:
+    """The prune, to be written as a view; is_named: whether the user said where to.
+
+    Else it goes beside where its shards would: `<model name>-REAP-65pct-view`.
+    """
+    out = pruning.out if is_named else pruning.out.with_name(f"{pruning.out.name}-view")
+    require_apart(pruning.checkpoint, out)
+    return replace(pruning, out=out, view=True)
+
+
 def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
     """Raise UsageError where layers keep different numbers and the request does not allow it,
     OutputError where there is an OUT already that is not this prune's result.
@@ -290,7 +311,8 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
     stays: whether the result stays on this machine.
     """
     keep = pruning.decision.keep
-    if not keep.is_uniform and not pruning.request.allow_nonuniform:
+    # A view is loaded by our own loaders, which read a count per layer.
+    if not keep.is_uniform and not pruning.request.allow_nonuniform and not pruning.view:
         counts = [len(layer.retained) for layer in keep.layers.values()]
         problem = (
             f"is needed: layers keep {min(counts)} to {max(counts)} experts, and stock engines"
@@ -298,7 +320,7 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
         remedy = "give it for an engine that reads a count per layer"
         raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
     if os.path.lexists(pruning.out):
-        plan = pruning.plan
+        plan = pruning.written
         if not stays or not holds_result(pruning.out, plan, output_sizes(plan)):
             raise OutputError(
                 pruning.out, "exists and holds something else", "choose another -o or remove it"

@@ -170,7 +170,8 @@ class ApplyReport(Report):
     bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
     bytes_downloaded: what came over the network; push: where it was pushed to, if it was;
     source: the model that was pruned, as it can be named again; family: what --family said; serve:
-    the words of the command that serves it, None where no engine is known to. Of a
+    the words of the command that serves it, None where no engine is known to; view: whether what
+    was written is a view. Of a
     dry run, whose plan counts the disk that is still needed and free: target: the repository that
     a push would go to, None without a push, and where it could not be looked at; refusal: what the
     run would stop at, None where nothing stands in its way.
@@ -196,6 +197,7 @@ class ApplyReport(Report):
     target: PushTarget | None = None
     refusal: Refusal | None = None
     serve: tuple[str, ...] | None = None
+    view: bool = False
 
     figures: ClassVar[tuple[str, ...]] = ("bytes_per_second",)
 

@@ -54,14 +54,18 @@ def serving_of(model: Checkpoint, anatomy: Anatomy, kept: Mapping[int, int]) -> 
     )
 
 
-def serve_words(place: str, revision: str | None, serving: Serving) -> tuple[str, ...]:
+def serve_words(
+    place: str, revision: str | None, serving: Serving, *, view: bool = False
+) -> tuple[str, ...]:
     """The command that serves a model, as words.
 
-    place: a folder or a repository; revision: its branch, None for main.
+    place: a folder or a repository; revision: its branch, None for main; view: whether the folder
+    is one.
     """
     words = ["vllm", "serve", place]
     words += ["--revision", revision] if revision else []
     words += ["--trust-remote-code"] if serving.remote_code else []
+    words += ["--load-format", "shardsurgeon"] if view else []
     return tuple(words)
 
 

@@ -34,6 +34,7 @@ CONFIG = Limit(16 * MIB, 320 * MIB, placed=True)
 INDEX = Limit(128 * MIB, 384 * MIB)
 HEADER = Limit(100_000_000, 416 * MIB)  # the safetensors library reads no longer one
 METADATA = Limit(64 * MIB, 320 * MIB)
+VIEW_LINE = Limit(256 * MIB, 448 * MIB)  # of a manifest: a shard's header and its ranges
 KEEP_LIST = Limit(64 * MIB, 384 * MIB)
 SCORES_JSON = Limit(128 * MIB, 448 * MIB)
 EVALUATION = Limit(64 * MIB, 320 * MIB)

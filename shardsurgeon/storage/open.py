@@ -17,6 +17,7 @@ from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.storage.formats.index import CONFIG_NAME
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source, leads_out, unusual
+from shardsurgeon.storage.view import open_folder
 
 _REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 # As huggingface_hub has it: a slash in the name of a revision is written %2F, but for these two.
@@ -59,7 +60,7 @@ def open_source(model: str | PathLike[str] | Source, *, follow_links: bool = Fal
     if not isinstance(model, str | PathLike):
         return model
     if isinstance(model, PathLike) or _exists(model):
-        return LocalSource(fspath(model), follow_links=follow_links)
+        return open_folder(fspath(model), follow_links=follow_links)
     page = _HUB_PAGE.fullmatch(model)
     if page is not None and not page["id"].startswith(_NO_MODELS):
         revision = page["revision"]
@@ -75,7 +76,7 @@ def open_source(model: str | PathLike[str] | Source, *, follow_links: bool = Fal
         revision = None if revision is None else unquote(revision)
         return _hub(found["id"], revision, found["folder"] or "")
     if scheme == "file":
-        return LocalSource(url2pathname(urlsplit(model).path), follow_links=follow_links)
+        return open_folder(url2pathname(urlsplit(model).path), follow_links=follow_links)
     return _elsewhere(scheme, model)
 
 
@@ -112,15 +113,9 @@ def _hub(repo_id: str, revision: str | None, folder: str = "") -> Source:
     folder = folder.rstrip("/")
     if folder and (leads_out(folder) or unusual(folder)):
         raise UsageError(f"hf://{repo_id}", f"{folder!a} is no folder of a repository", _HOW)
-    from huggingface_hub import constants
+    from shardsurgeon.storage.hub.source import open_repository
 
-    if constants.HF_HUB_OFFLINE:
-        from shardsurgeon.storage.hub.source import offline_snapshot
-
-        return LocalSource(offline_snapshot(repo_id, revision, folder))
-    from shardsurgeon.storage.hub.source import HubSource
-
-    return HubSource(repo_id, revision, folder=folder)
+    return open_repository(repo_id, revision, folder)
 
 
 def _elsewhere(scheme: str, url: str) -> Source:

@@ -108,9 +108,17 @@ def parse_header(raw: bytes, file_nbytes: int, where: str) -> Header:
     for whatever breaks the format or does not fit the file.
     """
     _check_length(len(raw), file_nbytes, where)
-    data_begin = PREFIX_NBYTES + len(raw)
+    entries = _HeaderReader(where).load(raw)
+    return header_of(entries, PREFIX_NBYTES + len(raw), file_nbytes, where)
+
+
+def header_of(entries: dict[str, object], data_begin: int, file_nbytes: int, where: str) -> Header:
+    """The Header of JSON that is read already: tensor names and, maybe, `__metadata__`.
+
+    data_begin: where the data section begins in the file; the others and what is raised: as for
+    `parse_header`.
+    """
     reader = _HeaderReader(where)
-    entries = reader.load(raw)
     metadata = reader.metadata(entries.pop(_METADATA, None))
     tensors = reader.tensors(entries, file_nbytes - data_begin)
     return Header(tensors, metadata, data_begin)

@@ -66,7 +66,7 @@ from shardsurgeon.storage.http import (
 from shardsurgeon.storage.hub.errors import refused_read, require_sound_settings
 from shardsurgeon.storage.hub.listing import HubHeaders, Listing, fetch_listing, hub_error
 from shardsurgeon.storage.limits import INDEX, read_limited
-from shardsurgeon.storage.local import pieces_of
+from shardsurgeon.storage.local import LocalSource, pieces_of
 from shardsurgeon.storage.retry import RetryableError, RetryPolicy, Waits, retry, stream_pieces
 from shardsurgeon.storage.source import Source, SourceFile, is_left_behind, unusual
 
@@ -259,6 +259,16 @@ class HubSource(Source):
     def _address(self, name: str) -> str:
         path = f"{self._prefix}{name}"
         return hf_hub_url(self._repo_id, path, revision=self.revision, endpoint=self._endpoint)
+
+
+def open_repository(repo_id: str, revision: str | None = None, folder: str = "") -> Source:
+    """A model of the Hub, or a folder of its repository; with HF_HUB_OFFLINE=1 that of the cache.
+
+    Raises what `HubSource` and `offline_snapshot` raise.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return LocalSource(offline_snapshot(repo_id, revision, folder))
+    return HubSource(repo_id, revision, folder=folder)
 
 
 def _listing(repo_id: str, revision: str | None, asked: str, policy: RetryPolicy) -> Listing:

@@ -1,0 +1,132 @@
+"""A plan as a view, and a view as the plan that makes real shards of it.
+
+A view's folder gets every file of the result but its shards, and a manifest in their place; what
+it says is the plan's shards, byte range by byte range.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from shardsurgeon.errors import UsageError
+from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
+from shardsurgeon.storage.files import sha256_of
+from shardsurgeon.storage.formats.view import ManifestWriter, Range
+from shardsurgeon.storage.open import hub_address, hub_name
+from shardsurgeon.storage.source import Source
+from shardsurgeon.storage.view import ViewSource
+
+_KEPT = "a folder on this machine and a repository of the Hub"
+
+
+def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
+    """The plan of the view, to be written to the folder `out`, that stands for a plan's result.
+
+    Of a source that is a view itself, what that is made of is named. Raises UsageError where a view
+    cannot name the source.
+    """
+    origin = source.origin if isinstance(source, ViewSource) else source
+    used = dict.fromkeys(
+        piece.file
+        for shard in plan.shards
+        for tensor in shard.tensors
+        for piece in tensor.pieces
+        if isinstance(piece, Segment)
+    )
+    if isinstance(source, ViewSource):
+        files = source.manifest.files
+    else:
+        files = tuple(file for file in plan.source_files if file.name in used)
+    writer = ManifestWriter(_place(source, origin, out), files)
+    for shard in plan.shards:
+        pieces = (each for tensor in shard.tensors for each in _pieces(tensor, source))
+        writer.add(shard.file, shard.header, _entries(shard), pieces)
+    return replace(plan, shards=(), manifest=tuple(writer.finish().items()))
+
+
+def _pieces(tensor: OutputTensor, source: Source) -> Iterator[Range | bytes]:
+    for piece in tensor.pieces:
+        if isinstance(piece, Literal):
+            yield piece.data
+        elif isinstance(source, ViewSource):
+            yield from source.resolve(piece.file, piece.begin, piece.nbytes)
+        else:
+            yield piece.file, piece.begin, piece.nbytes
+
+
+def _entries(shard: OutputShard) -> dict[str, object]:
+    """What a shard's header says, as JSON has it."""
+    entries: dict[str, object] = {} if shard.metadata is None else {"__metadata__": shard.metadata}
+    begin = 0
+    for tensor in shard.tensors:
+        end = begin + tensor.nbytes
+        offsets = (begin, end)
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": offsets,
+        }
+        begin = end
+    return entries
+
+
+def _place(source: Source, origin: Source, out: Path) -> str:
+    """How a manifest in the folder `out` names the place of the shards' bytes.
+
+    A folder that was named by a relative path is, so that both may be moved together.
+    """
+    if origin.is_remote:
+        name = hub_name(origin)
+        if name is None or not origin.location.startswith("hf://"):
+            problem = f"cannot name {origin.location}: it reads from {_KEPT}"
+            raise UsageError("--view", problem, "fetch the model first, or leave --view out")
+        return hub_address(name, origin.revision)
+    if isinstance(source, ViewSource) and "://" in source.manifest.source:
+        return source.manifest.source
+    # Not of a shard: that may be a link to elsewhere.
+    path = origin.local_path("config.json")
+    if path is None:
+        raise UsageError("--view", f"cannot name {origin.location}: it reads from {_KEPT}")
+    folder = os.path.realpath(path.parent)
+    if os.path.isabs(origin.location):
+        return folder
+    return os.path.relpath(folder, os.path.realpath(out.absolute().parent / out.name))
+
+
+def plan_shards_of(view: ViewSource) -> Plan:
+    """The plan that makes a folder with real shards of a view.
+
+    It reads the view's source. The files beside the shards come from the view's folder, like scores
+    from outside of a source.
+    """
+    beside = [file for file in view.list() if file.name not in view.shards]
+    return Plan(
+        shards=tuple(_output_shard(view, name) for name in view.shards),
+        generated_files=(),
+        copied_files=(),
+        score_files=tuple(_outside(view, file.name) for file in beside),
+        source_files=view.origin_files,
+        asked=(("view", view.location),),
+        source_fingerprint=view.digest,
+    )
+
+
+def _outside(view: ViewSource, name: str) -> tuple[str, str, str]:
+    path = view.folder.local_path(name).absolute()
+    return name, str(path), sha256_of(path)
+
+
+def _output_shard(view: ViewSource, name: str) -> OutputShard:
+    shard = view.shards[name]
+    tensors = []
+    for record in shard.header.tensors:
+        begin = shard.header.data_begin + record.begin
+        pieces = tuple(
+            Literal(piece) if isinstance(piece, bytes) else Segment(*piece)
+            for piece in view.resolve(name, begin, record.nbytes)
+        )
+        tensors.append(OutputTensor(record.name, record.dtype, record.shape, pieces))
+    return OutputShard(name, shard.head, tuple(tensors), shard.header.metadata)
