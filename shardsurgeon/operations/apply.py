@@ -134,7 +134,9 @@ class _Run:
         self._source = pruning.checkpoint.source
         self._family = pruning.declared
         self._serving = pruning.serving
-        self._check = SelfCheck(pruning.checkpoint, pruning.plan, pruning.out, by_shard=by_shard)
+        self._check = SelfCheck(
+            pruning.checkpoint, pruning.plan, pruning.out, by_shard=by_shard, view=pruning.view
+        )
 
     def carry_out(
         self,

@@ -22,6 +22,7 @@ from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import open_source
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import MemorySource, Source, SourceFile, require_unchanged
+from shardsurgeon.storage.view import ViewSource
 from shardsurgeon.verification.architecture import AnyCheckpoint, check_architecture
 from shardsurgeon.verification.byte_comparison import Sampling
 from shardsurgeon.verification.findings import VerifyReport
@@ -107,22 +108,31 @@ def _compared(checkpoint: Checkpoint) -> list[SourceFile]:
 class SelfCheck:
     """The check of one run's result; `report` says what was compared."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, out: Path, *, by_shard: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        out: Path,
+        *,
+        by_shard: bool = False,
+        view: bool = False,
+    ) -> None:
         """checkpoint: the source; plan: what is made of it; out: its name in
         reports; by_shard: whether each shard is checked alone, because it will be gone when the
-        rest is there. Otherwise no reference to the plan is kept."""
+        rest is there; otherwise no reference to the plan is kept; view: whether it is a view."""
         self._checkpoint = checkpoint
         self._sampling = _sampling(checkpoint, plan)
         self._planned = plan if by_shard else None
-        self._out = out
+        self._out, self._view = out, view
         self.report: VerifyReport | None = None
 
     def whole(self, folder: Path) -> None:
         """Check a folder that holds everything. Raises VerificationError."""
         sampling = self._sampling
+        result = ViewSource(LocalSource(folder), at=self._out) if self._view else folder
         self._take(
             verify_checkpoint(
-                self._checkpoint, folder, sample=sampling.tensors, sample_nbytes=sampling.nbytes
+                self._checkpoint, result, sample=sampling.tensors, sample_nbytes=sampling.nbytes
             )
         )
 

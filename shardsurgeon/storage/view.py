@@ -61,13 +61,17 @@ class ViewSource(Source):
     order; digest: SHA-256 of the manifest, in hex.
     """
 
-    def __init__(self, folder: LocalSource) -> None:
-        """Raises CheckpointError where the manifest in the folder, or the source that it names,
+    def __init__(self, folder: LocalSource, *, at: Path | None = None) -> None:
+        """folder: the view's; at: the name that it is going to have, from which a relative source
+        is counted, None for the one that it has.
+
+        Raises CheckpointError where the manifest in the folder, or the source that it names,
         cannot be used, NetworkError where that cannot be reached."""
         self.folder = folder
         self.name, self.location = folder.name, folder.location
         self.follows_links = folder.follows_links
         self._home = folder.local_path(VIEW_NAME).parent
+        self._at = Path(os.path.realpath(at)) if at is not None else self._home
         raw = self._read_manifest()
         self.digest = hashlib.sha256(raw).hexdigest()
         self.manifest = read_manifest(raw, f"{self.location}/{VIEW_NAME}")
@@ -164,7 +168,7 @@ class ViewSource(Source):
         if "://" in place:
             problem = f"its source {place!a} is neither a folder nor a commit of a repository"
             raise CheckpointError(where, problem, _MAKE_AGAIN)
-        folder = self._home / place
+        folder = self._at / place
         try:
             origin = LocalSource(folder)
         except CheckpointError as error:

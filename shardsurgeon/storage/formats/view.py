@@ -333,9 +333,8 @@ class _ManifestReader:
         for number, begin, nbytes in zip(*columns, strict=True):
             if number >= len(sizes) or not nbytes or begin + nbytes > sizes[number]:
                 name = self._files[number].name if number < len(sizes) else f"file {number}"
-                self._refuse(
-                    f"{file}: bytes {begin:,} to {begin + nbytes:,} of {name} do not exist"
-                )
+                problem = f"{file}: bytes {begin:,} to {begin + nbytes:,} of {name} do not exist"
+                self._refuse(problem)
             at += nbytes
             if at > upto:
                 self._refuse(f"{file}: a range goes on behind byte {upto:,}, where a tensor ends")
