@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from shardsurgeon.pruning.agreement import ComparisonReport
     from shardsurgeon.pruning.report import PlanReport
     from shardsurgeon.scores.table import Scores
+    from shardsurgeon.serving.tensors import open_view
     from shardsurgeon.verification.findings import ArchitectureReport, VerifyReport
 
 __all__ = [
@@ -100,6 +101,7 @@ __all__ = [
     "inspect",
     "merge_scores",
     "open_checkpoint",
+    "open_view",
     "plan",
     "plot_scores",
     "probe",
@@ -149,6 +151,7 @@ _HOMES = {
     "inspect": "operations.api",
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
+    "open_view": "serving.tensors",
     "plan": "operations.api",
     "plot_scores": "operations.picture_api",
     "probe": "operations.score_api",

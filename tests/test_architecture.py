@@ -20,7 +20,7 @@ PACKAGE = Path(shardsurgeon.__file__).parent
 # Exempt are `__init__`, which finds its names when they are asked for, and `__main__`.
 RANKS = [
     ["cli*"],
-    ["operations*"],
+    ["operations*", "serving*"],
     ["layerwise*"],
     ["pruning*", "verification*"],
     ["scores*"],
@@ -33,8 +33,8 @@ RANKS = [
 ]
 # The package, and the modules, that may import torch and transformers; the latter inside of
 # functions (`scores.files` to write a .pt file).
-ENGINES = {"torch", "transformers"}
-ENGINE_ROOMS = ("layerwise.", "checkpoint.transformers_model", "scores.files")
+ENGINES = {"torch", "transformers", "vllm"}
+ENGINE_ROOMS = ("layerwise.", "serving.", "checkpoint.transformers_model", "scores.files")
 # All else in pruning/ decides and plans: these read what goes beside the weights, and keep-lists.
 MAY_OPEN_FILES = {"pruning.output_files", "pruning.keep_list_files"}
 CARDS = {"operations.card_data", "operations.model_card"}
@@ -130,6 +130,12 @@ def test_the_verifier_can_reach_neither_the_planner_nor_the_executor() -> None:
     assert not reachable("verification") & {"pruning", "execution"}
 
 
+def test_nothing_of_the_house_needs_the_engines_loaders() -> None:
+    """A view is served by `serving/`, and everything else works without it."""
+    users = {module for module in MODULES if any(i.startswith("serving") for i in imports(module))}
+    assert {module.split(".")[0] for module in users} <= {"serving", "__init__"}
+
+
 def test_the_executor_knows_no_experts() -> None:
     assert reachable("execution") == {"execution", "storage", "units", "errors", "_version"}
 
@@ -189,10 +195,10 @@ def test_a_package_says_what_it_is_and_imports_nothing() -> None:
 
 
 def test_the_package_reads_like_a_table_of_contents() -> None:
-    """Ten packages, and beside them nothing of the domain."""
+    """Eleven packages, and beside them nothing of the domain."""
     packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     ranked = {name.removesuffix("*") for rank in RANKS for name in rank if name.endswith("*")}
-    assert packages == ranked and len(packages) == 10
+    assert packages == ranked and len(packages) == 11
     modules = {path.stem for path in PACKAGE.glob("*.py")}
     assert modules == {"__init__", "__main__", "_version", "errors", "reports", "units"}
 

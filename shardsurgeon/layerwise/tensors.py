@@ -19,24 +19,14 @@ from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import ShardSurgeonError
 from shardsurgeon.execution.plan import Literal, OutputTensor
 from shardsurgeon.layerwise.devices import Device
+from shardsurgeon.storage.formats.dtypes import TORCH_NAMES
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
+# Of weights; torch calculates with no others.
 DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "F64": torch.float64,
+    name: getattr(torch, called)
+    for name, called in TORCH_NAMES.items()
+    if name not in ("U16", "U32", "U64", "C64")
 }
 
 _ADVICE_NBYTES = 128 << 10

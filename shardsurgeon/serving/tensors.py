@@ -1,0 +1,223 @@
+"""The tensors of a pruned model that has no shards, mapped from the ranges that they are made of.
+
+The interface is that of the safetensors library's `safe_open`. torch is imported where a tensor is
+asked for in torch.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from shardsurgeon.errors import CheckpointError, UsageError
+from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
+from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
+from shardsurgeon.storage.open import open_source
+from shardsurgeon.storage.source import Source
+from shardsurgeon.storage.view import ViewSource
+
+Framework = Literal["pt", "np"]
+
+# Files that stay mapped: tensors come in the source's order, and some are made of two files.
+_MOST_MAPPED = 2
+
+
+def open_view(path: str | os.PathLike[str], framework: Framework = "pt") -> ViewTensors:
+    """The tensors of a view, by name; path: its folder; framework: `pt` for torch, `np` for numpy.
+
+    Raises CheckpointError where the folder is no view, or its source is not what it was.
+
+    >>> plan = shardsurgeon.plan("fixtures/qwen3_moe", "fixtures/qwen3_moe/scores.pt", keep=8)
+    >>> view = shardsurgeon.apply(plan, "small", view=True).out
+    >>> with shardsurgeon.open_view(view, framework="np") as tensors:
+    ...     name = next(name for name in tensors.keys() if name.endswith("mlp.gate.weight"))
+    ...     tensors.get_slice(name).get_shape()
+    [8, 64]
+    """
+    if framework not in ("pt", "np"):
+        raise UsageError("framework", f"is {framework!r}", "give 'pt' or 'np'")
+    source = open_source(path)
+    if not isinstance(source, ViewSource):
+        problem = "is a model with its own shards, and no view"
+        raise CheckpointError(path, problem, "open its shards with the safetensors library")
+    return ViewTensors(source.manifest.shards, source.origin, source.data, framework)
+
+
+class ViewTensors:
+    """Tensors by name, each read when it is asked for. Not for several threads at once.
+
+    A tensor that lies in one range of a file on this machine is that file, mapped: nothing is
+    copied, and what is not looked at is not read. Others are put together in memory. Writing to one
+    changes no file.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ViewShard],
+        origin: Source,
+        data: bytes = b"",
+        framework: Framework = "pt",
+    ) -> None:
+        """shards: what the tensors are made of; origin: where its ranges lie; data: values that no
+        source has."""
+        self._shards, self._origin, self._data = shards, origin, data
+        self._framework = framework
+        self._places: dict[str, tuple[ViewShard, TensorRecord]] = {
+            record.name: (shard, record) for shard in shards for record in shard.header.tensors
+        }
+        self._mapped: OrderedDict[str, mmap.mmap] = OrderedDict()
+
+    def __enter__(self) -> ViewTensors:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files. Tensors that were given out stay what they are."""
+        self._mapped.clear()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, shard after shard in the order of their data."""
+        return list(self._places)
+
+    def metadata(self) -> dict[str, str] | None:
+        """The `__metadata__` of the first shard's header."""
+        return self._shards[0].header.metadata
+
+    def record(self, name: str) -> TensorRecord:
+        """What the header says of a tensor. Raises KeyError."""
+        return self._places[name][1]
+
+    def get_tensor(self, name: str) -> Any:
+        """A whole tensor. Raises KeyError, UsageError for a dtype that the framework does not have,
+        and what reading the source raises."""
+        return self._elements(name, 0, math.prod(self.record(name).shape), self.record(name).shape)
+
+    def get_slice(self, name: str) -> ViewSlice:
+        """A tensor of which only what is indexed is read. Raises KeyError."""
+        self.record(name)
+        return ViewSlice(self, name)
+
+    def rows(self, name: str, begin: int, end: int) -> Any:
+        """Rows [begin, end) of the first axis; raises as `get_tensor` does."""
+        shape = self.record(name).shape
+        each = math.prod(shape[1:])
+        return self._elements(name, begin * each, end * each, (end - begin, *shape[1:]))
+
+    def _elements(self, name: str, first: int, last: int, shape: tuple[int, ...]) -> Any:
+        """The elements [first, last), in order, as a tensor of a shape."""
+        shard, record = self._places[name]
+        names = TORCH_NAMES if self._framework == "pt" else NUMPY_NAMES
+        dtype = names.get(record.dtype)
+        if dtype is None:
+            have = "numpy has" if self._framework == "np" else "torch has"
+            problem = f"is of type {record.dtype}, which {have} no type for"
+            remedy = "ask for framework='pt'" if self._framework == "np" else ""
+            raise UsageError(name, problem, remedy)
+        width = record.nbytes // max(math.prod(record.shape), 1)
+        ranges = list(shard.ranges(record.begin + first * width, record.begin + last * width))
+        if self._framework == "np":
+            flat = np.frombuffer(self._buffer(ranges), np.uint8)
+            return flat.view(dtype).reshape(shape)
+        import torch
+
+        wanted = getattr(torch, dtype)
+        if not ranges:
+            return torch.empty(shape, dtype=wanted)
+        buffer, at = self._place(ranges, wanted.itemsize)
+        count = (last - first) * width // wanted.itemsize
+        return torch.frombuffer(buffer, dtype=wanted, count=count, offset=at).reshape(shape)
+
+    def _place(self, ranges: Sequence[Range], alignment: int) -> tuple[Any, int]:
+        """Writable memory that holds some ranges, and where in it they begin."""
+        if len(ranges) == 1:
+            file, begin, _ = ranges[0]
+            mapped = self._map(file)
+            if mapped is not None and begin % alignment == 0:
+                return mapped, begin
+        return self._buffer(ranges), 0
+
+    def _buffer(self, ranges: Sequence[Range]) -> bytearray:
+        """Some ranges, one behind the other, in memory of their own."""
+        joined = bytearray(sum(nbytes for *_, nbytes in ranges))
+        at = 0
+        for file, begin, nbytes in ranges:
+            joined[at : at + nbytes] = self._bytes(file, begin, begin + nbytes)
+            at += nbytes
+        return joined
+
+    def _bytes(self, file: str, begin: int, end: int) -> bytes | memoryview:
+        if file == DATA_NAME:
+            return self._data[begin:end]
+        mapped = self._map(file)
+        if mapped is not None:
+            return memoryview(mapped)[begin:end]
+        return self._origin.read(file, begin, end)
+
+    def _map(self, file: str) -> mmap.mmap | None:
+        """A file of the source, mapped so that writing stays here; None where it is elsewhere."""
+        if file == DATA_NAME:
+            return None
+        found = self._mapped.get(file)
+        if found is None:
+            opened = self._origin.open(file)
+            if opened is None:
+                return None
+            with opened:
+                found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._mapped[file] = found
+            if len(self._mapped) > _MOST_MAPPED:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(file)
+        return found
+
+
+class ViewSlice:
+    """A tensor that is read when it is indexed, as the safetensors library's slices are."""
+
+    def __init__(self, tensors: ViewTensors, name: str) -> None:
+        self._tensors, self._name = tensors, name
+
+    def get_shape(self) -> list[int]:
+        """The shape of the whole tensor."""
+        return list(self._tensors.record(self._name).shape)
+
+    def get_dtype(self) -> str:
+        """The dtype, as safetensors headers spell it."""
+        return self._tensors.record(self._name).dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        """What an index of the framework takes; rows of the first axis that it leaves out are not
+        read."""
+        whole = index if isinstance(index, tuple) else (index,)
+        first = whole[0] if whole else ...
+        shape = self.get_shape()
+        if isinstance(first, slice) and shape:
+            begin, end, step = first.indices(shape[0])
+            if step == 1:
+                rows = self._tensors.rows(self._name, begin, max(begin, end))
+                return rows[(slice(None), *whole[1:])]
+        return self._tensors.get_tensor(self._name)[index]
