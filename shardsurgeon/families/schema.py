@@ -66,6 +66,10 @@ class ConfigKeys:
     mtp_padded: keys of lists with an entry per layer, MTP layers' behind the others, which a
     model without MTP layers must not have.
     elsewhere: dotted paths of objects about other experts, which are not changed.
+    per_layer_name: the count's name in transformers' `per_layer_config`, "" for the first of
+    num_experts: the one that the config class stores, to which its attribute_map leads.
+    misread_by: engines that load a model whose layers have different numbers without a word,
+    whatever its `per_layer_config` says.
     """
 
     num_experts: tuple[str, ...]
@@ -82,6 +86,13 @@ class ConfigKeys:
     extra_rows: str = ""
     mtp_padded: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    per_layer_name: str = ""
+    misread_by: tuple[str, ...] = ()
+
+    @property
+    def override(self) -> str:
+        """The dotted name under which transformers' `per_layer_config` has a layer's count."""
+        return self.per_layer_name or self.num_experts[0]
 
 
 @dataclass(frozen=True, slots=True)
