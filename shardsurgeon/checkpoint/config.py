@@ -150,11 +150,8 @@ def per_layer_paths(keys: ConfigKeys, num_layers: int) -> list[tuple[tuple[str, 
 
 
 def override_paths(keys: ConfigKeys) -> list[tuple[str, ...]]:
-    """Where transformers' overrides may say a layer's experts, the layer being `*`.
-
-    The first is the one that its config class understands.
-    """
-    names = dict.fromkeys((keys.override, *keys.num_experts))
+    """Where transformers' overrides may say a layer's experts, the layer being `*`."""
+    names = dict.fromkeys((*keys.overrides, *keys.num_experts))
     return [(OVERRIDES_KEY, "*", *name.split(".")) for name in names]
 
 

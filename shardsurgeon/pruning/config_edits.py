@@ -27,7 +27,7 @@ from shardsurgeon.checkpoint.quantization_lists import tool_of
 from shardsurgeon.checkpoint.second_configs import other_configs
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
-from shardsurgeon.pruning.layer_counts import superfluous_overrides, unequal_counts
+from shardsurgeon.pruning.layer_counts import says_per_layer, superfluous_overrides, unequal_counts
 from shardsurgeon.pruning.quantization_lists import QuantizationLists
 from shardsurgeon.storage.formats.json_edit import DELETE, Document
 
@@ -168,16 +168,6 @@ def side_file_quantization(name: str, content: object) -> str | None:
     what = section.get("quant_algo") or section.get("format") or (bits and f"{bits} bits")
     tool = section.get("quant_method") or tool_of(name)
     return f"{tool} {what}".strip() if what else section.get("quant_method")
-
-
-def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
-    """Where the family's own part of a config says experts per layer; "" where it does not."""
-    keys = anatomy.family.config
-    path = tuple(keys.per_layer.split("."))
-    sections = (config_section(config, at) for at in keys.at)
-    if keys.per_layer and any(list(config_values(section, path)) for section in sections):
-        return keys.per_layer
-    return ""
 
 
 def _counts(

@@ -19,22 +19,68 @@ from shardsurgeon.checkpoint.config import (
     config_values,
     layer_at,
     override_paths,
+    published_list,
 )
-from shardsurgeon.families.schema import ConfigKeys, Family
+from shardsurgeon.families.schema import ENGINES, ConfigKeys, all_families
+from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.storage.formats.json_edit import Insert
 
 Path = tuple[str | int, ...]
 
-_STOCK = ("transformers", "vLLM")
+
+def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
+    """Where the family's own part of a config says experts per layer; "" where it does not."""
+    keys = anatomy.family.config
+    path = tuple(keys.per_layer.split("."))
+    sections = (config_section(config, at) for at in keys.at)
+    if keys.per_layer and any(list(config_values(section, path)) for section in sections):
+        return keys.per_layer
+    return ""
 
 
-def engines_on_unequal(family: Family) -> str:
-    """What stock engines do with a model of a family whose layers keep different numbers."""
-    silent = family.config.misread_by
-    stop = " and ".join(engine for engine in _STOCK if engine not in silent)
+def engines_on_unequal(config: Mapping[str, Any], anatomy: Anatomy) -> str:
+    """What stock engines do with the model where its layers keep different numbers of experts."""
+    if says_per_layer(config, anatomy):
+        return "of stock engines only vLLM reads a count per layer"
+    silent = anatomy.family.config.misread_by
+    stop = " and ".join(engine for engine in ENGINES if engine not in silent)
     said = [f"stock {' and '.join(silent)} would load it wrong without a word"] if silent else []
     said += [f"stock {stop} would refuse to load it"] if stop else []
     return ", ".join(said)
+
+
+def list_of_counts(config: Mapping[str, Any], anatomy: Anatomy) -> str:
+    """The key of the list that says the experts of each layer, in a config that has one."""
+    return published_list(anatomy.family, config) or PER_LAYER_KEY
+
+
+def published_counts_note(config: Mapping[str, Any], anatomy: Anatomy) -> list[str]:
+    """What a user must know of a model with another tool's list of counts."""
+    key = published_list(anatomy.family, config)
+    if not key:
+        return []
+    return [
+        f"config.json says each layer's experts in {key}, which is read; stock engines ignore it"
+    ]
+
+
+def unequal_note(config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList) -> list[str]:
+    """What a user must know of a model whose layers keep different numbers of experts."""
+    if keep.is_uniform:
+        return []
+    counts = sorted({len(layer.retained) for layer in keep.layers.values()})
+    kept = f"layers keep {counts[0]} to {counts[-1]} experts"
+    native = says_per_layer(config, anatomy)
+    if native:
+        return [f"{kept}; {native} says how many each, and stock vLLM reads it"]
+    others = [f for f in all_families() if f.config.per_layer]
+    paths = ", ".join(f"{f.name} ({f.config.per_layer.split('.')[0]})" for f in others)
+    listed, engines = list_of_counts(config, anatomy), engines_on_unequal(config, anatomy)
+    return [
+        f"{kept}: {listed} in config.json says how many each, which no stock engine reads; "
+        f"{engines} ({OVERRIDES_KEY} is there to stop them). Serve it with an engine that reads "
+        f"the list. The one family whose counts per layer stock vLLM reads is {paths}"
+    ]
 
 
 def unequal_counts(
@@ -92,10 +138,13 @@ def _overrides(
     keys = {layer_at(key): key for key in present}
     made: dict[str, Any] = {}
     for layer, count in counts.items():
-        value: Any = count
-        for name in reversed(anatomy.family.config.override.split(".")):
-            value = {name: value}
-        made[keys.get(layer, str(layer))] = value
+        override = made[keys.get(layer, str(layer))] = {}
+        for dotted in anatomy.family.config.overrides:
+            *outer, name = dotted.split(".")
+            place = override
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[name] = count
     return made
 
 

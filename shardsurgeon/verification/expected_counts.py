@@ -118,17 +118,19 @@ class ExpectedCounts:
 
     def _override(self, overrides: dict[str, Any]) -> None:
         """Put the count of every main layer with experts into transformers' overrides."""
-        *outer, name = self._keys.override.split(".")
         for layer in self._anatomy.main_layers:
             spelled = (key for key in overrides if layer_at(key) == layer.index)
-            place = overrides.setdefault(next(spelled, str(layer.index)), {})
-            for key in outer:
-                place = place.setdefault(key, {})
-            place[name] = self._left.get(layer.index, layer.num_experts)
+            override = overrides.setdefault(next(spelled, str(layer.index)), {})
+            for dotted in self._keys.overrides:
+                *outer, name = dotted.split(".")
+                place = override
+                for key in outer:
+                    place = place.setdefault(key, {})
+                place[name] = self._left.get(layer.index, layer.num_experts)
 
     def _without_overrides(self, members: dict[str, Any]) -> dict[str, Any]:
         """An object without overrides of the count, if it has some, nor objects left empty."""
-        names = {(*name.split("."),) for name in (self._keys.override, *self._keys.num_experts)}
+        names = {(*name.split("."),) for name in (*self._keys.overrides, *self._keys.num_experts)}
         overrides = members.get(OVERRIDES_KEY)
         if not isinstance(overrides, dict):
             return members
