@@ -42,6 +42,8 @@ def engines_on_unequal(config: Mapping[str, Any], anatomy: Anatomy) -> str:
     """What stock engines do with the model where its layers keep different numbers of experts."""
     if says_per_layer(config, anatomy):
         return "of stock engines only vLLM reads a count per layer"
+    if anatomy.family not in all_families():
+        return "stock engines read one count for all layers"
     silent = anatomy.family.config.misread_by
     stop = " and ".join(engine for engine in ENGINES if engine not in silent)
     said = [f"stock {' and '.join(silent)} would load it wrong without a word"] if silent else []
