@@ -27,6 +27,8 @@ from shardsurgeon.storage.formats.json_edit import Insert
 
 Path = tuple[str | int, ...]
 
+_SINCE = "from transformers 5.14 on, older ones load it wrong without a word"
+
 
 def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
     """Where the family's own part of a config says experts per layer; "" where it does not."""
@@ -47,7 +49,7 @@ def engines_on_unequal(config: Mapping[str, Any], anatomy: Anatomy) -> str:
     silent = anatomy.family.config.misread_by
     stop = " and ".join(engine for engine in ENGINES if engine not in silent)
     said = [f"stock {' and '.join(silent)} would load it wrong without a word"] if silent else []
-    said += [f"stock {stop} would refuse to load it"] if stop else []
+    said += [f"stock {stop} would refuse to load it ({_SINCE})"] if stop else []
     return ", ".join(said)
 
 

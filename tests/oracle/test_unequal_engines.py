@@ -27,10 +27,9 @@ from shardsurgeon.checkpoint.transformers_model import (
 )
 from shardsurgeon.errors import UsageError
 from shardsurgeon.families.schema import all_families
-from shardsurgeon.pruning.config_edits import pruned_config
-from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.layer_counts import engines_on_unequal
 from tests.families.specimens import builders, specimen
+from tests.families.unequal import pruned_config_of
 
 pytestmark = pytest.mark.oracle
 
@@ -53,23 +52,6 @@ EARLIER = {
     "mimo_v2_omni": "mutually exclusive `sliding_window` and `attention_chunk_size`",
 }
 STOPS = "AmbiguousGlobalPerLayerAttributeError"
-
-
-def pruned(name: str, *, unequal: bool) -> dict[str, Any]:
-    """The fixture's config after a prune of its first MoE layer, or of all layers alike."""
-    checkpoint = specimen(name).checkpoint()
-    anatomy = read_anatomy(checkpoint)
-    first = anatomy.main_layers[0].index
-    keeps = {}
-    for layer in anatomy.layers:
-        ids = range(layer.num_experts)
-        # One expert of every group goes.
-        size = layer.num_experts // anatomy.n_group
-        gone = [n for n in ids if n % size == 0] if layer.index == first or not unequal else []
-        keeps[layer.index] = LayerKeep(tuple(n for n in ids if n not in gone), tuple(gone))
-    keep = KeepList(anatomy.num_experts, keeps)
-    config: dict[str, Any] = json.loads(pruned_config(checkpoint, anatomy, keep, drop_mtp=False))
-    return config
 
 
 def built(config: dict[str, Any], folder: Path) -> str:
@@ -123,7 +105,7 @@ def test_unequal_counts_stop_transformers(name: str, tmp_path: Path) -> None:
     anatomy = read_anatomy(specimen(name).checkpoint())
     before = built(specimen(name).config, tmp_path / "source")
     assert not before.startswith("error"), before
-    after = built(pruned(name, unequal=True), tmp_path / "unequal")
+    after = built(pruned_config_of(name, unequal=True), tmp_path / "unequal")
     if "transformers" in anatomy.family.config.misread_by:
         assert after == before
     elif name in EARLIER:
@@ -136,7 +118,7 @@ def test_unequal_counts_stop_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", READ)
 def test_equal_counts_are_built_as_the_source_is(name: str, tmp_path: Path) -> None:
     before = built(specimen(name).config, tmp_path / "source")
-    assert built(pruned(name, unequal=False), tmp_path / "equal") == before
+    assert built(pruned_config_of(name, unequal=False), tmp_path / "equal") == before
 
 
 @pytest.mark.parametrize("name", [name for name in READ if name not in EARLIER])
@@ -146,7 +128,7 @@ def test_no_other_spelling_stops_transformers(name: str, tmp_path: Path) -> None
     keys = anatomy.family.config
     stop = set()
     for dotted in {*keys.num_experts, *keys.overrides}:
-        config = deepcopy(pruned(name, unequal=True))
+        config = deepcopy(pruned_config_of(name, unequal=True))
         for section in sections(config, anatomy):
             *outer, last = dotted.split(".")
             for layer, override in section["per_layer_config"].items():
@@ -166,32 +148,35 @@ def test_no_other_spelling_stops_transformers(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_transformers_does_not_read_it_refuses(name: str, tmp_path: Path) -> None:
     """Where it has the same model under another type, the name is the one that stops it there."""
-    assert built(pruned(name, unequal=True), tmp_path / "unequal").startswith("error")
+    assert built(pruned_config_of(name, unequal=True), tmp_path / "unequal").startswith("error")
     assert built(specimen(name).config, tmp_path / "source").startswith("error")
     anatomy = read_anatomy(specimen(name).checkpoint())
     view = anatomy.family.transformers
     if as_transformers_reads(specimen(name).config, view, is_known) is None:
         return
-    read = as_transformers_reads(pruned(name, unequal=True), view, is_known)
+    read = as_transformers_reads(pruned_config_of(name, unequal=True), view, is_known)
     assert read is not None
     with pytest.raises(UsageError) as caught:
         MetaModel(read, name)
     assert EARLIER.get(name, STOPS) in str(caught.value)
 
 
+SINCE = "(from transformers 5.14 on, older ones load it wrong without a word)"
+
+
 @pytest.mark.parametrize(
     ("fixture", "says"),
     [
-        ("deepseek_v3", "stock transformers and vLLM would refuse to load it"),
+        ("deepseek_v3", f"stock transformers and vLLM would refuse to load it {SINCE}"),
         (
             "deepseek_v41",
             "stock vLLM would load it wrong without a word, stock transformers would refuse to "
-            "load it",
+            f"load it {SINCE}",
         ),
         (
             "grok2",
             "stock transformers would load it wrong without a word, stock vLLM would refuse to "
-            "load it",
+            f"load it {SINCE}",
         ),
         ("nemotron_h_puzzle", "of stock engines only vLLM reads a count per layer"),
     ],
