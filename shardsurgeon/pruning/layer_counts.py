@@ -81,9 +81,9 @@ def unequal_note(config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList) ->
     paths = ", ".join(f"{f.name} ({f.config.per_layer.split('.')[0]})" for f in others)
     listed, engines = list_of_counts(config, anatomy), engines_on_unequal(config, anatomy)
     return [
-        f"{kept}: {listed} in config.json says how many each, which no stock engine reads; "
-        f"{engines} ({OVERRIDES_KEY} is there to stop them). Serve it with an engine that reads "
-        f"the list. The one family whose counts per layer stock vLLM reads is {paths}"
+        f"{kept}: {listed} in config.json says how many each, which no stock engine reads, and "
+        f"{OVERRIDES_KEY} says it again, to stop them: {engines}. Serve it with an engine that "
+        f"reads the list. The one family whose counts per layer stock vLLM reads is {paths}"
     ]
 
 

@@ -148,8 +148,8 @@ def test_the_report_says_which_engines_misread_the_model(tmp_path: Path) -> None
     pruning = prune.plan(str(source), None, request)
     (note,) = [note for note in pruning.report.notes if "num_routed_experts_per_layer" in note]
     assert note.startswith("layers keep 3 to 5 experts")
-    assert "which no stock engine reads; stock transformers and vLLM would refuse" in note
-    assert "(per_layer_config is there to stop them)" in note
+    assert "which no stock engine reads, and per_layer_config says it again, to stop them: " in note
+    assert "stock transformers and vLLM would refuse to load it" in note
     assert "nemotron_h_puzzle (block_configs)" in note
     assert pruning.out.name == "m-REAP-4e-nonuniform"
 
