@@ -138,7 +138,10 @@ def without_overrides(config: Mapping[str, Any], keys: ConfigKeys) -> dict[str, 
 def _overrides(
     present: Mapping[str, Any], anatomy: Anatomy, counts: Mapping[int, int]
 ) -> dict[str, Any]:
-    """The override of every layer's count, under the keys that the layers have already."""
+    """The override of every layer's count, under the keys that the layers have already.
+
+    Of two keys for one layer transformers takes the last.
+    """
     keys = {layer_at(key): key for key in present}
     made: dict[str, Any] = {}
     for layer, count in counts.items():

@@ -119,13 +119,15 @@ class ExpectedCounts:
     def _override(self, overrides: dict[str, Any]) -> None:
         """Put the count of every main layer with experts into transformers' overrides."""
         for layer in self._anatomy.main_layers:
-            spelled = (key for key in overrides if layer_at(key) == layer.index)
-            override = overrides.setdefault(next(spelled, str(layer.index)), {})
+            # Of two keys for one layer transformers takes the last.
+            spelled = [key for key in overrides if layer_at(key) == layer.index]
             for dotted in self._keys.overrides:
-                *outer, name = dotted.split(".")
-                place = override
+                place = overrides
+                *outer, name = (spelled or [str(layer.index)])[-1], *dotted.split(".")
                 for key in outer:
-                    place = place.setdefault(key, {})
+                    if not isinstance(place.get(key), dict):
+                        place[key] = {}
+                    place = place[key]
                 place[name] = self._left.get(layer.index, layer.num_experts)
 
     def _without_overrides(self, members: dict[str, Any]) -> dict[str, Any]:

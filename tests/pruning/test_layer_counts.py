@@ -26,6 +26,7 @@ STOP = (
     "stock transformers and vLLM would refuse to load it (from transformers 5.14 on, older ones "
     "load it wrong without a word)"
 )
+LISTS = {"1": {"kept": [0, 2, 5]}, "2": {"kept": [1, 3, 4, 6, 7]}}
 LIST, OVERRIDES = "num_routed_experts_per_layer", "per_layer_config"
 
 
@@ -37,7 +38,7 @@ def left(counts: dict[int, int], experts: int = 8) -> KeepList:
 
 def edited(counts: dict[int, int], *, drop_mtp: bool = False, **said: Any) -> dict[str, Any]:
     """config.json of the tiny model after a prune; said: what it has besides."""
-    checkpoint = open_checkpoint(tiny.source(content=tiny.config(**said)))
+    checkpoint = open_checkpoint(tiny.source(content={**tiny.config(), **said}))
     keep = left({n: k for n, k in counts.items() if n < 3 or not drop_mtp})
     raw = pruned_config(checkpoint, read_anatomy(checkpoint), keep, drop_mtp=drop_mtp)
     config: dict[str, Any] = json.loads(raw)
@@ -77,6 +78,15 @@ def test_equal_counts_add_nothing() -> None:
                 **of_count((1, 3)),
             },
         ),
+        # Of two keys for one layer transformers takes the last; what is no object is none.
+        (
+            {"1": {"head_dim": 4}, "01": {"head_dim": 8}, "2": 5},
+            {
+                "1": {"head_dim": 4},
+                "01": {"head_dim": 8, "n_routed_experts": 3},
+                "2": {"n_routed_experts": 5},
+            },
+        ),
         # A name that transformers ignores, and a count of a layer without experts.
         (
             {"2": {"num_experts": 8}, "0": {"n_routed_experts": 7}},
@@ -88,8 +98,12 @@ def test_equal_counts_add_nothing() -> None:
         ),
     ],
 )
-def test_overrides_that_are_there_are_completed(before: Any, after: dict[str, Any]) -> None:
-    assert edited(UNEQUAL, per_layer_config=before)[OVERRIDES] == after
+def test_overrides_that_are_there_are_completed(
+    tmp_path: Path, before: Any, after: dict[str, Any]
+) -> None:
+    source = written(tmp_path / "m", per_layer_config=before)
+    out = pruned(source, LISTS, tmp_path / "out", allow_nonuniform=True)
+    assert config_of(out)[OVERRIDES] == after
 
 
 @pytest.mark.parametrize(
@@ -102,15 +116,16 @@ def test_overrides_that_are_there_are_completed(before: Any, after: dict[str, An
     ],
 )
 def test_overrides_of_counts_go_where_all_are_equal_again(
-    before: dict[str, Any], after: dict[str, Any] | None
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any] | None
 ) -> None:
-    assert edited(EQUAL, per_layer_config=before).get(OVERRIDES) == after
+    source = written(tmp_path / "m", per_layer_config=before)
+    lists = {layer: {"kept": [0, 1, 4, 6]} for layer in ("1", "2")}
+    assert config_of(pruned(source, lists, tmp_path / "out")).get(OVERRIDES) == after
 
 
 def test_a_model_that_was_unequal_is_pruned_to_equal_counts(tmp_path: Path) -> None:
     source = written(tmp_path / "m")
-    unequal = {"1": {"kept": [0, 2, 5]}, "2": {"kept": [1, 3, 4, 6, 7]}}
-    first = pruned(source, unequal, tmp_path / "first", allow_nonuniform=True)
+    first = pruned(source, LISTS, tmp_path / "first", allow_nonuniform=True)
     assert config_of(first)[OVERRIDES] == of_count((1, 3), (2, 5))
     two = {"1": {"kept": [0, 1]}, "2": {"kept": [2, 4]}}
     again = pruned(first, two, tmp_path / "again")
@@ -141,8 +156,7 @@ def test_a_published_list_is_rewritten_and_no_second_one_added(
     assert note == (
         f"config.json says each layer's experts in {key}, which is read; stock engines ignore it"
     )
-    lists = {"1": {"kept": [0, 2, 5]}, "2": {"kept": [1, 3, 4, 6, 7]}}
-    out = pruned(source, lists, tmp_path / "out", allow_nonuniform=True)
+    out = pruned(source, LISTS, tmp_path / "out", allow_nonuniform=True)
     config = config_of(out)
     assert config[key] == after and LIST not in config
     assert config[OVERRIDES] == of_count((1, 3), (2, 5))
@@ -191,8 +205,7 @@ def test_beside_a_published_list_the_one_count_may_be_that_of_the_first_model(
     stale = {"per_layer_num_experts": [12, 8, 8, 8], "n_routed_experts": 12}
     source = written(tmp_path / "m", **stale)
     assert inspect.inspect(str(source)).num_experts == 8
-    lists = {"1": {"kept": [0, 2, 5]}, "2": {"kept": [1, 3, 4, 6, 7]}}
-    out = pruned(source, lists, tmp_path / "out", allow_nonuniform=True)
+    out = pruned(source, LISTS, tmp_path / "out", allow_nonuniform=True)
     assert config_of(out)["n_routed_experts"] == 5
     assert config_of(out)["per_layer_num_experts"] == [5, 3, 5, 5]
     alone = tiny.source(content=tiny.config(n_routed_experts=12))
@@ -217,9 +230,8 @@ def test_the_refusal_says_that_stock_engines_stop(tmp_path: Path) -> None:
 
 
 def test_a_keep_list_is_refused_with_what_engines_do(tmp_path: Path) -> None:
-    lists = {"1": {"kept": [0, 2, 5]}, "2": {"kept": [1, 3, 4, 6, 7]}}
     with pytest.raises(KeepListError) as caught:
-        pruned(written(tmp_path / "m"), lists, tmp_path / "out")
+        pruned(written(tmp_path / "m"), LISTS, tmp_path / "out")
     assert f"layer 1 keeps 3 experts, layer 2 5: {STOP}" in str(caught.value)
 
 
@@ -246,7 +258,7 @@ def test_a_config_without_overrides_says_one_count() -> None:
 def written(folder: Path, **said: Any) -> Path:
     """The tiny model on disk."""
     folder.mkdir()
-    for name, content in tiny.files(content=tiny.config(**said)).items():
+    for name, content in tiny.files(content={**tiny.config(), **said}).items():
         (folder / name).write_bytes(content)
     return folder
 
