@@ -28,6 +28,7 @@ from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.fit import Fit, MachineFit
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import write_plan
+from shardsurgeon.pruning.layer_counts import engines_on_unequal
 from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.plan_model import facts_of
@@ -314,11 +315,10 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
     # A view is loaded by our own loaders, which read a count per layer.
     if not keep.is_uniform and not pruning.request.allow_nonuniform and not pruning.view:
         counts = [len(layer.retained) for layer in keep.layers.values()]
-        problem = (
-            f"is needed: layers keep {min(counts)} to {max(counts)} experts, and stock engines"
-        )
+        engines = engines_on_unequal(pruning.checkpoint.settings, pruning.anatomy)
+        problem = f"is needed: layers keep {min(counts)} to {max(counts)} experts, and {engines}"
         remedy = "give it for an engine that reads a count per layer"
-        raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
+        raise UsageError("--allow-nonuniform", problem, remedy)
     if os.path.lexists(pruning.out):
         plan = pruning.written
         if not stays or not holds_result(pruning.out, plan, output_sizes(plan)):

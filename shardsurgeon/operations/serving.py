@@ -13,7 +13,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import MLX_QUANTIZATION_KEY
 from shardsurgeon.checkpoint.layouts import is_named_by_mlx
 from shardsurgeon.families.schema import all_families
-from shardsurgeon.pruning.config_edits import says_per_layer
+from shardsurgeon.pruning.layer_counts import says_per_layer
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 
 
