@@ -160,7 +160,7 @@ def apply_command(
       shardsurgeon apply scores.pt --ratio 0.65 --view
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
-    from shardsurgeon.operations import apply, prune
+    from shardsurgeon.operations import apply, carry_out, prune
     from shardsurgeon.operations.measured import measuring
 
     request, steps = replace(only_one(requests), sampling=sampling), Steps.here()
@@ -197,7 +197,7 @@ def apply_command(
         emit(report, lines, as_json, told_otherwise=not dry_run, error=refused)
     except BaseException as stop:
         if report.out is not None:
-            stop.add_note(prune.complete(report.out))
+            stop.add_note(carry_out.complete(report.out))
         raise
     if refused is not None:
         raise refused

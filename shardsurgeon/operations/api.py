@@ -18,7 +18,8 @@ from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
 from shardsurgeon.operations.bars import bars
 from shardsurgeon.operations.measured import Evaluation, measuring
-from shardsurgeon.operations.prune import Pruning, require_apart
+from shardsurgeon.operations.places import require_apart
+from shardsurgeon.operations.prune import Pruning
 from shardsurgeon.operations.python_calls import (
     AllocationName,
     AnyPath,
@@ -344,7 +345,7 @@ def apply(
     """
     if out is not None:
         plan = replace(plan, out=output_path(out))
-        require_apart(plan.checkpoint, plan.out)
+        require_apart(plan.checkpoint.source, plan.out)
     plan = prune.as_view(plan, is_named=out is not None) if view else plan
     own, with_card = _card(card)
     destination = Destination.of(

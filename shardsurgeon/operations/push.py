@@ -23,6 +23,7 @@ from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.run import require_budget
 from shardsurgeon.operations.card_data import model_facts
 from shardsurgeon.operations.card_pictures import card_pictures
+from shardsurgeon.operations.carry_out import complete
 from shardsurgeon.operations.model_card import (
     Placement,
     model_card,
@@ -31,7 +32,7 @@ from shardsurgeon.operations.model_card import (
     require_metadata,
     with_files,
 )
-from shardsurgeon.operations.prune import Pruning, complete
+from shardsurgeon.operations.prune import Pruning
 from shardsurgeon.operations.push_files import (
     Selection,
     files_to_publish,

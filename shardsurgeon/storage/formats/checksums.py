@@ -28,6 +28,20 @@ def begin_with_checksums(document: bytes) -> bytes:
     return document.removesuffix(b"\n}\n")
 
 
+def without_checksums(document: bytes) -> tuple[bytes, dict[str, str]] | None:
+    """The document that `with_checksums` was given, and the digests; None where it made no such."""
+    begin = document.rfind(f',\n  "{CHECKSUMS_KEY}": {{\n'.encode())
+    if begin < 0:
+        return None
+    before = document[:begin] + b"\n}\n"
+    try:
+        digests = json.loads(b"{" + document[begin + 1 :])[CHECKSUMS_KEY]
+        made = with_checksums(before, digests)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return (before, digests) if made == document else None
+
+
 def nbytes_with_checksums(document: bytes, names: Collection[str]) -> int:
     """The size of `with_checksums` for files of these names, which need not be there yet."""
     return len(with_checksums(document, dict.fromkeys(names, _NONE_YET)))
