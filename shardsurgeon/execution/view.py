@@ -7,13 +7,14 @@ it says is the plan's shards, byte range by byte range.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from shardsurgeon.errors import UsageError
+from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
+from shardsurgeon.storage.formats.checksums import without_checksums
 from shardsurgeon.storage.formats.view import ManifestWriter, Range
 from shardsurgeon.storage.open import hub_address, hub_name
 from shardsurgeon.storage.source import Source
@@ -96,22 +97,34 @@ def _place(source: Source, origin: Source, out: Path) -> str:
     return os.path.relpath(folder, os.path.realpath(out.absolute().parent / out.name))
 
 
-def plan_shards_of(view: ViewSource) -> Plan:
-    """The plan that makes a folder with real shards of a view.
+def plan_shards_of(view: ViewSource, beside: Iterable[str], record: str = "") -> Plan:
+    """The plan that makes a folder with real shards of a view. It reads the view's source.
 
-    It reads the view's source. The files beside the shards come from the view's folder, like scores
-    from outside of a source.
+    beside: the files of the view's folder that go along, like scores from outside of a source;
+    record: the one of them to which the SHA-256 of the shards are to be added, "" for none. Raises
+    CheckpointError where that record is not as it was written.
     """
-    beside = [file for file in view.list() if file.name not in view.shards]
+    names = [name for name in beside if name != record]
     return Plan(
         shards=tuple(_output_shard(view, name) for name in view.shards),
-        generated_files=(),
+        generated_files=((record, _bare(view, record)),) if record else (),
         copied_files=(),
-        score_files=tuple(_outside(view, file.name) for file in beside),
+        score_files=tuple(_outside(view, name) for name in names),
         source_files=view.origin_files,
-        asked=(("view", view.location),),
+        asked=(("VIEW", view.location),),
         source_fingerprint=view.digest,
+        record=record,
     )
+
+
+def _bare(view: ViewSource, record: str) -> bytes:
+    """The record as it was before the SHA-256 of the files beside the shards were added."""
+    nbytes = next(file.nbytes for file in view.folder.list() if file.name == record)
+    found = without_checksums(view.folder.read(record, 0, nbytes))
+    if found is None:
+        problem = "does not end in the SHA-256 of files, as apply writes them"
+        raise CheckpointError(f"{view.location}/{record}", problem, "make the view again")
+    return found[0]
 
 
 def _outside(view: ViewSource, name: str) -> tuple[str, str, str]:

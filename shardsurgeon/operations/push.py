@@ -14,10 +14,8 @@ from pathlib import Path
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of, open_checkpoint
 from shardsurgeon.checkpoint.files import CARD_NAME
-from shardsurgeon.checkpoint.layer_consistency import require_complete
-from shardsurgeon.checkpoint.open import open_model, require_finished, unfinished
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity
-from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
+from shardsurgeon.checkpoint.provenance import SourceIdentity
+from shardsurgeon.errors import ShardSurgeonError, UsageError
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.run import require_budget
@@ -39,15 +37,13 @@ from shardsurgeon.operations.push_files import (
     refuse_planned_secrets,
     refuse_secret,
     refuse_secrets,
-    require_as_written,
     select_files,
 )
 from shardsurgeon.operations.reports import PushReport, PushTarget
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.operations.serving import Serving, serve_words, serving_of
 from shardsurgeon.operations.verify import headers_only
-from shardsurgeon.pruning.lineage import check_lineage
-from shardsurgeon.storage.files import JOURNAL_NAME
+from shardsurgeon.operations.written import complete_prune, require_as_written
 from shardsurgeon.storage.hub.repository import MAIN, Repository
 from shardsurgeon.storage.hub.upload import (
     Content,
@@ -87,7 +83,7 @@ def push(
     PublishError where the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
-    checkpoint, record = _complete_prune(folder, family, follow_links)
+    checkpoint, record = complete_prune(folder, family, follow_links)
     chosen = select_files(checkpoint, include, exclude)
     require_as_written(checkpoint, [*include, *exclude])
     with phase("looking for secrets"):
@@ -313,32 +309,6 @@ def _target(repository: Repository) -> PushTarget:
         private=repository.is_private,
         pull_request=repository.create_pr,
     )
-
-
-def _complete_prune(
-    folder: Path, family: str | None, follow_links: bool
-) -> tuple[Checkpoint, Provenance]:
-    """Open a folder that `apply` wrote. Raises CheckpointError and its children for another one."""
-    if not os.path.isdir(folder):
-        raise CheckpointError(folder, "is not a folder", "give the folder that apply wrote")
-    _require_finished(folder)
-    checkpoint = open_model(folder, family, follow_links=follow_links)
-    record = checkpoint.provenance
-    if record is None:
-        problem = f"was not pruned by shardsurgeon, which leaves its {PROVENANCE_NAME} there"
-        raise CheckpointError(folder, problem, "`hf upload` pushes any folder")
-    anatomy = read_anatomy(checkpoint)
-    check_lineage(record, anatomy.experts_per_layer)
-    require_complete(anatomy.incomplete, None, checkpoint.location)
-    return checkpoint, record
-
-
-def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError where the folder, that above or a folder in it is unfinished work."""
-    require_finished(folder)
-    within = (folder / file.name for file in LocalSource(folder).list())
-    for path in (path for path in within if path.name == JOURNAL_NAME):
-        raise unfinished(path.parent)
 
 
 def _report(
