@@ -168,7 +168,7 @@ class ViewSource(Source):
         if "://" in place:
             problem = f"its source {place!a} is neither a folder nor a commit of a repository"
             raise CheckpointError(where, problem, _MAKE_AGAIN)
-        folder = self._at / place
+        folder = os.path.normpath(self._at / place)
         try:
             origin = LocalSource(folder)
         except CheckpointError as error:
