@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import ExecutionReport, execute
+from shardsurgeon.execution.run import ExecutionReport, execute, require_budget
 from shardsurgeon.execution.upload import ShardDestination
 from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.operations.verify import SelfCheck
@@ -16,6 +17,9 @@ from shardsurgeon.storage.source import Source
 
 # Makes the destination of a run's shards, given the check that each of its shards has to pass.
 DestinationMaker = Callable[[Callable[[str, Path], None]], ShardDestination]
+
+# The budget where none is given, in shards of the largest size: `--disk-budget` documents it.
+_FEW_SHARDS = 4
 
 
 class Run:
@@ -71,6 +75,15 @@ class Run:
         plan, self._plan = self._plan, None
         assert plan is not None, "a run is carried out once"
         return replace(plan, checksums=checksums)
+
+
+def budget_for(plan: Plan, disk_budget: int | None) -> int:
+    """Bytes of shards that may be on the disk on their way elsewhere; disk_budget: what was asked
+    for, None for a few of the largest. Raises UsageError where one alone takes more."""
+    sizes = output_sizes(plan)
+    budget = disk_budget or _FEW_SHARDS * max(sizes.values())
+    require_budget(budget, sizes)
+    return budget
 
 
 def complete(out: str) -> str:
