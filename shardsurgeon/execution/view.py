@@ -14,7 +14,7 @@ from pathlib import Path
 from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
-from shardsurgeon.storage.formats.checksums import without_checksums
+from shardsurgeon.storage.formats.checksums import ends_with_checksums
 from shardsurgeon.storage.formats.view import ManifestWriter, Range
 from shardsurgeon.storage.open import hub_address, hub_name
 from shardsurgeon.storage.source import Source
@@ -84,7 +84,7 @@ def _place(source: Source, origin: Source, out: Path) -> str:
         if name is None or not origin.location.startswith("hf://"):
             problem = f"cannot name {origin.location}: it reads from {_KEPT}"
             raise UsageError("--view", problem, "fetch the model first, or leave --view out")
-        return hub_address(name, origin.revision)
+        return f"hf://{hub_address(name, origin.revision).removeprefix('hf://')}"
     if isinstance(source, ViewSource) and "://" in source.manifest.source:
         return source.manifest.source
     # Not of a shard: that may be a link to elsewhere.
@@ -107,7 +107,7 @@ def plan_shards_of(view: ViewSource, beside: Iterable[str], record: str = "") ->
     names = [name for name in beside if name != record]
     return Plan(
         shards=tuple(_output_shard(view, name) for name in view.shards),
-        generated_files=((record, _bare(view, record)),) if record else (),
+        generated_files=((record, _record(view, record)),) if record else (),
         copied_files=(),
         score_files=tuple(_outside(view, name) for name in names),
         source_files=view.origin_files,
@@ -117,14 +117,14 @@ def plan_shards_of(view: ViewSource, beside: Iterable[str], record: str = "") ->
     )
 
 
-def _bare(view: ViewSource, record: str) -> bytes:
-    """The record as it was before the SHA-256 of the files beside the shards were added."""
-    nbytes = next(file.nbytes for file in view.folder.list() if file.name == record)
-    found = without_checksums(view.folder.read(record, 0, nbytes))
-    if found is None:
+def _record(view: ViewSource, name: str) -> bytes:
+    """The record, which ends in the SHA-256 of the files beside the shards."""
+    nbytes = next(file.nbytes for file in view.folder.list() if file.name == name)
+    raw = view.folder.read(name, 0, nbytes)
+    if not ends_with_checksums(raw):
         problem = "does not end in the SHA-256 of files, as apply writes them"
-        raise CheckpointError(f"{view.location}/{record}", problem, "make the view again")
-    return found[0]
+        raise CheckpointError(f"{view.location}/{name}", problem, "make the view again")
+    return raw
 
 
 def _outside(view: ViewSource, name: str) -> tuple[str, str, str]:

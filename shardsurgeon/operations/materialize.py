@@ -23,7 +23,7 @@ from shardsurgeon.operations.reports import Refusal
 from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.operations.serving import serve_words, serving_of
 from shardsurgeon.operations.verify import SelfCheck
-from shardsurgeon.operations.written import complete_prune, require_as_written
+from shardsurgeon.operations.written import complete_prune, not_comparable, require_as_written
 from shardsurgeon.reports import Report
 from shardsurgeon.storage.files import output_path
 from shardsurgeon.storage.formats.view import VIEW_NAME
@@ -153,7 +153,8 @@ class _OpenedView:
     def check(self, plan: Plan, out: Path, family: str | None) -> SelfCheck:
         """What compares the result with the view's source."""
         before = open_model(self.source.origin, family)
-        return SelfCheck(before, plan, out, edited=self.edited)
+        edited = {*self.edited, *not_comparable(before, self.pruned)}
+        return SelfCheck(before, plan, out, edited=edited)
 
     def serve(self, out: Path) -> tuple[str, ...] | None:
         """The command that serves the result, None where no engine is known to."""

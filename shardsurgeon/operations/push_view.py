@@ -7,21 +7,26 @@ command goes on after any interruption.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.errors import ShardSurgeonError
 from shardsurgeon.execution.view import plan_shards_of
 from shardsurgeon.operations.carry_out import Run, budget_for
 from shardsurgeon.operations.places import default_place, require_apart
 from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.operations.verify import SelfCheck
+from shardsurgeon.operations.written import not_comparable
 from shardsurgeon.storage.hub.repository import Repository
 from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, Unmade, foresee
 from shardsurgeon.storage.view import ViewSource
 
 _WORK = "{}-push"
+# Options that `apply` has, whose executor this is, and `push` has not.
+_OF_OTHERS = re.compile(r"(?<![\w-])(-o|--restart|--max-shard-size)\b")
 
 
 class ViewShipment:
@@ -44,7 +49,7 @@ class ViewShipment:
         """
         source = pruned.source
         assert isinstance(source, ViewSource)
-        self._view = source
+        self._view, self._pruned = source, pruned
         self._plan = plan_shards_of(source, beside)
         self._edited, self._family = edited, family
         self._budget = budget_for(self._plan, disk_budget)
@@ -79,8 +84,9 @@ class ViewShipment:
         plan, made = self._plan, []
         del self._plan
         before = open_model(self._view.origin, self._family)
+        edited = {*self._edited, *not_comparable(before, self._pruned)}
         check = SelfCheck(
-            before, plan, self._work, by_shard=True, edited=self._edited, beside=self._view.folder
+            before, plan, self._work, by_shard=True, edited=edited, beside=self._view.folder
         )
 
         def destination(check_shard: Callable[[str, Path], None]) -> HubDestination:
@@ -88,7 +94,13 @@ class ViewShipment:
             return made[0]
 
         run = Run(plan, self._view.origin, self._work, check)
-        run.carry_out(RunOptions(command=command), destination, self._budget)
+        try:
+            run.carry_out(RunOptions(command=command), destination, self._budget)
+        except ShardSurgeonError as error:
+            if not _OF_OTHERS.search(error.remedy):
+                raise
+            remedy = f"remove {self._work}.partial, or run the command in another folder"
+            raise type(error)(error.where, error.problem, remedy) from error
         published = made[0].published
         assert published is not None
         return published

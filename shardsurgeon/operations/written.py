@@ -52,6 +52,17 @@ def complete_prune(
     return checkpoint, record
 
 
+def not_comparable(before: Checkpoint, pruned: Checkpoint) -> frozenset[str]:
+    """Files beside the weights that a model may rightly have other ones of than the one whose bytes
+    it has: where there was a model between the two, its files were carried along."""
+    earlier = len(before.provenance.steps) if before.provenance is not None else 0
+    steps = len(pruned.provenance.steps) if pruned.provenance is not None else 0
+    if steps <= earlier + 1:
+        return frozenset()
+    weights = {shard.file for shard in before.shards}
+    return frozenset(file.name for file in before.files) - before.rewritten - weights
+
+
 def _require_finished(folder: Path) -> None:
     """Raise CheckpointError where the folder, that above or a folder in it is unfinished work."""
     require_finished(folder)
