@@ -10,7 +10,7 @@ from typing import ClassVar
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import CARD_NAME
-from shardsurgeon.checkpoint.open import open_model
+from shardsurgeon.checkpoint.open import open_model, require_finished
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
 from shardsurgeon.execution.outputs import output_sizes
@@ -167,6 +167,7 @@ class _OpenedView:
 
 def _open(view: str | os.PathLike[str], family: str | None) -> _OpenedView:
     folder = Path(view)
+    require_finished(folder)
     if os.path.isdir(folder) and not os.path.lexists(folder / VIEW_NAME):
         problem = f"is no view: it has no {VIEW_NAME}"
         raise CheckpointError(folder, problem, "give the folder that `apply --view` wrote")
