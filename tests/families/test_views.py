@@ -23,9 +23,7 @@ WITH_VALUES = {
 @pytest.mark.parametrize("name", sorted(builders()))
 def test_a_view_materialises_to_what_apply_writes(name: str, tmp_path: Path) -> None:
     source = written(fixture(name), tmp_path)
-    scores = tmp_path / "scores.npz"
-    shardsurgeon.scores_random(source, scores)
-    plan = shardsurgeon.plan(source, scores, ratio=0.5)
+    plan = shardsurgeon.plan(source, source / "scores.pt", ratio=0.5)
     shardsurgeon.apply(plan, tmp_path / "direct")
     shardsurgeon.apply(plan, tmp_path / "view", view=True, verify=False)
     direct = digests(tmp_path / "direct")
