@@ -552,3 +552,47 @@ def test_a_source_of_links_is_read_where_they_lead(model: Path, tmp_path: Path) 
     view = viewed(linked, tmp_path / "v")
     shardsurgeon.materialize(view, tmp_path / "made")
     assert digests(tmp_path / "made") == applied(linked, tmp_path / "direct")
+
+
+def test_what_reads_a_model_reads_a_view(
+    view: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same answers as of the folder, but for the name."""
+    made = view.parent / "small-folder"
+    shardsurgeon.materialize(view, made)
+    for words in (
+        ["fit", "MODEL", "--gpus", "1x24GB", "--context", "4096"],
+        ["plan", str(model / "scores.pt"), "-m", "MODEL", "--keep", "4", "--layers"],
+        ["scores", "show", str(model / "scores.pt"), "-m", "MODEL"],
+        ["scores", "from-router", "MODEL", "-o", "OUT.json"],
+        ["scores", "from-weights", "MODEL", "-o", "OUT.json"],
+        ["scores", "random", "MODEL", "-o", "OUT.json"],
+    ):
+        said = []
+        for folder in (view, made):
+            file = Path(f"{folder}-{words[1]}.json")
+            given = {"MODEL": str(folder), "OUT.json": str(file)}
+            assert main([given.get(word, word) for word in words]) == 0
+            text = re.sub(r"[\d.]+ [GM]B free", "", " ".join(capsys.readouterr().out.split()))
+            text += file.read_text() if file.exists() else ""
+            said.append(text.replace(folder.name, "MODEL"))
+        assert said[0] == said[1], words
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_samples_run_through_a_view_as_through_the_folder(view: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    made = tmp_path / "made"
+    shardsurgeon.materialize(view, made)
+    records = tmp_path / "records.txt"
+    records.write_text("".join(f"Line {n}: the quick brown fox jumps.\n" for n in range(8)))
+    found = []
+    for folder in (view, made):
+        scores = tmp_path / f"{folder.name}.npz"
+        shardsurgeon.calibrate(folder, dataset=str(records), out=scores, samples=8)
+        with np.load(scores) as table:
+            found.append({key: table[key] for key in table.files if key != "metadata"})
+    assert found[0].keys() == found[1].keys()
+    assert all(np.array_equal(found[0][key], found[1][key]) for key in found[0])
