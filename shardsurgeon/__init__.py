@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shardsurgeon.operations.evaluation_api import evaluate, read_evaluation
     from shardsurgeon.operations.evaluation_report import EvaluationReport
     from shardsurgeon.operations.fit import FitReport
+    from shardsurgeon.operations.materialize import MaterializeReport
     from shardsurgeon.operations.page import PageReport
     from shardsurgeon.operations.picture_api import plot_scores, report
     from shardsurgeon.operations.plots import PlotReport
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         scores_random,
         show_scores,
     )
+    from shardsurgeon.operations.view_api import materialize
     from shardsurgeon.pruning.agreement import ComparisonReport
     from shardsurgeon.pruning.report import PlanReport
     from shardsurgeon.scores.table import Scores
@@ -77,6 +79,7 @@ __all__ = [
     "FitReport",
     "InputError",
     "InspectReport",
+    "MaterializeReport",
     "PageReport",
     "PlanReport",
     "PlotReport",
@@ -99,6 +102,7 @@ __all__ = [
     "evaluate",
     "fit",
     "inspect",
+    "materialize",
     "merge_scores",
     "open_checkpoint",
     "open_view",
@@ -129,6 +133,7 @@ _HOMES = {
     "EvaluationReport": "operations.evaluation_report",
     "FitReport": "operations.fit",
     "InspectReport": "operations.reports",
+    "MaterializeReport": "operations.materialize",
     "PageReport": "operations.page",
     "PlanReport": "pruning.report",
     "PlotReport": "operations.plots",
@@ -149,6 +154,7 @@ _HOMES = {
     "evaluate": "operations.evaluation_api",
     "fit": "operations.api",
     "inspect": "operations.api",
+    "materialize": "operations.view_api",
     "merge_scores": "operations.score_api",
     "open_checkpoint": "operations.api",
     "open_view": "serving.tensors",

@@ -34,8 +34,34 @@ from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
+    from shardsurgeon.operations.materialize import MaterializeReport
     from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.operations.reports import ApplyReport, PushTarget, Refusal
+    from shardsurgeon.verification.findings import VerifyReport
+
+
+workers_option = click.option(
+    "--workers",
+    "-j",
+    cls=OfMachine,
+    envvar="SHARDSURGEON_WORKERS",
+    metavar="N",
+    type=int,
+    default=0,
+    callback=at_least(0),
+    help="Threads that copy; the bytes are the same for any number.  [default: 0, as suits]",
+)
+checksums_option = click.option(
+    "--checksums",
+    is_flag=True,
+    help="Record the SHA-256 of the shards too, which reads them once more.",
+)
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what would happen and write nothing."
+)
+restart_option = click.option(
+    "--restart", is_flag=True, help="Start over instead of resuming in OUT.partial."
+)
 
 
 def _sampling(
@@ -77,17 +103,7 @@ def _sampling(
     show_default=True,
     help="Pack shards up to this size, such as 5GB; source keeps the source's cutting.",
 )
-@click.option(
-    "--workers",
-    "-j",
-    cls=OfMachine,
-    envvar="SHARDSURGEON_WORKERS",
-    metavar="N",
-    type=int,
-    default=0,
-    callback=at_least(0),
-    help="Threads that copy; the bytes are the same for any number.  [default: 0, as suits]",
-)
+@workers_option
 @click.option(
     "--verify/--no-verify",
     default=None,
@@ -100,13 +116,9 @@ def _sampling(
     help="Write where the shards' bytes lie in MODEL, and no shards: a few MB that "
     "engines load and `materialize` makes shards of.",
 )
-@click.option(
-    "--checksums",
-    is_flag=True,
-    help="Record the SHA-256 of the shards too, which reads them once more.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would happen and write nothing.")
-@click.option("--restart", is_flag=True, help="Start over instead of resuming in OUT.partial.")
+@checksums_option
+@dry_run_option
+@restart_option
 @click.option("--push-to-hub", metavar="REPO_ID", help="Push the result, with a model card.")
 @click.option(
     "--stream-push",
@@ -160,7 +172,7 @@ def apply_command(
       shardsurgeon apply scores.pt --ratio 0.65 --view
       shardsurgeon apply --plan plan.json --model org/m --stream-push me/small
     """
-    from shardsurgeon.operations import apply, prune
+    from shardsurgeon.operations import apply, carry_out, prune
     from shardsurgeon.operations.measured import measuring
 
     request, steps = replace(only_one(requests), sampling=sampling), Steps.here()
@@ -190,20 +202,20 @@ def apply_command(
 
     # No variable holds the plan: its memory is needed for the check at the end.
     report = apply.apply(planned(), options, destination)
-    refused = _refused(report.refusal) if report.refusal is not None else None
+    stop = refused(report.refusal) if report.refusal is not None else None
     measures = () if evaluation else measuring(model, scores, [request], family)
     lines = _lines(report, measures, follow_links)
     try:
-        emit(report, lines, as_json, told_otherwise=not dry_run, error=refused)
-    except BaseException as stop:
+        emit(report, lines, as_json, told_otherwise=not dry_run, error=stop)
+    except BaseException as end:
         if report.out is not None:
-            stop.add_note(prune.complete(report.out))
+            end.add_note(carry_out.complete(report.out))
         raise
-    if refused is not None:
-        raise refused
+    if stop is not None:
+        raise stop
 
 
-def _refused(refusal: Refusal) -> ShardSurgeonError:
+def refused(refusal: Refusal) -> ShardSurgeonError:
     """What a run would end with, as the end of its dry run."""
     kind = InputError if refusal.status == InputError.exit_status else WorkError
     return kind(refusal.where, refusal.problem, refusal.remedy)
@@ -221,12 +233,12 @@ def _lines(report: ApplyReport, measures: Sequence[str], follow_links: bool) -> 
     yield ""
     yield from outcome_lines(report.plan)
     if report.out is not None:
-        yield from fact("written", f"{report.out}: {_written(report)}")
+        yield from fact("written", f"{report.out}: {written(report)}")
     else:
-        yield from fact("streamed", _written(report))
+        yield from fact("streamed", written(report))
     if report.bytes_downloaded:
         yield from fact("downloaded", format_size(report.bytes_downloaded))
-    yield from _checked(report)
+    yield from checked(report.verification, *(["nothing"] if report.view else []))
     yield from push_lines(report.push) if report.push else ()
     yield from note_lines(report.plan.notes)
     yield from _next(report, follow_links)
@@ -242,7 +254,8 @@ def _target_lines(target: PushTarget) -> Iterator[str]:
     yield from fact("push to", f"{where}: {which}, {seen}{how}")
 
 
-def _written(report: ApplyReport) -> str:
+def written(report: ApplyReport | MaterializeReport) -> str:
+    """How many files, bytes and seconds a run took."""
     if not report.bytes_copied:
         size = format_size(report.bytes_resumed)
         return f"{counted(report.files, 'file')}, {size}, all of it by an earlier run"
@@ -253,10 +266,10 @@ def _written(report: ApplyReport) -> str:
     return words
 
 
-def _checked(report: ApplyReport) -> list[str]:
-    check = report.verification
+def checked(check: VerifyReport | None, nothing: str = "nothing (--no-verify)") -> list[str]:
+    """What was compared; nothing: the words where there was no check."""
     if check is None:
-        return fact("checked", "nothing" if report.view else "nothing (--no-verify)")
+        return fact("checked", nothing)
     structure = f"structure of all {counted(check.tensors, 'tensor')}"
     compared = f"bytes of {check.tensors_compared:,}"
     compared += " sampled" if check.sampled is not None else ""

@@ -83,13 +83,16 @@ _COMPLETED: dict[str, Complete] = {
     **dict.fromkeys(("--prompts", "--against", "--scores", "--probe"), _files),
     "place": _files,
     **dict.fromkeys(("--include", "--exclude"), _files),
-    **dict.fromkeys(("model", "places", "pruned", "--model", "--tokenizer"), _folders),
+    **dict.fromkeys(("model", "places", "pruned", "view", "--model", "--tokenizer"), _folders),
     "--family": _auto_or_files,
     "--metric": _metrics,
     "--ratio": _ratios,
     "--max-shard-size": _sizes,
 }
-_OF_COMMAND: dict[tuple[str, str], Complete] = {("apply", "--out"): _folders}
+_OF_COMMAND: dict[tuple[str, str], Complete] = {
+    ("apply", "--out"): _folders,
+    ("materialize", "--out"): _folders,
+}
 
 
 class _Completed(click.types.StringParamType):

@@ -49,7 +49,7 @@ SECTIONS = {
         *("--allocate", "--allow-nonuniform", "--lists", "--same-model", "--mixed"),
     ),
     "Output files": (
-        *("--max-shard-size", "--include", "--exclude", "--verify", "--checksums"),
+        *("--view", "--max-shard-size", "--include", "--exclude", "--verify", "--checksums"),
         "--workers",
     ),
     "Hub": (

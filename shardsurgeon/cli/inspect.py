@@ -60,6 +60,9 @@ def _lines(report: InspectReport) -> Iterator[str]:
 def _facts(report: InspectReport) -> Iterator[tuple[str, str]]:
     if report.pruned is not None:
         yield "pruned", _pruned(report.pruned)
+    if report.view is not None:
+        used = f"{counted(report.view.files, 'file')} of {format_size(report.view.nbytes)}"
+        yield "view of", f"{report.view.source} ({used})"
     layers = f"{len(report.moe_layers)} ({number_ranges(report.moe_layers)})"
     expert = _size_range(report.smallest_expert_size, report.expert_size)
     over_layers = _size_range(

@@ -25,6 +25,7 @@ from shardsurgeon.cli.evaluate import evaluate_command
 from shardsurgeon.cli.families import families_command
 from shardsurgeon.cli.fit import fit_command
 from shardsurgeon.cli.inspect import inspect_command
+from shardsurgeon.cli.materialize import materialize_command
 from shardsurgeon.cli.options import InOrder
 from shardsurgeon.cli.output import as_text
 from shardsurgeon.cli.plan import plan_command
@@ -54,6 +55,7 @@ _RESUMING: dict[str | None, str] = {
     apply_command.name: "the same command resumes",
     calibrate_command.name: "the same command resumes",
     evaluate_command.name: "the same command resumes",
+    materialize_command.name: "the same command resumes",
     probe_command.name: "the same command resumes",
     run_command.name: "the same command resumes",
     push_command.name: "what is uploaded is kept there; the same command resumes",
@@ -92,6 +94,7 @@ class _Commands(InOrder):
         fit_command,
         plan_command,
         apply_command,
+        materialize_command,
         verify_command,
         push_command,
         scores_commands,
@@ -112,9 +115,8 @@ class _Commands(InOrder):
 @click.version_option(__version__, "--version", "-V", prog_name=PROGRAM)
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Remove whole experts from a Mixture-of-Experts checkpoint. In its folder:
-
-    \b
+    """\b
+    Remove whole experts from a Mixture-of-Experts checkpoint. In its folder:
       shardsurgeon plan scores.pt --ratio 0.5,0.65,0.75
       shardsurgeon apply scores.pt --ratio 0.65
     """

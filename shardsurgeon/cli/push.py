@@ -9,6 +9,7 @@ import click
 
 from shardsurgeon.cli.help import Command
 from shardsurgeon.cli.options import (
+    as_given,
     family_option,
     json_option,
     links_option,
@@ -16,6 +17,7 @@ from shardsurgeon.cli.options import (
     push_options,
 )
 from shardsurgeon.cli.output import emit, fact, grouped, typed
+from shardsurgeon.cli.values import size
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.units import counted, format_size
 
@@ -39,6 +41,12 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", is_flag=True, help="Say what would be pushed, replaced and removed; send nothing."
 )
+@click.option(
+    "--disk-budget",
+    metavar="SIZE",
+    callback=size,
+    help="Disk for a view's shards on their way, such as 20GB.  [default: four of the largest]",
+)
 @family_option
 @links_option
 @progress_option
@@ -50,6 +58,7 @@ def push_command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
+    disk_budget: int | None,
     family: str | None,
     follow_links: bool,
     as_json: bool,
@@ -59,6 +68,7 @@ def push_command(
     PRUNED is a folder that apply wrote, REPO_ID is org/name. What apply wrote
     goes in one commit, with a model card; other files stay here and are named.
     A folder that is not as apply wrote it is refused, but for README.md.
+    The shards of a view (apply --view) are made on their way, and none stays.
     The same command goes on after any interruption and uploads nothing twice.
     Log in with `hf auth login`, or set HF_TOKEN.
 
@@ -79,6 +89,8 @@ def push_command(
         exclude=exclude,
         follow_links=follow_links,
         dry_run=dry_run,
+        disk_budget=disk_budget,
+        command=as_given(),
     )
     emit(report, _lines(pruned, report), as_json, told_otherwise=not dry_run)
 

@@ -53,7 +53,7 @@ def report_command(
     family: str | None,
     as_json: bool,
 ) -> None:
-    """Show a plan, or a pruned folder, on one page that can be sent.
+    """Show a plan, or a pruned folder, on a page that can be sent.
 
     \b
     Examples:

@@ -7,13 +7,14 @@ it says is the plan's shards, byte range by byte range.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from shardsurgeon.errors import UsageError
+from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
+from shardsurgeon.storage.formats.checksums import ends_with_checksums
 from shardsurgeon.storage.formats.view import ManifestWriter, Range
 from shardsurgeon.storage.open import hub_address, hub_name
 from shardsurgeon.storage.source import Source
@@ -83,7 +84,7 @@ def _place(source: Source, origin: Source, out: Path) -> str:
         if name is None or not origin.location.startswith("hf://"):
             problem = f"cannot name {origin.location}: it reads from {_KEPT}"
             raise UsageError("--view", problem, "fetch the model first, or leave --view out")
-        return hub_address(name, origin.revision)
+        return f"hf://{hub_address(name, origin.revision).removeprefix('hf://')}"
     if isinstance(source, ViewSource) and "://" in source.manifest.source:
         return source.manifest.source
     # Not of a shard: that may be a link to elsewhere.
@@ -96,22 +97,34 @@ def _place(source: Source, origin: Source, out: Path) -> str:
     return os.path.relpath(folder, os.path.realpath(out.absolute().parent / out.name))
 
 
-def plan_shards_of(view: ViewSource) -> Plan:
-    """The plan that makes a folder with real shards of a view.
+def plan_shards_of(view: ViewSource, beside: Iterable[str], record: str = "") -> Plan:
+    """The plan that makes a folder with real shards of a view. It reads the view's source.
 
-    It reads the view's source. The files beside the shards come from the view's folder, like scores
-    from outside of a source.
+    beside: the files of the view's folder that go along, like scores from outside of a source;
+    record: the one of them to which the SHA-256 of the shards are to be added, "" for none. Raises
+    CheckpointError where that record is not as it was written.
     """
-    beside = [file for file in view.list() if file.name not in view.shards]
+    names = [name for name in beside if name != record]
     return Plan(
         shards=tuple(_output_shard(view, name) for name in view.shards),
-        generated_files=(),
+        generated_files=((record, _record(view, record)),) if record else (),
         copied_files=(),
-        score_files=tuple(_outside(view, file.name) for file in beside),
+        score_files=tuple(_outside(view, name) for name in names),
         source_files=view.origin_files,
-        asked=(("view", view.location),),
+        asked=(("VIEW", view.location),),
         source_fingerprint=view.digest,
+        record=record,
     )
+
+
+def _record(view: ViewSource, name: str) -> bytes:
+    """The record, which ends in the SHA-256 of the files beside the shards."""
+    nbytes = next(file.nbytes for file in view.folder.list() if file.name == name)
+    raw = view.folder.read(name, 0, nbytes)
+    if not ends_with_checksums(raw):
+        problem = "does not end in the SHA-256 of files, as apply writes them"
+        raise CheckpointError(f"{view.location}/{name}", problem, "make the view again")
+    return raw
 
 
 def _outside(view: ViewSource, name: str) -> tuple[str, str, str]:

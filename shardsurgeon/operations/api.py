@@ -18,7 +18,8 @@ from shardsurgeon.operations import prune
 from shardsurgeon.operations import verify as verification
 from shardsurgeon.operations.bars import bars
 from shardsurgeon.operations.measured import Evaluation, measuring
-from shardsurgeon.operations.prune import Pruning, require_apart
+from shardsurgeon.operations.places import require_apart
+from shardsurgeon.operations.prune import Pruning
 from shardsurgeon.operations.python_calls import (
     AllocationName,
     AnyPath,
@@ -344,7 +345,7 @@ def apply(
     """
     if out is not None:
         plan = replace(plan, out=output_path(out))
-        require_apart(plan.checkpoint, plan.out)
+        require_apart(plan.checkpoint.source, plan.out)
     plan = prune.as_view(plan, is_named=out is not None) if view else plan
     own, with_card = _card(card)
     destination = Destination.of(
@@ -381,6 +382,7 @@ def push(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     follow_links: bool = False,
+    disk_budget: int | str | None = None,
     progress: bool = False,
 ) -> PushReport:
     """Push a folder that `apply` wrote to the Hugging Face Hub, in one commit.
@@ -391,7 +393,8 @@ def push(
     card: a README.md to use in place of the one that is made; False leaves the source's own.
     family, follow_links: as for `plan`. include: globs of files that are pushed as they are, though
     `apply` did not write them, or wrote something else; exclude: globs of files that are not
-    pushed. progress: show how far the uploads are. A rerun uploads nothing that is there already.
+    pushed. disk_budget: of a view, whose shards are made on their way: bytes or `"20GB"` of them
+    that may be on the disk. progress: show a bar. A rerun uploads nothing that is there already.
 
     Raises CheckpointError and its children where the folder is not a complete prune, or is not as
     `apply` wrote it (but for README.md, which may be edited), UsageError
@@ -414,6 +417,7 @@ def push(
             include=_globs(include),
             exclude=_globs(exclude),
             follow_links=follow_links,
+            disk_budget=_nbytes(disk_budget, "disk_budget"),
         )
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from shardsurgeon.errors import ShardSurgeonError, UsageError
 from shardsurgeon.execution.outputs import output_sizes
-from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import execute, rehearse, require_space
-from shardsurgeon.execution.upload import ShardDestination
-from shardsurgeon.operations.prune import Pruning, complete, require_ready
+from shardsurgeon.execution.run import rehearse, require_space
+from shardsurgeon.operations.carry_out import DestinationMaker, Run, unchecked
+from shardsurgeon.operations.prune import Pruning, require_ready
 from shardsurgeon.operations.reports import ApplyReport, Refusal
 from shardsurgeon.operations.request import Destination, RunOptions
 from shardsurgeon.operations.serving import serve_words
 from shardsurgeon.operations.verify import SelfCheck
 from shardsurgeon.storage.open import address_of
-
-# Makes the destination of a run's shards, given the check that each of its shards has to pass.
-DestinationMaker = Callable[[Callable[[str, Path], None]], ShardDestination]
 
 _DEFAULTS = RunOptions()
 
@@ -45,7 +38,7 @@ def apply(
     _require_view_alone(pruning, options, destination)
     require_ready(pruning, stays=destination is None or not destination.stream)
     if destination is None:
-        run = _Run(pruning, by_shard=False)
+        run = _Apply(pruning, by_shard=False, verify=options.verify)
         del pruning
         return run.carry_out(options)
     from shardsurgeon.operations.push import Shipment
@@ -53,7 +46,7 @@ def apply(
 
     with silence_hub() as notes:
         shipment = Shipment(pruning, destination)
-        run = _Run(pruning, by_shard=destination.stream)
+        run = _Apply(pruning, by_shard=destination.stream, verify=options.verify)
         del pruning
         if destination.stream:
             report = run.carry_out(options, shipment.shard_destination, shipment.disk_budget)
@@ -86,7 +79,7 @@ def _rehearsed(
             target = shipment.target
             if destination.stream:
                 report = replace(report, out=target.repo_id)
-                stream, budget = shipment.shard_destination(_unchecked), shipment.disk_budget
+                stream, budget = shipment.shard_destination(unchecked), shipment.disk_budget
         space = rehearse(
             plan,
             pruning.checkpoint.source,
@@ -116,27 +109,26 @@ def _require_view_alone(
         raise UsageError("--checksums", problem, "give it to `materialize`")
 
 
-class _Run:
-    """A plan on its way to the executor, and what the report says of it.
+class _Apply:
+    """A prune on its way to the executor, and what the report says of it.
 
-    Half a trillion parameters take 40 MB to plan. Once `carry_out` has given the plan to the
-    executor nothing here holds it, nor does a caller who let go of the Pruning: the check of the
-    result then has that memory.
+    It holds no plan, nor should its caller: the check of the result needs that memory.
     """
 
-    def __init__(self, pruning: Pruning, *, by_shard: bool) -> None:
+    def __init__(self, pruning: Pruning, *, by_shard: bool, verify: bool) -> None:
         """by_shard: whether shards leave the disk, and each is checked alone."""
-        plan = pruning.written
-        self._plan: Plan | None = plan
+        plan, source = pruning.written, pruning.checkpoint.source
+        check = SelfCheck(
+            pruning.checkpoint, pruning.plan, pruning.out, by_shard=by_shard, view=pruning.view
+        )
         self._files = len(output_sizes(plan))
         self._view = pruning.view
         self._report, self._out = pruning.report, pruning.out
-        self._source = pruning.checkpoint.source
+        self._source = source
         self._family = pruning.declared
         self._serving = pruning.serving
-        self._check = SelfCheck(
-            pruning.checkpoint, pruning.plan, pruning.out, by_shard=by_shard, view=pruning.view
-        )
+        self._check = check
+        self._run = Run(plan, source, pruning.out, check if verify else None)
 
     def carry_out(
         self,
@@ -144,58 +136,26 @@ class _Run:
         shard_destination: DestinationMaker | None = None,
         disk_budget: int | None = None,
     ) -> ApplyReport:
-        """Execute the plan and check the result; once only.
-
-        shard_destination: where the result goes instead of a folder; disk_budget: bytes of shards
-        that may be here at a time on their way there.
-        """
-        check, out, to = self._check, self._out, shard_destination
-        taken = to(check.shard if options.verify else _unchecked) if to else None
-        try:
-            done = execute(
-                self._hand_over(options.checksums),
-                self._source,
-                out,
-                workers=options.workers,
-                restart=options.restart,
-                on_progress=options.progress,
-                before_delivery=(check.rest if taken else check.whole) if options.verify else None,
-                destination=taken,
-                disk_budget=disk_budget,
-                command=options.command,
-            )
-        except BaseException as stop:
-            # A signal in the last moment: the result is there, and there is nothing to resume.
-            if os.path.lexists(out):
-                stop.add_note(complete(str(out)))
-            raise
+        """As `Run.carry_out`."""
+        done = self._run.carry_out(options, shard_destination, disk_budget)
+        stays = shard_destination is None
         return ApplyReport(
             plan=self._report,
             dry_run=False,
-            out=None if taken else str(out),
+            out=str(self._out) if stays else None,
             files=self._files,
             bytes_copied=done.bytes_copied,
             bytes_resumed=done.bytes_resumed,
             seconds=done.seconds,
-            verification=check.report,
+            verification=self._check.report,
             bytes_downloaded=done.bytes_downloaded,
             source=address_of(self._source),
             family=self._family,
-            serve=self._serve(out) if taken is None else None,
+            serve=self._serve() if stays else None,
             view=self._view,
         )
 
-    def _serve(self, out: Path) -> tuple[str, ...] | None:
+    def _serve(self) -> tuple[str, ...] | None:
         """The command that serves the finished folder."""
-        words = serve_words(str(out), None, self._serving, view=self._view)
+        words = serve_words(str(self._out), None, self._serving, view=self._view)
         return words if self._serving.by_vllm else None
-
-    def _hand_over(self, checksums: bool) -> Plan:
-        """The plan, of which no reference is kept. checksums: whether to record those of shards."""
-        plan, self._plan = self._plan, None
-        assert plan is not None, "a run is carried out once"
-        return replace(plan, checksums=checksums)
-
-
-def _unchecked(name: str, path: Path) -> None:
-    """The check of a shard with --no-verify: none."""

@@ -15,7 +15,7 @@ from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced
 from shardsurgeon.errors import UsageError
 from shardsurgeon.families.schema import architectures_of
-from shardsurgeon.operations.reports import InspectReport, PrunedReport
+from shardsurgeon.operations.reports import InspectReport, PrunedReport, ViewReport
 from shardsurgeon.pruning.config_edits import quantization_name, side_file_quantization
 from shardsurgeon.pruning.counts import uniform_counts
 from shardsurgeon.pruning.layer_counts import published_counts_note
@@ -26,7 +26,10 @@ from shardsurgeon.pruning.selection import mtp_counts
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.limits import CONFIG
+from shardsurgeon.storage.open import address_of
 from shardsurgeon.storage.phases import phase
+from shardsurgeon.storage.source import Source
+from shardsurgeon.storage.view import ViewSource
 from shardsurgeon.units import number_ranges
 
 RATIOS_SHOWN = (0.25, 0.5, 0.65, 0.75)
@@ -93,6 +96,7 @@ def _report(checkpoint: Checkpoint) -> InspectReport:
         active_parameters=_active_parameters(records, anatomy, config),
         dtypes=_dtypes(records),
         pruned=_pruned(checkpoint.provenance),
+        view=_view(checkpoint.source),
     )
 
 
@@ -140,6 +144,13 @@ def _pruned(record: Provenance | None) -> PrunedReport | None:
         metric=last.metric,
         prunes=len(record.steps),
     )
+
+
+def _view(source: Source) -> ViewReport | None:
+    if not isinstance(source, ViewSource):
+        return None
+    files = source.origin_files
+    return ViewReport(address_of(source.origin), len(files), sum(file.nbytes for file in files))
 
 
 def _said_beside(checkpoint: Checkpoint) -> str | None:

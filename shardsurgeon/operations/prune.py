@@ -21,6 +21,7 @@ from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.view import plan_view
 from shardsurgeon.operations.measured import Evaluation, measuring
+from shardsurgeon.operations.places import default_place, require_apart
 from shardsurgeon.operations.python_calls import public
 from shardsurgeon.operations.recipe import Recipe
 from shardsurgeon.operations.serving import Serving, serving_of
@@ -231,7 +232,7 @@ def _plan(
         max_shard_nbytes=max_shard_nbytes,
     )
     folder = place if place is not None else default_out(checkpoint, decision)
-    require_apart(checkpoint, folder)
+    require_apart(checkpoint.source, folder)
     kept = None if recipe is None else partial(recipe.copy_for, checkpoint)
     plan = assemble(
         checkpoint,
@@ -301,7 +302,7 @@ def as_view(pruning: Pruning, *, is_named: bool) -> Pruning:
     Else it goes beside where its shards would: `<model name>-REAP-65pct-view`.
     """
     out = pruning.out if is_named else pruning.out.with_name(f"{pruning.out.name}-view")
-    require_apart(pruning.checkpoint, out)
+    require_apart(pruning.checkpoint.source, out)
     return replace(pruning, out=out, view=True)
 
 
@@ -333,11 +334,6 @@ def _free_space(out: Path) -> int | None:
         return free_space(out, default_system())
     except OutputWriteError:
         return None
-
-
-def complete(out: str) -> str:
-    """The note of an interrupted command whose result is already written."""
-    return f"{out} is complete"
 
 
 def _require_files(
@@ -400,38 +396,7 @@ def default_out(checkpoint: Checkpoint, decision: Decision) -> Path:
         what = f"{round(sum(len(layer.retained) for layer in layers) / len(layers))}e"
     what += "" if keep.is_uniform else "-nonuniform"
     name = f"{checkpoint.source.name}-REAP-{what}"
-    folder = Path.cwd()
-    home = _home(checkpoint)
-    if home is not None and folder.is_relative_to(home):
-        folder = home.parent
-        if checkpoint.source.revision is not None:
-            raise OutputError(
-                folder / name, "would be inside the Hub's cache", "say where to write with -o"
-            )
-    return folder / name
-
-
-def require_apart(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise OutputError where the output, or the folder that it is made in, would be inside the
-    source, or the source inside it."""
-    home = _home(checkpoint)
-    if home is None:
-        return
-    for place in (out, Path(f"{out}.partial")):
-        target = Path(os.path.realpath(place.absolute().parent), place.name)
-        if target == home:
-            raise OutputError(place, "is the source itself", "choose another -o")
-        if target.is_relative_to(home):
-            raise OutputError(place, f"is inside the source {home}", "choose another -o")
-        if home.is_relative_to(target):
-            raise OutputError(place, f"contains the source {home}", "choose another -o")
-
-
-def _home(checkpoint: Checkpoint) -> Path | None:
-    """The source's folder on this machine; None for a remote source."""
-    path = checkpoint.source.local_path("config.json")
-    # The folder is resolved, not the file: in a Hub cache config.json is a link to a blob.
-    return None if path is None else Path(os.path.realpath(path.absolute().parent))
+    return default_place(checkpoint.source, name)
 
 
 def _percent(ratio: float) -> str:

@@ -9,20 +9,17 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint, identity_of, open_checkpoint
 from shardsurgeon.checkpoint.files import CARD_NAME
-from shardsurgeon.checkpoint.layer_consistency import require_complete
-from shardsurgeon.checkpoint.open import open_model, require_finished, unfinished
-from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME, Provenance, SourceIdentity
-from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
-from shardsurgeon.execution.outputs import output_sizes
-from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import require_budget
+from shardsurgeon.checkpoint.provenance import SourceIdentity
+from shardsurgeon.errors import ShardSurgeonError, UsageError
 from shardsurgeon.operations.card_data import model_facts
 from shardsurgeon.operations.card_pictures import card_pictures
+from shardsurgeon.operations.carry_out import budget_for, complete
 from shardsurgeon.operations.model_card import (
     Placement,
     model_card,
@@ -31,22 +28,20 @@ from shardsurgeon.operations.model_card import (
     require_metadata,
     with_files,
 )
-from shardsurgeon.operations.prune import Pruning, complete
+from shardsurgeon.operations.prune import Pruning
 from shardsurgeon.operations.push_files import (
-    Selection,
     files_to_publish,
     refuse_planned_secrets,
     refuse_secret,
     refuse_secrets,
-    require_as_written,
     select_files,
 )
+from shardsurgeon.operations.push_view import ViewShipment
 from shardsurgeon.operations.reports import PushReport, PushTarget
 from shardsurgeon.operations.request import Destination
 from shardsurgeon.operations.serving import Serving, serve_words, serving_of
 from shardsurgeon.operations.verify import headers_only
-from shardsurgeon.pruning.lineage import check_lineage
-from shardsurgeon.storage.files import JOURNAL_NAME
+from shardsurgeon.operations.written import complete_prune, require_as_written
 from shardsurgeon.storage.hub.repository import MAIN, Repository
 from shardsurgeon.storage.hub.upload import (
     Content,
@@ -60,10 +55,7 @@ from shardsurgeon.storage.limits import CARD, read_limited
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source
-
-# The budget where none is given, in shards of the largest size: `--disk-budget` documents it.
-_FEW_SHARDS = 4
-# A longer card is none, and the Hub would not show it.
+from shardsurgeon.storage.view import ViewSource
 
 
 def push(
@@ -75,20 +67,33 @@ def push(
     exclude: tuple[str, ...] = (),
     follow_links: bool = False,
     dry_run: bool = False,
+    disk_budget: int | None = None,
+    command: str = "",
 ) -> PushReport:
     """Push what `apply` wrote to a folder, with a card, in one commit. The folder stays as it is.
 
     family, follow_links: as for `plan`; include, exclude: as for `select_files`; what they fit may
-    differ from what `apply` wrote; dry_run: make and send nothing, and say what would be. A rerun
-    uploads nothing that is there already. Raises CheckpointError and its children where the folder
-    is not a complete prune, or has changed since, UsageError where a file holds a secret or the Hub
-    refuses the token or the repository,
+    differ from what `apply` wrote; dry_run: make and send nothing, and say what would be;
+    disk_budget: bytes of a view's shards that may be on the disk, None for a few of the largest;
+    command: as the user gave it. A rerun uploads nothing that is there already.
+
+    Raises CheckpointError and its children where the folder is not a complete prune, or has changed
+    since, UsageError where a file holds a secret or the Hub refuses the token or the repository,
     PublishError where the upload fails.
     """
     folder, begun = Path(pruned), time.monotonic()
-    checkpoint, record = _complete_prune(folder, family, follow_links)
+    checkpoint, record = complete_prune(folder, family, follow_links)
     chosen = select_files(checkpoint, include, exclude)
-    require_as_written(checkpoint, [*include, *exclude])
+    edited = require_as_written(checkpoint, [*include, *exclude])
+    view = None
+    names = [file.name for file in chosen.files]
+    if isinstance(checkpoint.source, ViewSource):
+        names = [name for name in names if name not in checkpoint.source.shards]
+        gone = set(record.files or ()).difference(names)
+        view = ViewShipment(checkpoint, names, {*edited, *gone}, family, disk_budget)
+    elif disk_budget is not None:
+        problem = f"is for the shards of a view, and those of {folder} are there"
+        raise UsageError("--disk-budget", problem, "leave it out")
     with phase("looking for secrets"):
         refuse_secrets(checkpoint.source, chosen.files)
     with silence_hub() as notes:
@@ -96,8 +101,14 @@ def push(
         _prepare(repository, destination, [step.source for step in record.steps], dry_run)
         if destination.with_card and not card:
             card = _card(checkpoint, folder, repository, None)
-        files = _named(folder, chosen, card)
-        published = foresee(repository, files) if dry_run else publish(repository, files, {})
+        files = files_to_publish(folder, names, card)
+        if view is None:
+            published = foresee(repository, files) if dry_run else publish(repository, files, {})
+        elif dry_run:
+            published = view.foresee(repository, files)
+        else:
+            rest = partial(files_to_publish, names=names, card=card)
+            published = view.push(repository, rest, command)
     anatomy = read_anatomy(checkpoint)
     kept = {layer: len(found.retained) for layer, found in record.layers.items()}
     serving = serving_of(checkpoint, anatomy, kept)
@@ -122,7 +133,9 @@ class Shipment:
         of them does not do.
         """
         self._begun = time.monotonic()
-        self.disk_budget = _budget(pruning.plan, destination) if destination.stream else None
+        self.disk_budget = (
+            budget_for(pruning.plan, destination.disk_budget) if destination.stream else None
+        )
         self._planned = pruning.plan if destination.stream else None
         self._out, self._family = pruning.out, pruning.checkpoint.family
         self._destination = destination
@@ -151,7 +164,8 @@ class Shipment:
         how = f"go on with `{shlex.join(words)}`"
         try:
             pruned = self._opened(LocalSource(out))
-            files = _named(out, select_files(pruned), self._card_for(pruned, out))
+            names = [file.name for file in select_files(pruned).files]
+            files = files_to_publish(out, names, self._card_for(pruned, out))
             self._published = publish(self._repository, files, {})
         except ShardSurgeonError as error:
             remedy = f"{complete(str(out))}: {how}"
@@ -189,14 +203,6 @@ class Shipment:
         return _card(pruned, folder, self._repository, self._command)
 
 
-def _budget(plan: Plan, destination: Destination) -> int:
-    """Bytes of shards that may be on the disk. Raises UsageError where one alone takes more."""
-    sizes = output_sizes(plan)
-    budget = destination.disk_budget or _FEW_SHARDS * max(sizes.values())
-    require_budget(budget, sizes)
-    return budget
-
-
 def _repository(destination: Destination) -> Repository:
     """The repository. Raises UsageError where `repo_id` cannot be the name of one."""
     return Repository(destination.repo_id, destination.revision, destination.create_pr)
@@ -214,10 +220,6 @@ def _own_card(destination: Destination) -> dict[str, bytes]:
     require_metadata(text, destination.card)
     refuse_secret(text.encode(), os.fspath(destination.card))
     return {CARD_NAME: text.encode()}
-
-
-def _named(folder: Path, chosen: Selection, card: Mapping[str, bytes]) -> dict[str, Content]:
-    return files_to_publish(folder, [file.name for file in chosen.files], card)
 
 
 def _options(destination: Destination) -> list[str]:
@@ -312,32 +314,6 @@ def _target(repository: Repository) -> PushTarget:
         private=repository.is_private,
         pull_request=repository.create_pr,
     )
-
-
-def _complete_prune(
-    folder: Path, family: str | None, follow_links: bool
-) -> tuple[Checkpoint, Provenance]:
-    """Open a folder that `apply` wrote. Raises CheckpointError and its children for another one."""
-    if not os.path.isdir(folder):
-        raise CheckpointError(folder, "is not a folder", "give the folder that apply wrote")
-    _require_finished(folder)
-    checkpoint = open_model(folder, family, follow_links=follow_links)
-    record = checkpoint.provenance
-    if record is None:
-        problem = f"was not pruned by shardsurgeon, which leaves its {PROVENANCE_NAME} there"
-        raise CheckpointError(folder, problem, "`hf upload` pushes any folder")
-    anatomy = read_anatomy(checkpoint)
-    check_lineage(record, anatomy.experts_per_layer)
-    require_complete(anatomy.incomplete, None, checkpoint.location)
-    return checkpoint, record
-
-
-def _require_finished(folder: Path) -> None:
-    """Raise CheckpointError where the folder, that above or a folder in it is unfinished work."""
-    require_finished(folder)
-    within = (folder / file.name for file in LocalSource(folder).list())
-    for path in (path for path in within if path.name == JOURNAL_NAME):
-        raise unfinished(path.parent)
 
 
 def _report(

@@ -1,8 +1,7 @@
 """Which files of a pruned model are pushed, under which names, and that none tells a secret.
 
-What `apply` recorded as written is pushed, and the card; what lies beside it stays. A folder that
-has changed since is refused, unless the change is said to be meant. One without such a record is
-judged by the rule for the files beside a model. Names, the beginnings of
+What `apply` recorded as written is pushed, and the card; what lies beside it stays. A folder
+without such a record is judged by the rule for the files beside a model. Names, the beginnings of
 tokens and keys: what is looked for is what people leave in such folders, not every secret.
 """
 
@@ -15,9 +14,8 @@ from pathlib import Path
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import CARD_NAME, SECRET, set_aside, why_left_behind
-from shardsurgeon.checkpoint.recorded_files import deviations
 from shardsurgeon.checkpoint.side_files import matches, side_files
-from shardsurgeon.errors import CheckpointError, UsageError
+from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.files import reading
@@ -25,14 +23,6 @@ from shardsurgeon.storage.hub.upload import Content
 from shardsurgeon.storage.source import Source, SourceFile, require_plain, unusual
 from shardsurgeon.storage.threads import map_in_threads
 
-_AS_IT_IS = (
-    "restore it, or say that it is meant: --include NAME pushes a changed or added file as it is, "
-    "--exclude NAME goes without one"
-)
-# Weights beside the model's own.
-_WEIGHTS = re.compile(r"[^/]+\.safetensors", re.IGNORECASE)
-# Of files that are not as they were written.
-_MOST_TOLD = 5
 _MAX_TEXT_NBYTES = 1 << 20
 _READS_AT_ONCE = 8
 # Vocabularies hold everything that looks like a token; weights, scores and images are no text.
@@ -98,27 +88,6 @@ def select_files(
     require_names(file.name for file in chosen)
     left = {*there, *pruned.odd} - {file.name for file in chosen}
     return Selection(tuple(chosen), tuple(sorted(left)))
-
-
-def require_as_written(pruned: Checkpoint, meant: Sequence[str]) -> None:
-    """Raise CheckpointError where a folder is not as `apply` wrote it.
-
-    meant: globs of files that were changed, added or removed on purpose; the card may always be.
-    """
-    record = pruned.provenance
-    if record is None:
-        return
-    differ = {each.name: each.problem for each in deviations(pruned, shards=True)}
-    for file in pruned.files if record.files is not None else ():
-        if file.name not in (record.files or ()) and _WEIGHTS.fullmatch(file.name):
-            differ[file.name] = "is a weight file that apply did not write"
-    meant = [*meant, CARD_NAME]
-    differ = {name: problem for name, problem in differ.items() if not matches(name, meant)}
-    if differ:
-        told = "; ".join(f"{name} {problem}" for name, problem in [*differ.items()][:_MOST_TOLD])
-        more = f"; and {len(differ) - _MOST_TOLD} more" if len(differ) > _MOST_TOLD else ""
-        problem = f"is not as apply wrote it: {told}{more}"
-        raise CheckpointError(pruned.location, problem, _AS_IT_IS)
 
 
 def files_to_publish(

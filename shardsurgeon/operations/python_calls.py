@@ -122,7 +122,10 @@ def public(function: Callable[P, T]) -> Callable[P, T]:
     types, and what it raises itself in Python's words.
     """
     signature = inspect.signature(function)
-    _KEYWORDS.update(signature.parameters)
+    for name, parameter in signature.parameters.items():
+        # What one function is given first may be an option of another.
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name not in _KEYWORDS:
+            _KEYWORDS[name] = parameter
 
     @functools.cache
     def hints() -> dict[str, Any]:

@@ -32,6 +32,17 @@ class PrunedReport:
     prunes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ViewReport:
+    """What the shards of a view are made of. source: the model whose bytes they are, as it can be
+    named again; files, nbytes: those of its files that are used, and their size in bytes.
+    """
+
+    source: str
+    files: int
+    nbytes: int
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class InspectReport(Report):
     """What a model is made of. Sizes in bytes.
@@ -44,7 +55,8 @@ class InspectReport(Report):
     layer → experts that lack a tensor which others have, where there are any. active_parameters:
     of total_parameters those that one token meets: all but MTP layers and the experts that are not
     chosen for it; None where packing hides them. dtypes: dtype → bytes of tensor data, most first.
-    pruned: what made it, None for a model that was not pruned.
+    pruned: what made it, None for a model that was not pruned. view: what its shards are made of
+    where it is a view, None where they are files.
 
     >>> report = shardsurgeon.inspect("fixtures/kimi_k25")
     >>> report.total_size, report.expert_size, report.sizes_at["0.5"]
@@ -79,6 +91,7 @@ class InspectReport(Report):
     active_parameters: int | None = None
     dtypes: dict[str, int] = field(default_factory=dict)
     pruned: PrunedReport | None = None
+    view: ViewReport | None = None
 
     figures: ClassVar[tuple[str, ...]] = ("shares_at",)
 

@@ -8,7 +8,7 @@ compares them all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -116,14 +116,19 @@ class SelfCheck:
         *,
         by_shard: bool = False,
         view: bool = False,
+        edited: Collection[str] = (),
+        beside: Source | None = None,
     ) -> None:
         """checkpoint: the source; plan: what is made of it; out: its name in
         reports; by_shard: whether each shard is checked alone, because it will be gone when the
-        rest is there; otherwise no reference to the plan is kept; view: whether it is a view."""
+        rest is there; otherwise no reference to the plan is kept; view: whether it is a view;
+        edited: files beside the shards that are meant to differ; beside: has the files beside the
+        shards, None where the plan generates those that a check needs."""
         self._checkpoint = checkpoint
         self._sampling = _sampling(checkpoint, plan)
         self._planned = plan if by_shard else None
         self._out, self._view = out, view
+        self._edited, self._beside = edited, beside
         self.report: VerifyReport | None = None
 
     def whole(self, folder: Path) -> None:
@@ -132,7 +137,11 @@ class SelfCheck:
         result = ViewSource(LocalSource(folder), at=self._out) if self._view else folder
         self._take(
             verify_checkpoint(
-                self._checkpoint, result, sample=sampling.tensors, sample_nbytes=sampling.nbytes
+                self._checkpoint,
+                result,
+                sample=sampling.tensors,
+                sample_nbytes=sampling.nbytes,
+                edited=self._edited,
             )
         )
 
@@ -146,9 +155,8 @@ class SelfCheck:
 
         folder: has the other files. Raises VerificationError.
         """
-        report = verify_checkpoint(
-            self._checkpoint, headers_only(self._plan, LocalSource(folder), self._out), sample=0
-        )
+        rest = headers_only(self._plan, LocalSource(folder), self._out)
+        report = verify_checkpoint(self._checkpoint, rest, sample=0, edited=self._edited)
         seen = self._shards.compared
         self._take(
             replace(
@@ -172,8 +180,8 @@ class SelfCheck:
 
     @cached_property
     def _shards(self) -> ShardVerifier:
-        generated_files = MemorySource(dict(self._plan.generated_files))
-        planned = headers_only(self._plan, generated_files, self._out)
+        beside = self._beside or MemorySource(dict(self._plan.generated_files))
+        planned = headers_only(self._plan, beside, self._out)
         return ShardVerifier(self._checkpoint, planned, self._sampling)
 
 

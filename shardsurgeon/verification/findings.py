@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,9 +20,10 @@ DIFFERS = "differs"
 class Findings:
     """Differences in the order in which they were found, one line each, and notes beside them."""
 
-    def __init__(self, keep: int = KEPT) -> None:
-        """keep: how many lines are kept; those that follow are only counted."""
-        self._keep = keep
+    def __init__(self, keep: int = KEPT, edited: Collection[str] = ()) -> None:
+        """keep: how many lines are kept; those that follow are only counted; edited: files that are
+        meant to differ, of which nothing is noted."""
+        self._keep, self._edited = keep, edited
         self._lines: list[str] = []
         self._places: set[str] = set()
         self.count = 0
@@ -29,6 +31,8 @@ class Findings:
 
     def add(self, where: str, problem: str) -> None:
         """Note a difference. where: file, tensor or metadata entry; problem: with its numbers."""
+        if any(_is_in(where, name) for name in self._edited):
+            return
         self.count += 1
         self._places.add(where)
         if len(self._lines) < self._keep:
@@ -40,7 +44,7 @@ class Findings:
 
     def tells_of(self, name: str) -> bool:
         """Whether a difference was found in a file: as a whole, or at a place in it."""
-        return any(where == name or where.startswith(f"{name} ") for where in self._places)
+        return any(_is_in(where, name) for where in self._places)
 
     def lines(self) -> tuple[str, ...]:
         """The lines that were kept, and one more that says how many were not."""
@@ -48,6 +52,11 @@ class Findings:
         if not left:
             return tuple(self._lines)
         return (*self._lines, f"and {left:,} more difference{'s' if left > 1 else ''}")
+
+
+def _is_in(where: str, name: str) -> bool:
+    """Whether a difference is in a file: as a whole, or at a place in it."""
+    return where == name or where.startswith(f"{name} ")
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -22,7 +22,9 @@ from shardsurgeon.checkpoint.files import (
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.checkpoint.recorded_files import SHA256, deviations
 from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME
+from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME
 from shardsurgeon.storage.source import SKIPPED_FOLDERS
+from shardsurgeon.storage.view import ViewSource
 from shardsurgeon.units import counted
 from shardsurgeon.verification.files import carried_files
 from shardsurgeon.verification.findings import Findings
@@ -41,6 +43,8 @@ def check_strays(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
     record = pruned.provenance
     if record is not None and any(step.sampling for step in record.steps):
         expected.add(GENERATION_CONFIG_NAME)
+    if isinstance(pruned.source, ViewSource):
+        expected |= {VIEW_NAME, DATA_NAME}
     recorded = {} if record is None or record.files is None else record.files
     if record is not None and record.files is None:
         # Earlier versions copied whatever lay there.

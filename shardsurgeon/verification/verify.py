@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from os import PathLike, fspath
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
@@ -33,13 +34,15 @@ def verify_checkpoint(
     seed: int = 0,
     workers: int = 0,
     on_progress: Progress | None = None,
+    edited: Collection[str] = (),
 ) -> VerifyReport:
     """Compare a pruned model, in a folder or in another source, with the model it was made of.
 
     sample: compare the bytes of so many tensors per shard, chosen by `seed`, and of each at most
     `sample_nbytes`; None compares all. Names, shapes, headers, index, config, side files and
     metadata are always compared completely. workers: threads that read, 0 for as many as suit
-    the machine. on_progress: called with the bytes compared so far and in all.
+    the machine. on_progress: called with the bytes compared so far and in all. edited: files beside
+    the weights that are meant to differ.
 
     What is wrong with the pruned model is in the report. Raises CheckpointError and FamilyError
     for a source that cannot be read as a model, and where the path `pruned` is not a folder.
@@ -49,7 +52,8 @@ def verify_checkpoint(
     before = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     with phase("checking"):
-        return _report(before, pruned, Sampling(sample, sample_nbytes, seed), threads, on_progress)
+        sampling = Sampling(sample, sample_nbytes, seed)
+        return _report(before, pruned, sampling, threads, on_progress, Findings(edited=edited))
 
 
 def _report(
@@ -58,10 +62,10 @@ def _report(
     sampling: Sampling,
     threads: int,
     on_progress: Progress | None,
+    findings: Findings,
 ) -> VerifyReport:
     place = fspath(pruned) if isinstance(pruned, str | PathLike) else pruned.location
     anatomy = read_anatomy(before)
-    findings = Findings()
     tensors, compared = 0, Compared(0, 0)
     try:
         after = pruned if isinstance(pruned, Checkpoint) else open_checkpoint(pruned, before.family)

@@ -12,6 +12,7 @@ from shardsurgeon.operations import (
     evaluate,
     fit,
     inspect,
+    materialize,
     page,
     plots,
     probe,
@@ -31,6 +32,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         (fit, "fit"),
         (prune, "plan"),
         (apply, "apply"),
+        (materialize, "materialize"),
         (verify, "verify"),
         (push, "push"),
         (evaluate, "evaluate"),
@@ -40,6 +42,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
         monkeypatch.setattr(module, name, operations_.answer(name))
     monkeypatch.setattr(prune, "compare", operations_.compare)
     monkeypatch.setattr(prune, "save_plan", FakePruning.save_plan)
+    monkeypatch.setattr(prune, "as_view", lambda pruning, **how: pruning)
     for name in SCORE_OPERATIONS:
         module = {"blend_scores": blend, "plot_scores": plots}.get(name, scores)
         monkeypatch.setattr(module, name, operations_.answer(name))

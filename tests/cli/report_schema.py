@@ -22,6 +22,7 @@ from shardsurgeon.layerwise.request import CalibrationReport
 from shardsurgeon.operations.evaluation_report import EvaluationReport
 from shardsurgeon.operations.families import FamiliesReport
 from shardsurgeon.operations.fit import FitReport
+from shardsurgeon.operations.materialize import MaterializeReport
 from shardsurgeon.operations.page import PageReport
 from shardsurgeon.operations.plots import PlotReport
 from shardsurgeon.operations.probe_report import ProbeReport
@@ -48,6 +49,7 @@ COMMANDS: dict[str, type[Report]] = {
     "fit": FitReport,
     "plan": PlansReport,
     "apply": ApplyReport,
+    "materialize": MaterializeReport,
     "verify": VerifyReport,
     "push": PushReport,
     "scores show": ScoresReport,

@@ -19,6 +19,7 @@ from shardsurgeon.operations.evaluation_report import (
     PartDamage,
 )
 from shardsurgeon.operations.fit import FitReport
+from shardsurgeon.operations.materialize import MaterializeReport
 from shardsurgeon.operations.page import PageReport
 from shardsurgeon.operations.plots import PlotReport
 from shardsurgeon.operations.probe_report import (
@@ -138,6 +139,19 @@ PUSHED = PushReport(
     serve=("vllm", "serve", "me/Kimi-K2.5-REAP-65pct"),
     private=False,
     sent=150_000_000_000,
+)
+
+MATERIALIZED = MaterializeReport(
+    view="Kimi-K2.5-REAP-65pct-view",
+    out="/models/Kimi-K2.5-REAP-65pct",
+    source="/models/Kimi-K2.5",
+    files=74,
+    nbytes=200_000_500_000,
+    bytes_copied=200_000_500_000,
+    bytes_resumed=0,
+    seconds=400.0,
+    verification=VERIFIED,
+    serve=("vllm", "serve", "/models/Kimi-K2.5-REAP-65pct"),
 )
 
 SCORED = RouterScoresReport(
@@ -443,6 +457,7 @@ class FakeOperations:
     verify: Any = VERIFIED
     calibrate: Any = CALIBRATED
     rehearse: Any = ESTIMATED
+    materialize: Any = MATERIALIZED
     push: Any = PUSHED
     evaluate: Any = EVALUATED
     probe: Any = PROBED

@@ -39,6 +39,8 @@ def offered(*words: str) -> list[str]:
         (("apply", "s.pt", "-m", "mod"), ["<dir>"]),
         (("verify", ""), ["<dir>"]),
         (("verify", "a", ""), ["<dir>"]),
+        (("materialize", ""), ["<dir>"]),
+        (("materialize", "v", "-o", ""), ["<dir>"]),
         (("push", ""), ["<dir>"]),
         (("scores", "merge", "a.pt", ""), ["<file>"]),
         (("scores", "convert", ""), ["<file>"]),

@@ -17,8 +17,8 @@ from shardsurgeon.cli.scores import scores_commands
 from tests.cli.standins import Run, in_python, lay_recipes
 
 HEAVY = {"numpy", "huggingface_hub", "torch", "transformers", "datasets", "safetensors", "tqdm"}
-COMMANDS = ["inspect", "fit", "plan", "apply", "verify", "push", "scores", "calibrate", "evaluate"]
-COMMANDS += ["probe", "report", "run", "families", "env", "completion"]
+COMMANDS = ["inspect", "fit", "plan", "apply", "materialize", "verify", "push", "scores"]
+COMMANDS += ["calibrate", "evaluate", "probe", "report", "run", "families", "env", "completion"]
 SCORES = ["show", "plot", "compare", "convert", "merge", "blend", "from-router", "from-weights"]
 SCORES += ["random"]
 WORDS = [*((name,) for name in COMMANDS), *(("scores", name) for name in SCORES)]

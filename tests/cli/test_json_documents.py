@@ -22,7 +22,7 @@ from tests.support.completions import ScriptedServer
 TAKE = ("scores.pt", "--model", "model")
 # Of every command that reads no weights of a running model and needs no Hub, several ways.
 SESSIONS = {
-    "inspect": [("model",), ("pruned",)],
+    "inspect": [("model",), ("pruned",), ("small-view",)],
     "fit": [("model",), ("model", "scores.pt", "--gpus", "1x24GB,8x80GB", "--context", "4096")],
     "plan": [
         (*TAKE, "--ratio", "0.5"),
@@ -35,6 +35,11 @@ SESSIONS = {
         (*TAKE, "--ratio", "0.5", "-o", "half"),
         (*TAKE, "--ratio", "0.5", "-o", "half"),
         (*TAKE, "--ratio", "0.5", "-o", "bare", "--no-verify"),
+    ],
+    "materialize": [
+        ("small-view", "-o", "made", "--dry-run"),
+        ("small-view", "-o", "made"),
+        ("small-view", "-o", "bare", "--no-verify"),
     ],
     "verify": [("model", "pruned"), ("model", "pruned", "--sample", "1"), ("other", "pruned")],
     "scores show": [("scores.pt",), ("scores.pt", "--model", "model"), ("one.npz",)],
@@ -91,7 +96,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         'model = "model"\n[plan]\nscores = "scores.pt"\nratio = [0.25, 0.5]\n'
         '[apply]\nscores = "scores.pt"\nratio = 0.5\nout = "by-recipe"\n'
     )
-    shardsurgeon.apply(shardsurgeon.plan("model", "scores.pt", keep=8), "pruned", verify=False)
+    plan = shardsurgeon.plan("model", "scores.pt", keep=8)
+    shardsurgeon.apply(plan, "pruned", verify=False)
+    shardsurgeon.apply(plan, "small-view", view=True, verify=False)
     for number, name in enumerate(("one.npz", "two.npz"), start=1):
         write_scores(name, calibration(number).content())
     return tmp_path

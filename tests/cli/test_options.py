@@ -73,6 +73,7 @@ def test_every_command_with_a_family_is_a_command_with_a_model() -> None:
     assert taking == set(WITH_MODEL)
     assert {words[-1] for words, options in commands() if "--family" in options} == {
         *taking,
+        "materialize",
         "push",
     }
 

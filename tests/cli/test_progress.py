@@ -32,6 +32,7 @@ WORDS = [
     ("plan", "s.pt", "--ratio", "0.5"),
     ("apply", "s.pt", "--ratio", "0.5"),
     ("verify", "source", "pruned"),
+    ("materialize", "small-view"),
     ("push", "pruned", "me/pruned"),
     ("scores", "show", "s.pt"),
     ("scores", "compare", "s.pt", "t.pt"),

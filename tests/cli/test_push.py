@@ -23,13 +23,16 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
         "exclude": (),
         "follow_links": False,
         "dry_run": False,
+        "disk_budget": None,
+        "command": "shardsurgeon push out me/x",
     }
 
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     more = ("--private", "--revision", "dev", "--create-pr", "--card", "c.md", "--family", "auto")
     more += ("--include", "eval/*", "--include", "a.md", "--exclude", "LICENSE")
-    run("push", "out", "me/x", *more, "--progress", "--follow-links")
+    more += ("--disk-budget", "20GB", "--follow-links")
+    run("push", "out", "me/x", *more, "--progress")
     [(args, options)] = fake.calls
     assert args[1] == Destination("me/x", True, "dev", True, "c.md", True)
     assert options == {
@@ -38,7 +41,10 @@ def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> N
         "include": ("eval/*", "a.md"),
         "exclude": ("LICENSE",),
         "dry_run": False,
+        "disk_budget": 20_000_000_000,
+        "command": options["command"],
     }
+    assert options["command"].startswith("shardsurgeon push out me/x --private ")
     run("push", "out", "me/x", "--no-card")
     assert fake.calls[1][0][1] == Destination("me/x", with_card=False)
 

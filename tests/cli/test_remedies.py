@@ -53,9 +53,13 @@ SPEAKERS = {
     "operations/probe.py": ["probe"],
     "operations/probe_report.py": ["probe"],
     "operations/prompts.py": ["probe"],
+    "operations/apply.py": ["apply"],
+    "operations/materialize.py": ["materialize"],
+    "operations/places.py": ["apply", "materialize"],
     "operations/prune.py": ["plan", "apply"],
     "operations/push.py": ["push", "apply"],
     "operations/push_files.py": ["push"],
+    "operations/written.py": ["push"],
     "operations/recipe.py": ["run"],
     "operations/request.py": ["apply"],
     "operations/blend.py": ["scores blend"],
@@ -94,6 +98,8 @@ NARROWER = {
 ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py"}
 ELSEWHERE |= {"operations/page_commands.py", "operations/serving.py", "cli/push.py"}
 ELSEWHERE |= {"pruning/fit.py"}
+# Options of another command, which no message names.
+ELSEWHERE |= {"operations/push_view.py"}
 
 
 def strings(tree: ast.AST) -> Iterator[str]:

@@ -142,6 +142,7 @@ def test_source_and_pruned_that_are_swapped_or_the_same_are_told_apart(
         ("plan", "q/scores.pt", "--keep", "8", "--model", "work.partial"),
         ("verify", "q", "work.partial"),
         ("verify", "work.partial", "q"),
+        ("materialize", "work.partial"),
         ("push", "work.partial", "me/x"),
     ],
 )

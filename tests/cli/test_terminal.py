@@ -91,6 +91,7 @@ MADE = [
     ("plan", "s.pt", "--ratio", "0.5", "-o", "plan.json"),
     ("apply", "s.pt", "--ratio", "0.5"),
     ("verify", "source", "pruned"),
+    ("materialize", "small-view"),
     ("push", "pruned", "me/pruned"),
     ("scores", "convert", "a.pt", "-o", "b.json"),
     ("scores", "merge", "a.pt", "b.pt", "-o", "c.json"),

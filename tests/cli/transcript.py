@@ -26,8 +26,8 @@ from tests.cli.standins import ROOT, in_python
 os.environ["SHARDSURGEON_PROGRESS"] = "none"
 RECORDED = Path(__file__).with_name("recorded.txt")
 FAMILIES = ["deepseek_v3", "kimi_k2", "kimi_k25", "kimi_linear", "qwen3_5_moe", "qwen3_moe"]
-COMMANDS = ["inspect", "fit", "plan", "apply", "verify", "push", "scores", "calibrate", "evaluate"]
-COMMANDS += ["probe", "report", "run", "families", "env", "completion"]
+COMMANDS = ["inspect", "fit", "plan", "apply", "materialize", "verify", "push", "scores"]
+COMMANDS += ["calibrate", "evaluate", "probe", "report", "run", "families", "env", "completion"]
 SCORES = ["show", "plot", "compare", "convert", "merge", "blend", "from-router", "from-weights"]
 SCORES += ["random"]
 # What differs from one run, or one machine, to the next.

@@ -94,7 +94,15 @@ def publish(
     )
 
 
-def foresee(repository: Repository, files: Mapping[str, Content]) -> Published:
+@dataclass(frozen=True, slots=True)
+class Unmade:
+    """A large file that is not made yet: its size in bytes, and what finds its SHA-256 (hex)."""
+
+    nbytes: int
+    sha256: Callable[[], str]
+
+
+def foresee(repository: Repository, files: Mapping[str, Content | Unmade]) -> Published:
     """What `publish` of these files would come to. Sends nothing; reads each file that has the size
     of the one that is there."""
     there = repository.files_before()
@@ -112,10 +120,12 @@ def foresee(repository: Repository, files: Mapping[str, Content]) -> Published:
     )
 
 
-def _is_there(found: RemoteFile | None, content: Content, nbytes: int) -> bool:
+def _is_there(found: RemoteFile | None, content: Content | Unmade, nbytes: int) -> bool:
     """Whether a file of a revision has these bytes."""
     if found is None or found.nbytes != nbytes:
         return False
+    if isinstance(content, Unmade):
+        return found.sha256 == content.sha256()
     if found.sha256 is not None:
         if isinstance(content, bytes):
             return found.sha256 == hashlib.sha256(content).hexdigest()
@@ -179,7 +189,9 @@ def _message(repository: Repository, removed: tuple[str, ...]) -> str:
     return f"{message}, in place of another" if removed else message
 
 
-def _nbytes(content: Content) -> int:
+def _nbytes(content: Content | Unmade) -> int:
+    if isinstance(content, Unmade):
+        return content.nbytes
     if isinstance(content, bytes):
         return len(content)
     with reading(content):
