@@ -43,7 +43,7 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
     writer = ManifestWriter(_place(source, origin, out), files)
     for shard in plan.shards:
         pieces = (each for tensor in shard.tensors for each in _pieces(tensor, source))
-        writer.add(shard.file, shard.header, _entries(shard), pieces)
+        writer.add(shard.file, shard.header, len(shard.tensors), pieces)
     return replace(plan, shards=(), manifest=tuple(writer.finish().items()))
 
 
@@ -55,22 +55,6 @@ def _pieces(tensor: OutputTensor, source: Source) -> Iterator[Range | bytes]:
             yield from source.resolve(piece.file, piece.begin, piece.nbytes)
         else:
             yield piece.file, piece.begin, piece.nbytes
-
-
-def _entries(shard: OutputShard) -> dict[str, object]:
-    """What a shard's header says, as JSON has it."""
-    entries: dict[str, object] = {} if shard.metadata is None else {"__metadata__": shard.metadata}
-    begin = 0
-    for tensor in shard.tensors:
-        end = begin + tensor.nbytes
-        offsets = (begin, end)
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": offsets,
-        }
-        begin = end
-    return entries
 
 
 def _place(source: Source, origin: Source, out: Path) -> str:

@@ -76,6 +76,12 @@ class Source(ABC):
     def list(self) -> tuple[SourceFile, ...]:
         """Every file, sorted by name. Raises CheckpointError where the place does not exist."""
 
+    def described(self, names: Iterable[str]) -> tuple[SourceFile, ...]:
+        """Those of some files that are there, as `list` has them; `odd` then says of the others
+        what they are. A place that need not look at all its files for that does not."""
+        wanted = set(names)
+        return tuple(file for file in self.list() if file.name in wanted)
+
     @abstractmethod
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The bytes [begin, end) of a file, piece by piece as they arrive, 1 MiB at most.
@@ -188,7 +194,8 @@ class MemorySource(Source):
 
 def require_unchanged(source: Source, planned: Iterable[SourceFile]) -> None:
     """Raise SourceChangedError, with the name, unless the files are as they were planned."""
-    present = {file.name: file for file in source.list()}
+    planned = tuple(planned)
+    present = {file.name: file for file in source.described(file.name for file in planned)}
     for file in planned:
         found = present.get(file.name)
         if found == file and file.name not in source.touched:
