@@ -24,13 +24,12 @@ each shard:
 
 `file` is the shard's name, `nbytes` the size of the whole file. `header` is what its safetensors
 header says. The file begins with `header_nbytes` bytes whose SHA-256, in hex, is `header_sha256`:
-the length of what follows in 8 bytes, little-endian, and the header as JSON without white space,
-`__metadata__` first where there is one, then the tensors in the order of their data, each with
-`dtype`, `shape` and `data_offsets` in this order; characters beyond ASCII as they are, and spaces
-behind the last brace up to a multiple of 8. `ranges`, three columns of equal length, follow one
-another through the data section behind it: number in `files`, first byte there, how many. None is
-empty, and none goes beyond the tensor that it begins in, so that a tensor's ranges are those within
-its `data_offsets`.
+the length of what follows in 8 bytes, little-endian, and `header` as it stands there, with the same
+order of members, but without white space, with characters beyond ASCII as they are in UTF-8, and
+with spaces behind the last brace up to a multiple of 8. `ranges`, three columns of equal length,
+follow one another through the data section behind it: number in `files`, first byte there, how
+many. None is empty, and none goes beyond the tensor that it begins in, so that a tensor's ranges
+are those within its `data_offsets`.
 
 Values that no source has, expert counts and tables of expert ids, lie in the view's own
 `shardsurgeon_view.bin`, which `files` then lists last, with its SHA-256 in hex as the stamp.
@@ -41,6 +40,7 @@ Values that no source has, expert counts and tables of expert ids, lie in the vi
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import json
@@ -58,7 +58,6 @@ from shardsurgeon.storage.formats.index import shard_name_problem
 from shardsurgeon.storage.formats.safetensors import (
     PREFIX_NBYTES,
     Header,
-    build_header,
     header_of,
 )
 from shardsurgeon.storage.formats.strict_json import (
@@ -99,7 +98,8 @@ Range = tuple[str, int, int]
 class ViewShard:
     """One shard of a view: what its header says, and where every byte of its data lies.
 
-    file: its name; nbytes: the size of the whole file; header: what its header says.
+    file: its name; nbytes: the size of the whole file; header: what its header says; head: the
+    header's bytes, length before them.
     """
 
     def __init__(
@@ -107,20 +107,16 @@ class ViewShard:
         file: str,
         nbytes: int,
         header: Header,
+        head: bytes,
         files: Sequence[SourceFile],
         ranges: Sequence[array[int]],
     ) -> None:
         """files: what the first column of `ranges` counts; ranges: the three columns."""
-        self.file, self.nbytes, self.header = file, nbytes, header
+        self.file, self.nbytes, self.header, self.head = file, nbytes, header, head
         self._files = files
         self._file, self._begin, sizes = ranges
         # One past the last byte of each range, in the data section.
         self._ends = array("q", accumulate(sizes))
-
-    @property
-    def head(self) -> bytes:
-        """The header's bytes, length before them."""
-        return head_of(self.header)
 
     def ranges(self, begin: int, end: int) -> Iterator[Range]:
         """Where the bytes [begin, end) of the data section lie, in order."""
@@ -224,11 +220,11 @@ def _json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def head_of(header: Header) -> bytes:
-    """The bytes, length before them, that a shard of a view begins with. Raises HeaderError where
-    they are more than any reader accepts."""
-    tensors = [(each.name, each.dtype, each.shape, each.nbytes) for each in header.tensors]
-    return build_header(tensors, header.metadata)
+def _head(entries: dict[str, object]) -> bytes:
+    """The bytes that a shard begins with, whose header says this."""
+    text = _json(entries)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(PREFIX_NBYTES, "little") + text
 
 
 def read_manifest(raw: bytes, where: str) -> Manifest:
@@ -238,7 +234,15 @@ def read_manifest(raw: bytes, where: str) -> Manifest:
     breaks the format: ranges outside of their file or across tensors, a tensor that is there twice,
     names that are no plain paths, sizes that do not add up.
     """
-    return _ManifestReader(where).read(raw)
+    # None of the objects that it makes, a few for each tensor, is a part of a cycle: looking for
+    # such takes a third of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _ManifestReader(where).read(raw)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _ManifestReader:
@@ -342,7 +346,13 @@ class _ManifestReader:
             self._refuse(f"{subject}: header names {brief(entries.key)} twice")
         if not isinstance(entries, dict):
             self._refuse(f"{subject}: header is {brief(entries)}, not an object")
-        header = self._header(entries, begin, nbytes, digest, file)
+        try:
+            header = header_of(dict(entries), begin, nbytes, f"{self._where}: {file}")
+        except HeaderError as error:
+            raise HeaderError(error.where, error.problem, _MAKE_AGAIN) from error
+        head = _head(entries)
+        if len(head) != begin or hashlib.sha256(head).hexdigest() != digest:
+            self._refuse(f"{file}: its header is not the one that the view was made with")
         for record in header.tensors:
             if record.name in self._seen:
                 self._refuse(f"tensor {brief(record.name)} is in two shards")
@@ -350,21 +360,7 @@ class _ManifestReader:
         if len(self._seen) > MAX_TENSORS:
             self._refuse(f"has more than {MAX_TENSORS:,} tensors: no model has so many")
         ranges = self._ranges(columns, header, nbytes - begin, file)
-        return ViewShard(file, nbytes, header, self._files, ranges)
-
-    def _header(
-        self, entries: dict[str, object], begin: int, nbytes: int, digest: object, file: str
-    ) -> Header:
-        """What a shard's header says, whose bytes are those that the manifest was made with."""
-        try:
-            header = header_of(entries, begin, nbytes, f"{self._where}: {file}")
-            head = head_of(header)
-        except HeaderError as error:
-            where = error.where or f"{self._where}: {file}"
-            raise HeaderError(where, error.problem, _MAKE_AGAIN) from error
-        if len(head) != begin or hashlib.sha256(head).hexdigest() != digest:
-            self._refuse(f"{file}: its header is not the one that the view was made with")
-        return header
+        return ViewShard(file, nbytes, header, head, self._files, ranges)
 
     def _ranges(
         self, value: object, header: Header, data_nbytes: int, file: str
