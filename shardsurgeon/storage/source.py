@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
 from shardsurgeon.storage.files import open_regular
+
+if TYPE_CHECKING:
+    from shardsurgeon.storage.formats.safetensors import Header
 
 # Folders that tools leave beside a model; they are not part of it.
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
@@ -97,6 +101,10 @@ class Source(ABC):
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
         return b"".join(self.stream(name, begin, end))
+
+    def known_header(self, name: str) -> Header | None:
+        """What a shard's header says, where the place has read and checked it already."""
+        return None
 
     def local_path(self, name: str) -> Path | None:
         """The file's path on this machine, where it has one."""

@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
+from shardsurgeon.storage.formats.safetensors import Header
 from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME, Range, read_manifest
 from shardsurgeon.storage.limits import MAX_MANIFEST_NBYTES
 from shardsurgeon.storage.local import LocalSource
@@ -122,6 +123,11 @@ class ViewSource(Source):
                 yield self.data[at : at + nbytes]
             else:
                 yield from self.origin.stream(file, at, at + nbytes)
+
+    def known_header(self, name: str) -> Header | None:
+        """What a shard's header says; None for another file."""
+        shard = self.shards.get(name)
+        return None if shard is None else shard.header
 
     def open(self, name: str) -> FileIO | None:
         """The file itself; None for a shard, which is none."""
