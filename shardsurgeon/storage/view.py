@@ -45,8 +45,12 @@ def open_folder(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
     be used, NetworkError where a view's source cannot be reached.
     """
     folder = LocalSource(path, follow_links=follow_links)
-    is_view = os.path.lexists(folder.local_path(VIEW_NAME))
-    return ViewSource(folder) if is_view else folder
+    return ViewSource(folder) if is_view(folder.local_path(".")) else folder
+
+
+def is_view(folder: str | os.PathLike[str]) -> bool:
+    """Whether a local folder holds the manifest of a view, or anything in its place."""
+    return os.path.lexists(os.path.join(folder, VIEW_NAME))
 
 
 class ViewSource(Source):
@@ -208,7 +212,7 @@ class ViewSource(Source):
         except CheckpointError as error:
             problem = f"its source {folder}: {error.problem}"
             raise CheckpointError(where, problem, _MAKE_AGAIN) from error
-        if os.path.lexists(origin.local_path(VIEW_NAME)):
+        if is_view(origin.local_path(".")):
             raise CheckpointError(where, f"its source {folder} is a view itself", _MAKE_AGAIN)
         return origin
 
