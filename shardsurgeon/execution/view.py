@@ -14,6 +14,7 @@ from pathlib import Path
 from shardsurgeon.errors import UsageError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
+from shardsurgeon.storage.formats.strict_json import is_text
 from shardsurgeon.storage.formats.view import ManifestWriter, Range
 from shardsurgeon.storage.open import hub_address, hub_name
 from shardsurgeon.storage.source import Source
@@ -40,7 +41,11 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
         files = source.manifest.files
     else:
         files = tuple(file for file in plan.source_files if file.name in used)
-    writer = ManifestWriter(_place(source, origin, out), files)
+    place = _place(source, origin, out)
+    for name in (place, *(file.name for file in files), *(shard.file for shard in plan.shards)):
+        if not is_text(name):
+            raise UsageError("--view", f"cannot name {name!a}, which is no text", "rename it")
+    writer = ManifestWriter(place, files)
     for shard in plan.shards:
         pieces = (each for tensor in shard.tensors for each in _pieces(tensor, source))
         writer.add(shard.file, shard.header, len(shard.tensors), pieces)

@@ -45,7 +45,7 @@ def open_folder(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
     be used, NetworkError where a view's source cannot be reached.
     """
     folder = LocalSource(path, follow_links=follow_links)
-    return ViewSource(folder) if is_view(folder.local_path(".")) else folder
+    return ViewSource(folder) if is_view(folder.local_path(VIEW_NAME).parent) else folder
 
 
 def is_view(folder: str | os.PathLike[str]) -> bool:
@@ -212,7 +212,7 @@ class ViewSource(Source):
         except CheckpointError as error:
             problem = f"its source {folder}: {error.problem}"
             raise CheckpointError(where, problem, _MAKE_AGAIN) from error
-        if is_view(origin.local_path(".")):
+        if is_view(origin.local_path(VIEW_NAME).parent):
             raise CheckpointError(where, f"its source {folder} is a view itself", _MAKE_AGAIN)
         return origin
 

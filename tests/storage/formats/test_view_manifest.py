@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from shardsurgeon.errors import CheckpointError, HeaderError, InputError
+from shardsurgeon.storage.formats.gzip_lines import lines_of
 from shardsurgeon.storage.formats.view import (
     DATA_NAME,
     VIEW_NAME,
@@ -111,7 +112,8 @@ NO_NUMBERS = [-1, 2**63, 10**400, True, 1.0, -0.0, float("nan"), float("inf"), N
 NO_NAMES = [
     "", ".", "..", "../a.safetensors", "/a.safetensors", "a//b.safetensors", "./a.safetensors",
     "c:\\a.safetensors", "a\\b.safetensors", "c:a.safetensors", "a\0.safetensors",
-    "a\n.safetensors", "\x1b]0;t\x07.safetensors", "\ud800.safetensors", "config.json", "a.safetensors/", "~",
+    "a\n.safetensors", "\x1b]0;t\x07.safetensors", "\ud800.safetensors", "config.json",
+    "a.safetensors/", "~",
     "x" * 255 + ".safetensors", 7, None, ["a.safetensors"], {"a": 1},
 ]  # fmt: skip
 
@@ -320,13 +322,13 @@ def bomb(piece: bytes, times: int, before: bytes = b"", after: bytes = b"") -> b
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        (lambda: bomb(bytes(MB), 2000), "has a line of more than"),
-        (lambda: bomb(b"\n" * MB, 600), "line 1 is not JSON"),
-        (lambda: bomb(b"{}\n" * 100_000, 600), "does not say that this is"),
+        (lambda: bomb(bytes(MB), 140), "has a line of more than"),
+        (lambda: bomb(b"\n" * MB, 40), "line 1 is not JSON"),
+        (lambda: bomb(b"{}\n" * 100_000, 100), "does not say that this is"),
         (lambda: bomb(b"[]," * 100_000, 40, b'{"a":[', b"1]}\n"), "of memory, at most"),
         (lambda: gzip.compress(b"") * 500_000, "more bytes behind its end"),
     ],
-    ids=["2 GB of zeros", "blank lines", "empty objects", "lists", "half a million members"],
+    ids=["140 MB of zeros", "blank lines", "empty objects", "lists", "half a million members"],
 )
 def test_a_bomb_is_refused_in_bounded_memory_and_time(raw: Callable[[], bytes], said: str) -> None:
     data = raw()
@@ -339,18 +341,21 @@ def test_a_bomb_is_refused_in_bounded_memory_and_time(raw: Callable[[], bytes], 
     assert peak < 400 * MB
 
 
-def test_ranges_of_a_byte_each_are_counted() -> None:
-    """What a reader takes for each range is bounded by their number, not by the text's size."""
-    begin, count = 2_000_100, 2_000_050
-    lines = handmade.in_memory()
-    lines[0]["files"][0][1] = begin + 10
-    lines[0]["files"] = lines[0]["files"][:1]
-    lines[0]["shards"], lines[0]["tensors"] = 2, 2
-    ranges = [(0, 0, 1)] * count
-    lines[1:] = [
-        shard(f"{n}.safetensors", {str(n): entry("U8", [count], 0)}, ranges) for n in range(2)
-    ]
-    assert "has more than 4,000,000 ranges" in refused(packed(lines))
+def test_what_is_unpacked_is_bounded_in_a_line_and_in_all() -> None:
+    data = gzip.compress(b"123\n" * 1_000_000)
+    assert sum(map(len, lines_of(data, 4, 4_000_000))) == 4_000_000
+    with pytest.raises(ValueError, match="line of more than 3 bytes"):
+        next(lines_of(data, 3, 4_000_000))
+    with pytest.raises(ValueError, match="unpacks to more than 3,999,999 bytes"):
+        list(lines_of(data, 4, 3_999_999))
+
+
+def test_ranges_are_counted_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader takes for each of them is bounded by their number, not by the text's size."""
+    monkeypatch.setattr("shardsurgeon.storage.formats.view.MAX_RANGES", 5)
+    read(handmade.in_memory())
+    monkeypatch.setattr("shardsurgeon.storage.formats.view.MAX_RANGES", 4)
+    assert "has more than 4 ranges" in refused(packed(handmade.in_memory()))
 
 
 # Whatever a writer is given is what a reader finds
