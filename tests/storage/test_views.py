@@ -62,7 +62,7 @@ def refused(view: HandmadeView) -> str:
 
 def test_a_view_made_from_the_description_alone_has_the_sources_bytes(made: HandmadeView) -> None:
     with shardsurgeon.open_view(made.folder, framework="np") as tensors:
-        assert tensors.keys() == list(handmade.EXPECTED) or set(tensors) == set(handmade.EXPECTED)
+        assert set(tensors.keys()) == handmade.EXPECTED.keys()
         for name, expected in handmade.EXPECTED.items():
             np.testing.assert_array_equal(tensors.get_tensor(name), expected)
 
@@ -103,7 +103,7 @@ def named(view: HandmadeView, place: str) -> None:
 
 
 PLACES = {
-    "https://example.org/model": "is neither|neither a folder nor",
+    "https://example.org/model": "neither a folder nor",
     "http://169.254.169.254/": "neither a folder nor",
     "s3://bucket/model": "neither a folder nor",
     "file:///etc": "neither a folder nor",
@@ -140,7 +140,7 @@ def test_another_place_is_refused_at_once(made: HandmadeView, place: str, said: 
     line = refused(made)
     # `/` has more files than could be listed in that time.
     assert time.monotonic() - begun < 5
-    assert any(part in line for part in said.split("|")), line
+    assert said in line, line
 
 
 @posix
@@ -156,7 +156,7 @@ def test_a_place_is_found_from_where_the_view_lies(made: HandmadeView, tmp_path:
 @posix
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
 def test_what_is_no_file_is_no_place_and_no_file_of_one(made: HandmadeView, kind: str) -> None:
-    for path in (made.source, made.source / "a.safetensors"):
+    for path in (made.source / "a.safetensors", made.source):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         if kind == "FIFO":
             os.mkfifo(path)
@@ -166,8 +166,6 @@ def test_what_is_no_file_is_no_place_and_no_file_of_one(made: HandmadeView, kind
             path.mkdir()
         refused(made)
         path.rmdir() if kind == "folder" else path.unlink()
-        if path == made.source:
-            made.source.mkdir()
 
 
 @posix
@@ -354,7 +352,7 @@ def model(tmp_path: Path) -> Path:
 def view(model: Path) -> Path:
     scores = fixture_folder("qwen3_moe") / "scores.pt"
     out = model.parent / "view"
-    api.apply(api.plan(model, scores, ratio=0.5, out=out), view=True)
+    api.apply(api.plan(model, scores, ratio=0.5), out, view=True)
     return out
 
 
