@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shardsurgeon.errors import CheckpointError, UsageError
+from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
 from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
@@ -154,8 +154,8 @@ class ViewTensors:
     def _place(self, ranges: Sequence[Range], alignment: int) -> tuple[Any, int]:
         """Writable memory that holds some ranges, and where in it they begin."""
         if len(ranges) == 1:
-            file, begin, _ = ranges[0]
-            mapped = self._map(file)
+            file, begin, nbytes = ranges[0]
+            mapped = self._map(file, begin + nbytes)
             if mapped is not None and begin % alignment == 0:
                 return mapped, begin
         return self._buffer(ranges), 0
@@ -172,13 +172,17 @@ class ViewTensors:
     def _bytes(self, file: str, begin: int, end: int) -> bytes | memoryview:
         if file == DATA_NAME:
             return self._data[begin:end]
-        mapped = self._map(file)
+        mapped = self._map(file, end)
         if mapped is not None:
             return memoryview(mapped)[begin:end]
         return self._origin.read(file, begin, end)
 
-    def _map(self, file: str) -> mmap.mmap | None:
-        """A file of the source, mapped so that writing stays here; None where it is elsewhere."""
+    def _map(self, file: str, end: int) -> mmap.mmap | None:
+        """A file of the source, mapped so that writing stays here; None where it is elsewhere.
+
+        Raises SourceReadError where it ends before byte `end`, which it did not when the view was
+        opened.
+        """
         if file == DATA_NAME:
             return None
         found = self._mapped.get(file)
@@ -187,12 +191,20 @@ class ViewTensors:
             if opened is None:
                 return None
             with opened:
+                self._require(os.fstat(opened.fileno()).st_size, end, file)
                 found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             self._mapped[file] = found
             if len(self._mapped) > _MOST_MAPPED:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(file)
+        self._require(len(found), end, file)
         return found
+
+    def _require(self, nbytes: int, end: int, file: str) -> None:
+        if nbytes < end:
+            problem = f"ends at byte {nbytes:,}, byte {end:,} was expected"
+            remedy = "it was cut short: fetch it again and make the view again"
+            raise SourceReadError(f"{self._origin.location}/{file}", problem, remedy)
 
 
 class ViewSlice:

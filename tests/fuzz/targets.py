@@ -63,7 +63,7 @@ from shardsurgeon.storage.formats.safetensors import Header, header_length, pars
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.torch_objects import _CALLS
 from shardsurgeon.storage.source import MemorySource
-from tests.fuzz import hub_answers, quantization_lists, seeds
+from tests.fuzz import hub_answers, quantization_lists, seeds, views
 from tests.fuzz.edits import as_json, edited
 from tests.support import tiny
 
@@ -463,5 +463,6 @@ TARGETS = [
     Target("metadata", provenance_edited, seeds.edits),
     Target("family", family, seeds.families, _TOML_WORDS),
     Target("quantization-lists", quantization_lists.run, quantization_lists.seeds),
+    *(Target(*told, (*_JSON_WORDS, *_HEADER_WORDS, b'"ranges":{')) for told in views.TARGETS),
     *(Target(*told) for told in hub_answers.targets(_JSON_WORDS)),
 ]
