@@ -12,10 +12,11 @@ from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.families.schema import is_declared, read_family
 from shardsurgeon.storage.files import JOURNAL_NAME
 from shardsurgeon.storage.formats.index import CONFIG_NAME
+from shardsurgeon.storage.source import Source
 
 
 def open_model(
-    model: str | os.PathLike[str] | None,
+    model: str | os.PathLike[str] | Source | None,
     family: str | None = None,
     *,
     follow_links: bool = False,
@@ -84,7 +85,7 @@ def files_read(checkpoint: Checkpoint, family: str | None) -> list[Path]:
     return [path for path in (*local, declared) if path is not None]
 
 
-def _named(model: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+def _named(model: str | os.PathLike[str] | Source | None) -> str | os.PathLike[str] | Source:
     if model is not None:
         if model == "":
             raise UsageError("MODEL", "is an empty name", "give a folder or org/name")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -52,7 +53,7 @@ def open_view(path: str | os.PathLike[str], framework: Framework = "pt") -> View
 
 
 class ViewTensors:
-    """Tensors by name, each read when it is asked for. Not for several threads at once.
+    """Tensors by name, each read when it is asked for, by one thread or several at once.
 
     A tensor that lies in one range of a file on this machine is that file, mapped: nothing is
     copied, and what is not looked at is not read. Others are put together in memory. Writing to one
@@ -74,6 +75,7 @@ class ViewTensors:
             record.name: (shard, record) for shard in shards for record in shard.header.tensors
         }
         self._mapped: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> ViewTensors:
         return self
@@ -88,7 +90,8 @@ class ViewTensors:
 
     def close(self) -> None:
         """Let go of the files. Tensors that were given out stay what they are."""
-        self._mapped.clear()
+        with self._lock:
+            self._mapped.clear()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -181,18 +184,19 @@ class ViewTensors:
         """A file of the source, mapped so that writing stays here; None where it is elsewhere."""
         if file == DATA_NAME:
             return None
-        found = self._mapped.get(file)
-        if found is None:
-            opened = self._origin.open(file)
-            if opened is None:
-                return None
-            with opened:
-                found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._mapped[file] = found
-            if len(self._mapped) > _MOST_MAPPED:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(file)
-        return found
+        with self._lock:
+            found = self._mapped.get(file)
+            if found is None:
+                opened = self._origin.open(file)
+                if opened is None:
+                    return None
+                with opened:
+                    found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._mapped[file] = found
+                if len(self._mapped) > _MOST_MAPPED:
+                    self._mapped.popitem(last=False)
+            self._mapped.move_to_end(file)
+            return found
 
 
 class ViewSlice:
