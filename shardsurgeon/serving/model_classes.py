@@ -12,6 +12,9 @@ from typing import Any
 
 from shardsurgeon.errors import ConfigError
 
+# Of a model whose class has another name in transformers: what sees more before what sees less.
+_AUTO = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+
 
 class ModelClasses:
     """What is built of one config.
@@ -91,13 +94,17 @@ class ModelClasses:
             named = getattr(transformers, name, None)
             if getattr(named, "config_class", None) is self.config:
                 return named
-        auto = wanted or transformers.AutoModelForCausalLM
-        if self.config not in auto._model_mapping:
-            problem = f"transformers {transformers.__version__} has no {auto.__name__} for it"
+        autos = [wanted] if wanted is not None else [getattr(transformers, each) for each in _AUTO]
+        found = next((a._model_mapping[self.config] for a in autos if self._has(a)), None)
+        if found is None:
+            asked = "" if wanted is None else f" for {wanted.__name__}"
+            problem = f"transformers {transformers.__version__} has no model{asked} of its type"
             raise ConfigError(self._place, problem, "give model_class")
-        found = auto._model_mapping[self.config]
         several = found if isinstance(found, list | tuple) else (found,)
         return next((each for each in several if each.__name__ in names), several[0])
+
+    def _has(self, auto: Any) -> bool:
+        return self.config in auto._model_mapping
 
     def _own_model(self, wanted: Any, names: Any) -> str | None:
         """The model's own code for it, as its config names it."""

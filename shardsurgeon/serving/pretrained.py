@@ -155,7 +155,7 @@ def _load(pruned: _Pruned, wanted: Any, kwargs: dict[str, Any]) -> Any:
     for_config = {name: each for name, each in kwargs.items() if name not in _NOT_FOR_CONFIG}
     config, rest = classes.make_config(settings, for_config)
     rest |= {name: kwargs[name] for name in _NOT_FOR_CONFIG if name in kwargs}
-    if rest.get("dtype", rest.get("torch_dtype", "auto")) == "auto" and config.dtype is None:
+    if (rest.get("dtype") or rest.get("torch_dtype") or "auto") == "auto" and config.dtype is None:
         rest["dtype"] = _stored_dtype(pruned.shards)
     built = classes.model
     if counts is not None:
@@ -183,10 +183,11 @@ def _read_generation_config(model: Any, place: str, found: Mapping[str, Any]) ->
 
 
 def _stored_dtype(shards: Sequence[ViewShard]) -> Any:
-    """As transformers finds it where the config has none: of the first tensor of floats."""
+    """As transformers finds it where the config has none: of the first tensor of floats, by name."""
     import torch
 
-    names = (TORCH_NAMES.get(record.dtype) for record in shards[0].header.tensors)
+    records = sorted(shards[0].header.tensors, key=lambda record: record.name)
+    names = (TORCH_NAMES.get(record.dtype) for record in records)
     stored = [getattr(torch, name) for name in names if name is not None]
     # No model can be made in the types of one byte and less.
     usable = (each for each in stored if each.is_floating_point and each.itemsize > 1)
