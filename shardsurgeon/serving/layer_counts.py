@@ -8,7 +8,7 @@ the model for its count.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,20 @@ class LayerCounts:
                             node = node[key]
                         node[path[-1]] = count
         return made
+
+    def require_loaded(self, missing: Iterable[str], where: str) -> None:
+        """Raise ConfigError where values of a layer that has not the most experts were not there:
+        some quantizations build their own experts, as many in every layer.
+
+        missing: names of parameters; where: the model, as messages name it.
+        """
+        fewer = {layer for count in self.others for layer in self.layers_of(count)}
+        for name in sorted(missing):
+            layer = _LAYER.fullmatch(name)
+            if layer is not None and int(layer[2]) in fewer:
+                problem = f"transformers built {name}, which layer {layer[2]} does not have"
+                remedy = "prune with the same number of experts in every layer"
+                raise ConfigError(where, problem, remedy)
 
     def _drop_overrides(self, section: dict[str, Any]) -> None:
         """Take a layer's count out of what transformers reads: it cannot build a model of it."""

@@ -13,7 +13,12 @@ from typing import Any
 from shardsurgeon.errors import ConfigError
 
 # Of a model whose class has another name in transformers: what sees more before what sees less.
-_AUTO = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+_AUTO = (
+    "AutoModelForImageTextToText",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModel",
+)
 
 
 class ModelClasses:

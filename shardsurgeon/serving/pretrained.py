@@ -163,13 +163,17 @@ def _load(pruned: _Pruned, wanted: Any, kwargs: dict[str, Any]) -> Any:
         built = model_with_counts(classes.model, counts, others)
     with ViewTensors(pruned.shards, pruned.origin, pruned.data) as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors}
-        made = built.from_pretrained(None, config=config, state_dict=slices, **rest)
-    model = made[0] if kwargs.get("output_loading_info") else made
+        wants_info = rest.pop("output_loading_info", False)
+        model, info = built.from_pretrained(
+            None, config=config, state_dict=slices, output_loading_info=True, **rest
+        )
+    if counts is not None:
+        counts.require_loaded(info["missing_keys"], pruned.place)
     model.__class__ = classes.model
     model.name_or_path = model.config.name_or_path = pruned.place
     if model.can_generate() and kwargs.get("generation_config") is None:
         _read_generation_config(model, pruned.place, found)
-    return made
+    return (model, info) if wants_info else model
 
 
 def _read_generation_config(model: Any, place: str, found: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shardsurgeon.errors import CheckpointError, UsageError
+from shardsurgeon.storage.files import output_path, write_new
 from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
@@ -129,6 +130,29 @@ class ViewTensors:
         shape = self.record(name).shape
         each = math.prod(shape[1:])
         return self._elements(name, begin * each, end * each, (end - begin, *shape[1:]))
+
+    def shards(self) -> list[str]:
+        """The names of the shards that the view stands for, in order."""
+        return [shard.file for shard in self._shards]
+
+    def save_shard(self, shard: str, path: str | os.PathLike[str]) -> None:
+        """Write one shard, by its name, to a file that does not exist yet, for a tool that reads
+        files alone: the bytes that `apply` without `view` writes.
+
+        Raises KeyError, OutputError where there is a file already or no folder for it,
+        OutputWriteError, and what reading the source raises.
+        """
+        found = {each.file: each for each in self._shards}[shard]
+        write_new(output_path(path), self._stream(found))
+
+    def _stream(self, shard: ViewShard) -> Iterator[bytes]:
+        """A shard's bytes, piece by piece."""
+        yield shard.head
+        for file, begin, nbytes in shard.ranges(0, shard.nbytes - shard.header.data_begin):
+            if file == DATA_NAME:
+                yield self._data[begin : begin + nbytes]
+            else:
+                yield from self._origin.stream(file, begin, begin + nbytes)
 
     def _elements(self, name: str, first: int, last: int, shape: tuple[int, ...]) -> Any:
         """The elements [first, last), in order, as a tensor of a shape."""
