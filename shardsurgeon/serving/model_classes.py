@@ -12,7 +12,7 @@ from typing import Any
 
 from shardsurgeon.errors import ConfigError
 
-# Of a model whose class has another name in transformers: what sees more before what sees less.
+# Where the class has another name in transformers: what sees more before what sees less.
 _AUTO = (
     "AutoModelForImageTextToText",
     "AutoModelForCausalLM",

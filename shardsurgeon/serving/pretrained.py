@@ -187,7 +187,7 @@ def _read_generation_config(model: Any, place: str, found: Mapping[str, Any]) ->
 
 
 def _stored_dtype(shards: Sequence[ViewShard]) -> Any:
-    """As transformers finds it where the config has none: of the first tensor of floats, by name."""
+    """As transformers finds it where the config has none: of the first floats by name."""
     import torch
 
     records = sorted(shards[0].header.tensors, key=lambda record: record.name)

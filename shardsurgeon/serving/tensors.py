@@ -243,6 +243,9 @@ class ViewSlice:
         whole = index if isinstance(index, tuple) else (index,)
         first = whole[0] if whole else ...
         shape = self.get_shape()
+        if type(first) is int and shape and -shape[0] <= first < shape[0]:
+            row = first % shape[0]
+            return self._tensors.rows(self._name, row, row + 1)[(0, *whole[1:])]
         if isinstance(first, slice) and shape:
             begin, end, step = first.indices(shape[0])
             if step == 1:
