@@ -90,7 +90,7 @@ def _place(source: Source, origin: Source, out: Path) -> str:
         if name is None or not origin.location.startswith("hf://"):
             problem = f"cannot name {origin.location}: it reads from {_KEPT}"
             raise UsageError("--view", problem, "fetch the model first, or leave --view out")
-        return hub_address(name, origin.revision)
+        return f"hf://{hub_address(name, origin.revision).removeprefix('hf://')}"
     if isinstance(source, ViewSource) and "://" in source.manifest.source:
         return source.manifest.source
     # Not of a shard: that may be a link to elsewhere.

@@ -163,7 +163,8 @@ class ViewSource(Source):
             from shardsurgeon.storage.hub.source import open_repository
 
             inner = pinned["folder"] or ""
-            require_inside(inner or ".", where, _MAKE_AGAIN)
+            if inner:
+                require_inside(inner, where, _MAKE_AGAIN)
             return open_repository(pinned["id"], pinned["commit"], inner)
         if "://" in place:
             problem = f"its source {place!a} is neither a folder nor a commit of a repository"
