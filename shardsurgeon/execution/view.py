@@ -31,6 +31,13 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
     cannot name the source.
     """
     origin = source.origin if isinstance(source, ViewSource) else source
+    made = view_manifest(plan, source, _place(source, origin, out))
+    return replace(plan, shards=(), manifest=tuple(made.items()))
+
+
+def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
+    """Name → content of the manifest that stands for a plan's shards, and of the file of values
+    that goes with it where there is one; place: how it names where their bytes lie."""
     used = dict.fromkeys(
         piece.file
         for shard in plan.shards
@@ -42,7 +49,6 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
         files = source.manifest.files
     else:
         files = tuple(file for file in plan.source_files if file.name in used)
-    place = _place(source, origin, out)
     for name in (place, *(file.name for file in files), *(shard.file for shard in plan.shards)):
         if not is_text(name):
             raise UsageError("--view", f"cannot name {name!a}, which is no text", "rename it")
@@ -50,7 +56,7 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
     for shard in plan.shards:
         pieces = (each for tensor in shard.tensors for each in _pieces(tensor, source))
         writer.add(shard.file, shard.header, len(shard.tensors), pieces)
-    return replace(plan, shards=(), manifest=tuple(writer.finish().items()))
+    return writer.finish()
 
 
 def _pieces(tensor: OutputTensor, source: Source) -> Iterator[Range | bytes]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import already_open, files_read, open_model, reopened
 from shardsurgeon.checkpoint.provenance import rounding_alone
 from shardsurgeon.checkpoint.recognition import PLAN, SCORES
@@ -33,12 +32,7 @@ from shardsurgeon.pruning.layer_counts import engines_on_unequal
 from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.plan_model import facts_of
-from shardsurgeon.pruning.planner import (
-    SizeEstimate,
-    check_expert_counts,
-    expert_id_tables,
-    plan_shards,
-)
+from shardsurgeon.pruning.planner import SizeEstimate, checked_shards
 from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.reports import Titled
@@ -220,14 +214,10 @@ def _plan(
         request, note = _fitted(checkpoint, anatomy, request, request.fit)
     estimate = SizeEstimate(checkpoint, anatomy, mtp=request.mtp)
     decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
-    check_expert_counts(checkpoint, anatomy)
-    stay = {layer: kept.retained for layer, kept in decision.keep.layers.items()}
-    require_complete(anatomy.incomplete, stay, checkpoint.location)
-    shards = plan_shards(
+    shards = checked_shards(
         checkpoint,
         anatomy,
         decision.keep,
-        tables=expert_id_tables(checkpoint, anatomy, decision.keep),
         drop_mtp=decision.drop_mtp,
         max_shard_nbytes=max_shard_nbytes,
     )
