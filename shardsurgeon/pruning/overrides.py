@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS, JsonPath
+from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS, JsonPath, quantization_sections
 from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.formats.json_edit import Document
@@ -27,8 +27,9 @@ _MOST_NBYTES = 120_000
 class Overrides:
     """What an engine is told.
 
-    values: the settings, as --hf-overrides takes them; changes: path → new value of every setting
-    that differs, single ones; problem: why the values do not say it all, "" where they do.
+    values: the settings, as --hf-overrides takes them; changes: path → new value of every single
+    setting that differs, None where it is gone; problem: why the values do not say it all, "" where
+    they do.
     """
 
     values: Mapping[str, object]
@@ -45,10 +46,16 @@ def engine_overrides(checkpoint: Checkpoint, plan: Plan) -> Overrides:
     name = checkpoint.names.config
     after: Any = Document.parse(generated[name], name).value
     before = checkpoint.settings
-    changes, lost = dict(_changes(before, after)), [*_lost(before, after)]
-    values: dict[str, Any] = {}
+    changes = dict(_changes(before, after))
+    # These are replaced whole.
+    sections = {key for key in QUANTIZATION_KEYS & after.keys() if before.get(key) != after[key]}
+    values: dict[str, Any] = {key: after[key] for key in sections}
     for path in changes:
-        _take(values, after, path)
+        if path[0] not in sections:
+            _take(values, after, path)
+    gone = [*_gone(before, after)]
+    changes |= {path: None for path in gone if path[0] in sections}
+    lost = [path for path in gone if path[0] not in sections]
     problem = ""
     if lost:
         problem = f"{'.'.join(map(str, lost[0]))} goes, which no override can say"
@@ -71,39 +78,37 @@ def _changes(
             yield (*path, key), value
 
 
-def _lost(
+def _gone(
     before: Mapping[str, Any], after: Mapping[str, Any], path: JsonPath = ()
 ) -> Iterator[JsonPath]:
-    """The paths that are gone and that nothing else replaces."""
+    """The paths that `after` has no longer."""
     for key, value in before.items():
         if key not in after:
             yield (*path, key)
-        elif isinstance(value, Mapping) and not _is_replaced((*path, key)):
-            yield from _lost(value, after[key], (*path, key))
+        elif isinstance(value, Mapping) and isinstance(after[key], Mapping):
+            yield from _gone(value, after[key], (*path, key))
 
 
-def _is_replaced(path: JsonPath) -> bool:
-    """Whether an override replaces the dictionary at a path as a whole."""
-    return len(path) == 1 and path[0] in QUANTIZATION_KEYS
-
-
-def _take(values: dict[str, Any], after: Mapping[str, Any], path: JsonPath) -> None:
+def _take(values: dict[str, Any], after: Any, path: JsonPath) -> None:
     """Add the setting at a path of the config `after`."""
-    node: Any = after
-    for depth, key in enumerate(path, start=1):
-        node = node[key]
-        if depth == len(path) or _is_replaced(path[:depth]):
-            values[str(key)] = node
-            return
-        values = values.setdefault(str(key), {})
+    *outer, last = map(str, path)
+    for key in outer:
+        values, after = values.setdefault(key, {}), after[key]
+    values[last] = after[last]
 
 
 def _stale(
     checkpoint: Checkpoint, generated: Mapping[str, bytes], changes: Mapping[JsonPath, object]
 ) -> str:
-    """A quantization file that changes where config.json does not say the same; "" for none."""
+    """A quantization file that changes and that engines read; "" for none.
+
+    They do where config.json says nothing of quantization, and ModelOpt's for lists of modules that
+    it does not have.
+    """
     if any(not QUANTIZATION_KEYS.isdisjoint(map(str, path)) for path in changes):
         return ""
-    there = (name for name in QUANTIZATION_FILES if name in generated)
+    is_said = any(True for _ in quantization_sections(checkpoint.settings))
+    read = QUANTIZATION_FILES if not is_said else ("hf_quant_config.json",)
+    there = (name for name in read if name in generated)
     changed = (name for name in there if checkpoint.read_file(name, CONFIG) != generated[name])
     return next(changed, "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,7 +65,7 @@ def served(family: str, work: Path) -> Served:
     view, plan = pruned.folder.with_name("view"), pruned.folder.with_name("plan.json")
     words = [str(pruned.source / "scores.pt"), "--model", str(pruned.source), "--ratio", RATIO]
     command("apply", *words, "--view", "-o", str(view))
-    report = json.loads(command("plan", *words, "--json", "-o", str(plan)))
+    (report,) = json.loads(command("plan", *words, "--json", "-o", str(plan)))["plans"]
     return Served(pruned.source, pruned.folder, view, plan, report["hf_overrides"])
 
 
