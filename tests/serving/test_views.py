@@ -143,3 +143,39 @@ def test_a_view_and_a_plan_give_the_bits_that_the_folder_gives(
     folder, *others = answers(engine, tmp_path, engines, stand_ins=case.stand_ins)
     assert len(folder) == len(prompts())
     assert all(other == folder for other in others)
+
+
+def test_vllms_own_loader_stops_at_a_view(engine: Path, tmp_path: Path) -> None:
+    model = served("qwen3_moe", tmp_path)
+    said = refused(engine, tmp_path, {"model": str(model.view)})
+    assert "Cannot find any model weights with" in said
+    # The same where the index names shards that are not there.
+    for shard in model.folder.glob("*.safetensors"):
+        shard.unlink()
+    said = refused(engine, tmp_path, {"model": str(model.folder)})
+    assert "Cannot find any model weights with" in said
+
+
+def test_what_cannot_be_loaded_is_refused_in_our_words(engine: Path, tmp_path: Path) -> None:
+    model = served("qwen3_moe", tmp_path)
+    without = {key: value for key, value in model.planned.items() if key != "hf_overrides"}
+    said = refused(engine, tmp_path, without)
+    line = f"UsageError: {model.source}: num_experts is 16, with this plan it is 8; add --hf-over"
+    assert line in said
+    said = refused(engine, tmp_path, {"model": str(model.folder), **OURS})
+    assert f"UsageError: {model.folder}: is not a view; make one, or add --model-loader" in said
+    shard = next(model.source.glob("*.safetensors"))
+    os.utime(shard)
+    said = refused(engine, tmp_path, {"model": str(model.view), **OURS})
+    assert f"CheckpointError: {shard}: was written to or replaced since the view was made" in said
+
+
+def test_a_draft_of_the_models_own_layers_is_loaded_from_the_view(
+    engine: Path, tmp_path: Path
+) -> None:
+    case, model = CASES["glm4_moe"], served("glm4_moe", tmp_path)
+    draft = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    forms = ({"model": str(model.folder)}, {"model": str(model.view), **OURS})
+    engines = [{**form, **settings_of(case), **draft} for form in forms]
+    folder, view = answers(engine, tmp_path, engines)
+    assert view == folder
