@@ -31,6 +31,7 @@ from shardsurgeon.pruning.keep_lists import write_plan
 from shardsurgeon.pruning.layer_counts import engines_on_unequal
 from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.pruning.output_files import assemble
+from shardsurgeon.pruning.overrides import Overrides, engine_overrides
 from shardsurgeon.pruning.plan_model import facts_of
 from shardsurgeon.pruning.planner import SizeEstimate, checked_shards
 from shardsurgeon.pruning.report import PlanReport, plan_report
@@ -100,7 +101,14 @@ class Pruning(Titled):
         if self.evaluation is not None:
             found = self.evaluation.told(found, self.decision.keep, self.anatomy)
         notes = found.notes if not self.note else (*found.notes, self.note)
-        return replace(found, space_free=_free_space(self.out), notes=notes, fits=self._fits())
+        told = self.overrides.values if not self.overrides.problem else None
+        return replace(
+            found,
+            space_free=_free_space(self.out),
+            notes=notes,
+            fits=self._fits(),
+            hf_overrides=told,
+        )
 
     def _fits(self) -> tuple[MachineFit, ...]:
         """What the result leaves of the machines that were named."""
@@ -118,6 +126,11 @@ class Pruning(Titled):
         if not self.view:
             return self.plan
         return plan_view(self.plan, self.checkpoint.source, self.out)
+
+    @cached_property
+    def overrides(self) -> Overrides:
+        """What an engine is told that serves the model itself with this plan."""
+        return engine_overrides(self.checkpoint, self.plan)
 
     @property
     def serving(self) -> Serving:

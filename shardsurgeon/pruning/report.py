@@ -101,7 +101,8 @@ class PlanReport(Report):
     whose plan this is and whose saliencies these are, None where they are this model's own.
     space_free: bytes free where the result would go, None where nobody looked. measured: what an
     evaluation says of it, None where none was given or it measured other prunes. fits: what is
-    left of the machines that were named, a row each.
+    left of the machines that were named, a row each. hf_overrides: what vLLM is told, in its
+    --hf-overrides, to serve the model itself with this plan; None where that cannot say it all.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -136,6 +137,7 @@ class PlanReport(Report):
     space_free: int | None = field(default=None, compare=False)
     measured: Measured | None = None
     fits: tuple[MachineFit, ...] = ()
+    hf_overrides: Mapping[str, object] | None = None
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),
