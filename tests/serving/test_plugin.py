@@ -112,7 +112,6 @@ def test_an_engine_that_built_other_layers_is_refused(model: Model) -> None:
 
 
 def test_layers_that_keep_different_numbers_are_refused(model: Model) -> None:
-    scores = model.plan.with_name("scores.json")
     different = {1: [0, 1, 2, 3], 2: [1, 2, 3], 3: [0, 1, 2, 3]}
     plan = model.plan.with_name("different.json")
     plan.write_text(
