@@ -34,6 +34,7 @@ from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.view import ViewSource
 
 _CONFIG_NAME = "config.json"
+_A_VIEW = "make a view: `apply --plan PLAN --view`"
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,23 @@ class PrunedModel:
     overrides: Overrides | None = None
 
     def tensors(self) -> ViewTensors:
-        """Its tensors, in torch."""
-        return ViewTensors(self.shards, self.origin, self.data)
+        """Its tensors, in torch, to be read in order: what has been read of a file counts as memory
+        of this process as long as it is mapped, so the next file takes its place."""
+        return ViewTensors(self.shards, self.origin, self.data, most_mapped=1)
 
-    def require_settings(self, config: object, text_config: object) -> None:
+    def require_settings(
+        self, config: object, text_config: object, *, is_draft: bool = False
+    ) -> None:
         """Raise UsageError unless an engine's config says what the pruned config.json does.
 
-        config: the whole one; text_config: that of the text model, which may stand for both.
+        config: the whole one; text_config: that of the text model, which may stand for both;
+        is_draft: whether it is a draft's, for which vLLM takes no overrides.
         """
         if self.overrides is None:
             return
         if self.overrides.problem:
             problem = f"cannot be served with a plan: {self.overrides.problem}"
-            raise UsageError(self.where, problem, "make a view: `apply --plan PLAN --view`")
+            raise UsageError(self.where, problem, _A_VIEW)
         for path, value in self.overrides.changes.items():
             inner = (_at(text_config, path[begin:]) for begin in range(1, len(path)))
             if value not in (_at(config, path), *inner):
@@ -74,7 +79,11 @@ class PrunedModel:
                 told = json.dumps(self.overrides.values, separators=(",", ":"))
                 if isinstance(value, list | dict):
                     problem = f"{dotted} is not what it is with this plan"
-                raise UsageError(self.where, problem, f"add --hf-overrides '{told}'")
+                remedy = f"add --hf-overrides '{told}'"
+                if is_draft:
+                    problem += " in the draft, to which vLLM passes no overrides"
+                    remedy = _A_VIEW
+                raise UsageError(self.where, problem, remedy)
 
     def require_counts(self, built: Mapping[str, int]) -> None:
         """Raise UsageError where an engine built a layer with another number of experts.
@@ -85,7 +94,7 @@ class PrunedModel:
             if self.counts and count not in self.counts:
                 kept = " or ".join(map(str, sorted(self.counts)))
                 problem = f"the engine built {module} with {count} experts, the plan keeps {kept}"
-                raise UsageError(self.where, problem, "make a view: `apply --plan PLAN --view`")
+                raise UsageError(self.where, problem, _A_VIEW)
 
 
 def is_view(folder: str | os.PathLike[str]) -> bool:

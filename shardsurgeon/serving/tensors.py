@@ -67,10 +67,13 @@ class ViewTensors:
         origin: Source,
         data: bytes = b"",
         framework: Framework = "pt",
+        *,
+        most_mapped: int = _MOST_MAPPED,
     ) -> None:
         """shards: what the tensors are made of; origin: where its ranges lie; data: values that no
-        source has."""
+        source has; most_mapped: files that stay mapped when others are read."""
         self._shards, self._origin, self._data = shards, origin, data
+        self._most_mapped = most_mapped
         self._framework = framework
         self._places: dict[str, tuple[ViewShard, TensorRecord]] = {
             record.name: (shard, record) for shard in shards for record in shard.header.tensors
@@ -222,7 +225,7 @@ class ViewTensors:
                     self._require(os.fstat(opened.fileno()).st_size, end, file)
                     found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._mapped[file] = found
-                if len(self._mapped) > _MOST_MAPPED:
+                if len(self._mapped) > self._most_mapped:
                     self._mapped.popitem(last=False)
             self._mapped.move_to_end(file)
         self._require(len(found), end, file)

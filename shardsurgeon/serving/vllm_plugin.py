@@ -109,7 +109,11 @@ def _loader() -> type[Any]:
         def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
             found = self._pruned(model_config)
             if found is not None:
-                found.require_settings(model_config.hf_config, model_config.hf_text_config)
+                found.require_settings(
+                    model_config.hf_config,
+                    model_config.hf_text_config,
+                    is_draft=model_config.runner_type == "draft",
+                )
             return super().load_model(vllm_config, model_config, prefix)
 
         def load_weights(self, model: Any, model_config: Any) -> None:

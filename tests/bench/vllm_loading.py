@@ -50,7 +50,8 @@ def main() -> None:
                     sys.exit(done.stderr[-3000:])
                 found[form].append(json.loads(done.stdout.splitlines()[-1]))
         rows += [row(state, form, found) for form in FORMS]
-    print(table(("", "load", "÷ default", "resident at most", "its own memory"), rows))
+    headings = ("", "load", "÷ default", "CPU", "÷ default", "resident at most", "its own memory")
+    print(table(headings, rows))
     remove(options.work)
 
 
@@ -60,6 +61,8 @@ def make(work: Path, layers: int) -> Path:
     from skeleton import build
 
     source = work / "model"
+    if source.exists():  # from a run that was broken off
+        return source
     model = replace(QWEN, layers=layers, hidden=2048, moe=768, vocabulary=8192, heads=32)
     build(source, model, 4, "random")
     words = ["-m", "shardsurgeon", "apply", str(source / "scores.json"), "--model", str(source)]
@@ -70,19 +73,25 @@ def make(work: Path, layers: int) -> Path:
 
 
 def row(state: str, form: str, found: Mapping[str, list[dict[str, float]]]) -> list[str]:
-    """A line of the table: medians, and the middle, least and largest quotient of the pairs."""
+    """A line of the table: medians, and the quotients of the pairs."""
     runs = found[form]
-    pairs = zip(runs, found["folder"], strict=True)
-    quotients = sorted(mine["seconds"] / other["seconds"] for mine, other in pairs)
-    spread = f"{quotients[0]:.2f} to {quotients[-1]:.2f}"
+    quotients = [quotient(runs, found["folder"], key) for key in ("seconds", "cpu")]
     middle = {key: statistics.median(each[key] for each in runs) for key in runs[0]}
     return [
         f"{form}, {state}",
         f"{middle['seconds']:.2f} s",
-        f"{statistics.median(quotients):.2f} ({spread})",
+        quotients[0],
+        f"{middle['cpu']:.2f} s",
+        quotients[1],
         f"{middle['resident'] / 1e9:.2f} GB",
         f"{middle['own'] / 1e9:.2f} GB",
     ]
+
+
+def quotient(runs: list[dict[str, float]], others: list[dict[str, float]], key: str) -> str:
+    """The middle, least and largest quotient of a figure of the pairs."""
+    found = sorted(mine[key] / other[key] for mine, other in zip(runs, others, strict=True))
+    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
 
 
 def surroundings() -> dict[str, str]:
@@ -106,6 +115,7 @@ def load(folder: str, form: Mapping[str, str]) -> dict[str, float]:
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
     engine = EngineArgs(
         model=folder,
@@ -120,17 +130,23 @@ def load(folder: str, form: Mapping[str, str]) -> dict[str, float]:
         init_distributed_environment(1, 0, f"file://{store.name}.store", 0, "gloo")
         initialize_model_parallel(1)
         loader = get_model_loader(engine.load_config)
-        with Watch() as watch:
-            loader.load_model(vllm_config=engine, model_config=engine.model_config)
-    taken = loader.counter_after_loading_weights - watch.begun
-    return {"seconds": taken, "resident": watch.resident, "own": watch.own}
+        with set_default_torch_dtype(engine.model_config.dtype):
+            model = loader.create_model(engine, engine.model_config)
+            with Watch() as watch:
+                loader.load_weights(model, engine.model_config)
+    return {
+        "seconds": watch.seconds,
+        "cpu": watch.cpu,
+        "resident": watch.resident,
+        "own": watch.own,
+    }
 
 
 class Watch:
     """The most memory of this process while it is open, looked at every few milliseconds."""
 
     def __enter__(self) -> Watch:
-        self.begun = time.perf_counter()
+        self._begun, self._cpu = time.perf_counter(), time.process_time()
         self.resident = self.own = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look)
@@ -138,6 +154,7 @@ class Watch:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.seconds, self.cpu = time.perf_counter() - self._begun, time.process_time() - self._cpu
         self._done.set()
         self._thread.join()
 

@@ -100,6 +100,8 @@ def test_an_engine_without_the_overrides_is_told_them(model: Model) -> None:
     assert str(raised.value).endswith("""add --hf-overrides '{"n_routed_experts":5}'""")
     told = {**config, "n_routed_experts": KEPT}
     found.require_settings(told, told)
+    with pytest.raises(UsageError, match="in the draft, to which vLLM passes no overrides; make a"):
+        found.require_settings(config, config, is_draft=True)
     # A view brings its config with it.
     of_view(str(model.view)).require_settings(config, config)
 
@@ -112,7 +114,6 @@ def test_an_engine_that_built_other_layers_is_refused(model: Model) -> None:
 
 
 def test_layers_that_keep_different_numbers_are_refused(model: Model) -> None:
-    scores = model.plan.with_name("scores.json")
     different = {1: [0, 1, 2, 3], 2: [1, 2, 3], 3: [0, 1, 2, 3]}
     plan = model.plan.with_name("different.json")
     plan.write_text(

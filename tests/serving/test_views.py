@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.serving.api import missing
 from tests.serving.cases import CASES, STAND_INS, Case
 from tests.serving.environment import ROOT, default_folder, environment, with_this_package
 from tests.serving.proof import RATIO, prompts, pruned_checkpoint
@@ -143,6 +144,11 @@ def test_a_view_and_a_plan_give_the_bits_that_the_folder_gives(
     folder, *others = answers(engine, tmp_path, engines, stand_ins=case.stand_ins)
     assert len(folder) == len(prompts())
     assert all(other == folder for other in others)
+
+
+def test_this_vllm_has_what_the_plugin_calls(engine: Path) -> None:
+    (package,) = engine.parents[1].glob("lib/python3*/site-packages/vllm")
+    assert not [*missing(package)]
 
 
 def test_vllms_own_loader_stops_at_a_view(engine: Path, tmp_path: Path) -> None:
