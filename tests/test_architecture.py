@@ -190,8 +190,22 @@ def test_no_family_is_named_outside_its_own_file() -> None:
 
 def test_a_package_says_what_it_is_and_imports_nothing() -> None:
     for path in PACKAGE.rglob("*/__init__.py"):
-        (docstring,) = ast.parse(path.read_text(encoding="utf-8")).body
+        docstring, *more = ast.parse(path.read_text(encoding="utf-8")).body
         assert isinstance(docstring, ast.Expr), path
+        # One is a public face besides: engines' users import from it, and it looks names up when
+        # they are used, as `shardsurgeon` itself does.
+        assert not more or path.parent.name == "serving", path
+
+
+def test_the_engines_loaders_are_imported_when_they_are_used() -> None:
+    code = (
+        "import shardsurgeon.serving, sys\n"
+        "assert 'shardsurgeon.serving.pretrained' not in sys.modules\n"
+        "from shardsurgeon.serving import load_pruned\n"
+        f"assert not {ENGINES} & sys.modules.keys()\n"
+        "assert shardsurgeon.serving.__all__ == ['load_pruned']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_package_reads_like_a_table_of_contents() -> None:

@@ -182,8 +182,10 @@ def _read_generation_config(model: Any, place: str, found: Mapping[str, Any]) ->
     try:
         model.generation_config = GenerationConfig.from_pretrained(place, **found)
     except OSError:
-        # It has none: what the model made of its config stays.
-        return
+        # As transformers does where there is no such file.
+        model.generation_config = GenerationConfig.from_pretrained(
+            place, config_file_name=CONFIG_NAME, _from_model_config=True, **found
+        )
 
 
 def _stored_dtype(shards: Sequence[ViewShard]) -> Any:

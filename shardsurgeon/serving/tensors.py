@@ -12,18 +12,22 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
-from shardsurgeon.storage.files import output_path, write_new
+from shardsurgeon.storage.files import output_path, read_into, write_new
 from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
 from shardsurgeon.storage.open import open_source
 from shardsurgeon.storage.source import Source
+from shardsurgeon.storage.system import default_system
 from shardsurgeon.storage.view import ViewSource
 
 Framework = Literal["pt", "np"]
@@ -191,21 +195,25 @@ class ViewTensors:
         return self._buffer(ranges), 0
 
     def _buffer(self, ranges: Sequence[Range]) -> bytearray:
-        """Some ranges, one behind the other, in memory of their own."""
-        joined = bytearray(sum(nbytes for *_, nbytes in ranges))
-        at = 0
-        for file, begin, nbytes in ranges:
-            joined[at : at + nbytes] = self._bytes(file, begin, begin + nbytes)
-            at += nbytes
-        return joined
+        """Some ranges, one behind the other, in memory of their own.
 
-    def _bytes(self, file: str, begin: int, end: int) -> bytes | memoryview:
-        if file == DATA_NAME:
-            return self._data[begin:end]
-        mapped = self._map(file, end)
-        if mapped is not None:
-            return memoryview(mapped)[begin:end]
-        return self._origin.read(file, begin, end)
+        They are read, not mapped: what is mapped would take memory once more.
+        """
+        joined = bytearray(sum(nbytes for *_, nbytes in ranges))
+        left = memoryview(joined)
+        for file, parts in groupby(ranges, key=itemgetter(0)):
+            opened = None if file == DATA_NAME else self._origin.open(file)
+            with opened or nullcontext():
+                for _, begin, nbytes in parts:
+                    if opened is not None:
+                        where = f"{self._origin.location}/{file}"
+                        read_into(opened, left[:nbytes], begin, where, default_system())
+                    elif file == DATA_NAME:
+                        left[:nbytes] = self._data[begin : begin + nbytes]
+                    else:
+                        left[:nbytes] = self._origin.read(file, begin, begin + nbytes)
+                    left = left[nbytes:]
+        return joined
 
     def _map(self, file: str, end: int) -> mmap.mmap | None:
         """A file of the source, mapped so that writing stays here; None where it is elsewhere.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import doctest
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 import shardsurgeon
+import shardsurgeon.serving
 from tests.support.hub.models import ROOT
 
 # These examples need a Hub to push to, those transformers.
@@ -18,6 +20,10 @@ WITH_TORCH |= {"evaluate", "read_evaluation"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.torch if name in WITH_TORCH else ())
     for name in shardsurgeon.__all__
+]
+NAMES += [
+    pytest.param(f"serving.{name}", marks=pytest.mark.torch)
+    for name in shardsurgeon.serving.__all__
 ]
 
 
@@ -34,7 +40,7 @@ def test_the_example_of_every_public_name_runs(
         shutil.copytree(ROOT / "fixtures" / fixture, tmp_path / "fixtures" / fixture)
     monkeypatch.chdir(tmp_path)
     (test,) = doctest.DocTestFinder(recurse=False).find(
-        getattr(shardsurgeon, name), name, globs={"shardsurgeon": shardsurgeon}
+        attrgetter(name)(shardsurgeon), name, globs={"shardsurgeon": shardsurgeon}
     )
     assert test.examples, f"shardsurgeon.{name} has no example"
     said: list[str] = []
