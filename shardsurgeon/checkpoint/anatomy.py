@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.config import Numbers, read_numbers
+from shardsurgeon.checkpoint.config import Numbers, published_list, read_numbers
 from shardsurgeon.checkpoint.layer_consistency import (
     Incomplete,
     LayerTensors,
@@ -179,8 +179,10 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     layers = census.layers()
     own_mtp = numbers.own_mtp_count
     most = max(layer.num_experts for layer in layers if not (layer.is_mtp and own_mtp))
-    if most != numbers.experts.every:
-        problem = f"says {numbers.experts.every} experts, the largest layers have {most}"
+    every = numbers.experts.every
+    # Beside another tool's list the count may be that of the model before it was pruned.
+    if most != every and not (most < every and published_list(family, config)):
+        problem = f"says {every} experts, the largest layers have {most}"
         raise ConfigError(where, problem, "make the spellings agree")
     return Anatomy(
         family=family,
@@ -195,7 +197,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
         carried_nbytes=census.carried,
         mtp_nbytes=census.mtp,
         reader=reader,
-        shared_count=most,
+        shared_count=every,
         own_mtp_count=own_mtp,
         uneven=frozenset(census.uneven),
         incomplete=census.incomplete,

@@ -20,6 +20,12 @@ from shardsurgeon.storage.limits import MAX_EXPERTS, MAX_LAYERS
 # Experts of every layer, MTP layers included, 0 for dense ones. Pruned models whose layers keep
 # different numbers have this list; no engine's release reads it.
 PER_LAYER_KEY = "num_routed_experts_per_layer"
+# The same said by others, who publish a patch of vLLM with it: a list over all layers but MTP's, or
+# an object with their numbers. What it says of a dense layer means nothing.
+PUBLISHED_KEYS = ("per_layer_num_experts", "num_experts_per_layer", "n_routed_experts_per_layer")
+# transformers' own: layer -> {attribute: its value there}. An attribute that has one cannot be
+# read from the whole config any more, which stops every model that knows one count for all layers.
+OVERRIDES_KEY = "per_layer_config"
 MLX_QUANTIZATION_KEY = "quantization"
 # transformers' key, that of compressed-tensors before transformers had one, and MLX's.
 QUANTIZATION_KEYS = frozenset({"quantization_config", "compression_config", MLX_QUANTIZATION_KEY})
@@ -83,7 +89,8 @@ def read_numbers(family: Family, config: Mapping[str, Any], where: str) -> Numbe
     a number, and for spellings that disagree."""
     keys = family.config
     sections = [s for s in (config_section(config, at) for at in keys.at) if s is not None]
-    spellings = (*keys.num_experts, *filter(None, (keys.per_layer,)), PER_LAYER_KEY)
+    lists = (f"{key}.*" for key in PUBLISHED_KEYS)
+    spellings = (*keys.num_experts, *filter(None, (keys.per_layer,)), PER_LAYER_KEY, *lists)
     section = next((s for s in sections if any(_values_at(s, key) for key in spellings)), None)
     if section is None:
         raise _no_count(family, config, where)
@@ -136,7 +143,31 @@ def counts_no_mtp(family: Family, config: Mapping[str, Any]) -> bool:
 def per_layer_paths(keys: ConfigKeys, num_layers: int) -> list[tuple[tuple[str, ...], int]]:
     """(path, first layer) of every place with experts per layer, which counts from that layer."""
     places = ((f"{PER_LAYER_KEY}.*", 0), (keys.per_layer, 0), (keys.per_mtp_layer, num_layers))
-    return [(tuple(dotted.split(".")), first) for dotted, first in places if dotted]
+    published = ((f"{key}.*", 0) for key in PUBLISHED_KEYS)
+    overrides = ((".".join(path), 0) for path in override_paths(keys))
+    listed = (*places, *published, *overrides)
+    return [(tuple(dotted.split(".")), first) for dotted, first in listed if dotted]
+
+
+def override_paths(keys: ConfigKeys) -> list[tuple[str, ...]]:
+    """Where transformers' overrides may say a layer's experts, the layer being `*`."""
+    names = dict.fromkeys((*keys.overrides, *keys.num_experts))
+    return [(OVERRIDES_KEY, "*", *name.split(".")) for name in names]
+
+
+def layer_at(position: str | int) -> int | None:
+    """The layer that a list's position, or an object's key in digits, stands for."""
+    if isinstance(position, str):
+        digits = position.isascii() and position.isdigit() and len(position) < 10
+        return int(position) if digits else None
+    return position
+
+
+def published_list(family: Family, config: Mapping[str, Any]) -> str:
+    """The key of another tool's counts per layer that a config has, "" where it has none."""
+    sections = [config_section(config, at) or {} for at in family.config.at]
+    found = (key for key in PUBLISHED_KEYS if any(_values_at(s, f"{key}.*") for s in sections))
+    return next(found, "")
 
 
 def _experts(
@@ -170,13 +201,13 @@ def _per_layer(
     found: dict[int, int] = {}
     for template, first in per_layer_paths(keys, num_layers):
         for path, value in config_values(section, template):
-            position = path[template.index("*")]
+            position = layer_at(path[template.index("*")])
             if value is None:
                 continue
-            if type(value) is not int or value < 0 or not isinstance(position, int):
+            if type(value) is not int or value < 0 or position is None:
                 dotted = ".".join(map(str, path))
                 raise ConfigError(
-                    where, f"{dotted} is {brief(value)}, expected a list of whole numbers"
+                    where, f"{dotted} is {brief(value)}, expected a whole number for each layer"
                 )
             layer = first + position
             if found.setdefault(layer, value) != value:

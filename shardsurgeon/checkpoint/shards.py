@@ -154,6 +154,10 @@ class _Reader:
             problem = f"with this file the model has {found} are read"
             raise HeaderError(where, problem, "no model needs so much: fetch it again")
 
+    def known_header(self, name: str) -> Header | None:
+        """What a file's header says, where the source has read it already."""
+        return self._source.known_header(name)
+
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a file. Raises CancelledError once it is stopped."""
         if not self._source.is_remote:
@@ -183,7 +187,7 @@ def _open_shard(source: _Reader, file: SourceFile) -> Shard:
     source.add(where, nbytes=length)
     raw = source.read(file.name, 8, 8 + length)
     digest = hashlib.sha256(raw).hexdigest()
-    header = parse_header(raw, file.nbytes, where)
+    header = source.known_header(file.name) or parse_header(raw, file.nbytes, where)
     source.add(where, tensors=len(header.tensors))
     return Shard(file.name, file.nbytes, header, digest)
 

@@ -409,8 +409,9 @@ _SELECTION: dict[str, Callable[[Any], Any]] = {
     "allow_nonuniform": click.option(
         "--allow-nonuniform",
         is_flag=True,
-        help="Accept layers that keep different numbers of experts. Stock vLLM and transformers "
-        "misread such a model, except where its config has counts per block.",
+        help="Accept layers that keep different numbers of experts, for an engine that reads a "
+        "count per layer. Stock vLLM and transformers refuse to load such a model or misread it "
+        "(plan says which), except where its config has counts per block.",
     ),
     "include": click.option(
         "--include",

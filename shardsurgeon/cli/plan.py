@@ -34,6 +34,7 @@ from shardsurgeon.cli.output import (
     percent,
     saved,
     table,
+    typed,
     units_legend,
 )
 from shardsurgeon.errors import UsageError
@@ -41,6 +42,7 @@ from shardsurgeon.pruning.request import Allocation, SelectionRequest
 from shardsurgeon.units import counted, format_size
 
 if TYPE_CHECKING:
+    from shardsurgeon.operations.prune import Pruning
     from shardsurgeon.pruning.fit import FitRow, MachineFit
     from shardsurgeon.pruning.machines import FitRequest
     from shardsurgeon.pruning.report import Measured, PlanReport, PlansReport
@@ -111,7 +113,19 @@ def plan_command(
     if plan_out is not None:
         written = prune.save_plan(pruning, plan_out, force=force)
         lines = chain(lines, ["", saved("Keep-lists", plan_out, written)])
+        lines = chain(lines, _serve_lines(pruning, plan_out))
     emit(pruning.report, lines, as_json, told_otherwise=plan_out is not None)
+
+
+def _serve_lines(pruning: Pruning, plan_out: str) -> Iterator[str]:
+    """How the model itself is served with the saved plan, with nothing written."""
+    from shardsurgeon.operations.serve_plan import serve_planned
+
+    if words := serve_planned(pruning, plan_out):
+        yield "Serve it without writing a model:"
+        yield f"  {typed(words)}"
+    elif pruning.serving.by_vllm and pruning.overrides.problem:
+        yield f"vLLM serves it from a view, `apply --view`: {pruning.overrides.problem}."
 
 
 def plan_lines(

@@ -15,6 +15,7 @@ from shardsurgeon.errors import CheckpointError, UsageError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
 from shardsurgeon.storage.formats.checksums import ends_with_checksums
+from shardsurgeon.storage.formats.strict_json import is_text
 from shardsurgeon.storage.formats.view import ManifestWriter, Range
 from shardsurgeon.storage.open import hub_address, hub_name
 from shardsurgeon.storage.source import Source
@@ -30,6 +31,13 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
     cannot name the source.
     """
     origin = source.origin if isinstance(source, ViewSource) else source
+    made = view_manifest(plan, source, _place(source, origin, out))
+    return replace(plan, shards=(), manifest=tuple(made.items()))
+
+
+def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
+    """Name → content of the manifest that stands for a plan's shards, and of the file of values
+    that goes with it where there is one; place: how it names where their bytes lie."""
     used = dict.fromkeys(
         piece.file
         for shard in plan.shards
@@ -41,11 +49,14 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
         files = source.manifest.files
     else:
         files = tuple(file for file in plan.source_files if file.name in used)
-    writer = ManifestWriter(_place(source, origin, out), files)
+    for name in (place, *(file.name for file in files), *(shard.file for shard in plan.shards)):
+        if not is_text(name):
+            raise UsageError("--view", f"cannot name {name!a}, which is no text", "rename it")
+    writer = ManifestWriter(place, files)
     for shard in plan.shards:
         pieces = (each for tensor in shard.tensors for each in _pieces(tensor, source))
-        writer.add(shard.file, shard.header, _entries(shard), pieces)
-    return replace(plan, shards=(), manifest=tuple(writer.finish().items()))
+        writer.add(shard.file, shard.header, len(shard.tensors), pieces)
+    return writer.finish()
 
 
 def _pieces(tensor: OutputTensor, source: Source) -> Iterator[Range | bytes]:
@@ -56,22 +67,6 @@ def _pieces(tensor: OutputTensor, source: Source) -> Iterator[Range | bytes]:
             yield from source.resolve(piece.file, piece.begin, piece.nbytes)
         else:
             yield piece.file, piece.begin, piece.nbytes
-
-
-def _entries(shard: OutputShard) -> dict[str, object]:
-    """What a shard's header says, as JSON has it."""
-    entries: dict[str, object] = {} if shard.metadata is None else {"__metadata__": shard.metadata}
-    begin = 0
-    for tensor in shard.tensors:
-        end = begin + tensor.nbytes
-        offsets = (begin, end)
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": offsets,
-        }
-        begin = end
-    return entries
 
 
 def _place(source: Source, origin: Source, out: Path) -> str:

@@ -24,6 +24,8 @@ from shardsurgeon.storage.formats.strict_json import brief
 from shardsurgeon.storage.formats.strict_toml import parse_toml, read_toml
 from shardsurgeon.storage.limits import FAMILY
 
+# Engines whose behaviour with unequal counts is known.
+ENGINES = ("transformers", "vLLM")
 _SEE = "see 'Adding a family' in CONTRIBUTING.md"
 
 
@@ -66,6 +68,10 @@ class ConfigKeys:
     mtp_padded: keys of lists with an entry per layer, MTP layers' behind the others, which a
     model without MTP layers must not have.
     elsewhere: dotted paths of objects about other experts, which are not changed.
+    per_layer_names: the count's names in transformers' `per_layer_config`, none for the first of
+    num_experts: those that the engines' config classes store, where their attribute_map leads.
+    misread_by: those of ENGINES that load a model whose layers have different numbers without a
+    word, whatever its `per_layer_config` says.
     """
 
     num_experts: tuple[str, ...]
@@ -82,6 +88,13 @@ class ConfigKeys:
     extra_rows: str = ""
     mtp_padded: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    per_layer_names: tuple[str, ...] = ()
+    misread_by: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The dotted names under which transformers' `per_layer_config` has a layer's count."""
+        return self.per_layer_names or self.num_experts[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +379,10 @@ def _sound(family: Family, where: str) -> Family:
         if place and place.split(".").count("*") != 1:
             problem = f"'{place}' has not one '*' for the number of a layer"
             raise FamilyError(f"{where} [config]", problem, _SEE)
+    for name in config.misread_by:
+        if name not in ENGINES:
+            problem = f"misread_by names '{name}'"
+            raise FamilyError(f"{where} [config]", problem, f"one of {', '.join(ENGINES)}")
     for unknown in sorted(family.attention.caches() - CACHES):
         known = ", ".join(sorted(CACHES))
         raise FamilyError(f"{where} [attention]", f"'{unknown}' is no cache", f"one of {known}")

@@ -46,6 +46,7 @@ from shardsurgeon.layerwise.settings import Settings
 from shardsurgeon.layerwise.supply import Make
 from shardsurgeon.layerwise.tensors import HeldTensors, TensorReader
 from shardsurgeon.layerwise.text_model import ExpertModule, TextModel
+from shardsurgeon.pruning.layer_counts import without_overrides
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 
 _ELSEWHERE = "measure with an engine that runs it"
@@ -385,7 +386,9 @@ def meta_model(
     """The model of a config without weights. Raises UsageError where transformers cannot build
     it."""
     view = anatomy.family.transformers
-    config = as_transformers_reads(settings, view, is_known)
+    # Each layer's experts come from its tensors; transformers need not know that they differ.
+    alike = without_overrides(settings, anatomy.family.config)
+    config = as_transformers_reads(alike, view, is_known)
     if config is None:
         reason = view.unknown or f"it does not know model type {settings.get('model_type')!r}"
         raise UsageError(

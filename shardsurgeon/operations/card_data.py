@@ -28,6 +28,7 @@ from shardsurgeon.operations.evaluation_report import (
 )
 from shardsurgeon.operations.serving import Serving, serving_of
 from shardsurgeon.pruning.keep_lists import retained_sha256
+from shardsurgeon.pruning.layer_counts import engines_on_unequal, list_of_counts
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 from shardsurgeon.storage.formats.safetensors import TensorRecord
@@ -80,7 +81,8 @@ class ModelFacts:
 
     before: the first, unpruned model, without MTP layers that were dropped. mtp_removed: whether
     the config counts 0 MTP layers. uniform: as
-    `Anatomy.is_uniform`. source_card: the metadata of the source's own card, None where
+    `Anatomy.is_uniform`. counts_list: the key of the list of counts per layer; engines: what stock
+    engines do where they differ. source_card: the metadata of the source's own card, None where
     it had no card.
     """
 
@@ -91,6 +93,8 @@ class ModelFacts:
     mtp_layers: tuple[int, ...]
     mtp_removed: bool
     uniform: bool
+    counts_list: str
+    engines: str
     loading: Loading
     calibrations: tuple[Calibration, ...]
     costs: tuple[Cost, ...]
@@ -114,6 +118,8 @@ def model_facts(
         mtp_layers=tuple(layer.index for layer in anatomy.mtp_layers),
         mtp_removed=counts_no_mtp(anatomy.family, config),
         uniform=uniform,
+        counts_list=list_of_counts(config, anatomy),
+        engines=engines_on_unequal(config, anatomy),
         loading=_loading(pruned, serving),
         calibrations=tuple(_calibrations(pruned, folder)),
         costs=tuple(_costs(pruned, anatomy, provenance, folder)),

@@ -18,6 +18,7 @@ from shardsurgeon.families.schema import architectures_of
 from shardsurgeon.operations.reports import InspectReport, PrunedReport, ViewReport
 from shardsurgeon.pruning.config_edits import quantization_name, side_file_quantization
 from shardsurgeon.pruning.counts import uniform_counts
+from shardsurgeon.pruning.layer_counts import published_counts_note
 from shardsurgeon.pruning.report import absent_mtp_notes
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.routing import main_facts, routing_facts
@@ -83,7 +84,12 @@ def _report(checkpoint: Checkpoint) -> InspectReport:
         expert_size_over_layers=most,
         smallest_expert_size_over_layers=least,
         sizes_at=_sizes_at(anatomy),
-        notes=(*checkpoint.notes, *absent_mtp_notes(anatomy), *_differing(anatomy)),
+        notes=(
+            *checkpoint.notes,
+            *published_counts_note(config, anatomy),
+            *absent_mtp_notes(anatomy),
+            *_differing(anatomy),
+        ),
         incomplete_experts={n: tuple(sorted(found)) for n, found in anatomy.incomplete.items()}
         or None,
         num_experts_per_layer=None if _alike(anatomy) else anatomy.experts_per_layer,

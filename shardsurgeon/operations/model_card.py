@@ -61,10 +61,9 @@ from transformers import $model_class, $reader_class
 $reader = $reader_class.from_pretrained($arguments)
 model = $model_class.from_pretrained($arguments, dtype="auto", device_map="auto")
 ```""")
-_OTHER_ENGINES = (
-    "Its layers keep different numbers of experts, which `config.json` lists under "
-    "`num_routed_experts_per_layer`. Stock vLLM and transformers do not read that list "
-    "and would load this model wrong: serve it with an engine that does."
+_OTHER_ENGINES = Template(
+    "Its layers keep different numbers of experts, which `config.json` lists under `$listed`. No "
+    "stock engine reads that list: $engines. Serve it with an engine that does."
 )
 _MLX = "It is in MLX's layout: load it with mlx-lm, as its original."
 _UNPROVEN = (
@@ -334,7 +333,7 @@ def _use(facts: ModelFacts, placement: Placement) -> str:
     loading, repo_id, revision = facts.loading, placement.repo_id, placement.revision
     serving = loading.serving
     if not serving.stock_engines:
-        return _OTHER_ENGINES
+        return _OTHER_ENGINES.substitute(listed=facts.counts_list, engines=facts.engines)
     if serving.is_mlx:
         return _MLX
     served = _UNPROVEN

@@ -11,7 +11,6 @@ from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.open import already_open, files_read, open_model, reopened
 from shardsurgeon.checkpoint.provenance import rounding_alone
 from shardsurgeon.checkpoint.recognition import PLAN, SCORES
@@ -29,15 +28,12 @@ from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.fit import Fit, MachineFit
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import write_plan
+from shardsurgeon.pruning.layer_counts import engines_on_unequal
 from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.pruning.output_files import assemble
+from shardsurgeon.pruning.overrides import Overrides, engine_overrides
 from shardsurgeon.pruning.plan_model import facts_of
-from shardsurgeon.pruning.planner import (
-    SizeEstimate,
-    check_expert_counts,
-    expert_id_tables,
-    plan_shards,
-)
+from shardsurgeon.pruning.planner import SizeEstimate, checked_shards
 from shardsurgeon.pruning.report import PlanReport, plan_report
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.reports import Titled
@@ -105,7 +101,14 @@ class Pruning(Titled):
         if self.evaluation is not None:
             found = self.evaluation.told(found, self.decision.keep, self.anatomy)
         notes = found.notes if not self.note else (*found.notes, self.note)
-        return replace(found, space_free=_free_space(self.out), notes=notes, fits=self._fits())
+        told = self.overrides.values if not self.overrides.problem else None
+        return replace(
+            found,
+            space_free=_free_space(self.out),
+            notes=notes,
+            fits=self._fits(),
+            hf_overrides=told,
+        )
 
     def _fits(self) -> tuple[MachineFit, ...]:
         """What the result leaves of the machines that were named."""
@@ -123,6 +126,11 @@ class Pruning(Titled):
         if not self.view:
             return self.plan
         return plan_view(self.plan, self.checkpoint.source, self.out)
+
+    @cached_property
+    def overrides(self) -> Overrides:
+        """What an engine is told that serves the model itself with this plan."""
+        return engine_overrides(self.checkpoint, self.plan)
 
     @property
     def serving(self) -> Serving:
@@ -219,14 +227,10 @@ def _plan(
         request, note = _fitted(checkpoint, anatomy, request, request.fit)
     estimate = SizeEstimate(checkpoint, anatomy, mtp=request.mtp)
     decision = decide(checkpoint, anatomy, table, request, estimate.nbytes)
-    check_expert_counts(checkpoint, anatomy)
-    stay = {layer: kept.retained for layer, kept in decision.keep.layers.items()}
-    require_complete(anatomy.incomplete, stay, checkpoint.location)
-    shards = plan_shards(
+    shards = checked_shards(
         checkpoint,
         anatomy,
         decision.keep,
-        tables=expert_id_tables(checkpoint, anatomy, decision.keep),
         drop_mtp=decision.drop_mtp,
         max_shard_nbytes=max_shard_nbytes,
     )
@@ -315,11 +319,10 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
     # A view is loaded by our own loaders, which read a count per layer.
     if not keep.is_uniform and not pruning.request.allow_nonuniform and not pruning.view:
         counts = [len(layer.retained) for layer in keep.layers.values()]
-        problem = (
-            f"is needed: layers keep {min(counts)} to {max(counts)} experts, and stock engines"
-        )
+        engines = engines_on_unequal(pruning.checkpoint.settings, pruning.anatomy)
+        problem = f"is needed: layers keep {min(counts)} to {max(counts)} experts, and {engines}"
         remedy = "give it for an engine that reads a count per layer"
-        raise UsageError("--allow-nonuniform", f"{problem} read one count for all", remedy)
+        raise UsageError("--allow-nonuniform", problem, remedy)
     if os.path.lexists(pruning.out):
         plan = pruning.written
         if not stays or not holds_result(pruning.out, plan, output_sizes(plan)):

@@ -5,6 +5,7 @@ Imported by every `apply`, so nothing heavy is imported here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import MLX_QUANTIZATION_KEY
 from shardsurgeon.checkpoint.layouts import is_named_by_mlx
 from shardsurgeon.families.schema import all_families
-from shardsurgeon.pruning.config_edits import says_per_layer
+from shardsurgeon.pruning.layer_counts import says_per_layer
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 
 
@@ -55,17 +56,26 @@ def serving_of(model: Checkpoint, anatomy: Anatomy, kept: Mapping[int, int]) -> 
 
 
 def serve_words(
-    place: str, revision: str | None, serving: Serving, *, view: bool = False
+    place: str,
+    revision: str | None,
+    serving: Serving,
+    *,
+    view: bool = False,
+    planned: Mapping[str, str] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> tuple[str, ...]:
     """The command that serves a model, as words.
 
     place: a folder or a repository; revision: its branch, None for main; view: whether the folder
-    is one.
+    is one. planned: of a model that is to be served as a plan leaves it, what our loader is told;
+    overrides: what is then different in its config.
     """
     words = ["vllm", "serve", place]
     words += ["--revision", revision] if revision else []
     words += ["--trust-remote-code"] if serving.remote_code else []
-    words += ["--load-format", "shardsurgeon"] if view else []
+    words += ["--load-format", "shardsurgeon"] if view or planned else []
+    words += ["--model-loader-extra-config", json.dumps(planned)] if planned else []
+    words += ["--hf-overrides", json.dumps(overrides)] if overrides else []
     return tuple(words)
 
 

@@ -22,7 +22,7 @@ from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.open import address_of, open_source
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import MemorySource, Source, SourceFile, require_unchanged
-from shardsurgeon.storage.view import ViewSource
+from shardsurgeon.storage.view import ViewSource, is_view
 from shardsurgeon.verification.architecture import AnyCheckpoint, check_architecture
 from shardsurgeon.verification.byte_comparison import Sampling
 from shardsurgeon.verification.findings import VerifyReport
@@ -56,7 +56,8 @@ def verify(
     """
     before = open_model(source, family, follow_links=follow_links)
     remote = isinstance(pruned, str) and not os.path.lexists(pruned)
-    as_source = remote or (follow_links and os.path.isdir(pruned))
+    # A view that cannot be opened is bad input: there is no result yet that could differ.
+    as_source = remote or is_view(pruned) or (follow_links and os.path.isdir(pruned))
     place = open_source(pruned, follow_links=follow_links) if as_source else pruned
     after: AnyCheckpoint = place
     _require_in_order(before, place)

@@ -15,9 +15,11 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import (
     MLX_QUANTIZATION_KEY,
     PER_LAYER_KEY,
+    PUBLISHED_KEYS,
     QUANTIZATION_KEYS,
     config_section,
     config_values,
+    layer_at,
     per_layer_paths,
     quantization_sections,
 )
@@ -25,8 +27,9 @@ from shardsurgeon.checkpoint.quantization_lists import tool_of
 from shardsurgeon.checkpoint.second_configs import other_configs
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
+from shardsurgeon.pruning.layer_counts import says_per_layer, superfluous_overrides, unequal_counts
 from shardsurgeon.pruning.quantization_lists import QuantizationLists
-from shardsurgeon.storage.formats.json_edit import DELETE, Document, Insert
+from shardsurgeon.storage.formats.json_edit import DELETE, Document
 
 Path = tuple[str | int, ...]
 
@@ -167,16 +170,6 @@ def side_file_quantization(name: str, content: object) -> str | None:
     return f"{tool} {what}".strip() if what else section.get("quant_method")
 
 
-def says_per_layer(config: Mapping[str, Any], anatomy: Anatomy) -> str:
-    """Where the family's own part of a config says experts per layer; "" where it does not."""
-    keys = anatomy.family.config
-    path = tuple(keys.per_layer.split("."))
-    sections = (config_section(config, at) for at in keys.at)
-    if keys.per_layer and any(list(config_values(section, path)) for section in sections):
-        return keys.per_layer
-    return ""
-
-
 def _counts(
     config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList, drop_mtp: bool
 ) -> Iterator[tuple[Path, object]]:
@@ -189,11 +182,13 @@ def _counts(
             continue
         prefix: Path = tuple(filter(None, at.split(".")))
         changes = dict(_shared_counts(section, anatomy, kept))
-        if add and changes and PER_LAYER_KEY not in section:
-            mtp = 0 if drop_mtp else anatomy.num_mtp_layers
-            length = max(anatomy.num_layers + mtp, max(kept) + 1)
-            changes[(PER_LAYER_KEY,)] = Insert([kept.get(layer, 0) for layer in range(length)])
+        add_here = add and bool(changes)
         changes.update(_own_counts(section, anatomy, kept, drop_mtp))
+        if add_here:
+            changes.update(unequal_counts(section, anatomy, kept, drop_mtp=drop_mtp))
+        for gone in superfluous_overrides(section, keys) if keep.is_uniform else ():
+            changes = {path: each for path, each in changes.items() if path[: len(gone)] != gone}
+            changes[gone] = DELETE
         for dotted in keys.mtp_layers if drop_mtp else ():
             counts = config_values(section, tuple(dotted.split(".")))
             changes.update({path: 0 for path, value in counts if value})
@@ -231,9 +226,15 @@ def _own_counts(
             yield path, value if says else of_mtp
     for template, first in per_layer_paths(anatomy.family.config, anatomy.num_layers):
         for path, value in config_values(section, template):
-            layer = first + int(path[template.index("*")])
-            if drop_mtp and layer >= anatomy.num_layers and template[0] == PER_LAYER_KEY:
+            position = layer_at(path[template.index("*")])
+            if position is None:
+                continue
+            layer, listed = first + position, template[0] in (PER_LAYER_KEY, *PUBLISHED_KEYS)
+            if drop_mtp and layer >= anatomy.num_layers and listed:
                 yield path, DELETE
+            elif template[0] in PUBLISHED_KEYS and value == anatomy.shared_count:
+                # Of a dense layer it says what the config says of all.
+                yield path, kept.get(layer, shared)
             else:
                 # A dense layer's count is given as it is, so that it does not pass for forgotten.
                 yield path, kept.get(layer, value)
@@ -258,6 +259,8 @@ def _refuse_forgotten_counts(
         if type(value) is not int or value != num_experts:
             continue
         if path in changes or not names or not QUANTIZATION_KEYS.isdisjoint(names):
+            continue
+        if any(changes.get(path[:length]) is DELETE for length in range(1, len(path))):
             continue
         if _is_count(path):
             dotted = ".".join(map(str, path))

@@ -20,6 +20,7 @@ from shardsurgeon.pruning.counts import Counts, LayerCounts, allocate, uniform_c
 from shardsurgeon.pruning.keep_list_files import read_keeplist
 from shardsurgeon.pruning.keep_list_shapes import KeepListFile, Meaning
 from shardsurgeon.pruning.keep_lists import KeepList, resolve
+from shardsurgeon.pruning.layer_counts import engines_on_unequal
 from shardsurgeon.pruning.lineage import check_lineage, restrict, restrict_ids
 from shardsurgeon.pruning.plan_model import PlannedModel, other_model
 from shardsurgeon.pruning.request import Allocation, Lists, MtpPolicy, SelectionRequest
@@ -252,7 +253,8 @@ def _from_file(
     check_keep_list(keep, facts, listed.origin)
     check_mtp_counts(keep, anatomy, listed.origin)
     if not request.allow_nonuniform:
-        check_uniform(keep, listed.origin)
+        engines = engines_on_unequal(checkpoint.settings, anatomy)
+        check_uniform(keep, listed.origin, engines)
     policies = dict.fromkeys(keep.layers, "plan")
     keep, others = with_mtp(keep, checkpoint, anatomy, request.mtp, facts)
     other = other_model(listed.made_for, checkpoint, anatomy, listed.origin)

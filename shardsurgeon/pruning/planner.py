@@ -15,6 +15,7 @@ import numpy as np
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
+from shardsurgeon.checkpoint.layer_consistency import require_complete
 from shardsurgeon.checkpoint.roles import (
     COUNT_TYPES,
     Carried,
@@ -47,6 +48,32 @@ class _Draft:
 
     tensors: tuple[OutputTensor, ...]
     metadata: dict[str, str] | None
+
+
+def checked_shards(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    keep: KeepList,
+    *,
+    drop_mtp: bool = False,
+    max_shard_nbytes: int | None = None,
+) -> tuple[OutputShard, ...]:
+    """As `plan_shards`, of a checkpoint that has what it says of its experts and all that stays.
+
+    Raises FamilyError where it has not, or where a table of expert ids cannot be renumbered, and
+    SourceReadError where it cannot be read.
+    """
+    check_expert_counts(checkpoint, anatomy)
+    stay = {layer: kept.retained for layer, kept in keep.layers.items()}
+    require_complete(anatomy.incomplete, stay, checkpoint.location)
+    return plan_shards(
+        checkpoint,
+        anatomy,
+        keep,
+        tables=expert_id_tables(checkpoint, anatomy, keep),
+        drop_mtp=drop_mtp,
+        max_shard_nbytes=max_shard_nbytes,
+    )
 
 
 def plan_shards(

@@ -14,7 +14,6 @@ import numpy as np
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.config import PER_LAYER_KEY
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor
@@ -22,12 +21,16 @@ from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, OPTION
 from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
-from shardsurgeon.families.schema import all_families
 from shardsurgeon.pruning.analysis import profile
-from shardsurgeon.pruning.config_edits import partial_lists, says_per_layer, stale_counts
+from shardsurgeon.pruning.config_edits import partial_lists, stale_counts
 from shardsurgeon.pruning.decide import Decision
 from shardsurgeon.pruning.fit import MachineFit
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
+from shardsurgeon.pruning.layer_counts import (
+    published_counts_note,
+    says_per_layer,
+    unequal_note,
+)
 from shardsurgeon.pruning.output_files import total_parameters
 from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
 from shardsurgeon.pruning.selection import dropped_share, saliency_cut
@@ -98,7 +101,8 @@ class PlanReport(Report):
     whose plan this is and whose saliencies these are, None where they are this model's own.
     space_free: bytes free where the result would go, None where nobody looked. measured: what an
     evaluation says of it, None where none was given or it measured other prunes. fits: what is
-    left of the machines that were named, a row each.
+    left of the machines that were named, a row each. hf_overrides: what vLLM is told, in its
+    --hf-overrides, to serve the model itself with this plan; None where that cannot say it all.
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> layer = plan.report.layers[0]
@@ -133,6 +137,7 @@ class PlanReport(Report):
     space_free: int | None = field(default=None, compare=False)
     measured: Measured | None = None
     fits: tuple[MachineFit, ...] = ()
+    hf_overrides: Mapping[str, object] | None = None
 
     figures: ClassVar[tuple[str, ...]] = (
         *("kept_least", "kept_most", "share_left", "narrowest_cut"),
@@ -286,9 +291,10 @@ def plan_report(
         stock_engines=decision.keep.is_uniform or says_per_layer(config, anatomy) != "",
         notes=(
             *checkpoint.notes,
+            *published_counts_note(config, anatomy),
             *decision.notes,
             *_group_limited(anatomy),
-            *_nonuniform(config, anatomy, decision.keep),
+            *unequal_note(config, anatomy, decision.keep),
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
             *_rewritten(tensors),
             *_uncounted(checkpoint, plan),
@@ -328,25 +334,6 @@ def _group_limited(anatomy: Anatomy) -> list[str]:
     return [
         f"every one of the router's {anatomy.n_group} groups keeps its own best experts, so the "
         "lowest kept may be below the highest pruned of another group"
-    ]
-
-
-def _nonuniform(config: Mapping[str, Any], anatomy: Anatomy, keep: KeepList) -> list[str]:
-    """What a user must know of a model whose layers keep different numbers of experts."""
-    if keep.is_uniform:
-        return []
-    counts = sorted({len(layer.retained) for layer in keep.layers.values()})
-    kept = f"layers keep {counts[0]} to {counts[-1]} experts"
-    native = says_per_layer(config, anatomy)
-    if native:
-        return [f"{kept}; {native} says how many each, and stock vLLM reads it"]
-    others = [f for f in all_families() if f.config.per_layer]
-    paths = ", ".join(f"{f.name} ({f.config.per_layer.split('.')[0]})" for f in others)
-    return [
-        f"{kept}: {PER_LAYER_KEY} in config.json says how many each, but stock vLLM and "
-        "transformers ignore it, build every layer with the largest count and would misread "
-        "this checkpoint; serve it with an engine that reads the list. The one family whose "
-        f"counts per layer stock vLLM reads is {paths}"
     ]
 
 

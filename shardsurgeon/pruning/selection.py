@@ -261,8 +261,11 @@ def check_keep_list(keep_list: KeepList, facts: RoutingFacts, where: str) -> Non
                 raise KeepListError(where, problem, "keep the same number in every group")
 
 
-def check_uniform(keep_list: KeepList, where: str) -> None:
-    """Raise KeepListError, naming `where`, unless one count says how many each layer keeps."""
+def check_uniform(keep_list: KeepList, where: str, engines: str) -> None:
+    """Raise KeepListError, naming `where`, unless one count says how many each layer keeps.
+
+    engines: what stock engines do with such a model.
+    """
     if keep_list.is_uniform:
         return
     alone = keep_list.apart
@@ -272,7 +275,7 @@ def check_uniform(keep_list: KeepList, where: str) -> None:
             first = layer
         kept = [len(keep_list.layers[each].retained) for each in (first, layer)]
         if kept[0] != kept[1]:
-            problem = f"layer {first} keeps {kept[0]} experts, layer {layer} {kept[1]}"
+            problem = f"layer {first} keeps {kept[0]} experts, layer {layer} {kept[1]}: {engines}"
             remedy = "keep the same number in every layer, or give --allow-nonuniform"
             raise KeepListError(where, problem, remedy)
 

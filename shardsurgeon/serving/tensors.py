@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -16,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shardsurgeon.errors import CheckpointError, UsageError
+from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
+from shardsurgeon.storage.files import output_path, write_new
 from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
 from shardsurgeon.storage.formats.safetensors import TensorRecord
 from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
@@ -52,7 +54,7 @@ def open_view(path: str | os.PathLike[str], framework: Framework = "pt") -> View
 
 
 class ViewTensors:
-    """Tensors by name, each read when it is asked for. Not for several threads at once.
+    """Tensors by name, each read when it is asked for, by one thread or several at once.
 
     A tensor that lies in one range of a file on this machine is that file, mapped: nothing is
     copied, and what is not looked at is not read. Others are put together in memory. Writing to one
@@ -74,6 +76,7 @@ class ViewTensors:
             record.name: (shard, record) for shard in shards for record in shard.header.tensors
         }
         self._mapped: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> ViewTensors:
         return self
@@ -88,7 +91,8 @@ class ViewTensors:
 
     def close(self) -> None:
         """Let go of the files. Tensors that were given out stay what they are."""
-        self._mapped.clear()
+        with self._lock:
+            self._mapped.clear()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -127,6 +131,29 @@ class ViewTensors:
         each = math.prod(shape[1:])
         return self._elements(name, begin * each, end * each, (end - begin, *shape[1:]))
 
+    def shards(self) -> list[str]:
+        """The names of the shards that the view stands for, in order."""
+        return [shard.file for shard in self._shards]
+
+    def save_shard(self, shard: str, path: str | os.PathLike[str]) -> None:
+        """Write one shard, by its name, to a file that does not exist yet, for a tool that reads
+        files alone: the bytes that `apply` without `view` writes.
+
+        Raises KeyError, OutputError where there is a file already or no folder for it,
+        OutputWriteError, and what reading the source raises.
+        """
+        found = {each.file: each for each in self._shards}[shard]
+        write_new(output_path(path), self._stream(found))
+
+    def _stream(self, shard: ViewShard) -> Iterator[bytes]:
+        """A shard's bytes, piece by piece."""
+        yield shard.head
+        for file, begin, nbytes in shard.ranges(0, shard.nbytes - shard.header.data_begin):
+            if file == DATA_NAME:
+                yield self._data[begin : begin + nbytes]
+            else:
+                yield from self._origin.stream(file, begin, begin + nbytes)
+
     def _elements(self, name: str, first: int, last: int, shape: tuple[int, ...]) -> Any:
         """The elements [first, last), in order, as a tensor of a shape."""
         shard, record = self._places[name]
@@ -154,8 +181,8 @@ class ViewTensors:
     def _place(self, ranges: Sequence[Range], alignment: int) -> tuple[Any, int]:
         """Writable memory that holds some ranges, and where in it they begin."""
         if len(ranges) == 1:
-            file, begin, _ = ranges[0]
-            mapped = self._map(file)
+            file, begin, nbytes = ranges[0]
+            mapped = self._map(file, begin + nbytes)
             if mapped is not None and begin % alignment == 0:
                 return mapped, begin
         return self._buffer(ranges), 0
@@ -172,27 +199,40 @@ class ViewTensors:
     def _bytes(self, file: str, begin: int, end: int) -> bytes | memoryview:
         if file == DATA_NAME:
             return self._data[begin:end]
-        mapped = self._map(file)
+        mapped = self._map(file, end)
         if mapped is not None:
             return memoryview(mapped)[begin:end]
         return self._origin.read(file, begin, end)
 
-    def _map(self, file: str) -> mmap.mmap | None:
-        """A file of the source, mapped so that writing stays here; None where it is elsewhere."""
+    def _map(self, file: str, end: int) -> mmap.mmap | None:
+        """A file of the source, mapped so that writing stays here; None where it is elsewhere.
+
+        Raises SourceReadError where it ends before byte `end`, which it did not when the view was
+        opened.
+        """
         if file == DATA_NAME:
             return None
-        found = self._mapped.get(file)
-        if found is None:
-            opened = self._origin.open(file)
-            if opened is None:
-                return None
-            with opened:
-                found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._mapped[file] = found
-            if len(self._mapped) > _MOST_MAPPED:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(file)
+        with self._lock:
+            found = self._mapped.get(file)
+            if found is None:
+                opened = self._origin.open(file)
+                if opened is None:
+                    return None
+                with opened:
+                    self._require(os.fstat(opened.fileno()).st_size, end, file)
+                    found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._mapped[file] = found
+                if len(self._mapped) > _MOST_MAPPED:
+                    self._mapped.popitem(last=False)
+            self._mapped.move_to_end(file)
+        self._require(len(found), end, file)
         return found
+
+    def _require(self, nbytes: int, end: int, file: str) -> None:
+        if nbytes < end:
+            problem = f"ends at byte {nbytes:,}, byte {end:,} was expected"
+            remedy = "it was cut short: fetch it again and make the view again"
+            raise SourceReadError(f"{self._origin.location}/{file}", problem, remedy)
 
 
 class ViewSlice:
@@ -215,6 +255,9 @@ class ViewSlice:
         whole = index if isinstance(index, tuple) else (index,)
         first = whole[0] if whole else ...
         shape = self.get_shape()
+        if type(first) is int and shape and -shape[0] <= first < shape[0]:
+            row = first % shape[0]
+            return self._tensors.rows(self._name, row, row + 1)[(0, *whole[1:])]
         if isinstance(first, slice) and shape:
             begin, end, step = first.indices(shape[0])
             if step == 1:

@@ -179,6 +179,32 @@ def _write_by_way_of(temporary: Path, path: Path, data: bytes, system: System | 
     publish(temporary, path, system)
 
 
+def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Make a file of pieces, one behind the other, whole or not at all.
+
+    Raises OutputError where there is one of its name, OutputWriteError where the disk does not take
+    it, and what making the pieces raises.
+    """
+    require_folder_of(path)
+    if os.path.lexists(path):
+        raise OutputError(path, "exists already", "choose another name or remove it")
+    system = default_system()
+    # No other file has such a name, not even one that somebody laid there.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.writing")
+    try:
+        with new_file(temporary, path) as file:
+            at = 0
+            for piece in pieces:
+                write_all(file, piece, at, path, system)
+                at += len(piece)
+            system.sync_file(file)
+        publish(temporary, path, system)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 @contextmanager
 def new_file(path: Path, where: Path | None = None) -> Iterator[FileIO]:
     """A file that did not exist before, open for writing; what had its name is removed first.

@@ -34,7 +34,7 @@ CONFIG = Limit(16 * MIB, 320 * MIB, placed=True)
 INDEX = Limit(128 * MIB, 384 * MIB)
 HEADER = Limit(100_000_000, 416 * MIB)  # the safetensors library reads no longer one
 METADATA = Limit(64 * MIB, 320 * MIB)
-VIEW_LINE = Limit(256 * MIB, 448 * MIB)  # of a manifest: a shard's header and its ranges
+VIEW_LINE = Limit(128 * MIB, 416 * MIB)  # of a manifest: a shard's header and its ranges
 KEEP_LIST = Limit(64 * MIB, 384 * MIB)
 SCORES_JSON = Limit(128 * MIB, 448 * MIB)
 EVALUATION = Limit(64 * MIB, 320 * MIB)
@@ -57,6 +57,12 @@ MAX_NAME = 500
 # Of all shards of a model together.
 MAX_TENSORS = 1_500_000
 MAX_HEADERS_NBYTES = 256 * MIB
+# Of a view: its manifest, packed (0.2 million tensors are 4 MB), what its shards are made of (a
+# stacked tensor's survivors are one for each), and values of its own (a table of expert ids is 6 MB
+# a layer, and few layers have one).
+MAX_MANIFEST_NBYTES = 64 * MIB
+MAX_RANGES = 4_000_000
+MAX_OWN_NBYTES = 256 * MIB
 # Levels of a config; more than that, and functions that call themselves come to an end.
 MAX_DEPTH = 100
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -30,6 +30,7 @@ from shardsurgeon.storage.source import (
     SKIPPED_FOLDERS,
     Source,
     SourceFile,
+    is_left_behind,
     require_inside,
     unusual,
 )
@@ -106,6 +107,26 @@ class LocalSource(Source):
         self.odd = odd
         return tuple(sorted(filter(None, found), key=lambda file: file.name))
 
+    def described(self, names: Iterable[str]) -> tuple[SourceFile, ...]:
+        """Those of some files that are there; looks at these only, however large the folder is.
+
+        Raises CheckpointError for a name that leads out, and where the folder is gone.
+        """
+        self._require_folder()
+        wanted = sorted(set(names))
+        odd = {name: what for name, what in self.odd.items() if name not in wanted}
+        found = [self._described(name, odd) for name in wanted]
+        self.odd = odd
+        return tuple(filter(None, found))
+
+    def _described(self, name: str, odd: dict[str, str]) -> SourceFile | None:
+        path = self.local_path(name)
+        # A linked folder is not gone into, as `list` does not.
+        parents = path.relative_to(self._folder).parents[:-1]
+        if is_left_behind(name) or any((self._folder / parent).is_symlink() for parent in parents):
+            return None
+        return self._describe(path, odd)
+
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a file; SourceReadError where it is shorter."""
         path = self.local_path(name)
@@ -157,7 +178,7 @@ class LocalSource(Source):
             if path.is_symlink():
                 odd[name] = NOWHERE
                 return None
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
                 return None
             _raise(error)
         if (what := unusual(name, os.fsencode)) is not None:

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
 from shardsurgeon.storage.files import open_regular
+
+if TYPE_CHECKING:
+    from shardsurgeon.storage.formats.safetensors import Header
 
 # Folders that tools leave beside a model; they are not part of it.
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".huggingface"})
@@ -76,6 +80,12 @@ class Source(ABC):
     def list(self) -> tuple[SourceFile, ...]:
         """Every file, sorted by name. Raises CheckpointError where the place does not exist."""
 
+    def described(self, names: Iterable[str]) -> tuple[SourceFile, ...]:
+        """Those of some files that are there, as `list` has them; `odd` then says of the others
+        what they are. A place that need not look at all its files for that does not."""
+        wanted = set(names)
+        return tuple(file for file in self.list() if file.name in wanted)
+
     @abstractmethod
     def stream(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """The bytes [begin, end) of a file, piece by piece as they arrive, 1 MiB at most.
@@ -91,6 +101,10 @@ class Source(ABC):
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Exactly the bytes [begin, end) of a file. Raises what `stream` raises."""
         return b"".join(self.stream(name, begin, end))
+
+    def known_header(self, name: str) -> Header | None:
+        """What a shard's header says, where the place has read and checked it already."""
+        return None
 
     def local_path(self, name: str) -> Path | None:
         """The file's path on this machine, where it has one."""
@@ -188,7 +202,8 @@ class MemorySource(Source):
 
 def require_unchanged(source: Source, planned: Iterable[SourceFile]) -> None:
     """Raise SourceChangedError, with the name, unless the files are as they were planned."""
-    present = {file.name: file for file in source.list()}
+    planned = tuple(planned)
+    present = {file.name: file for file in source.described(file.name for file in planned)}
     for file in planned:
         found = present.get(file.name)
         if found == file and file.name not in source.touched:

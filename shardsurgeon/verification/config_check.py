@@ -9,14 +9,7 @@ from typing import Any
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
-from shardsurgeon.checkpoint.config import (
-    PER_LAYER_KEY,
-    QUANTIZATION_KEYS,
-    config_section,
-    config_values,
-    per_layer_paths,
-    quantization_sections,
-)
+from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS, quantization_sections
 from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
 from shardsurgeon.checkpoint.quantization_lists import ModuleList, module_lists, tool_of
 from shardsurgeon.checkpoint.quantization_names import (
@@ -30,6 +23,7 @@ from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.storage.formats.strict_json import parse_json
 from shardsurgeon.storage.limits import CONFIG
+from shardsurgeon.verification.expected_counts import ExpectedCounts
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.pairing import Pairing
 from shardsurgeon.verification.quantization_lists import ListCheck
@@ -183,7 +177,7 @@ class _Expected:
             return self.section(value)
         if isinstance(value, dict):
             members = {key: self.config(inner, (*path, key)) for key, inner in value.items()}
-            return members | self._counts.added(path, value)
+            return self._counts.completed(path, value, members)
         if isinstance(value, list):
             items = self._counts.elements(path, value)
             return [self.config(inner, (*path, number)) for number, inner in enumerate(items)]
@@ -329,84 +323,3 @@ def compare_values(where: str, path: str, expected: Any, found: Any, findings: F
 def _brief(value: Any) -> str:
     text = str(value) if isinstance(value, _Spelled) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-class ExpectedCounts:
-    """The counts of one pruned config, worked out from the source's and the keep-lists.
-
-    mtp_dropped: whether the MTP layers are gone.
-    """
-
-    def __init__(
-        self, config: Mapping[str, Any], anatomy: Anatomy, keeps: RetainedIds, mtp_dropped: bool
-    ) -> None:
-        keys = anatomy.family.config
-        self._keys = keys
-        self._anatomy = anatomy
-        self._mtp_dropped = mtp_dropped
-        self._keeps = keeps
-        self._left = {layer: len(ids) for layer, ids in keeps.retained.items()}
-        self._every = {_last_name(dotted) for dotted in (*keys.num_experts, *keys.also)}
-        self._of_mtp = {_last_name(dotted) for dotted in keys.mtp_num_experts}
-        self._per_layer = per_layer_paths(keys, anatomy.num_layers)
-        own = (config_section(config, at) for at in keys.at) if keys.per_layer else ()
-        path = tuple(keys.per_layer.split("."))
-        native = any(value is not None for each in own for _, value in config_values(each, path))
-        self._adds = not anatomy.is_uniform(self._left) and not native
-
-    def of(self, path: Path, value: int) -> int | None:
-        """The new value of the number at a path; None where it does not count experts."""
-        for template, first in self._per_layer:
-            tail = path[-len(template) :]
-            if len(tail) == len(template) and all(
-                want == "*" or want == there for want, there in zip(template, tail, strict=True)
-            ):
-                position = tail[template.index("*")]
-                return self._left.get(first + int(position), value)
-        name = next((part for part in reversed(path) if isinstance(part, str)), "")
-        if name in self._every and value == self._anatomy.shared_count:
-            return self._shared()
-        if name in self._of_mtp and not self._mtp_dropped:
-            first_mtp = self._anatomy.num_layers
-            left = max((n for layer, n in self._left.items() if layer >= first_mtp), default=value)
-            # 0 says "as many as the others", and stays where that is true.
-            return value if not value and left == self._shared() else left
-        return None
-
-    def elements(self, path: Path, items: list[Any]) -> list[Any]:
-        """The elements of the source's list that stay: those of dropped MTP layers do not."""
-        if not self._mtp_dropped or not path:
-            return items
-        main = self._anatomy.num_layers
-        padded = (
-            path[-1] in self._keys.mtp_padded
-            and ".".join(map(str, path[:-1])) in self._keys.at
-            and len(items) == main + self._anatomy.num_mtp_layers
-        )
-        return items[:main] if padded or path[-1] == PER_LAYER_KEY else items
-
-    def added(self, path: Path, section: Mapping[str, Any]) -> dict[str, Any]:
-        """What an object must have in addition to its own members: the counts per layer."""
-        if not self._adds or ".".join(map(str, path)) not in self._keys.at:
-            return {}
-        spellings = (*self._keys.num_experts, *self._keys.also)
-        counts = {
-            value
-            for dotted in spellings
-            for _, value in config_values(section, tuple(dotted.split(".")))
-        }
-        if PER_LAYER_KEY in section or self._anatomy.shared_count not in counts:
-            return {}
-        mtp = 0 if self._mtp_dropped else self._anatomy.num_mtp_layers
-        length = max(self._anatomy.num_layers + mtp, max(self._left, default=0) + 1)
-        return {PER_LAYER_KEY: [self._left.get(layer, 0) for layer in range(length)]}
-
-    def _shared(self) -> int:
-        """The one count: of all main layers, or where they differ of the largest layer."""
-        counts = self._keeps.shared_counts(self._anatomy)
-        # Without any keep-list, which is a finding of its own, the count is not known.
-        return max(counts, default=self._anatomy.shared_count)
-
-
-def _last_name(dotted: str) -> str:
-    return [word for word in dotted.split(".") if word != "*"][-1]

@@ -62,6 +62,16 @@ def test_a_count_beyond_the_shards_is_refused(key: str) -> None:
     assert "8 experts" in said or "the shards hold 8" in said
 
 
+@pytest.mark.parametrize(
+    ("key", "name"), [("per_layer_num_experts", ""), ("per_layer_config", "n_routed_experts")]
+)
+@pytest.mark.parametrize("huge", HUGE, ids=["2^31", "2^63", "10^400"])
+def test_a_count_of_one_layer_is_believed_no_more(key: str, name: str, huge: int) -> None:
+    value: object = {name: huge} if name else huge
+    said = refusal(tiny.files(content=tiny.config(**{key: {"1": value}})))
+    assert "no model has more than" in said and len(said) < 400
+
+
 @pytest.mark.parametrize("huge", HUGE, ids=["2^31", "2^63", "10^400"])
 @pytest.mark.parametrize("key", KEYS)
 def test_no_huge_count_is_believed(key: str, huge: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -492,6 +493,9 @@ class FakePruning:
     def save_plan(self, path: str, *, force: bool = False) -> bool:
         Path(path).write_text("keep-lists")
         return True
+
+    def serve_planned(self, path: str) -> tuple[str, ...]:
+        return "vllm", "serve", "MODEL", "--model-loader-extra-config", json.dumps({"plan": path})
 
 
 @dataclass

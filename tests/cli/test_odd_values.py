@@ -16,7 +16,12 @@ from typing import Any
 
 import pytest
 
-from shardsurgeon.checkpoint.config import PER_LAYER_KEY, QUANTIZATION_KEYS
+from shardsurgeon.checkpoint.config import (
+    OVERRIDES_KEY,
+    PER_LAYER_KEY,
+    PUBLISHED_KEYS,
+    QUANTIZATION_KEYS,
+)
 from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.cli.main import main
 from shardsurgeon.families.schema import ConfigKeys, all_families
@@ -29,7 +34,8 @@ SAMPLE = {"quick": 150, "full": 1000, "long": 100_000}
 
 def keys_that_families_read() -> list[str]:
     """The last part of every spelling in every family, and the keys that all of them have."""
-    found = {PER_LAYER_KEY, "model_type", "architectures", "text_config", *QUANTIZATION_KEYS}
+    found = {PER_LAYER_KEY, OVERRIDES_KEY, *PUBLISHED_KEYS, *QUANTIZATION_KEYS}
+    found |= {"model_type", "architectures", "text_config"}
     for family in all_families():
         for field in fields(ConfigKeys):
             value = getattr(family.config, field.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -344,7 +345,10 @@ def test_the_plan_file_is_written_and_said(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     ended = run("plan", "scores.pt", "--ratio", "0.65", "-o", str(path))
     assert Path(path).read_text() == "keep-lists"
-    assert ended.stdout.endswith(f"Keep-lists saved in {path}.\n")
+    saved, head, command = ended.stdout.splitlines()[-3:]
+    assert saved == f"Keep-lists saved in {path}."
+    assert head == "Serve it without writing a model:"
+    assert shlex.split(command)[-1] == json.dumps({"plan": str(path)})
 
 
 def test_with_json_the_plan_file_is_written_and_stdout_stays_one_document(

@@ -5,6 +5,7 @@ small ones of every shape that the readers know.
 from __future__ import annotations
 
 import collections
+import gzip
 import io
 import json
 import pickle
@@ -17,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from tests.cli.standins import EVALUATED
-from tests.support import tiny
+from tests.support import handmade_view, tiny
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 _FEW = 4
@@ -151,6 +152,18 @@ def journals() -> list[bytes]:
     ]
     parts = b"".join(json.dumps(step).encode() + b"\n" for step in steps)
     return [line, line + more, line + more[:-5], line + more + parts]
+
+
+def manifests() -> list[bytes]:
+    """A view's manifest, unpacked: the whole, and one of a shard without tensors."""
+    lines = handmade_view.in_memory()
+    empty = [{**lines[0], "shards": 1, "tensors": 0}, handmade_view.shard("a.safetensors", {}, ())]
+    return [handmade_view.text_of(lines), handmade_view.text_of(empty)]
+
+
+def packed_manifests() -> list[bytes]:
+    """The same as they are stored."""
+    return [gzip.compress(text, mtime=0) for text in manifests()]
 
 
 def keep_lists() -> list[bytes]:

@@ -22,7 +22,7 @@ import safetensors
 
 from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
-from shardsurgeon.checkpoint.config import PER_LAYER_KEY
+from shardsurgeon.checkpoint.config import OVERRIDES_KEY, PER_LAYER_KEY, PUBLISHED_KEYS
 from shardsurgeon.checkpoint.guess import guess_family
 from shardsurgeon.checkpoint.provenance import is_foreign, parse_provenance
 from shardsurgeon.checkpoint.quantization import count_parameters
@@ -63,7 +63,7 @@ from shardsurgeon.storage.formats.safetensors import Header, header_length, pars
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.torch_objects import _CALLS
 from shardsurgeon.storage.source import MemorySource
-from tests.fuzz import hub_answers, quantization_lists, seeds
+from tests.fuzz import hub_answers, quantization_lists, seeds, views
 from tests.fuzz.edits import as_json, edited
 from tests.support import tiny
 
@@ -419,6 +419,7 @@ _CONFIGS = [json.loads(raw) for raw in seeds.configs()]
 _CONFIG_KEYS = (
     "n_routed_experts", "num_experts", "num_local_experts", "num_hidden_layers", "n_group",
     "topk_group", "num_experts_per_tok", "num_nextn_predict_layers", PER_LAYER_KEY,
+    *PUBLISHED_KEYS, OVERRIDES_KEY, "1",
     "model_type", "architectures", "quantization_config", "compression_config", "quantization",
     "text_config", "ignore", "modules_to_not_convert", "targets", "config_groups", "dynamic",
     "bits", "group_size", "quant_method", "x",
@@ -462,5 +463,6 @@ TARGETS = [
     Target("metadata", provenance_edited, seeds.edits),
     Target("family", family, seeds.families, _TOML_WORDS),
     Target("quantization-lists", quantization_lists.run, quantization_lists.seeds),
+    *(Target(*told, (*_JSON_WORDS, *_HEADER_WORDS, b'"ranges":{')) for told in views.TARGETS),
     *(Target(*told) for told in hub_answers.targets(_JSON_WORDS)),
 ]

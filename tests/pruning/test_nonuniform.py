@@ -96,7 +96,22 @@ def test_every_layer_ends_with_its_own_experts_and_the_config_says_how_many(
         for part in ("gate.weight", "gate.e_score_correction_bias"):
             assert np.array_equal(after[f"{prefix}.{part}"], before[f"{prefix}.{part}"][ids])
     text = (source / "config.json").read_text().replace('_experts": 8', '_experts": 5')
-    added = ',\n  "num_routed_experts_per_layer": [\n    0,\n    3,\n    5,\n    5\n  ]\n}'
+    added = """,
+  "num_routed_experts_per_layer": [
+    0,
+    3,
+    5,
+    5
+  ],
+  "per_layer_config": {
+    "1": {
+      "n_routed_experts": 3
+    },
+    "2": {
+      "n_routed_experts": 5
+    }
+  }
+}"""
     assert (out / "config.json").read_text() == text.removesuffix("\n}") + added
     metadata = json.loads((out / "calibration" / "reap_pruning_metadata.json").read_text())
     assert (metadata["format"], metadata["num_experts_after"]) == (2, 5)
@@ -133,7 +148,8 @@ def test_the_report_says_which_engines_misread_the_model(tmp_path: Path) -> None
     pruning = prune.plan(str(source), None, request)
     (note,) = [note for note in pruning.report.notes if "num_routed_experts_per_layer" in note]
     assert note.startswith("layers keep 3 to 5 experts")
-    assert "stock vLLM and transformers ignore it" in note
+    assert "which no stock engine reads, and per_layer_config says it again, to stop them: " in note
+    assert "stock transformers and vLLM would refuse to load it" in note
     assert "nemotron_h_puzzle (block_configs)" in note
     assert pruning.out.name == "m-REAP-4e-nonuniform"
 
@@ -299,7 +315,7 @@ def test_a_model_whose_layers_differ_is_pruned_again(tmp_path: Path) -> None:
             "has 8 experts in dimension 0, expected 7",
         ),
         ({"num_routed_experts_per_layer": 8}, "num_routed_experts_per_layer is not a list"),
-        ({"num_routed_experts_per_layer": [0, "8"]}, "expected a list of whole numbers"),
+        ({"num_routed_experts_per_layer": [0, "8"]}, "expected a whole number for each layer"),
         (
             {"num_routed_experts_per_layer": [0, 8, 8, 8], "n_routed_experts": 9},
             "says 9 experts, the largest",
@@ -323,6 +339,9 @@ def test_counts_per_layer_are_written_beside_the_count_they_refine() -> None:
     expected = config_of(source)
     expected["text_config"]["n_routed_experts"] = max(kept)
     expected["text_config"]["num_routed_experts_per_layer"] = [0, *kept]
+    expected["text_config"]["per_layer_config"] = {
+        str(layer): {"n_routed_experts": count} for layer, count in enumerate(kept, start=1)
+    }
     assert config == expected
 
 

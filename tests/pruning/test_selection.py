@@ -218,11 +218,11 @@ def test_layers_that_keep_different_numbers_suit_a_router_and_are_not_uniform() 
     check_keep_list(unequal, facts, "keep.json")
     assert (unequal.kept, unequal.is_uniform) == (8, False)
     with pytest.raises(KeepListError, match="layer 0 keeps 2 experts, layer 2 8"):
-        check_uniform(unequal, "keep.json")
-    check_uniform(KeepList(8, {2: everyone, 3: everyone}), "keep.json")
+        check_uniform(unequal, "keep.json", "no stock engine loads it")
+    check_uniform(KeepList(8, {2: everyone, 3: everyone}), "keep.json", "no stock engine loads it")
     with pytest.raises(KeepListError, match="layer 2 keeps 8 experts, layer 4 2"):
         last = KeepList(8, {2: everyone, 3: everyone, 4: unequal.layers[0]})
-        check_uniform(last, "keep.json")
+        check_uniform(last, "keep.json", "no stock engine loads it")
 
 
 def test_each_layer_keeps_its_own_count_of_its_own_experts() -> None:
@@ -349,12 +349,12 @@ def test_layers_with_a_count_of_their_own_must_agree_among_themselves_alone() ->
         return KeepList(8, layers, apart=frozenset({2, 3}))
 
     for counts in ((4, 4, 2, 2), (4, 4, 4, 4)):
-        check_uniform(listed(*counts), "x")
+        check_uniform(listed(*counts), "x", "no stock engine loads it")
         assert listed(*counts).is_uniform
     with pytest.raises(KeepListError, match="layer 2 keeps 2 experts, layer 3 3"):
-        check_uniform(listed(4, 4, 2, 3), "x")
+        check_uniform(listed(4, 4, 2, 3), "x", "no stock engine loads it")
     with pytest.raises(KeepListError, match="layer 0 keeps 4 experts, layer 1 3"):
-        check_uniform(listed(4, 3, 3, 3), "x")
+        check_uniform(listed(4, 3, 3, 3), "x", "no stock engine loads it")
     assert not listed(4, 4, 2, 3).is_uniform
 
 

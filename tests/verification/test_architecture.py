@@ -386,6 +386,10 @@ def test_layers_that_keep_different_numbers_are_no_model_of_transformers(pairs: 
     name = "model.layers.1.mlp.gate.weight"
     assert f"{name}: shape [7, 64], and the config makes it [8, 64]" in report.differences
     assert all(line.startswith("model.layers.1.mlp.") for line in report.differences)
+    # What is written beside the list stops it before it looks at a tensor.
+    stopped = pruned.configured(("per_layer_config",), {"1": {"num_local_experts": 7}})
+    (found,) = pair.check(stopped).differences
+    assert "cannot build" in found and "'num_local_experts' is a per-layer attribute" in found
 
 
 def test_the_command_checks_it_after_the_bytes(

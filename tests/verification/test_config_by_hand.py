@@ -28,6 +28,7 @@ from tests.support.handmade import (
 )
 
 PER_LAYER = "num_routed_experts_per_layer"
+OVERRIDES = "per_layer_config"
 # Layer 3 and 2 are the MTP layers.
 OF_DEEPSEEK = {1: (1, 3, 4, 6), 2: (0, 2, 5, 7), 3: (0, 1, 6, 7)}
 OF_QWEN = {0: (2, 4, 7), 1: (1, 3, 6), 2: (0, 5, 7)}
@@ -57,6 +58,11 @@ def differences(
     metadata["format"] = 1 if len(set(counts)) == 1 else 2
     (out / METADATA).write_text(json.dumps(metadata))
     return "\n".join(verify_checkpoint(source, out).differences)
+
+
+def overrides(*counts: int, name: str = "num_experts") -> Config:
+    """transformers' overrides of the counts of layers 0, 1, ..."""
+    return {OVERRIDES: {str(layer): {name: count} for layer, count in enumerate(counts)}}
 
 
 def _configure(path: Path, changes: Config) -> None:
@@ -104,7 +110,7 @@ def test_where_layers_keep_different_numbers_those_of_the_largest_are_left(
     tmp_path: Path,
 ) -> None:
     keeps = {**OF_QWEN, 1: (1, 3, 4, 6, 7), 2: (0, 2, 4, 5, 7)}
-    counts = {"text_config": {"num_experts": 5, PER_LAYER: [3, 5, 5]}}
+    counts = {"text_config": {"num_experts": 5, PER_LAYER: [3, 5, 5], **overrides(3, 5)}}
     for left, holds in ((5, True), (4, False), (3, False)):
         after = {**counts, **modelopt(*ANY_LAYER[:left])}
         found = differences(tmp_path / str(left), QWEN, keeps, modelopt(*ANY_LAYER), after)
@@ -232,7 +238,7 @@ UNEVEN = {0: (2, 4, 7), 1: (1, 3, 6, 7), 2: (0, 2, 4, 5, 7)}
 def test_counts_per_layer_come_beside_the_count_and_nowhere_else(
     tmp_path: Path, count: int, per_layer: list[int], says: str
 ) -> None:
-    after = {PER_LAYER: per_layer, "num_experts": count}
+    after = {PER_LAYER: per_layer, **overrides(3, 4), "num_experts": count}
     found = differences(tmp_path / "a", QWEN, UNEVEN, {}, text(**after))
     assert (found == "") == (says == "") and says in found, found
     twice = {**text(**after), PER_LAYER: per_layer}
@@ -251,7 +257,7 @@ def test_counts_per_layer_that_were_there_are_new(
     tmp_path: Path, per_layer: list[int], says: str
 ) -> None:
     before = text(**{PER_LAYER: [8, 8, 8]})
-    after = text(**{PER_LAYER: per_layer, "num_experts": 5})
+    after = text(**{PER_LAYER: per_layer, "num_experts": 5}, **overrides(3, 4))
     found = differences(tmp_path, QWEN, UNEVEN, before, after)
     assert (found == "") == (says == "") and says in found, found
 
@@ -268,10 +274,99 @@ def test_counts_per_layer_that_were_there_are_new(
 def test_counts_of_mtp_layers_go_with_them(tmp_path: Path, per_layer: list[int], says: str) -> None:
     keeps = {layer: UNEVEN[layer] for layer in (0, 1)}
     before = text(**{PER_LAYER: [8, 8, 8]}, layer_types=["a", "b", "c"])
-    after = text(**{PER_LAYER: per_layer, "num_experts": 4}, layer_types=["a", "b", "c"])
+    after = text(
+        **{PER_LAYER: per_layer, "num_experts": 4}, layer_types=["a", "b", "c"], **overrides(3, 4)
+    )
     everyone = dict.fromkeys((0, 1, 2), ALL)
     found = differences(tmp_path, QWEN, keeps, before, after, everyone)
     assert (found == "") == (says == "") and says in found, found
+
+
+# transformers' overrides, which stop engines that know one count
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (overrides(3, 4), ""),
+        ({}, "text_config.per_layer_config is missing"),
+        (overrides(3, 4, 5), "text_config.per_layer_config.2 was added"),
+        (overrides(3), "text_config.per_layer_config.1 is missing"),
+        (overrides(3, 5), "text_config.per_layer_config.1.num_experts is 5, expected 4"),
+        (overrides(3, 4, name="num_local_experts"), "per_layer_config.0.num_experts is missing"),
+    ],
+)
+def test_the_overrides_of_layers_that_differ_are_their_counts(
+    tmp_path: Path, said: Config, says: str
+) -> None:
+    after = text(**{PER_LAYER: [3, 4, 5]}, **said, num_experts=5)
+    found = differences(tmp_path, QWEN, UNEVEN, {}, after)
+    assert (found == "") == (says == "") and says in found, found
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"0": {"head_dim": 4, "num_experts": 3}, "01": {"num_experts": 4}}, ""),
+        ({"0": {"num_experts": 3}, "01": {"num_experts": 4}}, "0.head_dim is missing"),
+        ({"0": {"head_dim": 5, "num_experts": 3}, "01": {"num_experts": 4}}, "head_dim is 5"),
+        ({"0": {"head_dim": 4}, "01": {"num_experts": 4}}, "0.num_experts is missing"),
+        ({"0": {"head_dim": 4, "num_experts": 3}, "01": {"num_experts": 8}}, "is 8, expected 4"),
+    ],
+)
+def test_overrides_of_other_things_stay_beside_those_of_counts(
+    tmp_path: Path, said: Config, says: str
+) -> None:
+    before = text(**{OVERRIDES: {"0": {"head_dim": 4}, "01": {"num_experts": 8}}})
+    after = text(**{OVERRIDES: said, PER_LAYER: [3, 4, 5]}, num_experts=5)
+    found = differences(tmp_path, QWEN, UNEVEN, before, after)
+    assert (found == "") == (says == "") and says in found, found
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({"0": {"num_experts": 8}}, None, ""),
+        ({"0": {"num_experts": 8}}, {"0": {"num_experts": 3}}, "per_layer_config was added"),
+        ({"0": {"num_experts": 8}}, {}, "per_layer_config was added"),
+        ({"0": {"num_experts": 8, "top": 1}, "1": {}}, {"0": {"top": 1}}, ""),
+        ({"0": {"top": 1}, "1": {}}, {"0": {"top": 1}, "1": {}}, ""),
+        ({"0": {"top": 1}, "1": {}}, {"0": {"top": 1}}, "per_layer_config.1 is missing"),
+    ],
+)
+def test_no_count_is_overridden_where_layers_keep_the_same_number(
+    tmp_path: Path, before: Config, after: Config | None, says: str
+) -> None:
+    said = {} if after is None else {OVERRIDES: after}
+    found = differences(
+        tmp_path, QWEN, OF_QWEN, text(**{OVERRIDES: before}), text(**said, num_experts=3)
+    )
+    assert (found == "") == (says == "") and says in found, found
+
+
+# Counts per layer as other tools publish them
+
+
+@pytest.mark.parametrize("key", ["per_layer_num_experts", "num_experts_per_layer"])
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ([8, 8], [3, 4], ""),
+        ([8, 8], [8, 8], ".0 is 8, expected 3"),
+        ({"0": 8, "1": 8}, {"0": 3, "1": 4}, ""),
+        ({"0": 8, "1": 8}, {"0": 3}, ".1 is missing"),
+        ({"0": 8, "1": 8}, [3, 4], "is [3, 4], expected {"),
+    ],
+)
+def test_a_published_list_is_rewritten_as_it_is_spelled(
+    tmp_path: Path, key: str, before: object, after: object, says: str
+) -> None:
+    made = text(**{key: after}, **overrides(3, 4), num_experts=5)
+    found = differences(tmp_path / "a", QWEN, UNEVEN, text(**{key: before}), made)
+    assert (found == "") == (says == "") and says in found, found
+    both = text(**{key: after, PER_LAYER: [3, 4, 5]}, **overrides(3, 4), num_experts=5)
+    again = differences(tmp_path / "b", QWEN, UNEVEN, text(**{key: before}), both)
+    assert f"{PER_LAYER} was added" in again
 
 
 # A model whose blocks each say their count (Nemotron-H Puzzle)

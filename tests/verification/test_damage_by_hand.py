@@ -394,6 +394,16 @@ def nonuniform(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "num_routed_experts_per_layer is 8, expected [",
         ),
         (lambda c: c.update(num_experts=7), "num_experts is 7, expected 8"),
+        (lambda c: c.pop("per_layer_config"), "per_layer_config is missing"),
+        (lambda c: c["per_layer_config"].pop("2"), "per_layer_config.2 is missing"),
+        (
+            lambda c: c["per_layer_config"]["2"].update(num_local_experts=8),
+            "per_layer_config.2.num_local_experts is 8, expected 6",
+        ),
+        (
+            lambda c: c["per_layer_config"].update({"2": {"num_experts": 6}}),
+            "per_layer_config.2.num_local_experts is missing",
+        ),
     ],
 )
 def test_damaged_counts_per_layer_are_found(

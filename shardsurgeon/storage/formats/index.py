@@ -126,17 +126,19 @@ def _is_plain(value: object, levels: int) -> bool:
     return all(_is_plain(item, levels - 1) for item in inner)
 
 
+def shard_name_problem(name: str) -> str | None:
+    """Why a name from outside is not that of a shard in or below its folder, on any system; None
+    where it is."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(mark in name for mark in "\\:"):
+        return "not a plain path inside the folder"
+    if not is_text(name) or any(ord(character) < 32 for character in name):
+        return "not a possible file name"
+    return None if name.endswith(_SUFFIX) else f"not a {_SUFFIX} file"
+
+
 def _check_path(shard: str, name: str, where: str) -> None:
-    """Refuse paths that leave the folder on any system, and spellings that no listing has."""
-    parts = shard.split("/")
-    if any(part in ("", ".", "..") for part in parts) or any(mark in shard for mark in "\\:"):
-        problem = "not a plain path inside the folder"
-    elif not is_text(shard) or any(ord(character) < 32 for character in shard):
-        problem = "not a possible file name"
-    elif not shard.endswith(_SUFFIX):
-        problem = f"not a {_SUFFIX} file"
-    else:
-        return
-    raise IndexFileError(
-        where, f"tensor {brief(name)} is said to be in {brief(shard)}, {problem}", _REMEDY
-    )
+    """Refuse what is not the name of a shard."""
+    if problem := shard_name_problem(shard):
+        said = f"tensor {brief(name)} is said to be in {brief(shard)}, {problem}"
+        raise IndexFileError(where, said, _REMEDY)

@@ -42,7 +42,7 @@ def read_object(
     """
     require_json(raw, limit, where, error)
     # A hook for integers doubles the time: only where there may be a -0.
-    parse_int = _integer if b"-0" in raw else None
+    parse_int = _integer if _MINUS_ZERO.search(raw) else None
     try:
         text = raw.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_unrepeated, parse_int=parse_int)
@@ -285,6 +285,8 @@ def _integer(text: str) -> int | float:
     return int(text) if text != "-0" else -0.0
 
 
+# As a value, or as something like one in a string; not as in `model-00001`.
+_MINUS_ZERO = re.compile(rb"-0(?!\d)")
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = 160
 _BRIEF.maxlist = 8

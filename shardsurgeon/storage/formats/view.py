@@ -1,16 +1,20 @@
 """The manifest of a view: which byte ranges of a source the shards of a pruned model are made of.
 
 A view is a folder with all files of a pruned model but its shards. In their place it has
-`shardsurgeon_view.jsonl.gz`: gzip, and in it JSON objects, one a line. The first is the head:
+`shardsurgeon_view.jsonl.gz`: gzip, one member and nothing behind it, and in it JSON objects in
+UTF-8, one a line, with these members and no others. The first is the head:
 
     {"format": "shardsurgeon view", "version": 1, "source": "../Kimi-K2.5",
      "files": [["model-00001-of-00064.safetensors", 9980000000, "1721910000000000000:4711"], ...],
      "shards": 22, "tensors": 75041}
 
 `source` is a folder, absolute or relative to the view's own, or a commit of a repository of the
-Hugging Face Hub, `hf://org/name@<40 hex digits>`. `files` are those of its files that the shards
-are made of, each with its size in bytes and its stamp, as the place has it: a file whose size or
-stamp is another one now is not what was planned with. Then comes one line for each shard:
+Hugging Face Hub, `hf://org/name@<40 hex digits>`, or a folder in one, `hf://org/name@<...>/folder`.
+`files` are those of its `.safetensors` files that the shards are made of, each with its size in
+bytes and its stamp, as the place has it (of a folder: the time of its last writing in nanoseconds,
+a colon, its inode; of the Hub: its SHA-256): a file whose size or stamp is another one now is not
+what was planned with. `shards` and `tensors` say how many there are in all. Then comes one line for
+each shard:
 
     {"file": "model-00001-of-00022.safetensors", "nbytes": 9970000000,
      "header_nbytes": 412344, "header_sha256": "...",
@@ -18,40 +22,59 @@ stamp is another one now is not what was planned with. Then comes one line for e
                 "data_offsets": ...}, ...},
      "ranges": {"file": [0, 0, ...], "begin": [412352, ...], "nbytes": [14680064, ...]}}
 
-`header` is what the shard's safetensors header says, in order; its bytes are what `build_header`
-makes of it, `header_nbytes` with the length before it, and are known by their SHA-256. `ranges`,
-three columns, follow one another through the data section: number in `files`, first byte there,
-how many. None is empty, and none goes beyond the tensor that it begins in, so that a tensor's
-ranges are those within its `data_offsets`.
+`file` is the shard's name, `nbytes` the size of the whole file. `header` is what its safetensors
+header says. The file begins with `header_nbytes` bytes whose SHA-256, in hex, is `header_sha256`:
+the length of what follows in 8 bytes, little-endian, and `header` as it stands there, with the same
+order of members, but without white space, with characters beyond ASCII as they are in UTF-8, and
+with spaces behind the last brace up to a multiple of 8. `ranges`, three columns of equal length,
+follow one another through the data section behind it: number in `files`, first byte there, how
+many. None is empty, and none goes beyond the tensor that it begins in, so that a tensor's ranges
+are those within its `data_offsets`.
 
 Values that no source has, expert counts and tables of expert ids, lie in the view's own
-`shardsurgeon_view.bin`, which `files` then lists, with its SHA-256 as the stamp.
+`shardsurgeon_view.bin`, which `files` then lists last, with its SHA-256 in hex as the stamp.
+
+`read_manifest` checks all of that, `storage.view` that the source is what it was, and
+`shardsurgeon inspect VIEW` runs both: one line and exit status 2 where something does not hold.
 """
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import json
 import re
-import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from io import BytesIO
 from itertools import accumulate
 from typing import Any, NoReturn
 
 from shardsurgeon.errors import CheckpointError, HeaderError
+from shardsurgeon.storage.formats.gzip_lines import lines_of
+from shardsurgeon.storage.formats.index import shard_name_problem
 from shardsurgeon.storage.formats.safetensors import (
     PREFIX_NBYTES,
     Header,
-    build_header,
     header_of,
 )
-from shardsurgeon.storage.formats.strict_json import brief, is_text, is_whole_number, read_object
-from shardsurgeon.storage.limits import HEADER, MAX_HEADERS_NBYTES, MAX_TENSORS, VIEW_LINE
+from shardsurgeon.storage.formats.strict_json import (
+    Repeated,
+    brief,
+    is_text,
+    is_whole_number,
+    read_object,
+)
+from shardsurgeon.storage.limits import (
+    HEADER,
+    MAX_HEADERS_NBYTES,
+    MAX_OWN_NBYTES,
+    MAX_RANGES,
+    MAX_TENSORS,
+    VIEW_LINE,
+)
 from shardsurgeon.storage.source import SourceFile, leads_out, unusual
 
 VIEW_NAME = "shardsurgeon_view.jsonl.gz"
@@ -60,6 +83,8 @@ VERSION = 1
 
 _FORMAT = "shardsurgeon view"
 _MAKE_AGAIN = "make the view again with `apply --view`"
+_HEAD_KEYS = ("format", "version", "source", "files", "shards", "tensors")
+_SHARD_KEYS = ("file", "nbytes", "header_nbytes", "header_sha256", "header", "ranges")
 _COLUMNS = ("file", "begin", "nbytes")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Bytes of a manifest when unpacked: its headers, and as much again for the ranges.
@@ -73,7 +98,8 @@ Range = tuple[str, int, int]
 class ViewShard:
     """One shard of a view: what its header says, and where every byte of its data lies.
 
-    file: its name; nbytes: the size of the whole file; header: what its header says.
+    file: its name; nbytes: the size of the whole file; header: what its header says; head: the
+    header's bytes, length before them.
     """
 
     def __init__(
@@ -81,31 +107,16 @@ class ViewShard:
         file: str,
         nbytes: int,
         header: Header,
-        header_sha256: str,
+        head: bytes,
         files: Sequence[SourceFile],
         ranges: Sequence[array[int]],
     ) -> None:
         """files: what the first column of `ranges` counts; ranges: the three columns."""
-        self.file, self.nbytes, self.header = file, nbytes, header
-        self._sha256 = header_sha256
+        self.file, self.nbytes, self.header, self.head = file, nbytes, header, head
         self._files = files
         self._file, self._begin, sizes = ranges
         # One past the last byte of each range, in the data section.
         self._ends = array("q", accumulate(sizes))
-
-    @cached_property
-    def head(self) -> bytes:
-        """The header's bytes, length before them. Raises HeaderError where they are not those that
-        the view was made with."""
-        tensors = [(r.name, r.dtype, r.shape, r.nbytes) for r in self.header.tensors]
-        built = build_header(tensors, self.header.metadata)
-        if hashlib.sha256(built).hexdigest() != self._sha256:
-            raise HeaderError(
-                self.file,
-                f"its header in {VIEW_NAME} is not the one that the view was made with",
-                _MAKE_AGAIN,
-            )
-        return built
 
     def ranges(self, begin: int, end: int) -> Iterator[Range]:
         """Where the bytes [begin, end) of the data section lie, in order."""
@@ -150,32 +161,35 @@ class ManifestWriter:
         self._lines: list[bytes] = []
         self._tensors = 0
 
-    def add(
-        self, file: str, head: bytes, header: dict[str, object], pieces: Iterable[Range | bytes]
-    ) -> None:
-        """Add a shard. head: its header's bytes, length before them; header: what they say;
-        pieces: what its data is joined of, none of them in two tensors."""
-        columns: tuple[list[int], list[int], list[int]] = ([], [], [])
-        own = len(self._files)
+    def add(self, file: str, head: bytes, tensors: int, pieces: Iterable[Range | bytes]) -> None:
+        """Add a shard. head: its header's bytes, length before them, as `build_header` makes them;
+        tensors: how many it has; pieces: what its data is joined of, none of them in two."""
+        numbers: list[int] = []
+        begins: list[int] = []
+        sizes: list[int] = []
+        own, known = len(self._files), self._numbers
         for piece in pieces:
             if isinstance(piece, bytes):
-                row = own, len(self._data), len(piece)
+                number, begin, nbytes = own, len(self._data), len(piece)
                 self._data += piece
             else:
-                row = self._numbers[piece[0]], piece[1], piece[2]
-            if row[2]:
-                for column, value in zip(columns, row, strict=True):
-                    column.append(value)
-        line = {
+                number, begin, nbytes = known[piece[0]], piece[1], piece[2]
+            if nbytes:
+                numbers.append(number)
+                begins.append(begin)
+                sizes.append(nbytes)
+        said = {
             "file": file,
-            "nbytes": len(head) + sum(columns[2]),
+            "nbytes": len(head) + sum(sizes),
             "header_nbytes": len(head),
             "header_sha256": hashlib.sha256(head).hexdigest(),
-            "header": header,
-            "ranges": dict(zip(_COLUMNS, columns, strict=True)),
         }
-        self._tensors += len(header) - ("__metadata__" in header)
-        self._lines.append(_line(line))
+        ranges = dict(zip(_COLUMNS, (numbers, begins, sizes), strict=True))
+        # The header stands there already as JSON: making it again would take as long as the rest.
+        header = head[PREFIX_NBYTES:].rstrip(b" ")
+        line = b'%b,"header":%b,"ranges":%b}\n'
+        self._lines.append(line % (_json(said)[:-1], header, _json(ranges)))
+        self._tensors += tensors
 
     def finish(self) -> dict[str, bytes]:
         """Name → content of the manifest and, where there is one, of the file of values."""
@@ -193,14 +207,24 @@ class ManifestWriter:
             "shards": len(self._lines),
             "tensors": self._tensors,
         }
-        text = b"".join((_line(head), *self._lines))
+        self._lines.insert(0, _json(head) + b"\n")
         # Without the time, so that one plan gives one manifest.
-        made[VIEW_NAME] = gzip.compress(text, compresslevel=4, mtime=0)
+        packed = BytesIO()
+        with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=4, mtime=0) as file:
+            file.writelines(self._lines)
+        made[VIEW_NAME] = packed.getvalue()
         return made
 
 
-def _line(value: dict[str, object]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _head(entries: dict[str, object]) -> bytes:
+    """The bytes that a shard begins with, whose header says this."""
+    text = _json(entries)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(PREFIX_NBYTES, "little") + text
 
 
 def read_manifest(raw: bytes, where: str) -> Manifest:
@@ -210,7 +234,15 @@ def read_manifest(raw: bytes, where: str) -> Manifest:
     breaks the format: ranges outside of their file or across tensors, a tensor that is there twice,
     names that are no plain paths, sizes that do not add up.
     """
-    return _ManifestReader(where).read(raw)
+    # None of the objects that it makes, a few for each tensor, is a part of a cycle: looking for
+    # such takes a third of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _ManifestReader(where).read(raw)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _ManifestReader:
@@ -220,52 +252,56 @@ class _ManifestReader:
         self._where = where
         self._files: list[SourceFile] = []
         self._seen: set[str] = set()
+        self._ranges_left = MAX_RANGES
 
     def read(self, raw: bytes) -> Manifest:
         lines = self._lines(raw)
         head = self._object(next(lines, b""), "line 1")
-        if head.get("format") != _FORMAT:
-            self._refuse("line 1 does not say that this is the manifest of a view")
-        if head.get("version") != VERSION:
-            problem = f"has version {brief(head.get('version'))}, this program reads {VERSION}"
-            self._refuse(problem, "use the version of shardsurgeon that made it")
-        source = head.get("source")
-        if not is_text(source) or not source or "\0" in str(source):
+        self._require_version(head)
+        self._require_keys(head, _HEAD_KEYS, "line 1")
+        source = head["source"]
+        if not is_text(source) or not source or "\0" in source:
             self._refuse(f"its source is {brief(source)}, not a folder or a repository")
-        self._files = [self._file(entry) for entry in self._list(head.get("files"), "files")]
+        self._files = [self._file(entry) for entry in self._list(head["files"], "files")]
         names = [file.name for file in self._files]
         if len(set(names)) < len(names) or DATA_NAME in names[:-1]:
             self._refuse("lists a file twice, or its own before others")
         shards = [
-            self._shard(self._object(line, f"line {number}"), number)
+            self._shard(self._object(line, f"line {number:,}"), number)
             for number, line in enumerate(lines, start=2)
         ]
-        said, found = head.get("shards"), len(shards)
-        if not shards or said != found or head.get("tensors") != len(self._seen):
-            problem = f"announces {brief(said)} shards of {brief(head.get('tensors'))} tensors, has"
-            self._refuse(f"{problem} {found} of {len(self._seen):,}")
-        if len({shard.file for shard in shards}) < found:
+        # Counts, and so neither True nor 1.0.
+        said = tuple(head[key] if is_whole_number(head[key]) else None for key in _HEAD_KEYS[-2:])
+        if not shards or said != (len(shards), len(self._seen)):
+            problem = f"announces {brief(head['shards'])} shards of {brief(head['tensors'])} "
+            self._refuse(f"{problem}tensors, has {len(shards):,} of {len(self._seen):,}")
+        # Without regard to case: not every disk tells them apart.
+        if len({shard.file.casefold() for shard in shards}) < len(shards):
             self._refuse("lists a shard twice")
-        return Manifest(str(source), self._files, shards)
+        return Manifest(source, self._files, shards)
 
     def _lines(self, raw: bytes) -> Iterator[bytes]:
-        """The lines, unpacked one after the other and never more than any model needs."""
-        left = _MAX_NBYTES
-        with gzip.GzipFile(fileobj=BytesIO(raw)) as unpacked:
-            while True:
-                try:
-                    line = unpacked.readline(min(VIEW_LINE.nbytes, left) + 1)
-                except (OSError, EOFError, zlib.error) as error:
-                    self._refuse(f"cannot be unpacked ({error})")
-                left -= len(line)
-                if left < 0 or len(line) > VIEW_LINE.nbytes:
-                    self._refuse(f"unpacks to more than {_MAX_NBYTES:,} bytes: no model needs more")
-                if not line:
-                    return
-                yield line
+        try:
+            yield from lines_of(raw, VIEW_LINE.nbytes, _MAX_NBYTES)
+        except ValueError as error:
+            self._refuse(str(error))
 
     def _object(self, line: bytes, subject: str) -> dict[str, Any]:
         return read_object(line, self._where, subject, CheckpointError, _MAKE_AGAIN, VIEW_LINE)
+
+    def _require_version(self, head: dict[str, Any]) -> None:
+        if head.get("format") != _FORMAT:
+            self._refuse("line 1 does not say that this is the manifest of a view")
+        version = head.get("version")
+        if not is_whole_number(version, 1) or version != VERSION:
+            problem = f"has version {brief(version)}, this program reads {VERSION}"
+            self._refuse(problem, "use the version of shardsurgeon that made it, or a newer one")
+
+    def _require_keys(self, value: dict[str, Any], keys: tuple[str, ...], subject: str) -> None:
+        if missing := sorted(set(keys) - value.keys()):
+            self._refuse(f"{subject} lacks {' and '.join(missing)}")
+        if unknown := value.keys() - set(keys):
+            self._refuse(f"{subject} has the unknown key {brief(min(unknown))}")
 
     def _list(self, value: object, what: str) -> list[Any]:
         if not isinstance(value, list):
@@ -276,59 +312,69 @@ class _ManifestReader:
         if not isinstance(entry, list) or len(entry) != 3:
             self._refuse(f"files: {brief(entry)} is not a name, a size and a stamp")
         name, nbytes, stamp = entry
-        self._require_name(name)
-        if not name.endswith(".safetensors") and name != DATA_NAME:
-            self._refuse(f"files: {brief(name)} is not a .safetensors file")
+        if name != DATA_NAME:
+            self._require_shard_name(name, "files")
+        # No stamp is empty: who does not know a file's time and inode cannot have it read.
         if not is_whole_number(nbytes) or nbytes > _MAX_INT or not is_text(stamp) or not stamp:
             self._refuse(f"files: {brief(name)} has the size {brief(nbytes)}, stamp {brief(stamp)}")
         if name == DATA_NAME and not _SHA256.fullmatch(stamp):
             self._refuse(f"files: the stamp of {name} is not its SHA-256")
+        if name == DATA_NAME and nbytes > MAX_OWN_NBYTES:
+            self._refuse(f"files: {name} has {nbytes:,} bytes, at most {MAX_OWN_NBYTES:,} are read")
         return SourceFile(name, nbytes, stamp)
 
-    def _require_name(self, name: object) -> None:
-        if not is_text(name) or leads_out(str(name)) or "\\" in str(name) or unusual(str(name)):
-            self._refuse(f"{brief(name)} is not the name of a file inside a folder")
+    def _require_shard_name(self, name: object, subject: str) -> None:
+        if not isinstance(name, str):
+            self._refuse(f"{subject}: {brief(name)} is not a file name")
+        problem = shard_name_problem(name) or unusual(name)
+        if problem or leads_out(name):
+            self._refuse(f"{subject}: {brief(name)} is {problem or 'no name within its folder'}")
 
     def _shard(self, line: dict[str, Any], number: int) -> ViewShard:
-        file, nbytes = line.get("file"), line.get("nbytes")
-        self._require_name(file)
-        if not str(file).endswith(".safetensors") or "/" in str(file):
-            self._refuse(f"line {number}: {brief(file)} is not the name of a shard")
-        begin, digest, entries = (line.get(f"header{end}") for end in ("_nbytes", "_sha256", ""))
+        subject = f"line {number:,}"
+        self._require_keys(line, _SHARD_KEYS, subject)
+        file, nbytes, begin, digest, entries, columns = (line.pop(key) for key in _SHARD_KEYS)
+        self._require_shard_name(file, subject)
+        if "/" in file:
+            self._refuse(f"{subject}: the shard {brief(file)} is not in the view's own folder")
         if not is_whole_number(nbytes) or not is_whole_number(begin, PREFIX_NBYTES):
-            self._refuse(f"line {number}: nbytes and header_nbytes are no sizes")
-        if begin > HEADER.nbytes + PREFIX_NBYTES or begin > nbytes or nbytes > _MAX_INT:
-            self._refuse(f"line {number}: a header of {begin:,} bytes in {nbytes:,}")
-        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            self._refuse(f"line {number}: header_sha256 is {brief(digest)}")
+            sizes = f"nbytes {brief(nbytes)} and header_nbytes {brief(begin)}"
+            self._refuse(f"{subject}: {sizes} are no sizes")
+        if begin > min(HEADER.nbytes + PREFIX_NBYTES, nbytes) or nbytes > _MAX_INT:
+            self._refuse(f"{subject}: a header of {brief(begin)} bytes in {brief(nbytes)}")
+        if isinstance(entries, Repeated):
+            self._refuse(f"{subject}: header names {brief(entries.key)} twice")
         if not isinstance(entries, dict):
-            self._refuse(f"line {number}: header is {brief(entries)}, not an object")
-        header = header_of(entries, begin, nbytes, f"{self._where}: {file}")
+            self._refuse(f"{subject}: header is {brief(entries)}, not an object")
+        try:
+            header = header_of(dict(entries), begin, nbytes, f"{self._where}: {file}")
+        except HeaderError as error:
+            raise HeaderError(error.where, error.problem, _MAKE_AGAIN) from error
+        head = _head(entries)
+        if len(head) != begin or hashlib.sha256(head).hexdigest() != digest:
+            self._refuse(f"{file}: its header is not the one that the view was made with")
         for record in header.tensors:
             if record.name in self._seen:
                 self._refuse(f"tensor {brief(record.name)} is in two shards")
             self._seen.add(record.name)
         if len(self._seen) > MAX_TENSORS:
             self._refuse(f"has more than {MAX_TENSORS:,} tensors: no model has so many")
-        ranges = self._ranges(line.get("ranges"), header, nbytes - begin, str(file))
-        return ViewShard(str(file), nbytes, header, digest, self._files, ranges)
+        ranges = self._ranges(columns, header, nbytes - begin, file)
+        return ViewShard(file, nbytes, header, head, self._files, ranges)
 
     def _ranges(
         self, value: object, header: Header, data_nbytes: int, file: str
     ) -> list[array[int]]:
         if not isinstance(value, dict) or value.keys() != set(_COLUMNS):
             self._refuse(f"{file}: its ranges are not the columns {', '.join(_COLUMNS)}")
-        columns = [array("q") for _ in _COLUMNS]
-        for name, column in zip(_COLUMNS, columns, strict=True):
-            for item in self._list(value[name], f"{file}: ranges.{name}"):
-                if type(item) is not int or not 0 <= item <= _MAX_INT:
-                    self._refuse(f"{file}: ranges.{name} has {brief(item)}, not a whole number")
-                column.append(item)
+        columns = [self._column(value[name], f"{file}: ranges.{name}") for name in _COLUMNS]
         if len({len(column) for column in columns}) > 1:
             self._refuse(f"{file}: the columns of its ranges differ in length")
-        sizes = [source.nbytes for source in self._files]
-        ends, at = [record.end for record in header.tensors if record.nbytes], 0
-        ending = iter(ends)
+        self._ranges_left -= len(columns[0])
+        if self._ranges_left < 0:
+            self._refuse(f"has more than {MAX_RANGES:,} ranges: no model has so many")
+        sizes, at = [source.nbytes for source in self._files], 0
+        ending = (record.end for record in header.tensors if record.nbytes)
         upto = next(ending, 0)
         for number, begin, nbytes in zip(*columns, strict=True):
             if number >= len(sizes) or not nbytes or begin + nbytes > sizes[number]:
@@ -343,6 +389,15 @@ class _ManifestReader:
         if at != data_nbytes:
             self._refuse(f"{file}: its ranges are {at:,} bytes, its tensors {data_nbytes:,}")
         return columns
+
+    def _column(self, value: object, what: str) -> array[int]:
+        """A column of whole numbers; True and 1.0 are none."""
+        items = self._list(value, what)
+        whole = set(map(type, items)) <= {int}
+        if not whole or min(items, default=0) < 0 or max(items, default=0) > _MAX_INT:
+            odd = next(item for item in items if not is_whole_number(item) or item > _MAX_INT)
+            self._refuse(f"{what} has {brief(odd)}, not a whole number below 2^63")
+        return array("q", items)
 
     def _refuse(self, problem: str, remedy: str = _MAKE_AGAIN) -> NoReturn:
         raise CheckpointError(self._where, problem, remedy)

@@ -1,0 +1,153 @@
+"""How long vLLM loads a view, against its own loader on the folder with shards, and in what memory.
+
+    python tests/bench/vllm_loading.py WORK --python VENV/bin/python
+
+VENV: vLLM's environment, as tests/serving makes it, with this package in it. Runs alternate; of
+each pair the quotient counts, since the machine's speed wanders from pair to pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+FORMS: Mapping[str, Mapping[str, str]] = {"folder": {}, "view": {"load_format": "shardsurgeon"}}
+
+
+def main() -> None:
+    """Build, prune, load in turns, and print the table; or load one model: `--load FORM FOLDER`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--python", required=True, help="an interpreter that has vLLM")
+    parser.add_argument("--runs", type=int, default=7, help="pairs (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=5, help="1.2 GB each (default: %(default)s)")
+    if sys.argv[1:2] == ["--load"]:
+        print(json.dumps(load(sys.argv[3], FORMS[sys.argv[2]])))
+        return
+    options = parser.parse_args()
+    from measure import chill, remove, table, warm
+
+    source = make(options.work, options.layers)
+    rows = []
+    for state, prepare in (("warm", warm), ("cold", chill)):
+        found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
+        for number in range(options.runs):
+            # Each is first as often as the other.
+            for form in sorted(FORMS, reverse=number % 2 == 1):
+                prepare(source if form == "view" else options.work / "folder")
+                words = [options.python, __file__, "--load", form, str(options.work / form)]
+                done = subprocess.run(words, env=surroundings(), capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr[-3000:])
+                found[form].append(json.loads(done.stdout.splitlines()[-1]))
+        rows += [row(state, form, found) for form in FORMS]
+    print(table(("", "load", "÷ default", "resident at most", "its own memory"), rows))
+    remove(options.work)
+
+
+def make(work: Path, layers: int) -> Path:
+    """A model in bf16, its pruned folder, and its view; returns the model."""
+    from layouts import QWEN
+    from skeleton import build
+
+    source = work / "model"
+    model = replace(QWEN, layers=layers, hidden=2048, moe=768, vocabulary=8192, heads=32)
+    build(source, model, 4, "random")
+    words = ["-m", "shardsurgeon", "apply", str(source / "scores.json"), "--model", str(source)]
+    for form, view in (("folder", []), ("view", ["--view"])):
+        ratio = ["--ratio", "0.5", "-o", str(work / form), "--quiet", *view]
+        subprocess.run([sys.executable, *words, *ratio], check=True, stdout=subprocess.DEVNULL)
+    return source
+
+
+def row(state: str, form: str, found: Mapping[str, list[dict[str, float]]]) -> list[str]:
+    """A line of the table: medians, and the middle, least and largest quotient of the pairs."""
+    runs = found[form]
+    pairs = zip(runs, found["folder"], strict=True)
+    quotients = sorted(mine["seconds"] / other["seconds"] for mine, other in pairs)
+    spread = f"{quotients[0]:.2f} to {quotients[-1]:.2f}"
+    middle = {key: statistics.median(each[key] for each in runs) for key in runs[0]}
+    return [
+        f"{form}, {state}",
+        f"{middle['seconds']:.2f} s",
+        f"{statistics.median(quotients):.2f} ({spread})",
+        f"{middle['resident'] / 1e9:.2f} GB",
+        f"{middle['own'] / 1e9:.2f} GB",
+    ]
+
+
+def surroundings() -> dict[str, str]:
+    """What a vLLM on a CPU needs."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def load(folder: str, form: Mapping[str, str]) -> dict[str, float]:
+    """Seconds that vLLM takes for the weights of a model in `folder`, and the most bytes that were
+    resident meanwhile, with mapped files and without."""
+    import tempfile
+
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+
+    engine = EngineArgs(
+        model=folder,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="bfloat16",
+        max_model_len=128,
+        use_tqdm_on_load=False,
+        **form,
+    ).create_engine_config()
+    with set_current_vllm_config(engine), tempfile.NamedTemporaryFile() as store:
+        init_distributed_environment(1, 0, f"file://{store.name}.store", 0, "gloo")
+        initialize_model_parallel(1)
+        loader = get_model_loader(engine.load_config)
+        with Watch() as watch:
+            loader.load_model(vllm_config=engine, model_config=engine.model_config)
+    taken = loader.counter_after_loading_weights - watch.begun
+    return {"seconds": taken, "resident": watch.resident, "own": watch.own}
+
+
+class Watch:
+    """The most memory of this process while it is open, looked at every few milliseconds."""
+
+    def __enter__(self) -> Watch:
+        self.begun = time.perf_counter()
+        self.resident = self.own = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.005):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            found = dict(line.split(":", 1) for line in lines)
+            sizes = [int(found[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon")]
+            self.resident, self.own = max(self.resident, sizes[0]), max(self.own, sizes[1])
+
+
+if __name__ == "__main__":
+    main()
