@@ -17,7 +17,14 @@ from shardsurgeon.cli.apply import (
     written,
 )
 from shardsurgeon.cli.help import Command
-from shardsurgeon.cli.options import OUT, as_given, family_option, json_option, progress_option
+from shardsurgeon.cli.options import (
+    OUT,
+    as_given,
+    family_option,
+    json_option,
+    links_option,
+    progress_option,
+)
 from shardsurgeon.cli.output import emit, fact, grouped, typed
 from shardsurgeon.operations.request import RunOptions
 from shardsurgeon.units import counted, format_size
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 )
 @checksums_option
 @family_option
+@links_option
 @progress_option
 @json_option
 def materialize_command(
@@ -55,6 +63,7 @@ def materialize_command(
     verify: bool,
     checksums: bool,
     family: str | None,
+    follow_links: bool,
     as_json: bool,
 ) -> None:
     """Make real shards of a view.
@@ -81,10 +90,10 @@ def materialize_command(
         checksums=checksums,
         command=as_given(),
     )
-    report = materialize.materialize(view, out, options, family=family)
+    report = materialize.materialize(view, out, options, family=family, follow_links=follow_links)
     stop = refused(report.refusal) if report.refusal is not None else None
     try:
-        emit(report, _lines(report), as_json, told_otherwise=not dry_run, error=stop)
+        emit(report, _lines(report, follow_links), as_json, told_otherwise=not dry_run, error=stop)
     except BaseException as end:
         if not dry_run:
             end.add_note(carry_out.complete(report.out))
@@ -93,7 +102,7 @@ def materialize_command(
         raise stop
 
 
-def _lines(report: MaterializeReport) -> Iterator[str]:
+def _lines(report: MaterializeReport, follow_links: bool) -> Iterator[str]:
     yield report.title
     yield ""
     yield from fact("source", report.source)
@@ -116,8 +125,10 @@ def _lines(report: MaterializeReport) -> Iterator[str]:
         yield f"Dry run: nothing was written{stop}."
         return
     words = ["shardsurgeon", "verify", report.source, report.out]
+    words += ["--family", report.family] if report.family else []
+    words += ["--follow-links"] if follow_links else []
     yield "Compare every byte:"
-    yield f"  {typed([*words, *(['--family', report.family] if report.family else [])])}"
+    yield f"  {typed(words)}"
     if report.serve is not None:
         yield "Serve:"
         yield f"  {typed(report.serve)}"

@@ -94,12 +94,13 @@ def materialize(
     options: RunOptions = _DEFAULTS,
     *,
     family: str | None = None,
+    follow_links: bool = False,
 ) -> MaterializeReport:
     """Make the shards of a view, check the folder, and only then give it its name.
 
-    view: the folder that `apply --view` wrote; out: None for its name without `-view`; family: as
-    for `plan`. A dry run raises nothing but what is wrong with the view and the place: its report
-    says what the run would have raised before its first byte.
+    view: the folder that `apply --view` wrote; out: None for its name without `-view`; family,
+    follow_links: as for `plan`. A dry run raises nothing but what is wrong with the view and the
+    place: its report says what the run would have raised before its first byte.
 
     Raises CheckpointError and its children where the view, or its source, cannot be used,
     UsageError where `out` is needed, OutputError where OUT holds anything else, WorkError and its
@@ -107,13 +108,13 @@ def materialize(
     rerun.
     """
     place = None if out is None else output_path(out)
-    opened = _open(view, family)
+    opened = _open(view, family, follow_links)
     place = _default_out(opened.source) if place is None else place
     require_apart(opened.source, place)
     plan = opened.plan(options.checksums)
     report = _planned(opened, plan, place, family)
     if options.dry_run:
-        return _rehearsed(report, plan, opened.source, place, options)
+        return _rehearsed(report, plan, opened, place, options)
     check = opened.check(plan, place, family) if options.verify else None
     run, serve = Run(plan, opened.source.origin, place, check), opened.serve(place)
     # Their memory is needed for the check at the end.
@@ -165,13 +166,13 @@ class _OpenedView:
         return serve_words(str(out), None, serving) if serving.by_vllm else None
 
 
-def _open(view: str | os.PathLike[str], family: str | None) -> _OpenedView:
+def _open(view: str | os.PathLike[str], family: str | None, follow_links: bool) -> _OpenedView:
     folder = Path(view)
     require_finished(folder)
     if os.path.isdir(folder) and not os.path.lexists(folder / VIEW_NAME):
         problem = f"is no view: it has no {VIEW_NAME}"
         raise CheckpointError(folder, problem, "give the folder that `apply --view` wrote")
-    pruned, record = complete_prune(folder, family, follow_links=False)
+    pruned, record = complete_prune(folder, family, follow_links)
     source = pruned.source
     assert isinstance(source, ViewSource)
     edited = require_as_written(pruned, remedy=_RESTORE)
@@ -214,12 +215,14 @@ def _planned(view: _OpenedView, plan: Plan, out: Path, family: str | None) -> Ma
 
 
 def _rehearsed(
-    report: MaterializeReport, plan: Plan, view: ViewSource, out: Path, options: RunOptions
+    report: MaterializeReport, plan: Plan, view: _OpenedView, out: Path, options: RunOptions
 ) -> MaterializeReport:
     """What a run would do, or what it would stop at. Nothing is written."""
     report, refusal = replace(report, dry_run=True), None
     try:
-        space = rehearse(plan, view.origin, out, restart=options.restart)
+        if options.verify:
+            view.check(plan, out, report.family)
+        space = rehearse(plan, view.source.origin, out, restart=options.restart)
         report = replace(report, space_needed=space.needed, space_free=space.free)
         require_space(space, out)
     except ShardSurgeonError as error:

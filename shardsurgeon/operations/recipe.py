@@ -53,7 +53,7 @@ _NOT_KEPT = {
     "plan": ("force", "model", "evaluation"),
     "apply": (
         *("model", "out", "workers", "verify", "restart", "push-to-hub", "stream-push"),
-        *("disk-budget", "private", "revision", "create-pr", "card", "no-card"),
+        *("disk-budget", "private", "revision", "create-pr", "card", "no-card", "view"),
     ),
 }
 _HEADING = (

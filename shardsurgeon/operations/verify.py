@@ -19,7 +19,7 @@ from shardsurgeon.checkpoint.open import open_model, require_finished
 from shardsurgeon.errors import InputError, SourceChangedError, UsageError, VerificationError
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.local import LocalSource
-from shardsurgeon.storage.open import open_source
+from shardsurgeon.storage.open import address_of, open_source
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import MemorySource, Source, SourceFile, require_unchanged
 from shardsurgeon.storage.view import ViewSource, is_view
@@ -79,7 +79,7 @@ def verify(
 
 
 def _require_in_order(before: Checkpoint, pruned: str | os.PathLike[str] | Source) -> None:
-    """Raise UsageError where both are one model, or the first was made of the second."""
+    """Raise UsageError where both are one model or prune, or the first was made of the second."""
     if isinstance(pruned, Source):
         location = pruned.location
         same = location == before.location
@@ -92,12 +92,34 @@ def _require_in_order(before: Checkpoint, pruned: str | os.PathLike[str] | Sourc
         raise UsageError(location, "is SOURCE itself", "give what `apply` wrote as PRUNED")
     if before.provenance is None:
         return
-    digest = None
+    after = None
     with suppress(InputError):
-        digest = open_checkpoint(pruned).config_sha256
-    if digest in (step.source.config_sha256 for step in before.provenance.steps):
+        after = open_checkpoint(pruned)
+    if after is None:
+        return
+    if _is_same_prune(before, after):
+        problem = f"is the same prune as {before.location}"
+        raise UsageError(location, problem, _name_origin(before.source, after.source))
+    if after.config_sha256 in (step.source.config_sha256 for step in before.provenance.steps):
         problem = f"was made of {location}: SOURCE and PRUNED are swapped"
         raise UsageError(before.location, problem, f"name {location} first")
+
+
+def _is_same_prune(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two models keep the same experts by the same steps, as a view and its folder do."""
+    left, right = one.provenance, other.provenance
+    return (
+        left is not None
+        and right is not None
+        and (left.steps, left.layers) == (right.steps, right.layers)
+    )
+
+
+def _name_origin(*sources: Source) -> str:
+    """What to compare two places of one prune with; a view of it knows."""
+    origins = (each.origin for each in sources if isinstance(each, ViewSource))
+    known = next((f", {address_of(origin)}" for origin in origins), "")
+    return f"compare it with the model that both are made of{known}"
 
 
 def _compared(checkpoint: Checkpoint) -> list[SourceFile]:

@@ -20,14 +20,15 @@ def materialize(
     restart: bool = False,
     checksums: bool = False,
     family: AnyPath | None = None,
+    follow_links: bool = False,
     progress: bool = False,
     on_progress: Listener | None = None,
 ) -> MaterializeReport:
     """Make the shards of a view: a folder with the bytes that `apply` would have written.
 
     view: the folder that `apply` wrote with `view=True`; it stays as it is. out: the folder to
-    write, by default the view's name without `-view`. family: as for `plan`, for the check.
-    workers, verify, restart, checksums, progress, on_progress: as for `apply`.
+    write, by default the view's name without `-view`. family, follow_links: as for `plan`,
+    for the check. workers, verify, restart, checksums, progress, on_progress: as for `apply`.
 
     Raises CheckpointError and its children where the folder is no view, is not as `apply` wrote it
     (but for README.md, which may be edited), or where its source is gone or has changed; UsageError
@@ -48,4 +49,6 @@ def materialize(
         progress=on_progress,
     )
     with bars(progress):
-        return materializing.materialize(view, out, options, family=as_text(family))
+        return materializing.materialize(
+            view, out, options, family=as_text(family), follow_links=follow_links
+        )

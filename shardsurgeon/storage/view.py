@@ -208,7 +208,7 @@ class ViewSource(Source):
             raise CheckpointError(where, problem, _MAKE_AGAIN)
         folder = os.path.normpath(self._at / place)
         try:
-            origin = LocalSource(folder)
+            origin = LocalSource(folder, follow_links=self.follows_links)
         except CheckpointError as error:
             problem = f"its source {folder}: {error.problem}"
             raise CheckpointError(where, problem, _MAKE_AGAIN) from error

@@ -15,19 +15,20 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
     assert run("materialize", "small-view").status == 0
     [(args, options)] = fake.calls
     assert args == ("small-view", None, RunOptions(command="shardsurgeon materialize small-view"))
-    assert options == {"family": None}
+    assert options == {"family": None, "follow_links": False}
 
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     more = ("-o", "out", "--dry-run", "--restart", "-j", "3", "--no-verify", "--checksums")
-    run("materialize", "small-view", *more, "--family", "auto")
+    said = run("materialize", "small-view", *more, "--family", "auto", "--follow-links").stdout
     [(args, options)] = fake.calls
     assert args == (
         "small-view",
         "out",
         RunOptions(workers=3, verify=False, dry_run=True, restart=True, checksums=True),
     )
-    assert options == {"family": "auto"}
+    assert options == {"family": "auto", "follow_links": True}
+    assert " --follow-links\n" in said
 
 
 def test_the_report_says_what_was_written_and_checked(run: Run) -> None:

@@ -58,6 +58,15 @@ def test_a_recipe_does_what_its_commands_do(place: Path) -> None:
     }
 
 
+def test_a_view_that_a_recipe_makes_becomes_what_the_recipe_makes_without(place: Path) -> None:
+    text = f'model = "model"\n{APPLY}'
+    assert main(["run", written(place, text)]) == 0
+    text = text.replace('"small"', '"small-view"') + "view = true\n"
+    assert main(["run", written(place, text, "viewed.toml")]) == 0
+    assert main(["materialize", str(place / "small-view"), "-o", "made"]) == 0
+    assert contents(Path("made")) == contents(place / "small")
+
+
 def test_its_copy_reproduces_the_bytes_and_names_no_path(place: Path, tmp_path: Path) -> None:
     path = written(place, f'model = "{(place / "model").as_posix()}"\n{APPLY}')
     assert main(["run", path]) == 0

@@ -496,16 +496,18 @@ def test_a_dry_run_ends_as_the_run_would(view: Path, capsys: pytest.CaptureFixtu
     assert "exists; choose another -o or remove it" in rehearsed.err
 
 
-def test_a_declaration_that_made_the_view_reads_its_source_too(model: Path, tmp_path: Path) -> None:
-    """The check needs it; without a check nothing does."""
-    for place in ("config.json",):
-        config = json.loads((model / place).read_text())
-        config["architectures"], config["model_type"] = ["StrangeForCausalLM"], "strange"
-        (model / place).write_text(json.dumps(config))
+def test_a_declaration_that_made_the_view_reads_its_source_too(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"], config["model_type"] = ["StrangeForCausalLM"], "strange"
+    (model / "config.json").write_text(json.dumps(config))
     how = {"family": "auto"}
     view = viewed(model, tmp_path / "v", **how)
-    with pytest.raises(ShardSurgeonError, match="strange"):
+    with pytest.raises(ShardSurgeonError, match="strange") as refused:
         shardsurgeon.materialize(view, tmp_path / "made")
+    assert main(["materialize", str(view), "-o", str(tmp_path / "made"), "--dry-run"]) == 2
+    assert "strange" in capsys.readouterr().err and "\n" not in str(refused.value)
     report = shardsurgeon.materialize(view, tmp_path / "made", family="auto")
     assert digests(tmp_path / "made") == applied(model, tmp_path / "direct", **how)
     assert report.serve is None
@@ -540,6 +542,30 @@ def test_a_view_verifies_like_the_folder(view: Path, model: Path) -> None:
     for report in reports:
         assert report.verdict == "identical" and report.notes == ()
     assert reports[0].bytes_compared == reports[1].bytes_compared > 0
+
+
+def test_a_view_is_not_compared_with_its_own_folder(view: Path, model: Path) -> None:
+    """They are one prune: a difference in the record would tell nobody what is wrong."""
+    made = view.parent / "made"
+    shardsurgeon.materialize(view, made)
+    for first, second in ((view, made), (made, view)):
+        with pytest.raises(UsageError) as refused:
+            shardsurgeon.verify(first, second)
+        remedy = f"compare it with the model that both are made of, {model}"
+        assert str(refused.value) == f"{second}: is the same prune as {first}; {remedy}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links as POSIX has them")
+@pytest.mark.parametrize("name", ["LICENSE", "config.json"])
+def test_links_that_the_view_was_made_with_are_followed_again(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    (model / name).rename(tmp_path / "elsewhere")
+    (model / name).symlink_to(tmp_path / "elsewhere")
+    how = {"follow_links": True}
+    view = viewed(model, tmp_path / "v", **how)
+    shardsurgeon.materialize(view, tmp_path / "made", follow_links=True)
+    assert digests(tmp_path / "made") == applied(model, tmp_path / "direct", **how)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links as POSIX has them")

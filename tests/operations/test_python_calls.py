@@ -182,10 +182,12 @@ def test_keywords_of_a_calibration_become_a_request(monkeypatch: pytest.MonkeyPa
 
 WRONG: dict[str, tuple[Any, ...]] = {
     "open_checkpoint": (3,),
+    "open_view": (MODEL, "jax"),
     "read_scores": (3,),
     "plan": (MODEL, 3),
     "apply": ("model",),
     "probe": ("http://localhost:8000/v1", 3, "probe.json"),
+    "materialize": ("small-view", 3),
     "push": (MODEL, 3),
     "verify": (MODEL, None),
     "inspect": (3,),
