@@ -16,7 +16,8 @@ from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan
 from shardsurgeon.storage.files import sha256_of
 from shardsurgeon.storage.formats.checksums import ends_with_checksums
 from shardsurgeon.storage.formats.strict_json import is_text
-from shardsurgeon.storage.formats.view import ManifestWriter, Range
+from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME, ManifestWriter, Range
+from shardsurgeon.storage.limits import MAX_MANIFEST_NBYTES, MAX_OWN_NBYTES
 from shardsurgeon.storage.open import hub_address, hub_name
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.view import ViewSource
@@ -56,7 +57,12 @@ def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
     for shard in plan.shards:
         pieces = (each for tensor in shard.tensors for each in _pieces(tensor, source))
         writer.add(shard.file, shard.header, len(shard.tensors), pieces)
-    return writer.finish()
+    made = writer.finish()
+    for name, most in ((VIEW_NAME, MAX_MANIFEST_NBYTES), (DATA_NAME, MAX_OWN_NBYTES)):
+        if (nbytes := len(made.get(name, b""))) > most:
+            problem = f"needs a {name} of {nbytes:,} bytes, and at most {most:,} are read"
+            raise UsageError("--view", problem, "leave --view out")
+    return made
 
 
 def _pieces(tensor: OutputTensor, source: Source) -> Iterator[Range | bytes]:

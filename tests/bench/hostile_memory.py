@@ -11,6 +11,7 @@ published layout: Kimi-K2.5 with its 208,000 tensors, and 20 metrics of each of 
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import json
 import os
@@ -22,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from layouts import KIMI
 from skeleton import build
@@ -34,6 +37,7 @@ MB = 10**6
 MIB = 2**20
 MOST_MB, MOST_SECONDS = 400, 20
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+MANIFEST = "shardsurgeon_view.jsonl.gz"
 RECORD = "calibration/reap_pruning_metadata.json"
 
 
@@ -124,6 +128,27 @@ class Workshop:
             (folder / file).write_bytes(data)
         return str(folder)
 
+    def view(self, manifest: Callable[[], bytes] | None = None) -> str:
+        """A view of the good model that loses a quarter of its experts, with another manifest."""
+        good, folder = self._work / "good-view", self._work / "hostile-view"
+        if not good.exists():
+            words = ["apply", str(self._work / "good.json"), "--model", str(self.good)]
+            words += ["--ratio", "0.25", "--view", "-o", str(good)]
+            if measured_here(words).status:
+                sys.exit(f"{good} cannot be made")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        if manifest is not None:
+            (folder / MANIFEST).write_bytes(manifest())
+        return str(folder)
+
+    def lines(self, change: Callable[[list[dict[str, Any]]], object]) -> bytes:
+        """The manifest of that view with changes."""
+        text = gzip.decompress((self._work / "good-view" / MANIFEST).read_bytes())
+        lines = [json.loads(line) for line in text.splitlines()]
+        change(lines)
+        return gzip.compress(b"".join(json.dumps(line).encode() + b"\n" for line in lines), 1)
+
     def configured(self, **changes: object) -> str:
         """The good model with another config."""
         config = json.loads(json.dumps(self.config))
@@ -207,6 +232,26 @@ class Workshop:
             b'"num_experts_after":2,"layers":{"1":{"retained":[0,1],"pruned":[2]}}}',
         }.items():
             yield f"metadata: {name}", "model", inspected(**{record: data})
+        yield "view: good", "view", lambda: ["inspect", self.view()]
+        views: dict[str, Callable[[], bytes]] = {
+            "4 GB of zeros": lambda: zeros(4000),
+            "3 million empty members": lambda: gzip.compress(b"", mtime=0) * 3_000_000,
+            "`[],`, 120 MB": lambda: gzip.compress(dense(b"[],", 120 * MB), 1),
+            "`[],`, below the limit": lambda: gzip.compress(dense(b"[],", 9 * MB), 1),
+            "texts, below the limit": lambda: gzip.compress(dense(b'"ab",', 20 * MB), 1),
+            "one wide character, 40 MB": lambda: gzip.compress(
+                b'{"a":"\xf0\x9f\x98\x80' + b"a" * 40 * MB + b'"}', 1
+            ),
+            "a million files": lambda: self.lines(
+                lambda lines: lines[0].update(
+                    files=[[f"{n}.safetensors", 1, "1:1"] for n in range(1_000_000)]
+                )
+            ),
+            "ranges of a byte": lambda: self.lines(bytes_alone),
+            "`source: /`": lambda: self.lines(lambda lines: lines[0].update(source="/")),
+        }
+        for name, make in views.items():
+            yield f"view: {name}", "view", lambda make=make: ["inspect", self.view(make)]  # type: ignore[misc]
         yield "family: good", "family", lambda: [
             "inspect", good, "--family", str(ROOT / "shardsurgeon/families/kimi_k25.toml"),
         ]  # fmt: skip
@@ -268,6 +313,23 @@ class Workshop:
         }
         for name, make in pickles.items():
             yield f"scores.pt: {name}", "arrays", written("s.pt", make, scores)
+
+
+def zeros(megabytes: int) -> bytes:
+    """gzip of so many MB of zeros."""
+    packer = zlib.compressobj(9, wbits=31)
+    found = [packer.compress(bytes(MB)) for _ in range(megabytes)]
+    return b"".join([*found, packer.flush()])
+
+
+def bytes_alone(lines: list[dict[str, Any]]) -> None:
+    """Ranges of a byte each in place of those that a few shards have, as many as are read."""
+    left = 4_500_000
+    for line in lines[1:]:
+        data_nbytes = min(line["nbytes"] - line["header_nbytes"], left // 4)
+        columns = {"file": [0] * data_nbytes, "begin": [0] * data_nbytes}
+        line["ranges"] = {**columns, "nbytes": [1] * data_nbytes}
+        left -= data_nbytes
 
 
 def npz(shapes: dict[str, tuple[int, ...]], kind: str = "<f8") -> bytes:

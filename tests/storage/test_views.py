@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 import shardsurgeon
@@ -29,6 +30,7 @@ from shardsurgeon.storage.view import ViewSource
 from tests.support import handmade_view as handmade
 from tests.support.handmade_view import HandmadeView, stamp_of
 from tests.support.hub.models import fixture_folder
+from tests.support.hub.server import LocalHub
 
 SHARD = "model-00002-of-00003.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -484,3 +486,55 @@ def test_a_view_is_found_by_its_working_name_from_where_it_will_be(made: Handmad
     with pytest.raises(CheckpointError, match="there is no such folder"):
         ViewSource(LocalSource(working))
     ViewSource(LocalSource(working), at=made.folder)
+
+
+# A commit of the Hub
+
+
+def on_the_hub(view: HandmadeView, hub: LocalHub) -> str:
+    """Put the view's source on the Hub and have the view name it; the commit."""
+    (view.source / "config.json").write_text("{}")
+    commit = hub.add_model("org/source", view.source)
+    lines = view.lines()
+    lines[0]["source"] = f"hf://org/source@{commit}"
+    for file in lines[0]["files"][:2]:
+        file[2] = hashlib.sha256((view.source / file[0]).read_bytes()).hexdigest()
+    view.write(lines)
+    return commit
+
+
+def test_a_commit_of_the_hub_is_read_as_it_was_whatever_came_later(
+    made: HandmadeView, online: LocalHub
+) -> None:
+    on_the_hub(made, online)
+    online.commit("org/source", {"a.safetensors": b"another"})
+    source = opened(made)
+    whole = source.read("one.safetensors", 0, source.shards["one.safetensors"].nbytes)
+    header = int.from_bytes(whole[:8], "little")
+    x, counts, y = (handmade.EXPECTED[name].tobytes() for name in ("x", "counts", "y"))
+    assert whole[8 + header :] == x + counts + y
+
+
+def test_other_bytes_or_none_at_a_commit_are_refused(made: HandmadeView, online: LocalHub) -> None:
+    commit = on_the_hub(made, online)
+    lines = made.lines()
+    lines[0]["files"][0][2] = "0" * 64
+    made.write(lines)
+    assert "a.safetensors: was written to or replaced since the view was made" in refused(made)
+    lines[0]["files"][0][0] = "c.safetensors"
+    made.write(lines)
+    assert "c.safetensors: was there when the view was made and is gone" in refused(made)
+    lines[0]["source"] = f"hf://org/source@{'0' * 40}"
+    made.write(lines)
+    assert commit not in refused(made)
+
+
+def test_a_source_in_the_hubs_cache_is_read_without_a_network(
+    made: HandmadeView, online: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = on_the_hub(made, online)
+    snapshot_download("org/source", revision=commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with shardsurgeon.open_view(made.folder, framework="np") as tensors:
+        for name, expected in handmade.EXPECTED.items():
+            np.testing.assert_array_equal(tensors.get_tensor(name), expected)

@@ -425,8 +425,8 @@ def nbytes_of(piece: Any) -> int:
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=300, deadline=None)
-def test_a_changed_byte_is_refused(seed: int) -> None:
-    """gzip's checksum alone does that; but for its header, of which nothing counts."""
+def test_a_changed_byte_is_refused_or_changes_nothing_that_counts(seed: int) -> None:
+    """gzip's checksum sees to that, but for its header and the last bits of the packed data."""
     numbers = random.Random(seed)
     raw = bytearray(packed(handmade.in_memory()))
     at = numbers.randrange(len(raw))
@@ -435,7 +435,6 @@ def test_a_changed_byte_is_refused(seed: int) -> None:
         found = read_manifest(bytes(raw), VIEW_NAME)
     except InputError:
         return
-    assert at < 10
     assert everything(found) == everything(read(handmade.in_memory()))
 
 
