@@ -130,7 +130,7 @@ class Pruning(Titled):
     @cached_property
     def overrides(self) -> Overrides:
         """What an engine is told that serves the model itself with this plan."""
-        return engine_overrides(self.checkpoint, self.plan)
+        return engine_overrides(self.checkpoint, dict(self.plan.generated_files))
 
     @property
     def serving(self) -> Serving:

@@ -15,7 +15,6 @@ from typing import Any
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import QUANTIZATION_KEYS, JsonPath, quantization_sections
 from shardsurgeon.checkpoint.files import QUANTIZATION_FILES
-from shardsurgeon.execution.plan import Plan
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.limits import CONFIG
 
@@ -37,12 +36,11 @@ class Overrides:
     problem: str = ""
 
 
-def engine_overrides(checkpoint: Checkpoint, plan: Plan) -> Overrides:
+def engine_overrides(checkpoint: Checkpoint, generated: Mapping[str, bytes]) -> Overrides:
     """What turns a checkpoint's config.json into that of a plan's result. Raises SourceReadError.
 
-    plan: of this checkpoint.
+    generated: name → content of the files that the plan makes anew.
     """
-    generated = dict(plan.generated_files)
     name = checkpoint.names.config
     after: Any = Document.parse(generated[name], name).value
     before = checkpoint.settings

@@ -6,28 +6,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.config import PER_LAYER_KEY
-from shardsurgeon.checkpoint.layer_consistency import require_complete
-from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import CheckpointError, ConfigError, UsageError
-from shardsurgeon.execution.view import plan_view
-from shardsurgeon.pruning.decide import decide
-from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.overrides import Overrides, engine_overrides
-from shardsurgeon.pruning.planner import (
-    SizeEstimate,
-    check_expert_counts,
-    expert_id_tables,
-    plan_shards,
-)
-from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
+from shardsurgeon.pruning.request import MtpPolicy
+from shardsurgeon.serving.planned import open_planned
 from shardsurgeon.serving.tensors import ViewTensors
 from shardsurgeon.storage.formats.json_edit import Document
-from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME, ViewShard, read_manifest
+from shardsurgeon.storage.formats.view import VIEW_NAME, ViewShard
 from shardsurgeon.storage.limits import CONFIG, require_size
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source
@@ -119,35 +107,16 @@ def of_plan(folder: str, plan_file: str, mtp: MtpPolicy = MtpPolicy.ROUTER_NORM)
 
     Raises InputError and its children for a model or a plan that cannot be used.
     """
-    model = open_model(folder)
-    anatomy = read_anatomy(model)
-    request = SelectionRequest(plan_file=plan_file, mtp=mtp, allow_nonuniform=True)
-    decision = decide(
-        model, anatomy, None, request, SizeEstimate(model, anatomy, mtp=request.mtp).nbytes
-    )
-    check_expert_counts(model, anatomy)
-    kept = {layer: keep.retained for layer, keep in decision.keep.layers.items()}
-    require_complete(anatomy.incomplete, kept, model.location)
-    shards = plan_shards(
-        model,
-        anatomy,
-        decision.keep,
-        tables=expert_id_tables(model, anatomy, decision.keep),
-        drop_mtp=decision.drop_mtp,
-    )
-    plan = assemble(model, anatomy, request, decision, shards, {}, None)
-    config = dict(plan.generated_files)[model.names.config]
-    _require_one_count(folder, Document.parse(config, model.names.config).value)
-    made = dict(plan_view(plan, model.source, Path(folder)).manifest)
-    manifest = read_manifest(made[VIEW_NAME], f"{folder} with {plan_file}")
-    origin = model.source.origin if isinstance(model.source, ViewSource) else model.source
+    planned = open_planned(folder, plan_file, mtp=mtp)
+    checkpoint = planned.checkpoint
+    _require_one_count(folder, Document.parse(planned.config, checkpoint.names.config).value)
     return PrunedModel(
         folder,
-        manifest.shards,
-        origin,
-        made.get(DATA_NAME, b""),
-        frozenset(map(len, kept.values())),
-        engine_overrides(model, plan),
+        planned.shards,
+        planned.origin,
+        planned.data,
+        frozenset(len(keep.retained) for keep in planned.keep.layers.values()),
+        engine_overrides(checkpoint, planned.generated),
     )
 
 

@@ -70,7 +70,7 @@ def overridden(
     generated["config.json"] = json.dumps(tiny.config(**after)).encode()
     checkpoint = open_checkpoint(MemorySource(files, name="tiny"))
     plan = Plan((), tuple(generated.items()), (), (), (), (), "")
-    return engine_overrides(checkpoint, plan)
+    return engine_overrides(checkpoint, dict(plan.generated_files))
 
 
 def test_what_is_merged_cannot_lose_a_setting_and_what_is_replaced_can() -> None:
