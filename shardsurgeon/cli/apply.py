@@ -176,6 +176,8 @@ def apply_command(
     from shardsurgeon.operations.measured import measuring
 
     request, steps = replace(only_one(requests), sampling=sampling), Steps.here()
+    # A view is loaded by loaders that read a count per layer.
+    request = replace(request, allow_nonuniform=request.allow_nonuniform or view)
     destination = Destination.of(push_to_hub, stream_push, disk_budget=disk_budget, **pushed)
     options = RunOptions(
         workers=workers,

@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     help="Check the result: structure of every tensor, bytes of a sample.  [default: verify]",
 )
 @checksums_option
+@click.option(
+    "--allow-nonuniform",
+    is_flag=True,
+    help="Accept layers that keep different numbers of experts, as `apply` has it.",
+)
 @family_option
 @links_option
 @progress_option
@@ -62,6 +67,7 @@ def materialize_command(
     workers: int,
     verify: bool,
     checksums: bool,
+    allow_nonuniform: bool,
     family: str | None,
     follow_links: bool,
     as_json: bool,
@@ -90,7 +96,14 @@ def materialize_command(
         checksums=checksums,
         command=as_given(),
     )
-    report = materialize.materialize(view, out, options, family=family, follow_links=follow_links)
+    report = materialize.materialize(
+        view,
+        out,
+        options,
+        allow_nonuniform=allow_nonuniform,
+        family=family,
+        follow_links=follow_links,
+    )
     stop = refused(report.refusal) if report.refusal is not None else None
     try:
         emit(report, _lines(report, follow_links), as_json, told_otherwise=not dry_run, error=stop)

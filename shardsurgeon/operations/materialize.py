@@ -21,7 +21,7 @@ from shardsurgeon.operations.carry_out import Run
 from shardsurgeon.operations.places import default_place, require_apart
 from shardsurgeon.operations.reports import Refusal
 from shardsurgeon.operations.request import RunOptions
-from shardsurgeon.operations.serving import serve_words, serving_of
+from shardsurgeon.operations.serving import not_for_stock_engines, serve_words, serving_of
 from shardsurgeon.operations.verify import SelfCheck
 from shardsurgeon.operations.written import complete_prune, not_comparable, require_as_written
 from shardsurgeon.reports import Report
@@ -93,22 +93,27 @@ def materialize(
     out: str | os.PathLike[str] | None = None,
     options: RunOptions = _DEFAULTS,
     *,
+    allow_nonuniform: bool = False,
     family: str | None = None,
     follow_links: bool = False,
 ) -> MaterializeReport:
     """Make the shards of a view, check the folder, and only then give it its name.
 
-    view: the folder that `apply --view` wrote; out: None for its name without `-view`; family,
-    follow_links: as for `plan`. A dry run raises nothing but what is wrong with the view and the
-    place: its report says what the run would have raised before its first byte.
+    view: the folder that `apply --view` wrote; out: None for its name without `-view`;
+    allow_nonuniform, family, follow_links: as for `plan`. A dry run raises nothing but what is
+    wrong with the view and the place: its report says what the run would have raised before its
+    first byte.
 
     Raises CheckpointError and its children where the view, or its source, cannot be used,
-    UsageError where `out` is needed, OutputError where OUT holds anything else, WorkError and its
+    UsageError where `out` is needed or where layers that keep different numbers of experts are not
+    allowed, OutputError where OUT holds anything else, WorkError and its
     children where the work fails or the check finds a difference. What was finished is kept for a
     rerun.
     """
     place = None if out is None else output_path(out)
     opened = _open(view, family, follow_links)
+    if not allow_nonuniform:
+        opened.require_one_count()
     place = _default_out(opened.source) if place is None else place
     require_apart(opened.source, place)
     plan = opened.plan(options.checksums)
@@ -157,12 +162,23 @@ class _OpenedView:
         edited = {*self.edited, *not_comparable(before, self.pruned)}
         return SelfCheck(before, plan, out, edited=edited)
 
-    def serve(self, out: Path) -> tuple[str, ...] | None:
-        """The command that serves the result, None where no engine is known to."""
+    def require_one_count(self) -> None:
+        """Raise UsageError where layers keep different numbers of experts."""
+        kept, anatomy = self._kept, read_anatomy(self.pruned)
+        if not anatomy.is_uniform(kept):
+            remedy = "give it for an engine that reads a count per layer, or leave it a view"
+            raise not_for_stock_engines(self.pruned, anatomy, kept.values(), remedy)
+
+    @property
+    def _kept(self) -> dict[int, int]:
+        """Layer → how many experts it keeps."""
         record = self.pruned.provenance
         assert record is not None
-        kept = {layer: len(found.retained) for layer, found in record.layers.items()}
-        serving = serving_of(self.pruned, read_anatomy(self.pruned), kept)
+        return {layer: len(found.retained) for layer, found in record.layers.items()}
+
+    def serve(self, out: Path) -> tuple[str, ...] | None:
+        """The command that serves the result, None where no engine is known to."""
+        serving = serving_of(self.pruned, read_anatomy(self.pruned), self._kept)
         return serve_words(str(out), None, serving) if serving.by_vllm else None
 
 

@@ -15,7 +15,7 @@ from shardsurgeon.checkpoint.open import already_open, files_read, open_model, r
 from shardsurgeon.checkpoint.provenance import rounding_alone
 from shardsurgeon.checkpoint.recognition import PLAN, SCORES
 from shardsurgeon.checkpoint.wrong_files import files_of, is_model, require_file
-from shardsurgeon.errors import KeepListError, OutputError, OutputWriteError, ScoreError, UsageError
+from shardsurgeon.errors import KeepListError, OutputError, OutputWriteError, ScoreError
 from shardsurgeon.execution.outputs import holds_result, output_sizes
 from shardsurgeon.execution.plan import Plan
 from shardsurgeon.execution.view import plan_view
@@ -23,12 +23,11 @@ from shardsurgeon.operations.measured import Evaluation, measuring
 from shardsurgeon.operations.places import default_place, require_apart
 from shardsurgeon.operations.python_calls import public
 from shardsurgeon.operations.recipe import Recipe
-from shardsurgeon.operations.serving import Serving, serving_of
+from shardsurgeon.operations.serving import Serving, not_for_stock_engines, serving_of
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.fit import Fit, MachineFit
 from shardsurgeon.pruning.keep_list_files import is_plan
 from shardsurgeon.pruning.keep_lists import write_plan
-from shardsurgeon.pruning.layer_counts import engines_on_unequal
 from shardsurgeon.pruning.machines import FitRequest
 from shardsurgeon.pruning.output_files import assemble
 from shardsurgeon.pruning.overrides import Overrides, engine_overrides
@@ -319,10 +318,8 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
     # A view is loaded by our own loaders, which read a count per layer.
     if not keep.is_uniform and not pruning.request.allow_nonuniform and not pruning.view:
         counts = [len(layer.retained) for layer in keep.layers.values()]
-        engines = engines_on_unequal(pruning.checkpoint.settings, pruning.anatomy)
-        problem = f"is needed: layers keep {min(counts)} to {max(counts)} experts, and {engines}"
-        remedy = "give it for an engine that reads a count per layer"
-        raise UsageError("--allow-nonuniform", problem, remedy)
+        remedy = "give it for an engine that reads a count per layer, or make a view with `apply --view`"
+        raise not_for_stock_engines(pruning.checkpoint, pruning.anatomy, counts, remedy)
     if os.path.lexists(pruning.out):
         plan = pruning.written
         if not stays or not holds_result(pruning.out, plan, output_sizes(plan)):

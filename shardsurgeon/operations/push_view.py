@@ -11,19 +11,22 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from shardsurgeon.checkpoint.anatomy import read_anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.open import open_model
-from shardsurgeon.errors import ShardSurgeonError
+from shardsurgeon.errors import CheckpointError, ShardSurgeonError
 from shardsurgeon.execution.view import plan_shards_of
 from shardsurgeon.operations.carry_out import Run, budget_for
 from shardsurgeon.operations.places import default_place, require_apart
 from shardsurgeon.operations.request import RunOptions
+from shardsurgeon.operations.serving import not_for_stock_engines
 from shardsurgeon.operations.verify import SelfCheck
 from shardsurgeon.operations.written import not_comparable
 from shardsurgeon.storage.hub.repository import Repository
 from shardsurgeon.storage.hub.upload import Content, HubDestination, Published, Unmade, foresee
 from shardsurgeon.storage.view import ViewSource
 
+_ALLOWED = "push what `materialize --allow-nonuniform` makes of it"
 _WORK = "{}-push"
 # Options that `apply` has, whose executor this is, and `push` has not.
 _OF_OTHERS = re.compile(r"(?<![\w-])(-o|--restart|--max-shard-size)\b")
@@ -44,11 +47,13 @@ class ViewShipment:
         files that are meant to be other ones than `apply` wrote, or are left here on purpose;
         family: as for `plan`; disk_budget: bytes of shards on the disk, None for a few.
 
-        Raises UsageError where the budget is less than one shard, OutputError where the current
+        Raises CheckpointError where layers keep different numbers of experts, UsageError where the
+        budget is less than one shard, OutputError where the current
         folder is no place to work in, and whatever opening the view's source raises.
         """
         source = pruned.source
         assert isinstance(source, ViewSource)
+        _require_one_count(pruned)
         self._view, self._pruned = source, pruned
         self._plan = plan_shards_of(source, beside)
         self._edited, self._family = edited, family
@@ -104,3 +109,15 @@ class ViewShipment:
         published = made[0].published
         assert published is not None
         return published
+
+
+def _require_one_count(pruned: Checkpoint) -> None:
+    """Raise CheckpointError where layers keep different numbers of experts: nobody has allowed
+    shards of such a view yet."""
+    record, anatomy = pruned.provenance, read_anatomy(pruned)
+    assert record is not None
+    kept = {layer: len(found.retained) for layer, found in record.layers.items()}
+    if not anatomy.is_uniform(kept):
+        error = not_for_stock_engines(pruned, anatomy, kept.values(), "")
+        problem = error.problem.removeprefix("is needed: ")
+        raise CheckpointError(pruned.location, problem, _ALLOWED)

@@ -6,15 +6,16 @@ Imported by every `apply`, so nothing heavy is imported here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import MLX_QUANTIZATION_KEY
 from shardsurgeon.checkpoint.layouts import is_named_by_mlx
+from shardsurgeon.errors import UsageError
 from shardsurgeon.families.schema import all_families
-from shardsurgeon.pruning.layer_counts import says_per_layer
+from shardsurgeon.pruning.layer_counts import engines_on_unequal, says_per_layer
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 
 
@@ -53,6 +54,18 @@ def serving_of(model: Checkpoint, anatomy: Anatomy, kept: Mapping[int, int]) -> 
         and isinstance(config.get("auto_map"), Mapping)
         and bool(config["auto_map"]),
     )
+
+
+def not_for_stock_engines(
+    model: Checkpoint, anatomy: Anatomy, counts: Collection[int], remedy: str
+) -> UsageError:
+    """The error for shards of a model whose layers keep different numbers of experts.
+
+    model, anatomy: the pruned one, or the one that it is made of; counts: of the layers.
+    """
+    engines = engines_on_unequal(model.settings, anatomy)
+    problem = f"is needed: layers keep {min(counts)} to {max(counts)} experts, and {engines}"
+    return UsageError("--allow-nonuniform", problem, remedy)
 
 
 def serve_words(

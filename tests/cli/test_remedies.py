@@ -83,6 +83,7 @@ SPEAKERS = {
     "cli/families.py": ["inspect", "plan", "apply"],
     "units.py": ["plan", "apply", "scores compare"],
     "storage/hub/repository.py": ["push", "apply"],
+    "serving/": ["plan", "apply"],
 }
 # Options of one function of a module whose other messages are everybody's.
 NARROWER = {

@@ -108,7 +108,8 @@ def test_every_way_to_write_a_prune_has_its_view(
 
 def test_layers_that_keep_different_numbers(model: Path, tmp_path: Path) -> None:
     how = {"allocate": "global", "allow_nonuniform": True}
-    shardsurgeon.materialize(viewed(model, tmp_path / "v", **how), tmp_path / "made")
+    view = viewed(model, tmp_path / "v", **how)
+    shardsurgeon.materialize(view, tmp_path / "made", allow_nonuniform=True)
     assert digests(tmp_path / "made") == applied(model, tmp_path / "direct", **how)
 
 
@@ -603,6 +604,33 @@ def test_what_reads_a_model_reads_a_view(
             text += file.read_text() if file.exists() else ""
             said.append(text.replace(folder.name, "MODEL"))
         assert said[0] == said[1], words
+
+
+def test_shards_of_layers_that_differ_have_to_be_allowed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A view needs no leave: our own loaders read a count per layer, stock engines do not."""
+    asked = ["apply", str(model / "scores.pt"), "-m", str(model), "-r", "0.5"]
+    asked += ["--allocate", "global"]
+    view, out = tmp_path / "uneven-view", tmp_path / "uneven"
+    assert main([*asked, "-o", str(out)]) == 2
+    assert "or make a view with `apply --view`" in capsys.readouterr().err
+    assert main([*asked, "--view", "-o", str(view)]) == 0
+    assert main(["materialize", str(view), "-o", str(out)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "nonuniform" in line]
+    assert "layers keep" in line and "leave it a view" in line and not out.exists()
+    assert main(["materialize", str(view), "-o", str(out), "--allow-nonuniform"]) == 0
+    assert main([*asked, "--allow-nonuniform", "-o", str(tmp_path / "applied")]) == 0
+    assert digests(out) == digests(tmp_path / "applied")
+
+
+def test_a_keep_list_of_layers_that_differ_may_be_a_view(model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "keep.json"
+    layers = {str(layer): list(range(4 + layer % 2)) for layer in range(3)}
+    plan.write_text(json.dumps({"keep": layers}))
+    asked = ["apply", "--plan", str(plan), "-m", str(model), "-o", str(tmp_path / "out")]
+    assert main(asked) == 2
+    assert main([*asked, "--view"]) == 0
 
 
 @pytest.mark.torch

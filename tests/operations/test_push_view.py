@@ -225,6 +225,16 @@ def test_a_shard_with_wrong_bytes_is_never_sent(
     assert shell.hub.commits("me/small") == ["initial commit"]
 
 
+def test_layers_that_differ_are_not_pushed_as_if_they_were_allowed(
+    shell: Shell, source: LocalHub
+) -> None:
+    words = ("apply", scores_of(FAMILY), "-m", "org/Tiny", "-r", "0.5", "--allocate", "global")
+    done(shell, *words, "--view", "-o", "U-view")
+    ended = shell.here("push", "U-view", "me/uneven")
+    assert ended.status == 2 and "layers keep" in ended.stderr
+    assert "`materialize --allow-nonuniform`" in ended.stderr
+
+
 def test_python_does_the_same(shell: Shell, view: Path) -> None:
     with chdir(shell.folder):
         report = shardsurgeon.push("V-view", "me/small", disk_budget="1MB")
