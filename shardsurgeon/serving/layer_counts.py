@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardsurgeon.checkpoint.config import (
-    PER_LAYER_KEY,
     config_section,
     config_values,
     read_numbers,
@@ -39,16 +38,16 @@ class LayerCounts:
     @classmethod
     def of(cls, config: Mapping[str, Any], family: Family, where: str) -> LayerCounts | None:
         """What a config says, None where all layers with experts have the same number of them."""
+        keys = family.config
         numbers = read_numbers(family, config, where)
-        sections = (config_section(config, at) or {} for at in family.config.at)
-        if not any(PER_LAYER_KEY in section for section in sections):
-            return None
-        layers = range(numbers.num_layers)
-        kept = {
-            layer: count for layer, count in numbers.experts.per_layer.items() if layer in layers
-        }
-        counts = cls(config, family.config, kept)
-        return counts if counts.others else None
+        for at in filter(None, (config_section(config, at) for at in keys.at)):
+            # Of a family's own that say it, transformers has a class that reads it.
+            if keys.per_layer and any(config_values(at, tuple(keys.per_layer.split(".")))):
+                return None
+        layers, per_layer = range(numbers.num_layers), numbers.experts.per_layer
+        kept = {layer: count for layer, count in per_layer.items() if layer in layers}
+        counts = cls(config, keys, kept)
+        return counts if kept and counts.others else None
 
     @property
     def most(self) -> int:
@@ -98,14 +97,17 @@ class LayerCounts:
     def _drop_overrides(self, section: dict[str, Any]) -> None:
         """Take a layer's count out of what transformers reads: it cannot build a model of it."""
         names = {dotted.rpartition(".")[2] for dotted in (*self.keys.num_experts, *self.keys.also)}
-        overrides = section.get(_OVERRIDES_KEY)
-        if not isinstance(overrides, dict):
-            return
-        for each in overrides.values():
-            for name in names & each.keys():
-                del each[name]
-        if not any(overrides.values()):
-            del section[_OVERRIDES_KEY]
+        left = _without(section.pop(_OVERRIDES_KEY, None), names)
+        if left:
+            section[_OVERRIDES_KEY] = left
+
+
+def _without(node: Any, names: set[str]) -> Any:
+    """An object without the members of these names, and without objects that are empty then."""
+    if not isinstance(node, dict):
+        return node
+    inner = {key: _without(value, names) for key, value in node.items() if key not in names}
+    return {key: value for key, value in inner.items() if value != {}}
 
 
 def model_with_counts(model_class: Any, counts: LayerCounts, configs: Mapping[int, Any]) -> Any:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardsurgeon.checkpoint.config import PER_LAYER_KEY
 from shardsurgeon.checkpoint.open import open_model
 from shardsurgeon.errors import CheckpointError, ConfigError, UsageError, install
 from shardsurgeon.families.schema import family_for
@@ -118,8 +117,8 @@ def _pruned(model: AnyPath | tuple[AnyPath, AnyPath], family: str | None) -> _Pr
     require_size(path.stat().st_size, CONFIG, where, ConfigError)
     raw = source.folder.read(CONFIG_NAME, 0, path.stat().st_size)
     settings, counts = _parsed(raw, where), None
-    # Only there where layers differ; for others no family is needed.
-    if PER_LAYER_KEY.encode() in raw:
+    # In every key that says it; without one, no family is needed.
+    if b"per_layer" in raw:
         checkpoint = open_model(source, family)
         counts = LayerCounts.of(settings, checkpoint.family or family_for(settings, where), where)
     found = (source.manifest.shards, source.origin, source.data)

@@ -4,7 +4,7 @@
 
 Writes two checkpoints of 50 MB a layer, one with a matrix per expert (Qwen3-MoE), one with stacked
 experts (GraniteMoE), prunes each by half both ways, and loads each result in a process of its own:
-as it comes, and with one token put through it, which reads every expert that it is sent to. Prints
+as it comes, and with a prompt put through it, which reads the experts that it is sent to. Prints
 a table. Needs torch and transformers.
 """
 
@@ -111,7 +111,7 @@ def make_stacked(folder: Path, layers: int) -> None:
 
 
 def load(folder: Path, way: str, *, forward: bool) -> None:
-    """Load one of the results; forward: put a token through it."""
+    """Load one of the results; forward: put a prompt of 64 tokens through it."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -126,6 +126,25 @@ def test_transformers_alone_does_not_load_such_a_model_rightly(tmp_path: Path) -
         transformers.AutoModelForCausalLM.from_pretrained(pruned.folder)
 
 
+@pytest.mark.parametrize(("name", "path"), [("mixtral", ()), ("dbrx", ("ffn_config",))])
+def test_overrides_that_stop_other_loaders_do_not_stop_this_one(
+    name: str, path: tuple[str, ...], tmp_path: Path
+) -> None:
+    pruned, lists = unequal(name, tmp_path)
+    before = load_pruned(pruned.view)
+    config = json.loads((pruned.view / "config.json").read_text())
+    count = {"mixtral": "num_local_experts", "dbrx": "moe_num_experts"}[name]
+    overrides: dict[str, Any] = {}
+    for layer, kept in lists.items():
+        overrides[str(layer)] = {count: len(kept)}
+        for key in path:
+            overrides[str(layer)] = {key: overrides[str(layer)]}
+    (pruned.view / "config.json").write_text(json.dumps({**config, "per_layer_config": overrides}))
+    after = load_pruned(pruned.view)
+    assert_same(after, before)
+    assert "per_layer_config" not in after.config.to_dict()
+
+
 def test_experts_that_a_quantization_builds_for_itself_are_refused(tmp_path: Path) -> None:
     """llama4's are taken apart by transformers, in every layer as many as the config says."""
     pruned, _ = unequal("llama4_quantized", tmp_path)
