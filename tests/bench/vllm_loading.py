@@ -49,6 +49,7 @@ def main() -> None:
                 if done.returncode:
                     sys.exit(done.stderr[-3000:])
                 found[form].append(json.loads(done.stdout.splitlines()[-1]))
+                print(form, state, found[form][-1], file=sys.stderr, flush=True)
         rows += [row(state, form, found) for form in FORMS]
     headings = ("", "load", "÷ default", "CPU", "÷ default", "resident at most", "its own memory")
     print(table(headings, rows))
