@@ -318,7 +318,9 @@ def require_ready(pruning: Pruning, *, stays: bool = True) -> None:
     # A view is loaded by our own loaders, which read a count per layer.
     if not keep.is_uniform and not pruning.request.allow_nonuniform and not pruning.view:
         counts = [len(layer.retained) for layer in keep.layers.values()]
-        remedy = "give it for an engine that reads a count per layer, or make a view with `apply --view`"
+        remedy = (
+            "give it for an engine that reads a count per layer, or make a view with `apply --view`"
+        )
         raise not_for_stock_engines(pruning.checkpoint, pruning.anatomy, counts, remedy)
     if os.path.lexists(pruning.out):
         plan = pruning.written

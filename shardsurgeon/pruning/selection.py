@@ -276,7 +276,9 @@ def check_uniform(keep_list: KeepList, where: str, engines: str) -> None:
         kept = [len(keep_list.layers[each].retained) for each in (first, layer)]
         if kept[0] != kept[1]:
             problem = f"layer {first} keeps {kept[0]} experts, layer {layer} {kept[1]}: {engines}"
-            remedy = "keep the same number in every layer, give --allow-nonuniform, or `apply --view`"
+            remedy = (
+                "keep the same number in every layer, give --allow-nonuniform, or `apply --view`"
+            )
             raise KeepListError(where, problem, remedy)
 
 

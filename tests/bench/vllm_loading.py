@@ -14,52 +14,67 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from layouts import QWEN
+from measure import chill, remove, table, warm
+from skeleton import build
+
 FORMS: Mapping[str, Mapping[str, str]] = {"folder": {}, "view": {"load_format": "shardsurgeon"}}
+STATES = ("warm", "cold")
+Load = dict[str, float]
 
 
 def main() -> None:
-    """Build, prune, load in turns, and print the table; or load one model: `--load FORM FOLDER`."""
+    """Build, prune, and have a process load in turns; print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
-    parser.add_argument("--python", required=True, help="an interpreter that has vLLM")
+    parser.add_argument("--python", help="an interpreter that has vLLM")
     parser.add_argument("--runs", type=int, default=7, help="pairs (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=5, help="1.2 GB each (default: %(default)s)")
-    if sys.argv[1:2] == ["--load"]:
-        print(json.dumps(load(sys.argv[3], FORMS[sys.argv[2]])))
-        return
     options = parser.parse_args()
-    from measure import chill, remove, table, warm
-
-    source = make(options.work, options.layers)
-    rows = []
-    for state, prepare in (("warm", warm), ("cold", chill)):
-        found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
-        for number in range(options.runs):
-            # Each is first as often as the other.
-            for form in sorted(FORMS, reverse=number % 2 == 1):
-                prepare(source if form == "view" else options.work / "folder")
-                words = [options.python, __file__, "--load", form, str(options.work / form)]
-                done = subprocess.run(words, env=surroundings(), capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr[-3000:])
-                found[form].append(json.loads(done.stdout.splitlines()[-1]))
-        rows += [row(state, form, found) for form in FORMS]
+    if options.python is None:
+        load_in_turns(options.work, options.runs)
+        return
+    make(options.work, options.layers)
+    words = [options.python, __file__, str(options.work), "--runs", str(options.runs)]
+    done = subprocess.run(words, env=surroundings(), stdout=subprocess.PIPE, text=True, check=True)
+    found = json_lines(done.stdout)
     headings = ("", "load", "÷ default", "CPU", "÷ default", "resident at most", "its own memory")
+    rows = (row(state, form, found) for state in STATES for form in FORMS)
     print(table(headings, rows))
     remove(options.work)
 
 
+def json_lines(text: str) -> dict[tuple[str, str], list[Load]]:
+    """(state, form) → its loads, of what the other process printed."""
+    found: dict[tuple[str, str], list[Load]] = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            state, form, figures = json.loads(line)
+            found.setdefault((state, form), []).append(figures)
+    return found
+
+
+def load_in_turns(work: Path, runs: int) -> None:
+    """Load both forms again and again into one model's memory, each first as often as the other."""
+    with engines(work) as loads:
+        for state, prepare in zip(STATES, (warm, chill), strict=True):
+            for number in range(runs):
+                for form in sorted(FORMS, reverse=number % 2 == 1):
+                    prepare(work / "model" if form == "view" else work / "folder")
+                    print(json.dumps([state, form, loads[form]()]), flush=True)
+
+
 def make(work: Path, layers: int) -> Path:
     """A model in bf16, its pruned folder, and its view; returns the model."""
-    from layouts import QWEN
-    from skeleton import build
-
     source = work / "model"
     if source.exists():  # from a run that was broken off
         return source
@@ -72,10 +87,10 @@ def make(work: Path, layers: int) -> Path:
     return source
 
 
-def row(state: str, form: str, found: Mapping[str, list[dict[str, float]]]) -> list[str]:
+def row(state: str, form: str, found: Mapping[tuple[str, str], list[Load]]) -> list[str]:
     """A line of the table: medians, and the quotients of the pairs."""
-    runs = found[form]
-    quotients = [quotient(runs, found["folder"], key) for key in ("seconds", "cpu")]
+    runs = found[state, form]
+    quotients = [quotient(runs, found[state, "folder"], key) for key in ("seconds", "cpu")]
     middle = {key: statistics.median(each[key] for each in runs) for key in runs[0]}
     return [
         f"{form}, {state}",
@@ -106,40 +121,48 @@ def surroundings() -> dict[str, str]:
     }
 
 
-def load(folder: str, form: Mapping[str, str]) -> dict[str, float]:
-    """Seconds that vLLM takes for the weights of a model in `folder`, and the most bytes that were
-    resident meanwhile, with mapped files and without."""
-    import tempfile
-
+@contextmanager
+def engines(work: Path) -> Iterator[dict[str, Callable[[], Load]]]:
+    """Form → what loads its weights once and measures that: seconds, CPU seconds, and the most
+    bytes that were resident meanwhile, with mapped files and without."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    engine = EngineArgs(
-        model=folder,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="bfloat16",
-        max_model_len=128,
-        use_tqdm_on_load=False,
-        **form,
-    ).create_engine_config()
-    with set_current_vllm_config(engine), tempfile.NamedTemporaryFile() as store:
-        init_distributed_environment(1, 0, f"file://{store.name}.store", 0, "gloo")
-        initialize_model_parallel(1)
-        loader = get_model_loader(engine.load_config)
-        with set_default_torch_dtype(engine.model_config.dtype):
-            model = loader.create_model(engine, engine.model_config)
-            with Watch() as watch:
-                loader.load_weights(model, engine.model_config)
-    return {
-        "seconds": watch.seconds,
-        "cpu": watch.cpu,
-        "resident": watch.resident,
-        "own": watch.own,
+    configs = {
+        form: EngineArgs(
+            model=str(work / form),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            dtype="bfloat16",
+            max_model_len=128,
+            use_tqdm_on_load=False,
+            **words,
+        ).create_engine_config()
+        for form, words in FORMS.items()
     }
+    folder = configs["folder"]
+    with set_current_vllm_config(folder), tempfile.TemporaryDirectory() as scratch:
+        init_distributed_environment(1, 0, f"file://{scratch}/store", 0, "gloo")
+        initialize_model_parallel(1)
+        with set_default_torch_dtype(folder.model_config.dtype):
+            model = get_model_loader(folder.load_config).create_model(folder, folder.model_config)
+
+    def load(form: str) -> Load:
+        config = configs[form]
+        with set_current_vllm_config(config), Watch() as watch:
+            loader = get_model_loader(config.load_config)
+            loader.load_weights(model, config.model_config)
+        return {
+            "seconds": watch.seconds,
+            "cpu": watch.cpu,
+            "resident": watch.resident,
+            "own": watch.own,
+        }
+
+    yield {form: partial(load, form) for form in FORMS}
 
 
 class Watch:
