@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,8 @@ from shardsurgeon.checkpoint.config import (
 )
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.families.schema import ConfigKeys, Family
+from shardsurgeon.pruning.layer_counts import without_overrides
 
-# transformers' own: layer -> {attribute: its value there}.
-_OVERRIDES_KEY = "per_layer_config"
 # The first number in a parameter's name is its layer: `model.layers.3.mlp.gate.weight`.
 _LAYER = re.compile(r"((?:.*?\.)??(\d+))\.(.+)")
 
@@ -65,12 +63,11 @@ class LayerCounts:
 
     def settings(self, count: int | None = None) -> dict[str, Any]:
         """The config that gives every layer `count` experts, None for the most."""
-        made = deepcopy(dict(self.config))
+        made = without_overrides(self.config, self.keys)
         for at in self.keys.at:
             section: Any = config_section(made, at)
             if section is None:
                 continue
-            self._drop_overrides(section)
             for dotted in (*self.keys.num_experts, *self.keys.also):
                 for path, value in list(config_values(section, tuple(dotted.split(".")))):
                     if value == self.most and count is not None:
@@ -93,21 +90,6 @@ class LayerCounts:
                 problem = f"transformers built {name}, which layer {layer[2]} does not have"
                 remedy = "prune with the same number of experts in every layer"
                 raise ConfigError(where, problem, remedy)
-
-    def _drop_overrides(self, section: dict[str, Any]) -> None:
-        """Take a layer's count out of what transformers reads: it cannot build a model of it."""
-        names = {dotted.rpartition(".")[2] for dotted in (*self.keys.num_experts, *self.keys.also)}
-        left = _without(section.pop(_OVERRIDES_KEY, None), names)
-        if left:
-            section[_OVERRIDES_KEY] = left
-
-
-def _without(node: Any, names: set[str]) -> Any:
-    """An object without the members of these names, and without objects that are empty then."""
-    if not isinstance(node, dict):
-        return node
-    inner = {key: _without(value, names) for key, value in node.items() if key not in names}
-    return {key: value for key, value in inner.items() if value != {}}
 
 
 def model_with_counts(model_class: Any, counts: LayerCounts, configs: Mapping[int, Any]) -> Any:
