@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 Lines = list[dict[str, Any]]
 
-MANIFEST, OWN = "shardsurgeon_view.jsonl.gz", "shardsurgeon_view.bin"
+MANIFEST, OWN = "shardsurgeon_view.jsonl.gz", "shardsurgeon_view.data"
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 Y = np.arange(6, dtype=np.int16)
 Z = np.arange(5, dtype=np.float16)

@@ -32,7 +32,7 @@ many. None is empty, and none goes beyond the tensor that it begins in, so that 
 are those within its `data_offsets`.
 
 Values that no source has, expert counts and tables of expert ids, lie in the view's own
-`shardsurgeon_view.bin`, which `files` then lists last, with its SHA-256 in hex as the stamp.
+`shardsurgeon_view.data`, which `files` then lists last, with its SHA-256 in hex as the stamp.
 
 `read_manifest` checks all of that, `storage.view` that the source is what it was, and
 `shardsurgeon inspect VIEW` runs both: one line and exit status 2 where something does not hold.
@@ -78,7 +78,7 @@ from shardsurgeon.storage.limits import (
 from shardsurgeon.storage.source import SourceFile, leads_out, unusual
 
 VIEW_NAME = "shardsurgeon_view.jsonl.gz"
-DATA_NAME = "shardsurgeon_view.bin"
+DATA_NAME = "shardsurgeon_view.data"
 VERSION = 1
 
 _FORMAT = "shardsurgeon view"
