@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from io import FileIO
 from itertools import groupby
 from operator import itemgetter
 from types import TracebackType
@@ -34,6 +35,10 @@ Framework = Literal["pt", "np"]
 
 # Files that stay mapped: tensors come in the source's order, and some are made of two files.
 _MOST_MAPPED = 2
+# What the system is asked to read before it is needed.
+_AHEAD_NBYTES = 64 << 20
+# Linux reads at most the device's largest request per advice; 128 KiB is its smallest default.
+_ADVICE_NBYTES = 128 << 10
 
 
 def open_view(path: str | os.PathLike[str], framework: Framework = "pt") -> ViewTensors:
@@ -83,6 +88,7 @@ class ViewTensors:
             record.name: (shard, record) for shard in shards for record in shard.header.tensors
         }
         self._mapped: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._opened: dict[str, FileIO] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> ViewTensors:
@@ -100,6 +106,13 @@ class ViewTensors:
         """Let go of the files. Tensors that were given out stay what they are."""
         with self._lock:
             self._mapped.clear()
+            for file in self._opened.values():
+                file.close()
+            self._opened.clear()
+
+    def __del__(self) -> None:
+        """Let go of the files of a reader that nobody closed."""
+        self.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -131,6 +144,37 @@ class ViewTensors:
         """A tensor of which only what is indexed is read. Raises KeyError."""
         self.record(name)
         return ViewSlice(self, name)
+
+    def in_turn(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        """(name, tensor) of these, one after the other, while the system reads those that follow.
+
+        Left to itself it would read what lies between them as well. Raises as `get_tensor` does.
+        """
+        ahead, told = 0, 0
+        for number, name in enumerate(names):
+            if told <= number:
+                ahead, told = 0, number
+            while told < len(names) and ahead < _AHEAD_NBYTES:
+                ahead += self._read_ahead(names[told])
+                told += 1
+            yield name, self.get_tensor(name)
+            ahead -= self.record(name).nbytes
+
+    def _read_ahead(self, name: str) -> int:
+        """Have the system read a tensor where its file is mapped; its size in bytes."""
+        shard, record = self._places[name]
+        for file, begin, nbytes in shard.ranges(record.begin, record.end):
+            end = begin + nbytes
+            mapped = self._map(file, end)
+            if mapped is None or not hasattr(mmap, "MADV_WILLNEED"):
+                break
+            with self._lock:
+                opened = self._opened.get(file)
+                if opened is None or default_system().in_memory(opened, end - 1):
+                    continue
+            for at in range(begin - begin % mmap.PAGESIZE, end, _ADVICE_NBYTES):
+                mapped.madvise(mmap.MADV_WILLNEED, at, min(_ADVICE_NBYTES, end - at))
+        return record.nbytes
 
     def rows(self, name: str, begin: int, end: int) -> Any:
         """Rows [begin, end) of the first axis; raises as `get_tensor` does."""
@@ -229,12 +273,15 @@ class ViewTensors:
                 opened = self._origin.open(file)
                 if opened is None:
                     return None
-                with opened:
-                    self._require(os.fstat(opened.fileno()).st_size, end, file)
-                    found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-                self._mapped[file] = found
+                nbytes = os.fstat(opened.fileno()).st_size
+                if nbytes < end:
+                    opened.close()
+                self._require(nbytes, end, file)
+                self._opened[file] = opened
+                found = self._mapped[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
                 if len(self._mapped) > self._most_mapped:
-                    self._mapped.popitem(last=False)
+                    oldest, _ = self._mapped.popitem(last=False)
+                    self._opened.pop(oldest).close()
             self._mapped.move_to_end(file)
         self._require(len(found), end, file)
         return found

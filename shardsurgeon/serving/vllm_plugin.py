@@ -176,10 +176,14 @@ def _loader() -> type[Any]:
                     disable=not weight_utils.enable_tqdm(self.load_config.use_tqdm_on_load),
                     bar_format=weight_utils._BAR_FORMAT,
                 ):
-                    for record in shard.header.tensors:
-                        name = record.name
-                        if not should_skip_weight(name, self.local_expert_ids) and not unused(name):
-                            yield source.prefix + name, tensors.get_tensor(name)
+                    names = [
+                        record.name
+                        for record in shard.header.tensors
+                        if not should_skip_weight(record.name, self.local_expert_ids)
+                        and not unused(record.name)
+                    ]
+                    for name, tensor in tensors.in_turn(names):
+                        yield source.prefix + name, tensor
 
         def _wanted(self, found: PrunedModel, patterns: list[str] | None) -> list[Any]:
             """The shards to load: all, or those of some names, less those of a model that is not
