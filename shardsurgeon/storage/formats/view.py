@@ -210,7 +210,7 @@ class ManifestWriter:
         self._lines.insert(0, _json(head) + b"\n")
         # Without the time, so that one plan gives one manifest.
         packed = BytesIO()
-        with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=4, mtime=0) as file:
+        with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=3, mtime=0) as file:
             file.writelines(self._lines)
         made[VIEW_NAME] = packed.getvalue()
         return made
