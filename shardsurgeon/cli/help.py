@@ -46,7 +46,7 @@ SECTIONS = {
     ),
     "Scores": (
         *("--metric", "--mtp", "--preserve-super-experts", "--rounding", "--multiple-of"),
-        *("--allocate", "--allow-nonuniform", "--lists", "--same-model", "--mixed"),
+        *("--allocate", "--lists", "--same-model", "--mixed"),
     ),
     "Output files": (
         *("--view", "--max-shard-size", "--include", "--exclude", "--verify", "--checksums"),
@@ -56,7 +56,10 @@ SECTIONS = {
         *("--push-to-hub", "--stream-push", "--disk-budget", "--private", "--revision"),
         *("--create-pr", "--card", "--no-card"),
     ),
-    "Advanced": ("--family", "--follow-links", "--tokenizer", "--trust-remote-code"),
+    "Advanced": (
+        *("--allow-nonuniform", "--family", "--follow-links", "--tokenizer"),
+        "--trust-remote-code",
+    ),
     "Report": ("--json", "--progress", "--quiet", "--verbose", "--help"),
 }
 _ADVANCED = "Advanced"

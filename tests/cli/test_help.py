@@ -96,7 +96,7 @@ def test_a_long_help_begins_with_what_most_need(run: Run) -> None:
         "push",
         "scores",
         "probe",
-    } | {"report"}
+    } | {"report", "materialize"}
     assert set(long["scores"]) >= {"--weights NAME=W[,...]", "--objective [max-min]", *how_much[:2]}
     assert set(long["plan"]) >= {*how_much, place, "-o, --out, --output FILE"}
     assert set(long["apply"]) >= {*how_much, place, "-o, --out, --output OUT", "--dry-run"}

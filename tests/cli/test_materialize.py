@@ -15,11 +15,12 @@ def test_the_plain_command_hands_on_its_defaults(run: Run, fake: FakeOperations)
     assert run("materialize", "small-view").status == 0
     [(args, options)] = fake.calls
     assert args == ("small-view", None, RunOptions(command="shardsurgeon materialize small-view"))
-    assert options == {"family": None, "follow_links": False}
+    assert options == {"allow_nonuniform": False, "family": None, "follow_links": False}
 
 
 def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> None:
     more = ("-o", "out", "--dry-run", "--restart", "-j", "3", "--no-verify", "--checksums")
+    more += ("--allow-nonuniform",)
     said = run("materialize", "small-view", *more, "--family", "auto", "--follow-links").stdout
     [(args, options)] = fake.calls
     assert args == (
@@ -27,7 +28,7 @@ def test_every_option_reaches_the_operation(run: Run, fake: FakeOperations) -> N
         "out",
         RunOptions(workers=3, verify=False, dry_run=True, restart=True, checksums=True),
     )
-    assert options == {"family": "auto", "follow_links": True}
+    assert options == {"allow_nonuniform": True, "family": "auto", "follow_links": True}
     assert " --follow-links\n" in said
 
 

@@ -83,7 +83,6 @@ SPEAKERS = {
     "cli/families.py": ["inspect", "plan", "apply"],
     "units.py": ["plan", "apply", "scores compare"],
     "storage/hub/repository.py": ["push", "apply"],
-    "serving/": ["plan", "apply"],
 }
 # Options of one function of a module whose other messages are everybody's.
 NARROWER = {
@@ -98,7 +97,7 @@ NARROWER = {
 # Command lines of a card, of a page and of another program, and spellings of options.
 ELSEWHERE = {"operations/model_card.py", "operations/python_calls.py"}
 ELSEWHERE |= {"operations/page_commands.py", "operations/serving.py", "cli/push.py"}
-ELSEWHERE |= {"pruning/fit.py"}
+ELSEWHERE |= {"pruning/fit.py", "serving/pruned.py", "serving/vllm_plugin.py"}
 # Options of another command, which no message names.
 ELSEWHERE |= {"operations/push_view.py"}
 

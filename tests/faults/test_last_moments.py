@@ -16,7 +16,7 @@ from shardsurgeon.cli import apply as command
 from shardsurgeon.cli.main import Stopped, main
 from shardsurgeon.errors import OutputWriteError, SourceChangedError, VerificationError
 from shardsurgeon.execution.run import execute
-from shardsurgeon.operations import apply
+from shardsurgeon.operations import carry_out
 from shardsurgeon.storage import system as systems
 from shardsurgeon.storage.system import portable
 from tests.faults.checkpoint import FIXTURE
@@ -81,7 +81,7 @@ def then_stopped(real: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-@pytest.mark.parametrize(("place", "name"), [(apply, "execute"), (command, "emit")])
+@pytest.mark.parametrize(("place", "name"), [(carry_out, "execute"), (command, "emit")])
 def test_a_signal_after_the_last_step_is_told_that_out_is_complete(
     place: object,
     name: str,
