@@ -119,7 +119,7 @@ def plan_command(
 
 def _serve_lines(pruning: Pruning, plan_out: str) -> Iterator[str]:
     """How the model itself is served with the saved plan, with nothing written."""
-    from shardsurgeon.operations.serve_plan import serve_planned
+    from shardsurgeon.operations.prune import serve_planned
 
     if words := serve_planned(pruning, plan_out):
         yield "Serve it without writing a model:"

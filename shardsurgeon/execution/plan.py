@@ -56,15 +56,11 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One output file: its header bytes (length prefix included) and then its tensors, in order.
-
-    metadata: the header's `__metadata__`, None where it has none.
-    """
+    """One output file: its header bytes (length prefix included) and then its tensors, in order."""
 
     file: str
     header: bytes = field(repr=False)
     tensors: tuple[OutputTensor, ...] = field(repr=False)
-    metadata: dict[str, str] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -143,4 +143,4 @@ def _output_shard(view: ViewSource, name: str) -> OutputShard:
             for piece in view.resolve(name, begin, record.nbytes)
         )
         tensors.append(OutputTensor(record.name, record.dtype, record.shape, pieces))
-    return OutputShard(name, shard.head, tuple(tensors), shard.header.metadata)
+    return OutputShard(name, shard.head, tuple(tensors))

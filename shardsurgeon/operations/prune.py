@@ -23,7 +23,7 @@ from shardsurgeon.operations.measured import Evaluation, measuring
 from shardsurgeon.operations.places import default_place, require_apart
 from shardsurgeon.operations.python_calls import public
 from shardsurgeon.operations.recipe import Recipe
-from shardsurgeon.operations.serving import Serving, not_for_stock_engines, serving_of
+from shardsurgeon.operations.serving import Serving, not_for_stock_engines, serve_words, serving_of
 from shardsurgeon.pruning.decide import Decision, decide
 from shardsurgeon.pruning.fit import Fit, MachineFit
 from shardsurgeon.pruning.keep_list_files import is_plan
@@ -34,11 +34,12 @@ from shardsurgeon.pruning.overrides import Overrides, engine_overrides
 from shardsurgeon.pruning.plan_model import facts_of
 from shardsurgeon.pruning.planner import SizeEstimate, checked_shards
 from shardsurgeon.pruning.report import PlanReport, plan_report
-from shardsurgeon.pruning.request import SelectionRequest
+from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
 from shardsurgeon.reports import Titled
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import Output, free_space, output_path, sha256_of
+from shardsurgeon.storage.open import hub_name
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.system import default_system
 
@@ -165,6 +166,28 @@ def save_plan(pruning: Pruning, path: str | os.PathLike[str], *, force: bool = F
     inputs += files_read(pruning.checkpoint, pruning.declared)
     output = Output(output_path(path), "a plan", is_plan, force)
     return output.apart_from(inputs).write(data)
+
+
+def serve_planned(pruning: Pruning, plan_file: str) -> tuple[str, ...] | None:
+    """The command that serves the model itself as a saved plan leaves it, None where there is none.
+
+    `Pruning.overrides` says why there is none of a model that a view can be made of.
+    """
+    source, serving = pruning.checkpoint.source, pruning.serving
+    name = hub_name(source)
+    is_read = name.count("/") == 1 if name else not source.is_remote
+    if not is_read or not serving.by_vllm or pruning.overrides.problem:
+        return None
+    told = {"plan": plan_file}
+    if pruning.request.mtp is not MtpPolicy.ROUTER_NORM:
+        told["mtp"] = pruning.request.mtp.value
+    return serve_words(
+        name or source.location,
+        source.revision if name else None,
+        serving,
+        planned=told,
+        overrides=pruning.overrides.values,
+    )
 
 
 def plan(

@@ -115,7 +115,7 @@ def _finish(draft: _Draft, file: str) -> OutputShard:
     """Lay a shard out as the safetensors library does: wider dtypes first, then source order."""
     tensors = tuple(sorted(draft.tensors, key=lambda tensor: layout_key(tensor.dtype)))
     header = build_header([(t.name, t.dtype, t.shape, t.nbytes) for t in tensors], draft.metadata)
-    return OutputShard(file, header, tensors, draft.metadata)
+    return OutputShard(file, header, tensors)
 
 
 def _repack(planner: _Planner, shards: tuple[Shard, ...], limit: int) -> Iterator[_Draft]:

@@ -19,7 +19,6 @@ from shardsurgeon.operations import (
     prune,
     push,
     scores,
-    serve_plan,
     verify,
 )
 from tests.cli.standins import SCORE_OPERATIONS, Ended, FakeOperations, FakePruning, Run
@@ -44,7 +43,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOperations:
     monkeypatch.setattr(prune, "compare", operations_.compare)
     monkeypatch.setattr(prune, "save_plan", FakePruning.save_plan)
     monkeypatch.setattr(prune, "as_view", lambda pruning, **how: pruning)
-    monkeypatch.setattr(serve_plan, "serve_planned", FakePruning.serve_planned)
+    monkeypatch.setattr(prune, "serve_planned", FakePruning.serve_planned)
     for name in SCORE_OPERATIONS:
         module = {"blend_scores": blend, "plot_scores": plots}.get(name, scores)
         monkeypatch.setattr(module, name, operations_.answer(name))

@@ -13,8 +13,7 @@ import pytest
 import shardsurgeon
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.execution.plan import Plan
-from shardsurgeon.operations.prune import Pruning
-from shardsurgeon.operations.serve_plan import serve_planned
+from shardsurgeon.operations.prune import Pruning, serve_planned
 from shardsurgeon.pruning.overrides import Overrides, engine_overrides
 from shardsurgeon.storage.source import MemorySource
 from tests.families.specimens import builders, fixture, written

@@ -128,11 +128,6 @@ class ViewShard:
             yield self._files[self._file[number]].name, at, upto - begin
             begin, number = upto, number + 1
 
-    @property
-    def used(self) -> list[str]:
-        """The files that it takes bytes from, each once."""
-        return [self._files[number].name for number in sorted(set(self._file))]
-
 
 class Manifest:
     """What a manifest says.

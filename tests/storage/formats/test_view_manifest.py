@@ -27,6 +27,7 @@ from shardsurgeon.storage.formats.view import (
     VIEW_NAME,
     Manifest,
     ManifestWriter,
+    ViewShard,
     read_manifest,
 )
 from shardsurgeon.storage.source import SourceFile
@@ -52,6 +53,11 @@ def refused(raw: bytes) -> str:
     return said
 
 
+def used(shard: ViewShard) -> list[str]:
+    """The files that a shard takes bytes from, each once, sorted."""
+    return sorted({file for file, _, _ in shard.ranges(0, shard.nbytes - len(shard.head))})
+
+
 def everything(manifest: Manifest) -> object:
     """All that counts of a manifest."""
     return (
@@ -60,7 +66,8 @@ def everything(manifest: Manifest) -> object:
         manifest.data,
         [
             (
-                *(each.file, each.nbytes, each.head, each.header, each.header.metadata, each.used),
+                *(each.file, each.nbytes, each.head, each.header, each.header.metadata),
+                used(each),
                 *(list(each.ranges(record.begin, record.end)) for record in each.header.tensors),
             )
             for each in manifest.shards
@@ -78,7 +85,7 @@ def test_a_manifest_made_from_the_description_alone_is_read() -> None:
     assert [file.name for file in found.files] == ["a.safetensors", "b.safetensors"]
     one, two = found.shards
     assert [record.name for record in one.header.tensors] == ["x", "counts", "y"]
-    assert one.used == ["a.safetensors", handmade.OWN] and two.used == ["b.safetensors"]
+    assert used(one) == ["a.safetensors", handmade.OWN] and used(two) == ["b.safetensors"]
     assert two.header.metadata == {"format": "pt"}
     expected = handmade.EXPECTED
     arrays = {name: expected[name] for name in ("zé", "none")}
