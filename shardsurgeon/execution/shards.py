@@ -16,7 +16,15 @@ from functools import partial
 
 from shardsurgeon.execution.journal import JournalState
 from shardsurgeon.execution.plan import OutputShard, Segment
-from shardsurgeon.execution.ranges import CopyRange, Range, batches, copy_ranges, joined, remaining
+from shardsurgeon.execution.ranges import (
+    CopyRange,
+    Range,
+    batches,
+    claimed_ranges,
+    copy_ranges,
+    joined,
+    remaining,
+)
 from shardsurgeon.execution.transfer import RangeTransfer, gaps, max_gap
 from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.storage.files import carry_mode, reserve_file, sync_path
@@ -67,7 +75,9 @@ class ShardWriter:
             # Before the file: the new one is empty, whatever the journal says of an older one.
             self._context.journal.begin(shard.file)
         path = self._context.workdir.begin_file(shard.file)
-        reserve_file(path, shard.nbytes, self._context.workdir.system)
+        sharable = self._context.sharable
+        claimed = claimed_ranges(copy_ranges(shard), sharable) if sharable else None
+        reserve_file(path, shard.nbytes, self._context.workdir.system, claimed)
 
     def tasks(self, shards: Iterable[OutputShard], at_once: int) -> Iterator[Task]:
         """The tasks that write `shards`, which have been begun.
@@ -170,6 +180,10 @@ class ResumeState:
     whole: dict[str, int]
     sent: dict[str, int]
     parts: dict[str, list[Range]]
+
+    def unfinished(self, shards: Iterable[OutputShard]) -> list[OutputShard]:
+        """Those of some shards that are not whole."""
+        return [s for s in shards if s.file not in self.whole and s.file not in self.sent]
 
     @property
     def shards(self) -> int:

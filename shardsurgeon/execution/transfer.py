@@ -1,4 +1,4 @@
-"""One batch of byte ranges moved: copied where the source is local, downloaded where it is not.
+"""One batch of byte ranges moved: shared or copied where the source is local, else downloaded.
 
 Batches touch disjoint ranges of the output, so any number of workers may move them at once, in
 any order. Downloads join ranges that lie close together into one request and throw away what is
@@ -19,6 +19,7 @@ from shardsurgeon.execution.plan import Literal, Segment
 from shardsurgeon.execution.ranges import CopyRange
 from shardsurgeon.execution.workers import ProgressMeter
 from shardsurgeon.storage.files import FileCopier, open_regular, write_all, writing
+from shardsurgeon.storage.sharing import BlockSharing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System
 
@@ -31,12 +32,20 @@ _WANTED_PER_SURPLUS = 100
 class RangeTransfer:
     """Writes batches of ranges from a source into files. One per worker: it owns a copy buffer."""
 
-    def __init__(self, source: Source, system: System, meter: ProgressMeter, gap: int = 0) -> None:
-        """meter: told of every step; what it raises ends the batch. gap: see `Downloader`."""
+    def __init__(
+        self,
+        source: Source,
+        system: System,
+        meter: ProgressMeter,
+        gap: int = 0,
+        sharing: BlockSharing | None = None,
+    ) -> None:
+        """meter: told of every step; what it raises ends the batch. gap: see `Downloader`.
+        sharing: what the targets share with the source; None for nothing."""
         self._source = source
         self._system = system
         self._meter = meter
-        self._copier = FileCopier(system, meter.advance)
+        self._copier = FileCopier(system, meter.advance, sharing)
         self._downloader = Downloader(source, system, meter, gap)
 
     def write(self, batch: Sequence[CopyRange], target: Path) -> None:

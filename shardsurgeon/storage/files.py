@@ -21,6 +21,7 @@ from pathlib import Path
 
 from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
 from shardsurgeon.storage.pipes import is_stream, open_file, write_into
+from shardsurgeon.storage.sharing import BlockSharing, whole_blocks
 from shardsurgeon.storage.system import System, default_system
 
 # In the folder of work that an interrupted command left: what it is and what is done of it.
@@ -129,18 +130,38 @@ def write_all(
 class FileCopier:
     """Copies ranges between open files. One per worker: it owns the worker's only buffer."""
 
-    def __init__(self, system: System, advance: Callable[[int], None]) -> None:
-        """advance: called with the bytes of every step that was copied."""
+    def __init__(
+        self,
+        system: System,
+        advance: Callable[[int], None],
+        sharing: BlockSharing | None = None,
+    ) -> None:
+        """advance: called with the bytes of every step that was copied or shared; sharing: asked
+        for blocks before any is copied, None for copying all."""
         self._system = system
         self._advance = advance
+        self._sharing = sharing
         self._buffer = memoryview(bytearray(BUFFER_NBYTES))
 
     def copy(self, source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> None:
         """Copy `nbytes` from byte `begin` of the source to byte `at` of the target.
 
-        The kernel is asked first; where it declines, even half-way, the rest goes through the
-        buffer. Raises SourceReadError or OutputWriteError, with the name of the file at fault.
+        Whole blocks that lie alike in both are shared where that works, and only the edges copied.
+        Raises SourceReadError or OutputWriteError, with the name of the file at fault.
         """
+        first, last = whole_blocks(begin, at, nbytes) if self._sharing else (at, at)
+        if self._sharing and self._sharing.share(
+            source, begin + first - at, target, first, last - first
+        ):
+            self._advance(last - first)
+            self._copy(source, begin, target, at, first - at)
+            self._copy(source, begin + last - at, target, last, at + nbytes - last)
+        else:
+            self._copy(source, begin, target, at, nbytes)
+
+    def _copy(self, source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> None:
+        """The kernel is asked first; where it declines, even half-way, the rest goes through the
+        buffer."""
         done = 0
         while done < nbytes:
             count = self._system.kernel_copy(source, begin + done, target, at + done, nbytes - done)
@@ -357,10 +378,20 @@ def make_folder(path: Path, system: System) -> None:
         system.sync_folder(path.parent)
 
 
-def reserve_file(path: Path, nbytes: int, system: System) -> None:
-    """Make an empty file of `nbytes`, its blocks claimed where the system can."""
+def reserve_file(
+    path: Path,
+    nbytes: int,
+    system: System,
+    claimed: Iterable[tuple[int, int]] | None = None,
+) -> None:
+    """Make an empty file of `nbytes`, its blocks claimed where the system can.
+
+    claimed: the ranges whose blocks are; None for all.
+    """
     with new_file(path) as file:
-        system.reserve(file, nbytes)
+        file.truncate(nbytes)
+        for begin, end in [(0, nbytes)] if claimed is None else claimed:
+            system.reserve(file, begin, end)
 
 
 def carry_mode(origins: Iterable[Path | None], copy: Path) -> None:

@@ -38,6 +38,12 @@ class Unsynced:
             self.ranges.setdefault(str(target.name), []).append((at, at + count))
             return count
 
+        def share(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> bool:
+            shared = real.share(source, begin, target, at, nbytes)
+            if shared:
+                self.ranges.setdefault(str(target.name), []).append((at, at + nbytes))
+            return shared
+
         def sync_file(file: FileIO) -> None:
             real.sync_file(file)
             self.ranges.pop(str(file.name), None)
@@ -47,7 +53,7 @@ class Unsynced:
             self.ranges[str(new)] = self.ranges.pop(str(old), [])
 
         calls = {"write_at": write_at, "kernel_copy": kernel_copy, "sync_file": sync_file}
-        return replace(real, rename=rename, **calls)  # type: ignore[arg-type]
+        return replace(real, rename=rename, share=share, **calls)  # type: ignore[arg-type]
 
     def lose(self) -> None:
         for path, ranges in list(self.ranges.items()):

@@ -29,11 +29,15 @@ def test_reads_and_writes_hit_their_offset(tmp_path: Path, system: System) -> No
 
 
 @BOTH
-def test_reserving_sets_the_length_even_to_nothing(tmp_path: Path, system: System) -> None:
-    for nbytes in (0, 1, 100_000):
-        with FileIO(tmp_path / "file", "w") as file:
-            system.reserve(file, nbytes)
-        assert (tmp_path / "file").read_bytes() == bytes(nbytes)
+def test_what_is_reserved_changes_neither_length_nor_content(
+    tmp_path: Path, system: System
+) -> None:
+    with FileIO(tmp_path / "file", "w") as file:
+        file.write(b"12345")
+        file.truncate(100_000)
+        for begin, end in ((0, 0), (3, 4), (0, 100_000)):
+            system.reserve(file, begin, end)
+    assert (tmp_path / "file").read_bytes() == b"12345" + bytes(99_995)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
@@ -46,17 +50,18 @@ def test_a_reservation_that_the_disk_cannot_hold_is_an_error(
 
     monkeypatch.setattr(system_module, "_libc_fallocate", lambda: full)
     with FileIO(tmp_path / "file", "w") as file, pytest.raises(OSError, match="No space"):
-        native().reserve(file, 10)
+        native().reserve(file, 0, 10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
-def test_a_file_system_that_cannot_reserve_still_gets_the_length(
+def test_a_file_system_that_cannot_reserve_is_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system_module, "_libc_fallocate", lambda: system_module._no_fallocate)
     with FileIO(tmp_path / "file", "w") as file:
-        native().reserve(file, 10)
-    assert (tmp_path / "file").stat().st_size == 10
+        native().reserve(file, 0, 10)
+        assert native().write_at(file, memoryview(b"data"), 6) == 4
+    assert (tmp_path / "file").read_bytes() == bytes(6) + b"data"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
@@ -69,8 +74,7 @@ def test_no_blocks_are_claimed_where_each_is_written_to_a_new_place(
     monkeypatch.setattr(system_module, "_file_system", lambda file: 0x9123683E)
     monkeypatch.setattr(system_module, "_libc_fallocate", refused)
     with FileIO(tmp_path / "file", "w") as file:
-        native().reserve(file, 10)
-    assert (tmp_path / "file").stat().st_size == 10
+        native().reserve(file, 0, 10)
 
 
 @BOTH
