@@ -93,6 +93,15 @@ def _cut(copy: CopyRange, limit: int) -> Iterator[CopyRange]:
     yield copy if begin == copy.at else _part(copy, begin, copy.end)
 
 
+def whole_block_ranges(ranges: Iterable[CopyRange]) -> list[Range]:
+    """The blocks of the output that these ranges fill wholly, in as few ranges as possible."""
+    filled = (
+        (-(-begin // BLOCK_NBYTES) * BLOCK_NBYTES, end // BLOCK_NBYTES * BLOCK_NBYTES)
+        for begin, end in joined((copy.at, copy.end) for copy in ranges)
+    )
+    return [(begin, end) for begin, end in filled if begin < end]
+
+
 def shared_nbytes(ranges: Iterable[CopyRange], sharable: Collection[str]) -> int:
     """How many bytes of the output lie in blocks shared with the files of `sharable`."""
     total = 0

@@ -49,6 +49,8 @@ class _ShardInProgress:
         # A shard that has all its bytes still needs one task, to be finished.
         self.batches = todo or [()]
         self.unwritten = len(self.batches)
+        # Ranges that were written and may still be in memory.
+        self.in_memory: list[Range] = []
 
 
 class ShardWriter:
@@ -131,7 +133,7 @@ class ShardWriter:
     ) -> None:
         """Write a batch; the worker that writes the last one finishes the shard."""
         if batch:
-            self._write(current.shard, batch, transfer)
+            self._write(current, batch, transfer)
         with self._counting:
             current.unwritten -= 1
             last = current.unwritten == 0
@@ -139,10 +141,15 @@ class ShardWriter:
             self._finish(current.shard)
 
     def _write(
-        self, shard: OutputShard, batch: Sequence[CopyRange], transfer: RangeTransfer
+        self, current: _ShardInProgress, batch: Sequence[CopyRange], transfer: RangeTransfer
     ) -> None:
+        shard = current.shard
         path = self._context.workdir.begin_file(shard.file)
-        transfer.write(batch, path)
+        with self._counting:
+            earlier, current.in_memory = current.in_memory, []
+        written = transfer.write(batch, path, earlier)
+        with self._counting:
+            current.in_memory += written
         if self._context.source.is_remote:
             sync_path(path, self._context.workdir.system)
             self._context.journal.fill(shard.file, joined((copy.at, copy.end) for copy in batch))

@@ -127,6 +127,10 @@ def write_all(
             at += count
 
 
+# Bytes of a copy: where they begin in the source and in the target, and how many they are.
+Part = tuple[int, int, int]
+
+
 class FileCopier:
     """Copies ranges between open files. One per worker: it owns the worker's only buffer."""
 
@@ -143,38 +147,50 @@ class FileCopier:
         self._sharing = sharing
         self._buffer = memoryview(bytearray(BUFFER_NBYTES))
 
-    def copy(self, source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> None:
-        """Copy `nbytes` from byte `begin` of the source to byte `at` of the target.
+    def copy(self, source: FileIO, target: FileIO, parts: Iterable[Part]) -> None:
+        """Copy parts of one file to another, in the order given.
 
-        Whole blocks that lie alike in both are shared where that works, and only the edges copied.
-        Raises SourceReadError or OutputWriteError, with the name of the file at fault.
+        Whole blocks that lie alike in both files are shared where that works, and their edges
+        copied after all of them; the kernel is asked to copy what is left; where it declines, even
+        half-way, the rest goes through the buffer. Raises SourceReadError or OutputWriteError, with
+        the name of the file at fault.
         """
-        first, last = whole_blocks(begin, at, nbytes) if self._sharing else (at, at)
-        if self._sharing and self._sharing.share(
-            source, begin + first - at, target, first, last - first
-        ):
-            self._advance(last - first)
-            self._copy(source, begin, target, at, first - at)
-            self._copy(source, begin + last - at, target, last, at + nbytes - last)
-        else:
-            self._copy(source, begin, target, at, nbytes)
+        for begin, at, nbytes in self._share(source, target, parts) if self._sharing else parts:
+            done = 0
+            while done < nbytes:
+                count = self._system.kernel_copy(
+                    source, begin + done, target, at + done, nbytes - done
+                )
+                if count == 0:
+                    break
+                done += count
+                self._advance(count)
+            while done < nbytes:
+                part = self._buffer[: nbytes - done]
+                read_into(source, part, begin + done, str(source.name), self._system)
+                write_all(target, part, at + done, str(target.name), self._system)
+                done += len(part)
+                self._advance(len(part))
 
-    def _copy(self, source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> None:
-        """The kernel is asked first; where it declines, even half-way, the rest goes through the
-        buffer."""
-        done = 0
-        while done < nbytes:
-            count = self._system.kernel_copy(source, begin + done, target, at + done, nbytes - done)
-            if count == 0:
-                break
-            done += count
-            self._advance(count)
-        while done < nbytes:
-            part = self._buffer[: nbytes - done]
-            read_into(source, part, begin + done, str(source.name), self._system)
-            write_all(target, part, at + done, str(target.name), self._system)
-            done += len(part)
-            self._advance(len(part))
+    def _share(self, source: FileIO, target: FileIO, parts: Iterable[Part]) -> list[Part]:
+        """Share what can be shared; what is left to be copied."""
+        assert self._sharing is not None
+        left: list[Part] = []
+        edges: list[Part] = []
+        for begin, at, nbytes in parts:
+            first, last = whole_blocks(begin, at, nbytes)
+            if not self._sharing.share(source, begin + first - at, target, first, last - first):
+                left.append((begin, at, nbytes))
+                continue
+            self._advance(last - first)
+            edges += [
+                (begin, at, first - at),
+                (begin + last - at, last, at + nbytes - last),
+            ]
+        # All at once, for the disk to fetch side by side: they lie far apart.
+        for begin, _, nbytes in edges:
+            self._system.will_need(source, begin, begin + nbytes)
+        return left + edges
 
 
 def sha256_of(path: Path) -> str:

@@ -50,6 +50,7 @@ class System:
     reserve(file, begin, end): claim the blocks of these bytes of the file, where that is of use.
     shared(file): how many of its bytes lie in blocks that another file has too.
     in_memory(file, offset): whether that byte is in the page cache; True where it cannot be told.
+    will_need(file, begin, end): these bytes will be read soon; returns before they are there.
     let_go(file, begin, end): these bytes need not stay in the page cache. Those that are not on the
     disk yet begin to be written.
     sync_file(file), sync_folder(path): return when content, or names, are on the disk.
@@ -67,6 +68,7 @@ class System:
     reserve: Callable[[FileIO, int, int], None]
     shared: Callable[[FileIO], int]
     in_memory: Callable[[FileIO, int], bool]
+    will_need: Callable[[FileIO, int, int], None]
     let_go: Callable[[FileIO, int, int], None]
     sync_file: Callable[[FileIO], None]
     sync_folder: Callable[[Path], None]
@@ -86,6 +88,7 @@ def portable() -> System:
         reserve=_claim_nothing,
         shared=_none_shared,
         in_memory=_unknown_in_memory,
+        will_need=_let_come,
         let_go=_let_stay,
         sync_file=_sync_file,
         sync_folder=_sync_nothing,
@@ -101,6 +104,7 @@ def native() -> System:
     if sys.platform == "linux":
         system = replace(system, reserve=_reserve, in_memory=_in_memory, let_go=_let_go)
         system = replace(system, share=_share, unnamed=_unnamed, shared=_shared)
+        system = replace(system, will_need=_will_need)
         if hasattr(os, "copy_file_range"):
             system = replace(system, kernel_copy=_copy_file_range)
     if os.name == "posix":
@@ -310,6 +314,10 @@ def _unknown_in_memory(file: FileIO, offset: int) -> bool:
     return True
 
 
+def _let_come(file: FileIO, begin: int, end: int) -> None:
+    """What is read is fetched then."""
+
+
 def _let_stay(file: FileIO, begin: int, end: int) -> None:
     """What is written stays in the page cache until the system needs the memory."""
 
@@ -322,6 +330,12 @@ def _in_memory(file: FileIO, offset: int) -> bool:
     except OSError:  # it would have to wait, or cannot say
         return False
     return True
+
+
+def _will_need(file: FileIO, begin: int, end: int) -> None:
+    if sys.platform == "linux" and begin < end:
+        with suppress(OSError):
+            os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _let_go(file: FileIO, begin: int, end: int) -> None:

@@ -60,7 +60,7 @@ def copy(file: Path, target: Path, system: System) -> list[int]:
     steps: list[int] = []
     target.write_bytes(bytes(9_000))
     with FileIO(file) as origin, FileIO(target, "r+") as opened:
-        files.FileCopier(system, steps.append).copy(origin, 1_000, opened, 500, 8_000)
+        files.FileCopier(system, steps.append).copy(origin, opened, [(1_000, 500, 8_000)])
     return steps
 
 
