@@ -82,6 +82,8 @@ def test_what_memory_lets_go_of_is_still_there(tmp_path: Path, system: System) -
     with FileIO(tmp_path / "file", "w+") as file:
         file.write(bytes(range(200)) * 100)
         system.let_go(file, 0, 20_000)
+        system.will_need(file, 0, 20_000)
+        system.will_need(file, 7, 7)
         system.sync_file(file)
         system.let_go(file, 0, 20_000)
         system.let_go(file, 5, 5)
@@ -135,6 +137,27 @@ def test_a_file_server_is_asked_to_copy_and_declines_what_it_cannot_do(
         assert native().kernel_copy(target, 0, source, 0, 3) == 0  # source is open for reading
         assert portable().kernel_copy(source, 2, target, 1, 3) == 0
     assert (tmp_path / "to").read_bytes() == b"\x00234"
+
+
+def test_blocks_that_cannot_be_shared_are_declined(tmp_path: Path) -> None:
+    (tmp_path / "from").write_bytes(bytes(8_192))
+    with FileIO(tmp_path / "from") as source, FileIO(tmp_path / "to", "w+") as target:
+        assert not portable().share(source, 0, target, 0, 4_096)
+        # On any disk: the source is open for reading only, no block lies at 1, and none at the end.
+        assert not native().share(target, 0, source, 0, 4_096)
+        assert not native().share(source, 1, target, 1, 4_096)
+        assert not native().share(source, 16_384, target, 0, 4_096)
+        assert portable().shared(source) == native().shared(source) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files without a name")
+def test_a_file_without_a_name_can_be_written_and_is_not_seen(tmp_path: Path) -> None:
+    file = native().unnamed(tmp_path)
+    assert file is not None
+    with file:
+        assert native().write_at(file, memoryview(b"data"), 4) == 4
+        assert not list(tmp_path.iterdir())
+    assert portable().unnamed(tmp_path) is None
 
 
 @BOTH
