@@ -261,11 +261,12 @@ def written(report: ApplyReport | MaterializeReport) -> str:
     if not report.bytes_copied + report.bytes_shared:
         size = format_size(report.bytes_resumed)
         return f"{counted(report.files, 'file')}, {size}, all of it by an earlier run"
-    copied = format_size(report.bytes_copied)
+    copied = f"{format_size(report.bytes_copied)} in {report.seconds:.1f} s"
+    words = f"{counted(report.files, 'file')}, "
     if report.bytes_shared:
-        copied = f"shared {format_size(report.bytes_shared)}, copied {copied}"
-    words = f"{counted(report.files, 'file')}, {copied}"
-    words += f" in {report.seconds:.1f} s ({format_size(report.bytes_per_second)}/s)"
+        words += f"shared {format_size(report.bytes_shared)}, copied {copied}"
+    else:
+        words += f"{copied} ({format_size(report.bytes_per_second)}/s)"
     if report.bytes_resumed:
         words += f", {format_size(report.bytes_resumed)} by an earlier run"
     return words

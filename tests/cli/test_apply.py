@@ -110,6 +110,20 @@ def test_a_resumed_run_says_how_much_was_there(run: Run, fake: FakeOperations) -
     assert "(500.0 MB/s), 37.0 GB by an earlier run" in text
 
 
+@pytest.mark.parametrize("copied", [1_200_000_000, 0])
+def test_what_was_shared_is_told_beside_what_was_copied(
+    fake: FakeOperations, run: Run, copied: int
+) -> None:
+    done = {"bytes_copied": copied, "bytes_shared": 208_300_000_000, "seconds": 8.2}
+    fake.apply = replace(APPLIED, **done)  # type: ignore[arg-type]
+    text = run(*APPLY).stdout
+    said = "1.2 GB" if copied else "0 B"
+    assert f": 72 files, shared 208.3 GB, copied {said} in 8.2 s checked" in " ".join(text.split())
+    document = json.loads(run(*APPLY, "--json").stdout)
+    assert done.items() <= document.items()
+    assert document["bytes_per_second"] == int((copied + 208_300_000_000) / 8.2)
+
+
 def test_without_a_check_the_report_says_so(run: Run, fake: FakeOperations) -> None:
     fake.apply = replace(APPLIED, verification=None, source="/models/Kimi-K2.5")
     lines = run(*APPLY).stdout.splitlines()
