@@ -27,6 +27,7 @@ from shardsurgeon.checkpoint.provenance import (
 )
 from shardsurgeon.checkpoint.recognition import sort_out
 from shardsurgeon.checkpoint.shards import (
+    Listing,
     Settled,
     Shard,
     are_one_set,
@@ -44,7 +45,7 @@ from shardsurgeon.families.schema import Family, family_for, is_declared
 from shardsurgeon.reports import Titled
 from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
 from shardsurgeon.storage.open import hub_address, hub_name, open_source
 from shardsurgeon.storage.phases import phase
@@ -104,6 +105,11 @@ class Checkpoint(Titled):
     def location(self) -> str:
         """Its folder or address, for messages."""
         return self.source.location
+
+    @property
+    def tables(self) -> tuple[TensorTable, ...]:
+        """The tensors of each shard."""
+        return tuple(shard.header.tensors for shard in self.shards)
 
     @property
     def config_place(self) -> str:
@@ -168,7 +174,7 @@ class Checkpoint(Titled):
     @cached_property
     def total_size(self) -> int:
         """Bytes of tensor data, as an index's `total_size` counts them."""
-        return sum(record.nbytes for record in self.records)
+        return sum(int(table.nbytes.sum()) for table in self.tables)
 
 
 def open_checkpoint(
@@ -209,7 +215,7 @@ def _opened(source: Source, family: Family | None) -> Checkpoint:
     shards = open_shards(source, [files[name] for name in names])
     if index is None and len(shards) > 1:
         shards = without_strangers(shards)
-    settled = settle(source, shards, index.weight_map if index is not None else {})
+    settled = settle(source, shards, Listing.of_index(index))
     if index is not None:
         require_listed(_at(source, called.index), settled, index)
     provenance, foreign = None, False
@@ -259,8 +265,7 @@ def _with_parts(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     files = [file for file in checkpoint.files if file.name in checkpoint.unindexed]
     readable = open_readable(checkpoint.source, files)
     found = forgotten_parts(checkpoint.shards, readable, family, checkpoint.settings)
-    held = {r.name: shard.file for shard in checkpoint.shards for r in shard.header.tensors}
-    parts = settle(checkpoint.source, found, held)
+    parts = settle(checkpoint.source, found, Listing.of_shards(checkpoint.shards))
     damaged = {file.name for file in files} - {shard.file for shard in readable}
     taken = {shard.file for shard in parts.shards}
     said = {_left_out(name): _unreadable(name) for name in damaged}

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import numpy as np
 
 from shardsurgeon.checkpoint.files import root_safetensors
 from shardsurgeon.errors import CheckpointError, HeaderError, IndexFileError, SourceReadError
@@ -22,6 +24,7 @@ from shardsurgeon.storage.formats.safetensors import (
     header_length,
     parse_header,
 )
+from shardsurgeon.storage.formats.tensor_table import Column, Stems
 from shardsurgeon.storage.limits import MAX_HEADERS_NBYTES, MAX_TENSORS
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile
@@ -202,8 +205,8 @@ def without_strangers(shards: Sequence[Shard]) -> tuple[Shard, ...]:
         for shard in shards
         if _NUMBERED.fullmatch(shard.file)
         or (
-            any(len(record.shape) > 1 for record in shard.header.tensors)
-            and not any(".lora_" in record.name for record in shard.header.tensors)
+            any(len(each.shape) > 1 for each in shard.header.tensors.series)
+            and not any(".lora_" in each.head + each.tail for each in shard.header.tensors.series)
         )
     )
 
@@ -214,38 +217,101 @@ def are_one_set(shards: Sequence[Shard]) -> bool:
     return all(matches) and len({(m["stem"], m["total"]) for m in matches if m}) == 1
 
 
-def settle(source: Source, shards: Sequence[Shard], listed: Mapping[str, str]) -> Settled:
-    """Have every tensor in one shard: the one that `listed`, tensor → file, says.
+class Listing:
+    """Which file is said to have each of some tensors."""
+
+    def __init__(self, files: Sequence[str], stems: Stems, keys: Column, file: Column) -> None:
+        """keys: of the tensors' names, by `stems`; file: of each, its place in `files`."""
+        order = np.argsort(keys)
+        self.files = files
+        self.stems = stems
+        self._keys, self._file = keys[order], file[order]
+
+    @staticmethod
+    def of_index(index: Index | None) -> Listing:
+        """What an index says; nothing without one."""
+        stems = Stems()
+        if index is None:
+            return Listing((), stems, *np.zeros((2, 0), np.int64))
+        files = list(dict.fromkeys(file for _, _, file in index.names))
+        places = {file: place for place, file in enumerate(files)}
+        rows = [(stems.of(head, tail), places[file]) for head, tail, file in index.names]
+        stem, file = np.array(rows, np.int64).T[:, index.code]
+        return Listing(files, stems, stems.joined(stem, index.number), file)
+
+    @staticmethod
+    def of_shards(shards: Sequence[Shard]) -> Listing:
+        """Where the tensors of some shards are."""
+        stems, files = Stems(), [shard.file for shard in shards]
+        tables = [shard.header.tensors for shard in shards]
+        keys = [stems.keys(table) for table in tables]
+        file = np.repeat(np.arange(len(files)), [len(table) for table in tables])
+        return Listing(files, stems, np.concatenate([*keys, np.zeros(0, np.int64)]), file)
+
+    def homes(self, keys: Column) -> Column:
+        """The place in `files` of the file that is said to have each tensor; -1 for none."""
+        if not len(self._keys):
+            return np.full(len(keys), -1)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, self._file[place], -1)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def settle(source: Source, shards: Sequence[Shard], listed: Listing) -> Settled:
+    """Have every tensor in one shard: the one that `listed` says.
 
     Tensors that are not listed count, since loaders read whole shards. Raises CheckpointError
     where one of these is in two shards.
     """
-    home: dict[str, str] = {}
+    places = {file: place for place, file in enumerate(listed.files)}
+    settled: list[Shard] = []
     superseded: list[tuple[str, str]] = []
+    unlisted: list[str] = []
+    keys: list[Column] = []
+    for shard in shards:
+        table = shard.header.tensors
+        key = listed.stems.keys(table)
+        home = listed.homes(key)
+        elsewhere = (home >= 0) & (home != places.get(shard.file, -1))
+        gone = np.flatnonzero(elsewhere).tolist()
+        superseded += ((shard.file, table.name(place)) for place in gone)
+        if gone:
+            table, key, home = table.select(~elsewhere), key[~elsewhere], home[~elsewhere]
+            shard = replace(shard, header=replace(shard.header, tensors=table))
+        unlisted += (table.name(place) for place in np.flatnonzero(home < 0).tolist())
+        settled.append(shard)
+        keys.append(key)
+    _require_once(source, settled, keys)
+    return Settled(tuple(settled), tuple(unlisted), tuple(superseded))
+
+
+def _require_once(source: Source, shards: Sequence[Shard], keys: Sequence[Column]) -> None:
+    """Raise CheckpointError where a tensor is in two shards."""
+    found = np.sort(np.concatenate([*keys, np.zeros(0, np.int64)]))
+    if not (found[1:] == found[:-1]).any():
+        return
+    home: dict[str, str] = {}
     twice: dict[tuple[str, str], list[str]] = {}
     for shard in shards:
-        for record in shard.header.tensors:
-            name = record.name
-            if listed.get(name, shard.file) != shard.file:
-                superseded.append((shard.file, name))
-            elif (other := home.setdefault(name, shard.file)) != shard.file:
+        for name in shard.header.tensors.names():
+            if (other := home.setdefault(name, shard.file)) != shard.file:
                 twice.setdefault((shard.file, other), []).append(name)
     for (file, other), names in twice.items():
         problem = f"holds {some(names)}, which {other} holds too, and no index says which is meant"
         remedy = "remove the file that does not belong"
         raise CheckpointError(f"{source.location}/{file}", problem, remedy)
-    unlisted = tuple(name for name in home if name not in listed)
-    return Settled(_without(shards, superseded), unlisted, tuple(superseded))
 
 
 def require_listed(where: str, settled: Settled, index: Index) -> None:
     """Raise IndexFileError, naming the index, `where`, unless every tensor is in the shard that it
     says."""
-    listed = index.weight_map
     present = sum(len(shard.header.tensors) for shard in settled.shards) - len(settled.unlisted)
-    if present == len(listed):
+    if present == len(index.code):
         return
-    found = {record.name for shard in settled.shards for record in shard.header.tensors}
+    listed = index.weight_map
+    found = {name for shard in settled.shards for name in shard.header.tensors.names()}
     missing = [name for name in listed if name not in found]
     elsewhere = {name: file for file, name in settled.superseded}
     file, holder = listed[missing[0]], elsewhere.get(missing[0])
@@ -257,20 +323,6 @@ def require_listed(where: str, settled: Settled, index: Index) -> None:
         problem += f"; {more:,} others are not where it says either"
     remedy = "fetch the index and the shards again, from one revision"
     raise IndexFileError(where, problem, remedy)
-
-
-def _without(shards: Sequence[Shard], left_out: Iterable[tuple[str, str]]) -> tuple[Shard, ...]:
-    gone: dict[str, set[str]] = {}
-    for file, name in left_out:
-        gone.setdefault(file, set()).add(name)
-
-    def rest(shard: Shard) -> Shard:
-        if shard.file not in gone:
-            return shard
-        tensors = (r for r in shard.header.tensors if r.name not in gone[shard.file])
-        return replace(shard, header=replace(shard.header, tensors=tuple(tensors)))
-
-    return tuple(rest(shard) for shard in shards)
 
 
 def some(names: Sequence[str]) -> str:

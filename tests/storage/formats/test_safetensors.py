@@ -16,13 +16,13 @@ from shardsurgeon.errors import HeaderError
 from shardsurgeon.storage.formats.safetensors import (
     DTYPE_BITS,
     Header,
-    TensorRecord,
     build_header,
     header_length,
     layout_key,
     parse_header,
     tensor_nbytes,
 )
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.limits import HEADER, Limit
 
 # Bits of each dtype, from the table in the format's README and its later additions.
