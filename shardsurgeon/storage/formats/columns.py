@@ -178,4 +178,7 @@ def read_weight_map(members: bytes) -> tuple[list[tuple[str, str, str]], Column,
         number += [int(each) if each else UNNUMBERED for each in numbers]
     if any(map(_ESCAPED.search, chain.from_iterable(spelled))):
         return None
-    return list(spelled), np.array(code, np.int64), np.array(number, np.int64)
+    # One string object per shard.
+    known = {file: file for _, _, file in spelled}
+    names = [(head, tail, known[file]) for head, tail, file in spelled]
+    return names, np.array(code, np.int64), np.array(number, np.int64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +61,19 @@ class Index:
     number: Column = field(repr=False)
     metadata: dict[str, object]
 
+    @staticmethod
+    def of(weight_map: Mapping[str, str], metadata: dict[str, object]) -> Index:
+        """What an index with this map says. weight_map: tensor name → shard."""
+        codes: dict[tuple[str, str, str], int] = {}
+        files: dict[str, str] = {}  # one string object per shard
+        code, number = [], []
+        for name, shard in weight_map.items():
+            head, which, tail = split_name(name)
+            of = head, tail, files.setdefault(shard, shard)
+            code.append(codes.setdefault(of, len(codes)))
+            number.append(which)
+        return Index(tuple(codes), np.array(code, np.int64), np.array(number, np.int64), metadata)
+
     @property
     def shards(self) -> list[str]:
         """Every shard once, in the order of their numbers."""
@@ -97,9 +110,9 @@ def parse_index(raw: bytes, where: str) -> Index:
         return _read_strictly(raw, where)
     members = read_object(cut[0], where, "the index", IndexFileError, _REMEDY, INDEX)
     names, code, number = found
-    if members.get("weight_map") != {} or _repeat(names, code, number):
+    sound = not any(map(shard_name_problem, {shard for _, _, shard in names}))
+    if members.get("weight_map") != {} or not sound or _repeat(names, code, number):
         return _read_strictly(raw, where)
-    _check_paths(((head + tail, shard) for head, tail, shard in names), where)
     return Index(tuple(names), code, number, _metadata(members, where))
 
 
@@ -109,16 +122,7 @@ def _read_strictly(raw: bytes, where: str) -> Index:
     weight_map = _member(members, "weight_map", where)
     if not weight_map:
         raise IndexFileError(where, "weight_map is missing or empty", _REMEDY)
-    codes: dict[tuple[str, str, str], int] = {}
-    code, number = [], []
-    _check_paths(weight_map.items(), where)
-    for name, shard in weight_map.items():
-        head, which, tail = split_name(name)
-        assert isinstance(shard, str)
-        code.append(codes.setdefault((head, tail, shard), len(codes)))
-        number.append(which)
-    columns = np.array(code, np.int64), np.array(number, np.int64)
-    return Index(tuple(codes), *columns, _metadata(members, where))
+    return Index.of(_checked(weight_map, where), _metadata(members, where))
 
 
 def _repeat(names: list[tuple[str, str, str]], code: Column, number: Column) -> bool:
@@ -129,20 +133,23 @@ def _repeat(names: list[tuple[str, str, str]], code: Column, number: Column) -> 
     return bool((keys[1:] == keys[:-1]).any())
 
 
-def _check_paths(mapped: Iterable[tuple[object, object]], where: str) -> None:
-    """Refuse what is not a name or not that of a shard."""
+def _checked(weight_map: dict[str, object], where: str) -> dict[str, str]:
+    """The map; refuses what is not a name or not that of a shard."""
     known = set()
-    for name, shard in mapped:
+    checked: dict[str, str] = {}
+    for name, shard in weight_map.items():
         if not is_text(name) or not isinstance(shard, str):
             raise IndexFileError(
                 where, f"weight_map maps {brief(name)} to {brief(shard)}, not to a file", _REMEDY
             )
+        checked[name] = shard
         if shard in known:
             continue
         known.add(shard)
         if problem := shard_name_problem(shard):
             said = f"tensor {brief(name)} is said to be in {brief(shard)}, {problem}"
             raise IndexFileError(where, said, _REMEDY)
+    return checked
 
 
 def _metadata(members: dict[str, object], where: str) -> dict[str, object]:
