@@ -37,8 +37,10 @@ Column = NDArray[np.int64]
 BLOCK = 4096
 # The data of a file begins at a multiple of this: the padding of the header sees to it.
 START_UNIT = 8
-# How many beginnings of the walk are tried while not all can be shared.
-BEGINNINGS = 2
+# No better order is looked for when this part of what could be shared is.
+ENOUGH = 0.999
+# The part of all bytes that large tensors together hold which may serve as fillers.
+MINOR = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,13 @@ def lay_out(nbytes: Column, width: Column, phase: Column, gain: Column) -> Layou
     was thought of shares more; among them is the simple one: wider dtypes first, then as given.
     """
     phase = np.where((gain > 0) & (phase % width == 0), phase, -1)
-    simple = np.argsort(-width, kind="stable")
     wanted = int(gain[phase >= 0].sum())
-    best, best_start, most = simple, None, 0
-    for order in _orders(nbytes, width, phase, gain, simple) if wanted else ():
+    best, best_start, most = np.argsort(-width, kind="stable"), None, 0
+    for order in _orders(nbytes, width, phase, gain) if wanted else ():
         start, shared = _best_start(order, nbytes, phase, gain)
         if shared > most:
             best, best_start, most = order, start, shared
-        if most == wanted:
+        if most >= wanted * ENOUGH:
             break
     return Layout(best, best_start)
 
@@ -102,26 +103,39 @@ def _best_start(order: Column, nbytes: Column, phase: Column, gain: Column) -> t
     return place * START_UNIT, int(shared[place])
 
 
-def _orders(
-    nbytes: Column, width: Column, phase: Column, gain: Column, simple: Column
-) -> Iterator[Column]:
-    """Valid orders, those that are likely to share all first."""
-    for merged in np.unique(width)[::-1].tolist():
-        for beginning in range(BEGINNINGS):
-            yield _walked(nbytes, width, phase, gain, merged, beginning)
+def _orders(nbytes: Column, width: Column, phase: Column, gain: Column) -> Iterator[Column]:
+    """Valid orders: those that must not be missed, then those that are likely to share most."""
+    yield np.argsort(-width, kind="stable")
     given = np.arange(len(nbytes))
     if not (_positions(given, nbytes) % width).any():
         yield given
-    yield simple
+    # Large tensors that move the position and hold few bytes: norms, a router.
+    moving = np.flatnonzero((phase >= 0) & (nbytes % BLOCK != 0))
+    moving = moving[np.argsort(gain[moving], kind="stable")]
+    minor = np.zeros(len(nbytes), dtype=bool)
+    minor[moving[np.cumsum(gain[moving]) <= gain.sum() * MINOR]] = True
+    for merged in np.unique(width)[::-1].tolist():
+        yield _walked(nbytes, width, phase, gain, minor, merged, 0)
+        yield _walked(nbytes, width, phase, gain, minor, merged, 1)
+        if minor.any():
+            yield _walked(nbytes, width, phase, gain, minor & False, merged, 0)
 
 
 def _walked(
-    nbytes: Column, width: Column, phase: Column, gain: Column, merged: int, beginning: int
+    nbytes: Column,
+    width: Column,
+    phase: Column,
+    gain: Column,
+    minor: NDArray[np.bool_],
+    merged: int,
+    beginning: int,
 ) -> Column:
     """One order by walking the phases, section by section.
 
+    minor: large tensors that are fillers, and walked through only if they were not needed;
     merged: dtypes up to this width share sections, so that one walk may serve them all; wider
-    ones come before, each width in its own. beginning: the how many-th best place to begin at.
+    ones come before, each width in its own; beginning: the filler, from the most numerous size,
+    to which the walk's begin is fitted.
     """
     number = nbytes | START_UNIT | np.where(phase >= 0, phase, 0)
     # The widest unit that a tensor leaves intact, and that of the first section it may stand in.
@@ -131,13 +145,17 @@ def _walked(
     walk = _Walk(nbytes, beginning)
     left = np.ones(len(nbytes), dtype=bool)
     for unit, following in zip(units, [*units[1:], 0], strict=True):
-        usable = left & (width <= unit) & (first >= unit)
-        large = np.flatnonzero(usable & (phase >= 0))
-        if len(large):
-            placed = len(walk.order)
-            small = np.flatnonzero(usable & (phase < 0) & (nbytes % BLOCK != 0))
-            walk.section(large, phase[large], gain[large], small)
-            left[walk.order[placed:]] = False
+        usable = (width <= unit) & (first >= unit)
+        for large, small in (
+            ((phase >= 0) & ~minor, (phase < 0) | minor),
+            (minor, phase < 0),
+        ):
+            nodes = np.flatnonzero(usable & left & large)
+            if len(nodes):
+                placed = len(walk.order)
+                fillers = np.flatnonzero(usable & left & small & (nbytes % BLOCK != 0))
+                walk.section(nodes, phase[nodes], gain[nodes], fillers)
+                left[walk.order[placed:]] = False
         # What was not needed may help in a section that follows, if it may stand there.
         rest = np.flatnonzero(usable & left & (width > following))
         walk.rest(rest)
@@ -180,7 +198,7 @@ class _Reach:
             while left:
                 # 1, 2, 4, ... and a remainder: some of them sum up to every number up to all.
                 times = min(times, left)
-                moved = np.roll(self.cost, times * filler.step) + times / filler.left
+                moved = np.roll(self.cost, times * filler.step) + times / len(filler.tensors)
                 better = moved < self.cost
                 self.cost = np.where(better, moved, self.cost)
                 self._layers.append((place, times, times * filler.step, better))
@@ -338,14 +356,14 @@ def _nearest(
     """The filler, and how many of it, that reaches a phase for the smallest part of its kind."""
     cheapest, found = inf, None
     for filler in fillers:
-        left = filler.left
-        # Fewer than would cost as much as what is found already.
-        limit = left if found is None else min(left, ceil(cheapest * left) - 1)
+        # More than these would cost as much as what is found already.
+        total = len(filler.tensors)
+        limit = filler.left if found is None else min(filler.left, ceil(cheapest * total) - 1)
         at = position
         for times in range(1, limit + 1):
             at = (at + filler.step) % BLOCK
             if waiting[at]:
-                cheapest, found = times / left, (filler, times)
+                cheapest, found = times / total, (filler, times)
                 break
             if at == position:
                 break
