@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import ceil, inf
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,7 @@ def lay_out(nbytes: Column, width: Column, phase: Column, gain: Column) -> Layou
     was thought of shares more; among them is the simple one: wider dtypes first, then as given.
     """
     phase = np.where((gain > 0) & (phase % width == 0), phase, -1)
-    wanted = int(gain[phase >= 0].sum())
+    wanted = _most_possible(nbytes, phase, gain)
     best, best_start, most = np.argsort(-width, kind="stable"), None, 0
     for order in _orders(nbytes, width, phase, gain) if wanted else ():
         start, shared = _best_start(order, nbytes, phase, gain)
@@ -103,6 +103,17 @@ def _best_start(order: Column, nbytes: Column, phase: Column, gain: Column) -> t
     return place * START_UNIT, int(shared[place])
 
 
+def _most_possible(nbytes: Column, phase: Column, gain: Column) -> int:
+    """What no order can share more than, in bytes.
+
+    All positions of a file agree modulo the largest power of two that is in all sizes.
+    """
+    power = int(np.bitwise_or.reduce(nbytes, initial=BLOCK))
+    power &= -power
+    large = phase >= 0
+    return int(np.bincount(phase[large] % power, weights=gain[large], minlength=1).max())
+
+
 def _orders(nbytes: Column, width: Column, phase: Column, gain: Column) -> Iterator[Column]:
     """Valid orders: those that must not be missed, then those that are likely to share most."""
     yield np.argsort(-width, kind="stable")
@@ -114,11 +125,15 @@ def _orders(nbytes: Column, width: Column, phase: Column, gain: Column) -> Itera
     moving = moving[np.argsort(gain[moving], kind="stable")]
     minor = np.zeros(len(nbytes), dtype=bool)
     minor[moving[np.cumsum(gain[moving]) <= gain.sum() * MINOR]] = True
+    # The widest unit that a tensor leaves intact, and the phase that it asks for.
+    intact = nbytes | START_UNIT | np.where(phase >= 0, phase, 0)
+    intact &= -intact
     for merged in np.unique(width)[::-1].tolist():
-        yield _walked(nbytes, width, phase, gain, minor, merged, 0)
-        yield _walked(nbytes, width, phase, gain, minor, merged, 1)
-        if minor.any():
-            yield _walked(nbytes, width, phase, gain, minor & False, merged, 0)
+        for fillers, beginning in ((minor, 0), (minor, 1), (minor & False, 0)):
+            yield _walked(nbytes, width, phase, gain, intact, fillers, merged, beginning)
+        if intact.min() >= merged:
+            # One section held all.
+            break
 
 
 def _walked(
@@ -126,20 +141,19 @@ def _walked(
     width: Column,
     phase: Column,
     gain: Column,
+    intact: Column,
     minor: NDArray[np.bool_],
     merged: int,
     beginning: int,
 ) -> Column:
     """One order by walking the phases, section by section.
 
-    minor: large tensors that are fillers, and walked through only if they were not needed;
+    intact: the widest unit that a tensor leaves; minor: large tensors that are fillers, and walked through only if they were not needed;
     merged: dtypes up to this width share sections, so that one walk may serve them all; wider
     ones come before, each width in its own; beginning: the filler, from the most numerous size,
     to which the walk's begin is fitted.
     """
-    number = nbytes | START_UNIT | np.where(phase >= 0, phase, 0)
-    # The widest unit that a tensor leaves intact, and that of the first section it may stand in.
-    intact = number & -number
+    # The unit of the first section that a tensor may stand in.
     first = np.minimum(intact, np.maximum(width, merged))
     units = np.unique(first)[::-1].tolist()
     walk = _Walk(nbytes, beginning)
@@ -356,16 +370,16 @@ def _nearest(
     """The filler, and how many of it, that reaches a phase for the smallest part of its kind."""
     cheapest, found = inf, None
     for filler in fillers:
-        # More than these would cost as much as what is found already.
         total = len(filler.tensors)
-        limit = filler.left if found is None else min(filler.left, ceil(cheapest * total) - 1)
+        if cheapest * total <= 1:
+            # One of them costs as much as what is found, and one of those that follow more.
+            break
         at = position
-        for times in range(1, limit + 1):
+        for times in range(1, filler.left + 1):
             at = (at + filler.step) % BLOCK
-            if waiting[at]:
+            if waiting[at] and times / total < cheapest:
                 cheapest, found = times / total, (filler, times)
-                break
-            if at == position:
+            if waiting[at] or at == position:
                 break
     return found
 
