@@ -10,17 +10,17 @@ Phases lie on a circle of 4096. All large tensors of one phase follow one anothe
 for most of them are whole blocks and leave the position where it is; one that is not moves it to
 the phase of the tensor that stood behind it. To get on, the walk looks for the phase that it can
 reach with several fillers of one size, and takes the one that uses up the smallest part of what
-it has of them: hundreds of 8-byte shapes are spent before the one bias. With 8-byte fillers this
-goes upwards around the circle from behind the widest gap, with those of 3,584 bytes downwards in
-steps of 512. Where one size does not do, a table of what sums of all fillers reach says the
-cheapest one. Fillers may be too few to reach all: the walk begins where they reach most bytes,
-and what it does not reach is copied.
+there is of them: hundreds of 8-byte shapes are spent before the one bias. With 8-byte fillers
+this goes upwards around the circle from behind the widest gap, with those of 3,584 bytes
+downwards in steps of 512. Where one size does not do, a table of what sums of all fillers reach
+says the cheapest one. Fillers may be too few to reach all: the walk begins where they reach most
+bytes, and what it does not reach is copied.
 
 Every tensor must begin at a multiple of its dtype's width. A shard is therefore laid out in
 sections of falling unit (8, 4, 2, 1 bytes): in a section all positions are multiples of its unit,
 because all that stands in it has a size and a phase that are, and no wider dtype than the unit.
-Most shards need one section. That no walk is worse than the simple order is not proven but seen
-to: the best of all that were tried is taken, and the simple order is one of them.
+Most shards need one section. That no walk is worse than a simple order is not proven but seen
+to: of all orders that were tried the best is taken, and the simple ones are tried first.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Column = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 BLOCK = 4096
 # The data of a file begins at a multiple of this: the padding of the header sees to it.
 START_UNIT = 8
-# No better order is looked for when this part of what could be shared is.
+# No better order is looked for when this part of what any could share is shared.
 ENOUGH = 0.999
-# The part of all bytes that large tensors together hold which may serve as fillers.
+# Large tensors that together hold no more than this part of the bytes may serve as fillers.
 MINOR = 0.02
 
 
@@ -54,29 +56,47 @@ class Layout:
     start: int | None
 
 
+class _Columns(NamedTuple):
+    """As in `lay_out`; no phase, and no gain, where the phase is misaligned."""
+
+    nbytes: Column
+    width: Column
+    phase: Column
+    gain: Column
+
+
+class _Tried(NamedTuple):
+    shared: int
+    start: int
+    order: Column
+
+
 def lay_out(nbytes: Column, width: Column, phase: Column, gain: Column) -> Layout:
     """Order the tensors of one output shard, given in source order, so that most is shared.
 
     nbytes: sizes, each a multiple of its width; width: bytes of an element, 1, 2, 4 or 8;
     phase: what an offset in the file must be modulo 4096 for the tensor to share its bytes with
     the source, -1 where it cannot; gain: the bytes that it then shares. All int64[n]. The result
-    depends on nothing else. Every tensor begins at a multiple of its width, and no order that
-    was thought of shares more; among them is the simple one: wider dtypes first, then as given.
+    depends on nothing else. Every tensor begins at a multiple of its width, and no less is shared
+    than by the simple order: wider dtypes first, then as given.
     """
-    phase = np.where((gain > 0) & (phase % width == 0), phase, -1)
-    best, best_start, most = np.argsort(-width, kind="stable"), None, 0
-    large = phase >= 0
-    if large.any():
-        # All positions of a file agree modulo the largest power of two that is in all sizes.
-        power = int(np.bitwise_or.reduce(nbytes, initial=BLOCK))
-        possible = np.bincount(phase[large] % (power & -power), weights=gain[large]).max()
-        for order in _orders(best, nbytes, width, phase, gain):
-            start, shared = _best_start(order, nbytes, phase, gain)
-            if shared > most:
-                best, best_start, most = order, start, shared
-            if most >= possible * ENOUGH:
-                break
-    return Layout(best, best_start)
+    large = (gain > 0) & (phase >= 0) & (phase % width == 0)
+    shard = _Columns(nbytes, width, np.where(large, phase, -1), np.where(large, gain, 0))
+    simple = np.argsort(-width, kind="stable")
+    if not large.any():
+        return Layout(simple, None)
+    best = _try(simple, shard)
+    given = np.arange(len(nbytes))
+    if not (_positions(given, nbytes) % width).any():
+        # Among equals the source's own order: it has the longest runs.
+        best = max(_try(given, shard), best, key=_shared)
+    # All positions of a file agree modulo the largest power of two that is in all sizes.
+    power = int(np.bitwise_or.reduce(nbytes, initial=BLOCK))
+    enough = np.bincount(phase[large] % (power & -power), gain[large]).max() * ENOUGH
+    walks = _walks(shard)
+    while best.shared < enough and (order := next(walks, None)) is not None:
+        best = max(best, _try(order, shard), key=_shared)
+    return Layout(best.order, best.start) if best.shared else Layout(simple, None)
 
 
 def shared_nbytes(
@@ -98,23 +118,21 @@ def _positions(order: Column, nbytes: Column) -> Column:
     return ends - nbytes[order]
 
 
-def _best_start(order: Column, nbytes: Column, phase: Column, gain: Column) -> tuple[int, int]:
-    """The start, a multiple of 8, with which an order shares most bytes, and how many."""
-    starts = (phase[order] - _positions(order, nbytes)) % BLOCK
-    gains = np.where(phase >= 0, gain, 0)[order]
-    shared = np.bincount(starts, weights=gains, minlength=BLOCK)[::START_UNIT]
+def _try(order: Column, shard: _Columns) -> _Tried:
+    """What an order shares with the best of all starts."""
+    starts = (shard.phase[order] - _positions(order, shard.nbytes)) % BLOCK
+    shared = np.bincount(starts, shard.gain[order], minlength=BLOCK)[::START_UNIT]
     place = int(shared.argmax())
-    return place * START_UNIT, int(shared[place])
+    return _Tried(int(shared[place]), place * START_UNIT, order)
 
 
-def _orders(
-    simple: Column, nbytes: Column, width: Column, phase: Column, gain: Column
-) -> Iterator[Column]:
-    """Valid orders: those that cost nothing to try, then walks, the most promising first."""
-    given = np.arange(len(nbytes))
-    if not (_positions(given, nbytes) % width).any():
-        yield given
-    yield simple
+def _shared(tried: _Tried) -> int:
+    return tried.shared
+
+
+def _walks(shard: _Columns) -> Iterator[Column]:
+    """Orders made by walking the phases, the most promising first."""
+    nbytes, width, phase, gain = shard
     # Large tensors that move the position and hold few bytes (norms, a router) help most as
     # fillers: they are walked to only where they were not needed.
     moving = np.flatnonzero((phase >= 0) & (nbytes % BLOCK != 0))
@@ -129,40 +147,32 @@ def _orders(
     for merged in np.unique(width)[::-1].tolist():
         first = np.minimum(intact, np.maximum(width, merged))
         for fillers, fitted in ((minor, 0), (minor, 1), (minor & False, 0)):
-            yield _walked(nbytes, width, phase, gain, first, fillers, fitted)
+            yield _walked(shard, first, fillers, fitted)
         if first.min() == first.max():
+            # Narrower sections would only have less in them.
             break
 
 
-def _walked(
-    nbytes: Column,
-    width: Column,
-    phase: Column,
-    gain: Column,
-    first: Column,
-    minor: NDArray[np.bool_],
-    fitted: int,
-) -> Column:
-    """The order that a walk makes, section by section.
+def _walked(shard: _Columns, first: Column, minor: Mask, fitted: int) -> Column:
+    """The order that one walk makes, section by section.
 
-    first: unit of the first section that a tensor may stand in; it may also stand in those that
-    follow while they are no narrower than it. minor: large tensors that serve as fillers;
-    fitted: to which filler the walk's begin is fitted, 0 being the most numerous size.
+    first: unit of the first section that a tensor may stand in; it may stand in later ones too
+    if they are no narrower than its dtype. minor: large tensors that serve as fillers. fitted:
+    to which fillers the walk's begin is fitted, 0 being those of the most numerous size.
     """
+    nbytes, width, phase, gain = shard
     units = np.unique(first)[::-1].tolist()
     walk = _Walk(nbytes, fitted)
     left = np.ones(len(nbytes), dtype=bool)
-    filling = nbytes % BLOCK != 0
+    whole = nbytes % BLOCK == 0
+    rounds = ((phase >= 0) & ~minor, ((phase < 0) | minor) & ~whole), (minor, (phase < 0) & ~whole)
     for unit, following in zip(units, [*units[1:], 0], strict=True):
         usable = (width <= unit) & (first >= unit)
-        for large, small in (
-            ((phase >= 0) & ~minor, (phase < 0) | minor),
-            (minor, phase < 0),
-        ):
+        for large, small in rounds:
             nodes = np.flatnonzero(usable & left & large)
             if len(nodes):
                 placed = len(walk.order)
-                fillers = np.flatnonzero(usable & left & small & filling)
+                fillers = np.flatnonzero(usable & left & small)
                 walk.section(nodes, phase[nodes], gain[nodes], fillers)
                 left[walk.order[placed:]] = False
         # What was not needed may help in a section that follows, if it may stand there.
@@ -188,7 +198,7 @@ class _Reach:
     def __init__(self, fillers: list[_Filler]) -> None:
         self.cost = np.full(BLOCK, inf)
         self.cost[0] = 0
-        self._layers: list[tuple[_Filler, int, NDArray[np.bool_]]] = []
+        self._layers: list[tuple[_Filler, int, Mask]] = []
         for filler in fillers:
             left, times = filler.left, 1
             while left:
@@ -324,17 +334,14 @@ def _nearest(
 
 
 def _beginnings(nodes: Column, gains: Column, fillers: list[_Filler]) -> list[int]:
-    """Phases to begin at, the best first: from where steps of the first filler reach most bytes.
+    """Phases to begin at, the best first: from where steps of the first size reach most bytes.
 
     Where they reach the same, it is the one that needs the fewest steps, hence the one behind
     the widest gap.
     """
-    if not fillers:
-        best: list[int] = nodes[np.argsort(-gains, kind="stable")].tolist()
-        return best
+    step, left = (fillers[0].step, fillers[0].left) if fillers else (1, 0)
     # Steps of one size visit the phases that agree modulo the largest power of two in it: these
     # lie on one circle, each at so many steps.
-    step = fillers[0].step
     power = step & -step
     around = BLOCK // power
     steps = nodes // power * pow(step // power, -1, around) % around
@@ -345,7 +352,7 @@ def _beginnings(nodes: Column, gains: Column, fillers: list[_Filler]) -> list[in
     places = twice[by_place]
     summed = np.concatenate(([0], np.cumsum(np.tile(gains, 2)[by_place])))
     begins = np.searchsorted(places, along)
-    ends = np.searchsorted(places, along + min(fillers[0].left, around - 1), side="right")
+    ends = np.searchsorted(places, along + min(left, around - 1), side="right")
     needed = places[ends - 1] - along
-    best = nodes[np.lexsort((nodes, needed, summed[begins] - summed[ends]))].tolist()
-    return best
+    best_first = np.lexsort((nodes, needed, summed[begins] - summed[ends]))
+    return [int(node) for node in nodes[best_first]]
