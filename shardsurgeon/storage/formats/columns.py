@@ -36,19 +36,22 @@ _ENTRY = re.compile(
     rf'{_NAME}:{{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]*)\],'
     rf'"data_offsets":\[({_OFFSET}),({_OFFSET})\]}}(?:,|}}\Z)'
 )
-_ENTRY_NBYTES = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
-_BETWEEN = ']},"'
-_METADATA = re.compile(r'{"__metadata__":({[^{}\\]*}),(?=")')
+_ENTRY_LENGTH = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
+_BETWEEN = b']},"'
+_METADATA = re.compile(rb'{"__metadata__":({[^{}\\]*}),(?=")')
 _MAPPED = re.compile(rb'"weight_map"[ \t\n\r]*:[ \t\n\r]*{')
-_FIRST = re.compile(rf'{_NAME}([ \t]*:[ \t]*)"({_TEXT})"([ \t\n\r]*,[ \t\n\r]*|\Z)')
+_FIRST = re.compile(rb'"[^"]*"([ \t]*:[ \t]*)"[^"]*"([ \t\n\r]*,[ \t\n\r]*|\Z)')
+_WHITE = b" \t\n\r"
 # Text is taken apart in pieces of this size, so that what is made of it is never large.
 _PIECE = 1 << 20
 
 Extent = Callable[[str, tuple[int, ...]], int | None]
+# A text, and where in it to begin and end.
+Stretch = tuple[bytes, int, int]
 Found = list[tuple[str, ...]]
 
 
-def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, str] | None:
+def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, bytes] | None:
     """The tensors that a header lists, in the order of their bytes, and the text of its metadata.
 
     extent: bytes of a tensor of a dtype and shape, None for one that cannot be. The text is that of
@@ -56,20 +59,16 @@ def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, str] | None:
     a tensor twice, or its tensors do not follow one another without holes: then somebody else
     reads it.
     """
-    try:
-        text = raw.decode().rstrip(" ")
-    except UnicodeDecodeError:
+    if not raw.startswith(b"{"):
         return None
-    metadata = _METADATA.match(text)
-    begin = metadata.end() if metadata else 1
-    if not text.startswith("{"):
-        return None
+    metadata = _METADATA.match(raw)
+    stretch = raw, metadata.end() if metadata else 1, len(raw.rstrip(b" "))
     spelled: dict[tuple[str, str, str, str], int] = {}
     code: list[int] = []
     number: list[int] = []
     begins: list[int] = []
     ends: list[int] = []
-    for found in _whole(_ENTRY, text, begin, _BETWEEN, _ENTRY_NBYTES):
+    for found in _whole(_ENTRY, stretch, _BETWEEN, _ENTRY_LENGTH):
         if not found:
             return None
         heads, numbers, tails, dtypes, shapes, starts, stops = zip(*found, strict=True)
@@ -86,32 +85,34 @@ def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, str] | None:
         return None
     columns = (np.array(column, np.int64) for column in (code, number, begins))
     table = _in_order(TensorTable(known, *columns), np.array(ends, np.int64))
-    return None if table is None else (table, metadata[1] if metadata else "")
+    return None if table is None else (table, metadata[1] if metadata else b"")
 
 
 def _whole(
-    entry: re.Pattern[str], text: str, begin: int, between: str, around: int
+    entry: re.Pattern[str], stretch: Stretch, between: bytes, around: int, last: str = ""
 ) -> Iterator[Found]:
-    """The groups of all entries from `begin` on, piece by piece; ends with an empty piece where
-    anything else is in the text.
+    """The groups of all entries in a stretch of a text, piece by piece; an empty piece where
+    anything else is in it, and then no more.
 
     between: how one entry ends and the next begins, with one character of that; around: characters
-    of an entry that are in none of its groups. Entries do not overlap: if their lengths add up to
-    the text's, there is nothing else.
+    of an entry that are in none of its groups; last: what the last one lacks. Entries do not
+    overlap: if their lengths add up to the text's, there is nothing else.
     """
-    read = begin
-    while begin < len(text):
-        cut = text.find(between, begin + _PIECE)
-        end = len(text) if cut < 0 else cut + len(between) - 1
-        found = entry.findall(text, begin, end)
-        read += sum(map(len, chain.from_iterable(found))) + around * len(found)
-        if read != end:
-            break
+    raw, begin, end = stretch
+    while begin < end:
+        cut = raw.find(between, begin + _PIECE, end)
+        upto = end if cut < 0 else cut + len(between) - 1
+        try:
+            text = raw[begin:upto].decode() + (last if upto == end else "")
+        except UnicodeDecodeError:
+            yield []
+            return
+        found = entry.findall(text)
+        if sum(map(len, chain.from_iterable(found))) + around * len(found) != len(text):
+            yield []
+            return
         yield found
-        begin = end
-    else:
-        return
-    yield []
+        begin = upto
 
 
 def _series(head: str, tail: str, dtype: str, shape: str, extent: Extent) -> Series | None:
@@ -138,37 +139,38 @@ def _in_order(table: TensorTable, end: Column) -> TensorTable | None:
     return None if (keys[1:] == keys[:-1]).any() else table
 
 
-def cut_weight_map(raw: bytes) -> tuple[bytes, bytes] | None:
-    """An index without the members of its weight map, and these alone; None where they cannot be
-    told apart by looking."""
+def find_weight_map(raw: bytes) -> Stretch | None:
+    """Where the members of an index's weight map stand; None where that is not plain to see."""
     match = _MAPPED.search(raw)
     if match is None or raw.count(b'"weight_map"') != 1:
         return None
     begin = match.end()
     end = raw.find(b"}", begin)
-    if end < 0 or raw.find(b"{", begin, end) >= 0 or raw.find(b"\\", begin, end) >= 0:
+    if end < 0 or raw.find(b"{", begin, end) >= 0:
         return None
-    return raw[:begin] + raw[end:], raw[begin:end]
+    return raw, begin, end
 
 
-def read_weight_map(members: bytes) -> tuple[list[tuple[str, str, str]], Column, Column] | None:
-    """What `cut_weight_map` cut out: ((head, tail, file) once each, and for each tensor its place
-    in these and its number), or None where it is not spelled alike all through."""
-    try:
-        text = members.decode().strip(" \t\n\r")
-    except UnicodeDecodeError:
-        return None
-    first = _FIRST.match(text)
+def read_weight_map(stretch: Stretch) -> tuple[list[tuple[str, str, str]], Column, Column] | None:
+    """What a weight map says: ((head, tail, file) once each, and for each tensor its place in these
+    and its number), or None where it is not spelled alike all through."""
+    raw, begin, end = stretch
+    while begin < end and raw[begin] in _WHITE:
+        begin += 1
+    while end > begin and raw[end - 1] in _WHITE:
+        end -= 1
+    first = _FIRST.match(raw, begin, end)
     if first is None:
         return None
-    colon, comma = first[4], first[6] or ","
-    # The last entry has no comma: it gets one, so that all are of one length.
+    colon, comma = first[1].decode(), first[2].decode() or ","
     entry = re.compile(rf'{_NAME}{re.escape(colon)}"({_TEXT})"{re.escape(comma)}')
     spelled: dict[tuple[str, str, str], int] = {}
     code: list[int] = []
     number: list[int] = []
     around = len('""""') + len(colon) + len(comma)
-    for found in _whole(entry, text + comma, 0, f'"{comma}"', around):
+    # The last entry has no comma: it gets one, so that all are of one length.
+    between = f'"{comma}"'.encode()
+    for found in _whole(entry, (raw, begin, end), between, around, comma):
         if not found:
             return None
         heads, numbers, tails, files = zip(*found, strict=True)

@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import repeat
 
 import numpy as np
 
 from shardsurgeon.errors import IndexFileError
-from shardsurgeon.storage.formats.columns import cut_weight_map, read_weight_map
+from shardsurgeon.storage.formats.columns import find_weight_map, read_weight_map
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
 from shardsurgeon.storage.formats.tensor_table import Column, Stems, TensorTable, split_name
 from shardsurgeon.storage.limits import INDEX
@@ -24,6 +26,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _REMEDY = "fetch the index again"
 _MAX_DEPTH = 50  # of metadata, which json must be able to write again
+_QUOTE = json.encoder.encode_basestring_ascii
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -104,12 +107,13 @@ def parse_index(raw: bytes, where: str) -> Index:
     for repeated names, and for shards that are not a plain path to a .safetensors file inside the
     checkpoint.
     """
-    cut = cut_weight_map(raw)
-    found = read_weight_map(cut[1]) if cut is not None else None
-    if cut is None or found is None:
+    place = find_weight_map(raw)
+    found = read_weight_map(place) if place is not None else None
+    if place is None or found is None:
         return _read_strictly(raw, where)
-    members = read_object(cut[0], where, "the index", IndexFileError, _REMEDY, INDEX)
     names, code, number = found
+    rest = raw[: place[1]] + raw[place[2] :]
+    members = read_object(rest, where, "the index", IndexFileError, _REMEDY, INDEX)
     sound = not any(map(shard_name_problem, {shard for _, _, shard in names}))
     if members.get("weight_map") != {} or not sound or _repeat(names, code, number):
         return _read_strictly(raw, where)
@@ -169,24 +173,21 @@ def build_index(tables: Mapping[str, TensorTable], metadata: Mapping[str, object
     tables: shard → its tensors.
     """
     head = json.dumps({"metadata": dict(metadata), "weight_map": {}}, indent=2, sort_keys=True)
-    entries: dict[str, str] = {}
+    names: list[str] = []
+    shards: list[str] = []
     for shard, table in tables.items():
-        names = [(_quoted(each.head)[:-1], _quoted(each.tail)[1:]) for each in table.series]
-        file = _quoted(shard)
-        rows = zip(table.names(), table.code.tolist(), table.number.tolist(), strict=True)
-        for name, code, number in rows:
-            before, behind = names[code]
-            spelled = f"{before}{number}{behind}" if number >= 0 else f'"{behind}'
-            entries[name] = f"    {spelled}: {file}"
-    if not entries:
+        names += table.names()
+        shards += repeat(json.dumps(shard), len(table))
+    if not names:
         return f"{head}\n".encode()
-    before_map = head.removesuffix("}\n}")
-    listed = ",\n".join(entries[name] for name in sorted(entries))
-    return f"{before_map}\n{listed}\n  }}\n}}\n".encode()
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+    text = BytesIO()
+    text.write(head.removesuffix("}\n}").encode())
+    before = "\n"
+    for place in sorted(range(len(names)), key=names.__getitem__):
+        text.write(f"{before}    {_QUOTE(names[place])}: {shards[place]}".encode())
+        before = ",\n"
+    text.write(b"\n  }\n}\n")
+    return text.getvalue()
 
 
 def _member(members: dict[str, object], key: str, where: str) -> dict[str, object]:
