@@ -27,7 +27,6 @@ from shardsurgeon.checkpoint.provenance import (
 )
 from shardsurgeon.checkpoint.recognition import sort_out
 from shardsurgeon.checkpoint.shards import (
-    Listing,
     Settled,
     Shard,
     are_one_set,
@@ -215,7 +214,7 @@ def _opened(source: Source, family: Family | None) -> Checkpoint:
     shards = open_shards(source, [files[name] for name in names])
     if index is None and len(shards) > 1:
         shards = without_strangers(shards)
-    settled = settle(source, shards, Listing.of_index(index))
+    settled = settle(source, shards, index.weight_map if index is not None else {})
     if index is not None:
         require_listed(_at(source, called.index), settled, index)
     provenance, foreign = None, False
@@ -265,7 +264,10 @@ def _with_parts(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     files = [file for file in checkpoint.files if file.name in checkpoint.unindexed]
     readable = open_readable(checkpoint.source, files)
     found = forgotten_parts(checkpoint.shards, readable, family, checkpoint.settings)
-    parts = settle(checkpoint.source, found, Listing.of_shards(checkpoint.shards))
+    held = {
+        name: shard.file for shard in checkpoint.shards for name in shard.header.tensors.names()
+    }
+    parts = settle(checkpoint.source, found, held)
     damaged = {file.name for file in files} - {shard.file for shard in readable}
     taken = {shard.file for shard in parts.shards}
     said = {_left_out(name): _unreadable(name) for name in damaged}

@@ -146,14 +146,14 @@ def find_weight_map(raw: bytes) -> Stretch | None:
         return None
     begin = match.end()
     end = raw.find(b"}", begin)
-    if end < 0 or raw.find(b"{", begin, end) >= 0:
+    if end < 0 or raw.find(b"{", begin, end) >= 0 or raw.find(b"\\", begin, end) >= 0:
         return None
     return raw, begin, end
 
 
-def read_weight_map(stretch: Stretch) -> tuple[list[tuple[str, str, str]], Column, Column] | None:
-    """What a weight map says: ((head, tail, file) once each, and for each tensor its place in these
-    and its number), or None where it is not spelled alike all through."""
+def read_weight_map(stretch: Stretch) -> dict[str, str] | None:
+    """What a weight map says, tensor name → shard, one string object per shard; None where it is
+    not spelled alike all through or has a name twice."""
     raw, begin, end = stretch
     while begin < end and raw[begin] in _WHITE:
         begin += 1
@@ -162,25 +162,29 @@ def read_weight_map(stretch: Stretch) -> tuple[list[tuple[str, str, str]], Colum
     first = _FIRST.match(raw, begin, end)
     if first is None:
         return None
-    colon, comma = first[1].decode(), first[2].decode() or ","
-    entry = re.compile(rf'{_NAME}{re.escape(colon)}"({_TEXT})"{re.escape(comma)}')
-    spelled: dict[tuple[str, str, str], int] = {}
-    code: list[int] = []
-    number: list[int] = []
-    around = len('""""') + len(colon) + len(comma)
-    # The last entry has no comma: it gets one, so that all are of one length.
+    colon, comma = first[1].decode(), first[2].decode()
     between = f'"{comma}"'.encode()
-    for found in _whole(entry, (raw, begin, end), between, around, comma):
-        if not found:
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}
+    count = 0
+    while begin < end:
+        cut = raw.find(between, begin + _PIECE, end) if comma else -1
+        upto = end if cut < 0 else cut + len(between) - 1
+        try:
+            text = raw[begin:upto].decode()
+        except UnicodeDecodeError:
             return None
-        heads, numbers, tails, files = zip(*found, strict=True)
-        code += [
-            spelled.setdefault(key, len(spelled)) for key in zip(heads, tails, files, strict=True)
-        ]
-        number += [int(each) if each else UNNUMBERED for each in numbers]
-    if any(map(_ESCAPED.search, chain.from_iterable(spelled))):
-        return None
-    # One string object per shard.
-    known = {file: file for _, _, file in spelled}
-    names = [(head, tail, known[file]) for head, tail, file in spelled]
-    return names, np.array(code, np.int64), np.array(number, np.int64)
+        if upto == end:
+            text += comma
+        # "name": "shard", and so on: every other part of the text is between quotes.
+        parts = text.split('"')
+        names, shards = parts[1::4], parts[3::4]
+        if parts[0] or {*parts[2::4]} != {colon} or {*parts[4::4]} != {comma}:
+            return None
+        if len(parts) % 4 != 1 or not "".join(names).isprintable():
+            return None
+        files.update((each, each) for each in {*shards} - files.keys())
+        weight_map |= zip(names, map(files.__getitem__, shards), strict=True)
+        count += len(names)
+        begin = upto
+    return weight_map if len(weight_map) == count else None

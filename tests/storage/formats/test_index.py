@@ -53,7 +53,7 @@ def test_metadata_may_be_null_and_a_byte_order_mark_stands_before_it() -> None:
 def test_shards_are_listed_in_the_order_of_their_numbers() -> None:
     huge = f"m-{'9' * 5000}.safetensors"
     names = ["m-10.safetensors", huge, "m-002.safetensors", "²1.safetensors", "m.safetensors"]
-    index = Index.of({str(n): name for n, name in enumerate([*names, names[0]])}, {})
+    index = Index({str(n): name for n, name in enumerate([*names, names[0]])}, {})
     assert index.shards == [names[2], names[0], huge, names[4], names[3]]
 
 
