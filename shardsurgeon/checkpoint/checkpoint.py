@@ -45,7 +45,7 @@ from shardsurgeon.reports import Titled
 from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
-from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
+from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size, uncollected
 from shardsurgeon.storage.open import hub_address, hub_name, open_source
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile, require_plain
@@ -188,7 +188,7 @@ def open_checkpoint(
     it. Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
     its subclasses where a file is missing, broken, no plain file or contradicts another one.
     """
-    with phase("reading the model"):
+    with phase("reading the model"), uncollected():
         return _opened(open_source(model, follow_links=follow_links), family)
 
 
@@ -264,10 +264,8 @@ def _with_parts(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     files = [file for file in checkpoint.files if file.name in checkpoint.unindexed]
     readable = open_readable(checkpoint.source, files)
     found = forgotten_parts(checkpoint.shards, readable, family, checkpoint.settings)
-    held = {
-        name: shard.file for shard in checkpoint.shards for name in shard.header.tensors.names()
-    }
-    parts = settle(checkpoint.source, found, held)
+    listed = ((name, s.file) for s in checkpoint.shards for name in s.header.tensors.names())
+    parts = settle(checkpoint.source, found, dict(listed))
     damaged = {file.name for file in files} - {shard.file for shard in readable}
     taken = {shard.file for shard in parts.shards}
     said = {_left_out(name): _unreadable(name) for name in damaged}

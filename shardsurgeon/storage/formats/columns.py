@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -36,7 +36,7 @@ _ENTRY = re.compile(
     rf'{_NAME}:{{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]*)\],'
     rf'"data_offsets":\[({_OFFSET}),({_OFFSET})\]}}(?:,|}}\Z)'
 )
-_ENTRY_LENGTH = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
+_AROUND = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
 _BETWEEN = b']},"'
 _METADATA = re.compile(rb'{"__metadata__":({[^{}\\]*}),(?=")')
 _MAPPED = re.compile(rb'"weight_map"[ \t\n\r]*:[ \t\n\r]*{')
@@ -48,7 +48,6 @@ _PIECE = 1 << 20
 Extent = Callable[[str, tuple[int, ...]], int | None]
 # A text, and where in it to begin and end.
 Stretch = tuple[bytes, int, int]
-Found = list[tuple[str, ...]]
 
 
 def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, bytes] | None:
@@ -62,57 +61,47 @@ def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, bytes] | None
     if not raw.startswith(b"{"):
         return None
     metadata = _METADATA.match(raw)
-    stretch = raw, metadata.end() if metadata else 1, len(raw.rstrip(b" "))
     spelled: dict[tuple[str, str, str, str], int] = {}
     code: list[int] = []
     number: list[int] = []
     begins: list[int] = []
     ends: list[int] = []
-    for found in _whole(_ENTRY, stretch, _BETWEEN, _ENTRY_LENGTH):
-        if not found:
+    at, end = metadata.end() if metadata else 1, len(raw.rstrip(b" "))
+    while at < end:
+        upto = _cut(raw, at, end, _BETWEEN)
+        try:
+            text = raw[at:upto].decode()
+        except UnicodeDecodeError:
             return None
-        heads, numbers, tails, dtypes, shapes, starts, stops = zip(*found, strict=True)
+        columns = [*zip(*_ENTRY.findall(text), strict=True)] or [()]
+        # Entries do not overlap: if their lengths add up to the text's, nothing else is in it.
+        if sum(map(len, map("".join, columns))) + _AROUND * len(columns[0]) != len(text):
+            return None
+        heads, numbers, tails, dtypes, shapes, starts, stops = columns
         keys = zip(heads, tails, dtypes, shapes, strict=True)
         code += [spelled.setdefault(key, len(spelled)) for key in keys]
         number += [int(each) if each else UNNUMBERED for each in numbers]
         begins += map(int, starts)
         ends += map(int, stops)
+        at = upto
     if any(map(_ESCAPED.search, chain.from_iterable(spelled))):
         return None
     series = [_series(*key, extent) for key in spelled]
     known = tuple(each for each in series if each is not None)
     if not known or len(known) < len(series):
         return None
-    columns = (np.array(column, np.int64) for column in (code, number, begins))
-    table = _in_order(TensorTable(known, *columns), np.array(ends, np.int64))
+    rows = (np.array(column, np.int64) for column in (code, number, begins))
+    table = _in_order(TensorTable(known, *rows), np.array(ends, np.int64))
     return None if table is None else (table, metadata[1] if metadata else b"")
 
 
-def _whole(
-    entry: re.Pattern[str], stretch: Stretch, between: bytes, around: int, last: str = ""
-) -> Iterator[Found]:
-    """The groups of all entries in a stretch of a text, piece by piece; an empty piece where
-    anything else is in it, and then no more.
+def _cut(raw: bytes, begin: int, end: int, between: bytes) -> int:
+    """Where a piece of a text that begins there ends: behind an entry.
 
-    between: how one entry ends and the next begins, with one character of that; around: characters
-    of an entry that are in none of its groups; last: what the last one lacks. Entries do not
-    overlap: if their lengths add up to the text's, there is nothing else.
+    between: how one entry ends and the next begins, with one character of that.
     """
-    raw, begin, end = stretch
-    while begin < end:
-        cut = raw.find(between, begin + _PIECE, end)
-        upto = end if cut < 0 else cut + len(between) - 1
-        try:
-            text = raw[begin:upto].decode() + (last if upto == end else "")
-        except UnicodeDecodeError:
-            yield []
-            return
-        found = entry.findall(text)
-        if sum(map(len, chain.from_iterable(found))) + around * len(found) != len(text):
-            yield []
-            return
-        yield found
-        begin = upto
+    cut = raw.find(between, begin + _PIECE, end)
+    return end if cut < 0 else cut + len(between) - 1
 
 
 def _series(head: str, tail: str, dtype: str, shape: str, extent: Extent) -> Series | None:
@@ -168,8 +157,7 @@ def read_weight_map(stretch: Stretch) -> dict[str, str] | None:
     files: dict[str, str] = {}
     count = 0
     while begin < end:
-        cut = raw.find(between, begin + _PIECE, end) if comma else -1
-        upto = end if cut < 0 else cut + len(between) - 1
+        upto = _cut(raw, begin, end, between) if comma else end
         try:
             text = raw[begin:upto].decode()
         except UnicodeDecodeError:
