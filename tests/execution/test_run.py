@@ -63,7 +63,7 @@ def test_the_bytes_are_the_plans_for_any_number_of_workers(
     report = execute(job.plan, job.source, out, workers=workers, system=system)
     assert content(out) == job.expected
     assert sorted(os.listdir(out.parent)) == ["OUT", "Tiny-MoE", "scores.pt"]
-    assert report.bytes_copied == sum(map(len, job.expected.values()))
+    assert report.bytes_copied + report.bytes_shared == sum(map(len, job.expected.values()))
     assert (report.bytes_resumed, report.shards, report.shards_resumed) == (0, 3, 0)
 
 
@@ -143,9 +143,9 @@ def test_every_shard_is_reserved_before_the_first_byte_is_copied(job: Job, out: 
     calls: list[str] = []
     real = portable()
 
-    def reserve(file: FileIO, nbytes: int) -> None:
-        calls.append(f"reserve {nbytes}")
-        real.reserve(file, nbytes)
+    def reserve(file: FileIO, begin: int, end: int) -> None:
+        calls.append(f"reserve {begin} to {end}")
+        real.reserve(file, begin, end)
 
     def write_at(file: FileIO, data: memoryview, at: int) -> int:
         if "safetensors" in str(file.name):
@@ -154,7 +154,7 @@ def test_every_shard_is_reserved_before_the_first_byte_is_copied(job: Job, out: 
 
     execute(job.plan, job.source, out, system=replace(real, reserve=reserve, write_at=write_at))
     sizes = [len(job.expected[shard.file]) for shard in job.plan.shards]
-    assert calls[:4] == [f"reserve {size}" for size in sizes] + ["write"]
+    assert calls[:4] == [f"reserve 0 to {size}" for size in sizes] + ["write"]
 
 
 def test_a_shard_is_synced_then_named_then_journalled(job: Job, out: Path) -> None:
@@ -418,7 +418,7 @@ def test_a_run_whose_result_is_there_is_done_and_checked_again(job: Job, out: Pa
     before = {path: path.stat() for path in out.rglob("*")}
     checked: list[Path] = []
     again = execute(job.plan, job.source, out, before_delivery=checked.append)
-    assert (again.bytes_copied, again.bytes_resumed) == (0, first.bytes_copied)
+    assert (again.bytes_copied, again.bytes_resumed) == (0, first.bytes_copied + first.bytes_shared)
     assert checked == [out]
     after = {path: path.stat() for path in out.rglob("*")}
     assert [(path, each.st_mtime_ns) for path, each in after.items()] == [
