@@ -219,7 +219,9 @@ def test_small_tensors_left_over_in_a_wide_section_help_in_a_narrower_one() -> N
 def test_a_section_leaves_as_many_small_tensors_as_it_can_to_the_next() -> None:
     # From 0 upwards 4088 is 511 steps away; from 4088 upwards 0 is one.
     rows = [(BLOCK, 8, 0, 1), (BLOCK, 8, 4088, 1), (BLOCK, 1, 4, 1), (BLOCK, 1, 20, 1)]
-    given = columns([*rows, (4, 4, -1, 0), *[(8, 4, -1, 0)] * 511])
+    # So many tensors that only one beginning is tried.
+    others = [(BLOCK, 4, -1, 0)] * 500
+    given = columns([*rows, *others, (4, 4, -1, 0), *[(8, 4, -1, 0)] * 511])
     assert shared_by_hand(lay_out(*given), given) == 4
 
 
@@ -408,3 +410,9 @@ def test_shapes_of_a_third_of_the_experts_close_it_for_two_source_shards(
     )
     assert shared_by_hand(lay_out(*one), one) >= 0.8 * one.nbytes.sum()
     assert shared_by_hand(lay_out(*two), two) >= 0.99 * two.nbytes.sum()
+
+
+@pytest.mark.parametrize("in_sections", [True, False], ids=["in sections", "in layers"])
+def test_a_shard_of_few_fillers_is_walked_from_several_beginnings(in_sections: bool) -> None:
+    given = shard_of(gpt_oss, 32, 16, layers=7, in_sections=in_sections)
+    assert shared_by_hand(lay_out(*given), given) >= 0.98 * given.nbytes.sum()
