@@ -43,6 +43,9 @@ START_UNIT = 8
 ENOUGH = 0.999
 # Large tensors that together hold no more than this part of the bytes may serve as fillers.
 MINOR = 0.02
+# Shards of few tensors are walked from more than the best beginning, while it is cheap.
+BEGINNINGS = 4
+CHEAP = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,28 +149,30 @@ def _walks(shard: _Columns) -> Iterator[Column]:
     # ones come before, each width in its own.
     for merged in np.unique(width)[::-1].tolist():
         first = np.minimum(intact, np.maximum(width, merged))
-        for fillers, fitted in ((minor, 0), (minor, 1), (minor & False, 0)):
-            yield _walked(shard, first, fillers, fitted)
+        for beginning in range(1 + min(CHEAP // len(nbytes), BEGINNINGS)):
+            for fillers in (minor, minor & False):
+                yield _walked(shard, first, fillers, beginning)
         if first.min() == first.max():
             # Narrower sections would only have less in them.
             break
 
 
-def _walked(shard: _Columns, first: Column, minor: Mask, fitted: int) -> Column:
+def _walked(shard: _Columns, first: Column, minor: Mask, beginning: int) -> Column:
     """The order that one walk makes, section by section.
 
     first: unit of the first section that a tensor may stand in; it may stand in later ones too
-    if they are no narrower than its dtype. minor: large tensors that serve as fillers. fitted:
-    to which fillers the walk's begin is fitted, 0 being those of the most numerous size.
+    if they are no narrower than its dtype. minor: large tensors that serve as fillers. beginning:
+    which phase the walk begins at, 0 being the best.
     """
     nbytes, width, phase, gain = shard
     units = np.unique(first)[::-1].tolist()
-    walk = _Walk(nbytes, fitted)
+    walk = _Walk(nbytes, beginning)
     left = np.ones(len(nbytes), dtype=bool)
     whole = nbytes % BLOCK == 0
     rounds = ((phase >= 0) & ~minor, ((phase < 0) | minor) & ~whole), (minor, (phase < 0) & ~whole)
     for unit, following in zip(units, [*units[1:], 0], strict=True):
-        usable = (width <= unit) & (first >= unit)
+        # Wider dtypes than the unit are all placed by now.
+        usable = first >= unit
         for large, small in rounds:
             nodes = np.flatnonzero(usable & left & large)
             if len(nodes):
@@ -228,8 +233,8 @@ class _Walk:
     Until the first phase is met the data may begin at any multiple of 8 (`free`).
     """
 
-    def __init__(self, nbytes: Column, fitted: int) -> None:
-        self._moves, self._fitted = nbytes % BLOCK, fitted
+    def __init__(self, nbytes: Column, beginning: int) -> None:
+        self._moves, self._beginning = nbytes % BLOCK, beginning
         self.order: list[int] = []
         self.position = 0
         self.free = True
@@ -250,7 +255,9 @@ class _Walk:
             waiting[node] = 1
         if self.free:
             summed = np.add.reduceat(gains[by_phase], begins)
-            self._begin(_beginnings(nodes, summed, fillers[self._fitted :]), fillers)
+            ranked = _beginnings(nodes, summed, fillers)
+            worse = self._beginning % len(ranked)
+            self._begin(ranked[worse:] + ranked[:worse], fillers)
         while spans and not self.free:
             node = self.position
             if waiting[node]:

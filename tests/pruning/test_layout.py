@@ -190,9 +190,16 @@ def test_small_tensors_of_several_sizes_are_summed_up() -> None:
 
 
 def test_a_first_phase_that_no_header_reaches_is_reached_by_small_tensors() -> None:
-    given = columns([(BLOCK, 1, 20, BLOCK), (4, 4, -1, 0)])
+    given = columns([(BLOCK, 4, 20, BLOCK), (4, 2, -1, 0)])
     layout = lay_out(*given)
     assert layout.order.tolist() == [1, 0] and layout.start == 16
+
+
+def test_rare_sizes_are_kept_for_what_only_they_reach() -> None:
+    # 512 is one step of the rare size away from 0, but then nothing leads back to 16.
+    rows = [(BLOCK, 1, phase, BLOCK) for phase in (0, 16, 32, 32 + 512)] + [(BLOCK, 1, 512, 1)]
+    given = columns([*rows, (512, 2, -1, 0), *[(8, 2, -1, 0)] * 10])
+    assert shared_by_hand(lay_out(*given), given) == 4 * BLOCK
 
 
 def test_a_tensor_of_broken_blocks_is_followed_by_what_stood_behind_it() -> None:
@@ -204,9 +211,30 @@ def test_a_tensor_of_broken_blocks_is_followed_by_what_stood_behind_it() -> None
 
 def test_small_tensors_left_over_in_a_wide_section_help_in_a_narrower_one() -> None:
     # Phases of 4 modulo 8 lie in the second section, behind the wide dtype's.
-    rows = [(BLOCK, 8, 8, BLOCK), (BLOCK, 1, 4, BLOCK), (BLOCK, 1, 20, BLOCK), (4, 4, -1, 0)]
-    given = columns([*rows, (16, 4, -1, 0), (4088, 4, -1, 0)])
-    assert shared_by_hand(lay_out(*given), given) == 3 * BLOCK
+    rows = [(BLOCK, 8, 8, 1), (BLOCK, 8, 24, 1), (BLOCK, 1, 28, 1), (BLOCK, 1, 540, 1)]
+    given = columns([*rows, (16, 4, -1, 0), (4, 4, -1, 0), (512, 4, -1, 0)])
+    assert shared_by_hand(lay_out(*given), given) == 4
+
+
+def test_a_section_leaves_as_many_small_tensors_as_it_can_to_the_next() -> None:
+    # From 0 upwards 4088 is 511 steps away; from 4088 upwards 0 is one.
+    rows = [(BLOCK, 8, 0, 1), (BLOCK, 8, 4088, 1), (BLOCK, 1, 4, 1), (BLOCK, 1, 20, 1)]
+    # So many tensors that only one beginning is tried.
+    others = [(BLOCK, 4, -1, 0)] * 500
+    given = columns([*rows, *others, (4, 4, -1, 0), *[(8, 4, -1, 0)] * 511])
+    assert shared_by_hand(lay_out(*given), given) == 4
+
+
+def test_what_leaves_the_position_comes_before_what_moves_it() -> None:
+    rows = [(BLOCK + 512, 2, 8, BLOCK), (BLOCK, 2, 8, BLOCK), (BLOCK, 2, 520, BLOCK)]
+    given = columns(rows)
+    layout = lay_out(*given)
+    assert layout.order.tolist() == [1, 0, 2]
+
+
+def test_of_orders_that_share_alike_the_one_of_the_source_is_taken() -> None:
+    given = columns([(BLOCK, 2, 0, BLOCK), (BLOCK, 4, 0, BLOCK)])
+    assert lay_out(*given).order.tolist() == [0, 1]
 
 
 # Files that models come in, one layer each ---------------------------------------------------
@@ -382,3 +410,9 @@ def test_shapes_of_a_third_of_the_experts_close_it_for_two_source_shards(
     )
     assert shared_by_hand(lay_out(*one), one) >= 0.8 * one.nbytes.sum()
     assert shared_by_hand(lay_out(*two), two) >= 0.99 * two.nbytes.sum()
+
+
+@pytest.mark.parametrize("in_sections", [True, False], ids=["in sections", "in layers"])
+def test_a_shard_of_few_fillers_is_walked_from_several_beginnings(in_sections: bool) -> None:
+    given = shard_of(gpt_oss, 32, 16, layers=7, in_sections=in_sections)
+    assert shared_by_hand(lay_out(*given), given) >= 0.98 * given.nbytes.sum()
