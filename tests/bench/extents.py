@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _FIEMAP = 0xC020660B
@@ -41,10 +42,22 @@ def extents(path: Path) -> Iterator[tuple[int, int]]:
                 return
 
 
-def shared_nbytes(folder: Path) -> int:
-    """Bytes below a folder whose blocks belong to another file as well."""
+@dataclass(frozen=True)
+class Shared:
+    """nbytes: of blocks that belong to another file as well; extents: how many pieces they are."""
+
+    nbytes: int
+    extents: int
+
+
+NOTHING = Shared(0, 0)
+
+
+def shared(folder: Path) -> Shared:
+    """What the files below a folder share with others."""
     paths = (path for path in folder.rglob("*") if path.is_file())
-    return sum(nbytes for path in paths for nbytes, flags in extents(path) if flags & _SHARED)
+    found = [nbytes for path in paths for nbytes, flags in extents(path) if flags & _SHARED]
+    return Shared(sum(found), len(found))
 
 
 def settled_use(mount: Path) -> int:
@@ -63,6 +76,11 @@ def settled_use(mount: Path) -> int:
         seen = used
         time.sleep(0.5)
     sys.exit(f"{mount}: its use does not settle")
+
+
+def give_back(mount: Path) -> None:
+    """Have the image below a file system forget what was removed there, so that it stays small."""
+    _do("fstrim", str(mount))
 
 
 def mark_written(mount: Path) -> None:

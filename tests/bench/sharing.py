@@ -6,12 +6,13 @@
     sudo python tests/bench/sharing.py WORK --whole             all of Kimi-K2.5 on XFS
 
 Needs Linux, root, xfsprogs and btrfs-progs, and below WORK three times the size of a model and 8 GB
-more; what is made there is removed at the end. The file systems lie in loop devices. The tensors
-of a shard lie as the safetensors library writes them, and every byte is written. Every round
-runs `apply` with its check and without, and `cp --reflink=never` of files of the sizes that stay,
-until these are on the disk; the table shows medians. What is shared is counted twice: by `apply`,
-and by the file system (FIEMAP), and the smaller figure counts. CHECKOUT: a working tree of an
-earlier version, which takes part.
+more; what is made there is removed at the end. The file systems lie in loop devices. The tensors of
+a shard lie as the safetensors library writes them, and every byte is written. Every round runs
+`apply` with its check and without, and `cp --reflink=never` of files of the sizes that stay, which
+are read from memory, until the copy is on the disk; the table shows medians. The model is not in
+memory, but on ext4, where it is read. What is shared is counted twice, by `apply` and by the file
+system (FIEMAP), and the smaller figure counts. CHECKOUT: a working tree of an earlier version,
+which takes part.
 
 Ends with 1 where a promise is missed. On XFS and btrfs: 95 % of the kept bytes shared where shards
 have 9 GB, 0.15 times the time of `cp`, at most 2 % of the kept bytes taken from the disk. On ext4,
@@ -62,7 +63,7 @@ HEADINGS = (
     "kept GB",
     "shared %",
     "copied MB",
-    "clone calls",
+    "shared extents",
     "`apply` s",
     "unverified s",
     "before s",
@@ -78,9 +79,9 @@ HEADINGS = (
 class Setting:
     """One layout on one file system at one ratio, and what its runs were like.
 
-    shard: about the size of the source's shards; kept: bytes of the shards that stay, grown: taken
-    from the file system by each `apply`, shared: by the file system's account; said: what the last
-    `apply` printed; samples: by contender.
+    shard: about the size of the source's shards; kept: bytes of the result's; grown: taken from
+    the file system by each `apply`; shared: what that has of it; said: what the last `apply`
+    printed; samples: by contender.
     """
 
     kind: str
@@ -88,7 +89,7 @@ class Setting:
     shard: int
     ratio: float
     kept: int = 0
-    shared: int = 0
+    shared: extents.Shared = extents.NOTHING
     grown: list[int] = field(default_factory=list)
     said: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
@@ -101,7 +102,7 @@ class Setting:
     @property
     def share(self) -> float:
         """The share of the kept bytes that is shared, by the account that has less."""
-        return min(self.shared, self.said.get("bytes_shared") or 0) / self.kept
+        return min(self.shared.nbytes, self.said.get("bytes_shared", 0)) / self.kept
 
     @property
     def growth(self) -> float:
@@ -115,7 +116,6 @@ class Setting:
     def cells(self) -> list[str]:
         """The row of the table."""
         applied, cp = self.wall("apply"), self.wall("cp")
-        calls = self.said.get("clone_calls")
         return [
             LAYOUTS[self.layout],
             f"{self.shard / 1e9:g}",
@@ -123,7 +123,7 @@ class Setting:
             f"{self.kept / 1e9:.2f}",
             f"{100 * self.share:.1f}",
             f"{self.said['bytes_copied'] / 1e6:,.1f}",
-            "" if calls is None else f"{calls:,}",
+            f"{self.shared.extents:,}",
             *(_seconds(self.wall(name)) for name in ("apply", "unverified", "before", "cp")),
             f"{applied / cp:.2f}" if applied and cp else "",
             f"{max(self.grown) / 1e6:,.1f}",
@@ -144,9 +144,9 @@ class Setting:
                 found.append(f"the disk grew by {self.growth:.1%}, promised {MOST_GROWTH:.0%}")
         elif applied and before and applied / before > MOST_TIMES_BEFORE:
             found.append(f"{applied / before:.2f} times what it was before")
-        reported = self.said.get("bytes_shared") or 0
-        if abs(reported - self.shared) > 0.01 * self.kept:
-            counted = f"the file system has {self.shared / 1e9:.2f} GB of them"
+        reported = self.said.get("bytes_shared", 0)
+        if abs(reported - self.shared.nbytes) > 0.01 * self.kept:
+            counted = f"by the file system's account it is {self.shared.nbytes / 1e9:.2f} GB"
             found.append(f"apply reports {reported / 1e9:.2f} GB shared, {counted}")
         return [f"{self.name}: {problem}" for problem in found]
 
@@ -162,30 +162,38 @@ def measured(at: Setting, model: Path, given: argparse.Namespace) -> Setting:
     mount = model.parent
     out, kept = mount / "out", mount / "kept"
     is_full = disk_full(given.work)
-    contenders = {"apply": command(model, at.ratio, out)}
-    contenders["unverified"] = command(model, at.ratio, out, "--no-verify")
+    more = given.apply_options.split()
+    contenders = {"apply": command(model, at.ratio, out, *more)}
+    contenders["unverified"] = [*contenders["apply"], "--no-verify"]
     if given.before is not None:
         contenders["before"] = ["env", f"PYTHONPATH={given.before}", *contenders["apply"]]
+    reads = at.kind not in SHARING and not given.cold
     for turn in range(given.runs):
         for name, words in contenders.items():
-            measure.remove(out)
+            clear(out, mount)
             used = extents.settled_use(mount)
-            (measure.chill if given.cold else measure.warm)(model)
+            (measure.warm if reads else measure.chill)(model)
             sample, said = measure.told(words, is_full)
             at.samples.setdefault(name, []).append(sample)
             if name == "apply":
                 at.grown.append(extents.settled_use(mount) - used)
-                at.said, at.shared = said, extents.shared_nbytes(out)
+                at.said, at.shared = said, extents.shared(out)
         if not turn:
             at.kept = sum(path.stat().st_size for path in out.glob("*.safetensors"))
             fill_like(out, kept)
-        measure.remove(out)
+        clear(out, mount)
         (measure.chill if given.cold else measure.warm)(kept)
         copy = ["cp", "-r", "--reflink=never", str(kept), str(out)]
         at.samples.setdefault("cp", []).append(measure.run(copy, out, is_over=is_full))
-    measure.remove(out)
-    measure.remove(kept)
+    clear(out, mount)
+    clear(kept, mount)
     return at
+
+
+def clear(folder: Path, mount: Path) -> None:
+    """Remove a folder from a loop device and its bytes from the image."""
+    measure.remove(folder)
+    extents.give_back(mount)
 
 
 def fill_like(folder: Path, into: Path) -> None:
@@ -206,17 +214,25 @@ def fill_like(folder: Path, into: Path) -> None:
 
 def disk_full(work: Path) -> Callable[[], bool]:
     """Whether the disk below WORK, which holds the images, has only its reserve left."""
-    return lambda: shutil.disk_usage(work).free < RESERVE_NBYTES
+
+    def is_full() -> bool:
+        full = shutil.disk_usage(work).free < RESERVE_NBYTES
+        if full:
+            print(f"{work}: only {RESERVE_NBYTES / 1e9:.1f} GB are left, so it ends", flush=True)
+        return full
+
+    return is_full
 
 
 def benchmark(given: argparse.Namespace, folder: Path) -> list[str]:
     """The tables, one per file system; returns what was missed."""
     missed: list[str] = []
-    if shutil.disk_usage(folder).free < 3 * given.size + RESERVE_NBYTES:
+    room = 3 * given.size
+    if shutil.disk_usage(folder).free < room + RESERVE_NBYTES:
         sys.exit(f"{folder}: has no room for three times {given.size / 1e9:g} GB")
     for kind in given.disks:
         rows: list[list[str]] = []
-        with measure.disk(kind, 4 * given.size + (8 << 30), folder) as mounted:
+        with measure.disk(kind, room, folder) as mounted:
             for layout, shard in ((one, size) for one in given.layouts for size in given.shards):
                 size, shards = given.size / 1e9, max(round(given.size / shard), 1)
                 words = ["--layout", layout, "--size", f"{size}GB", "--shards", str(shards)]
@@ -226,7 +242,7 @@ def benchmark(given: argparse.Namespace, folder: Path) -> list[str]:
                     rows.append(at.cells())
                     missed += at.missed()
                     print(f"{at.name}: {', '.join(at.cells()[3:])}", file=sys.stderr, flush=True)
-                measure.remove(model)
+                clear(model, mounted)
         print(f"\n**{kind}**\n\n{measure.table(HEADINGS, rows)}", flush=True)
     return missed
 
@@ -241,12 +257,13 @@ def whole(given: argparse.Namespace, folder: Path) -> list[str]:
         out, size = mount / "out", sum(path.stat().st_size for path in measure.files(model))
         at = Setting("xfs", "int4", LARGE_SHARD, WHOLE_RATIO)
         for _ in range(given.runs):
-            measure.remove(out)
+            clear(out, mount)
             used = extents.settled_use(mount)
-            sample, at.said = measure.told(command(model, at.ratio, out), disk_full(given.work))
+            words = command(model, at.ratio, out, *given.apply_options.split())
+            sample, at.said = measure.told(words, disk_full(given.work))
             at.samples.setdefault("apply", []).append(sample)
             at.grown.append(extents.settled_use(mount) - used)
-        at.shared = extents.shared_nbytes(out)
+        at.shared = extents.shared(out)
         at.kept = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         count = len(list(model.glob("*.safetensors")))
     print(
@@ -297,10 +314,11 @@ def main() -> int:
     parser.add_argument("--layouts", type=_words(list(LAYOUTS)), default=list(LAYOUTS))
     parser.add_argument("--shards", type=_sizes, default=_sizes("1GB,9GB"), metavar="SIZE,...")
     parser.add_argument("--ratios", type=_ratios, default=_ratios("0.5,0.65"))
-    parser.add_argument("--size", type=parse_size, default=parse_size("9GB"), help="of a model")
+    parser.add_argument("--size", type=parse_size, default=parse_size("18GB"), help="of a model")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="read from the disk, not from memory")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier version")
+    parser.add_argument("--apply-options", default="", help="more words for `apply`")
     parser.add_argument("--whole", action="store_true", help="all of Kimi-K2.5, on XFS")
     parser.add_argument("--layers", type=int, help="with --whole: fewer layers, for a trial")
     given = parser.parse_args()
