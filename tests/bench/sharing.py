@@ -5,7 +5,7 @@
     sudo python tests/bench/sharing.py WORK --disks ext4 --before CHECKOUT
     sudo python tests/bench/sharing.py WORK --whole             all of Kimi-K2.5 on XFS
 
-Needs Linux, root, xfsprogs and btrfs-progs, and below WORK three times the size of a model and 8 GB
+Needs Linux, root, xfsprogs and btrfs-progs, and below WORK 2.5 times the size of a model and 9 GB
 more; what is made there is removed at the end. The file systems lie in loop devices. The tensors of
 a shard lie as the safetensors library writes them, and every byte is written. Every round runs
 `apply` with its check and without, and `cp --reflink=never` of files of the sizes that stay, which
@@ -102,7 +102,8 @@ class Setting:
     @property
     def share(self) -> float:
         """The share of the kept bytes that is shared, by the account that has less."""
-        return min(self.shared.nbytes, self.said.get("bytes_shared", 0)) / self.kept
+        reported: int = self.said.get("bytes_shared", 0)
+        return min(self.shared.nbytes, reported) / self.kept
 
     @property
     def growth(self) -> float:
@@ -178,8 +179,8 @@ def measured(at: Setting, model: Path, given: argparse.Namespace) -> Setting:
             if name == "apply":
                 at.grown.append(extents.settled_use(mount) - used)
                 at.said, at.shared = said, extents.shared(out)
+                at.kept = nbytes_of(out)
         if not turn:
-            at.kept = sum(path.stat().st_size for path in out.glob("*.safetensors"))
             fill_like(out, kept)
         clear(out, mount)
         (measure.chill if given.cold else measure.warm)(kept)
@@ -188,6 +189,11 @@ def measured(at: Setting, model: Path, given: argparse.Namespace) -> Setting:
     clear(out, mount)
     clear(kept, mount)
     return at
+
+
+def nbytes_of(folder: Path) -> int:
+    """Bytes of a model's shards."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def clear(folder: Path, mount: Path) -> None:
@@ -227,12 +233,12 @@ def disk_full(work: Path) -> Callable[[], bool]:
 def benchmark(given: argparse.Namespace, folder: Path) -> list[str]:
     """The tables, one per file system; returns what was missed."""
     missed: list[str] = []
-    room = 3 * given.size
+    room = int(2.5 * given.size)
     if shutil.disk_usage(folder).free < room + RESERVE_NBYTES:
-        sys.exit(f"{folder}: has no room for three times {given.size / 1e9:g} GB")
+        sys.exit(f"{folder}: has no room for {(room + RESERVE_NBYTES) / 1e9:.0f} GB")
     for kind in given.disks:
         rows: list[list[str]] = []
-        with measure.disk(kind, room, folder) as mounted:
+        with measure.disk(kind, room + (4 << 30), folder) as mounted:
             for layout, shard in ((one, size) for one in given.layouts for size in given.shards):
                 size, shards = given.size / 1e9, max(round(given.size / shard), 1)
                 words = ["--layout", layout, "--size", f"{size}GB", "--shards", str(shards)]
@@ -254,7 +260,7 @@ def whole(given: argparse.Namespace, folder: Path) -> list[str]:
     with measure.disk("xfs", WHOLE_DISK, folder) as mount:
         model = measure.make_model(mount / "model", "--by-name", "--allocate", *layers)
         extents.mark_written(mount)
-        out, size = mount / "out", sum(path.stat().st_size for path in measure.files(model))
+        out, size = mount / "out", nbytes_of(model)
         at = Setting("xfs", "int4", LARGE_SHARD, WHOLE_RATIO)
         for _ in range(given.runs):
             clear(out, mount)
@@ -264,7 +270,7 @@ def whole(given: argparse.Namespace, folder: Path) -> list[str]:
             at.samples.setdefault("apply", []).append(sample)
             at.grown.append(extents.settled_use(mount) - used)
         at.shared = extents.shared(out)
-        at.kept = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        at.kept = nbytes_of(out)
         count = len(list(model.glob("*.safetensors")))
     print(
         f"\nKimi-K2.5, {size / 2**30:.0f} GiB in {count} shards, on XFS: every block is allocated "

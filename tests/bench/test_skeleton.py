@@ -9,9 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-torch = pytest.importorskip("torch")
-save = pytest.importorskip("safetensors.torch").save
+import torch
+from safetensors.torch import save
 
 DTYPES = {
     "F32": torch.float32,
