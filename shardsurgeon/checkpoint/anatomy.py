@@ -11,6 +11,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.config import Numbers, published_list, read_numbers
 from shardsurgeon.checkpoint.layer_consistency import (
@@ -29,7 +32,7 @@ from shardsurgeon.checkpoint.roles import (
 )
 from shardsurgeon.errors import ConfigError, FamilyError
 from shardsurgeon.families.schema import Family, family_for
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import Column, TensorRecord, TensorTable
 from shardsurgeon.storage.limits import MAX_EXPERTS_IN_ALL
 
 
@@ -160,15 +163,16 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     """
     where = checkpoint.config_place
     config = checkpoint.settings
-    family = checkpoint.family or family_for(config, where, (r.name for r in checkpoint.records))
+    # One name of each series: no rule tells two numbers of an expert apart.
+    names = [each.name for table in checkpoint.tables for each in table.examples()]
+    family = checkpoint.family or family_for(config, where, names)
     if family.refusal:
         raise FamilyError(where, f"{config.get('model_type')}: {family.refusal}")
     numbers = read_numbers(family, config, where)
-    names = (record.name for record in checkpoint.records)
     reader = NameReader(family, numbers.num_layers, numbers.experts, numbers.extra_rows, names)
     census = _Census(checkpoint.location, reader)
-    for record in checkpoint.records:
-        census.see(record)
+    for table in checkpoint.tables:
+        census.see(table)
     # A family may have both spellings; a checkpoint has its MTP layers under one.
     numbered_on = bool(family.config.mtp_layers) and not census.apart
     _require_known_layers(census.behind, numbers, numbered_on, where)
@@ -233,15 +237,16 @@ class _Census:
     def __init__(self, location: str, reader: NameReader) -> None:
         self._location = location
         self._reader = reader
-        self._parts: dict[tuple[str, str], int] = {}
+        # Layer → part of a name around its expert's number → which experts have it.
+        self._parts: dict[int, dict[tuple[str, str], NDArray[np.bool_]]] = {}
         self._stored: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+        # Layer → expert beyond those that it should have → the part of one of its names.
+        self._beyond: dict[int, dict[int, tuple[str, str]]] = {}
         self.uneven: set[int] = set()
         self.incomplete: dict[int, dict[int, str]] = {}
         self._blocks: dict[int, LayerTensors] = {}
-        self._experts: dict[int, dict[int, int]] = {}
-        self._own_nbytes: dict[int, dict[int, int]] = {}
+        self._own_nbytes: dict[int, Column] = {}
         self._others: list[TensorRecord] = []
-        self._full: dict[int, int] = {}
         self._stacked: set[int] = set()
         self._routers: dict[int, str] = {}
         self._rows: dict[int, int] = {}
@@ -254,26 +259,46 @@ class _Census:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers with experts or a router, ascending."""
-        return tuple(sorted({*self._experts, *self._stacked, *self._routers}))
+        return tuple(sorted({*self._with_experts, *self._stacked, *self._routers}))
 
-    def see(self, record: TensorRecord) -> None:
-        """Note one tensor: the first pass."""
+    @property
+    def _with_experts(self) -> set[int]:
+        """Layers whose experts have tensors of their own."""
+        return {*self._parts, *self._beyond}
+
+    def see(self, table: TensorTable) -> None:
+        """Note the tensors of a shard: the first pass."""
+        layer, expert = self._reader.experts(table)
+        for place in np.flatnonzero(layer < 0).tolist():
+            self._see_other(table[place])
+        places = np.flatnonzero(layer >= 0)
+        places = places[np.argsort(table.code[places], kind="stable")]
+        begins = np.flatnonzero(np.diff(table.code[places], prepend=-1))
+        for same in np.split(places, begins[1:]) if len(places) else ():
+            self._see_experts(table, int(same[0]), int(layer[same[0]]), expert[same])
+
+    def _see_experts(self, table: TensorTable, place: int, layer: int, experts: Column) -> None:
+        """Note one tensor each of some experts; the one at `place` is among them."""
+        series = table.series[table.code[place]]
+        part = series.head, series.tail
+        count = self._reader.experts_of(layer)
+        own = self._own_nbytes.setdefault(layer, np.zeros(count, np.int64))
+        own[experts] += series.nbytes
+        stored = series.dtype, series.shape
+        if self._stored.setdefault(part, stored) != stored:
+            self.uneven.add(layer)
+        parts = self._parts.setdefault(layer, {})
+        if part not in parts:
+            parts[part] = np.zeros(count, bool)
+            record = table[place]
+            self._note(record, self._reader.role(record))
+        parts[part][experts] = True
+
+    def _see_other(self, record: TensorRecord) -> None:
         role = self._reader.role(record)
         if isinstance(role, ExpertTensor):
-            own = self._own_nbytes.setdefault(role.layer, {})
-            own[role.expert] = own.get(role.expert, 0) + record.nbytes
-            # A name without its expert, the same for every expert, is one bit of a mask.
             part = record.name[: role.begin], record.name[role.end :]
-            bit = 1 << self._parts.setdefault(part, len(self._parts))
-            stored = record.dtype, record.shape
-            if self._stored.setdefault(part, stored) != stored:
-                self.uneven.add(role.layer)
-            layer = self._experts.setdefault(role.layer, {})
-            layer[role.expert] = layer.get(role.expert, 0) | bit
-            if self._full.get(role.layer, 0) & bit:
-                return
-            self._full[role.layer] = self._full.get(role.layer, 0) | bit
-            self._note(record, role)
+            self._beyond.setdefault(role.layer, {}).setdefault(role.expert, part)
             return
         self._others.append(record)
         if isinstance(role, Sliced) and not role.is_router:
@@ -312,7 +337,7 @@ class _Census:
                 self._carry(each * role.tail, self._reader.is_mtp(role.layer))
             elif isinstance(role, Carried):
                 self._carry(record.nbytes, role.mtp)
-            elif not isinstance(role, ExpertTensor):
+            else:
                 self._carry(record.nbytes, self._reader.is_mtp(role.layer))
 
     def absent(self, mtp_layers: int) -> int:
@@ -324,7 +349,7 @@ class _Census:
 
     def check(self) -> None:
         """Every MoE layer has a router and experts 0..E-1; experts that lack a tensor are noted."""
-        if not self._experts and not self._stacked:
+        if not self._with_experts and not self._stacked:
             raise self._no_experts()
         in_all = sum(map(self._reader.experts_of, self.moe_layers))
         if in_all > MAX_EXPERTS_IN_ALL:
@@ -336,7 +361,7 @@ class _Census:
                 name = self._blocks[layer].prefix + self._router_name()
                 problem = f"layer {layer} has experts and no router weight such as {name}"
                 raise FamilyError(self._location, problem, "fetch the checkpoint again")
-            if layer in self._experts:
+            if layer in self._with_experts:
                 self._check_experts(layer)
             elif layer not in self._stacked:
                 raise FamilyError(self._location, f"layer {layer} has a router and no experts")
@@ -373,27 +398,23 @@ class _Census:
         return self._reader.router_name
 
     def _check_experts(self, layer: int) -> None:
-        masks = self._experts[layer]
+        parts, beyond = self._parts.get(layer, {}), self._beyond.get(layer, {})
         experts = self._reader.experts_of(layer)
-        missing = sorted(set(range(experts)) - set(masks))
-        surplus = sorted(set(masks) - set(range(experts)))
+        present = np.logical_or.reduce([*parts.values(), np.zeros(experts, bool)])
+        missing, surplus = np.flatnonzero(~present).tolist(), sorted(beyond)
         if missing or surplus:
-            what = f"lacks expert {missing[0]}" if missing else f"has an expert {surplus[0]}"
-            there = next(iter(masks.values()))
-            head, tail = next(part for part, bit in self._parts.items() if there >> bit & 1)
-            name = f"{head}{(missing or surplus)[0]}{tail}"
+            number = (missing or surplus)[0]
+            what = f"lacks expert {number}" if missing else f"has an expert {number}"
+            head, tail = next(iter([*parts, *beyond.values()]))
             raise FamilyError(
                 self._location,
-                f"layer {layer} {what} ({name}): the config says {experts} experts, "
-                f"the shards hold {len(masks)}",
+                f"layer {layer} {what} ({head}{number}{tail}): the config says {experts} experts, "
+                f"the shards hold {int(present.sum()) + len(beyond)}",
                 "experts must be 0..E-1 without gaps; fetch the checkpoint again",
             )
-        full = self._full[layer]
-        for expert, mask in sorted(masks.items()):
-            if mask != full:
-                lacks = full & ~mask
-                head, tail = next(part for part, bit in self._parts.items() if lacks >> bit & 1)
-                self.incomplete.setdefault(layer, {})[expert] = f"{head}{expert}{tail}"
+        for (head, tail), having in parts.items():
+            for expert in np.flatnonzero(~having).tolist():
+                self.incomplete.setdefault(layer, {}).setdefault(expert, f"{head}{expert}{tail}")
 
     def layers(self) -> tuple[MoELayer, ...]:
         """The layers found, with the sizes of their experts."""
@@ -401,7 +422,7 @@ class _Census:
             MoELayer(
                 index=layer,
                 is_mtp=self._reader.is_mtp(layer),
-                stacked=layer not in self._experts,
+                stacked=layer not in self._with_experts,
                 expert_nbytes=self._expert_nbytes(layer),
                 router=self._routers[layer],
             )
@@ -410,8 +431,8 @@ class _Census:
 
     def _expert_nbytes(self, layer: int) -> tuple[int, ...]:
         """Bytes of each expert: its own tensors and its rows of stacked ones."""
-        own, rows = self._own_nbytes.get(layer, {}), self._rows.get(layer, 0)
-        return tuple(own.get(expert, 0) + rows for expert in range(self._reader.experts_of(layer)))
+        own = self._own_nbytes.get(layer, np.zeros(self._reader.experts_of(layer), np.int64))
+        return tuple((own + self._rows.get(layer, 0)).tolist())
 
     def _carry(self, nbytes: int, mtp: bool) -> None:
         if mtp:

@@ -44,8 +44,8 @@ from shardsurgeon.families.schema import Family, family_for, is_declared
 from shardsurgeon.reports import Titled
 from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
-from shardsurgeon.storage.formats.safetensors import TensorRecord
-from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
+from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size, uncollected
 from shardsurgeon.storage.open import hub_address, hub_name, open_source
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile, require_plain
@@ -104,6 +104,11 @@ class Checkpoint(Titled):
     def location(self) -> str:
         """Its folder or address, for messages."""
         return self.source.location
+
+    @property
+    def tables(self) -> tuple[TensorTable, ...]:
+        """The tensors of each shard."""
+        return tuple(shard.header.tensors for shard in self.shards)
 
     @property
     def config_place(self) -> str:
@@ -168,7 +173,7 @@ class Checkpoint(Titled):
     @cached_property
     def total_size(self) -> int:
         """Bytes of tensor data, as an index's `total_size` counts them."""
-        return sum(record.nbytes for record in self.records)
+        return sum(int(table.nbytes.sum()) for table in self.tables)
 
 
 def open_checkpoint(
@@ -183,7 +188,7 @@ def open_checkpoint(
     it. Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
     its subclasses where a file is missing, broken, no plain file or contradicts another one.
     """
-    with phase("reading the model"):
+    with phase("reading the model"), uncollected():
         return _opened(open_source(model, follow_links=follow_links), family)
 
 
@@ -259,8 +264,8 @@ def _with_parts(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     files = [file for file in checkpoint.files if file.name in checkpoint.unindexed]
     readable = open_readable(checkpoint.source, files)
     found = forgotten_parts(checkpoint.shards, readable, family, checkpoint.settings)
-    held = {r.name: shard.file for shard in checkpoint.shards for r in shard.header.tensors}
-    parts = settle(checkpoint.source, found, held)
+    listed = ((name, s.file) for s in checkpoint.shards for name in s.header.tensors.names())
+    parts = settle(checkpoint.source, found, dict(listed))
     damaged = {file.name for file in files} - {shard.file for shard in readable}
     taken = {shard.file for shard in parts.shards}
     said = {_left_out(name): _unreadable(name) for name in damaged}

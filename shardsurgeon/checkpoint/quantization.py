@@ -22,6 +22,7 @@ from shardsurgeon.checkpoint.quantization_schemes import (
     Shape,
     packed_words,
 )
+from shardsurgeon.storage.formats.tensor_table import TensorTable, condensed
 
 _MXFP4_COLUMNS = 32  # weights in one block of gpt-oss' `_blocks`
 _FP6_BYTES = 24  # for the 32 weights of one scale
@@ -97,37 +98,42 @@ def read_weights(tensors: Iterable[_Tensor], config: Mapping[str, Any]) -> Weigh
     return found
 
 
-def count_parameters(tensors: Iterable[_Tensor], config: Mapping[str, Any]) -> int | None:
+def count_parameters(tables: Iterable[TensorTable], config: Mapping[str, Any]) -> int | None:
     """Parameters of the unquantized model, or None where packing hides their number.
 
     config: as for `read_weights`. Companions and tables of ids are not counted.
     """
     companions: dict[str, _Tensor] = {}
     few_bits: dict[str, _Tensor] = {}
+    times: dict[str, int] = {}
     total = 0
-    for tensor in tensors:
+    for tensor, count in condensed(tables):
+        times[tensor.name] = count
         if tensor.name.endswith(_ALL_COMPANIONS):
             companions[tensor.name] = tensor
         elif tensor.dtype in _WIDE:
-            total += math.prod(tensor.shape)
+            total += count * math.prod(tensor.shape)
         elif tensor.dtype not in _INTEGERS:
             few_bits[tensor.name] = tensor
     reader = _Reader(companions, QuantizationSchemes.of(config))
-    for tensor in few_bits.values():
-        number = _parameters(tensor, reader)
+    for name, narrow in few_bits.items():
+        number = _parameters(narrow, reader)
         if number is None:
             return None
-        total += number
+        total += times[name] * number
     return total + sum(
-        math.prod(tensor.shape)
+        times[name] * math.prod(tensor.shape)
         for name, tensor in companions.items()
         if not _is_companion(name, few_bits)
     )
 
 
-def count_stored_elements(tensors: Iterable[_Tensor]) -> int:
+def count_stored_elements(tables: Iterable[TensorTable]) -> int:
     """Elements as stored, packed or not: what some writers of an index call parameters."""
-    return sum(math.prod(tensor.shape) for tensor in tensors)
+    return sum(
+        int(table.by_series([math.prod(each.shape) for each in table.series]).sum())
+        for table in tables
+    )
 
 
 def _parameters(tensor: _Tensor, reader: _Reader) -> int | None:

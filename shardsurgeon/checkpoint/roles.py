@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from shardsurgeon.checkpoint.layouts import is_companion, with_other_layouts
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import Family, Rule
 from shardsurgeon.families.templates import pattern
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import Column, Series, TensorRecord, TensorTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,8 @@ class NameReader:
         self._elsewhere = _any(names.elsewhere)
         self._varies = _any(names.varies)
         self._moe_layers: frozenset[int] | None = None
+        # (head, tail) of a series → what `layer_of` says of it.
+        self._layers: dict[tuple[str, str], int | None] = {}
         self._neighbours = _Neighbours("no tensor begins like this", -1, 0, set())
         # Expert number as a name spells it → the number.
         most = max(counts.every, counts.mtp, *counts.per_layer.values())
@@ -241,6 +245,31 @@ class NameReader:
             if regex.fullmatch(name, start):
                 return self._sliced(record, layer, rule, is_router=True)
         return self._unclaimed(record, layer, start)
+
+    def layer_of(self, series: Series) -> int | None:
+        """The layer whose experts have one tensor each in a series, its number the expert's; None
+        for every other series."""
+        key = series.head, series.tail
+        if key not in self._layers:
+            self._layers[key] = self._layer_of(series)
+        return self._layers[key]
+
+    def _layer_of(self, series: Series) -> int | None:
+        place = self.place(series.name(0)) if series.head else None
+        if place is None:
+            return None
+        for regex, _ in self._experts:
+            if match := regex.fullmatch(series.name(0), place[1]):
+                return place[0] if match.start("expert") == len(series.head) else None
+        return None
+
+    def experts(self, table: TensorTable) -> tuple[Column, Column]:
+        """(layer, expert) of each tensor that is one expert's own; layer is -1 of all others, whose
+        role has to be asked for."""
+        layers = [self.layer_of(each) for each in table.series]
+        layer = table.by_series([-1 if each is None else each for each in layers])
+        most = table.by_series([0 if each is None else self.experts_of(each) for each in layers])
+        return np.where(table.number < most, layer, -1), table.number
 
     def _remember(self, name: str, role: ExpertTensor) -> None:
         """Note a name's parts before and behind the expert's number: its neighbours share them."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import numpy as np
 
 from shardsurgeon.checkpoint.files import root_safetensors
 from shardsurgeon.errors import CheckpointError, HeaderError, IndexFileError, SourceReadError
@@ -22,6 +24,7 @@ from shardsurgeon.storage.formats.safetensors import (
     header_length,
     parse_header,
 )
+from shardsurgeon.storage.formats.tensor_table import Stems
 from shardsurgeon.storage.limits import MAX_HEADERS_NBYTES, MAX_TENSORS
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile
@@ -202,8 +205,8 @@ def without_strangers(shards: Sequence[Shard]) -> tuple[Shard, ...]:
         for shard in shards
         if _NUMBERED.fullmatch(shard.file)
         or (
-            any(len(record.shape) > 1 for record in shard.header.tensors)
-            and not any(".lora_" in record.name for record in shard.header.tensors)
+            any(len(each.shape) > 1 for each in shard.header.tensors.series)
+            and not any(".lora_" in each.head + each.tail for each in shard.header.tensors.series)
         )
     )
 
@@ -220,32 +223,50 @@ def settle(source: Source, shards: Sequence[Shard], listed: Mapping[str, str]) -
     Tensors that are not listed count, since loaders read whole shards. Raises CheckpointError
     where one of these is in two shards.
     """
-    home: dict[str, str] = {}
+    settled: list[Shard] = []
     superseded: list[tuple[str, str]] = []
+    unlisted: list[str] = []
+    for shard in shards:
+        table = shard.header.tensors
+        homes = list(map(listed.get, table.names()))
+        if {*homes} != {shard.file}:
+            names = list(table.names())
+            unlisted += (name for name, home in zip(names, homes, strict=True) if home is None)
+            stays = np.array([home in (None, shard.file) for home in homes], bool)
+            superseded += ((shard.file, names[place]) for place in np.flatnonzero(~stays).tolist())
+            shard = replace(shard, header=replace(shard.header, tensors=table.select(stays)))
+        settled.append(shard)
+    _require_once(source, settled)
+    return Settled(tuple(settled), tuple(unlisted), tuple(superseded))
+
+
+def _require_once(source: Source, shards: Sequence[Shard]) -> None:
+    """Raise CheckpointError where a tensor is in two shards."""
+    stems = Stems()
+    keys = (stems.keys(shard.header.tensors) for shard in shards)
+    found = np.sort(np.concatenate([np.zeros(0, np.int64), *keys]))
+    if not (found[1:] == found[:-1]).any():
+        return
+    home: dict[str, str] = {}
     twice: dict[tuple[str, str], list[str]] = {}
     for shard in shards:
-        for record in shard.header.tensors:
-            name = record.name
-            if listed.get(name, shard.file) != shard.file:
-                superseded.append((shard.file, name))
-            elif (other := home.setdefault(name, shard.file)) != shard.file:
+        for name in shard.header.tensors.names():
+            if (other := home.setdefault(name, shard.file)) != shard.file:
                 twice.setdefault((shard.file, other), []).append(name)
     for (file, other), names in twice.items():
         problem = f"holds {some(names)}, which {other} holds too, and no index says which is meant"
         remedy = "remove the file that does not belong"
         raise CheckpointError(f"{source.location}/{file}", problem, remedy)
-    unlisted = tuple(name for name in home if name not in listed)
-    return Settled(_without(shards, superseded), unlisted, tuple(superseded))
 
 
 def require_listed(where: str, settled: Settled, index: Index) -> None:
     """Raise IndexFileError, naming the index, `where`, unless every tensor is in the shard that it
     says."""
-    listed = index.weight_map
     present = sum(len(shard.header.tensors) for shard in settled.shards) - len(settled.unlisted)
-    if present == len(listed):
+    if present == len(index.weight_map):
         return
-    found = {record.name for shard in settled.shards for record in shard.header.tensors}
+    listed = index.weight_map
+    found = {name for shard in settled.shards for name in shard.header.tensors.names()}
     missing = [name for name in listed if name not in found]
     elsewhere = {name: file for file, name in settled.superseded}
     file, holder = listed[missing[0]], elsewhere.get(missing[0])
@@ -257,20 +278,6 @@ def require_listed(where: str, settled: Settled, index: Index) -> None:
         problem += f"; {more:,} others are not where it says either"
     remedy = "fetch the index and the shards again, from one revision"
     raise IndexFileError(where, problem, remedy)
-
-
-def _without(shards: Sequence[Shard], left_out: Iterable[tuple[str, str]]) -> tuple[Shard, ...]:
-    gone: dict[str, set[str]] = {}
-    for file, name in left_out:
-        gone.setdefault(file, set()).add(name)
-
-    def rest(shard: Shard) -> Shard:
-        if shard.file not in gone:
-            return shard
-        tensors = (r for r in shard.header.tensors if r.name not in gone[shard.file])
-        return replace(shard, header=replace(shard.header, tensors=tuple(tensors)))
-
-    return tuple(rest(shard) for shard in shards)
 
 
 def some(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from shardsurgeon.checkpoint.config import quantization_sections
 from shardsurgeon.checkpoint.kv_cache import text_section, value_at
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced
 from shardsurgeon.errors import UsageError
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 # Matrices that engines put whole on every GPU: down-projections to a latent, small gates, norms;
 # and everything of these modules.

@@ -16,7 +16,7 @@ from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, NameReader, Sur
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import ConfigError, FamilyError
 from shardsurgeon.families.schema import Family
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 
 def forgotten_parts(

@@ -2,15 +2,19 @@
 
 A plan knows nothing about experts, and its execution decides nothing: it only moves bytes.
 
-    Plan -> OutputShard -> OutputTensor -> Segment (source bytes) | Literal (its own bytes)
+    Plan -> OutputShard -> Pieces -> Segment (source bytes) | Literal (its own bytes)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from shardsurgeon.storage.formats.tensor_table import Column, TensorTable
 from shardsurgeon.storage.source import SourceFile
 
 
@@ -54,18 +58,76 @@ class OutputTensor:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """What the data of a shard is made of, in order, as columns. As a sequence it gives the pieces.
+
+    files: the source files that bytes come from; file: of each piece, the place of its file in
+    these, or -1 for a literal; begin: its offset there, or the literal's place in `literals`;
+    nbytes: its size. No piece reaches over the end of a tensor.
+    """
+
+    files: tuple[str, ...]
+    file: Column
+    begin: Column
+    nbytes: Column
+    literals: tuple[bytes, ...] = ()
+
+    @staticmethod
+    def of(pieces: Iterable[Segment | Literal]) -> Pieces:
+        """The columns of some pieces."""
+        files: dict[str, int] = {}
+        literals: list[bytes] = []
+        rows = []
+        for piece in pieces:
+            if isinstance(piece, Literal):
+                rows.append((-1, len(literals), piece.nbytes))
+                literals.append(piece.data)
+            else:
+                rows.append((files.setdefault(piece.file, len(files)), piece.begin, piece.nbytes))
+        file, begin, nbytes = np.array(rows, np.int64).reshape(-1, 3).T
+        return Pieces(tuple(files), file, begin, nbytes, tuple(literals))
+
+    def __iter__(self) -> Iterator[Segment | Literal]:
+        rows = zip(self.file.tolist(), self.begin.tolist(), self.nbytes.tolist(), strict=True)
+        for file, begin, nbytes in rows:
+            if file < 0:
+                yield Literal(self.literals[begin])
+            else:
+                yield Segment(self.files[file], begin, nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class OutputShard:
-    """One output file: its header bytes (length prefix included) and then its tensors, in order."""
+    """One output file: its header bytes (length prefix included) and then its tensors, in order.
+
+    tensors: what the header says; pieces: what their data is made of.
+    """
 
     file: str
     header: bytes = field(repr=False)
-    tensors: tuple[OutputTensor, ...] = field(repr=False)
+    tensors: TensorTable = field(repr=False)
+    pieces: Pieces = field(repr=False)
 
     @property
     def nbytes(self) -> int:
         """Size of the whole file in bytes."""
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        return len(self.header) + int(self.pieces.nbytes.sum())
+
+    def rewritten(self) -> list[str]:
+        """The names of the tensors that have bytes which are not the source's."""
+        ends = np.cumsum(self.pieces.nbytes)[self.pieces.file < 0]
+        places = np.unique(np.searchsorted(self.tensors.end, ends))
+        return [self.tensors.name(place) for place in places.tolist()]
+
+    def output_tensors(self) -> Iterator[OutputTensor]:
+        """Every tensor with its pieces."""
+        pieces = iter(self.pieces)
+        for record in self.tensors:
+            own: list[Segment | Literal] = []
+            while sum(piece.nbytes for piece in own) < record.nbytes:
+                own.append(next(pieces))
+            yield OutputTensor(record.name, record.dtype, record.shape, tuple(own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +166,11 @@ class Plan:
         found = hashlib.sha256()
         # Another order of the shards writes the same files.
         for shard in sorted(self.shards, key=lambda shard: shard.file):
-            found.update(_joined(shard.file.encode(), shard.header))
-            for tensor in shard.tensors:
-                for piece in tensor.pieces:
-                    if isinstance(piece, Literal):
-                        found.update(_joined(piece.data))
-                    else:
-                        place = f"{piece.file}\0{piece.begin}\0{piece.nbytes}\0"
-                        found.update(place.encode(errors="surrogateescape"))
+            made = shard.pieces
+            files = (file.encode(errors="surrogateescape") for file in made.files)
+            columns = (column.astype("<i8").tobytes() for column in (made.file, made.begin))
+            parts = (*files, b"", *made.literals, *columns, made.nbytes.astype("<i8").tobytes())
+            found.update(_joined(shard.file.encode(), shard.header, *parts))
         for name, data in (*self.generated_files, *self.manifest):
             found.update(_joined(name.encode(), data))
         scores = [(name, sha256) for name, _, sha256 in self.score_files]

@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from shardsurgeon.execution.plan import Literal, OutputShard, Segment
 from shardsurgeon.storage.sharing import whole_blocks
 from shardsurgeon.storage.system import BLOCK_NBYTES
@@ -41,21 +43,22 @@ def copy_ranges(shard: OutputShard) -> list[CopyRange]:
 
     Segments that follow one another both in the source and in the shard become one.
     """
+    made = shard.pieces
+    end = len(shard.header) + np.cumsum(made.nbytes)
+    at = end - made.nbytes
     literals = [CopyRange(Literal(shard.header), 0)]
-    ranges: list[CopyRange] = []
-    at = len(shard.header)
-    last: Segment | None = None
-    for piece in (piece for tensor in shard.tensors for piece in tensor.pieces if piece.nbytes):
-        if isinstance(piece, Literal):
-            literals.append(CopyRange(piece, at))
-            last = None
-        elif last and (last.file, last.begin + last.nbytes) == (piece.file, piece.begin):
-            last = Segment(last.file, last.begin, last.nbytes + piece.nbytes)
-            ranges[-1] = CopyRange(last, ranges[-1].at)
-        else:
-            last = piece
-            ranges.append(CopyRange(piece, at))
-        at += piece.nbytes
+    for place in np.flatnonzero((made.file < 0) & (made.nbytes > 0)).tolist():
+        literals.append(CopyRange(Literal(made.literals[made.begin[place]]), int(at[place])))
+    places = np.flatnonzero((made.file >= 0) & (made.nbytes > 0))
+    file, begin, at, end = (column[places] for column in (made.file, made.begin, at, end))
+    shift = begin - at
+    first = np.ones(len(places), bool)
+    first[1:] = (file[1:] != file[:-1]) | (at[1:] != end[:-1]) | (shift[1:] != shift[:-1])
+    heads = np.flatnonzero(first)
+    nbytes = end[np.append(heads[1:], len(places)) - 1] - at[heads] if len(heads) else heads
+    columns = file[heads], begin[heads], nbytes, at[heads]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    ranges = [CopyRange(Segment(made.files[f], b, n), a) for f, b, n, a in rows]
     return literals + sorted(ranges, key=_place_in_source)
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from shardsurgeon.execution.journal import JournalState
 from shardsurgeon.execution.plan import OutputShard, Segment
 from shardsurgeon.execution.ranges import (
@@ -172,8 +174,8 @@ class ShardWriter:
 
 def _used(shard: OutputShard) -> set[str]:
     """The source files that a shard takes bytes from."""
-    pieces = (piece for tensor in shard.tensors for piece in tensor.pieces)
-    return {piece.file for piece in pieces if isinstance(piece, Segment)}
+    made = shard.pieces
+    return {made.files[file] for file in np.unique(made.file[made.file >= 0]).tolist()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from shardsurgeon.errors import CheckpointError, UsageError
-from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
+from shardsurgeon.execution.plan import Literal, OutputShard, Pieces, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
 from shardsurgeon.storage.formats.checksums import ends_with_checksums
 from shardsurgeon.storage.formats.strict_json import is_text
@@ -39,13 +41,12 @@ def plan_view(plan: Plan, source: Source, out: Path) -> Plan:
 def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
     """Name → content of the manifest that stands for a plan's shards, and of the file of values
     that goes with it where there is one; place: how it names where their bytes lie."""
-    used = dict.fromkeys(
-        piece.file
+    used = {
+        shard.pieces.files[file]
         for shard in plan.shards
-        for tensor in shard.tensors
-        for piece in tensor.pieces
-        if isinstance(piece, Segment)
-    )
+        for file in np.unique(shard.pieces.file).tolist()
+        if file >= 0
+    }
     if isinstance(source, ViewSource):
         files = source.manifest.files
     else:
@@ -55,8 +56,7 @@ def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
             raise UsageError("--view", f"cannot name {name!a}, which is no text", "rename it")
     writer = ManifestWriter(place, files)
     for shard in plan.shards:
-        pieces = (each for tensor in shard.tensors for each in _pieces(tensor, source))
-        writer.add(shard.file, shard.header, len(shard.tensors), pieces)
+        writer.add(shard.file, shard.header, len(shard.tensors), _pieces(shard, source))
     made = writer.finish()
     for name, most in ((VIEW_NAME, MAX_MANIFEST_NBYTES), (DATA_NAME, MAX_OWN_NBYTES)):
         if (nbytes := len(made.get(name, b""))) > most:
@@ -65,8 +65,8 @@ def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
     return made
 
 
-def _pieces(tensor: OutputTensor, source: Source) -> Iterator[Range | bytes]:
-    for piece in tensor.pieces:
+def _pieces(shard: OutputShard, source: Source) -> Iterator[Range | bytes]:
+    for piece in shard.pieces:
         if isinstance(piece, Literal):
             yield piece.data
         elif isinstance(source, ViewSource):
@@ -135,12 +135,7 @@ def _outside(view: ViewSource, name: str) -> tuple[str, str, str]:
 
 def _output_shard(view: ViewSource, name: str) -> OutputShard:
     shard = view.shards[name]
-    tensors = []
-    for record in shard.header.tensors:
-        begin = shard.header.data_begin + record.begin
-        pieces = tuple(
-            Literal(piece) if isinstance(piece, bytes) else Segment(*piece)
-            for piece in view.resolve(name, begin, record.nbytes)
-        )
-        tensors.append(OutputTensor(record.name, record.dtype, record.shape, pieces))
-    return OutputShard(name, shard.head, tuple(tensors))
+    begin = shard.header.data_begin
+    pieces = view.resolve(name, begin, shard.nbytes - begin)
+    made = (Literal(each) if isinstance(each, bytes) else Segment(*each) for each in pieces)
+    return OutputShard(name, shard.head, shard.header.tensors, Pieces.of(made))

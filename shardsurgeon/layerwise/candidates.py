@@ -32,7 +32,7 @@ from shardsurgeon.layerwise.tensors import TensorReader
 from shardsurgeon.layerwise.text_model import route_experts
 from shardsurgeon.pruning.config_edits import settings_with_counts
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 
 class CandidateLayers:

@@ -22,7 +22,7 @@ from shardsurgeon.checkpoint.config import quantization_sections
 from shardsurgeon.checkpoint.quantization_schemes import QuantizationSchemes, Shape, packed_words
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.layerwise.tensors import DTYPES, Tensors
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 if TYPE_CHECKING:
     from shardsurgeon_kernels import PackedInt4

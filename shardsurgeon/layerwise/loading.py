@@ -38,7 +38,7 @@ from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import TransformersView
 from shardsurgeon.layerwise.decoding import Decoder, PackedInteger, PackedWeight
 from shardsurgeon.layerwise.memory import OUTSIDE
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 _REMEDY = "this model cannot be run here"
 

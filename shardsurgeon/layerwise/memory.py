@@ -15,7 +15,7 @@ from shardsurgeon.checkpoint.config import config_section
 from shardsurgeon.checkpoint.quantization import count_parameters
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced, Surplus
 from shardsurgeon.layerwise.settings import missing_packages, require
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 
 OUTSIDE = -1
 """The layer number of tensors that are in no layer."""
@@ -194,7 +194,7 @@ def _pairs(index: int, names: Sequence[str], config: _Numbers, attention: int) -
 
 def _parameters(records: Sequence[TensorRecord], config: Mapping[str, Any]) -> int:
     """Parameters, or as many as their bytes allow where packing hides the number."""
-    known = count_parameters(records, config)
+    known = count_parameters([TensorTable.of(records)], config)
     return 2 * sum(record.nbytes for record in records) if known is None else known
 
 

@@ -47,7 +47,7 @@ from shardsurgeon.layerwise.supply import Make
 from shardsurgeon.layerwise.tensors import HeldTensors, TensorReader
 from shardsurgeon.layerwise.text_model import ExpertModule, TextModel
 from shardsurgeon.pruning.layer_counts import without_overrides
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 _ELSEWHERE = "measure with an engine that runs it"
 

@@ -24,7 +24,7 @@ from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
 from shardsurgeon.layerwise.loading import ParameterNames
 from shardsurgeon.layerwise.text_model import TextModel
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 NARROWER = (torch.bfloat16, torch.float16)
 TRIAL_TOKENS = 130

@@ -20,7 +20,7 @@ from shardsurgeon.errors import ShardSurgeonError
 from shardsurgeon.execution.plan import Literal, OutputTensor
 from shardsurgeon.layerwise.devices import Device
 from shardsurgeon.storage.formats.dtypes import TORCH_NAMES
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 # Of weights; torch calculates with no others.
 DTYPES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +31,7 @@ from shardsurgeon.pruning.keep_lists import retained_sha256
 from shardsurgeon.pruning.layer_counts import engines_on_unequal, list_of_counts
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.storage.formats.index import HUGGING_FACE
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 from shardsurgeon.storage.limits import CARD, MAX_CARD_METADATA, read_limited
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -128,7 +128,10 @@ def model_facts(
 
 
 def _extent(records: list[TensorRecord], config: Mapping[str, Any]) -> Extent:
-    return Extent(sum(record.nbytes for record in records), count_parameters(records, config))
+    return Extent(
+        sum(record.nbytes for record in records),
+        count_parameters([TensorTable.of(records)], config),
+    )
 
 
 def _unpruned(
@@ -152,14 +155,15 @@ def _unpruned(
         if isinstance(role, ExpertTensor) and role.expert == 0:
             left = len(provenance.layers[role.layer].retained) if gone else 0
             names = (role.renamed(record.name, left + more) for more in range(gone))
-            whole += [replace(record, name=name) for name in names]
+            whole += [record._replace(name=name) for name in names]
     return whole
 
 
 def _longer(record: TensorRecord, axis: int, more: int) -> TensorRecord:
     rows = record.shape[axis]
     shape = (*record.shape[:axis], rows + more, *record.shape[axis + 1 :])
-    return replace(record, shape=shape, end=record.begin + record.nbytes // rows * (rows + more))
+    end = record.begin + record.nbytes // rows * (rows + more)
+    return record._replace(shape=shape, end=end)
 
 
 def _loading(pruned: Checkpoint, serving: Serving) -> Loading:

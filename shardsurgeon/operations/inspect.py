@@ -24,7 +24,7 @@ from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.pruning.routing import main_facts, routing_facts
 from shardsurgeon.pruning.selection import mtp_counts
 from shardsurgeon.storage.formats.json_edit import Document
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 from shardsurgeon.storage.limits import CONFIG
 from shardsurgeon.storage.open import address_of
 from shardsurgeon.storage.phases import phase
@@ -78,7 +78,7 @@ def _report(checkpoint: Checkpoint) -> InspectReport:
         shards=len(checkpoint.shards),
         tensors=checkpoint.num_tensors,
         total_size=checkpoint.total_size,
-        total_parameters=count_parameters(records, config),
+        total_parameters=count_parameters(checkpoint.tables, config),
         expert_size=largest,
         smallest_expert_size=smallest,
         expert_size_over_layers=most,
@@ -115,9 +115,9 @@ def _active_parameters(
                 isinstance(role, Sliced) and not role.is_router
             )
             (experts[role.layer] if chosen else always).append(record)
-    total = count_parameters(always, config)
+    total = count_parameters([TensorTable.of(always)], config)
     for layer, found in experts.items():
-        every = count_parameters(found, config)
+        every = count_parameters([TensorTable.of(found)], config)
         if total is None or every is None:
             return None
         total += every * anatomy.top_k // anatomy.experts_per_layer[layer]

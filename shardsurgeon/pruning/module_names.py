@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
+
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.quantization_lists import (
@@ -29,6 +31,7 @@ from shardsurgeon.checkpoint.quantization_names import plain_name
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.keep_lists import KeepList
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 # Names that entries are tried on, all in all: some ten seconds. In the time of one, that many can
 # be looked through for a text; in that of so many, a pattern is compiled.
@@ -333,23 +336,39 @@ def _parts(
     """((before, behind the expert's number) → layer, other module → whether it is MTP's)."""
     parts: dict[tuple[str, str], int] = {}
     others: dict[str, bool] = {}
-    for record in checkpoint.records:
-        role = anatomy.role(record)
-        name = record.name
-        module = name.rpartition(".")[0]
-        if isinstance(role, ExpertTensor):
-            parts.setdefault((name[: role.begin], module[role.end :]), role.layer)
-            others.setdefault(name[: role.begin].rstrip("."), anatomy.reader.is_mtp(role.layer))
-            continue
-        if isinstance(role, Surplus):
-            continue
-        if isinstance(role, Sliced) and not role.is_router and ".experts" in name:
-            stem = name[: name.rindex(".experts")] + ".experts."
-            parts |= {(stem, f".{end}"): role.layer for end in _PROJECTIONS}
-        mtp = role.mtp if isinstance(role, Carried) else anatomy.reader.is_mtp(role.layer)
-        for each in {module, name} - {""}:
-            others.setdefault(each, mtp)
-        parent, _, last = module.rpartition(".")
-        if last in _FUSED:
-            others.setdefault(f"{parent}.{_FUSED[last]}", mtp)
+    reader = anatomy.reader
+    for table in checkpoint.tables:
+        layer, _ = reader.experts(table)
+        for code in np.unique(table.code[layer >= 0]).tolist():
+            series = table.series[code]
+            own = reader.layer_of(series)
+            assert own is not None
+            parts.setdefault((series.head, series.tail.rpartition(".")[0]), own)
+            others.setdefault(series.head.rstrip("."), reader.is_mtp(own))
+        for place in np.flatnonzero(layer < 0).tolist():
+            _add_other(table[place], anatomy, parts, others)
     return parts, others
+
+
+def _add_other(
+    record: TensorRecord,
+    anatomy: Anatomy,
+    parts: dict[tuple[str, str], int],
+    others: dict[str, bool],
+) -> None:
+    """Add what is named by a tensor that no expert has alone to the results of `_parts`."""
+    role = anatomy.role(record)
+    name = record.name
+    module = name.rpartition(".")[0]
+    if isinstance(role, ExpertTensor | Surplus):
+        return
+    if isinstance(role, Sliced) and not role.is_router and ".experts" in name:
+        stem = name[: name.rindex(".experts")] + ".experts."
+        for end in _PROJECTIONS:
+            parts[stem, f".{end}"] = role.layer
+    mtp = role.mtp if isinstance(role, Carried) else anatomy.reader.is_mtp(role.layer)
+    for each in {module, name} - {""}:
+        others.setdefault(each, mtp)
+    parent, _, last = module.rpartition(".")
+    if last in _FUSED:
+        others.setdefault(f"{parent}.{_FUSED[last]}", mtp)

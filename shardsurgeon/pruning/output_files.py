@@ -168,16 +168,16 @@ def _generation_config(
 
 
 def _index(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> bytes:
-    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    tables = {shard.file: shard.tensors for shard in shards}
+    num_tensors = sum(map(len, tables.values()))
     metadata: dict[str, Any] = dict(checkpoint.index_metadata or {})
-    counts = dict.fromkeys(_SHARD_COUNTS, len(shards)) | dict.fromkeys(_TENSOR_COUNTS, len(tensors))
+    counts = dict.fromkeys(_SHARD_COUNTS, len(shards)) | dict.fromkeys(_TENSOR_COUNTS, num_tensors)
     metadata |= {key: count for key, count in counts.items() if key in metadata}
-    metadata["total_size"] = sum(tensor.nbytes for tensor in tensors)
+    metadata["total_size"] = sum(int(table.nbytes.sum()) for table in tables.values())
     metadata.pop("total_parameters", None)
     if (parameters := total_parameters(checkpoint, shards)) is not None:
         metadata["total_parameters"] = parameters
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    return build_index(weight_map, metadata)
+    return build_index(tables, metadata)
 
 
 def total_parameters(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) -> int | None:
@@ -186,11 +186,10 @@ def total_parameters(checkpoint: Checkpoint, shards: tuple[OutputShard, ...]) ->
     Counted as the source's own number was, where it has one.
     """
     config, before = checkpoint.settings, (checkpoint.index_metadata or {}).get("total_parameters")
-    records = [record for shard in checkpoint.shards for record in shard.header.tensors]
-    tensors = [tensor for shard in shards for tensor in shard.tensors]
-    if before is not None and before == count_stored_elements(records):
-        return count_stored_elements(tensors)
-    return count_parameters(tensors, config)
+    tables = [shard.tensors for shard in shards]
+    if before is not None and before == count_stored_elements(checkpoint.tables):
+        return count_stored_elements(tables)
+    return count_parameters(tables, config)
 
 
 def _copied_files(

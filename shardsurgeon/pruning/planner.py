@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -29,25 +28,14 @@ from shardsurgeon.checkpoint.roles import (
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment
+from shardsurgeon.pruning.drafts import Draft, merged, repacked
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.pruning.request import MtpPolicy
-from shardsurgeon.storage.formats.safetensors import (
-    DTYPE_BITS,
-    TensorRecord,
-    build_header,
-    layout_key,
-)
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
+from shardsurgeon.storage.formats.tensor_table import UNNUMBERED, Series, TensorRecord
 
 # Types of a table of expert ids, as numpy names them.
 _ID_TYPES = {"I32": "<i4", "I64": "<i8"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """An output shard before the number of shards, and so its name, is known."""
-
-    tensors: tuple[OutputTensor, ...]
-    metadata: dict[str, str] | None
 
 
 def checked_shards(
@@ -97,44 +85,12 @@ def plan_shards(
     Raises FamilyError where an expert's row in a stacked tensor is not whole bytes.
     """
     planner = _Planner(anatomy, keep, tables or {}, drop_mtp)
-    if max_shard_nbytes is None:
-        drafts = [
-            _Draft(tensors, shard.header.metadata)
-            for shard in checkpoint.shards
-            if (tensors := tuple(planner.tensors(shard)))
-        ]
-    else:
-        drafts = list(_repack(planner, checkpoint.shards, max_shard_nbytes))
+    kept = [draft for shard in checkpoint.shards if len(draft := planner.draft(shard))]
+    drafts = merged(kept) if max_shard_nbytes is None else repacked(kept, max_shard_nbytes)
     return tuple(
-        _finish(draft, checkpoint.names.shard(number, len(drafts)))
+        draft.finished(checkpoint.source, checkpoint.names.shard(number, len(drafts)))
         for number, draft in enumerate(drafts, start=1)
     )
-
-
-def _finish(draft: _Draft, file: str) -> OutputShard:
-    """Lay a shard out as the safetensors library does: wider dtypes first, then source order."""
-    tensors = tuple(sorted(draft.tensors, key=lambda tensor: layout_key(tensor.dtype)))
-    header = build_header([(t.name, t.dtype, t.shape, t.nbytes) for t in tensors], draft.metadata)
-    return OutputShard(file, header, tensors)
-
-
-def _repack(planner: _Planner, shards: tuple[Shard, ...], limit: int) -> Iterator[_Draft]:
-    """Fill shards in source order up to `limit` bytes of tensor data each."""
-    tensors: list[OutputTensor] = []
-    metadata: dict[str, str] | None = None
-    filled = 0
-    for shard in shards:
-        for tensor in planner.tensors(shard):
-            if tensors and filled + tensor.nbytes > limit:
-                yield _Draft(tuple(tensors), metadata)
-                tensors, metadata, filled = [], None, 0
-            tensors.append(tensor)
-            filled += tensor.nbytes
-            # Shards of one model have the same metadata (`format: pt`); else the first one's hold.
-            if shard.header.metadata is not None:
-                metadata = {**shard.header.metadata, **(metadata or {})}
-    if tensors:
-        yield _Draft(tuple(tensors), metadata)
 
 
 def changed_tensors(
@@ -171,18 +127,37 @@ class _Planner:
         self._tables = tables
         self._drop_mtp = drop_mtp
         self._retained = {layer: kept.retained for layer, kept in keep.layers.items()}
-        self._new_ids = {
-            layer: {old: new for new, old in enumerate(retained)}
-            for layer, retained in self._retained.items()
-        }
+        # Row of a layer, old number → new number, or -1. The last row is of dropped layers.
+        self._rows = {layer: row for row, layer in enumerate(self._retained)}
+        most = max(anatomy.experts_per_layer.values())
+        self._new_ids = np.full((len(self._rows) + 1, most), -1, np.int64)
+        for layer, retained in self._retained.items():
+            self._new_ids[self._rows[layer], list(retained)] = np.arange(len(retained))
 
-    def tensors(self, shard: Shard) -> Iterator[OutputTensor]:
+    def draft(self, shard: Shard) -> Draft:
         """The tensors that a source shard gives to the output, in source order."""
-        begin = shard.header.data_begin
-        for record in shard.header.tensors:
+        table, begin = shard.header.tensors, shard.header.data_begin
+        layer, expert = self._anatomy.reader.experts(table)
+        owned = layer >= 0
+        row = table.by_series([self._row(each) for each in table.series])
+        number = np.where(owned, self._new_ids[row, np.where(owned, expert, 0)], table.number)
+        stays = number >= np.where(owned, 0, UNNUMBERED)
+        odd: dict[int, OutputTensor] = {}
+        for place in np.flatnonzero(~owned).tolist():
+            record = table[place]
             tensor = self.tensor(record, shard.file, begin + record.begin)
-            if tensor is not None:
-                yield tensor
+            if tensor is None:
+                stays[place] = False
+            elif not _is_copy(tensor, record):
+                odd[place] = tensor
+        places = np.flatnonzero(stays)
+        return Draft.of(shard, table.select(places), number[places], odd, places)
+
+    def _row(self, series: Series) -> int:
+        layer = self._anatomy.reader.layer_of(series)
+        if layer is None or (self._drop_mtp and layer >= self._anatomy.num_layers):
+            return len(self._rows)
+        return self._rows[layer]
 
     def tensor(self, record: TensorRecord, file: str, begin: int) -> OutputTensor | None:
         """What a source tensor, which begins at an offset of a file, becomes; None if nothing."""
@@ -193,8 +168,8 @@ class _Planner:
         if isinstance(role, Carried):
             return OutputTensor(record.name, record.dtype, record.shape, (whole,))
         if isinstance(role, ExpertTensor):
-            new_id = self._new_ids[role.layer].get(role.expert)
-            if new_id is None:
+            new_id = int(self._new_ids[self._rows[role.layer], role.expert])
+            if new_id < 0:
                 return None
             name = role.renamed(record.name, new_id)
             return OutputTensor(name, record.dtype, record.shape, (whole,))
@@ -215,6 +190,16 @@ class _Planner:
         if isinstance(role, Carried):
             return role.mtp
         return role.layer >= self._anatomy.num_layers
+
+
+def _is_copy(tensor: OutputTensor, record: TensorRecord) -> bool:
+    """Whether it is the source's tensor as it is, under its own name."""
+    (first, *others) = tensor.pieces
+    return (
+        (tensor.name, tensor.shape, first.nbytes) == (record.name, record.shape, record.nbytes)
+        and isinstance(first, Segment)
+        and not others
+    )
 
 
 def _recounted(record: TensorRecord, whole: Segment, kept: int) -> OutputTensor:

@@ -290,7 +290,8 @@ class QuantizationLists:
             before = self._said(old, way, in_order)
             was = {modules.after[place]: said for place, said in before.items()}
             now = self._said(new, way, in_order)
-            for place, source in enumerate(modules.before):
+            for place in sorted({*was, *now} - {-1}):
+                source = modules.before[place]
                 if source >= 0 and was.get(place) != now.get(place):
                     entry = self._first(old, source, place, way)
                     entry = entry or self._first(new, place, source, way)

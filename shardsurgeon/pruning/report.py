@@ -6,7 +6,7 @@ Numbers per layer and in total, and notes: on what the user should know before a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from shardsurgeon.checkpoint.roles import ExpertTensor
 from shardsurgeon.checkpoint.sampling import GENERATION_CONFIG_NAME, OPTION
 from shardsurgeon.checkpoint.side_files import side_files
 from shardsurgeon.execution.outputs import output_sizes
-from shardsurgeon.execution.plan import Literal, OutputTensor, Plan
+from shardsurgeon.execution.plan import Plan
 from shardsurgeon.pruning.analysis import profile
 from shardsurgeon.pruning.config_edits import partial_lists, stale_counts
 from shardsurgeon.pruning.decide import Decision
@@ -264,8 +264,7 @@ def plan_report(
     follow its experts.
     """
     config = checkpoint.settings
-    records = [record for shard in checkpoint.shards for record in shard.header.tensors]
-    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+    tables = [shard.tensors for shard in plan.shards]
     return PlanReport(
         model=checkpoint.source.name,
         selection=request.selection,
@@ -280,9 +279,9 @@ def plan_report(
         ),
         mtp_dropped=decision.drop_mtp and anatomy.mtp_nbytes > 0,
         total_size_before=checkpoint.total_size,
-        total_size_after=sum(tensor.nbytes for tensor in tensors),
-        total_parameters_before=count_parameters(records, config),
-        total_parameters_after=count_parameters(tensors, config),
+        total_size_after=sum(int(table.nbytes.sum()) for table in tables),
+        total_parameters_before=count_parameters(checkpoint.tables, config),
+        total_parameters_after=count_parameters(tables, config),
         shards_before=len(checkpoint.shards),
         shards_after=len(plan.shards),
         space_needed=sum(output_sizes(plan).values()),
@@ -296,7 +295,7 @@ def plan_report(
             *_group_limited(anatomy),
             *unequal_note(config, anatomy, decision.keep),
             *mixed_precision_notes(checkpoint, anatomy, decision.keep),
-            *_rewritten(tensors),
+            *_rewritten(plan),
             *_uncounted(checkpoint, plan),
             *_sampling(plan),
             *stale_counts(checkpoint, anatomy, plan.copied_files),
@@ -337,9 +336,9 @@ def _group_limited(anatomy: Anatomy) -> list[str]:
     ]
 
 
-def _rewritten(tensors: Sequence[OutputTensor]) -> list[str]:
+def _rewritten(plan: Plan) -> list[str]:
     """Names the tensors that are not copies of the source's bytes."""
-    names = [t.name for t in tensors if any(isinstance(piece, Literal) for piece in t.pieces)]
+    names = [name for shard in plan.shards for name in shard.rewritten()]
     what = "hold expert counts or ids and get new values"
     return [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
 

@@ -31,12 +31,12 @@ from shardsurgeon.storage.formats.dtypes import ITEM_NBYTES, Array, StoredArray,
 from shardsurgeon.storage.formats.npz import read_npz
 from shardsurgeon.storage.formats.safetensors import (
     PREFIX_NBYTES,
-    TensorRecord,
     build_header,
     header_length,
     parse_header,
 )
 from shardsurgeon.storage.formats.strict_json import read_object, read_records
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.formats.torch_file import read_torch_file
 from shardsurgeon.storage.formats.zip_reader import ZipReader, file_nbytes, read_range
 from shardsurgeon.storage.limits import (

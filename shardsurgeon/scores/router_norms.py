@@ -18,7 +18,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.phases import phase
 
 # Types whose numbers are what they stand for; others need scales.

@@ -23,7 +23,7 @@ from shardsurgeon.checkpoint.roles import ExpertTensor, Sliced
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import CheckpointError, FamilyError
 from shardsurgeon.storage.formats.dtypes import Array, decode
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.phases import BYTES, phase
 
 Place: TypeAlias = tuple[Shard, TensorRecord]

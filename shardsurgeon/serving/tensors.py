@@ -24,7 +24,7 @@ import numpy as np
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
 from shardsurgeon.storage.files import output_path, read_into, write_new
 from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
 from shardsurgeon.storage.open import open_source
 from shardsurgeon.storage.source import Source

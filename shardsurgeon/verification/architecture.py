@@ -31,7 +31,7 @@ from shardsurgeon.checkpoint.transformers_model import (
 from shardsurgeon.errors import FamilyError, InputError, UsageError
 from shardsurgeon.families.schema import Family
 from shardsurgeon.families.templates import pattern
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.source import Source
 from shardsurgeon.verification.findings import ArchitectureReport, Findings
 

@@ -132,7 +132,7 @@ def _check_parameters(source: Checkpoint, pruned: Checkpoint, findings: Findings
     """
     found = (pruned.index_metadata or {}).get("total_parameters")
     said = (source.index_metadata or {}).get("total_parameters")
-    if type(found) is not int or said == count_stored_elements(source.records):
+    if type(found) is not int or said == count_stored_elements(source.tables):
         return
     least, most = parameter_bounds(pruned.records)
     if not least <= found <= most:
@@ -146,9 +146,9 @@ def _parameters(source: Checkpoint, pruned: Checkpoint) -> int | None:
     None where packing hides their number, which the index then does not have.
     """
     said = (source.index_metadata or {}).get("total_parameters")
-    if said is not None and said == count_stored_elements(source.records):
-        return count_stored_elements(pruned.records)
-    return count_parameters(pruned.records, pruned.settings)
+    if said is not None and said == count_stored_elements(source.tables):
+        return count_stored_elements(pruned.tables)
+    return count_parameters(pruned.tables, pruned.settings)
 
 
 def check_side_files(

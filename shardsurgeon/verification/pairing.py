@@ -26,7 +26,8 @@ from shardsurgeon.checkpoint.roles import (
 )
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import FamilyError
-from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, TensorRecord
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.verification.findings import Findings
 from shardsurgeon.verification.record import RetainedIds
 

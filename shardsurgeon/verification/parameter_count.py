@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "C64")
 _WORDS = ("I32", "U32")

@@ -13,7 +13,7 @@ from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
 from shardsurgeon.families.schema import parse_family
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from tests.support import tiny
 
 

@@ -18,7 +18,7 @@ from shardsurgeon.checkpoint.roles import ExpertCounts, NameReader
 from shardsurgeon.errors import CheckpointError, InputError, KeepListError
 from shardsurgeon.families.schema import family_for
 from shardsurgeon.pruning.keep_list_files import read_keeplist
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.source import MemorySource
 from tests.fuzz import seeds
 from tests.support import tiny

@@ -259,7 +259,7 @@ def mistral4() -> HollowSource:
 def test_a_published_model_has_the_size_and_parameters_that_its_index_says() -> None:
     checkpoint = open_model(mistral4())
     assert checkpoint.total_size == 66_949_842_944
-    assert count_parameters(checkpoint.records, checkpoint.settings) == 118_972_826_624
+    assert count_parameters(checkpoint.tables, checkpoint.settings) == 118_972_826_624
 
 
 def test_a_published_model_of_an_undeclared_wrapper_can_be_read_by_auto() -> None:

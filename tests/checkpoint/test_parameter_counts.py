@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shardsurgeon.checkpoint.quantization import count_parameters
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 from tests.families.pruned_pair import builders
 
 BUILDERS = builders("schemes")
@@ -39,10 +40,14 @@ def listed(tensors: Mapping[str, torch.Tensor]) -> list[Listed]:
     return [Listed(n, DTYPES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
 
 
+def table(tensors: Iterable[Listed]) -> TensorTable:
+    return TensorTable.of(TensorRecord(t.name, t.dtype, t.shape, 0, 0) for t in tensors)
+
+
 def count(config: Mapping[str, Any], **tensors: tuple[str, tuple[int, ...]]) -> int | None:
     """Names are keyword arguments with `__` for a dot."""
     found = [Listed(n.replace("__", "."), dtype, shape) for n, (dtype, shape) in tensors.items()]
-    return count_parameters(found, {"quantization_config": config})
+    return count_parameters([table(found)], {"quantization_config": config})
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -50,7 +55,7 @@ def test_every_scheme_has_as_many_as_the_model_without_it(name: str) -> None:
     built = BUILDERS[name]()
     plain = schemes.PLAIN.get(name, schemes.plain)()
     wanted = sum(tensor.numel() for tensor in plain.tensors.values())
-    assert count_parameters(listed(built.tensors), built.config) == wanted
+    assert count_parameters([table(listed(built.tensors))], built.config) == wanted
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4_fp8", "llama4_quantized"])
@@ -59,7 +64,7 @@ def test_published_stacked_layouts_have_as_many_as_their_plain_forms(name: str) 
     plain = family["gpt_oss_bf16" if name == "gpt_oss" else "llama4"]()
     built = family[name]()
     wanted = sum(tensor.numel() for tensor in plain.tensors.values())
-    assert count_parameters(listed(built.tensors), built.config) == wanted
+    assert count_parameters([table(listed(built.tensors))], built.config) == wanted
 
 
 @pytest.mark.parametrize(("bits", "inputs"), [(2, 64), (3, 64), (4, 40), (5, 32), (6, 96), (8, 36)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shardsurgeon.checkpoint.quantization import Weights, read_weights
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 
 INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group"}
 W = "up_proj.weight"

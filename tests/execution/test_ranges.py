@@ -17,12 +17,13 @@ from shardsurgeon.execution.ranges import (
     whole_block_ranges,
 )
 from shardsurgeon.storage.sharing import whole_blocks
+from tests.support import tiny_job
 
 
 def shard(*pieces: Segment | Literal) -> OutputShard:
     """One tensor per piece; the header is the two bytes HH."""
     tensors = [OutputTensor(f"t{n}", "U8", (p.nbytes,), (p,)) for n, p in enumerate(pieces)]
-    return OutputShard("out.safetensors", b"HH", tuple(tensors))
+    return tiny_job.shard("out.safetensors", b"HH", *tensors)
 
 
 def test_segments_that_follow_one_another_on_both_sides_are_joined() -> None:

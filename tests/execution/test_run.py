@@ -21,7 +21,6 @@ from shardsurgeon.errors import (
     VerificationError,
 )
 from shardsurgeon.execution import shards
-from shardsurgeon.execution.plan import OutputShard
 from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.execution.workers import Progress
@@ -29,7 +28,7 @@ from shardsurgeon.storage import files
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import MemorySource
 from shardsurgeon.storage.system import System, native, portable
-from tests.support.tiny_job import SIDE, A, B, Job, content, make_job
+from tests.support.tiny_job import SIDE, A, B, Job, content, make_job, shard
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
 
@@ -459,9 +458,9 @@ def test_a_result_that_is_not_whole_is_no_result(job: Job, out: Path, what: str)
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "sub/../../x", "/x.safetensors", ""])
 def test_a_plan_whose_files_leave_the_folder_is_refused(job: Job, out: Path, name: str) -> None:
-    shard = OutputShard(name, b"", ())
+    nameless = shard(name, b"")
     with pytest.raises(OutputError, match="leads out of the output folder"):
-        execute(replace(job.plan, shards=(shard,)), job.source, out)
+        execute(replace(job.plan, shards=(nameless,)), job.source, out)
     with pytest.raises(OutputError, match="leads out of the output folder"):
         execute(replace(job.plan, generated_files=((name, b""),)), job.source, out)
 

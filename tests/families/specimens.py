@@ -22,7 +22,8 @@ import torch
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.storage.formats.json_edit import Document
-from shardsurgeon.storage.formats.safetensors import Header, TensorRecord
+from shardsurgeon.storage.formats.safetensors import Header
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.source import MemorySource
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -24,7 +24,7 @@ from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus
 from shardsurgeon.errors import ConfigError, FamilyError, InputError
 from shardsurgeon.pruning.config_edits import pruned_config
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from tests.families.specimens import Specimen, builders, specimen
 
 NAMES = sorted(builders())

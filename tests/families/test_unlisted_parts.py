@@ -10,7 +10,7 @@ from shardsurgeon.checkpoint.anatomy import Anatomy, read_anatomy
 from shardsurgeon.checkpoint.roles import Carried
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.checkpoint.unlisted import forgotten_parts
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from tests.families.specimens import builders, specimen
 
 

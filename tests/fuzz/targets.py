@@ -221,7 +221,7 @@ def _model(config_json: bytes, declared: Family | None) -> None:
         if declared is None and not is_declared(checkpoint.settings):
             guess_family(checkpoint)
         anatomy = read_anatomy(checkpoint)
-        count_parameters(checkpoint.records, checkpoint.settings)
+        count_parameters(checkpoint.tables, checkpoint.settings)
         kept = {layer.index: max(layer.num_experts // 2, 1) for layer in anatomy.layers}
         layers = {
             layer.index: LayerKeep(

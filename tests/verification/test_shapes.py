@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from shardsurgeon.errors import VerificationError
 from shardsurgeon.operations import api
-from shardsurgeon.storage.formats.safetensors import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.verification.parameter_count import parameter_bounds
 from shardsurgeon.verification.shapes import cut_problem
 from shardsurgeon.verification.verify import verify_checkpoint

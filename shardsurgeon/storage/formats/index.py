@@ -10,9 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import repeat
 
 from shardsurgeon.errors import IndexFileError
+from shardsurgeon.storage.formats.columns import find_weight_map, read_weight_map
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
+from shardsurgeon.storage.formats.tensor_table import TensorTable
 from shardsurgeon.storage.limits import INDEX
 
 CONFIG_NAME = "config.json"
@@ -21,6 +24,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _REMEDY = "fetch the index again"
 _MAX_DEPTH = 50  # of metadata, which json must be able to write again
+_QUOTE = json.encoder.encode_basestring_ascii
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -74,8 +78,36 @@ def parse_index(raw: bytes, where: str) -> Index:
     for repeated names, and for shards that are not a plain path to a .safetensors file inside the
     checkpoint.
     """
+    members, weight_map = _read(raw, where)
+    if members.get("metadata") is None:  # some writers say null where they note nothing
+        members["metadata"] = {}
+    metadata = _member(members, "metadata", where)
+    if not _is_plain(metadata, _MAX_DEPTH):
+        raise IndexFileError(
+            where, f"metadata names a key twice or is nested deeper than {_MAX_DEPTH}", _REMEDY
+        )
+    return Index(weight_map, metadata)
+
+
+def _read(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str]]:
+    """(members of the index, its weight map), the latter quickly where it is spelled as usual."""
+    place = find_weight_map(raw)
+    weight_map = read_weight_map(place) if place is not None else None
+    if (
+        place is not None
+        and weight_map
+        and not any(map(shard_name_problem, {*weight_map.values()}))
+    ):
+        rest = raw[: place[1]] + raw[place[2] :]
+        members = read_object(rest, where, "the index", IndexFileError, _REMEDY, INDEX)
+        if members.get("weight_map") == {}:
+            return members, weight_map
     members = read_object(raw, where, "the index", IndexFileError, _REMEDY, INDEX)
-    weight_map = _member(members, "weight_map", where)
+    return members, _checked(_member(members, "weight_map", where), where)
+
+
+def _checked(weight_map: dict[str, object], where: str) -> dict[str, str]:
+    """The map. Raises IndexFileError for an empty one, and what is no name or not a shard's."""
     if not weight_map:
         raise IndexFileError(where, "weight_map is missing or empty", _REMEDY)
     shards: dict[str, str] = {}  # one string object per shard, not one per tensor
@@ -89,24 +121,29 @@ def parse_index(raw: bytes, where: str) -> Index:
             _check_path(shard, name, where)
             shards[shard] = shard
         checked[name] = shards[shard]
-    if members.get("metadata") is None:  # some writers say null where they note nothing
-        members["metadata"] = {}
-    metadata = _member(members, "metadata", where)
-    if not _is_plain(metadata, _MAX_DEPTH):
-        raise IndexFileError(
-            where, f"metadata names a key twice or is nested deeper than {_MAX_DEPTH}", _REMEDY
-        )
-    return Index(checked, metadata)
+    return checked
 
 
-def build_index(weight_map: Mapping[str, str], metadata: Mapping[str, object]) -> bytes:
-    """The index's bytes as transformers writes them: indented by 2, keys sorted, newline."""
-    content = {"metadata": dict(metadata), "weight_map": weight_map}
-    # Piece by piece: the text of a trillion-parameter model's index should not be in memory twice.
+def build_index(tables: Mapping[str, TensorTable], metadata: Mapping[str, object]) -> bytes:
+    """The index's bytes as transformers writes them: indented by 2, keys sorted, newline.
+
+    tables: shard → its tensors.
+    """
+    head = json.dumps({"metadata": dict(metadata), "weight_map": {}}, indent=2, sort_keys=True)
+    names: list[str] = []
+    shards: list[str] = []
+    for shard, table in tables.items():
+        names += table.names()
+        shards += repeat(json.dumps(shard), len(table))
+    if not names:
+        return f"{head}\n".encode()
     text = BytesIO()
-    for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(content):
-        text.write(piece.encode())
-    text.write(b"\n")
+    text.write(head.removesuffix("}\n}").encode())
+    before = "\n"
+    for place in sorted(range(len(names)), key=names.__getitem__):
+        text.write(f"{before}    {_QUOTE(names[place])}: {shards[place]}".encode())
+        before = ",\n"
+    text.write(b"\n  }\n}\n")
     return text.getvalue()
 
 

@@ -15,13 +15,20 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NoReturn
 
+import numpy as np
+
 from shardsurgeon.errors import HeaderError
+from shardsurgeon.storage.formats.columns import read_columns
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
+from shardsurgeon.storage.formats.tensor_table import Series, Stems, TensorRecord, TensorTable
 from shardsurgeon.storage.limits import HEADER
 
 PREFIX_NBYTES = 8
+# What file systems share between files: whole pages, at offsets that agree in all but pages.
+PAGE_NBYTES = 4096
 
 _DTYPES_BY_BITS = (
     (4, "F4"),
@@ -45,25 +52,6 @@ _WRITE_AGAIN = "fetch this shard again or write it anew with the safetensors lib
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """One tensor of a shard: what it is and where its bytes lie.
-
-    begin and end are relative to the data section, end exclusive.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor's data in bytes."""
-        return self.end - self.begin
-
-
-@dataclass(frozen=True, slots=True)
 class Header:
     """A checked header.
 
@@ -72,7 +60,7 @@ class Header:
     data_begin: absolute file offset of the data section.
     """
 
-    tensors: tuple[TensorRecord, ...] = field(repr=False)
+    tensors: TensorTable = field(repr=False)
     metadata: dict[str, str] | None
     data_begin: int
 
@@ -108,8 +96,13 @@ def parse_header(raw: bytes, file_nbytes: int, where: str) -> Header:
     for whatever breaks the format or does not fit the file.
     """
     _check_length(len(raw), file_nbytes, where)
-    entries = _HeaderReader(where).load(raw)
-    return header_of(entries, PREFIX_NBYTES + len(raw), file_nbytes, where)
+    data_begin = PREFIX_NBYTES + len(raw)
+    found = read_columns(raw, _extent_or_none)
+    if found is not None and _fills(found[0], file_nbytes - data_begin):
+        reader = _HeaderReader(where)
+        metadata = reader.load(found[1]) if found[1] else None
+        return Header(found[0], reader.metadata(metadata), data_begin)
+    return header_of(_HeaderReader(where).load(raw), data_begin, file_nbytes, where)
 
 
 def header_of(entries: dict[str, object], data_begin: int, file_nbytes: int, where: str) -> Header:
@@ -120,7 +113,7 @@ def header_of(entries: dict[str, object], data_begin: int, file_nbytes: int, whe
     """
     reader = _HeaderReader(where)
     metadata = reader.metadata(entries.pop(_METADATA, None))
-    tensors = reader.tensors(entries, file_nbytes - data_begin)
+    tensors = TensorTable.of(reader.tensors(entries, file_nbytes - data_begin))
     return Header(tensors, metadata, data_begin)
 
 
@@ -136,39 +129,45 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return nbits // 8
 
 
-def layout_key(dtype: str) -> int:
-    """Sort key that puts wider dtypes first, which aligns every tensor without holes.
+def _fills(table: TensorTable, data_nbytes: int) -> bool:
+    return data_nbytes == (int(table.end[-1]) if len(table) else 0)
 
-    `sorted` is stable: the source's order is kept among tensors of one width.
-    """
-    return -DTYPE_BITS[dtype]
+
+def _extent_or_none(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Bytes of a tensor; None for what no reader takes."""
+    # Zeros are left out: the library multiplies from the left and meets them too late.
+    nbits = math.prod(filter(None, shape)) * DTYPE_BITS.get(dtype, _MAX_COUNT)
+    if dtype not in DTYPE_BITS or nbits > _MAX_COUNT or max(shape, default=0) > _MAX_COUNT:
+        return None
+    nbits = math.prod(shape) * DTYPE_BITS[dtype]
+    return None if nbits % 8 else nbits // 8
 
 
 def build_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...], int]],
+    tensors: TensorTable | Sequence[tuple[str, str, tuple[int, ...], int]],
     metadata: dict[str, str] | None,
+    start: int | None = None,
 ) -> bytes:
     """The first bytes of a safetensors file: length prefix and JSON.
 
-    tensors: (name, dtype, shape, nbytes) in the order of their data, which follows without
-    holes. The JSON is padded with spaces so that the data begins at a multiple of 8.
+    tensors: a table, or (name, dtype, shape, nbytes), in the order of their data, which follows
+    without holes. The JSON is padded with spaces so that the data begins at a multiple of 8, or
+    so that its offset is `start` modulo PAGE_NBYTES.
 
     Raises ValueError for tensors that no file can hold (repeated names, nbytes that do not
     match dtype and shape: a defect of the caller), HeaderError where the result is longer
     than any reader accepts.
     """
-    entries: dict[str, object] = {} if metadata is None else {_METADATA: metadata}
-    begin = 0
-    for name, dtype, shape, nbytes in tensors:
-        if name in entries or name == _METADATA:
-            raise ValueError(f"tensor name {name!r} cannot be used twice or is reserved")
-        if nbytes != tensor_nbytes(dtype, shape):
-            raise ValueError(f"tensor {name!r}: {nbytes} bytes for {dtype} {list(shape)}")
-        end = begin + nbytes
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
-        begin = end
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    if not isinstance(tensors, TensorTable):
+        begins = accumulate((nbytes for *_, nbytes in tensors), initial=0)
+        tensors = TensorTable.of(
+            TensorRecord(name, dtype, shape, begin, begin + nbytes)
+            for (name, dtype, shape, nbytes), begin in zip(tensors, begins, strict=False)
+        )
+    _require_possible(tensors)
+    text = _spelled(tensors, metadata).encode()
+    unit, rest = (8, 0) if start is None else (PAGE_NBYTES, start)
+    text += b" " * ((rest - PREFIX_NBYTES - len(text)) % unit)
     if len(text) > HEADER.nbytes:
         raise HeaderError(
             "",
@@ -177,6 +176,42 @@ def build_header(
             "`apply --max-shard-size` makes smaller ones",
         )
     return len(text).to_bytes(PREFIX_NBYTES, "little") + text
+
+
+def _require_possible(tensors: TensorTable) -> None:
+    for head, tail, dtype, shape, nbytes in tensors.series:
+        if nbytes != tensor_nbytes(dtype, shape):
+            name = repr(head + tail)
+            raise ValueError(f"tensor {name}: {nbytes} bytes for {dtype} {list(shape)}")
+    keys = np.unique(Stems().keys(tensors))
+    if len(keys) < len(tensors) or any(each.tail == _METADATA for each in tensors.series):
+        raise ValueError("a tensor name cannot be used twice or is reserved")
+
+
+def _spelled(tensors: TensorTable, metadata: dict[str, str] | None) -> str:
+    """The JSON: the metadata, then every tensor, with nothing between them that need not be."""
+    spelled = [_entry_of(each) for each in tensors.series]
+    end = np.cumsum(tensors.nbytes)
+    rows = (tensors.code.tolist(), tensors.number.tolist(), end.tolist())
+    entries = [] if metadata is None else [f'"{_METADATA}":{_json(metadata)}']
+    begin = 0
+    for code, number, upto in zip(*rows, strict=True):
+        before, behind = spelled[code]
+        number = number if number >= 0 else ""
+        entries.append(f"{before}{number}{behind}{begin},{upto}]}}")
+        begin = upto
+    return f"{{{','.join(entries)}}}"
+
+
+def _entry_of(series: Series) -> tuple[str, str]:
+    """What an entry of a header has before the number in its name, and behind it."""
+    shape = ",".join(map(str, series.shape))
+    begins = f':{{"dtype":"{series.dtype}","shape":[{shape}],"data_offsets":['
+    return _json(series.head)[:-1], f"{_json(series.tail)[1:]}{begins}"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _check_length(length: int, file_nbytes: int, where: str) -> None:
