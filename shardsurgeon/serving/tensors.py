@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from io import FileIO
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from types import TracebackType
 from typing import Any, Literal
@@ -24,7 +24,7 @@ import numpy as np
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
 from shardsurgeon.storage.files import output_path, read_into, write_new
 from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
-from shardsurgeon.storage.formats.tensor_table import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import Stems, TensorRecord, split_name
 from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
 from shardsurgeon.storage.open import open_source
 from shardsurgeon.storage.source import Source
@@ -62,6 +62,41 @@ def open_view(path: str | os.PathLike[str], framework: Framework = "pt") -> View
     return ViewTensors(source.manifest.shards, source.origin, source.data, framework)
 
 
+class _Places:
+    """Which shard has a tensor, and what it says of it: looked up in the shards' own tables."""
+
+    def __init__(self, shards: Sequence[ViewShard]) -> None:
+        self._shards = shards
+        self._stems = Stems()
+        tables = [shard.header.tensors for shard in shards]
+        keys = [self._stems.keys(table) for table in tables]
+        joined = np.concatenate([*keys, np.zeros(0, np.int64)])
+        # Keys, sorted, and the tensor of each, as they are counted through all shards.
+        self._tensors = np.argsort(joined)
+        self._keys = joined[self._tensors]
+        self._ends = np.cumsum([len(table) for table in tables])
+
+    def find(self, name: str) -> tuple[ViewShard, TensorRecord] | None:
+        """The shard and the record of a tensor; None where there is none."""
+        head, number, tail = split_name(name)
+        stem, number_in_it = np.array([[self._stems.of(head, tail)], [number]], np.int64)
+        key = self._stems.joined(stem, number_in_it)[0]
+        place = int(self._keys.searchsorted(key))
+        if place == len(self._keys) or self._keys[place] != key:
+            return None
+        tensor = int(self._tensors[place])
+        which = int(self._ends.searchsorted(tensor, "right"))
+        shard = self._shards[which]
+        # Counted from the shard's end.
+        return shard, shard.header.tensors[tensor - int(self._ends[which])]
+
+    def __getitem__(self, name: str) -> tuple[ViewShard, TensorRecord]:
+        found = self.find(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+
 class ViewTensors:
     """Tensors by name, each read when it is asked for, by one thread or several at once.
 
@@ -84,9 +119,7 @@ class ViewTensors:
         self._shards, self._origin, self._data = shards, origin, data
         self._most_mapped = most_mapped
         self._framework = framework
-        self._places: dict[str, tuple[ViewShard, TensorRecord]] = {
-            record.name: (shard, record) for shard in shards for record in shard.header.tensors
-        }
+        self._places = _Places(shards)
         self._mapped: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._opened: dict[str, FileIO] = {}
         self._lock = threading.Lock()
@@ -115,17 +148,17 @@ class ViewTensors:
         self.close()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return chain.from_iterable(shard.header.tensors.names() for shard in self._shards)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(len(shard.header.tensors) for shard in self._shards)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return isinstance(name, str) and self._places.find(name) is not None
 
     def keys(self) -> list[str]:
         """The names of all tensors, shard after shard in the order of their data."""
-        return list(self._places)
+        return list(self)
 
     def metadata(self) -> dict[str, str] | None:
         """The `__metadata__` of the first shard's header."""
