@@ -10,11 +10,13 @@ import math
 import mmap
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from io import FileIO
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from operator import itemgetter
 from types import TracebackType
 from typing import Any, Literal
@@ -24,7 +26,7 @@ import numpy as np
 from shardsurgeon.errors import CheckpointError, SourceReadError, UsageError
 from shardsurgeon.storage.files import output_path, read_into, write_new
 from shardsurgeon.storage.formats.dtypes import NUMPY_NAMES, TORCH_NAMES
-from shardsurgeon.storage.formats.tensor_table import Stems, TensorRecord, split_name
+from shardsurgeon.storage.formats.tensor_table import TensorRecord
 from shardsurgeon.storage.formats.view import DATA_NAME, Range, ViewShard
 from shardsurgeon.storage.open import open_source
 from shardsurgeon.storage.source import Source
@@ -62,41 +64,6 @@ def open_view(path: str | os.PathLike[str], framework: Framework = "pt") -> View
     return ViewTensors(source.manifest.shards, source.origin, source.data, framework)
 
 
-class _Places:
-    """Which shard has a tensor, and what it says of it: looked up in the shards' own tables."""
-
-    def __init__(self, shards: Sequence[ViewShard]) -> None:
-        self._shards = shards
-        self._stems = Stems()
-        tables = [shard.header.tensors for shard in shards]
-        keys = [self._stems.keys(table) for table in tables]
-        joined = np.concatenate([*keys, np.zeros(0, np.int64)])
-        # Keys, sorted, and the tensor of each, as they are counted through all shards.
-        self._tensors = np.argsort(joined)
-        self._keys = joined[self._tensors]
-        self._ends = np.cumsum([len(table) for table in tables])
-
-    def find(self, name: str) -> tuple[ViewShard, TensorRecord] | None:
-        """The shard and the record of a tensor; None where there is none."""
-        head, number, tail = split_name(name)
-        stem, number_in_it = np.array([[self._stems.of(head, tail)], [number]], np.int64)
-        key = self._stems.joined(stem, number_in_it)[0]
-        place = int(self._keys.searchsorted(key))
-        if place == len(self._keys) or self._keys[place] != key:
-            return None
-        tensor = int(self._tensors[place])
-        which = int(self._ends.searchsorted(tensor, "right"))
-        shard = self._shards[which]
-        # Counted from the shard's end.
-        return shard, shard.header.tensors[tensor - int(self._ends[which])]
-
-    def __getitem__(self, name: str) -> tuple[ViewShard, TensorRecord]:
-        found = self.find(name)
-        if found is None:
-            raise KeyError(name)
-        return found
-
-
 class ViewTensors:
     """Tensors by name, each read when it is asked for, by one thread or several at once.
 
@@ -119,7 +86,9 @@ class ViewTensors:
         self._shards, self._origin, self._data = shards, origin, data
         self._most_mapped = most_mapped
         self._framework = framework
-        self._places = _Places(shards)
+        sizes = (len(shard.header.tensors) for shard in shards)
+        # Of each shard, the number of its first tensor, and behind them of how many there are.
+        self._firsts = list(accumulate(sizes, initial=0))
         self._mapped: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._opened: dict[str, FileIO] = {}
         self._lock = threading.Lock()
@@ -151,10 +120,10 @@ class ViewTensors:
         return chain.from_iterable(shard.header.tensors.names() for shard in self._shards)
 
     def __len__(self) -> int:
-        return sum(len(shard.header.tensors) for shard in self._shards)
+        return self._firsts[-1]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._places.find(name) is not None
+        return name in self._numbers
 
     def keys(self) -> list[str]:
         """The names of all tensors, shard after shard in the order of their data."""
@@ -164,9 +133,20 @@ class ViewTensors:
         """The `__metadata__` of the first shard's header."""
         return self._shards[0].header.metadata
 
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Name → which of all tensors it is. Whoever lists names only needs none of it."""
+        return {name: number for number, name in enumerate(self)}
+
+    def _found(self, name: str) -> tuple[ViewShard, TensorRecord]:
+        number = self._numbers[name]
+        which = bisect_right(self._firsts, number) - 1
+        shard = self._shards[which]
+        return shard, shard.header.tensors[number - self._firsts[which]]
+
     def record(self, name: str) -> TensorRecord:
         """What the header says of a tensor. Raises KeyError."""
-        return self._places[name][1]
+        return self._found(name)[1]
 
     def get_tensor(self, name: str) -> Any:
         """A whole tensor. Raises KeyError, UsageError for a dtype that the framework does not have,
@@ -195,7 +175,7 @@ class ViewTensors:
 
     def _read_ahead(self, name: str) -> int:
         """Have the system read a tensor where its file is mapped; its size in bytes."""
-        shard, record = self._places[name]
+        shard, record = self._found(name)
         for file, begin, nbytes in shard.ranges(record.begin, record.end):
             end = begin + nbytes
             mapped = self._map(file, end)
@@ -240,7 +220,7 @@ class ViewTensors:
 
     def _elements(self, name: str, first: int, last: int, shape: tuple[int, ...]) -> Any:
         """The elements [first, last), in order, as a tensor of a shape."""
-        shard, record = self._places[name]
+        shard, record = self._found(name)
         names = TORCH_NAMES if self._framework == "pt" else NUMPY_NAMES
         dtype = names.get(record.dtype)
         if dtype is None:

@@ -362,11 +362,12 @@ class _ManifestReader:
             problem = f"has headers of more than {MAX_HEADERS_NBYTES:,} bytes: no model has so many"
             self._refuse(problem)
         length = begin - PREFIX_NBYTES
-        head = length.to_bytes(PREFIX_NBYTES, "little") + text.ljust(length)
+        text = text.ljust(length)
         try:
-            header = parse_header(head[PREFIX_NBYTES:], nbytes, f"{self._where}: {file}")
+            header = parse_header(text, nbytes, f"{self._where}: {file}")
         except HeaderError as error:
             raise HeaderError(error.where, error.problem, _MAKE_AGAIN) from error
+        head = length.to_bytes(PREFIX_NBYTES, "little") + text
         if len(head) != begin or hashlib.sha256(head).hexdigest() != digest:
             self._refuse(f"{file}: its header is not the one that the view was made with")
         self._tensors += len(header.tensors)
