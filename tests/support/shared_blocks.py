@@ -8,11 +8,11 @@ from io import FileIO
 from pathlib import Path
 from typing import cast
 
-from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
+from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.system import System
-from tests.support.tiny_job import SIDE, Job, Piece, tensor
+from tests.support.tiny_job import SIDE, Job, Piece, shard, tensor
 
 BLOCK = 4096
 
@@ -131,11 +131,11 @@ def shared_of(plan: Plan) -> int:
 
 def _of_shards(plan: Plan) -> int:
     total = 0
-    for shard in plan.shards:
-        at = len(shard.header)
+    for made in plan.shards:
+        at = len(made.header)
         # Where each byte of the output comes from, as the place that byte 0 would have.
         origins: list[tuple[int, int, object]] = []
-        for piece in (piece for each in shard.tensors for piece in each.pieces):
+        for piece in made.pieces:
             shift = (piece.file, piece.begin - at) if isinstance(piece, Segment) else None
             if shift and origins and origins[-1][1:] == (at, shift):
                 origins[-1] = origins[-1][0], at + piece.nbytes, shift
@@ -150,13 +150,12 @@ def _of_shards(plan: Plan) -> int:
 
 
 def _shard(name: str, header: int, *pieces: Piece) -> OutputShard:
-    tensors: list[OutputTensor] = [tensor(piece) for piece in pieces]
-    return OutputShard(name, b"H" * header, tuple(tensors))
+    return shard(name, b"H" * header, *map(tensor, pieces))
 
 
-def _content(shard: OutputShard, sources: dict[str, bytes]) -> bytes:
-    data = shard.header
-    for piece in (piece for each in shard.tensors for piece in each.pieces):
+def _content(made: OutputShard, sources: dict[str, bytes]) -> bytes:
+    data = made.header
+    for piece in made.pieces:
         if isinstance(piece, Literal):
             data += piece.data
         else:
