@@ -120,7 +120,7 @@ def _text_may_tell(text: str, how: Reading, group: Group) -> bool:
 
 def _ends(text: str, tail: str) -> bool:
     """Whether a name that ends with a text may do so by its number."""
-    return len(text) > len(tail) and text.endswith(tail)
+    return text.endswith(tail) and text[: len(text) - len(tail)][-1:].isdigit()
 
 
 def _covers(text: str, group: Group) -> bool:
