@@ -27,7 +27,6 @@ from shardsurgeon.checkpoint.provenance import (
 )
 from shardsurgeon.checkpoint.recognition import sort_out
 from shardsurgeon.checkpoint.shards import (
-    Listing,
     Settled,
     Shard,
     are_one_set,
@@ -46,7 +45,7 @@ from shardsurgeon.reports import Titled
 from shardsurgeon.storage.formats.index import HUGGING_FACE, FileNames, parse_index
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
-from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size
+from shardsurgeon.storage.limits import CONFIG, INDEX, METADATA, Limit, require_size, uncollected
 from shardsurgeon.storage.open import hub_address, hub_name, open_source
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile, require_plain
@@ -189,7 +188,7 @@ def open_checkpoint(
     it. Reads headers and JSON only. Raises what `open_source` raises, and CheckpointError or one of
     its subclasses where a file is missing, broken, no plain file or contradicts another one.
     """
-    with phase("reading the model"):
+    with phase("reading the model"), uncollected():
         return _opened(open_source(model, follow_links=follow_links), family)
 
 
@@ -215,7 +214,7 @@ def _opened(source: Source, family: Family | None) -> Checkpoint:
     shards = open_shards(source, [files[name] for name in names])
     if index is None and len(shards) > 1:
         shards = without_strangers(shards)
-    settled = settle(source, shards, Listing.of_index(index))
+    settled = settle(source, shards, index.weight_map if index is not None else {})
     if index is not None:
         require_listed(_at(source, called.index), settled, index)
     provenance, foreign = None, False
@@ -265,7 +264,8 @@ def _with_parts(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     files = [file for file in checkpoint.files if file.name in checkpoint.unindexed]
     readable = open_readable(checkpoint.source, files)
     found = forgotten_parts(checkpoint.shards, readable, family, checkpoint.settings)
-    parts = settle(checkpoint.source, found, Listing.of_shards(checkpoint.shards))
+    listed = ((name, s.file) for s in checkpoint.shards for name in s.header.tensors.names())
+    parts = settle(checkpoint.source, found, dict(listed))
     damaged = {file.name for file in files} - {shard.file for shard in readable}
     taken = {shard.file for shard in parts.shards}
     said = {_left_out(name): _unreadable(name) for name in damaged}

@@ -24,7 +24,7 @@ from shardsurgeon.storage.formats.safetensors import (
     header_length,
     parse_header,
 )
-from shardsurgeon.storage.formats.tensor_table import Column, Stems
+from shardsurgeon.storage.formats.tensor_table import Stems
 from shardsurgeon.storage.limits import MAX_HEADERS_NBYTES, MAX_TENSORS
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.source import Source, SourceFile
@@ -217,79 +217,34 @@ def are_one_set(shards: Sequence[Shard]) -> bool:
     return all(matches) and len({(m["stem"], m["total"]) for m in matches if m}) == 1
 
 
-class Listing:
-    """Which file is said to have each of some tensors."""
-
-    def __init__(self, files: Sequence[str], stems: Stems, keys: Column, file: Column) -> None:
-        """keys: of the tensors' names, by `stems`; file: of each, its place in `files`."""
-        order = np.argsort(keys)
-        self.files = files
-        self.stems = stems
-        self._keys, self._file = keys[order], file[order]
-
-    @staticmethod
-    def of_index(index: Index | None) -> Listing:
-        """What an index says; nothing without one."""
-        stems = Stems()
-        if index is None:
-            return Listing((), stems, *np.zeros((2, 0), np.int64))
-        files = list(dict.fromkeys(file for _, _, file in index.names))
-        places = {file: place for place, file in enumerate(files)}
-        rows = [(stems.of(head, tail), places[file]) for head, tail, file in index.names]
-        stem, file = np.array(rows, np.int64).T[:, index.code]
-        return Listing(files, stems, stems.joined(stem, index.number), file)
-
-    @staticmethod
-    def of_shards(shards: Sequence[Shard]) -> Listing:
-        """Where the tensors of some shards are."""
-        stems, files = Stems(), [shard.file for shard in shards]
-        tables = [shard.header.tensors for shard in shards]
-        keys = [stems.keys(table) for table in tables]
-        file = np.repeat(np.arange(len(files)), [len(table) for table in tables])
-        return Listing(files, stems, np.concatenate([*keys, np.zeros(0, np.int64)]), file)
-
-    def homes(self, keys: Column) -> Column:
-        """The place in `files` of the file that is said to have each tensor; -1 for none."""
-        if not len(self._keys):
-            return np.full(len(keys), -1)
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[place] == keys, self._file[place], -1)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-def settle(source: Source, shards: Sequence[Shard], listed: Listing) -> Settled:
-    """Have every tensor in one shard: the one that `listed` says.
+def settle(source: Source, shards: Sequence[Shard], listed: Mapping[str, str]) -> Settled:
+    """Have every tensor in one shard: the one that `listed`, tensor → file, says.
 
     Tensors that are not listed count, since loaders read whole shards. Raises CheckpointError
     where one of these is in two shards.
     """
-    places = {file: place for place, file in enumerate(listed.files)}
     settled: list[Shard] = []
     superseded: list[tuple[str, str]] = []
     unlisted: list[str] = []
-    keys: list[Column] = []
     for shard in shards:
         table = shard.header.tensors
-        key = listed.stems.keys(table)
-        home = listed.homes(key)
-        elsewhere = (home >= 0) & (home != places.get(shard.file, -1))
-        gone = np.flatnonzero(elsewhere).tolist()
-        superseded += ((shard.file, table.name(place)) for place in gone)
-        if gone:
-            table, key, home = table.select(~elsewhere), key[~elsewhere], home[~elsewhere]
-            shard = replace(shard, header=replace(shard.header, tensors=table))
-        unlisted += (table.name(place) for place in np.flatnonzero(home < 0).tolist())
+        homes = list(map(listed.get, table.names()))
+        if {*homes} != {shard.file}:
+            names = list(table.names())
+            unlisted += (name for name, home in zip(names, homes, strict=True) if home is None)
+            stays = np.array([home in (None, shard.file) for home in homes], bool)
+            superseded += ((shard.file, names[place]) for place in np.flatnonzero(~stays).tolist())
+            shard = replace(shard, header=replace(shard.header, tensors=table.select(stays)))
         settled.append(shard)
-        keys.append(key)
-    _require_once(source, settled, keys)
+    _require_once(source, settled)
     return Settled(tuple(settled), tuple(unlisted), tuple(superseded))
 
 
-def _require_once(source: Source, shards: Sequence[Shard], keys: Sequence[Column]) -> None:
+def _require_once(source: Source, shards: Sequence[Shard]) -> None:
     """Raise CheckpointError where a tensor is in two shards."""
-    found = np.sort(np.concatenate([*keys, np.zeros(0, np.int64)]))
+    stems = Stems()
+    keys = (stems.keys(shard.header.tensors) for shard in shards)
+    found = np.sort(np.concatenate([np.zeros(0, np.int64), *keys]))
     if not (found[1:] == found[:-1]).any():
         return
     home: dict[str, str] = {}
@@ -308,7 +263,7 @@ def require_listed(where: str, settled: Settled, index: Index) -> None:
     """Raise IndexFileError, naming the index, `where`, unless every tensor is in the shard that it
     says."""
     present = sum(len(shard.header.tensors) for shard in settled.shards) - len(settled.unlisted)
-    if present == len(index.code):
+    if present == len(index.weight_map):
         return
     listed = index.weight_map
     found = {name for shard in settled.shards for name in shard.header.tensors.names()}

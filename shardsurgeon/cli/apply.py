@@ -257,11 +257,14 @@ def _target_lines(target: PushTarget) -> Iterator[str]:
 
 
 def written(report: ApplyReport | MaterializeReport) -> str:
-    """How many files, bytes and seconds a run took."""
-    if not report.bytes_copied:
+    """How many files, bytes and seconds a run took, and which of the bytes it did not move."""
+    if not report.bytes_copied + report.bytes_shared:
         size = format_size(report.bytes_resumed)
         return f"{counted(report.files, 'file')}, {size}, all of it by an earlier run"
-    words = f"{counted(report.files, 'file')}, {format_size(report.bytes_copied)}"
+    copied = format_size(report.bytes_copied)
+    if report.bytes_shared:
+        copied = f"shared {format_size(report.bytes_shared)}, copied {copied}"
+    words = f"{counted(report.files, 'file')}, {copied}"
     words += f" in {report.seconds:.1f} s ({format_size(report.bytes_per_second)}/s)"
     if report.bytes_resumed:
         words += f", {format_size(report.bytes_resumed)} by an earlier run"

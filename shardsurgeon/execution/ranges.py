@@ -1,19 +1,25 @@
 """An output file as byte ranges to copy: pure arithmetic between a plan and its execution.
 
 It says which ranges make up a shard, what of them is still to be done, and what a worker takes
-at a time. Batches touch disjoint ranges of the output, so any number of workers may write at
-once, in any order.
+at a time, and which bytes need room of their own where blocks can be shared with the source.
+Batches touch disjoint ranges of the output, so any number of workers may write at once, in any
+order.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shardsurgeon.execution.plan import Literal, OutputShard, Segment
+from shardsurgeon.storage.sharing import whole_blocks
+from shardsurgeon.storage.system import BLOCK_NBYTES
+
+# Where blocks are shared, a smaller range between them is not worth a call that claims its blocks.
+_CLAIMED_NBYTES = 64 << 10
 
 # The first byte of a range of an output file, and one past its last.
 Range = tuple[int, int]
@@ -62,7 +68,10 @@ def _place_in_source(copy: CopyRange) -> tuple[str, int]:
 
 
 def batches(ranges: Iterable[CopyRange], limit: int) -> list[tuple[CopyRange, ...]]:
-    """Group ranges, in order, into batches of at most `limit` bytes; a longer range is cut."""
+    """Group ranges, in order, into batches of at most `limit` bytes; a longer range is cut.
+
+    It is cut between two blocks of the output, so that both parts can be shared to their ends.
+    """
     grouped: list[tuple[CopyRange, ...]] = []
     batch: list[CopyRange] = []
     room = limit
@@ -77,12 +86,53 @@ def batches(ranges: Iterable[CopyRange], limit: int) -> list[tuple[CopyRange, ..
 
 
 def _cut(copy: CopyRange, limit: int) -> Iterator[CopyRange]:
-    piece = copy.piece
-    if isinstance(piece, Literal) or piece.nbytes <= limit:
-        yield copy
-        return
-    for done in range(0, piece.nbytes, limit):
-        yield _part(copy, copy.at + done, min(copy.at + done + limit, copy.end))
+    begin = copy.at
+    while copy.end - begin > limit and not isinstance(copy.piece, Literal):
+        end = begin + limit
+        between = end // BLOCK_NBYTES * BLOCK_NBYTES
+        end = between if between > begin else end
+        yield _part(copy, begin, end)
+        begin = end
+    yield copy if begin == copy.at else _part(copy, begin, copy.end)
+
+
+def whole_block_ranges(ranges: Iterable[CopyRange]) -> list[Range]:
+    """The blocks of the output that these ranges fill wholly, in as few ranges as possible."""
+    filled = (
+        (-(-begin // BLOCK_NBYTES) * BLOCK_NBYTES, end // BLOCK_NBYTES * BLOCK_NBYTES)
+        for begin, end in joined((copy.at, copy.end) for copy in ranges)
+    )
+    return [(begin, end) for begin, end in filled if begin < end]
+
+
+def shared_nbytes(ranges: Iterable[CopyRange], sharable: Collection[str]) -> int:
+    """How many bytes of the output lie in blocks shared with the files of `sharable`."""
+    total = 0
+    for copy in ranges:
+        if isinstance(copy.piece, Segment) and copy.piece.file in sharable:
+            first, last = whole_blocks(copy.piece.begin, copy.at, copy.piece.nbytes)
+            total += last - first
+    return total
+
+
+def claimed_ranges(ranges: Iterable[CopyRange], sharable: Collection[str]) -> list[Range]:
+    """The ranges of the output whose blocks are to be claimed before they are written: what is not
+    shared with the files of `sharable`, but for small ranges between shared ones."""
+    found = joined(_written(ranges, sharable))
+    if len(found) == 1:
+        return found
+    return [(begin, end) for begin, end in found if end - begin >= _CLAIMED_NBYTES]
+
+
+def _written(ranges: Iterable[CopyRange], sharable: Collection[str]) -> Iterator[Range]:
+    for copy in ranges:
+        first = last = copy.at
+        if isinstance(copy.piece, Segment) and copy.piece.file in sharable:
+            first, last = whole_blocks(copy.piece.begin, copy.at, copy.piece.nbytes)
+        if copy.at < first:
+            yield copy.at, first
+        if last < copy.end:
+            yield last, copy.end
 
 
 def remaining(ranges: Iterable[CopyRange], written: Sequence[Range]) -> list[CopyRange]:

@@ -42,6 +42,7 @@ from shardsurgeon.execution.outputs import holds_result, output_sizes, require_d
 from shardsurgeon.execution.plan import OutputShard, Plan
 from shardsurgeon.execution.shards import ResumeState, ShardWriter, find_resume_state
 from shardsurgeon.execution.small_files import require_read, write_small_files
+from shardsurgeon.execution.space import Space, needed_nbytes, require_space, sharable_files
 from shardsurgeon.execution.transfer import RangeTransfer
 from shardsurgeon.execution.upload import (
     DiskBudget,
@@ -68,7 +69,9 @@ _LOG = logging.getLogger(__name__)
 class ExecutionReport:
     """What a finished run did. Sizes in bytes; `shards` counts the resumed ones too.
 
-    bytes_downloaded: what came over the network, copied files and unneeded bytes included.
+    bytes_copied: written by this run; bytes_shared: the others of this run, whose blocks the result
+    has in common with the source; bytes_downloaded: what came over the network, copied files and
+    unneeded bytes included.
     """
 
     bytes_copied: int
@@ -77,6 +80,7 @@ class ExecutionReport:
     shards_resumed: int
     seconds: float
     bytes_downloaded: int = 0
+    bytes_shared: int = 0
 
 
 def execute(
@@ -139,7 +143,9 @@ def execute(
         _require_place(plan, sizes, workdir, destination)
         with workdir.open_journal(run, restart) as journal:
             found = _earlier_work(plan, source, workdir, journal.done, destination)
-            require_space(Space(_needed(sizes, found, destination, budget), workdir.space()), out)
+            sharable = sharable_files(plan, source, workdir)
+            needed = needed_nbytes(plan, sizes, found, sharable, budget if destination else None)
+            require_space(Space(needed, workdir.space()), out)
             start = _start(plan, sizes, found)
             if plan.checksums and not destination:
                 read_back = sum(shard.nbytes for shard in plan.shards)
@@ -149,7 +155,7 @@ def execute(
                 shards_done = f"{found.shards} of {start.shards_total} shards"
                 _LOG.info("resuming: %s, %s of %s done", shards_done, done, total)
             meter = ProgressMeter(start, on_progress)
-            context = RunContext(plan, source, workdir, journal, meter)
+            context = RunContext(plan, source, workdir, journal, meter, sharable)
             workers = workers or _workers_for(source)
             what = "downloading" if source.is_remote else "copying"
             nbytes = sum(shard.nbytes for shard in plan.shards)
@@ -172,12 +178,13 @@ def execute(
         else:
             workdir.publish(set(sizes))
     return ExecutionReport(
-        bytes_copied=sum(sizes.values()) - found.nbytes,
+        bytes_copied=sum(sizes.values()) - found.nbytes - workdir.sharing.nbytes,
         bytes_resumed=found.nbytes,
         shards=shards,
         shards_resumed=found.shards,
         seconds=time.monotonic() - begun,
         bytes_downloaded=meter.downloaded,
+        bytes_shared=workdir.sharing.nbytes,
     )
 
 
@@ -190,14 +197,6 @@ def _clear_leftovers(out: Path, run: Run, system: System) -> None:
             workdir.open_journal(run, restart=False),
         ):
             pass  # it has nothing that a run could go on with, and goes when it is let go of
-
-
-@dataclass(frozen=True, slots=True)
-class Space:
-    """Bytes of disk: that a run still needs, and that are free for it."""
-
-    needed: int
-    free: int
 
 
 def rehearse(
@@ -228,19 +227,9 @@ def rehearse(
     record = workdir.earlier_work(_run(plan, source, ""), restart)
     done = record.done if record else JournalState()
     found = _earlier_work(plan, source, workdir, done, destination)
-    needed = _needed(sizes, found, destination, budget)
+    sharable = sharable_files(plan, source, workdir)
+    needed = needed_nbytes(plan, sizes, found, sharable, budget if destination else None)
     return Space(needed, workdir.space(restart=restart))
-
-
-def require_space(space: Space, out: Path) -> None:
-    """Raise OutputWriteError where a run to `out` would not fit its disk."""
-    if space.needed > space.free:
-        raise OutputWriteError(
-            out,
-            f"the disk is too small: {format_size(space.needed)} ({space.needed:,} bytes) are "
-            f"needed, {format_size(space.free)} ({space.free:,} bytes) are free",
-            "free some space or choose another -o",
-        )
 
 
 def _require_place(
@@ -296,18 +285,6 @@ def require_budget(budget: int, sizes: dict[str, int]) -> None:
         )
 
 
-def _needed(
-    sizes: dict[str, int], found: ResumeState, destination: ShardDestination | None, budget: int
-) -> int:
-    """Bytes of disk still needed. Shards written in part count whole: their disk is counted free.
-
-    budget: bytes of shards that may be here at a time, on their way to a destination.
-    """
-    whole = sum(found.whole.values())
-    left = sum(sizes.values()) - whole - sum(found.sent.values())
-    return min(left, budget - whole) if destination else left
-
-
 def _start(plan: Plan, sizes: dict[str, int], found: ResumeState) -> Progress:
     total = sum(sizes.values())
     return Progress(
@@ -324,7 +301,7 @@ def _workers_for(source: Source) -> int:
 def _write_shards(context: RunContext, found: ResumeState, workers: int) -> None:
     """Write the shards that stay on this disk. Raises the first error that any worker met."""
     writer = ShardWriter(context, found.parts, lambda shard: None)
-    todo = _unfinished(context.plan, found)
+    todo = found.unfinished(context.plan.shards)
     for shard in todo:
         writer.begin(shard)
     # Downloads go one shard after the other: a kill should leave few in part.
@@ -342,7 +319,7 @@ def _send_shards(
     """Write the shards, as many at a time as the budget allows, and send each when finished."""
     for name in found.sent:
         context.workdir.drop_file(name)  # a kill can come between receipt and removal
-    todo = _unfinished(context.plan, found)
+    todo = found.unfinished(context.plan.shards)
     # Those that already take disk come first: others may have to wait for it.
     todo.sort(key=lambda shard: shard.file not in found.parts)
     held = sum(found.whole.values()) + sum(s.nbytes for s in todo if s.file in found.parts)
@@ -364,10 +341,6 @@ def _send_shards(
         _fill(context, writer, begun(), todo, workers, at_once=1)
 
 
-def _unfinished(plan: Plan, found: ResumeState) -> list[OutputShard]:
-    return [s for s in plan.shards if s.file not in found.whole and s.file not in found.sent]
-
-
 def _fill(
     context: RunContext,
     writer: ShardWriter,
@@ -379,7 +352,13 @@ def _fill(
     gap = writer.max_gap(todo)
     run_tasks(
         writer.tasks(begun, at_once),
-        lambda: RangeTransfer(context.source, context.workdir.system, context.meter, gap),
+        lambda: RangeTransfer(
+            context.source,
+            context.workdir.system,
+            context.meter,
+            gap,
+            context.workdir.sharing,
+        ),
         workers,
         context.meter,
     )

@@ -18,7 +18,15 @@ import numpy as np
 
 from shardsurgeon.execution.journal import JournalState
 from shardsurgeon.execution.plan import OutputShard, Segment
-from shardsurgeon.execution.ranges import CopyRange, Range, batches, copy_ranges, joined, remaining
+from shardsurgeon.execution.ranges import (
+    CopyRange,
+    Range,
+    batches,
+    claimed_ranges,
+    copy_ranges,
+    joined,
+    remaining,
+)
 from shardsurgeon.execution.transfer import RangeTransfer, gaps, max_gap
 from shardsurgeon.execution.workdir import RunContext, WorkDir
 from shardsurgeon.storage.files import carry_mode, reserve_file, sync_path
@@ -43,6 +51,8 @@ class _ShardInProgress:
         # A shard that has all its bytes still needs one task, to be finished.
         self.batches = todo or [()]
         self.unwritten = len(self.batches)
+        # Ranges that were written and may still be in memory.
+        self.in_memory: list[Range] = []
 
 
 class ShardWriter:
@@ -69,7 +79,9 @@ class ShardWriter:
             # Before the file: the new one is empty, whatever the journal says of an older one.
             self._context.journal.begin(shard.file)
         path = self._context.workdir.begin_file(shard.file)
-        reserve_file(path, shard.nbytes, self._context.workdir.system)
+        sharable = self._context.sharable
+        claimed = claimed_ranges(copy_ranges(shard), sharable) if sharable else None
+        reserve_file(path, shard.nbytes, self._context.workdir.system, claimed)
 
     def tasks(self, shards: Iterable[OutputShard], at_once: int) -> Iterator[Task]:
         """The tasks that write `shards`, which have been begun.
@@ -123,7 +135,7 @@ class ShardWriter:
     ) -> None:
         """Write a batch; the worker that writes the last one finishes the shard."""
         if batch:
-            self._write(current.shard, batch, transfer)
+            self._write(current, batch, transfer)
         with self._counting:
             current.unwritten -= 1
             last = current.unwritten == 0
@@ -131,10 +143,15 @@ class ShardWriter:
             self._finish(current.shard)
 
     def _write(
-        self, shard: OutputShard, batch: Sequence[CopyRange], transfer: RangeTransfer
+        self, current: _ShardInProgress, batch: Sequence[CopyRange], transfer: RangeTransfer
     ) -> None:
+        shard = current.shard
         path = self._context.workdir.begin_file(shard.file)
-        transfer.write(batch, path)
+        with self._counting:
+            earlier, current.in_memory = current.in_memory, []
+        written = transfer.write(batch, path, earlier)
+        with self._counting:
+            current.in_memory += written
         if self._context.source.is_remote:
             sync_path(path, self._context.workdir.system)
             self._context.journal.fill(shard.file, joined((copy.at, copy.end) for copy in batch))
@@ -172,6 +189,10 @@ class ResumeState:
     whole: dict[str, int]
     sent: dict[str, int]
     parts: dict[str, list[Range]]
+
+    def unfinished(self, shards: Iterable[OutputShard]) -> list[OutputShard]:
+        """Those of some shards that are not whole."""
+        return [s for s in shards if s.file not in self.whole and s.file not in self.sent]
 
     @property
     def shards(self) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from shardsurgeon.errors import SourceChangedError
 from shardsurgeon.execution.plan import Literal, Segment
-from shardsurgeon.execution.ranges import CopyRange, batches
+from shardsurgeon.execution.ranges import CopyRange, Range, batches, claimed_ranges
 from shardsurgeon.execution.shards import BATCH_NBYTES
 from shardsurgeon.execution.transfer import RangeTransfer
 from shardsurgeon.execution.workdir import RunContext
@@ -41,7 +41,8 @@ def _write(
     """digests: of the files that are written, for the record, which is written last."""
 
     def new_mover() -> RangeTransfer:
-        return RangeTransfer(context.source, context.workdir.system, context.meter)
+        workdir, meter = context.workdir, context.meter
+        return RangeTransfer(context.source, workdir.system, meter, sharing=workdir.sharing)
 
     tasks = (
         partial(_carry_over, context, name, sizes[name], digests)
@@ -79,18 +80,22 @@ def _carry_over(
     context: RunContext, name: str, nbytes: int, digests: dict[str, str], transfer: RangeTransfer
 ) -> None:
     """Copy a file of the source, byte for byte, and note its SHA-256."""
-    with _new_file(context, name, nbytes) as path:
-        for batch in batches([CopyRange(Segment(name, 0, nbytes), 0)], BATCH_NBYTES):
+    ranges = [CopyRange(Segment(name, 0, nbytes), 0)]
+    with _new_file(context, name, nbytes, claimed_ranges(ranges, context.sharable)) as path:
+        for batch in batches(ranges, BATCH_NBYTES):
             transfer.write(batch, path)
         carry_mode([context.source.local_path(name)], path)
         digests[name] = sha256_of(path)
 
 
 @contextmanager
-def _new_file(context: RunContext, name: str, nbytes: int) -> Iterator[Path]:
-    """A file to be written inside the `with` block, and finished at its end."""
+def _new_file(
+    context: RunContext, name: str, nbytes: int, claimed: Sequence[Range] | None = None
+) -> Iterator[Path]:
+    """A file to be written inside the `with` block, and finished at its end. claimed: as
+    `reserve_file` has it."""
     path = context.workdir.begin_file(name)
-    reserve_file(path, nbytes, context.workdir.system)
+    reserve_file(path, nbytes, context.workdir.system, claimed)
     yield path
     sync_path(path, context.workdir.system)
     context.workdir.finish_file(name)

@@ -1,4 +1,4 @@
-"""One batch of byte ranges moved: copied where the source is local, downloaded where it is not.
+"""One batch of byte ranges moved: shared or copied where the source is local, else downloaded.
 
 Batches touch disjoint ranges of the output, so any number of workers may move them at once, in
 any order. Downloads join ranges that lie close together into one request and throw away what is
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from shardsurgeon.errors import SourceReadError
 from shardsurgeon.execution.plan import Literal, Segment
-from shardsurgeon.execution.ranges import CopyRange
+from shardsurgeon.execution.ranges import CopyRange, Range, whole_block_ranges
 from shardsurgeon.execution.workers import ProgressMeter
 from shardsurgeon.storage.files import FileCopier, open_regular, write_all, writing
+from shardsurgeon.storage.sharing import BlockSharing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System
 
@@ -31,16 +32,31 @@ _WANTED_PER_SURPLUS = 100
 class RangeTransfer:
     """Writes batches of ranges from a source into files. One per worker: it owns a copy buffer."""
 
-    def __init__(self, source: Source, system: System, meter: ProgressMeter, gap: int = 0) -> None:
-        """meter: told of every step; what it raises ends the batch. gap: see `Downloader`."""
+    def __init__(
+        self,
+        source: Source,
+        system: System,
+        meter: ProgressMeter,
+        gap: int = 0,
+        sharing: BlockSharing | None = None,
+    ) -> None:
+        """meter: told of every step; what it raises ends the batch. gap: see `Downloader`.
+        sharing: what the targets share with the source; None for nothing."""
         self._source = source
         self._system = system
         self._meter = meter
-        self._copier = FileCopier(system, meter.advance)
+        self._copier = FileCopier(system, meter.advance, sharing)
         self._downloader = Downloader(source, system, meter, gap)
 
-    def write(self, batch: Sequence[CopyRange], target: Path) -> None:
+    def write(
+        self, batch: Sequence[CopyRange], target: Path, earlier: Sequence[Range] = ()
+    ) -> list[Range]:
         """Write a batch into the existing file `target`, and release the memory it takes.
+
+        Memory goes in two steps: what has just been written begins to be put on the disk, and goes
+        when the ranges that were returned come back as `earlier`, with a later batch. Blocks that
+        hold but an edge of a range stay until the file is finished: they are soon written again,
+        and would have to be read for it.
 
         Raises OutputWriteError, or what reading the source raises; the error names the file.
         """
@@ -49,15 +65,17 @@ class RangeTransfer:
         with file:
             for name, ranges in groupby(batch, key=_source_file):
                 self._write_from(name, list(ranges), file)
-            # From the file's beginning: what earlier batches wrote has reached the disk by now.
-            self._system.let_go(file, 0, max(copy.at + copy.piece.nbytes for copy in batch))
+            written = whole_block_ranges(batch)
+            for begin, end in (*earlier, *written):
+                self._system.let_go(file, begin, end)
+        return written
 
     def copy_file(self, path: Path, nbytes: int, target: Path) -> None:
         """Copy the first `nbytes` of a local file outside the source into `target`."""
         with writing(target):
             file = FileIO(target, "r+")
         with file, open_regular(path) as origin:
-            self._copier.copy(origin, 0, file, 0, nbytes)
+            self._copier.copy(origin, file, [(0, 0, nbytes)])
 
     def _write_from(self, name: str | None, ranges: list[CopyRange], target: FileIO) -> None:
         """Write ranges of one source file, ascending. name: None for literals."""
@@ -83,10 +101,8 @@ class RangeTransfer:
         end = last.begin + last.nbytes
         # Asked of the last byte: the first ones may be cached because of read-ahead.
         found = self._system.in_memory(origin, max(end - 1, 0))
-        for copy in ranges:
-            assert isinstance(copy.piece, Segment)
-            begin, nbytes = copy.piece.begin, copy.piece.nbytes
-            self._copier.copy(origin, begin, target, copy.at, nbytes)
+        parts = ((_begin(copy), copy.at, copy.piece.nbytes) for copy in ranges)
+        self._copier.copy(origin, target, parts)
         if not found:
             self._system.let_go(origin, first.begin, end)
 

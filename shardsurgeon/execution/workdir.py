@@ -22,6 +22,7 @@ import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from io import FileIO
 from itertools import chain
 from pathlib import Path
@@ -38,6 +39,7 @@ from shardsurgeon.storage.files import (
     publish,
     writing,
 )
+from shardsurgeon.storage.sharing import BlockSharing
 from shardsurgeon.storage.source import Source
 from shardsurgeon.storage.system import System, is_strangers, mount_of
 
@@ -46,13 +48,15 @@ _LOCK = "shardsurgeon.lock"
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What every part of one run shares."""
+    """What every part of one run has. sharable: the files of the source whose blocks can be shared
+    with what is written."""
 
     plan: Plan
     source: Source
     workdir: WorkDir
     journal: Journal
     meter: ProgressMeter
+    sharable: frozenset[str] = frozenset()
 
 
 class WorkDir:
@@ -67,6 +71,12 @@ class WorkDir:
         self.journal = self.folder / JOURNAL_NAME
         self.system = system
         self._journal: Journal | None = None
+
+    @cached_property
+    def sharing(self) -> BlockSharing:
+        """What files that are written here share with others. For the time once the folders are
+        made, or where none will be."""
+        return BlockSharing(nearest(self.writing), self.system)
 
     def require_free_name(self) -> None:
         """Raise OutputError if OUT exists already."""
@@ -197,8 +207,20 @@ class WorkDir:
 
         restart: as if its finished ones had been thrown away too.
         """
-        held = _held(self.writing) + (_held(self.files) if restart else 0)
+        held = self._held(self.writing) + (self._held(self.files) if restart else 0)
         return free_space(self.folder, self.system) + held
+
+    def _held(self, folder: Path) -> int:
+        """Bytes of disk that come free where the files below a folder go."""
+        total = 0
+        for name in _files_below(folder):
+            path = folder / name
+            with writing(path), suppress(FileNotFoundError), FileIO(path) as file:
+                status = os.fstat(file.fileno())
+                # Windows does not report blocks; there a reserved file takes its whole length.
+                nbytes = getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
+                total += max(nbytes - self.system.shared(file), 0)
+        return total
 
     def begin_file(self, name: str) -> Path:
         """The path under which to write a file until it is whole; its folder is made."""
@@ -372,17 +394,6 @@ def _files_below(folder: Path) -> Iterator[str]:
     for below, _, names in os.walk(folder):
         for name in names:
             yield Path(below, name).relative_to(folder).as_posix()
-
-
-def _held(folder: Path) -> int:
-    """Bytes of disk taken by the files below a folder."""
-    total = 0
-    for name in _files_below(folder):
-        with suppress(FileNotFoundError):
-            status = (folder / name).stat()
-            # Windows does not report blocks; there a reserved file takes its whole length.
-            total += getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
-    return total
 
 
 def _remove_tree(folder: Path, kept: Collection[str] = ()) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from shardsurgeon.errors import ShardSurgeonError, UsageError
 from shardsurgeon.execution.outputs import output_sizes
-from shardsurgeon.execution.run import rehearse, require_space
+from shardsurgeon.execution.run import rehearse
+from shardsurgeon.execution.space import require_space
 from shardsurgeon.operations.carry_out import DestinationMaker, Run, unchecked
 from shardsurgeon.operations.prune import Pruning, require_ready
 from shardsurgeon.operations.reports import ApplyReport, Refusal
@@ -149,6 +150,7 @@ class _Apply:
             seconds=done.seconds,
             verification=self._check.report,
             bytes_downloaded=done.bytes_downloaded,
+            bytes_shared=done.bytes_shared,
             source=address_of(self._source),
             family=self._family,
             serve=self._serve() if stays else None,

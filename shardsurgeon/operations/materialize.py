@@ -15,7 +15,8 @@ from shardsurgeon.checkpoint.provenance import PROVENANCE_NAME
 from shardsurgeon.errors import CheckpointError, ShardSurgeonError, UsageError
 from shardsurgeon.execution.outputs import output_sizes
 from shardsurgeon.execution.plan import Plan
-from shardsurgeon.execution.run import rehearse, require_space
+from shardsurgeon.execution.run import rehearse
+from shardsurgeon.execution.space import require_space
 from shardsurgeon.execution.view import plan_shards_of
 from shardsurgeon.operations.carry_out import Run
 from shardsurgeon.operations.places import default_place, require_apart
@@ -43,6 +44,7 @@ class MaterializeReport(Report):
 
     out: the finished folder, or the one that a dry run names; source: the model that the view is
     of, as it can be named again; files, nbytes: of the folder; bytes_copied: moved by this run;
+    bytes_shared: what it did not move, because the disk has it once for the source and the result;
     bytes_resumed: found finished from an interrupted one; bytes_downloaded: what came over the
     network; verification: None without a check; left: files of the view's folder that `apply` did
     not write, and that stay there; family: what --family said; serve: the words of the command that
@@ -53,8 +55,8 @@ class MaterializeReport(Report):
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> written = shardsurgeon.apply(plan, "small-view", view=True)
     >>> report = shardsurgeon.materialize("small-view", "small", verify=False)
-    >>> report.files, report.bytes_copied, report.bytes_resumed, report.verification
-    (22, 589597, 0, None)
+    >>> report.files, report.bytes_copied + report.bytes_shared, report.verification
+    (22, 589597, None)
     """
 
     view: str
@@ -74,6 +76,7 @@ class MaterializeReport(Report):
     space_needed: int | None = None
     space_free: int | None = None
     refusal: Refusal | None = None
+    bytes_shared: int = 0
 
     figures: ClassVar[tuple[str, ...]] = ("bytes_per_second",)
 
@@ -84,8 +87,8 @@ class MaterializeReport(Report):
 
     @property
     def bytes_per_second(self) -> int:
-        """How fast this run copied, 0 where it had nothing to copy."""
-        return int(self.bytes_copied / max(self.seconds, 0.001))
+        """How fast this run copied and shared, 0 where it had nothing to do."""
+        return int((self.bytes_copied + self.bytes_shared) / max(self.seconds, 0.001))
 
 
 def materialize(
@@ -132,6 +135,7 @@ def materialize(
         seconds=done.seconds,
         verification=None if check is None else check.report,
         bytes_downloaded=done.bytes_downloaded,
+        bytes_shared=done.bytes_shared,
         serve=serve,
     )
 

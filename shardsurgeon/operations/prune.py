@@ -39,6 +39,7 @@ from shardsurgeon.reports import Titled
 from shardsurgeon.scores.files import read_scores
 from shardsurgeon.scores.table import Scores
 from shardsurgeon.storage.files import Output, free_space, output_path, sha256_of
+from shardsurgeon.storage.limits import uncollected
 from shardsurgeon.storage.open import hub_name
 from shardsurgeon.storage.phases import phase
 from shardsurgeon.storage.system import default_system
@@ -89,7 +90,7 @@ class Pruning(Titled):
     @cached_property
     def report(self) -> PlanReport:
         """What it would do."""
-        with phase("planning"):
+        with phase("planning"), uncollected():
             found = plan_report(
                 self.checkpoint,
                 self.anatomy,
@@ -223,7 +224,7 @@ def plan(
     checkpoint = reopened(model, family, follow_links=follow_links)
     if evaluation is not None:
         evaluation.require_of(checkpoint)
-    with phase("planning"):
+    with phase("planning"), uncollected():
         made = _plan(
             checkpoint, scores, request, place, max_shard_nbytes, family, recipe, evaluation
         )

@@ -180,7 +180,8 @@ class Refusal:
 class ApplyReport(Report):
     """What apply did. out: the finished folder, None after a dry run or where none stayed here.
 
-    bytes_copied: moved by this run; bytes_resumed: found finished from an interrupted one;
+    bytes_copied: moved by this run; bytes_shared: what it did not move, because the disk has it
+    once for the model and the result; bytes_resumed: found finished from an interrupted one;
     bytes_downloaded: what came over the network; push: where it was pushed to, if it was;
     source: the model that was pruned, as it can be named again; family: what --family said; serve:
     the words of the command that serves it, None where no engine is known to; view: whether what
@@ -191,7 +192,7 @@ class ApplyReport(Report):
 
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", verify=False)
-    >>> report.bytes_copied, report.bytes_resumed, report.verification
+    >>> report.bytes_copied + report.bytes_shared, report.bytes_resumed, report.verification
     (589597, 0, None)
     """
 
@@ -211,6 +212,7 @@ class ApplyReport(Report):
     refusal: Refusal | None = None
     serve: tuple[str, ...] | None = None
     view: bool = False
+    bytes_shared: int = 0
 
     figures: ClassVar[tuple[str, ...]] = ("bytes_per_second",)
 
@@ -221,8 +223,8 @@ class ApplyReport(Report):
 
     @property
     def bytes_per_second(self) -> int:
-        """How fast this run copied, 0 where it had nothing to copy."""
-        return int(self.bytes_copied / max(self.seconds, 0.001))
+        """How fast this run copied and shared, 0 where it had nothing to do."""
+        return int((self.bytes_copied + self.bytes_shared) / max(self.seconds, 0.001))
 
 
 @dataclass(frozen=True, slots=True)

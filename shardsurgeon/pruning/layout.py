@@ -10,37 +10,42 @@ Phases lie on a circle of 4096. All large tensors of one phase follow one anothe
 for most of them are whole blocks and leave the position where it is; one that is not moves it to
 the phase of the tensor that stood behind it. To get on, the walk looks for the phase that it can
 reach with several fillers of one size, and takes the one that uses up the smallest part of what
-it has of them: hundreds of 8-byte shapes are spent before the one bias. With 8-byte fillers this
-goes upwards around the circle from behind the widest gap, with those of 3,584 bytes downwards in
-steps of 512. Where one size does not do, a table of what sums of all fillers reach says the
-cheapest one. Fillers may be too few to reach all: the walk begins where they reach most bytes,
-and what it does not reach is copied.
+there is of them: hundreds of 8-byte shapes are spent before the one bias. With 8-byte fillers
+this goes upwards around the circle from behind the widest gap, with those of 3,584 bytes
+downwards in steps of 512. Where one size does not do, a table of what sums of all fillers reach
+says the cheapest one. Fillers may be too few to reach all: the walk begins where they reach most
+bytes, and what it does not reach is copied.
 
 Every tensor must begin at a multiple of its dtype's width. A shard is therefore laid out in
 sections of falling unit (8, 4, 2, 1 bytes): in a section all positions are multiples of its unit,
 because all that stands in it has a size and a phase that are, and no wider dtype than the unit.
-Most shards need one section. That no walk is worse than the simple order is not proven but seen
-to: the best of all that were tried is taken, and the simple order is one of them.
+Most shards need one section. That no walk is worse than a simple order is not proven but seen
+to: of all orders that were tried the best is taken, and the simple ones are tried first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from math import ceil, inf
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Column = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 BLOCK = 4096
 # The data of a file begins at a multiple of this: the padding of the header sees to it.
 START_UNIT = 8
-# No better order is looked for when this part of what could be shared is.
+# No better order is looked for when this part of what any could share is shared.
 ENOUGH = 0.999
-# The part of all bytes that large tensors together hold which may serve as fillers.
+# Large tensors that together hold no more than this part of the bytes may serve as fillers.
 MINOR = 0.02
+# Shards of few tensors are walked from more than the best beginning, while it is cheap.
+BEGINNINGS = 4
+CHEAP = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +59,47 @@ class Layout:
     start: int | None
 
 
+class _Columns(NamedTuple):
+    """As in `lay_out`; no phase, and no gain, where the phase is misaligned."""
+
+    nbytes: Column
+    width: Column
+    phase: Column
+    gain: Column
+
+
+class _Tried(NamedTuple):
+    shared: int
+    start: int
+    order: Column
+
+
 def lay_out(nbytes: Column, width: Column, phase: Column, gain: Column) -> Layout:
     """Order the tensors of one output shard, given in source order, so that most is shared.
 
     nbytes: sizes, each a multiple of its width; width: bytes of an element, 1, 2, 4 or 8;
     phase: what an offset in the file must be modulo 4096 for the tensor to share its bytes with
     the source, -1 where it cannot; gain: the bytes that it then shares. All int64[n]. The result
-    depends on nothing else. Every tensor begins at a multiple of its width, and no order that
-    was thought of shares more; among them is the simple one: wider dtypes first, then as given.
+    depends on nothing else. Every tensor begins at a multiple of its width, and no less is shared
+    than by the simple order: wider dtypes first, then as given.
     """
-    phase = np.where((gain > 0) & (phase % width == 0), phase, -1)
-    wanted = int(gain[phase >= 0].sum())
-    best, best_start, most = np.argsort(-width, kind="stable"), None, 0
-    for order in _orders(nbytes, width, phase, gain) if wanted else ():
-        start, shared = _best_start(order, nbytes, phase, gain)
-        if shared > most:
-            best, best_start, most = order, start, shared
-        if most >= wanted * ENOUGH:
-            break
-    return Layout(best, best_start)
+    large = (gain > 0) & (phase >= 0) & (phase % width == 0)
+    shard = _Columns(nbytes, width, np.where(large, phase, -1), np.where(large, gain, 0))
+    simple = np.argsort(-width, kind="stable")
+    if not large.any():
+        return Layout(simple, None)
+    best = _try(simple, shard)
+    given = np.arange(len(nbytes))
+    if not (_positions(given, nbytes) % width).any():
+        # Among equals the source's own order: it has the longest runs.
+        best = max(_try(given, shard), best, key=_shared)
+    # All positions of a file agree modulo the largest power of two that is in all sizes.
+    power = int(np.bitwise_or.reduce(nbytes, initial=BLOCK))
+    enough = np.bincount(phase[large] % (power & -power), gain[large]).max() * ENOUGH
+    walks = _walks(shard)
+    while best.shared < enough and (order := next(walks, None)) is not None:
+        best = max(best, _try(order, shard), key=_shared)
+    return Layout(best.order, best.start) if best.shared else Layout(simple, None)
 
 
 def shared_nbytes(
@@ -94,66 +121,63 @@ def _positions(order: Column, nbytes: Column) -> Column:
     return ends - nbytes[order]
 
 
-def _best_start(order: Column, nbytes: Column, phase: Column, gain: Column) -> tuple[int, int]:
-    """The start, a multiple of 8, with which an order shares most bytes, and how many."""
-    starts = (phase[order] - _positions(order, nbytes)) % BLOCK
-    gains = np.where(phase >= 0, gain, 0)[order]
-    shared = np.bincount(starts, weights=gains, minlength=BLOCK)[::START_UNIT]
+def _try(order: Column, shard: _Columns) -> _Tried:
+    """What an order shares with the best of all starts."""
+    starts = (shard.phase[order] - _positions(order, shard.nbytes)) % BLOCK
+    shared = np.bincount(starts, shard.gain[order], minlength=BLOCK)[::START_UNIT]
     place = int(shared.argmax())
-    return place * START_UNIT, int(shared[place])
+    return _Tried(int(shared[place]), place * START_UNIT, order)
 
 
-def _orders(nbytes: Column, width: Column, phase: Column, gain: Column) -> Iterator[Column]:
-    """Valid orders: those that must not be missed, then those that are likely to share most."""
-    yield np.argsort(-width, kind="stable")
-    given = np.arange(len(nbytes))
-    if not (_positions(given, nbytes) % width).any():
-        yield given
-    # Large tensors that move the position and hold few bytes: norms, a router.
+def _shared(tried: _Tried) -> int:
+    return tried.shared
+
+
+def _walks(shard: _Columns) -> Iterator[Column]:
+    """Orders made by walking the phases, the most promising first."""
+    nbytes, width, phase, gain = shard
+    # Large tensors that move the position and hold few bytes (norms, a router) help most as
+    # fillers: they are walked to only where they were not needed.
     moving = np.flatnonzero((phase >= 0) & (nbytes % BLOCK != 0))
     moving = moving[np.argsort(gain[moving], kind="stable")]
     minor = np.zeros(len(nbytes), dtype=bool)
     minor[moving[np.cumsum(gain[moving]) <= gain.sum() * MINOR]] = True
+    # The widest unit that a tensor leaves intact, and the phase that it asks for.
+    intact = nbytes | START_UNIT | np.where(phase >= 0, phase, 0)
+    intact &= -intact
+    # Dtypes up to this width share their sections, so that one walk may serve them all; wider
+    # ones come before, each width in its own.
     for merged in np.unique(width)[::-1].tolist():
-        yield _walked(nbytes, width, phase, gain, minor, merged, 0)
-        yield _walked(nbytes, width, phase, gain, minor, merged, 1)
-        if minor.any():
-            yield _walked(nbytes, width, phase, gain, minor & False, merged, 0)
+        first = np.minimum(intact, np.maximum(width, merged))
+        for beginning in range(1 + min(CHEAP // len(nbytes), BEGINNINGS)):
+            for fillers in (minor, minor & False):
+                yield _walked(shard, first, fillers, beginning)
+        if first.min() == first.max():
+            # Narrower sections would only have less in them.
+            break
 
 
-def _walked(
-    nbytes: Column,
-    width: Column,
-    phase: Column,
-    gain: Column,
-    minor: NDArray[np.bool_],
-    merged: int,
-    beginning: int,
-) -> Column:
-    """One order by walking the phases, section by section.
+def _walked(shard: _Columns, first: Column, minor: Mask, beginning: int) -> Column:
+    """The order that one walk makes, section by section.
 
-    minor: large tensors that are fillers, and walked through only if they were not needed;
-    merged: dtypes up to this width share sections, so that one walk may serve them all; wider
-    ones come before, each width in its own; beginning: the filler, from the most numerous size,
-    to which the walk's begin is fitted.
+    first: unit of the first section that a tensor may stand in; it may stand in later ones too
+    if they are no narrower than its dtype. minor: large tensors that serve as fillers. beginning:
+    which phase the walk begins at, 0 being the best.
     """
-    number = nbytes | START_UNIT | np.where(phase >= 0, phase, 0)
-    # The widest unit that a tensor leaves intact, and that of the first section it may stand in.
-    intact = number & -number
-    first = np.minimum(intact, np.maximum(width, merged))
+    nbytes, width, phase, gain = shard
     units = np.unique(first)[::-1].tolist()
     walk = _Walk(nbytes, beginning)
     left = np.ones(len(nbytes), dtype=bool)
+    whole = nbytes % BLOCK == 0
+    rounds = ((phase >= 0) & ~minor, ((phase < 0) | minor) & ~whole), (minor, (phase < 0) & ~whole)
     for unit, following in zip(units, [*units[1:], 0], strict=True):
-        usable = (width <= unit) & (first >= unit)
-        for large, small in (
-            ((phase >= 0) & ~minor, (phase < 0) | minor),
-            (minor, phase < 0),
-        ):
+        # Wider dtypes than the unit are all placed by now.
+        usable = first >= unit
+        for large, small in rounds:
             nodes = np.flatnonzero(usable & left & large)
             if len(nodes):
                 placed = len(walk.order)
-                fillers = np.flatnonzero(usable & left & small & (nbytes % BLOCK != 0))
+                fillers = np.flatnonzero(usable & left & small)
                 walk.section(nodes, phase[nodes], gain[nodes], fillers)
                 left[walk.order[placed:]] = False
         # What was not needed may help in a section that follows, if it may stand there.
@@ -163,241 +187,179 @@ def _walked(
     return np.array(walk.order, dtype=np.int64)
 
 
-@dataclass(slots=True)
-class _Fillers:
-    """Small tensors of one size modulo 4096, in source order."""
+class _Filler:
+    """Small tensors of one size modulo 4096 (step), in source order."""
 
-    step: int
-    tensors: list[int]
-    used: int = 0
-
-    @property
-    def left(self) -> int:
-        return len(self.tensors) - self.used
-
-    def log(self, phases: Column) -> tuple[Column, Column, int]:
-        """For each phase: the circle it lies on, the steps to it on that, and steps around one.
-
-        Steps of one size visit the phases that agree modulo the largest power of two in it.
-        """
-        power = self.step & -self.step
-        around = BLOCK // power
-        inverse = pow(self.step // power, -1, around) if around > 1 else 0
-        return phases % power, phases // power * inverse % around, around
+    def __init__(self, step: int, tensors: list[int]) -> None:
+        self.step, self.tensors = step, tensors
+        self.left = len(tensors)
+        # What one of them costs: the part of its kind, so that the rare ones are kept.
+        self.price = 1 / self.left
 
 
 class _Reach:
-    """Where sums of fillers lead: for each distance modulo 4096 the cheapest, or inf."""
+    """Where sums of fillers lead: for each distance modulo 4096 what the cheapest one costs."""
 
-    def __init__(self, fillers: list[_Fillers]) -> None:
+    def __init__(self, fillers: list[_Filler]) -> None:
         self.cost = np.full(BLOCK, inf)
         self.cost[0] = 0
-        self._layers: list[tuple[int, int, int, NDArray[np.bool_]]] = []
-        for place, filler in enumerate(fillers):
+        self._layers: list[tuple[_Filler, int, Mask]] = []
+        for filler in fillers:
             left, times = filler.left, 1
             while left:
                 # 1, 2, 4, ... and a remainder: some of them sum up to every number up to all.
                 times = min(times, left)
-                moved = np.roll(self.cost, times * filler.step) + times / len(filler.tensors)
+                moved = np.roll(self.cost, times * filler.step) + times * filler.price
                 better = moved < self.cost
                 self.cost = np.where(better, moved, self.cost)
-                self._layers.append((place, times, times * filler.step, better))
+                self._layers.append((filler, times, better))
                 left, times = left - times, times * 2
 
-    def recipe(self, distance: int) -> dict[int, int]:
-        """Place of the filler → how many of it, for a distance that can be reached."""
-        counts: dict[int, int] = {}
-        for place, times, moved, better in reversed(self._layers):
-            if better[distance]:
-                distance = (distance - moved) % BLOCK
-                counts[place] = counts.get(place, 0) + times
-        return counts
+    def cheapest(self, distances: Column) -> list[tuple[_Filler, int]]:
+        """Fillers, and how many of each, to the cheapest of distances; none: all out of reach."""
+        distance = int(distances[self.cost[distances].argmin()])
+        parts = []
+        if self.cost[distance] < inf:
+            for filler, times, better in reversed(self._layers):
+                if better[distance]:
+                    distance = (distance - times * filler.step) % BLOCK
+                    parts.append((filler, times))
+        return parts
 
 
-@dataclass(slots=True)
 class _Walk:
-    """The order so far, and the position behind it.
+    """The order so far, and the position behind it modulo 4096.
 
-    nbytes: sizes of all tensors; beginning: as in `_walked`. Until the first phase is met the
-    data may begin at any multiple of 8 (`free`); with it the position becomes that of the file.
+    Until the first phase is met the data may begin at any multiple of 8 (`free`).
     """
 
-    nbytes: Column
-    beginning: int
-    order: list[int] = field(default_factory=list)
-    position: int = 0
-    free: bool = True
-
-    def rest(self, tensors: Column) -> None:
-        """Put tensors here, wherever that is."""
-        self.order += tensors.tolist()
-        self.position = (self.position + int(self.nbytes[tensors].sum())) % BLOCK
+    def __init__(self, nbytes: Column, beginning: int) -> None:
+        self._moves, self._beginning = nbytes % BLOCK, beginning
+        self.order: list[int] = []
+        self.position = 0
+        self.free = True
 
     def section(self, large: Column, phases: Column, gains: Column, small: Column) -> None:
         """Walk through as many phases as the small tensors allow."""
-        moves = self.nbytes[large] % BLOCK
-        # Of one phase, those that leave the position come first, as one run.
-        by_phase = np.lexsort((moves != 0, phases))
-        phases = phases[by_phase]
-        begins = np.flatnonzero(np.diff(phases, prepend=-1))
-        nodes = _Nodes(
-            large[by_phase].tolist(),
-            moves[by_phase].tolist(),
-            phases[begins],
-            begins.tolist(),
-            np.add.reduceat(gains[by_phase], begins),
-        )
-        fillers = _fillers(small, self.nbytes[small] % BLOCK)
-        if self.free and not self._begin(nodes, fillers):
-            return
-        reach: _Reach | None = None
-        while True:
-            if nodes.waiting[self.position]:
-                self._visit(nodes)
-                continue
-            if not nodes.open:
-                return
-            if near := _nearest(self.position, nodes.waiting, fillers):
-                self._spend(*near)
-                continue
-            recipe = reach and _cheapest(self.position, nodes, reach)
-            if not recipe or any(fillers[place].left < n for place, n in recipe.items()):
-                # What is left of the fillers has changed since the table was made.
-                reach = _Reach(fillers)
-                recipe = _cheapest(self.position, nodes, reach)
-            if not recipe:
-                return
-            for place, count in recipe.items():
-                self._spend(fillers[place], count)
+        fillers = _fillers(small, self._moves[small])
+        # Of one phase, those that leave the position where it is come first.
+        by_phase = np.lexsort((self._moves[large] != 0, phases))
+        begins = np.flatnonzero(np.diff(phases[by_phase], prepend=-1))
+        nodes = phases[by_phase][begins]
+        tensors, moves = large[by_phase].tolist(), self._moves[large[by_phase]].tolist()
+        ends = [*begins[1:].tolist(), len(tensors)]
+        # Phase → its tensors that are not placed yet.
+        spans = dict(zip(nodes.tolist(), zip(begins.tolist(), ends, strict=True), strict=True))
+        waiting = bytearray(BLOCK)
+        for node in spans:
+            waiting[node] = 1
+        if self.free:
+            summed = np.add.reduceat(gains[by_phase], begins)
+            ranked = _beginnings(nodes, summed, fillers)
+            worse = self._beginning % len(ranked)
+            self._begin(ranked[worse:] + ranked[:worse], fillers)
+        while spans and not self.free:
+            node = self.position
+            if waiting[node]:
+                place, end = spans[node]
+                behind = place + 1
+                while behind < end and not moves[behind - 1]:
+                    behind += 1
+                self._put(tensors[place:behind], moves[behind - 1])
+                spans[node] = behind, end
+                if behind == end:
+                    waiting[node] = 0
+                    del spans[node]
+            elif near := _nearest(node, waiting, fillers):
+                self._spend([near])
+            else:
+                parts = _Reach(fillers).cheapest((np.array(list(spans)) - node) % BLOCK)
+                if not parts:
+                    return
+                self._spend(parts)
 
-    def _begin(self, nodes: _Nodes, fillers: list[_Fillers]) -> bool:
-        """Choose the first phase, and with it the start of the data; False where none can be.
+    def _begin(self, nodes: list[int], fillers: list[_Filler]) -> None:
+        """Choose the first phase, of some the best first, and with it the start of the data.
 
         A phase that is no multiple of 8 from here needs fillers before it.
         """
-        kind = fillers[min(self.beginning, len(fillers) - 1)] if fillers else None
-        reach: _Reach | None = None
-        for phase in _beginnings(nodes, kind):
-            odd = (phase - self.position) % START_UNIT
-            if odd:
-                reach = reach or _Reach(fillers)
-                distance = odd + START_UNIT * int(reach.cost[odd::START_UNIT].argmin())
-                if reach.cost[distance] == inf:
-                    continue
-                for place, count in reach.recipe(distance).items():
-                    self._spend(fillers[place], count)
-            self.position = phase
-            self.free = False
-            return True
-        return False
+        reach = _Reach(fillers) if any((n - self.position) % START_UNIT for n in nodes) else None
+        for node in nodes:
+            odd = (node - self.position) % START_UNIT
+            parts = reach.cheapest(np.arange(odd, BLOCK, START_UNIT)) if reach and odd else []
+            if parts or not odd:
+                self._spend(parts)
+                self.position, self.free = node, False
+                return
 
-    def _visit(self, nodes: _Nodes) -> None:
-        """Place the tensors whose phase is the position, up to one that moves it."""
-        place, end = nodes.next[self.position], nodes.end[self.position]
-        behind = place
-        while behind < end and not nodes.moves[behind]:
-            behind += 1
-        moved = nodes.moves[behind] if behind < end else 0
-        behind = min(behind + 1, end)
-        self.order += nodes.tensors[place:behind]
-        nodes.next[self.position] = behind
-        if behind == end:
-            nodes.waiting[self.position] = 0
-            nodes.open -= 1
-        self.position = (self.position + moved) % BLOCK
+    def rest(self, tensors: Column) -> None:
+        """Place tensors here, wherever that is."""
+        self._put(tensors.tolist(), int(self._moves[tensors].sum()))
 
-    def _spend(self, filler: _Fillers, count: int) -> None:
-        self.order += filler.tensors[filler.used : filler.used + count]
-        filler.used += count
-        self.position = (self.position + count * filler.step) % BLOCK
+    def _put(self, tensors: list[int], moves: int) -> None:
+        self.order += tensors
+        self.position = (self.position + moves) % BLOCK
+
+    def _spend(self, parts: list[tuple[_Filler, int]]) -> None:
+        for filler, times in parts:
+            used = len(filler.tensors) - filler.left
+            self._put(filler.tensors[used : used + times], times * filler.step)
+            filler.left -= times
 
 
-class _Nodes:
-    """Large tensors by phase: what waits where.
-
-    tensors, moves: sorted by phase; moves: sizes modulo 4096; phases, begins, gains: of each
-    distinct phase, begins pointing into tensors.
-    """
-
-    def __init__(
-        self,
-        tensors: list[int],
-        moves: list[int],
-        phases: Column,
-        begins: list[int],
-        gains: Column,
-    ) -> None:
-        self.tensors, self.moves, self.phases, self.gains = tensors, moves, phases, gains
-        keys = phases.tolist()
-        self.open = len(keys)
-        self.next = dict(zip(keys, begins, strict=True))
-        self.end = dict(zip(keys, [*begins[1:], len(tensors)], strict=True))
-        self.waiting = bytearray(BLOCK)
-        for key in keys:
-            self.waiting[key] = 1
-
-
-def _fillers(small: Column, steps: Column) -> list[_Fillers]:
+def _fillers(small: Column, steps: Column) -> list[_Filler]:
     """Small tensors by size modulo 4096, the most numerous sizes first."""
-    by_step = np.argsort(steps, kind="stable")
+    by_step = small[np.argsort(steps, kind="stable")].tolist()
     sizes, counts = np.unique(steps, return_counts=True)
-    tensors = small[by_step].tolist()
-    ends = np.cumsum(counts).tolist()
+    ends = np.cumsum(counts)
     found = [
-        _Fillers(step, tensors[end - count : end])
-        for step, count, end in zip(sizes.tolist(), counts.tolist(), ends, strict=True)
+        _Filler(step, by_step[end - count : end])
+        for step, count, end in zip(sizes.tolist(), counts.tolist(), ends.tolist(), strict=True)
     ]
     return sorted(found, key=lambda filler: -filler.left)
 
 
 def _nearest(
-    position: int, waiting: bytearray, fillers: list[_Fillers]
-) -> tuple[_Fillers, int] | None:
-    """The filler, and how many of it, that reaches a phase for the smallest part of its kind."""
+    position: int, waiting: bytearray, fillers: list[_Filler]
+) -> tuple[_Filler, int] | None:
+    """The one filler, and how many of it, that reaches a phase at the lowest price."""
     cheapest, found = inf, None
     for filler in fillers:
-        # More than these would cost as much as what is found already.
-        total = len(filler.tensors)
-        limit = filler.left if found is None else min(filler.left, ceil(cheapest * total) - 1)
+        if cheapest <= filler.price:
+            # Those that follow are no cheaper.
+            break
         at = position
-        for times in range(1, limit + 1):
+        for times in range(1, filler.left + 1):
             at = (at + filler.step) % BLOCK
             if waiting[at]:
-                cheapest, found = times / total, (filler, times)
+                if times * filler.price < cheapest:
+                    cheapest, found = times * filler.price, (filler, times)
                 break
             if at == position:
                 break
     return found
 
 
-def _cheapest(position: int, nodes: _Nodes, reach: _Reach) -> dict[int, int] | None:
-    """The fillers to a waiting phase that cost least; None where none can be reached."""
-    waiting = np.flatnonzero(np.frombuffer(nodes.waiting, dtype=np.uint8))
-    distances = (waiting - position) % BLOCK
-    place = int(reach.cost[distances].argmin())
-    if reach.cost[distances[place]] == inf:
-        return None
-    return reach.recipe(int(distances[place]))
-
-
-def _beginnings(nodes: _Nodes, filler: _Fillers | None) -> list[int]:
-    """Phases to begin at, the best first: from where steps of one filler reach most bytes.
+def _beginnings(nodes: Column, gains: Column, fillers: list[_Filler]) -> list[int]:
+    """Phases to begin at, the best first: from where steps of the first size reach most bytes.
 
     Where they reach the same, it is the one that needs the fewest steps, hence the one behind
     the widest gap.
     """
-    phases, gains = nodes.phases, nodes.gains
-    if filler is None:
-        return phases[np.argsort(-gains, kind="stable")].tolist()
-    circle, steps, around = filler.log(phases)
-    # Each circle is laid down twice, behind the one before, so that a walk may run over its end.
-    along = circle * (4 * around) + steps
+    step, left = (fillers[0].step, fillers[0].left) if fillers else (1, 0)
+    # Steps of one size visit the phases that agree modulo the largest power of two in it: these
+    # lie on one circle, each at so many steps.
+    power = step & -step
+    around = BLOCK // power
+    steps = nodes // power * pow(step // power, -1, around) % around
+    # Each circle is laid down twice, one circle behind the other, so that no walk is cut in two.
+    along = nodes % power * (4 * around) + steps
     twice = np.concatenate((along, along + around))
-    by_place = np.argsort(twice, kind="stable")
+    by_place = np.argsort(twice)
     places = twice[by_place]
-    summed = np.concatenate(([0], np.cumsum(np.concatenate((gains, gains))[by_place])))
+    summed = np.concatenate(([0], np.cumsum(np.tile(gains, 2)[by_place])))
     begins = np.searchsorted(places, along)
-    ends = np.searchsorted(places, along + min(filler.left, around - 1), side="right")
+    ends = np.searchsorted(places, along + min(left, around - 1), side="right")
     needed = places[ends - 1] - along
-    ranks = np.lexsort((phases, needed, summed[begins] - summed[ends]))
-    return phases[ranks].tolist()
+    best_first = np.lexsort((nodes, needed, summed[begins] - summed[ends]))
+    return [int(node) for node in nodes[best_first]]

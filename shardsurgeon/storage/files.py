@@ -21,6 +21,7 @@ from pathlib import Path
 
 from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
 from shardsurgeon.storage.pipes import is_stream, open_file, write_into
+from shardsurgeon.storage.sharing import BlockSharing, whole_blocks
 from shardsurgeon.storage.system import System, default_system
 
 # In the folder of work that an interrupted command left: what it is and what is done of it.
@@ -126,34 +127,70 @@ def write_all(
             at += count
 
 
+# Bytes of a copy: where they begin in the source and in the target, and how many they are.
+Part = tuple[int, int, int]
+
+
 class FileCopier:
     """Copies ranges between open files. One per worker: it owns the worker's only buffer."""
 
-    def __init__(self, system: System, advance: Callable[[int], None]) -> None:
-        """advance: called with the bytes of every step that was copied."""
+    def __init__(
+        self,
+        system: System,
+        advance: Callable[[int], None],
+        sharing: BlockSharing | None = None,
+    ) -> None:
+        """advance: called with the bytes of every step that was copied or shared; sharing: asked
+        for blocks before any is copied, None for copying all."""
         self._system = system
         self._advance = advance
+        self._sharing = sharing
         self._buffer = memoryview(bytearray(BUFFER_NBYTES))
 
-    def copy(self, source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> None:
-        """Copy `nbytes` from byte `begin` of the source to byte `at` of the target.
+    def copy(self, source: FileIO, target: FileIO, parts: Iterable[Part]) -> None:
+        """Copy parts of one file to another, in the order given.
 
-        The kernel is asked first; where it declines, even half-way, the rest goes through the
-        buffer. Raises SourceReadError or OutputWriteError, with the name of the file at fault.
+        Whole blocks that lie alike in both files are shared where that works, and their edges
+        copied after all of them; the kernel is asked to copy what is left; where it declines, even
+        half-way, the rest goes through the buffer. Raises SourceReadError or OutputWriteError, with
+        the name of the file at fault.
         """
-        done = 0
-        while done < nbytes:
-            count = self._system.kernel_copy(source, begin + done, target, at + done, nbytes - done)
-            if count == 0:
-                break
-            done += count
-            self._advance(count)
-        while done < nbytes:
-            part = self._buffer[: nbytes - done]
-            read_into(source, part, begin + done, str(source.name), self._system)
-            write_all(target, part, at + done, str(target.name), self._system)
-            done += len(part)
-            self._advance(len(part))
+        for begin, at, nbytes in self._share(source, target, parts) if self._sharing else parts:
+            done = 0
+            while done < nbytes:
+                count = self._system.kernel_copy(
+                    source, begin + done, target, at + done, nbytes - done
+                )
+                if count == 0:
+                    break
+                done += count
+                self._advance(count)
+            while done < nbytes:
+                part = self._buffer[: nbytes - done]
+                read_into(source, part, begin + done, str(source.name), self._system)
+                write_all(target, part, at + done, str(target.name), self._system)
+                done += len(part)
+                self._advance(len(part))
+
+    def _share(self, source: FileIO, target: FileIO, parts: Iterable[Part]) -> list[Part]:
+        """Share what can be shared; what is left to be copied."""
+        assert self._sharing is not None
+        left: list[Part] = []
+        edges: list[Part] = []
+        for begin, at, nbytes in parts:
+            first, last = whole_blocks(begin, at, nbytes)
+            if not self._sharing.share(source, begin + first - at, target, first, last - first):
+                left.append((begin, at, nbytes))
+                continue
+            self._advance(last - first)
+            edges += [
+                (begin, at, first - at),
+                (begin + last - at, last, at + nbytes - last),
+            ]
+        # All at once, for the disk to fetch side by side: they lie far apart.
+        for begin, _, nbytes in edges:
+            self._system.will_need(source, begin, begin + nbytes)
+        return left + edges
 
 
 def sha256_of(path: Path) -> str:
@@ -357,10 +394,20 @@ def make_folder(path: Path, system: System) -> None:
         system.sync_folder(path.parent)
 
 
-def reserve_file(path: Path, nbytes: int, system: System) -> None:
-    """Make an empty file of `nbytes`, its blocks claimed where the system can."""
+def reserve_file(
+    path: Path,
+    nbytes: int,
+    system: System,
+    claimed: Iterable[tuple[int, int]] | None = None,
+) -> None:
+    """Make an empty file of `nbytes`, its blocks claimed where the system can.
+
+    claimed: the ranges whose blocks are; None for all.
+    """
     with new_file(path) as file:
-        system.reserve(file, nbytes)
+        file.truncate(nbytes)
+        for begin, end in [(0, nbytes)] if claimed is None else claimed:
+            system.reserve(file, begin, end)
 
 
 def carry_mode(origins: Iterable[Path | None], copy: Path) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,16 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 RENAME_TRIES = 8
+
+# What file systems that share blocks between files share: whole blocks of this size, in bytes, at
+# multiples of it in both files. Where blocks are larger, a probe finds that nothing can be shared.
+BLOCK_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +42,15 @@ class System:
     write_at(file, data, offset): how many bytes were taken.
     kernel_copy(source, source_offset, target, target_offset, nbytes): how many bytes the kernel
     moved without us; 0 where it declines or the source ends.
-    reserve(file, nbytes): make the file that long and, where that is of use, claim its blocks.
+    share(source, source_offset, target, target_offset, nbytes): let the target have the blocks of
+    the source, to be copied once one of the two writes to them; False where it declines. All three
+    numbers are multiples of BLOCK_NBYTES.
+    unnamed(folder): an empty file there that has no name and goes with its process; None where
+    there is no such thing.
+    reserve(file, begin, end): claim the blocks of these bytes of the file, where that is of use.
+    shared(file): how many of its bytes lie in blocks that another file has too.
     in_memory(file, offset): whether that byte is in the page cache; True where it cannot be told.
+    will_need(file, begin, end): these bytes will be read soon; returns before they are there.
     let_go(file, begin, end): these bytes need not stay in the page cache. Those that are not on the
     disk yet begin to be written.
     sync_file(file), sync_folder(path): return when content, or names, are on the disk.
@@ -46,8 +63,12 @@ class System:
     read_at: Callable[[FileIO, memoryview, int], int]
     write_at: Callable[[FileIO, memoryview, int], int]
     kernel_copy: Callable[[FileIO, int, FileIO, int, int], int]
-    reserve: Callable[[FileIO, int], None]
+    share: Callable[[FileIO, int, FileIO, int, int], bool]
+    unnamed: Callable[[Path], FileIO | None]
+    reserve: Callable[[FileIO, int, int], None]
+    shared: Callable[[FileIO], int]
     in_memory: Callable[[FileIO, int], bool]
+    will_need: Callable[[FileIO, int, int], None]
     let_go: Callable[[FileIO, int, int], None]
     sync_file: Callable[[FileIO], None]
     sync_folder: Callable[[Path], None]
@@ -62,8 +83,12 @@ def portable() -> System:
         read_at=_seek_and_read,
         write_at=_seek_and_write,
         kernel_copy=_decline,
-        reserve=_extend,
+        share=_share_nothing,
+        unnamed=_name_all,
+        reserve=_claim_nothing,
+        shared=_none_shared,
         in_memory=_unknown_in_memory,
+        will_need=_let_come,
         let_go=_let_stay,
         sync_file=_sync_file,
         sync_folder=_sync_nothing,
@@ -78,6 +103,8 @@ def native() -> System:
     system = portable()
     if sys.platform == "linux":
         system = replace(system, reserve=_reserve, in_memory=_in_memory, let_go=_let_go)
+        system = replace(system, share=_share, unnamed=_unnamed, shared=_shared)
+        system = replace(system, will_need=_will_need)
         if hasattr(os, "copy_file_range"):
             system = replace(system, kernel_copy=_copy_file_range)
     if os.name == "posix":
@@ -140,8 +167,8 @@ def _copy_file_range(source: FileIO, begin: int, target: FileIO, at: int, nbytes
     """Let a file server copy.
 
     On a disk of this machine the kernel would move page after page through a pipe, and a copy
-    through a buffer is faster (tests/bench). Blocks cannot be shared between the two files either:
-    a pruned shard's tensors move by amounts that are not multiples of a block.
+    through a buffer is faster (tests/bench). What blocks the two files can share there, `share`
+    has found before: the edges and the rest are asked for here.
 
     The call fails for many harmless reasons (two file systems, an old kernel, an unusual mount) and
     does not say which of the two files is at fault. So any failure counts as declining: the copy
@@ -155,8 +182,77 @@ def _copy_file_range(source: FileIO, begin: int, target: FileIO, at: int, nbytes
         return 0
 
 
-def _extend(file: FileIO, nbytes: int) -> None:
-    file.truncate(nbytes)
+def _share_nothing(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> bool:
+    return False
+
+
+# What linux/fs.h calls FICLONERANGE, and its structure: the source's descriptor, offset and length
+# there, offset in the target.
+_CLONE_RANGE, _CLONED = 0x4020940D, struct.Struct("qQQQ")
+
+
+def _share(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> bool:
+    """Ask for shared blocks, as XFS and btrfs have them.
+
+    As with `_copy_file_range`, any failure is declining: the copy that follows finds a real fault.
+    """
+    if sys.platform != "linux":
+        return False
+    asked = _CLONED.pack(source.fileno(), begin, nbytes, at)
+    try:
+        fcntl.ioctl(target.fileno(), _CLONE_RANGE, asked)
+    except OSError:
+        return False
+    return True
+
+
+def _name_all(folder: Path) -> FileIO | None:
+    return None
+
+
+def _unnamed(folder: Path) -> FileIO | None:
+    if sys.platform != "linux":
+        return None
+    return FileIO(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "r+")
+
+
+def _none_shared(file: FileIO) -> int:
+    return 0
+
+
+# What linux/fiemap.h calls FS_IOC_FIEMAP; the head of its structure: first byte and length that are
+# asked about, flags, how many extents came, for how many there was room; and one extent: its first
+# byte, the same on the disk, its length, and its flags behind two reserved numbers.
+_MAP_EXTENTS, _MAP_HEAD, _EXTENT = 0xC020660B, struct.Struct("=QQIIII"), struct.Struct("=5Q4I")
+_IS_LAST, _IS_SHARED = 0x1, 0x2000
+_EXTENTS_AT_ONCE = 500
+
+
+def _shared(file: FileIO) -> int:
+    """By the map of the file's extents; nothing where the file system has none."""
+    if sys.platform != "linux":
+        return 0
+    total = begin = 0
+    while True:
+        room = bytearray(_MAP_HEAD.size + _EXTENT.size * _EXTENTS_AT_ONCE)
+        _MAP_HEAD.pack_into(room, 0, begin, (1 << 64) - 1 - begin, 0, 0, _EXTENTS_AT_ONCE, 0)
+        try:
+            fcntl.ioctl(file.fileno(), _MAP_EXTENTS, room)
+        except OSError:
+            return total
+        count = _MAP_HEAD.unpack_from(room)[3]
+        for number in range(count):
+            extent = _EXTENT.unpack_from(room, _MAP_HEAD.size + number * _EXTENT.size)
+            begin, flags = extent[0] + extent[2], extent[5]
+            total += extent[2] if flags & _IS_SHARED else 0
+            if flags & _IS_LAST:
+                return total
+        if not count:
+            return total
+
+
+def _claim_nothing(file: FileIO, begin: int, end: int) -> None:
+    """What is written later finds its blocks then."""
 
 
 # The numbers of the file systems that write every block to a new place: btrfs, ZFS, bcachefs, F2FS.
@@ -164,15 +260,14 @@ def _extend(file: FileIO, nbytes: int) -> None:
 _COPY_ON_WRITE = frozenset({0x9123683E, 0x2FC12FC1, 0xCA451A4E, 0xF2F52010})
 
 
-def _reserve(file: FileIO, nbytes: int) -> None:
+def _reserve(file: FileIO, begin: int, end: int) -> None:
     """Claim the blocks now, so that a full disk is found before hours of copying.
 
     The system call itself, not `os.posix_fallocate`: where a file system cannot reserve, the C
     library imitates that one by writing into every block, which takes hours over a network.
     """
-    _extend(file, nbytes)
-    while nbytes and _file_system(file) not in _COPY_ON_WRITE:
-        if _libc_fallocate()(file.fileno(), 0, 0, nbytes) == 0:
+    while begin < end and _file_system(file) not in _COPY_ON_WRITE:
+        if _libc_fallocate()(file.fileno(), 0, begin, end - begin) == 0:
             return
         code = ctypes.get_errno()
         if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
@@ -219,6 +314,10 @@ def _unknown_in_memory(file: FileIO, offset: int) -> bool:
     return True
 
 
+def _let_come(file: FileIO, begin: int, end: int) -> None:
+    """What is read is fetched then."""
+
+
 def _let_stay(file: FileIO, begin: int, end: int) -> None:
     """What is written stays in the page cache until the system needs the memory."""
 
@@ -231,6 +330,12 @@ def _in_memory(file: FileIO, offset: int) -> bool:
     except OSError:  # it would have to wait, or cannot say
         return False
     return True
+
+
+def _will_need(file: FileIO, begin: int, end: int) -> None:
+    if sys.platform == "linux" and begin < end:
+        with suppress(OSError):
+            os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _let_go(file: FileIO, begin: int, end: int) -> None:
@@ -278,7 +383,6 @@ def _rename_with_retries(old: Path, new: Path) -> None:
 
 # Both kinds of lock die with the process, however it ends; a lock made of files would not.
 if sys.platform == "win32":
-    import msvcrt
 
     def _lock(file: FileIO) -> bool:
         file.seek(0)
@@ -289,7 +393,6 @@ if sys.platform == "win32":
         return True
 
 else:
-    import fcntl
 
     def _lock(file: FileIO) -> bool:
         try:

@@ -1,9 +1,9 @@
 """What the checkpoints of the benchmark are made of: tensor names, dtypes, shapes, config.json.
 
-Three layouts, each hard in its own way: `int4` is Kimi-K2.5's, nine tensors per expert; `stacked`
-is Qwen3.5's, two bf16 tensors with an expert axis per layer; `tiny` is Kimi-K2.5's with so narrow
-matrices that there are 70 tensors to a megabyte. Two more are published models whose cost is
-estimated: `glm`, GLM-5.2 in FP8 blocks, and `qwen`, Qwen3-235B-A22B in bf16.
+`int4` is Kimi-K2.5's layout, nine tensors per expert; `stacked` is Qwen3.5's, two bf16 tensors with
+an expert axis per layer; `qwen` is Qwen3-235B-A22B in bf16, a matrix per projection and expert, and
+`nvfp4` the same model as ModelOpt quantizes it, four tensors per matrix; `glm` is GLM-5.2 in FP8
+blocks; `tiny` is Kimi-K2.5's with so narrow matrices that there are 70 tensors to a megabyte.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-WIDTH = {"I32": 4, "BF16": 2, "F32": 4, "F8_E4M3": 1}
+# Bytes of a number; the dtypes in the order in which the safetensors library writes them.
+WIDTH = {"F32": 4, "I32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 BLOCK = 128
 INDEX_HEADS, INDEX_HEAD = 32, 128
 QWEN_HEAD, QWEN_KEYS = 128, 4
+NVFP4_GROUP = 16
 
 Spec = tuple[str, str, tuple[int, ...]]
 
@@ -44,7 +46,7 @@ class Model:
     @property
     def moe_layers(self) -> range:
         """The layers that have experts."""
-        first = 0 if self.layout in ("stacked", "qwen") else self.dense_layers
+        first = 0 if self.layout in ("stacked", "qwen", "nvfp4") else self.dense_layers
         return range(first, self.layers + self.mtp_layers)
 
 
@@ -65,8 +67,16 @@ GLM = Model(
     mtp_layers=1,
 )
 QWEN = Model("qwen", 94, 128, 4096, 1536, 0, 151936, 64)
-SIZED = {"int4": SMALL_KIMI, "tiny": TINY, "stacked": STACKED}
-PUBLISHED = {"int4": KIMI, "glm": GLM, "qwen": QWEN}
+NVFP4 = replace(QWEN, layout="nvfp4")
+SIZED = {
+    "int4": SMALL_KIMI,
+    "tiny": TINY,
+    "stacked": STACKED,
+    "glm": replace(GLM, layers=GLM.dense_layers + 1, dense=2048, vocabulary=4096, mtp_layers=0),
+    "qwen": replace(QWEN, layers=1, vocabulary=4096),
+    "nvfp4": replace(NVFP4, layers=1, vocabulary=4096),
+}
+PUBLISHED = {"int4": KIMI, "glm": GLM, "qwen": QWEN, "nvfp4": NVFP4}
 
 
 def sized(layout: str, nbytes: int) -> Model:
@@ -99,14 +109,33 @@ def nbytes(spec: Spec) -> int:
 
 def tensors(model: Model) -> Iterator[Spec]:
     """(name, dtype, shape) of every tensor, in the order in which they are stored."""
-    makers = {"stacked": _stacked, "glm": _glm, "qwen": _qwen}
+    makers = {"stacked": _stacked, "glm": _glm, "qwen": _qwen, "nvfp4": _nvfp4}
     return makers.get(model.layout, _kimi)(model)
 
 
 def config(model: Model) -> dict[str, object]:
     """config.json as published, with this model's counts."""
-    makers = {"stacked": _stacked_config, "glm": _glm_config, "qwen": _qwen_config}
+    makers = {
+        "stacked": _stacked_config,
+        "glm": _glm_config,
+        "qwen": _qwen_config,
+        "nvfp4": _qwen_config,
+    }
     return makers.get(model.layout, _kimi_config)(model)
+
+
+def side_files(model: Model) -> dict[str, object]:
+    """The other JSON files of the published model that say how it is quantized: name → document."""
+    if model.layout != "nvfp4":
+        return {}
+    quantization = {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": "FP8",
+        "group_size": NVFP4_GROUP,
+        "exclude_modules": ["lm_head", "model.layers.*.mlp.gate"],
+    }
+    producer = {"name": "modelopt", "version": "0.33.0"}
+    return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
 
 
 def _kimi(model: Model) -> Iterator[Spec]:
@@ -316,6 +345,21 @@ def _qwen(model: Model) -> Iterator[Spec]:
             yield from _mlp(f"{at}.mlp.experts.{expert}", hidden, model.moe)
     yield "model.norm.weight", "BF16", (hidden,)
     yield "lm_head.weight", "BF16", (model.vocabulary, hidden)
+
+
+def _nvfp4(model: Model) -> Iterator[Spec]:
+    for name, dtype, shape in _qwen(model):
+        is_plain = name in ("model.embed_tokens.weight", "lm_head.weight")
+        if len(shape) < 2 or is_plain or name.endswith(".mlp.gate.weight"):
+            yield name, dtype, shape
+            continue
+        module, (rows, columns) = name.removesuffix(".weight"), shape
+        yield f"{module}.input_scale", "F32", ()
+        yield f"{module}.weight", "U8", (rows, columns // 2)
+        yield f"{module}.weight_scale", "F8_E4M3", (rows, columns // NVFP4_GROUP)
+        yield f"{module}.weight_scale_2", "F32", ()
+        if module.endswith(("k_proj", "v_proj")):
+            yield f"{module}.{module[-6]}_scale", "F32", ()
 
 
 def _qwen_config(model: Model) -> dict[str, object]:

@@ -6,19 +6,25 @@ when it was made.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 BLOCK_NBYTES = 8 << 20
+# How often the limit of a command is looked at, in seconds.
+WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,60 @@ def median(samples: Sequence[Sample]) -> Sample:
     )
 
 
-def run(command: Sequence[str], flushed: Path | None = None) -> Sample:
-    """Run a command; the clock stops when what lies in `flushed` is on the disk as well."""
+def run(
+    command: Sequence[str],
+    flushed: Path | None = None,
+    said: IO[bytes] | None = None,
+    is_over: Callable[[], bool] | None = None,
+) -> Sample:
+    """Run a command; the clock stops when what lies in `flushed` is on the disk as well.
+
+    said: a file for what it prints; is_over: asked now and then, kills it where it says so. Exits
+    where the command fails.
+    """
     with tempfile.TemporaryFile() as errors:
         begun = time.perf_counter()
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(child.pid, 0)
+        child = subprocess.Popen(command, stdout=said or subprocess.DEVNULL, stderr=errors)
+        with _watched(child, is_over) if is_over is not None else nullcontext():
+            _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if flushed is not None:
             sync(flushed)
         wall = time.perf_counter() - begun
         if child.returncode:
             errors.seek(0)
-            said = errors.read().decode(errors="replace")[-2000:]
-            sys.exit(f"{' '.join(command)}: exit status {child.returncode}\n{said}")
+            problem = errors.read().decode(errors="replace")[-2000:]
+            sys.exit(f"{' '.join(command)}: exit status {child.returncode}\n{problem}")
     unit = 1 if sys.platform == "darwin" else 1024
     return Sample(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+
+
+def told(command: Sequence[str], is_over: Callable[[], bool] | None = None) -> tuple[Sample, Any]:
+    """Run a command that prints JSON: the run, and what it printed."""
+    with tempfile.TemporaryFile() as said:
+        sample = run(command, said=said, is_over=is_over)
+        said.seek(0)
+        return sample, json.loads(said.read())
+
+
+@contextmanager
+def _watched(child: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> Iterator[None]:
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            if is_over():
+                # Not `child.kill()`, which asks for the status that `run` waits for.
+                os.kill(child.pid, signal.SIGKILL)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def make_model(folder: Path, *options: str) -> Path:

@@ -195,7 +195,7 @@ def test_kills_at_random_moments_lose_nothing(model: Path, reference: dict[str, 
         )
         try:
             # Later and later, so that the run ends however slow the machine is.
-            _, said = process.communicate(timeout=numbers.uniform(0.2, 0.5) + 0.02 * killed)
+            _, said = process.communicate(timeout=numbers.uniform(0.2, 0.5) * 1.1**killed)
             assert process.returncode == 0, said
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)

@@ -68,7 +68,7 @@ def test_it_is_named_and_a_rerun_makes_one_model_of_the_new_bytes(
     # A run of its own has the same plan: the stamps are as they were.
     again = LocalSource(out.parent / "Tiny-MoE")
     plan = make_plan(again, out.parent / "scores.pt")
-    assert plan == job.plan
+    assert plan.digest() == job.plan.digest()
     assert execute(plan, again, out).shards_resumed == 0
     found = content(out)
     whole = content(out.parent / "Tiny-MoE")
@@ -77,8 +77,7 @@ def test_it_is_named_and_a_rerun_makes_one_model_of_the_new_bytes(
             whole[piece.file][piece.begin : piece.begin + piece.nbytes]
             if isinstance(piece, Segment)
             else piece.data
-            for tensor in shard.tensors
-            for piece in tensor.pieces
+            for piece in shard.pieces
         )
         assert found[shard.file] == shard.header + data
     assert found["tokenizer.json"] == whole["tokenizer.json"]

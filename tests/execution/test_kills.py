@@ -18,6 +18,7 @@ from shardsurgeon.execution import shards
 from shardsurgeon.execution.run import execute
 from shardsurgeon.storage.system import System, native, portable
 from tests.support.far_source import FarSource, FolderDestination, far_job, noted, receipts
+from tests.support.shared_blocks import Clones, make_aligned_job
 from tests.support.tiny_job import SIDE, Job, content, make_job
 
 
@@ -38,6 +39,12 @@ class Unsynced:
             self.ranges.setdefault(str(target.name), []).append((at, at + count))
             return count
 
+        def share(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> bool:
+            shared = real.share(source, begin, target, at, nbytes)
+            if shared:
+                self.ranges.setdefault(str(target.name), []).append((at, at + nbytes))
+            return shared
+
         def sync_file(file: FileIO) -> None:
             real.sync_file(file)
             self.ranges.pop(str(file.name), None)
@@ -47,7 +54,7 @@ class Unsynced:
             self.ranges[str(new)] = self.ranges.pop(str(old), [])
 
         calls = {"write_at": write_at, "kernel_copy": kernel_copy, "sync_file": sync_file}
-        return replace(real, rename=rename, **calls)  # type: ignore[arg-type]
+        return replace(real, rename=rename, share=share, **calls)  # type: ignore[arg-type]
 
     def lose(self) -> None:
         for path, ranges in list(self.ranges.items()):
@@ -100,6 +107,29 @@ OWN_BYTES = 64 + 72 + 8 + 4 + 3
 def make_far_or_near_job(folder: Path, far: bool) -> Job:
     shards.BATCH_NBYTES, shards.REMOTE_BATCH_NBYTES = 20_000, 12_000
     return far_job(make_job(folder), FarSource(piece=5_000)) if far else make_job(folder)
+
+
+def kill_while_sharing(
+    folder: Path, system: System, workers: int, lossy: bool, stride: int
+) -> None:
+    """The same where blocks are shared; those that it finds done are not shared again."""
+    shards.BATCH_NBYTES = 20_000
+    job = make_aligned_job(folder)
+
+    def run(out: Path, system: System) -> None:
+        execute(job.plan, job.source, out, workers=workers, system=system)
+
+    kills = 0
+    for out in killed_runs(run, folder, Clones().system(system), lossy, stride):
+        kills += 1
+        if not out.exists():
+            clones = Clones()
+            report = execute(job.plan, job.source, out, system=clones.system(native()))
+            assert report.bytes_shared == clones.nbytes
+            nbytes = report.bytes_copied + report.bytes_shared + report.bytes_resumed
+            assert nbytes == sum(map(len, job.expected.values()))
+        assert content(out) == job.expected, out
+    assert kills * stride > 100, kills
 
 
 def kill_everywhere(
@@ -164,6 +194,8 @@ def kill_while_sending(
         ("kill_everywhere(folder, portable(), 3, far=False, lossy=True", 3),
         ("kill_everywhere(folder, native(), 1, far=True, lossy=True", 3),
         ("kill_everywhere(folder, portable(), 3, far=True, lossy=False", 5),
+        ("kill_while_sharing(folder, native(), 1, lossy=False", 3),
+        ("kill_while_sharing(folder, portable(), 3, lossy=True", 3),
         ("kill_while_sending(folder, native(), 2, far=False, lossy=False", 3),
         ("kill_while_sending(folder, portable(), 2, far=True, lossy=True", 3),
     ],
@@ -186,4 +218,4 @@ def test_a_run_killed_at_any_step_is_finished_by_the_next(
 
 
 # For the scripts above.
-__all__ = ["kill_everywhere", "kill_while_sending", "native", "portable"]
+__all__ = ["kill_everywhere", "kill_while_sending", "kill_while_sharing", "native", "portable"]

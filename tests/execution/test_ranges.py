@@ -6,13 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segment
-from shardsurgeon.execution.ranges import CopyRange, batches, copy_ranges, joined, remaining
+from shardsurgeon.execution.ranges import (
+    CopyRange,
+    batches,
+    claimed_ranges,
+    copy_ranges,
+    joined,
+    remaining,
+    shared_nbytes,
+    whole_block_ranges,
+)
+from shardsurgeon.storage.sharing import whole_blocks
+from tests.support import tiny_job
 
 
 def shard(*pieces: Segment | Literal) -> OutputShard:
     """One tensor per piece; the header is the two bytes HH."""
     tensors = [OutputTensor(f"t{n}", "U8", (p.nbytes,), (p,)) for n, p in enumerate(pieces)]
-    return OutputShard("out.safetensors", b"HH", tuple(tensors))
+    return tiny_job.shard("out.safetensors", b"HH", *tensors)
 
 
 def test_segments_that_follow_one_another_on_both_sides_are_joined() -> None:
@@ -143,3 +154,91 @@ def test_what_remains_keeps_the_order_and_cuts_no_more_than_it_must() -> None:
 def test_ranges_are_joined_where_they_touch_or_overlap() -> None:
     assert joined([(9, 12), (0, 3), (5, 5), (3, 4), (10, 11), (6, 9)]) == [(0, 4), (6, 12)]
     assert joined([]) == []
+
+
+BLOCK = 4096
+_places = st.integers(0, 6 * BLOCK)
+
+
+@given(_places, _places, st.integers(0, 5 * BLOCK))
+@settings(max_examples=500, deadline=None)
+def test_the_whole_blocks_of_a_copy_are_all_that_lie_alike_in_both_files(
+    begin: int, at: int, nbytes: int
+) -> None:
+    first, last = whole_blocks(begin, at, nbytes)
+    alike = {
+        block
+        for block in range(0, at + nbytes, BLOCK)
+        if at <= block and block + BLOCK <= at + nbytes and (begin + block - at) % BLOCK == 0
+    }
+    assert set(range(first, last, BLOCK)) == alike
+    assert at <= first <= last <= at + nbytes
+
+
+_long_pieces = st.lists(
+    st.one_of(
+        st.builds(Segment, st.sampled_from("ab"), _places, st.integers(0, 4 * BLOCK)),
+        # Such that it lies as in the source behind a header of two bytes, or a block later.
+        st.builds(Segment, st.just("a"), st.sampled_from([2, BLOCK + 2]), st.just(3 * BLOCK)),
+        st.builds(Literal, st.binary(max_size=5)),
+    ),
+    max_size=6,
+)
+
+
+@given(_long_pieces, st.integers(BLOCK, 3 * BLOCK), st.sets(st.sampled_from("ab")))
+@settings(max_examples=200, deadline=None)
+def test_cutting_between_blocks_shares_as_much_as_not_cutting(
+    pieces: list[Segment | Literal], limit: int, sharable: set[str]
+) -> None:
+    whole = copy_ranges(shard(*pieces))
+    cut = [copy for batch in batches(whole, limit) for copy in batch]
+    assert shared_nbytes(cut, sharable) == shared_nbytes(whole, sharable)
+    assert sum(copy.piece.nbytes for copy in cut) == sum(copy.piece.nbytes for copy in whole)
+    assert all(copy.piece.nbytes <= limit for copy in cut)
+
+
+@given(_long_pieces, st.sets(st.sampled_from("ab")))
+@settings(max_examples=200, deadline=None)
+def test_no_shared_block_is_claimed_and_all_is_where_none_is_shared(
+    pieces: list[Segment | Literal], sharable: set[str]
+) -> None:
+    ranges = copy_ranges(shard(*pieces))
+    size = sum(copy.piece.nbytes for copy in ranges)
+    assert claimed_ranges(ranges, ()) == [(0, size)]
+    shared = set()
+    for copy in ranges:
+        if isinstance(copy.piece, Segment) and copy.piece.file in sharable:
+            first, last = whole_blocks(copy.piece.begin, copy.at, copy.piece.nbytes)
+            shared |= set(range(first, last, BLOCK))
+    assert shared_nbytes(ranges, sharable) == len(shared) * BLOCK
+    for begin, end in claimed_ranges(ranges, sharable):
+        assert not any(begin < block + BLOCK and block < end for block in shared)
+        assert (begin, end) == (0, size) or end - begin >= 64 << 10
+
+
+def test_small_ranges_between_shared_ones_are_not_claimed() -> None:
+    long = 20 * BLOCK
+    ranges = [
+        CopyRange(Literal(b"H" * 100), 0),
+        CopyRange(Segment("a", 100, long), 100),
+        CopyRange(Segment("b", 7, long), 100 + long),
+        CopyRange(Segment("a", 100 + 5 * BLOCK, long), 100 + 2 * long),
+        CopyRange(Segment("b", 0, 3_000), 100 + 3 * long),
+    ]
+    assert claimed_ranges(ranges, {"a"}) == [(long, 2 * long + BLOCK)]
+    assert claimed_ranges(ranges, {"c"}) == [(0, 3_100 + 3 * long)]
+
+
+@given(_long_pieces)
+@settings(max_examples=200, deadline=None)
+def test_the_blocks_that_a_batch_fills_are_filled_by_it_alone(
+    pieces: list[Segment | Literal],
+) -> None:
+    ranges = copy_ranges(shard(*pieces))[::2]
+    filled = whole_block_ranges(ranges)
+    written = {at for copy in ranges for at in range(copy.at, copy.end)}
+    blocks = {at // BLOCK for at in written}
+    expected = {b for b in blocks if written.issuperset(range(b * BLOCK, (b + 1) * BLOCK))}
+    assert {b // BLOCK for begin, end in filled for b in range(begin, end, BLOCK)} == expected
+    assert all(begin < end for begin, end in filled)

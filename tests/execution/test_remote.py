@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from shardsurgeon.errors import NetworkError, OutputError, SourceChangedError
 from shardsurgeon.execution import shards as module
-from shardsurgeon.execution.plan import Literal, OutputShard, Segment
+from shardsurgeon.execution.plan import Literal, Segment
 from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workers import Progress
 from shardsurgeon.storage.system import portable
 from tests.support.far_source import FILES, FarSource, far_job, noted
-from tests.support.tiny_job import SIDE, A, Job, content, make_job, tensor
+from tests.support.tiny_job import SIDE, A, Job, content, make_job, shard, tensor
 
 # What tiny_job's plan wants: 30,001 + 5 bytes, then 39,000 + 9,000; the side files.
 SHARDS_WANTED = 30_006 + 48_000
@@ -109,7 +109,7 @@ def test_at_most_a_hundredth_more_than_is_wanted_travels(
             data += A[at + gap : at + gap + nbytes]
             wanted += nbytes
             at += gap + nbytes
-        planned.append(OutputShard(f"{number}", b"HH", (tensor(*pieces),)))
+        planned.append(shard(f"{number}", b"HH", tensor(*pieces)))
         expected[f"{number}"] = data
     plan = replace(far_job(make_job(folder), source).plan, shards=tuple(planned))
     plan = replace(plan, generated_files=(), copied_files=(), score_files=())
@@ -122,7 +122,7 @@ def test_at_most_a_hundredth_more_than_is_wanted_travels(
 
 def test_narrow_gaps_are_read_over_rather_than_asked_around(job: Job, out: Path) -> None:
     rows = [Segment("a.safetensors", at, 1_990) for at in range(0, 50_000, 2_000)]
-    plan = replace(job.plan, shards=(OutputShard("one", b"HH", (tensor(*rows),)),), copied_files=())
+    plan = replace(job.plan, shards=(shard("one", b"HH", tensor(*rows)),), copied_files=())
     source = FarSource()
     report = execute(plan, source, out)
     assert len(source.requests) == 13  # 25 rows, two to a batch
@@ -148,7 +148,7 @@ def test_a_run_cut_at_any_piece_goes_on_from_what_was_noted(
         steps: list[Progress] = []
         report = execute(job.plan, second, out, workers=workers, on_progress=steps.append)
         assert content(out) == job.expected
-        headers = sum(len(shard.header) for shard in job.plan.shards)
+        headers = sum(len(each.header) for each in job.plan.shards)
         assert second.nbytes <= SHARDS_WANTED + SIDE_WANTED + headers + 10 - done
         assert report.bytes_resumed == done == steps[0].done == steps[0].resumed
         assert report.bytes_copied == sum(map(len, job.expected.values())) - done
@@ -250,7 +250,7 @@ def test_a_part_that_is_not_as_it_was_left_is_fetched_anew(
 def test_a_part_of_another_layout_is_not_gone_on_with(job: Job, out: Path) -> None:
     cut_once(job, out)
     one, two, three = job.plan.shards
-    other = replace(two, header=b"9" * 72, tensors=two.tensors[::-1])
+    other = shard(two.file, b"9" * 72, *reversed(list(two.output_tensors())))
     plan = replace(job.plan, shards=(one, other, three))
     with pytest.raises(OutputError, match=r"would write other bytes .*--restart"):
         execute(plan, FarSource(), out)
@@ -315,9 +315,9 @@ def test_files_that_lie_in_a_local_cache_do_not_travel(tmp_path: Path, out: Path
 
 
 def test_a_shard_of_literals_needs_no_network(job: Job, out: Path) -> None:
-    shard = OutputShard("one", b"HH", (tensor(Literal(b"xyz")),))
+    only = shard("one", b"HH", tensor(Literal(b"xyz")))
     source = FarSource()
-    execute(replace(job.plan, shards=(shard,), copied_files=()), source, out)
+    execute(replace(job.plan, shards=(only,), copied_files=()), source, out)
     assert (out / "one").read_bytes() == b"HHxyz"
     assert source.requests == []
 
@@ -343,8 +343,8 @@ def test_a_gap_of_a_hundredth_is_read_over_and_a_wider_one_is_not(
 ) -> None:
     pieces = Segment("a.safetensors", 0, 50), Segment("a.safetensors", 51, nbytes)
     # What the plan itself holds does not travel.
-    shard = OutputShard("model-1.safetensors", b"1" * 64, (tensor(*pieces, Literal(b"x" * 99)),))
-    execute(replace(job.plan, shards=(shard,), copied_files=()), source, out)
+    first = shard("model-1.safetensors", b"1" * 64, tensor(*pieces, Literal(b"x" * 99)))
+    execute(replace(job.plan, shards=(first,), copied_files=()), source, out)
     assert len(source.requests) == requests
     written = (out / "model-1.safetensors").read_bytes()
     assert written == b"1" * 64 + A[:50] + A[51 : 51 + nbytes] + b"x" * 99

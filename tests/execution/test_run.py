@@ -21,7 +21,6 @@ from shardsurgeon.errors import (
     VerificationError,
 )
 from shardsurgeon.execution import shards
-from shardsurgeon.execution.plan import OutputShard
 from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workdir import WorkDir
 from shardsurgeon.execution.workers import Progress
@@ -29,7 +28,7 @@ from shardsurgeon.storage import files
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import MemorySource
 from shardsurgeon.storage.system import System, native, portable
-from tests.support.tiny_job import SIDE, A, B, Job, content, make_job
+from tests.support.tiny_job import SIDE, A, B, Job, content, make_job, shard
 
 BOTH = pytest.mark.parametrize("system", [native(), portable()], ids=["native", "portable"])
 
@@ -64,7 +63,7 @@ def test_the_bytes_are_the_plans_for_any_number_of_workers(
     report = execute(job.plan, job.source, out, workers=workers, system=system)
     assert content(out) == job.expected
     assert sorted(os.listdir(out.parent)) == ["OUT", "Tiny-MoE", "scores.pt"]
-    assert report.bytes_copied == sum(map(len, job.expected.values()))
+    assert report.bytes_copied + report.bytes_shared == sum(map(len, job.expected.values()))
     assert (report.bytes_resumed, report.shards, report.shards_resumed) == (0, 3, 0)
 
 
@@ -144,9 +143,9 @@ def test_every_shard_is_reserved_before_the_first_byte_is_copied(job: Job, out: 
     calls: list[str] = []
     real = portable()
 
-    def reserve(file: FileIO, nbytes: int) -> None:
-        calls.append(f"reserve {nbytes}")
-        real.reserve(file, nbytes)
+    def reserve(file: FileIO, begin: int, end: int) -> None:
+        calls.append(f"reserve {begin} to {end}")
+        real.reserve(file, begin, end)
 
     def write_at(file: FileIO, data: memoryview, at: int) -> int:
         if "safetensors" in str(file.name):
@@ -155,7 +154,7 @@ def test_every_shard_is_reserved_before_the_first_byte_is_copied(job: Job, out: 
 
     execute(job.plan, job.source, out, system=replace(real, reserve=reserve, write_at=write_at))
     sizes = [len(job.expected[shard.file]) for shard in job.plan.shards]
-    assert calls[:4] == [f"reserve {size}" for size in sizes] + ["write"]
+    assert calls[:4] == [f"reserve 0 to {size}" for size in sizes] + ["write"]
 
 
 def test_a_shard_is_synced_then_named_then_journalled(job: Job, out: Path) -> None:
@@ -419,7 +418,7 @@ def test_a_run_whose_result_is_there_is_done_and_checked_again(job: Job, out: Pa
     before = {path: path.stat() for path in out.rglob("*")}
     checked: list[Path] = []
     again = execute(job.plan, job.source, out, before_delivery=checked.append)
-    assert (again.bytes_copied, again.bytes_resumed) == (0, first.bytes_copied)
+    assert (again.bytes_copied, again.bytes_resumed) == (0, first.bytes_copied + first.bytes_shared)
     assert checked == [out]
     after = {path: path.stat() for path in out.rglob("*")}
     assert [(path, each.st_mtime_ns) for path, each in after.items()] == [
@@ -459,9 +458,9 @@ def test_a_result_that_is_not_whole_is_no_result(job: Job, out: Path, what: str)
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "sub/../../x", "/x.safetensors", ""])
 def test_a_plan_whose_files_leave_the_folder_is_refused(job: Job, out: Path, name: str) -> None:
-    shard = OutputShard(name, b"", ())
+    nameless = shard(name, b"")
     with pytest.raises(OutputError, match="leads out of the output folder"):
-        execute(replace(job.plan, shards=(shard,)), job.source, out)
+        execute(replace(job.plan, shards=(nameless,)), job.source, out)
     with pytest.raises(OutputError, match="leads out of the output folder"):
         execute(replace(job.plan, generated_files=((name, b""),)), job.source, out)
 

@@ -382,7 +382,7 @@ def test_after_an_error_the_shard_in_hand_is_sent_and_those_that_wait_are_not(
     def on_send(name: str) -> None:
         begun.set()
         with suppress(Stopped):
-            for _ in range(300):
+            for _ in range(6000):  # until the error is noticed
                 meter.check()
                 time.sleep(0.01)
 

@@ -24,7 +24,7 @@ from tests.faults.trial import Bench, Ended, Lost
 
 EVERY_CALL = [field.name for field in fields(System)]
 READS = ["read_at", "kernel_copy"]
-WRITES = ["write_at", "kernel_copy", "reserve"]
+WRITES = ["write_at", "kernel_copy", "share", "reserve"]
 RESUMES = "stopped; (.*the same command resumes|nothing is finished yet.*|.* is complete)$"
 
 Attempt = Callable[[Bench, int, random.Random], Iterator[Ended]]

@@ -128,7 +128,11 @@ class FaultySystem:
         if what == "error":
             if name == "kernel_copy":  # the real one takes any error for declining
                 return 0
+            if name == "share":
+                return False
             raise OSError(self.fault.code, os.strerror(self.fault.code))
+        if what == "end" and name == "share":
+            return False
         if what == "end" and name in ("read_at", "kernel_copy"):
             return 0
         if what == "short" and name in ("read_at", "write_at"):

@@ -228,27 +228,28 @@ def test_after_a_long_save_the_next_one_comes_later(tmp_path: Path) -> None:
 def test_what_is_still_to_be_saved_is_waited_for_only_where_memory_is_short(
     tmp_path: Path, spare: int, waits: bool, device: Callable[[str], Device]
 ) -> None:
-    may_write, writes = threading.Event(), threading.Event()
+    may_write, writes, written = threading.Event(), threading.Event(), threading.Event()
 
     def held_up(folder: Path) -> int:
         if threading.current_thread() is not threading.main_thread():
             writes.set()
-            may_write.wait(10)
+            may_write.wait(60)
+            written.set()
         return 10**9
 
     system, clock, lazy = replace(native(), free_space=held_up), Clock(), device("cpu")
     with opened(tmp_path, spare=spare, system=system, clock=clock, device=lazy) as store:
         clock.now += SAVE_SECONDS  # Time for one save.
         fill(store, states(0))
-        writes.wait(10)
+        writes.wait(60)
         for batch in range(2):
             store.send(batch)[1].wait()
-        letting = threading.Timer(0.2, may_write.set)
-        letting.start()
+        if waits:
+            threading.Timer(0.2, may_write.set).start()
         store.keep(0, states(1)[0])
-        assert may_write.is_set() == waits
+        assert written.is_set() == waits
+        may_write.set()
         store.keep(1, states(1)[1])
-        letting.join()
         store.advance(8)
         arriving = [store.send(batch) for batch in range(2)]
         for (sent, arrival), kept in zip(arriving, states(1), strict=True):

@@ -199,8 +199,8 @@ def test_layers_that_every_worker_has_saved_are_those_that_are_kept(
         partial.clear()
 
 
-def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30.0
     while not true():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -229,7 +229,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, number: signal.Signals) -
     else:
         os.kill(parent.pid, number)
     said = parent.communicate(timeout=30)[1].decode()
-    until(lambda: not is_alive(worker), 5.0)
+    until(lambda: not is_alive(worker))
     # Without a parent it ends at once: the next run may be waiting for its folder.
     assert (tmp_path / "0" / "kept").exists() == (number != signal.SIGKILL)
     assert "Fatal" not in said and said.count("Traceback") == (number == signal.SIGINT)

@@ -170,7 +170,7 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(tmp_path: Path, 
         if workers and whom == "worker" and not out.exists():
             assert "error: cpu: its process was killed by SIGKILL" in said
             assert said.count("\n") == 1
-        _, alive = psutil.wait_procs(workers, timeout=5)
+        _, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive
     subprocess.run(command, env=environment(), check=True)
     assert out.read_bytes() == wanted.read_bytes()

@@ -63,7 +63,7 @@ def refusal(capfd: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(DatasetError) as raised:
         open_dataset(part)
     # By itself the library takes 23 s.
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     assert capfd.readouterr() == ("", "")
     assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
     return str(raised.value)

@@ -6,26 +6,37 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import shardsurgeon
 from shardsurgeon.execution import shards
+from shardsurgeon.execution.journal import read_journal
 from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.view import plan_shards_of
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.system import System, native, portable
 from shardsurgeon.storage.view import ViewSource
+from tests.cli.standins import in_python
 from tests.execution.test_kills import killed_runs
 from tests.operations.workbench import digests
-from tests.support.hub.models import ROOT, fixture_folder
+from tests.support.hub.models import fixture_folder
 
 # Whole runs, one after the other.
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 FAMILY = "qwen3_moe"
+# The program itself, which dies as soon as the journal says that a shard is finished.
+KILLED = """
+import os, signal, sys
+from shardsurgeon.cli.main import main
+from shardsurgeon.execution.journal import Journal
+
+finish = Journal.finish
+Journal.finish = lambda *given: (finish(*given), os.kill(os.getpid(), signal.SIGKILL))
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def prepared(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -75,18 +86,20 @@ def test_killed_at_any_step_it_is_finished_by_the_next_run(tmp_path: Path, how: 
 
 
 def test_the_command_that_is_killed_goes_on(tmp_path: Path) -> None:
-    """The program itself, stopped as soon as a shard is finished."""
+    """Three times, behind each of its three shards; nothing is left for the last run to write."""
     view, expected = prepared(tmp_path)
-    words = [sys.executable, "-m", "shardsurgeon", "materialize", str(view), "-o"]
-    made = tmp_path / "made"
-    how = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stderr": subprocess.DEVNULL}
-    for _ in range(3):
-        with subprocess.Popen([*words, str(made)], **how) as process:  # type: ignore[call-overload]
-            while process.poll() is None and not list(tmp_path.glob("made.partial/files/*")):
-                time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
+    made, work = tmp_path / "made", tmp_path / "made.partial"
+    written = (tmp_path / "direct").glob("*.safetensors")
+    sizes = {shard.name: shard.stat().st_size for shard in written}
+    words = ["materialize", str(view), "-o", str(made), "--workers", "1"]
+    for finished in (1, 2, 3):
+        done = in_python(KILLED, *words, stderr=subprocess.PIPE)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        found = read_journal(work / "shardsurgeon.journal")
+        assert found is not None and len(found.done.finished) == finished
+    assert found.done.finished == sizes and not made.exists()
     report = shardsurgeon.materialize(view, made)
-    assert report.bytes_resumed > 0
+    assert report.bytes_resumed == sum(sizes.values())
     assert digests(made) == expected
 
 

@@ -474,7 +474,7 @@ def test_a_server_that_is_slow_gets_one_line() -> None:
         begun = time.monotonic()
         with pytest.raises(NetworkError, match=r"2 tries in a row \(no answer within 0.2 s\)"):
             probed(server.url, "other.jsonl:2", seconds=0.2)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 25
         over.set()
 
 

@@ -85,8 +85,8 @@ def test_killed_between_two_uploads_it_goes_on(
     shell: Shell, pruned: Path, arrived: int, tmp_path: Path
 ) -> None:
     hub = shell.hub
+    hub.fault(r"PUT /upload/", skip=arrived, do=lambda: process.kill(), times=1)
     process = shell.start("push", str(pruned), "me/tiny")
-    hub.fault(r"PUT /upload/", skip=arrived, do=process.kill, times=1)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     kept = set(hub.uploads)

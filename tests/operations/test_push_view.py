@@ -180,8 +180,8 @@ def test_a_budget_is_for_a_view(shell: Shell, view: Path) -> None:
 def test_killed_it_goes_on_and_uploads_no_shard_twice(
     shell: Shell, source: LocalHub, view: Path, sent: int
 ) -> None:
+    source.fault(r"PUT /upload/", skip=sent, do=lambda: process.kill())
     process = shell.start("push", "V-view", "me/small")
-    source.fault(r"PUT /upload/", skip=sent, do=process.kill)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert (shell.folder / "V-view-push.partial").is_dir()

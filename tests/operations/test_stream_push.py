@@ -133,8 +133,8 @@ def partial(shell: Shell) -> Path:
 def test_killed_it_goes_on_and_uploads_no_shard_twice(
     shell: Shell, source: LocalHub, sent: int, tmp_path: Path
 ) -> None:
+    source.fault(r"PUT /upload/", skip=sent, do=lambda: process.kill())
     process = shell.start(*words("--stream-push", "me/small", "--workers", "1"))
-    source.fault(r"PUT /upload/", skip=sent, do=process.kill)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     arrived = dict(source.uploads)
@@ -150,8 +150,8 @@ def test_killed_it_goes_on_and_uploads_no_shard_twice(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 def test_killed_behind_the_commit_it_finds_it(shell: Shell, source: LocalHub) -> None:
+    source.fault(r"GET /api/models/me/small/revision/[0-9a-f]{40}", do=lambda: process.kill())
     process = shell.start(*words("--stream-push", "me/small"))
-    source.fault(r"GET /api/models/me/small/revision/[0-9a-f]{40}", do=process.kill)
     process.communicate(timeout=60)
     assert len(source.commits("me/small")) == 2
     uploads = dict(source.uploads)
@@ -163,8 +163,8 @@ def test_killed_behind_the_commit_it_finds_it(shell: Shell, source: LocalHub) ->
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_polite_stop_says_how_to_go_on(shell: Shell, source: LocalHub) -> None:
-    process = shell.start(*words("--stream-push", "me/small"))
     source.fault(r"PUT /upload/", skip=2, do=lambda: process.send_signal(signal.SIGTERM))
+    process = shell.start(*words("--stream-push", "me/small"))
     _, said = process.communicate(timeout=60)
     kept = r"[\d.]+ kB of [\d.]+ kB are sent or kept in \S+\.partial; the same command resumes"
     assert process.returncode == 143 and re.fullmatch(f"shardsurgeon: stopped; {kept}\n", said)

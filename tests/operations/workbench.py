@@ -64,7 +64,7 @@ class Shell:
 
     def good(self, *words: str, **variables: str) -> str:
         """The report of a command that ends well and says nothing on stderr."""
-        ended = self.run(*words, **variables)
+        ended = self._ended(*words, **variables)
         assert (ended.status, ended.stderr) == (0, ""), ended.stderr
         return ended.stdout
 
@@ -75,9 +75,13 @@ class Shell:
             status = main(words)
         return Ended(status, stdout.getvalue(), stderr.getvalue())
 
+    def _ended(self, *words: str, **variables: str) -> Ended:
+        """The command, in a process of its own only where it needs other variables."""
+        return self.run(*words, **variables) if variables else self.here(*words)
+
     def refused(self, *words: str, status: int = 2, **variables: str) -> str:
         """The one line of a command that ends badly."""
-        ended = self.run(*words, **variables) if variables else self.here(*words)
+        ended = self._ended(*words, **variables)
         assert ended.status == status, ended.stderr
         assert ended.stdout == ""
         assert ended.stderr.startswith("shardsurgeon: ") and ended.stderr.count("\n") == 1, (

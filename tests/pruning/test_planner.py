@@ -67,12 +67,11 @@ def planned(files: dict[str, bytes], keep_list: KeepList, **options) -> dict[str
 
 def assembled(shard: OutputShard, files: dict[str, bytes]) -> bytes:
     parts = [shard.header]
-    for tensor in shard.tensors:
-        for piece in tensor.pieces:
-            if isinstance(piece, Literal):
-                parts.append(piece.data)
-            else:
-                parts.append(files[piece.file][piece.begin : piece.begin + piece.nbytes])
+    for piece in shard.pieces:
+        if isinstance(piece, Literal):
+            parts.append(piece.data)
+        else:
+            parts.append(files[piece.file][piece.begin : piece.begin + piece.nbytes])
     data = b"".join(parts)
     assert len(data) == shard.nbytes
     return data
@@ -191,7 +190,7 @@ def test_consecutive_rows_are_one_segment() -> None:
     shards = plan_shards(
         checkpoint, read_anatomy(checkpoint), keep(0, 1, 2, 5, 7, layers=(0, 1, 2))
     )
-    pieces = {t.name: t.pieces for shard in shards for t in shard.tensors}
+    pieces = {t.name: t.pieces for shard in shards for t in shard.output_tensors()}
     assert len(pieces["mtp.layers.0.mlp.experts.down_proj"]) == 3
 
 

@@ -112,7 +112,7 @@ def test_a_declared_count_is_made_new(dtype: str) -> None:
     (tensor,) = (
         tensor
         for shard in made.plan.shards
-        for tensor in shard.tensors
+        for tensor in shard.output_tensors()
         if tensor.name.endswith("counts")
     )
     first, rest = tensor.pieces

@@ -5,7 +5,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import FileIO
@@ -60,7 +60,7 @@ def copy(file: Path, target: Path, system: System) -> list[int]:
     steps: list[int] = []
     target.write_bytes(bytes(9_000))
     with FileIO(file) as origin, FileIO(target, "r+") as opened:
-        files.FileCopier(system, steps.append).copy(origin, 1_000, opened, 500, 8_000)
+        files.FileCopier(system, steps.append).copy(origin, opened, [(1_000, 500, 8_000)])
     return steps
 
 
@@ -164,10 +164,21 @@ def test_folders_are_made_with_those_above_them(tmp_path: Path) -> None:
         files.make_folder(tmp_path / "file" / "b", native())
 
 
-def test_a_reserved_file_starts_anew(tmp_path: Path) -> None:
+@BOTH
+@pytest.mark.parametrize("claimed", [None, (), [(1, 3)]])
+def test_a_reserved_file_starts_anew_and_has_its_size(
+    tmp_path: Path, system: System, claimed: Sequence[tuple[int, int]] | None
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def reserve(file: FileIO, begin: int, end: int) -> None:
+        asked.append((begin, end))
+        system.reserve(file, begin, end)
+
     (tmp_path / "shard").write_bytes(b"leftover of a longer shard")
-    files.reserve_file(tmp_path / "shard", 4, native())
+    files.reserve_file(tmp_path / "shard", 4, replace(system, reserve=reserve), claimed)
     assert (tmp_path / "shard").read_bytes() == bytes(4)
+    assert asked == ([(0, 4)] if claimed is None else list(claimed))
 
 
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:

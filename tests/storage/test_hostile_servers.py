@@ -211,8 +211,8 @@ def test_what_no_retry_can_mend_is_refused_at_once(kind: str) -> None:
 
 
 def test_a_slow_line_is_followed_to_its_end() -> None:
-    text = bytes(range(256)) * 16
-    slowly = [text[at : at + 64] for at in range(0, len(text), 64)]
+    text = bytes(range(256)) * 64
+    slowly = [text[at : at + 256] for at in range(0, len(text), 256)]
 
     def answer(asked: str) -> Iterator[bytes]:
         yield head(Content_Length=len(text))
@@ -255,12 +255,12 @@ def test_bytes_that_come_one_by_one_renew_patience_for_a_while_only() -> None:
 
 
 def test_what_the_reader_does_meanwhile_is_not_the_servers_slowness() -> None:
-    pieces = stream_pieces(a_byte_each(), "server", 0, 8, QUICK)
+    pieces = stream_pieces(a_byte_each(), "server", 0, 4, QUICK)
     got = b""
     for piece in pieces:
-        time.sleep(0.1)
+        time.sleep(QUICK.window)
         got += piece
-    assert got == b"x" * 8
+    assert got == b"x" * 4
 
 
 def test_a_wait_is_said_once_with_server_and_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -29,11 +29,15 @@ def test_reads_and_writes_hit_their_offset(tmp_path: Path, system: System) -> No
 
 
 @BOTH
-def test_reserving_sets_the_length_even_to_nothing(tmp_path: Path, system: System) -> None:
-    for nbytes in (0, 1, 100_000):
-        with FileIO(tmp_path / "file", "w") as file:
-            system.reserve(file, nbytes)
-        assert (tmp_path / "file").read_bytes() == bytes(nbytes)
+def test_what_is_reserved_changes_neither_length_nor_content(
+    tmp_path: Path, system: System
+) -> None:
+    with FileIO(tmp_path / "file", "w") as file:
+        file.write(b"12345")
+        file.truncate(100_000)
+        for begin, end in ((0, 0), (3, 4), (0, 100_000)):
+            system.reserve(file, begin, end)
+    assert (tmp_path / "file").read_bytes() == b"12345" + bytes(99_995)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
@@ -46,17 +50,18 @@ def test_a_reservation_that_the_disk_cannot_hold_is_an_error(
 
     monkeypatch.setattr(system_module, "_libc_fallocate", lambda: full)
     with FileIO(tmp_path / "file", "w") as file, pytest.raises(OSError, match="No space"):
-        native().reserve(file, 10)
+        native().reserve(file, 0, 10)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
-def test_a_file_system_that_cannot_reserve_still_gets_the_length(
+def test_a_file_system_that_cannot_reserve_is_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system_module, "_libc_fallocate", lambda: system_module._no_fallocate)
     with FileIO(tmp_path / "file", "w") as file:
-        native().reserve(file, 10)
-    assert (tmp_path / "file").stat().st_size == 10
+        native().reserve(file, 0, 10)
+        assert native().write_at(file, memoryview(b"data"), 6) == 4
+    assert (tmp_path / "file").read_bytes() == bytes(6) + b"data"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reserves")
@@ -69,8 +74,7 @@ def test_no_blocks_are_claimed_where_each_is_written_to_a_new_place(
     monkeypatch.setattr(system_module, "_file_system", lambda file: 0x9123683E)
     monkeypatch.setattr(system_module, "_libc_fallocate", refused)
     with FileIO(tmp_path / "file", "w") as file:
-        native().reserve(file, 10)
-    assert (tmp_path / "file").stat().st_size == 10
+        native().reserve(file, 0, 10)
 
 
 @BOTH
@@ -78,6 +82,8 @@ def test_what_memory_lets_go_of_is_still_there(tmp_path: Path, system: System) -
     with FileIO(tmp_path / "file", "w+") as file:
         file.write(bytes(range(200)) * 100)
         system.let_go(file, 0, 20_000)
+        system.will_need(file, 0, 20_000)
+        system.will_need(file, 7, 7)
         system.sync_file(file)
         system.let_go(file, 0, 20_000)
         system.let_go(file, 5, 5)
@@ -131,6 +137,27 @@ def test_a_file_server_is_asked_to_copy_and_declines_what_it_cannot_do(
         assert native().kernel_copy(target, 0, source, 0, 3) == 0  # source is open for reading
         assert portable().kernel_copy(source, 2, target, 1, 3) == 0
     assert (tmp_path / "to").read_bytes() == b"\x00234"
+
+
+def test_blocks_that_cannot_be_shared_are_declined(tmp_path: Path) -> None:
+    (tmp_path / "from").write_bytes(bytes(8_192))
+    with FileIO(tmp_path / "from") as source, FileIO(tmp_path / "to", "w+") as target:
+        assert not portable().share(source, 0, target, 0, 4_096)
+        # On any disk: the source is open for reading only, no block lies at 1, and none at the end.
+        assert not native().share(target, 0, source, 0, 4_096)
+        assert not native().share(source, 1, target, 1, 4_096)
+        assert not native().share(source, 16_384, target, 0, 4_096)
+        assert portable().shared(source) == native().shared(source) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files without a name")
+def test_a_file_without_a_name_can_be_written_and_is_not_seen(tmp_path: Path) -> None:
+    file = native().unnamed(tmp_path)
+    assert file is not None
+    with file:
+        assert native().write_at(file, memoryview(b"data"), 4) == 4
+        assert not list(tmp_path.iterdir())
+    assert portable().unnamed(tmp_path) is None
 
 
 @BOTH

@@ -4,8 +4,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
+from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Pieces, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import Source
 
@@ -18,6 +19,15 @@ Piece = Segment | Literal
 def tensor(*pieces: Piece) -> OutputTensor:
     nbytes = sum(piece.nbytes for piece in pieces)
     return OutputTensor(f"tensor of {nbytes}", "U8", (nbytes,), pieces)
+
+
+def shard(file: str, header: bytes, *tensors: OutputTensor) -> OutputShard:
+    records, end = [], 0
+    for each in tensors:
+        records.append(TensorRecord(each.name, each.dtype, each.shape, end, end + each.nbytes))
+        end += each.nbytes
+    pieces = Pieces.of(piece for each in tensors for piece in each.pieces)
+    return OutputShard(file, header, TensorTable.of(records), pieces)
 
 
 @dataclass(frozen=True)
@@ -54,9 +64,9 @@ def make_plan(source: Source, scores: Path) -> Plan:
     )
     return Plan(
         shards=(
-            OutputShard("model-1.safetensors", b"1" * 64, one),
-            OutputShard("model-2.safetensors", b"2" * 72, two),
-            OutputShard("sub/model-3.safetensors", b"3" * 8, (tensor(Literal(b"xyz")),)),
+            shard("model-1.safetensors", b"1" * 64, *one),
+            shard("model-2.safetensors", b"2" * 72, *two),
+            shard("sub/model-3.safetensors", b"3" * 8, tensor(Literal(b"xyz"))),
         ),
         generated_files=(("calibration/metadata.json", b"{ }"), ("config.json", b"{}\n")),
         copied_files=tuple(sorted(SIDE)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -36,19 +36,21 @@ _ENTRY = re.compile(
     rf'{_NAME}:{{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]*)\],'
     rf'"data_offsets":\[({_OFFSET}),({_OFFSET})\]}}(?:,|}}\Z)'
 )
-_ENTRY_NBYTES = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
-_BETWEEN = ']},"'
-_METADATA = re.compile(r'{"__metadata__":({[^{}\\]*}),(?=")')
+_AROUND = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
+_BETWEEN = b']},"'
+_METADATA = re.compile(rb'{"__metadata__":({[^{}\\]*}),(?=")')
 _MAPPED = re.compile(rb'"weight_map"[ \t\n\r]*:[ \t\n\r]*{')
-_FIRST = re.compile(rf'{_NAME}([ \t]*:[ \t]*)"({_TEXT})"([ \t\n\r]*,[ \t\n\r]*|\Z)')
+_FIRST = re.compile(rb'"[^"]*"([ \t]*:[ \t]*)"[^"]*"([ \t\n\r]*,[ \t\n\r]*|\Z)')
+_WHITE = b" \t\n\r"
 # Text is taken apart in pieces of this size, so that what is made of it is never large.
 _PIECE = 1 << 20
 
 Extent = Callable[[str, tuple[int, ...]], int | None]
-Found = list[tuple[str, ...]]
+# A text, and where in it to begin and end.
+Stretch = tuple[bytes, int, int]
 
 
-def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, str] | None:
+def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, bytes] | None:
     """The tensors that a header lists, in the order of their bytes, and the text of its metadata.
 
     extent: bytes of a tensor of a dtype and shape, None for one that cannot be. The text is that of
@@ -56,62 +58,50 @@ def read_columns(raw: bytes, extent: Extent) -> tuple[TensorTable, str] | None:
     a tensor twice, or its tensors do not follow one another without holes: then somebody else
     reads it.
     """
-    try:
-        text = raw.decode().rstrip(" ")
-    except UnicodeDecodeError:
+    if not raw.startswith(b"{"):
         return None
-    metadata = _METADATA.match(text)
-    begin = metadata.end() if metadata else 1
-    if not text.startswith("{"):
-        return None
+    metadata = _METADATA.match(raw)
     spelled: dict[tuple[str, str, str, str], int] = {}
     code: list[int] = []
     number: list[int] = []
     begins: list[int] = []
     ends: list[int] = []
-    for found in _whole(_ENTRY, text, begin, _BETWEEN, _ENTRY_NBYTES):
-        if not found:
+    at, end = metadata.end() if metadata else 1, len(raw.rstrip(b" "))
+    while at < end:
+        upto = _cut(raw, at, end, _BETWEEN)
+        try:
+            text = raw[at:upto].decode()
+        except UnicodeDecodeError:
             return None
-        heads, numbers, tails, dtypes, shapes, starts, stops = zip(*found, strict=True)
+        columns = [*zip(*_ENTRY.findall(text), strict=True)] or [()]
+        # Entries do not overlap: if their lengths add up to the text's, nothing else is in it.
+        if sum(map(len, map("".join, columns))) + _AROUND * len(columns[0]) != len(text):
+            return None
+        heads, numbers, tails, dtypes, shapes, starts, stops = columns
         keys = zip(heads, tails, dtypes, shapes, strict=True)
         code += [spelled.setdefault(key, len(spelled)) for key in keys]
         number += [int(each) if each else UNNUMBERED for each in numbers]
         begins += map(int, starts)
         ends += map(int, stops)
+        at = upto
     if any(map(_ESCAPED.search, chain.from_iterable(spelled))):
         return None
     series = [_series(*key, extent) for key in spelled]
     known = tuple(each for each in series if each is not None)
     if not known or len(known) < len(series):
         return None
-    columns = (np.array(column, np.int64) for column in (code, number, begins))
-    table = _in_order(TensorTable(known, *columns), np.array(ends, np.int64))
-    return None if table is None else (table, metadata[1] if metadata else "")
+    rows = (np.array(column, np.int64) for column in (code, number, begins))
+    table = _in_order(TensorTable(known, *rows), np.array(ends, np.int64))
+    return None if table is None else (table, metadata[1] if metadata else b"")
 
 
-def _whole(
-    entry: re.Pattern[str], text: str, begin: int, between: str, around: int
-) -> Iterator[Found]:
-    """The groups of all entries from `begin` on, piece by piece; ends with an empty piece where
-    anything else is in the text.
+def _cut(raw: bytes, begin: int, end: int, between: bytes) -> int:
+    """Where a piece of a text that begins there ends: behind an entry.
 
-    between: how one entry ends and the next begins, with one character of that; around: characters
-    of an entry that are in none of its groups. Entries do not overlap: if their lengths add up to
-    the text's, there is nothing else.
+    between: how one entry ends and the next begins, with one character of that.
     """
-    read = begin
-    while begin < len(text):
-        cut = text.find(between, begin + _PIECE)
-        end = len(text) if cut < 0 else cut + len(between) - 1
-        found = entry.findall(text, begin, end)
-        read += sum(map(len, chain.from_iterable(found))) + around * len(found)
-        if read != end:
-            break
-        yield found
-        begin = end
-    else:
-        return
-    yield []
+    cut = raw.find(between, begin + _PIECE, end)
+    return end if cut < 0 else cut + len(between) - 1
 
 
 def _series(head: str, tail: str, dtype: str, shape: str, extent: Extent) -> Series | None:
@@ -138,9 +128,8 @@ def _in_order(table: TensorTable, end: Column) -> TensorTable | None:
     return None if (keys[1:] == keys[:-1]).any() else table
 
 
-def cut_weight_map(raw: bytes) -> tuple[bytes, bytes] | None:
-    """An index without the members of its weight map, and these alone; None where they cannot be
-    told apart by looking."""
+def find_weight_map(raw: bytes) -> Stretch | None:
+    """Where the members of an index's weight map stand; None where that is not plain to see."""
     match = _MAPPED.search(raw)
     if match is None or raw.count(b'"weight_map"') != 1:
         return None
@@ -148,34 +137,42 @@ def cut_weight_map(raw: bytes) -> tuple[bytes, bytes] | None:
     end = raw.find(b"}", begin)
     if end < 0 or raw.find(b"{", begin, end) >= 0 or raw.find(b"\\", begin, end) >= 0:
         return None
-    return raw[:begin] + raw[end:], raw[begin:end]
+    return raw, begin, end
 
 
-def read_weight_map(members: bytes) -> tuple[list[tuple[str, str, str]], Column, Column] | None:
-    """What `cut_weight_map` cut out: ((head, tail, file) once each, and for each tensor its place
-    in these and its number), or None where it is not spelled alike all through."""
-    try:
-        text = members.decode().strip(" \t\n\r")
-    except UnicodeDecodeError:
-        return None
-    first = _FIRST.match(text)
+def read_weight_map(stretch: Stretch) -> dict[str, str] | None:
+    """What a weight map says, tensor name → shard, one string object per shard; None where it is
+    not spelled alike all through or has a name twice."""
+    raw, begin, end = stretch
+    while begin < end and raw[begin] in _WHITE:
+        begin += 1
+    while end > begin and raw[end - 1] in _WHITE:
+        end -= 1
+    first = _FIRST.match(raw, begin, end)
     if first is None:
         return None
-    colon, comma = first[4], first[6] or ","
-    # The last entry has no comma: it gets one, so that all are of one length.
-    entry = re.compile(rf'{_NAME}{re.escape(colon)}"({_TEXT})"{re.escape(comma)}')
-    spelled: dict[tuple[str, str, str], int] = {}
-    code: list[int] = []
-    number: list[int] = []
-    around = len('""""') + len(colon) + len(comma)
-    for found in _whole(entry, text + comma, 0, f'"{comma}"', around):
-        if not found:
+    colon, comma = first[1].decode(), first[2].decode()
+    between = f'"{comma}"'.encode()
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}
+    count = 0
+    while begin < end:
+        upto = _cut(raw, begin, end, between) if comma else end
+        try:
+            text = raw[begin:upto].decode()
+        except UnicodeDecodeError:
             return None
-        heads, numbers, tails, files = zip(*found, strict=True)
-        code += [
-            spelled.setdefault(key, len(spelled)) for key in zip(heads, tails, files, strict=True)
-        ]
-        number += [int(each) if each else UNNUMBERED for each in numbers]
-    if any(map(_ESCAPED.search, chain.from_iterable(spelled))):
-        return None
-    return list(spelled), np.array(code, np.int64), np.array(number, np.int64)
+        if upto == end:
+            text += comma
+        # "name": "shard", and so on: every other part of the text is between quotes.
+        parts = text.split('"')
+        names, shards = parts[1::4], parts[3::4]
+        if parts[0] or {*parts[2::4]} != {colon} or {*parts[4::4]} != {comma}:
+            return None
+        if len(parts) % 4 != 1 or not "".join(names).isprintable():
+            return None
+        files.update((each, each) for each in {*shards} - files.keys())
+        weight_map |= zip(names, map(files.__getitem__, shards), strict=True)
+        count += len(names)
+        begin = upto
+    return weight_map if len(weight_map) == count else None

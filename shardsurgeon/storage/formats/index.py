@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import repeat
 
 from shardsurgeon.errors import IndexFileError
-from shardsurgeon.storage.formats.columns import cut_weight_map, read_weight_map
+from shardsurgeon.storage.formats.columns import find_weight_map, read_weight_map
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
-from shardsurgeon.storage.formats.tensor_table import Column, Stems, TensorTable, split_name
+from shardsurgeon.storage.formats.tensor_table import TensorTable
 from shardsurgeon.storage.limits import INDEX
 
 CONFIG_NAME = "config.json"
@@ -24,6 +24,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _REMEDY = "fetch the index again"
 _MAX_DEPTH = 50  # of metadata, which json must be able to write again
+_QUOTE = json.encoder.encode_basestring_ascii
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -50,31 +51,17 @@ MISTRAL = FileNames("params.json", "consolidated.safetensors.index.json", "conso
 class Index:
     """What an index says.
 
-    names: (head, tail, shard) of tensors, as `split_name` takes a name apart and with a shard as a
-    path inside the checkpoint with forward slashes; code, number: for each tensor, which of these
-    it has, and the number in its name. metadata: total_size and whatever else the author noted;
-    empty where there is none.
+    weight_map: tensor name → shard, a path inside the checkpoint with forward slashes.
+    metadata: total_size and whatever else the author noted; empty where there is none.
     """
 
-    names: tuple[tuple[str, str, str], ...]
-    code: Column = field(repr=False)
-    number: Column = field(repr=False)
+    weight_map: dict[str, str]
     metadata: dict[str, object]
 
     @property
     def shards(self) -> list[str]:
         """Every shard once, in the order of their numbers."""
-        return sorted({shard for _, _, shard in self.names}, key=natural_order)
-
-    @property
-    def weight_map(self) -> dict[str, str]:
-        """Tensor name → shard."""
-        return {
-            f"{head}{number}{tail}" if number >= 0 else tail: shard
-            for (head, tail, shard), number in zip(
-                map(self.names.__getitem__, self.code.tolist()), self.number.tolist(), strict=True
-            )
-        }
+        return sorted(set(self.weight_map.values()), key=natural_order)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -91,61 +78,7 @@ def parse_index(raw: bytes, where: str) -> Index:
     for repeated names, and for shards that are not a plain path to a .safetensors file inside the
     checkpoint.
     """
-    cut = cut_weight_map(raw)
-    found = read_weight_map(cut[1]) if cut is not None else None
-    if cut is None or found is None:
-        return _read_strictly(raw, where)
-    members = read_object(cut[0], where, "the index", IndexFileError, _REMEDY, INDEX)
-    names, code, number = found
-    if members.get("weight_map") != {} or _repeat(names, code, number):
-        return _read_strictly(raw, where)
-    _check_paths(((head + tail, shard) for head, tail, shard in names), where)
-    return Index(tuple(names), code, number, _metadata(members, where))
-
-
-def _read_strictly(raw: bytes, where: str) -> Index:
-    """The same, of any JSON."""
-    members = read_object(raw, where, "the index", IndexFileError, _REMEDY, INDEX)
-    weight_map = _member(members, "weight_map", where)
-    if not weight_map:
-        raise IndexFileError(where, "weight_map is missing or empty", _REMEDY)
-    codes: dict[tuple[str, str, str], int] = {}
-    code, number = [], []
-    _check_paths(weight_map.items(), where)
-    for name, shard in weight_map.items():
-        head, which, tail = split_name(name)
-        assert isinstance(shard, str)
-        code.append(codes.setdefault((head, tail, shard), len(codes)))
-        number.append(which)
-    columns = np.array(code, np.int64), np.array(number, np.int64)
-    return Index(tuple(codes), *columns, _metadata(members, where))
-
-
-def _repeat(names: list[tuple[str, str, str]], code: Column, number: Column) -> bool:
-    """Whether a tensor is named twice."""
-    stems = Stems()
-    stem = np.array([stems.of(head, tail) for head, tail, _ in names], np.int64)
-    keys = np.sort(stems.joined(stem[code], number))
-    return bool((keys[1:] == keys[:-1]).any())
-
-
-def _check_paths(mapped: Iterable[tuple[object, object]], where: str) -> None:
-    """Refuse what is not a name or not that of a shard."""
-    known = set()
-    for name, shard in mapped:
-        if not is_text(name) or not isinstance(shard, str):
-            raise IndexFileError(
-                where, f"weight_map maps {brief(name)} to {brief(shard)}, not to a file", _REMEDY
-            )
-        if shard in known:
-            continue
-        known.add(shard)
-        if problem := shard_name_problem(shard):
-            said = f"tensor {brief(name)} is said to be in {brief(shard)}, {problem}"
-            raise IndexFileError(where, said, _REMEDY)
-
-
-def _metadata(members: dict[str, object], where: str) -> dict[str, object]:
+    members, weight_map = _read(raw, where)
     if members.get("metadata") is None:  # some writers say null where they note nothing
         members["metadata"] = {}
     metadata = _member(members, "metadata", where)
@@ -153,7 +86,42 @@ def _metadata(members: dict[str, object], where: str) -> dict[str, object]:
         raise IndexFileError(
             where, f"metadata names a key twice or is nested deeper than {_MAX_DEPTH}", _REMEDY
         )
-    return metadata
+    return Index(weight_map, metadata)
+
+
+def _read(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str]]:
+    """(members of the index, its weight map), the latter quickly where it is spelled as usual."""
+    place = find_weight_map(raw)
+    weight_map = read_weight_map(place) if place is not None else None
+    if (
+        place is not None
+        and weight_map
+        and not any(map(shard_name_problem, {*weight_map.values()}))
+    ):
+        rest = raw[: place[1]] + raw[place[2] :]
+        members = read_object(rest, where, "the index", IndexFileError, _REMEDY, INDEX)
+        if members.get("weight_map") == {}:
+            return members, weight_map
+    members = read_object(raw, where, "the index", IndexFileError, _REMEDY, INDEX)
+    return members, _checked(_member(members, "weight_map", where), where)
+
+
+def _checked(weight_map: dict[str, object], where: str) -> dict[str, str]:
+    """The map. Raises IndexFileError for an empty one, and what is no name or not a shard's."""
+    if not weight_map:
+        raise IndexFileError(where, "weight_map is missing or empty", _REMEDY)
+    shards: dict[str, str] = {}  # one string object per shard, not one per tensor
+    checked: dict[str, str] = {}
+    for name, shard in weight_map.items():
+        if not is_text(name) or not isinstance(shard, str):
+            raise IndexFileError(
+                where, f"weight_map maps {brief(name)} to {brief(shard)}, not to a file", _REMEDY
+            )
+        if shard not in shards:
+            _check_path(shard, name, where)
+            shards[shard] = shard
+        checked[name] = shards[shard]
+    return checked
 
 
 def build_index(tables: Mapping[str, TensorTable], metadata: Mapping[str, object]) -> bytes:
@@ -162,24 +130,21 @@ def build_index(tables: Mapping[str, TensorTable], metadata: Mapping[str, object
     tables: shard → its tensors.
     """
     head = json.dumps({"metadata": dict(metadata), "weight_map": {}}, indent=2, sort_keys=True)
-    entries: dict[str, str] = {}
+    names: list[str] = []
+    shards: list[str] = []
     for shard, table in tables.items():
-        names = [(_quoted(each.head)[:-1], _quoted(each.tail)[1:]) for each in table.series]
-        file = _quoted(shard)
-        rows = zip(table.names(), table.code.tolist(), table.number.tolist(), strict=True)
-        for name, code, number in rows:
-            before, behind = names[code]
-            spelled = f"{before}{number}{behind}" if number >= 0 else f'"{behind}'
-            entries[name] = f"    {spelled}: {file}"
-    if not entries:
+        names += table.names()
+        shards += repeat(json.dumps(shard), len(table))
+    if not names:
         return f"{head}\n".encode()
-    before_map = head.removesuffix("}\n}")
-    listed = ",\n".join(entries[name] for name in sorted(entries))
-    return f"{before_map}\n{listed}\n  }}\n}}\n".encode()
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+    text = BytesIO()
+    text.write(head.removesuffix("}\n}").encode())
+    before = "\n"
+    for place in sorted(range(len(names)), key=names.__getitem__):
+        text.write(f"{before}    {_QUOTE(names[place])}: {shards[place]}".encode())
+        before = ",\n"
+    text.write(b"\n  }\n}\n")
+    return text.getvalue()
 
 
 def _member(members: dict[str, object], key: str, where: str) -> dict[str, object]:
@@ -207,3 +172,10 @@ def shard_name_problem(name: str) -> str | None:
     if not is_text(name) or any(ord(character) < 32 for character in name):
         return "not a possible file name"
     return None if name.endswith(_SUFFIX) else f"not a {_SUFFIX} file"
+
+
+def _check_path(shard: str, name: str, where: str) -> None:
+    """Refuse what is not the name of a shard."""
+    if problem := shard_name_problem(shard):
+        said = f"tensor {brief(name)} is said to be in {brief(shard)}, {problem}"
+        raise IndexFileError(where, said, _REMEDY)

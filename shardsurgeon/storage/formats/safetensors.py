@@ -100,7 +100,7 @@ def parse_header(raw: bytes, file_nbytes: int, where: str) -> Header:
     found = read_columns(raw, _extent_or_none)
     if found is not None and _fills(found[0], file_nbytes - data_begin):
         reader = _HeaderReader(where)
-        metadata = reader.load(found[1].encode()) if found[1] else None
+        metadata = reader.load(found[1]) if found[1] else None
         return Header(found[0], reader.metadata(metadata), data_begin)
     return header_of(_HeaderReader(where).load(raw), data_begin, file_nbytes, where)
 

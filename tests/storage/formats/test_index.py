@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from shardsurgeon.errors import IndexFileError
 from shardsurgeon.storage.formats.index import INDEX_NAME, Index, build_index, parse_index
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 
 
 def refusal(text: str | bytes) -> str:
@@ -23,13 +25,19 @@ def refusal(text: str | bytes) -> str:
     return line
 
 
+def table(names: Iterable[str]) -> TensorTable:
+    return TensorTable.of(TensorRecord(name, "U8", (1,), 0, 1) for name in names)
+
+
 def test_an_index_is_read() -> None:
     raw = b"""{"metadata": {"total_size": 12, "total_parameters": 6.0, "by": ["x"]},
       "weight_map": {"b": "model-00001-of-00002.safetensors", "a": "part/x.safetensors"}}"""
-    assert parse_index(raw, INDEX_NAME) == Index(
-        {"b": "model-00001-of-00002.safetensors", "a": "part/x.safetensors"},
-        {"total_size": 12, "total_parameters": 6.0, "by": ["x"]},
-    )
+    index = parse_index(raw, INDEX_NAME)
+    assert index.weight_map == {
+        "b": "model-00001-of-00002.safetensors",
+        "a": "part/x.safetensors",
+    }
+    assert index.metadata == {"total_size": 12, "total_parameters": 6.0, "by": ["x"]}
 
 
 def test_an_index_may_have_no_metadata() -> None:
@@ -38,7 +46,8 @@ def test_an_index_may_have_no_metadata() -> None:
 
 def test_metadata_may_be_null_and_a_byte_order_mark_stands_before_it() -> None:
     raw = b'\xef\xbb\xbf{"metadata": null, "weight_map":{"a":"m.safetensors"}}'
-    assert parse_index(raw, INDEX_NAME) == Index({"a": "m.safetensors"}, {})
+    index = parse_index(raw, INDEX_NAME)
+    assert (index.weight_map, index.metadata) == ({"a": "m.safetensors"}, {})
 
 
 def test_shards_are_listed_in_the_order_of_their_numbers() -> None:
@@ -129,7 +138,7 @@ def test_an_index_is_written_as_transformers_writes_it() -> None:
     shard = "model-00001-of-00001.safetensors"
     weight_map = {"layers.10.w": shard, "layers.2.w": shard, "\u00e9": shard}
     metadata = {"total_size": 24, "total_parameters": 12}
-    raw = build_index(weight_map, metadata)
+    raw = build_index({shard: table(weight_map)}, metadata)
     assert raw == (
         b"{\n"
         b'  "metadata": {\n'
@@ -155,4 +164,4 @@ def test_random_bytes_raise_only_index_errors(raw: bytes) -> None:
         except IndexFileError:
             continue
         assert index.weight_map
-        build_index(index.weight_map, index.metadata)
+        build_index({"m.safetensors": table(index.weight_map)}, index.metadata)

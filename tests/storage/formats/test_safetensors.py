@@ -18,7 +18,6 @@ from shardsurgeon.storage.formats.safetensors import (
     Header,
     build_header,
     header_length,
-    layout_key,
     parse_header,
     tensor_nbytes,
 )
@@ -421,10 +420,3 @@ def test_sizes_are_exact() -> None:
     assert tensor_nbytes("F4", (0, 3)) == 0
     with pytest.raises(ValueError, match="4 bits"):
         tensor_nbytes("F4", (1,))
-
-
-def test_wider_dtypes_come_first_and_equal_ones_keep_their_order() -> None:
-    dtypes = ["U8", "F4", "I64", "BF16", "F32", "BOOL", "F16", "F64", "F6_E2M3"]
-    assert sorted(dtypes, key=layout_key) == [
-        "I64", "F64", "F32", "BF16", "F16", "U8", "BOOL", "F6_E2M3", "F4",
-    ]  # fmt: skip
