@@ -285,7 +285,7 @@ def test_edges_are_fetched_before_the_first_is_read(job: Job, out: Path) -> None
         will_need=logged("need", real.will_need),  # type: ignore[arg-type]
     )
     execute(plan, job.source, out, workers=1, system=system)
-    run = plan.shards[0].tensors[0].pieces[0]
+    run = next(iter(plan.shards[0].pieces))
     assert isinstance(run, Segment)
     edges = [(run.begin, BLOCK), (12 * BLOCK, 12 * BLOCK + 64 + 1_000)]
     assert [call for call in calls if call[0] == "need"] == [("need", *edge) for edge in edges]

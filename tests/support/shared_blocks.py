@@ -8,11 +8,11 @@ from io import FileIO
 from pathlib import Path
 from typing import cast
 
-from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Plan, Segment
+from shardsurgeon.execution.plan import Literal, OutputShard, Plan, Segment
 from shardsurgeon.storage.files import sha256_of
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.system import System
-from tests.support.tiny_job import SIDE, Job, Piece, tensor
+from tests.support.tiny_job import SIDE, Job, Piece, shard, tensor
 
 BLOCK = 4096
 
@@ -87,7 +87,7 @@ def make_aligned_job(folder: Path, scale: int = 1) -> Job:
     for name, data in {**sources, **SIDE}.items():
         (model / name).write_bytes(data)
     (folder / "scores.pt").write_bytes(b"scores")
-    shards = (
+    made = (
         _shard(
             "model-1.safetensors",
             64,
@@ -111,7 +111,7 @@ def make_aligned_job(folder: Path, scale: int = 1) -> Job:
     )
     source = LocalSource(model)
     plan = Plan(
-        shards=shards,
+        shards=made,
         generated_files=(("config.json", b"{}\n"),),
         copied_files=tuple(sorted(SIDE)),
         score_files=(("calibration/scores.pt", str(folder / "scores.pt"), _sha256(folder)),),
@@ -119,9 +119,9 @@ def make_aligned_job(folder: Path, scale: int = 1) -> Job:
         asked=(("selection", "ratio 0.5"),),
         source_fingerprint="2" * 64,
     )
-    made = {shard.file: _content(shard, sources) for shard in shards}
+    contents = {each.file: _content(each, sources) for each in made}
     others = {"config.json": b"{}\n", "calibration/scores.pt": b"scores"}
-    return Job(source, plan, made | others | SIDE)
+    return Job(source, plan, contents | others | SIDE)
 
 
 def shared_of(plan: Plan) -> int:
@@ -131,11 +131,11 @@ def shared_of(plan: Plan) -> int:
 
 def _of_shards(plan: Plan) -> int:
     total = 0
-    for shard in plan.shards:
-        at = len(shard.header)
+    for each in plan.shards:
+        at = len(each.header)
         # Where each byte of the output comes from, as the place that byte 0 would have.
         origins: list[tuple[int, int, object]] = []
-        for piece in (piece for each in shard.tensors for piece in each.pieces):
+        for piece in each.pieces:
             shift = (piece.file, piece.begin - at) if isinstance(piece, Segment) else None
             if shift and origins and origins[-1][1:] == (at, shift):
                 origins[-1] = origins[-1][0], at + piece.nbytes, shift
@@ -150,13 +150,12 @@ def _of_shards(plan: Plan) -> int:
 
 
 def _shard(name: str, header: int, *pieces: Piece) -> OutputShard:
-    tensors: list[OutputTensor] = [tensor(piece) for piece in pieces]
-    return OutputShard(name, b"H" * header, tuple(tensors))
+    return shard(name, b"H" * header, *(tensor(piece) for piece in pieces))
 
 
-def _content(shard: OutputShard, sources: dict[str, bytes]) -> bytes:
-    data = shard.header
-    for piece in (piece for each in shard.tensors for piece in each.pieces):
+def _content(made: OutputShard, sources: dict[str, bytes]) -> bytes:
+    data = made.header
+    for piece in made.pieces:
         if isinstance(piece, Literal):
             data += piece.data
         else:
