@@ -1,7 +1,7 @@
 """Which parts of a quantization section name modules, and how the engines read the names. Pure.
 
 The facts are those of compressed-tensors 0.20, vLLM 0.32 and transformers 5.23. Matching itself is
-written twice, in `pruning.module_names` and `verification.quantization_lists`, so that a slip in
+written twice, in `pruning.module_names` and `verification.module_names`, so that a slip in
 the one is found by the other.
 """
 

@@ -7,18 +7,18 @@ it says is the plan's shards, byte range by byte range.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from shardsurgeon.errors import CheckpointError, UsageError
-from shardsurgeon.execution.plan import Literal, OutputShard, Pieces, Plan, Segment
+from shardsurgeon.execution.plan import OutputShard, Pieces, Plan
 from shardsurgeon.storage.files import sha256_of
 from shardsurgeon.storage.formats.checksums import ends_with_checksums
 from shardsurgeon.storage.formats.strict_json import is_text
-from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME, ManifestWriter, Range
+from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME, ManifestWriter
 from shardsurgeon.storage.limits import MAX_MANIFEST_NBYTES, MAX_OWN_NBYTES
 from shardsurgeon.storage.open import hub_address, hub_name
 from shardsurgeon.storage.source import Source
@@ -56,7 +56,10 @@ def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
             raise UsageError("--view", f"cannot name {name!a}, which is no text", "rename it")
     writer = ManifestWriter(place, files)
     for shard in plan.shards:
-        writer.add(shard.file, shard.header, len(shard.tensors), _pieces(shard, source))
+        pieces = shard.pieces
+        if isinstance(source, ViewSource):
+            pieces = _resolved(pieces, source)
+        writer.add(shard.file, shard.header, len(shard.tensors), pieces)
     made = writer.finish()
     for name, most in ((VIEW_NAME, MAX_MANIFEST_NBYTES), (DATA_NAME, MAX_OWN_NBYTES)):
         if (nbytes := len(made.get(name, b""))) > most:
@@ -65,14 +68,22 @@ def view_manifest(plan: Plan, source: Source, place: str) -> dict[str, bytes]:
     return made
 
 
-def _pieces(shard: OutputShard, source: Source) -> Iterator[Range | bytes]:
-    for piece in shard.pieces:
-        if isinstance(piece, Literal):
-            yield piece.data
-        elif isinstance(source, ViewSource):
-            yield from source.resolve(piece.file, piece.begin, piece.nbytes)
-        else:
-            yield piece.file, piece.begin, piece.nbytes
+def _resolved(pieces: Pieces, view: ViewSource) -> Pieces:
+    """The same bytes as pieces of the view's own source, and values that it does not have."""
+    files, literals = [file.name for file in view.manifest.files], list(pieces.literals)
+    own = np.flatnonzero(pieces.file < 0)
+    found = [(own, pieces.file[own], pieces.begin[own], pieces.nbytes[own])]
+    for place, name in enumerate(pieces.files):
+        mine, shard = np.flatnonzero(pieces.file == place), view.shards[name]
+        first = pieces.begin[mine] - shard.header.data_begin
+        which, file, begin, nbytes = shard.columns(first, first + pieces.nbytes[mine])
+        for at in np.flatnonzero(file == len(files)).tolist():
+            literals.append(view.data[begin[at] : begin[at] + nbytes[at]])
+            file[at], begin[at] = -1, len(literals) - 1
+        found.append((mine[which], file, begin, nbytes))
+    which, file, begin, nbytes = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(which, kind="stable")
+    return Pieces(tuple(files), file[order], begin[order], nbytes[order], tuple(literals))
 
 
 def _place(source: Source, origin: Source, out: Path) -> str:
@@ -136,6 +147,6 @@ def _outside(view: ViewSource, name: str) -> tuple[str, str, str]:
 def _output_shard(view: ViewSource, name: str) -> OutputShard:
     shard = view.shards[name]
     begin = shard.header.data_begin
-    pieces = view.resolve(name, begin, shard.nbytes - begin)
-    made = (Literal(each) if isinstance(each, bytes) else Segment(*each) for each in pieces)
-    return OutputShard(name, shard.head, shard.header.tensors, Pieces.of(made))
+    file, at, nbytes = np.array([[0], [begin], [shard.nbytes - begin]], np.int64)
+    pieces = _resolved(Pieces((name,), file, at, nbytes), view)
+    return OutputShard(name, shard.head, shard.header.tensors, pieces)

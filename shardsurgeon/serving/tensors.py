@@ -10,11 +10,13 @@ import math
 import mmap
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from io import FileIO
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from operator import itemgetter
 from types import TracebackType
 from typing import Any, Literal
@@ -84,9 +86,9 @@ class ViewTensors:
         self._shards, self._origin, self._data = shards, origin, data
         self._most_mapped = most_mapped
         self._framework = framework
-        self._places: dict[str, tuple[ViewShard, TensorRecord]] = {
-            record.name: (shard, record) for shard in shards for record in shard.header.tensors
-        }
+        sizes = (len(shard.header.tensors) for shard in shards)
+        # Of each shard, the number of its first tensor, and behind them of how many there are.
+        self._firsts = list(accumulate(sizes, initial=0))
         self._mapped: OrderedDict[str, mmap.mmap] = OrderedDict()
         self._opened: dict[str, FileIO] = {}
         self._lock = threading.Lock()
@@ -115,25 +117,36 @@ class ViewTensors:
         self.close()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return chain.from_iterable(shard.header.tensors.names() for shard in self._shards)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._firsts[-1]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._numbers
 
     def keys(self) -> list[str]:
         """The names of all tensors, shard after shard in the order of their data."""
-        return list(self._places)
+        return list(self)
 
     def metadata(self) -> dict[str, str] | None:
         """The `__metadata__` of the first shard's header."""
         return self._shards[0].header.metadata
 
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Name → which of all tensors it is. Whoever lists names only needs none of it."""
+        return {name: number for number, name in enumerate(self)}
+
+    def _found(self, name: str) -> tuple[ViewShard, TensorRecord]:
+        number = self._numbers[name]
+        which = bisect_right(self._firsts, number) - 1
+        shard = self._shards[which]
+        return shard, shard.header.tensors[number - self._firsts[which]]
+
     def record(self, name: str) -> TensorRecord:
         """What the header says of a tensor. Raises KeyError."""
-        return self._places[name][1]
+        return self._found(name)[1]
 
     def get_tensor(self, name: str) -> Any:
         """A whole tensor. Raises KeyError, UsageError for a dtype that the framework does not have,
@@ -162,7 +175,7 @@ class ViewTensors:
 
     def _read_ahead(self, name: str) -> int:
         """Have the system read a tensor where its file is mapped; its size in bytes."""
-        shard, record = self._places[name]
+        shard, record = self._found(name)
         for file, begin, nbytes in shard.ranges(record.begin, record.end):
             end = begin + nbytes
             mapped = self._map(file, end)
@@ -207,7 +220,7 @@ class ViewTensors:
 
     def _elements(self, name: str, first: int, last: int, shape: tuple[int, ...]) -> Any:
         """The elements [first, last), in order, as a tensor of a shape."""
-        shard, record = self._places[name]
+        shard, record = self._found(name)
         names = TORCH_NAMES if self._framework == "pt" else NUMPY_NAMES
         dtype = names.get(record.dtype)
         if dtype is None:

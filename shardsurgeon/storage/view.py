@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shardsurgeon.errors import CheckpointError, SourceChangedError, SourceReadError
 from shardsurgeon.storage.formats.safetensors import Header
-from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME, Range, read_manifest
+from shardsurgeon.storage.formats.view import DATA_NAME, VIEW_NAME, read_manifest
 from shardsurgeon.storage.limits import MAX_MANIFEST_NBYTES
 from shardsurgeon.storage.local import LocalSource
 from shardsurgeon.storage.source import (
@@ -140,19 +140,6 @@ class ViewSource(Source):
     def local_path(self, name: str) -> Path | None:
         """The file's path; None for a shard."""
         return None if name in self.shards else self.folder.local_path(name)
-
-    def resolve(self, name: str, begin: int, nbytes: int) -> Iterator[Range | bytes]:
-        """Where `nbytes` of a shard, from byte `begin` of the file, lie in the view's source.
-
-        Bytes that no source has come as they are.
-        """
-        shard = self.shards[name]
-        at = begin - shard.header.data_begin
-        for file, first, count in shard.ranges(at, at + nbytes):
-            if file == DATA_NAME:
-                yield self.data[first : first + count]
-            else:
-                yield file, first, count
 
     def _read_own(self, name: str, most: int) -> bytes:
         """A file of the view's folder, which has at most so many bytes."""

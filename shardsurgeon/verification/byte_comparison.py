@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+
+import numpy as np
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.storage.phases import BYTES, Phase, phase
@@ -19,7 +21,7 @@ from shardsurgeon.verification.byte_ranges import (
     Stretch,
 )
 from shardsurgeon.verification.findings import Findings
-from shardsurgeon.verification.pairing import Count, Pair, Table
+from shardsurgeon.verification.pairs import Count, Pair, ShardPairs, Table
 
 # Neighbouring tensors of so many bytes together go to one worker: they are read in one go.
 _BATCH_NBYTES = 1 << 25
@@ -49,7 +51,7 @@ class Compared:
 def compare_bytes(
     source: Checkpoint,
     pruned: Checkpoint,
-    pairs: dict[str, list[Pair]],
+    pairs: Mapping[str, ShardPairs],
     sampling: Sampling,
     workers: int,
     on_progress: Progress | None,
@@ -59,21 +61,31 @@ def compare_bytes(
 
     Raises SourceReadError where a file of either side cannot be read.
     """
-    chosen = [pair for file in sorted(pairs) for pair in _picked(file, pairs[file], sampling)]
-    total = sum(min(p.nbytes, sampling.nbytes or p.nbytes) for p in chosen)
+    picked = [_picked(file, pairs[file], sampling) for file in sorted(pairs)]
+    total = sum(_nbytes(each, sampling.nbytes) for each in picked)
     with phase("comparing", total, BYTES) as at:
         run = _Run(source, pruned, sampling, on_progress, at)
-        found = map_in_threads(run.problems, _batches(chosen), max(workers, 1), "verify", run.stop)
+        batches = _batches(chain.from_iterable(picked))
+        found = map_in_threads(run.problems, batches, max(workers, 1), "verify", run.stop)
     for pair, problem in chain.from_iterable(found):
         findings.add(f"{pair.file} {pair.name}", problem)
-    every = sum(pair.nbytes for each in pairs.values() for pair in each)
-    return Compared(len(chosen), run.done, run.total == every)
+    every = sum(_nbytes(each, None) for each in pairs.values())
+    return Compared(sum(map(len, picked)), run.done, run.total == every)
 
 
-def _picked(file: str, pairs: list[Pair], sampling: Sampling) -> Iterable[Pair]:
+def _picked(file: str, pairs: ShardPairs, sampling: Sampling) -> Sequence[Pair]:
     if sampling.tensors is None or sampling.tensors >= len(pairs):
         return pairs
     return random.Random(f"{sampling.seed} {file}").sample(pairs, sampling.tensors)
+
+
+def _nbytes(pairs: Sequence[Pair], limit: int | None) -> int:
+    """Bytes of some output tensors, of each at most `limit`."""
+    if isinstance(pairs, ShardPairs):
+        nbytes = pairs.nbytes
+    else:
+        nbytes = np.array([pair.nbytes for pair in pairs], np.int64)
+    return int((np.minimum(nbytes, limit) if limit else nbytes).sum())
 
 
 def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:

@@ -1,4 +1,4 @@
-"""The output as files: names, headers, order, alignment, index, and the files beside the weights.
+"""The output as files: names, headers, alignment, index, and the files beside the weights.
 
 Files whose content changes (config.json, the index, the metadata, quantization lists) have checks
 of their own, and so has what lies there besides (`strays`).
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection
-from itertools import pairwise
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
 
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.files import CALIBRATION_FOLDER, set_aside
@@ -23,7 +24,7 @@ from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.source import SourceFile
 from shardsurgeon.verification.byte_ranges import RangeComparer
 from shardsurgeon.verification.findings import Findings
-from shardsurgeon.verification.pairing import Pair
+from shardsurgeon.verification.pairs import ShardPairs
 from shardsurgeon.verification.parameter_count import parameter_bounds
 
 _HEADER_UNIT = 8
@@ -41,7 +42,7 @@ _INDEX_COUNTS: dict[str, Callable[[Checkpoint], int]] = {
 
 
 def check_structure(
-    source: Checkpoint, pruned: Checkpoint, pairs: dict[str, list[Pair]], findings: Findings
+    source: Checkpoint, pruned: Checkpoint, pairs: Mapping[str, ShardPairs], findings: Findings
 ) -> None:
     """Every file is named, laid out and listed as the contract says.
 
@@ -52,9 +53,9 @@ def check_structure(
     for file, name in pruned.superseded:
         findings.add(f"{file} {name}", "is in another shard too")
     for shard in pruned.shards:
-        _check_layout(shard, findings)
-        _check_order(pairs.get(shard.file, []), findings)
-        _check_metadata(source, shard, pairs.get(shard.file, []), findings)
+        if not _is_whole(pairs[shard.file]):
+            _check_layout(shard, findings)
+        _check_metadata(source, shard, pairs[shard.file], findings)
     _check_index(source, pruned, findings)
 
 
@@ -69,32 +70,31 @@ def _check_names(source: Checkpoint, pruned: Checkpoint, findings: Findings) -> 
 
 
 def _check_layout(shard: Shard, findings: Findings) -> None:
-    begin = shard.header.data_begin
+    """Every tensor begins at a multiple of its elements' size, whatever their order."""
+    table, begin = shard.header.tensors, shard.header.data_begin
     if begin % _HEADER_UNIT:
         findings.add(shard.file, f"its header ends at byte {begin:,}, no multiple of 8")
-    for record in shard.header.tensors:
-        width = max(DTYPE_BITS[record.dtype] // 8, 1)
-        if (begin + record.begin) % width:
-            place = f"begins at byte {begin + record.begin:,} of {shard.file}"
-            findings.add(record.name, f"{place}, no multiple of its {width}-byte elements")
+    width = table.by_series([max(DTYPE_BITS[each.dtype] // 8, 1) for each in table.series])
+    for place in np.flatnonzero((begin + table.begin) % width).tolist():
+        at = f"begins at byte {begin + table.begin[place]:,} of {shard.file}"
+        findings.add(table.name(place), f"{at}, no multiple of its {width[place]}-byte elements")
 
 
-def _check_order(pairs: list[Pair], findings: Findings) -> None:
-    """Wider types first, and within a width the order of the source."""
-    for first, second in pairwise(pairs):
-        wider, narrower = DTYPE_BITS[first.dtype], DTYPE_BITS[second.dtype]
-        if wider < narrower:
-            findings.add(f"{second.file} {second.name}", f"stands behind narrower {first.name}")
-        elif wider == narrower and first.source_place > second.source_place:
-            findings.add(f"{second.file} {second.name}", f"stands behind {first.name}")
+def _is_whole(pairs: ShardPairs) -> bool:
+    """Whether a shard is to be a file of the source, byte for byte: then it is laid out as that."""
+    shard, homes = pairs.shard, np.unique(pairs.home).tolist()
+    if len(homes) != 1 or not np.array_equal(pairs.place, pairs.source_place):
+        return False
+    source = pairs.sources[homes[0]]
+    return (shard.header_sha256, shard.nbytes) == (source.header_sha256, source.nbytes)
 
 
 def _check_metadata(
-    source: Checkpoint, shard: Shard, pairs: list[Pair], findings: Findings
+    source: Checkpoint, shard: Shard, pairs: ShardPairs, findings: Findings
 ) -> None:
     """`__metadata__` has the entries of the source shards that the tensors come from."""
-    files = {pair.source_file for pair in pairs}
-    origins = [shard.header.metadata or {} for shard in source.shards if shard.file in files]
+    homes = np.unique(pairs.home).tolist()
+    origins = [source.shards[home].header.metadata or {} for home in homes]
     found = shard.header.metadata or {}
     for key in sorted(set(found).union(*origins)):
         said = dict.fromkeys(origin[key] for origin in origins if key in origin)
@@ -134,7 +134,7 @@ def _check_parameters(source: Checkpoint, pruned: Checkpoint, findings: Findings
     said = (source.index_metadata or {}).get("total_parameters")
     if type(found) is not int or said == count_stored_elements(source.tables):
         return
-    least, most = parameter_bounds(pruned.records)
+    least, most = parameter_bounds(pruned.tables)
     if not least <= found <= most:
         problem = f"total_parameters is {found:,}, its tensors hold {least:,} to {most:,}"
         findings.add(source.names.index, problem)

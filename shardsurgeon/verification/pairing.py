@@ -2,16 +2,18 @@
 
 It uses the keep-lists and is used to compare bytes. It goes in the opposite direction to the
 planner, and in the end accounts for every tensor of the source: kept, pruned, or dropped with the
-MTP layers.
+MTP layers. Tensors that are one expert's own, which are nearly all, are looked up together, by
+columns; the others one by one.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate
+
+import numpy as np
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
@@ -27,122 +29,27 @@ from shardsurgeon.checkpoint.roles import (
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
-from shardsurgeon.storage.formats.tensor_table import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import (
+    Column,
+    Stems,
+    TensorRecord,
+    TensorTable,
+    split_name,
+)
 from shardsurgeon.verification.findings import Findings
+from shardsurgeon.verification.pairs import Count, Cut, Rows, ShardPairs, Table
 from shardsurgeon.verification.record import RetainedIds
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Which rows of its source tensor a sliced tensor consists of.
-
-    blocks: how often the expert axis repeats; before: rows per block in the source; row_nbytes:
-    size of a row; old_rows: the source's rows that are in the output, in order.
-    """
-
-    blocks: int
-    before: int
-    row_nbytes: int
-    old_rows: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """A tensor whose first element, `width` bytes, is the number of experts, now `kept`."""
-
-    width: int
-    kept: int
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table whose values, rows of `row_length` integers of `width` bytes, are expert ids.
-
-    retained: the layer's, as in RetainedIds.
-    """
-
-    width: int
-    row_length: int
-    retained: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """An output tensor and the source tensor it must be made of.
-
-    shard, record: the output's; source_shard, source_record: the source's; source_place: the
-    latter's number among all tensors of the source; cut: None where the bytes are the same from
-    first to last. Small, because there are as many as tensors.
-    """
-
-    shard: Shard
-    record: TensorRecord
-    source_shard: Shard
-    source_record: TensorRecord
-    source_place: int
-    cut: Rows | Count | Table | None
-
-    @property
-    def name(self) -> str:
-        """The output tensor's name."""
-        return self.record.name
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of both."""
-        return self.record.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the output tensor."""
-        return self.record.nbytes
-
-    @property
-    def file(self) -> str:
-        """The output tensor's file."""
-        return self.shard.file
-
-    @property
-    def begin(self) -> int:
-        """Where in its file the output tensor begins."""
-        return self.shard.header.data_begin + self.record.begin
-
-    @property
-    def source_name(self) -> str:
-        """The source tensor's name."""
-        return self.source_record.name
-
-    @property
-    def source_file(self) -> str:
-        """The source tensor's file."""
-        return self.source_shard.file
-
-    @property
-    def source_begin(self) -> int:
-        """Where in its file the source tensor begins."""
-        return self.source_shard.header.data_begin + self.source_record.begin
-
-    def stretches(self) -> Iterator[tuple[int, int, int]]:
-        """(source offset, output offset, bytes), relative to the tensors, that must be equal."""
-        if isinstance(self.cut, Count):
-            yield self.cut.width, self.cut.width, self.nbytes - self.cut.width
-        elif isinstance(self.cut, Rows):
-            yield from _row_stretches(self.cut)
-        elif isinstance(self.cut, Table):
-            return  # compared by what its values mean
-        else:
-            yield 0, 0, self.nbytes
 
 
 @dataclass(slots=True)
 class Pairing:
     """What was found.
 
-    pairs: output shard → its pairs, in the order of the file; mtp: whether the output holds any
-    tensor of an MTP layer; mtp_dropped: whether the source had some and all are gone.
+    pairs: output shard → its pairs; mtp: whether the output holds any tensor of an MTP layer;
+    mtp_dropped: whether the source had some and all are gone.
     """
 
-    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    pairs: dict[str, ShardPairs] = field(default_factory=dict)
     mtp: bool = False
     mtp_dropped: bool = False
 
@@ -156,13 +63,82 @@ def pair_tensors(
     paired is left out.
     """
     matcher = _Matcher(source, anatomy, keeps, findings)
-    pairing = Pairing()
-    for shard in pruned.shards:
-        found = (matcher.match(shard, record) for record in shard.header.tensors)
-        pairing.pairs[shard.file] = [pair for pair in found if pair is not None]
+    pairing = Pairing({shard.file: matcher.pairs(shard) for shard in pruned.shards})
     pairing.mtp = matcher.mtp_seen
     pairing.mtp_dropped = matcher.account()
     return pairing
+
+
+class _ByLayer:
+    """A list of numbers for each of some layers, looked up for many experts' tensors at a time."""
+
+    def __init__(self, rows: Mapping[int, Sequence[int]]) -> None:
+        begins = accumulate(map(len, rows.values()), initial=0)
+        self._begin: dict[int | None, int] = dict(zip(rows, begins, strict=False))
+        self._size: dict[int | None, int] = {layer: len(row) for layer, row in rows.items()}
+        self._numbers = np.array([each for row in rows.values() for each in row], np.int64)
+
+    def at(self, table: TensorTable, layers: Sequence[int | None]) -> Column:
+        """Of each tensor what its layer's list has at the number in its name; -1 where it has
+        nothing. layers: of each series."""
+        begin = table.by_series([self._begin.get(layer, 0) for layer in layers])
+        size = table.by_series([self._size.get(layer, 0) for layer in layers])
+        there = (table.number >= 0) & (table.number < size)
+        found = np.full(len(table), -1)
+        found[there] = self._numbers[(begin + table.number)[there]]
+        return found
+
+
+class _Source:
+    """The tensors of the source by their names. A place is a tensor's number among all of them."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.shards = source.shards
+        self.starts = np.array([0, *accumulate(map(len, source.tables))])
+        self._stems = Stems()
+        keys = np.concatenate([self._stems.keys(table) for table in source.tables])
+        self._order = np.argsort(keys)
+        self._keys = keys[self._order]
+        self._stored: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.stored = np.concatenate([self.stored_as(table) for table in source.tables])
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def stored_as(self, table: TensorTable) -> Column:
+        """A number for the dtype and shape of each tensor, here and in the output."""
+        known = self._stored
+        return table.by_series(
+            [known.setdefault((each.dtype, each.shape), len(known)) for each in table.series]
+        )
+
+    def find(self, table: TensorTable, number: Column) -> Column:
+        """The place of each tensor of the same name but for the number; -1 where there is none."""
+        stems = table.by_series([self._stems.of(each.head, each.tail) for each in table.series])
+        return self._places(self._stems.joined(stems, number))
+
+    def place(self, name: str) -> int | None:
+        """The place of a tensor, None without one."""
+        head, number, tail = split_name(name)
+        stem = np.array([self._stems.of(head, tail)])
+        (place,) = self._places(self._stems.joined(stem, np.array([number]))).tolist()
+        return place if place >= 0 else None
+
+    def _places(self, keys: Column) -> Column:
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[at] == keys, self._order[at], -1)
+
+    def homes(self, places: Column) -> Column:
+        """The number of the shard in which each tensor is."""
+        return np.asarray(np.searchsorted(self.starts, places, "right") - 1)
+
+    def record(self, place: int) -> TensorRecord:
+        """The tensor at a place."""
+        home = int(np.searchsorted(self.starts, place, "right")) - 1
+        return self.shards[home].header.tensors[int(place - self.starts[home])]
+
+
+_Problems = list[tuple[int, str]]
 
 
 class _Matcher:
@@ -171,27 +147,67 @@ class _Matcher:
     def __init__(
         self, source: Checkpoint, anatomy: Anatomy, keeps: RetainedIds, findings: Findings
     ) -> None:
-        self._source = source
+        self._source = _Source(source)
         self._anatomy = anatomy
+        self._reader = anatomy.reader
         self._keeps = keeps
         self._findings = findings
-        # A place is a tensor's number among all tensors of the source.
-        self._starts = [0, *accumulate(len(shard.header.tensors) for shard in source.shards)]
-        self._places = {record.name: place for place, record in enumerate(source.records)}
-        self._used = bytearray(self._starts[-1])
+        self._old_ids = _ByLayer(keeps.retained)
+        self._used = np.zeros(len(self._source), bool)
         self.mtp_seen = False
 
-    def match(self, shard: Shard, record: TensorRecord) -> Pair | None:
-        """The pair of an output tensor; None, and a finding, where it cannot be one."""
-        where = f"{shard.file} {record.name}"
-        place = self._places.get(record.name)
+    def pairs(self, shard: Shard) -> ShardPairs:
+        """The pairs of a shard's tensors. Those that cannot be paired are findings."""
+        table, source = shard.header.tensors, self._source
+        problems: _Problems = []
+        layers = [self._reader.layer_of(each) for each in table.series]
+        layer, _ = self._reader.experts(table)
+        self.mtp_seen |= bool((layer >= self._anatomy.num_layers).any())
+        listed = table.by_series([each in self._keeps.retained for each in layers]) > 0
+        old = np.where(layer >= 0, self._old_ids.at(table, layers), -1)
+        # Experts that are not kept may be identity experts, which is found out one by one.
+        alone = np.flatnonzero((layer < 0) | (listed & (old < 0)))
+        found = np.full(len(table), -1)
+        experts = np.flatnonzero(old >= 0)
+        own = table.select(experts)
+        found[experts] = source.find(own, old[experts])
+        for place in experts[found[experts] < 0].tolist():
+            what = "the source has none for that expert"
+            problems.append((place, f"is a surplus tensor: {what}"))
+        experts = experts[found[experts] >= 0]
+        self._used[found[experts]] = True
+        same = source.stored_as(table)[experts] == source.stored[found[experts]]
+        for place in experts[~same].tolist():
+            record = source.record(int(found[place]))
+            problems.append((place, _unlike(table[place], record.dtype, record.shape)))
+            found[place] = -1
+        cuts: dict[int, Cut] = {}
+        for place in alone.tolist():
+            found[place], cut = self._match(table[place], place, problems)
+            if cut is not None:
+                cuts[place] = cut
+        for place, problem in sorted(problems):
+            self._findings.add(f"{shard.file} {table.name(place)}", problem)
+        places = np.flatnonzero(found >= 0)
+        homes = source.homes(found[places])
+        begins = source.starts[homes]
+        return ShardPairs(shard, source.shards, places, homes, found[places] - begins, cuts)
+
+    def _match(
+        self, record: TensorRecord, number: int, problems: _Problems
+    ) -> tuple[int, Cut | None]:
+        """The source place of an output tensor and its cut; -1, and a problem, where it has none.
+
+        number: the tensor's, for the problem.
+        """
+        place = self._source.place(record.name)
         role = self._role(record, place)
         if role is None:
-            self._findings.add(where, "is a surplus tensor: the source has none of that name")
-            return None
+            problems.append((number, "is a surplus tensor: the source has none of that name"))
+            return -1, None
         self.mtp_seen |= self._is_mtp(role)
         if not isinstance(role, Carried) and role.layer not in self._keeps.retained:
-            return None
+            return -1, None
         if isinstance(role, ExpertTensor | Surplus):
             place = self._old_place(record.name, role)
             if place is None:
@@ -199,17 +215,21 @@ class _Matcher:
                 what = f"expert {role.expert} of {kept} kept"
                 if isinstance(role, ExpertTensor) and role.expert < kept:
                     what = "the source has none for that expert"
-                self._findings.add(where, f"is a surplus tensor: {what}")
-                return None
+                problems.append((number, f"is a surplus tensor: {what}"))
+                return -1, None
         if place is None:
             raise AssertionError(f"{record.name} has a role and no place")
         self._used[place] = True
-        return self._pair(shard, record, place, role)
+        problem, cut = self._cut(record, self._source.record(place), role)
+        if problem:
+            problems.append((number, problem))
+            return -1, None
+        return place, cut
 
     def _role(self, record: TensorRecord, place: int | None) -> Role | None:
         """The role of the source tensor of the same name, or of an expert's that lacks it."""
         if place is not None:
-            return self._anatomy.role(self._record(place))
+            return self._anatomy.role(self._source.record(place))
         try:
             role = self._anatomy.role(record)
         except FamilyError:
@@ -224,25 +244,50 @@ class _Matcher:
         """
         retained = self._keeps.retained[role.layer]
         if role.expert < len(retained):
-            return self._places.get(role.renamed(name, retained[role.expert]))
-        removed = self._anatomy.reader.experts_of(role.layer) - len(retained)
-        place = self._places.get(role.renamed(name, role.expert + removed))
-        if place is None or not isinstance(self._anatomy.role(self._record(place)), Surplus):
+            return self._source.place(role.renamed(name, retained[role.expert]))
+        removed = self._reader.experts_of(role.layer) - len(retained)
+        place = self._source.place(role.renamed(name, role.expert + removed))
+        if place is None or not isinstance(self._anatomy.role(self._source.record(place)), Surplus):
             return None
         return place
 
     def account(self) -> bool:
         """Find what is missing; whether the MTP layers were dropped."""
         mtp_missing = False
-        for used, record in zip(self._used, self._source.records, strict=True):
-            if used:
-                continue
-            role = self._anatomy.role(record)
-            if self._is_mtp(role) and not self.mtp_seen:
+        missing: list[tuple[int, str]] = []
+        new_ids = _ByLayer(self._new_ids())
+        for shard, start in zip(self._source.shards, self._source.starts.tolist(), strict=False):
+            table = shard.header.tensors
+            unused = ~self._used[start : start + len(table)]
+            layer, _ = self._reader.experts(table)
+            layers = [self._reader.layer_of(each) for each in table.series]
+            new = np.where(layer >= 0, new_ids.at(table, layers), -1)
+            is_mtp = layer >= self._anatomy.num_layers
+            if not self.mtp_seen and (unused & is_mtp).any():
                 mtp_missing = True
-            elif (name := self._output_name(record.name, role)) is not None:
-                self._findings.add(name, "is missing from the pruned model")
+                unused &= ~is_mtp
+            for place in np.flatnonzero(unused & (new >= 0)).tolist():
+                series = table.series[table.code[place]]
+                missing.append((start + place, series.name(int(new[place]))))
+            for place in np.flatnonzero(unused & (layer < 0)).tolist():
+                role = self._anatomy.role(table[place])
+                if self._is_mtp(role) and not self.mtp_seen:
+                    mtp_missing = True
+                elif (name := self._output_name(table.name(place), role)) is not None:
+                    missing.append((start + place, name))
+        for _, name in sorted(missing):
+            self._findings.add(name, "is missing from the pruned model")
         return mtp_missing
+
+    def _new_ids(self) -> dict[int, list[int]]:
+        """Layer → the new number of each of its experts, -1 of those that are gone."""
+        found = {}
+        for layer, retained in self._keeps.retained.items():
+            most = max(self._reader.experts_of(layer), max(retained, default=-1) + 1)
+            found[layer] = [-1] * most
+            for new_id, old_id in enumerate(retained):
+                found[layer][old_id] = new_id
+        return found
 
     def _output_name(self, name: str, role: Role) -> str | None:
         """The name of a source tensor in the output; None where it need not be there."""
@@ -255,44 +300,35 @@ class _Matcher:
         if not isinstance(role, ExpertTensor | Surplus):
             return name
         if isinstance(role, Surplus):
-            removed = self._anatomy.reader.experts_of(role.layer) - len(retained)
+            removed = self._reader.experts_of(role.layer) - len(retained)
             return role.renamed(name, role.expert - removed)
         return role.renamed(name, retained.index(role.expert)) if role.expert in retained else None
 
-    def _pair(self, shard: Shard, record: TensorRecord, place: int, role: Role) -> Pair | None:
-        where = f"{shard.file} {record.name}"
-        old = self._record(place)
+    def _cut(self, record: TensorRecord, old: TensorRecord, role: Role) -> tuple[str, Cut | None]:
+        """(what is wrong, cut) of an output tensor and the source tensor it is made of."""
         shape = old.shape
-        cut: Rows | Count | Table | None = None
+        cut: Cut | None = None
         if isinstance(role, Sliced):
             shape, cut = _rows(old, role, self._keeps.retained[role.layer])
             if cut.row_nbytes * cut.blocks * cut.before != old.nbytes:
-                self._findings.add(where, "was cut, though its rows do not fill whole bytes")
-                return None
+                return "was cut, though its rows do not fill whole bytes", None
         elif isinstance(role, Counted):
             cut = Count(DTYPE_BITS[old.dtype] // 8, len(self._keeps.retained[role.layer]))
         elif isinstance(role, Tabled):
             width = DTYPE_BITS[old.dtype] // 8
             cut = Table(width, old.shape[-1], self._keeps.retained[role.layer])
         if (record.dtype, record.shape) != (old.dtype, shape):
-            self._findings.add(
-                where,
-                f"is {record.dtype} {list(record.shape)}, expected {old.dtype} {list(shape)}",
-            )
-            return None
-        return Pair(shard, record, self._home(place), old, place, cut)
-
-    def _home(self, place: int) -> Shard:
-        return self._source.shards[bisect_right(self._starts, place) - 1]
-
-    def _record(self, place: int) -> TensorRecord:
-        number = bisect_right(self._starts, place) - 1
-        return self._source.shards[number].header.tensors[place - self._starts[number]]
+            return _unlike(record, old.dtype, shape), None
+        return "", cut
 
     def _is_mtp(self, role: Role) -> bool:
         if isinstance(role, Carried):
             return role.mtp
         return role.layer >= self._anatomy.num_layers
+
+
+def _unlike(record: TensorRecord, dtype: str, shape: tuple[int, ...]) -> str:
+    return f"is {record.dtype} {list(record.shape)}, expected {dtype} {list(shape)}"
 
 
 def _rows(
@@ -305,18 +341,3 @@ def _rows(
     shape = (*old.shape[: role.axis], len(old_rows) * role.each, *old.shape[role.axis + 1 :])
     rows = blocks * before
     return shape, Rows(blocks, before, old.nbytes // rows if rows else 0, old_rows)
-
-
-def _row_stretches(rows: Rows) -> Iterator[tuple[int, int, int]]:
-    """Rows that follow each other in the source are compared as one stretch."""
-    for block in range(rows.blocks):
-        numbered = enumerate(rows.old_rows)
-        for shift, run in groupby(numbered, key=lambda row: row[1] - row[0]):
-            members = list(run)
-            new_row = block * len(rows.old_rows) + members[0][0]
-            old_row = block * rows.before + members[0][0] + shift
-            yield (
-                old_row * rows.row_nbytes,
-                new_row * rows.row_nbytes,
-                len(members) * rows.row_nbytes,
-            )

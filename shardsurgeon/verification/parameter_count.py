@@ -11,7 +11,9 @@ import math
 import re
 from collections.abc import Iterable
 
-from shardsurgeon.storage.formats.tensor_table import TensorRecord
+import numpy as np
+
+from shardsurgeon.storage.formats.tensor_table import Series, TensorTable
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "C64")
 _WORDS = ("I32", "U32")
@@ -28,19 +30,28 @@ _BESIDE = re.compile(
 _LEAST_BITS, _MOST_BITS = 2, 8
 
 
-def parameter_bounds(tensors: Iterable[TensorRecord]) -> tuple[int, int]:
+def parameter_bounds(tables: Iterable[TensorTable]) -> tuple[int, int]:
     """(least, most) parameters of a model whose tensors are these."""
     least = most = 0
-    for tensor in tensors:
-        elements = math.prod(tensor.shape)
-        if tensor.dtype in _WORDS and len(tensor.shape) > 1 and _PACKED.fullmatch(tensor.name):
-            # The last word of a row, along whichever dimension it lies, may hold fewer than fit.
-            rows = elements // max(min(tensor.shape), 1)
-            least += (elements - rows) * _WORD // _MOST_BITS
-            most += elements * _WORD // _LEAST_BITS
-        elif tensor.dtype not in _NO_WEIGHTS:
-            # A byte may be a weight, two of four bits, or a part of one of six.
-            sure = tensor.dtype != "U8" and not _BESIDE.fullmatch(tensor.name)
-            least += elements if sure else 0
-            most += elements if tensor.dtype in _FLOATS else 2 * elements
+    for table in tables:
+        counts = np.bincount(table.code, minlength=len(table.series)).tolist()
+        for series, count in zip(table.series, counts, strict=True):
+            fewest, greatest = _bounds(series)
+            least += count * fewest
+            most += count * greatest
     return least, most
+
+
+def _bounds(tensor: Series) -> tuple[int, int]:
+    """The same of one tensor of a series."""
+    # The patterns ask for the end of a name, and for no number between dots.
+    name, elements = tensor.head + tensor.tail, math.prod(tensor.shape)
+    if tensor.dtype in _WORDS and len(tensor.shape) > 1 and _PACKED.fullmatch(name):
+        # The last word of a row, along whichever dimension it lies, may hold fewer than fit.
+        rows = elements // max(min(tensor.shape), 1)
+        return (elements - rows) * _WORD // _MOST_BITS, elements * _WORD // _LEAST_BITS
+    if tensor.dtype in _NO_WEIGHTS:
+        return 0, 0
+    # A byte may be a weight, two of four bits, or a part of one of six.
+    sure = tensor.dtype != "U8" and not _BESIDE.fullmatch(name)
+    return elements if sure else 0, elements if tensor.dtype in _FLOATS else 2 * elements

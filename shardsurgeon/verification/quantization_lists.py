@@ -1,48 +1,39 @@
 """Quantization lists by what they mean: for each module of the result what it was in the source.
 
-Both lists are read with code of the verifier's own, name by name;
+Both lists are read with code of the verifier's own (`module_names`), name by name;
 `checkpoint.quantization_lists` says where lists stand and how engines read them.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.quantization_lists import (
     FIRST_COUNTS,
-    MODULE_BOUNDARY,
-    SEARCH_CHARACTERS,
     ModuleList,
     Reading,
-    compiled,
-    is_pattern,
     module_lists,
 )
 from shardsurgeon.checkpoint.quantization_names import plain_name
 from shardsurgeon.checkpoint.roles import Carried, ExpertTensor, Sliced, Surplus
 from shardsurgeon.errors import ConfigError
+from shardsurgeon.storage.formats.tensor_table import Column, TensorRecord
+from shardsurgeon.verification.expert_modules import Group, told_apart
 from shardsurgeon.verification.findings import Findings
+from shardsurgeon.verification.module_names import Names
 from shardsurgeon.verification.record import RetainedIds
 
 Path = tuple[str | int, ...]
 
-# Names that patterns are tried on: half a minute. A pattern is compiled in the time of so many.
-_MOST_TRIED = 50_000_000
-_COMPILE = 400
-_FEW = 50
 _STACKED = ("gate_proj", "up_proj", "down_proj")
 _FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-_WILD = re.compile(r"[*?[]")
-_UNIT = re.compile(r"\w|[ -]|\\\.|\[\.\]")
-_BEGINNING = re.compile(rf"(?:{_UNIT.pattern})*")
 _OF_LAYER = re.compile(r"(?:[\w.]*\.)?(?:layers|blocks)\.([0-9]{1,6})(?:[.*]|\Z)")
 
 
@@ -65,9 +56,9 @@ class ListCheck:
         """Whether an entry means modules of dropped MTP layers only, so that it must be gone."""
         if not self._mtp_dropped:
             return False
-        means = self._modules.meant(entry, known)
+        means, among = self._modules.meant(entry, known)
         if means:
-            return means <= self._modules.gone
+            return means <= among.gone
         numbered = _OF_LAYER.match(plain_name(entry))
         last = max(layer.index for layer in self._anatomy.layers)
         first = self._anatomy.num_layers
@@ -113,9 +104,9 @@ class ListCheck:
         return all(self._means_experts(text, known) for text in todo)
 
     def _means_experts(self, entry: str, known: ModuleList) -> bool:
-        means = self._modules.meant(entry, known)
+        means, among = self._modules.meant(entry, known)
         # What is a name itself has been renumbered, and stands where it stood.
-        return bool(means) and means <= self._modules.experts and entry not in means
+        return bool(means) and means <= among.experts and entry not in means
 
     def check(
         self, where: str, before: Any, after: Any, findings: Findings, method: str = ""
@@ -138,10 +129,12 @@ class ListCheck:
     def _check(
         self, where: str, old: ModuleList, new: ModuleList | None, how: Reading, findings: Findings
     ) -> None:
+        lists = [(each.entries, how) for each in (old, new) if each]
+        modules = self._modules.asked_by(*lists)
         for sort in (False, True) if old.path[-1:] == ("config_groups",) else (False,):
-            was = _said(old, how, self._modules.before, sort)
-            now = _said(new, how, self._modules.after, sort) if new else {}
-            for module, its in self._modules.pairs.items():
+            was = _said(old, how, modules.before, sort)
+            now = _said(new, how, modules.after, sort) if new else {}
+            for module, its in modules.pairs.items():
                 if was.get(module) != now.get(its):
                     dotted = ".".join(map(str, old.path))
                     problem = f"{dotted} does not mean for {its} what it meant for {module}"
@@ -150,84 +143,171 @@ class ListCheck:
 
 
 class _Modules:
-    """The modules of both models.
-
-    pairs: module of the source → the same one of the result; experts: modules of the source that
-    are experts'; of_result: those of the result; gone: all modules of dropped MTP layers; before,
-    after: the names of the pairs.
-    """
+    """The modules of both models, those of a group of experts as one where that suffices."""
 
     def __init__(
         self, source: Checkpoint, anatomy: Anatomy, keeps: RetainedIds, mtp_dropped: bool
     ) -> None:
+        self._census = _Census(source, anatomy, keeps, mtp_dropped)
+        self._known: dict[frozenset[Group], _Known] = {}
+        self._meant: dict[int, tuple[ModuleList, _Known, dict[str, set[str]]]] = {}
+
+    def asked_by(self, *lists: tuple[Iterable[str], Reading]) -> _Known:
+        """The modules that entries may tell apart. lists: entries and how they are read."""
+        groups = self._census.groups
+        apart = frozenset[Group]().union(*(told_apart(*each, groups) for each in lists))
+        if apart not in self._known:
+            self._known[apart] = self._census.known(apart)
+        return self._known[apart]
+
+    @cached_property
+    def of_result(self) -> set[str]:
+        """All modules of the result that are experts'."""
+        known = self._census.known(self._census.groups.keys())
+        return {known.pairs[name] for name in known.experts & known.pairs.keys()}
+
+    def meant(self, entry: str, known: ModuleList) -> tuple[set[str], _Known]:
+        """The modules of the source that an entry means, in any way in which its list is read; and
+        the modules of which it may mean some."""
+        if id(known) not in self._meant:
+            among = self.asked_by(*((known.entries, how) for how in known.readings))
+            found: dict[str, set[str]] = {text: set() for text in known.entries}
+            for how in known.readings:
+                for name, numbers in among.all.meant(known.entries, how).items():
+                    for number in numbers:
+                        found[known.entries[number]].add(name)
+            self._meant[id(known)] = known, among, found
+        _, among, found = self._meant[id(known)]
+        return found.get(entry, set()), among
+
+
+class _Known:
+    """Modules of both models.
+
+    pairs: module of the source → the same one of the result; experts: modules of the source that
+    are experts'; gone: modules of dropped MTP layers; before, after: the names of the pairs; all:
+    those of the source.
+    """
+
+    def __init__(self, rows: Iterable[_Row]) -> None:
         self.pairs: dict[str, str] = {}
         self.experts: set[str] = set()
-        self.of_result: set[str] = set()
         self.gone: set[str] = set()
-        new_ids = {
+        for row in sorted(rows):
+            if row.expert >= 0:
+                self.experts.add(row.old)
+            if row.is_gone:
+                self.gone.add(row.old)
+            elif row.new:
+                self.pairs[row.old] = row.new
+        self.before, self.after = Names(self.pairs), Names(self.pairs.values())
+        self.all = Names({*self.pairs, *self.experts, *self.gone})
+
+
+class _Row(NamedTuple):
+    """A module of the source.
+
+    place: of its first tensor, among all; expert: its number, -1 of what is no expert's; old, new:
+    its name here and in the result, "" where it has none there; is_gone: whether it was dropped
+    with its MTP layer.
+    """
+
+    place: int
+    expert: int
+    rank: int
+    old: str
+    new: str
+    is_gone: bool
+
+
+class _Census:
+    """The modules of a model, by groups. groups: (head, tail) → its layer."""
+
+    def __init__(
+        self, source: Checkpoint, anatomy: Anatomy, keeps: RetainedIds, mtp_dropped: bool
+    ) -> None:
+        self._anatomy = anatomy
+        self._new_ids = {
             layer: {old: new for new, old in enumerate(ids)}
             for layer, ids in keeps.retained.items()
         }
-        for record in source.records:
-            role = anatomy.role(record)
-            if isinstance(role, Surplus):
-                continue
-            mtp = role.mtp if isinstance(role, Carried) else anatomy.reader.is_mtp(role.layer)
-            kept = {} if isinstance(role, Carried) else new_ids.get(role.layer, {})
-            for old, expert, span in _modules_of(record.name, role, anatomy):
-                if expert >= 0:
-                    self.experts.add(old)
-                if mtp and mtp_dropped:
-                    self.gone.add(old)
-                elif expert < 0:
-                    self.pairs[old] = old
-                elif expert in kept:
-                    new = f"{old[: span[0]]}{kept[expert]}{old[span[1] :]}"
-                    self.pairs[old] = new
-                    self.of_result.add(new)
-        self.before, self.after = _Names(self.pairs), _Names(self.pairs.values())
-        self._all = _Names({*self.pairs, *self.experts, *self.gone})
-        self._meant: dict[int, tuple[ModuleList, dict[str, set[str]]]] = {}
+        self._mtp_dropped = mtp_dropped
+        self._others: list[_Row] = []
+        self.groups: dict[Group, int] = {}
+        # Group → (place of the first tensor of each, numbers), part after part.
+        self._parts: dict[Group, list[tuple[Column, Column]]] = {}
+        start = 0
+        for table in source.tables:
+            layer, expert = anatomy.reader.experts(table)
+            places = np.flatnonzero(layer >= 0)
+            places = places[np.argsort(table.code[places], kind="stable")]
+            begins = np.flatnonzero(np.diff(table.code[places], prepend=-1))
+            for same in np.split(places, begins[1:]) if len(places) else ():
+                series = table.series[table.code[same[0]]]
+                module = series.tail.rpartition(".")[0] if "." in series.tail else series.tail
+                self._add(
+                    Group(series.head, module), int(layer[same[0]]), start + same, expert[same]
+                )
+            for place in np.flatnonzero(layer < 0).tolist():
+                self._see(start + place, table[place])
+            start += len(table)
 
-    def meant(self, entry: str, known: ModuleList) -> set[str]:
-        """The modules of the source that an entry means, in any way in which its list is read."""
-        if id(known) not in self._meant:
-            found: dict[str, set[str]] = {text: set() for text in known.entries}
-            for how in known.readings:
-                for name, numbers in self._all.meant(known.entries, how).items():
-                    for number in numbers:
-                        found[known.entries[number]].add(name)
-            self._meant[id(known)] = known, found
-        return self._meant[id(known)][1].get(entry, set())
+    def known(self, apart: Collection[Group]) -> _Known:
+        """The modules, one of each group for all of it but for those of groups in `apart`."""
+        rows = list(self._others)
+        for rank, group in enumerate(self.groups):
+            places, numbers = map(np.concatenate, zip(*self._parts[group], strict=True))
+            order = np.argsort(places, kind="stable")
+            places, numbers = places[order], numbers[order]
+            if group in apart:
+                _, firsts = np.unique(numbers, return_index=True)
+            else:
+                # One that is kept: it is to mean the same in the result.
+                kept = np.isin(numbers, list(self._new_ids.get(self.groups[group], ())))
+                firsts = np.array([kept.argmax()])
+            for first in firsts.tolist():
+                rows.append(self._row(int(places[first]), int(numbers[first]), rank, group))
+        return _Known(rows)
+
+    def _row(self, place: int, expert: int, rank: int, group: Group) -> _Row:
+        layer = self.groups[group]
+        is_gone = self._mtp_dropped and self._anatomy.reader.is_mtp(layer)
+        new = self._new_ids.get(layer, {}).get(expert)
+        old, called = (f"{group.head}{each}{group.tail}" for each in (expert, new))
+        return _Row(place, expert, rank, old, "" if new is None else called, is_gone)
+
+    def _add(self, group: Group, layer: int, places: Column, numbers: Column) -> None:
+        self.groups.setdefault(group, layer)
+        self._parts.setdefault(group, []).append((places, numbers))
+
+    def _see(self, place: int, record: TensorRecord) -> None:
+        """Note the modules of a tensor that is not one expert's own, or named as few are."""
+        role, reader, name = self._anatomy.role(record), self._anatomy.reader, record.name
+        if isinstance(role, Surplus):
+            return
+        mtp = role.mtp if isinstance(role, Carried) else reader.is_mtp(role.layer)
+        is_gone = mtp and self._mtp_dropped
+        module = name.rpartition(".")[0]
+        if isinstance(role, ExpertTensor):
+            old = module if len(module) >= role.end else name
+            new = self._new_ids.get(role.layer, {}).get(role.expert)
+            called = "" if new is None else role.renamed(old, new)
+            self._others.append(_Row(place, role.expert, 0, old, called, is_gone))
+            return
+        parent, _, last = module.rpartition(".")
+        fused = f"{parent}.{_FUSED[last]}" if last in _FUSED else ""
+        for each in sorted({name, module, fused} - {""}):
+            self._others.append(_Row(place, -1, 0, each, each, is_gone))
+        # Stacked experts stand for modules of each of them.
+        begin = name.rfind(".experts")
+        if isinstance(role, Sliced) and not role.is_router and begin >= 0:
+            numbers = np.arange(reader.experts_of(role.layer))
+            for part in _STACKED:
+                group = Group(f"{name[:begin]}.experts.", f".{part}")
+                self._add(group, role.layer, np.full(len(numbers), place), numbers)
 
 
-def _modules_of(
-    name: str, role: object, anatomy: Anatomy
-) -> Iterator[tuple[str, int, tuple[int, int]]]:
-    """(module, expert, span of its number) of what a tensor belongs to; expert -1 of all others.
-
-    Stacked experts stand for modules of each of them; what vLLM fuses, for one more module.
-    """
-    module = name.rpartition(".")[0]
-    none = (-1, (0, 0))
-    if isinstance(role, ExpertTensor):
-        yield module if len(module) >= role.end else name, role.expert, (role.begin, role.end)
-        yield name[: role.begin].rstrip("."), *none
-        return
-    for each in {name, module} - {""}:
-        yield each, *none
-    parent, _, last = module.rpartition(".")
-    if last in _FUSED:
-        yield f"{parent}.{_FUSED[last]}", *none
-    place = name.rfind(".experts")
-    if isinstance(role, Sliced) and not role.is_router and place >= 0:
-        begin = place + len(".experts.")
-        for expert in range(anatomy.reader.experts_of(role.layer)):
-            stem = f"{name[: begin - 1]}.{expert}"
-            yield from ((f"{stem}.{part}", expert, (begin, len(stem))) for part in _STACKED)
-
-
-def _said(known: ModuleList, how: Reading, names: _Names, sort: bool) -> dict[str, tuple[str, ...]]:
+def _said(known: ModuleList, how: Reading, names: Names, sort: bool) -> dict[str, tuple[str, ...]]:
     """Module → the values of the entries that mean it, in order, each once in a row; where the
     first alone counts, its value."""
     values = known.values or ("",) * len(known.entries)
@@ -240,173 +320,3 @@ def _said(known: ModuleList, how: Reading, names: _Names, sort: bool) -> dict[st
         said = [pairs[number][1] for number in sorted(numbers) if number < first]
         found[name] = tuple(v for at, v in enumerate(said) if not at or said[at - 1] != v)
     return found
-
-
-_Matches = Callable[[str], object]
-# (text that the names which are meant begin with, text that they have), "" where none is known
-_Near = tuple[str, str]
-
-
-class _Names:
-    """Names of modules, and which of them entries mean."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = sorted(names)
-        self._tried = 0
-
-    def meant(self, entries: Sequence[str], how: Reading) -> dict[str, set[int]]:
-        """Name → places of the entries that mean it, for the names that any entry means.
-
-        Raises ConfigError for what is no regular expression and should be, and for so many
-        patterns that trying them would take minutes.
-        """
-        found: dict[str, set[int]] = {}
-        plain: dict[str, list[int]] = {}
-        for place, entry in enumerate(entries):
-            pattern = _pattern(entry, how)
-            if pattern is None:
-                plain.setdefault(entry, []).append(place)
-                continue
-            matches, near = pattern
-            names = self._near(near)
-            self._tried += _COMPILE + len(names)
-            if self._tried > _MOST_TRIED:
-                problem = f"has too many quantization entries to try on {len(self._names):,} names"
-                raise ConfigError("", problem)
-            for name in filter(matches, names):
-                found.setdefault(name, set()).add(place)
-        for name, text in self._plain(plain, how):
-            found.setdefault(name, set()).update(plain[text])
-        return found
-
-    def _near(self, near: _Near) -> Sequence[str]:
-        """Names that may be meant."""
-        begins, holds = near
-        if begins:
-            low = bisect_left(self._names, begins)
-            return self._names[low : bisect_left(self._names, begins + "\U0010ffff")]
-        if not holds:
-            return self._names
-        pairs = list(pairwise(holds.split(".")[1:-1]))  # what is whole in it
-        few = min((self._by_pair.get(pair, []) for pair in pairs), key=len, default=self._names)
-        return [name for name in few if holds in name]
-
-    @cached_property
-    def _by_pair(self) -> Mapping[tuple[str, str], list[str]]:
-        """Two parts that follow each other → the names that have them."""
-        found: dict[tuple[str, str], list[str]] = {}
-        for name in self._names:
-            for pair in pairwise(name.split(".")):
-                found.setdefault(pair, []).append(name)
-        return found
-
-    def _plain(self, plain: Mapping[str, object], how: Reading) -> Iterator[tuple[str, str]]:
-        """(name, entry) of entries that are text."""
-        if not plain:
-            return
-        if how in (Reading.SUBSTRING, Reading.ANYWHERE):
-            yield from self._inside(plain)
-        elif how is Reading.COMPONENT:
-            for name in self._names:
-                yield from ((name, run) for run in _runs(name) if run in plain)
-        elif how is Reading.PART:
-            for name in self._names:
-                runs = {*name.split("."), *accumulate(name.split("."), "{}.{}".format)}
-                yield from ((name, run) for run in runs if run in plain)
-        elif how is Reading.MODULE:
-            yield from self._beginnings(plain)
-            yield from self._ends(plain, "")
-        else:
-            yield from ((name, name) for name in self._names if name in plain)
-            if how is Reading.SEARCH:
-                yield from self._ends(plain, ".")
-
-    def _inside(self, plain: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-        if len(plain) < _FEW:
-            for text in plain:
-                yield from ((name, text) for name in self._names if text in name)
-            return
-        lengths = {len(text) for text in plain}
-        for name in self._names:
-            for length in lengths:
-                for at in range(len(name) - length + 1):
-                    if name[at : at + length] in plain:
-                        yield name, name[at : at + length]
-
-    def _ends(self, plain: Mapping[str, object], before: str) -> Iterator[tuple[str, str]]:
-        lengths = {len(text) for text in plain}
-        for name in self._names:
-            for length in lengths:
-                at = len(name) - length
-                if at >= 0 and name[at:] in plain and name[:at].endswith(before):
-                    yield name, name[at:]
-
-    def _beginnings(self, plain: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-        """Of transformers' keys, in which a dot is any character."""
-        shapes: dict[tuple[int, ...], dict[str, list[str]]] = {}
-        for text in plain:
-            dots = tuple(at for at, char in enumerate(text) if char == ".")
-            letters = shapes.setdefault((*dots, len(text)), {})
-            letters.setdefault(text.replace(".", ""), []).append(text)
-        for ends, texts in shapes.items():
-            spans = [(begin + 1, end) for begin, end in pairwise((-1, *ends))]
-            for name in self._names:
-                length = ends[-1]
-                if len(name) < length or not (
-                    name[length : length + 1] in ("", ".") or name[:length].endswith(".")
-                ):
-                    continue
-                spelled = "".join([name[begin:end] for begin, end in spans])
-                yield from ((name, text) for text in texts.get(spelled, []))
-
-
-def _runs(name: str) -> Iterator[str]:
-    """Every text between two dots of a name."""
-    parts = name.split(".")
-    for begin in range(len(parts)):
-        for end in range(begin + 1, len(parts) + 1):
-            yield ".".join(parts[begin:end])
-
-
-def _pattern(entry: str, how: Reading) -> tuple[_Matches, _Near] | None:
-    """How an entry that is a pattern is matched; None for one that is text."""
-    tagged = entry.startswith("re:")
-    if how in (Reading.TAGGED, Reading.WILDCARD, Reading.FULL) and tagged:
-        regex = compiled(entry[3:], entry, "")
-        return (regex.fullmatch if how is Reading.FULL else regex.match), _near(entry[3:])
-    globbed = how in (Reading.GLOB, Reading.ANYWHERE) or (how is Reading.WILDCARD and not tagged)
-    if globbed and _WILD.search(entry):
-        regex = compiled(fnmatch.translate(entry), entry, "")
-        return regex.match, (_WILD.split(entry)[0], "")
-    if how is Reading.DYNAMIC:
-        text = entry[2:] if entry[:2] in ("-:", "+:") else entry
-        return compiled(text, entry, "").match, _near(text)
-    if how is Reading.SEARCH and SEARCH_CHARACTERS & set(entry):
-        return _try(entry, entry, anywhere=True)
-    if how is Reading.MODULE and re.search(r"[^\w.-]", entry):
-        return _try(f"(?:{entry}){MODULE_BOUNDARY}", entry)
-    return None
-
-
-def _try(pattern: str, entry: str, *, anywhere: bool = False) -> tuple[_Matches, _Near]:
-    """A pattern of an engine that passes over what is no regular expression."""
-    if not is_pattern(pattern):
-        return (lambda name: False), ("", entry)
-    regex = compiled(pattern, entry, "")
-    begins, holds = _near(entry)
-    if anywhere:
-        return regex.search, ("", begins or holds)
-    return regex.match, (begins, holds)
-
-
-def _near(pattern: str) -> _Near:
-    """What is known of the names that a regular expression matches from their beginning."""
-    if "|" in pattern or "(?" in pattern:
-        return "", ""
-    inner = re.sub(r"^(?:\^|\.\*)+", "", pattern)
-    fixed = _BEGINNING.match(inner)
-    units = _UNIT.findall(fixed[0] if fixed else "")
-    if fixed and inner[fixed.end() : fixed.end() + 1] in ("*", "?", "{", "+"):
-        units = units[:-1]
-    text = "".join("." if len(unit) > 1 else unit for unit in units)
-    return ("", text) if inner != pattern.removeprefix("^") else (text, "")

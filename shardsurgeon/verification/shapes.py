@@ -11,22 +11,24 @@ before it counts experts.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from shardsurgeon.checkpoint.anatomy import Anatomy
 from shardsurgeon.checkpoint.roles import Sliced
 from shardsurgeon.verification.findings import Findings
-from shardsurgeon.verification.pairing import Pair, Rows
+from shardsurgeon.verification.pairs import Pair, Rows, ShardPairs
 from shardsurgeon.verification.record import RetainedIds
 
 Shape = tuple[int, ...]
 
 
 def check_shapes(
-    anatomy: Anatomy, keeps: RetainedIds, pairs: dict[str, list[Pair]], findings: Findings
+    anatomy: Anatomy, keeps: RetainedIds, pairs: Mapping[str, ShardPairs], findings: Findings
 ) -> None:
     """Every tensor with rows of experts has lost rows of experts, and nothing else."""
     cuts: dict[tuple[int, bool], list[tuple[Pair, int, int]]] = defaultdict(list)
-    for pair in (pair for each in pairs.values() for pair in each if isinstance(pair.cut, Rows)):
+    cut = (pair for each in pairs.values() for pair in each.cut())
+    for pair in (pair for pair in cut if isinstance(pair.cut, Rows)):
         role = anatomy.role(pair.source_record)
         if isinstance(role, Sliced):
             before = anatomy.reader.experts_of(role.layer) + role.tail

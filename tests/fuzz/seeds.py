@@ -155,10 +155,13 @@ def journals() -> list[bytes]:
 
 
 def manifests() -> list[bytes]:
-    """A view's manifest, unpacked: the whole, and one of a shard without tensors."""
+    """A view's manifest, unpacked: the whole, one of a shard without tensors, one whose headers are
+    strings."""
     lines = handmade_view.in_memory()
     empty = [{**lines[0], "shards": 1, "tensors": 0}, handmade_view.shard("a.safetensors", {}, ())]
-    return [handmade_view.text_of(lines), handmade_view.text_of(empty)]
+    headers = [handmade_view.spelled(line["header"]).decode() for line in lines[1:]]
+    texts = [{**line, "header": text} for line, text in zip(lines[1:], headers, strict=True)]
+    return [handmade_view.text_of(each) for each in (lines, empty, [lines[0], *texts])]
 
 
 def packed_manifests() -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from itertools import accumulate
@@ -47,7 +48,7 @@ def changed(data: bytes, scratch: Path) -> None:
     """A sound manifest that has odd values."""
     lines = edited([handmade_view.in_memory()], data, _KEYS)
     if isinstance(lines, list):
-        _text(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        _text(handmade_view.text_of(lines))
 
 
 def _text(text: bytes) -> None:
@@ -65,19 +66,32 @@ def _same(found: Manifest, text: bytes) -> None:
     listed = [[file.name, file.nbytes, file.stamp] for file in found.files]
     assert (found.source, listed) == (head["source"], [f for f in files if f[0] != DATA_NAME])
     assert len(found.shards) == len(lines) == head["shards"]
-    names = [name for line in lines for name in line["header"] if name != "__metadata__"]
+    headers = [_header_of(line) for line in lines]
+    names = [name for header in headers for name in header if name != "__metadata__"]
     assert len(set(names)) == len(names) == head["tensors"]
-    for shard, line in zip(found.shards, lines, strict=True):
+    for shard, line, header in zip(found.shards, lines, headers, strict=True):
         assert (shard.file, shard.nbytes) == (line["file"], line["nbytes"])
-        _same_ranges(shard, line, files)
+        assert len(shard.head) == 8 + int.from_bytes(shard.head[:8], "little")
+        assert json.loads(shard.head[8:]) == header
+        assert hashlib.sha256(shard.head).hexdigest() == line["header_sha256"]
+        _same_ranges(shard, line, header, files)
 
 
-def _same_ranges(shard: Any, line: dict[str, Any], files: list[list[Any]]) -> None:
+def _header_of(line: dict[str, Any]) -> dict[str, Any]:
+    """What a header says that stands there itself, or as text."""
+    said = line["header"]
+    header: dict[str, Any] = json.loads(said) if isinstance(said, str) else said
+    return header
+
+
+def _same_ranges(
+    shard: Any, line: dict[str, Any], header: dict[str, Any], files: list[list[Any]]
+) -> None:
     """Every tensor is the ranges that begin within it, and they are its size."""
     columns = line["ranges"]
     rows = list(zip(columns["file"], columns["begin"], columns["nbytes"], strict=True))
     begins = [0, *accumulate(nbytes for *_, nbytes in rows)]
-    for name, entry in line["header"].items():
+    for name, entry in header.items():
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]

@@ -11,7 +11,7 @@ import pytest
 from shardsurgeon.checkpoint.quantization_lists import Reading
 from shardsurgeon.errors import ConfigError
 from shardsurgeon.pruning.module_names import Modules, needed_text
-from shardsurgeon.verification.quantization_lists import _Names
+from shardsurgeon.verification.module_names import Names
 from tests.fuzz import quantization_lists as lists
 
 TRIES = {"quick": 4000, "full": 20_000, "long": 200_000}
@@ -66,7 +66,7 @@ def drawn(numbers: random.Random) -> str:
 def test_both_readers_find_what_a_look_at_every_name_finds(reading: Reading, loop: str) -> None:
     checkpoint, anatomy = lists.model()
     modules = Modules(checkpoint, anatomy, lists.keep_list(RETAINED), drop_mtp=False)
-    verifiers = _Names(modules.names)
+    verifiers = Names(modules.names)
     numbers, seen = random.Random(reading.value), 0
     for _ in range(TRIES[loop] // len(Reading)):
         entry = drawn(numbers)

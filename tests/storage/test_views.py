@@ -99,9 +99,7 @@ def test_every_range_of_a_shard_can_be_read_alone(made: HandmadeView) -> None:
 def named(view: HandmadeView, place: str) -> None:
     lines = view.lines()
     lines[0]["source"] = place
-    view.manifest.write_bytes(
-        gzip.compress(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-    )
+    view.write(lines)
 
 
 PLACES = {
@@ -364,8 +362,7 @@ def lines_of(view: Path) -> list[dict[str, Any]]:
 
 
 def write(view: Path, lines: list[dict[str, Any]]) -> None:
-    text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    (view / VIEW_NAME).write_bytes(gzip.compress(text))
+    (view / VIEW_NAME).write_bytes(handmade.packed(lines))
 
 
 def state(folder: Path) -> dict[str, str]:

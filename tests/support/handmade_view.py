@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def shard(
     file: str, header: dict[str, Any], ranges: Sequence[tuple[int, int, int]]
 ) -> dict[str, Any]:
     """The line of a shard."""
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = spelled(header)
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return {
@@ -154,8 +155,17 @@ def place_of(file: bytes, tensor: str) -> int:
 
 
 def text_of(lines: Sequence[dict[str, Any]]) -> bytes:
-    """The lines as text."""
-    return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+    """The lines as text, their headers spelled as they were when their digests were made."""
+    return b"".join(spelled(line) + b"\n" for line in lines)
+
+
+def spelled(value: object) -> bytes:
+    """JSON without white space; characters beyond ASCII are escaped only where one must be."""
+    for escapes in (False, True):
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=escapes)
+        with suppress(UnicodeEncodeError):
+            return text.encode()
+    raise AssertionError("unreachable")
 
 
 def packed(lines: Sequence[dict[str, Any]]) -> bytes:

@@ -87,7 +87,7 @@ def make_aligned_job(folder: Path, scale: int = 1) -> Job:
     for name, data in {**sources, **SIDE}.items():
         (model / name).write_bytes(data)
     (folder / "scores.pt").write_bytes(b"scores")
-    made = (
+    shards = (
         _shard(
             "model-1.safetensors",
             64,
@@ -111,7 +111,7 @@ def make_aligned_job(folder: Path, scale: int = 1) -> Job:
     )
     source = LocalSource(model)
     plan = Plan(
-        shards=made,
+        shards=shards,
         generated_files=(("config.json", b"{}\n"),),
         copied_files=tuple(sorted(SIDE)),
         score_files=(("calibration/scores.pt", str(folder / "scores.pt"), _sha256(folder)),),
@@ -119,9 +119,9 @@ def make_aligned_job(folder: Path, scale: int = 1) -> Job:
         asked=(("selection", "ratio 0.5"),),
         source_fingerprint="2" * 64,
     )
-    contents = {each.file: _content(each, sources) for each in made}
+    made = {shard.file: _content(shard, sources) for shard in shards}
     others = {"config.json": b"{}\n", "calibration/scores.pt": b"scores"}
-    return Job(source, plan, contents | others | SIDE)
+    return Job(source, plan, made | others | SIDE)
 
 
 def shared_of(plan: Plan) -> int:
@@ -131,11 +131,11 @@ def shared_of(plan: Plan) -> int:
 
 def _of_shards(plan: Plan) -> int:
     total = 0
-    for each in plan.shards:
-        at = len(each.header)
+    for made in plan.shards:
+        at = len(made.header)
         # Where each byte of the output comes from, as the place that byte 0 would have.
         origins: list[tuple[int, int, object]] = []
-        for piece in each.pieces:
+        for piece in made.pieces:
             shift = (piece.file, piece.begin - at) if isinstance(piece, Segment) else None
             if shift and origins and origins[-1][1:] == (at, shift):
                 origins[-1] = origins[-1][0], at + piece.nbytes, shift
@@ -150,7 +150,7 @@ def _of_shards(plan: Plan) -> int:
 
 
 def _shard(name: str, header: int, *pieces: Piece) -> OutputShard:
-    return shard(name, b"H" * header, *(tensor(piece) for piece in pieces))
+    return shard(name, b"H" * header, *map(tensor, pieces))
 
 
 def _content(made: OutputShard, sources: dict[str, bytes]) -> bytes:

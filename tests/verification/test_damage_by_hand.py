@@ -6,6 +6,7 @@ Source and result are both built here, so no planner has a say in what is right.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from shardsurgeon.checkpoint.checkpoint import open_checkpoint
 from shardsurgeon.operations import api
@@ -23,6 +25,7 @@ from shardsurgeon.verification.verify import verify_checkpoint
 from tests.support.handmade import (
     ALL,
     DEEPSEEK,
+    INDEX,
     METADATA,
     QWEN,
     Keeps,
@@ -216,9 +219,9 @@ def test_high_bytes_of_a_count_count(tmp_path: Path) -> None:
 # Headers
 
 
-def reheaded(out: Path, change: Callable[[bytes], bytes]) -> None:
+def reheaded(out: Path, change: Callable[[bytes], bytes], file: str = "model.safetensors") -> None:
     """Another text for the header, with its length before it."""
-    shard = out / "model.safetensors"
+    shard = out / file
     raw = shard.read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     text = change(raw[8:begin])
@@ -233,6 +236,64 @@ def test_data_begins_at_a_multiple_of_8(tmp_path: Path, more: int) -> None:
     assert ("no multiple of 8" in found) == bool(more % 8)
     assert ("no multiple of its 4-byte elements" in found) == bool(more % 4)
     assert ("no multiple of its 2-byte elements" in found) == bool(more % 2)
+
+
+def divided(folder: Path, first: Callable[[str], bool]) -> None:
+    """Have a model's tensors in two shards, in the first one those that are to be there, with a
+    header that ends three bytes behind a multiple of 8."""
+    made = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, wanted in ((1, True), (2, False)):
+        held = {name: tensor for name, tensor in made.items() if first(name) is wanted}
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file(held, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, file)
+        if number == 1:
+            reheaded(folder, lambda text: text + b" " * 3, file)
+    totals = {
+        "total_parameters": sum(tensor.size for tensor in made.values()),
+        "total_size": sum(tensor.nbytes for tensor in made.values()),
+    }
+    index = {"metadata": totals, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+FIRST = re.compile(r"model\.layers\.1\.mlp\.experts\.[0-3]\..*|model\.embed_tokens\.weight")
+# Layer 1 keeps the experts of the first shard, or others of which there then are as many.
+SAME = {1: (0, 1, 2, 3), 2: HALF[2], 3: HALF[3]}
+OTHERS = {1: (4, 5, 6, 7), 2: HALF[2], 3: HALF[3]}
+
+
+def test_a_file_of_the_source_is_laid_out_as_its_author_did(tmp_path: Path) -> None:
+    source, out = both(tmp_path, DEEPSEEK, SAME)
+    for folder in (source, out):
+        divided(folder, lambda name: FIRST.fullmatch(name) is not None)
+    file = "model-00001-of-00002.safetensors"
+    assert (source / file).read_bytes() == (out / file).read_bytes()
+    found = differences(source, out)
+    assert "no multiple of" not in found and file not in found
+
+
+def test_a_shard_that_only_begins_like_a_file_of_the_source_is_laid_out_as_any(
+    tmp_path: Path,
+) -> None:
+    source, out = both(tmp_path, DEEPSEEK, OTHERS)
+    for folder in (source, out):
+        divided(folder, lambda name: FIRST.fullmatch(name) is not None)
+    found = differences(source, out)
+    assert "model-00001-of-00002.safetensors: its header ends at byte" in found
+    assert "no multiple of its 4-byte elements" in found
+
+
+def test_bytes_of_a_file_that_is_taken_whole_are_compared(tmp_path: Path) -> None:
+    source, out = both(tmp_path, DEEPSEEK, SAME)
+    for folder in (source, out):
+        divided(folder, lambda name: FIRST.fullmatch(name) is not None)
+    shard = out / "model-00001-of-00002.safetensors"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert "differs from model-00001-of-00002.safetensors" in differences(source, out)
 
 
 @pytest.mark.parametrize("said", [{}, {"format": "np"}, {"format": "pt", "more": "x"}, None])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import repeat
@@ -99,9 +100,11 @@ def _read(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str]]:
         and not any(map(shard_name_problem, {*weight_map.values()}))
     ):
         rest = raw[: place[1]] + raw[place[2] :]
-        members = read_object(rest, where, "the index", IndexFileError, _REMEDY, INDEX)
-        if members.get("weight_map") == {}:
-            return members, weight_map
+        # What is wrong with the rest is said by its place in the whole, below.
+        with suppress(IndexFileError):
+            members = read_object(rest, where, "the index", IndexFileError, _REMEDY, INDEX)
+            if members.get("weight_map") == {}:
+                return members, weight_map
     members = read_object(raw, where, "the index", IndexFileError, _REMEDY, INDEX)
     return members, _checked(_member(members, "weight_map", where), where)
 

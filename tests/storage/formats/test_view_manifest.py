@@ -21,7 +21,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from shardsurgeon.errors import CheckpointError, HeaderError, InputError
+from shardsurgeon.execution.plan import Literal, Pieces, Segment
 from shardsurgeon.storage.formats.gzip_lines import lines_of
+from shardsurgeon.storage.formats.safetensors import Header
+from shardsurgeon.storage.formats.tensor_table import TensorTable
 from shardsurgeon.storage.formats.view import (
     DATA_NAME,
     VIEW_NAME,
@@ -98,16 +101,187 @@ def test_a_manifest_made_from_the_description_alone_is_read() -> None:
         lambda raw: raw.replace(b"\n", b"\r\n"),
         lambda raw: b"\xef\xbb\xbf" + raw,
         lambda raw: raw[:-1],
-        lambda raw: b"\n".join(
-            json.dumps(json.loads(line)).encode() for line in raw.splitlines()
-        ),
+        lambda raw: re.sub(rb'"(file|nbytes|begin|version|files)":', rb' "\1" :\t', raw),
+        lambda raw: raw.replace(b'"two.', b'"\\u0074wo.').replace(b'"begin"', b'"b\\u0065gin"'),
     ],
-    ids=["lines that end as on Windows", "a byte order mark", "no end of the last line", "ASCII"],
+    ids=[
+        "lines that end as on Windows", "a byte order mark", "no end of the last line",
+        "white space", "escapes",
+    ],
 )  # fmt: skip
-def test_white_space_and_escapes_change_nothing(text: Callable[[bytes], bytes]) -> None:
+def test_white_space_and_escapes_around_headers_change_nothing(
+    text: Callable[[bytes], bytes],
+) -> None:
     lines = handmade.in_memory()
-    raw = gzip.compress(text(handmade.text_of(lines)))
-    assert everything(read_manifest(raw, VIEW_NAME)) == everything(read(lines))
+    raw = text(handmade.text_of(lines))
+    assert raw != handmade.text_of(lines)
+    found = read_manifest(gzip.compress(raw), VIEW_NAME)
+    assert everything(found) == everything(read(lines))
+
+
+# Headers in the ways in which they may be spelled
+
+MARKS = ',"header":{ ,"ranges":{"file":[0]} ,"header":"'
+SPELLED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "as libraries do": lambda header: json.dumps(header, separators=(",", ":")),
+    "with spaces": json.dumps,
+    "with escapes": lambda header: re.sub(
+        r"[a-z]", lambda letter: f"\\u{ord(letter[0]):04x}", json.dumps(header), count=3
+    ),
+    "with ends of lines": lambda header: json.dumps(header, indent=1),
+    "with returns": lambda header: json.dumps(header).replace(" ", "\r"),
+    "with tabs behind": lambda header: json.dumps(header) + "\t\t",
+    "beyond ASCII": lambda header: json.dumps(header | {"__metadata__": {"é\u2028": "𝄞\x85"}},
+                                              ensure_ascii=False),
+    "with what stands around it": lambda header: json.dumps(
+        {MARKS: header.pop("y"), "header": header.pop("x"), **header, "__metadata__": {"a": MARKS}},
+        separators=(",", ":"),
+    ),
+}  # fmt: skip
+
+
+def with_text(text: bytes, padding: int = 0, said: str | None = None) -> bytes:
+    """The manifest's text, its first header that text and so many spaces.
+
+    said: how it stands there; None for the text itself."""
+    lines = handmade.in_memory()
+    head = (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
+    data = sum(lines[1]["ranges"]["nbytes"])
+    lines[1] |= {
+        "nbytes": len(head) + data,
+        "header_nbytes": len(head),
+        "header_sha256": hashlib.sha256(head).hexdigest(),
+        "header": "here",
+    }
+    there = text if said is None else said.encode()
+    return handmade.text_of(lines).replace(b'"here"', there)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4095, 70_000])
+@pytest.mark.parametrize("spell", SPELLED.values(), ids=SPELLED.keys())
+def test_a_header_is_read_as_it_is_spelled_and_made_of_spaces_behind(
+    spell: Callable[[dict[str, Any]], str], padding: int
+) -> None:
+    text = spell(handmade.in_memory()[1]["header"])
+    forms = [None] if "\n" not in text else []
+    for said in (*forms, json.dumps(text), json.dumps(text, ensure_ascii=False)):
+        found = read_manifest(gzip.compress(with_text(text.encode(), padding, said)), VIEW_NAME)
+        head = found.shards[0].head
+        assert head[8:] == text.encode() + b" " * padding
+        assert int.from_bytes(head[:8], "little") == len(head) - 8
+        expected = {
+            name: tuple(entry["data_offsets"])
+            for name, entry in json.loads(text).items()
+            if name != "__metadata__"
+        }
+        records = found.shards[0].header.tensors
+        assert {record.name: (record.begin, record.end) for record in records} == expected
+        assert found.shards[0].header.metadata == json.loads(text).get("__metadata__")
+
+
+HEADER = handmade.spelled(handmade.in_memory()[1]["header"])
+RANGES = b',"ranges":{"file":[],"begin":[],"nbytes":[]}'
+CHEATS: dict[str, tuple[bytes, str | None, str]] = {
+    "nothing": (b"", None, "begins with"),
+    "spaces": (b"   ", None, "begins with"),
+    "a space before it": (b" " + HEADER, None, "begins with"),
+    "a byte order mark before it": (b"\xef\xbb\xbf" + HEADER, None, "begins with"),
+    "a number": (b"7", None, "begins with"),
+    "null": (b"null", None, "begins with"),
+    "a list": (b"[" + HEADER + b"]", None, "begins with"),
+    "a list that ends early": (b"{}],[" + HEADER, None, "is not JSON"),
+    "two": (HEADER + b"," + HEADER, None, "is not JSON"),
+    "two with a key": (HEADER + b',"header":' + HEADER, None, "is not JSON"),
+    "one and ranges": (HEADER + RANGES, None, "is not JSON"),
+    "one and another member": (HEADER + b',"more":1', None, "is not JSON"),
+    "one that is not closed": (HEADER[:-1], None, "is not JSON"),
+    "one that is closed twice": (HEADER + b"}", None, "is not JSON"),
+    "one and a NUL": (HEADER + b"\0", None, "is not JSON"),
+    "a name twice": (HEADER[:-1] + b"," + HEADER[1:], None, "twice"),
+    "a name twice, once escaped": (
+        HEADER[:-1] + b',"\\u0079":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', None,
+        "names 'y' twice",
+    ),
+    "a number in a string": (b"7", '"7"', "begins with"),
+    "a string in a string": (HEADER, json.dumps(json.dumps(HEADER.decode())), "begins with"),
+    "a string that is not closed": (HEADER, '"{}', "is not JSON"),
+    "a string and another": (HEADER, f"{json.dumps(HEADER.decode())},{RANGES[1:].decode()}",
+                             "unknown key 'ranges'"),
+    "a string and a brace": (HEADER, json.dumps(HEADER.decode()) + "}", "is not JSON"),
+    "a string of half a character": (HEADER, '"\\ud800"', "UTF-8"),
+    "a string with a bare tab": (HEADER + b"\t", '"{}\t"', "is not JSON"),
+    "another text in the string": (HEADER, json.dumps(HEADER.decode() + "\t"), "is not the one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "said", "why"), CHEATS.values(), ids=CHEATS.keys())
+def test_what_is_no_single_header_is_refused_whatever_its_digest(
+    text: bytes, said: str | None, why: str
+) -> None:
+    found = refused(gzip.compress(with_text(text, 8, said)))
+    assert why in found, found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (b',"header":', b', "header":', "has no ,"),
+        (b',"header":', b',"header" :', "has no ,"),
+        (b',"header":', b',"h\\u0065ader":', "has no ,"),
+        (b',"ranges":', b', "ranges":', "has no ,"),
+        (b',"ranges":{', b',"ranges": {', "has no ,"),
+        (b',"ranges":{', b',"rang\\u0065s":{', "has no ,"),
+        (b',"header":', b',"header":{},"header":', "is not JSON"),
+        (b'{"file":"one', b'{"header":{},"file":"one', "names 'header' twice"),
+        (b'{"file":"one', b'{"header" : {"a":1},"file":"one', "names 'header' twice"),
+        (b'{"file":"one', b'{"ranges":[],"file":"one', "names 'ranges' twice"),
+        (b',"header":', b',"x":[1,"header":', "is not JSON"),
+        (b',"header":', b',"x":{"y":1,"header":', "is not JSON"),
+        (b'"file":"one', b'"file":",\\"header\\":one', "a plain path"),
+    ],
+)  # fmt: skip
+def test_a_header_and_ranges_are_members_of_the_line_in_this_order(
+    old: bytes, new: bytes, why: str
+) -> None:
+    text = handmade.text_of(handmade.in_memory())
+    changed = text.replace(old, new, 1)
+    assert changed != text
+    assert why in refused(gzip.compress(changed))
+
+
+@pytest.mark.parametrize("place", ["nbytes", "header_sha256", "ranges"])
+def test_a_header_within_another_member_is_none(place: str) -> None:
+    """In the line as JSON parsers read it, the header is empty, and another one deeper in it."""
+    lines = handmade.in_memory()
+    line = lines[1]
+    inner = {"x": 1, "header": line["header"], "ranges": line["ranges"]}
+    others = {**line, "header": {}, place: inner}
+    order = [key for key in ("header", "ranges") if key != place] + [place]
+    others = {key: others[key] for key in (*(others.keys() - set(order)), *order)}
+    spelled = {key: handmade.spelled(value) for key, value in others.items()}
+    # With spaces, so that the inner ones are those that are found.
+    text = b"{%b}" % b",".join(b'"%b" : %b' % (key.encode(), each) for key, each in spelled.items())
+    assert json.loads(text)["header"] == {}
+    first, _, last = handmade.text_of(lines).splitlines()
+    refused(gzip.compress(b"\n".join([first, text, last])))
+
+
+def test_a_header_that_comes_behind_the_ranges_is_refused() -> None:
+    lines = handmade.in_memory()
+    lines[1]["header"] = lines[1].pop("header")
+    assert "has no ," in refused(packed(lines))
+
+
+def test_the_bytes_of_headers_are_bounded_whatever_their_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Spaces make gigabytes of a text of two bytes."""
+    lines = handmade.in_memory()
+    nbytes = sum(line["header_nbytes"] for line in lines[1:])
+    monkeypatch.setattr("shardsurgeon.storage.formats.view.MAX_HEADERS_NBYTES", nbytes)
+    read(lines)
+    monkeypatch.setattr("shardsurgeon.storage.formats.view.MAX_HEADERS_NBYTES", nbytes - 1)
+    assert f"has headers of more than {nbytes - 1:,} bytes" in refused(packed(lines))
 
 
 def setting(line: int, *place: str | int) -> Callable[[object], Change]:
@@ -188,7 +362,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "a digest of another header": (setting(1, "header_sha256")("0" * 64), "not the one"),
     "a digest that is none": (setting(1, "header_sha256")(5), "not the one"),
-    "a header that is a list": (setting(1, "header")([1]), "not an object"),
+    "a header that is a list": (setting(1, "header")([1]), "begins with"),
+    "a header that is text": (setting(1, "header")("x"), "begins with"),
     "another name in the header": (
         lambda ls: ls[1]["header"].update(w=ls[1]["header"].pop("y")), "not the one",
     ),
@@ -211,7 +386,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "a file that is smaller": (setting(1, "nbytes")(1), "a header of"),
     "a file that is larger": (setting(1, "nbytes")(10**6), "surplus bytes"),
-    "ranges that are a list": (setting(1, "ranges")([]), "are not the columns"),
+    "ranges that are a list": (setting(1, "ranges")([]), "has no ,"),
     "a fourth column": (setting(1, "ranges", "more")([]), "are not the columns"),
     "columns of two lengths": (lambda ls: ls[1]["ranges"]["begin"].pop(), "differ in length"),
     "a range of a file that is not listed": (COLUMN[0](3), "of file 3 do not exist"),
@@ -228,7 +403,15 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "a range too many": (
         lambda ls: [column.append(column[-1]) for column in ls[1]["ranges"].values()],
-        "goes on behind byte 44",
+        "its ranges are 56 bytes, its tensors 44",
+    ),
+    "ranges that are as many bytes modulo 2^64": (
+        lambda ls: (
+            ls[0]["files"][0].__setitem__(1, 2**63 - 1),
+            ls[1].update(ranges={"file": [0, 0, 0], "begin": [0, 0, 0],
+                                 "nbytes": [2**63 - 1, 2**63 - 1, 46]}),
+        ),
+        "its ranges are 18,446,744,073,709,551,660 bytes, its tensors 44",
     ),
     **{
         f"{column} {number!r:.20}": (change(number), f"ranges.{column} has|do not exist")
@@ -253,8 +436,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
 def test_what_breaks_the_format_is_refused_in_one_line(change: Change, said: str) -> None:
     lines = handmade.in_memory()
     change(lines)
-    text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    found = refused(gzip.compress(text))
+    found = refused(packed(lines))
     assert re.search(said, found), found
 
 
@@ -269,13 +451,13 @@ TEXTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a list": (lambda raw: b"[]\n" + raw, "not a JSON object"),
     "a key twice in the head": (once(b'"version"', b'"version": 2, "version"'), "'version' twice"),
     "a key twice in a line": (once(b'"nbytes"', b'"nbytes": 1, "nbytes"'), "names 'nbytes' twice"),
-    "a tensor twice": (once(b'"header": {', b'"header": {"y": 1, '), "header names 'y' twice"),
+    "a tensor twice": (once(b'"header":{', b'"header":{"y":1,'), "header names 'y' twice"),
     "a key of a tensor twice": (once(b'"dtype"', b'"dtype": "F32", "dtype"'), "'dtype' twice"),
-    "a column twice": (once(b'"ranges": {', b'"ranges": {"file": [1], '), "are not the columns"),
-    "a minus zero": (once(b'"begin": [', b'"begin": [-0, '), "ranges.begin has -0.0"),
+    "a column twice": (once(b'"ranges":{', b'"ranges":{"file":[1],'), "are not the columns"),
+    "a minus zero": (once(b'"begin":[', b'"begin":[-0,'), "ranges.begin has -0.0"),
     "no UTF-8": (once(b"source", b"sourc\xff"), "is not UTF-8"),
     "lists in lists": (lambda raw: b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
-    "5,000 digits": (once(b'"version": 1', b'"version": ' + b"1" * 5000), "is not JSON"),
+    "5,000 digits": (once(b'"version":1', b'"version":' + b"1" * 5000), "is not JSON"),
 }  # fmt: skip
 
 
@@ -377,12 +559,12 @@ def plans(draw: st.DrawFn) -> tuple[list[SourceFile], list[tuple[str, list[Any]]
         for n in range(draw(number))
     ]
 
-    def piece() -> Any:
+    def piece() -> Segment | Literal:
         if draw(st.integers(0, 4)) == 0:
-            return draw(st.binary(max_size=5))
+            return Literal(draw(st.binary(max_size=5)))
         file = draw(st.sampled_from(files))
         nbytes = draw(st.integers(0, 99))
-        return file.name, draw(st.integers(0, file.nbytes - nbytes)), nbytes
+        return Segment(file.name, draw(st.integers(0, file.nbytes - nbytes)), nbytes)
 
     shards = []
     for n in range(draw(number)):
@@ -391,43 +573,83 @@ def plans(draw: st.DrawFn) -> tuple[list[SourceFile], list[tuple[str, list[Any]]
     return files, shards
 
 
-@given(plans(), st.text(min_size=1).filter(lambda text: "\0" not in text and text.isprintable()))
+@given(
+    plans(),
+    st.text(min_size=1).filter(lambda text: "\0" not in text and text.isprintable()),
+    st.sampled_from([None, 0, 1]),
+    st.integers(0, 5000),
+)
 @settings(max_examples=60, deadline=None)
 def test_any_plan_is_read_as_it_was_written(
-    plan: tuple[list[SourceFile], list[tuple[str, list[Any]]]], source: str
+    plan: tuple[list[SourceFile], list[tuple[str, list[Any]]]],
+    source: str,
+    indent: int | None,
+    padding: int,
 ) -> None:
     files, shards = plan
+
+    def respelled(head: bytes) -> bytes:
+        text = json.dumps(json.loads(head[8:]), indent=indent).encode() + b" " * padding
+        return len(text).to_bytes(8, "little") + text
+
     writer = ManifestWriter(source, files)
-    names = {}
+    names, heads = {}, {}
     for file, tensors in shards:
-        sizes = [sum(map(nbytes_of, tensor)) for tensor in tensors]
+        sizes = [sum(piece.nbytes for piece in tensor) for tensor in tensors]
         named = {f"{file}.{n}é": np.zeros(size, np.uint8) for n, size in enumerate(sizes)}
         # The library sorts tensors by name; there are fewer than ten.
         written = save(named)
         head = written[: 8 + int.from_bytes(written[:8], "little")]
         names[file] = list(named)
-        writer.add(file, head, len(tensors), [piece for tensor in tensors for piece in tensor])
+        head = respelled(head)
+        heads[file] = head
+        pieces = Pieces.of(piece for tensor in tensors for piece in tensor)
+        writer.add(file, head, len(tensors), pieces)
     made = writer.finish()
     found = read_manifest(made[VIEW_NAME], VIEW_NAME)
     own = made.get(DATA_NAME, b"")
     assert (found.source, list(found.files)) == (source, files)
     assert (found.data is None) == (not own)
     for each, (file, tensors) in zip(found.shards, shards, strict=True):
-        assert each.file == file
+        assert (each.file, each.head) == (file, heads[file])
         assert [record.name for record in each.header.tensors] == names[file]
         for record, tensor in zip(each.header.tensors, tensors, strict=True):
             there = list(each.ranges(record.begin, record.end))
             read_back = [
-                own[at : at + n] if name == DATA_NAME else (name, at, n) for name, at, n in there
+                Literal(own[at : at + n]) if name == DATA_NAME else Segment(name, at, n)
+                for name, at, n in there
             ]
-            assert read_back == [piece for piece in tensor if nbytes_of(piece)]
-        whole = [(name, at, n) for name, at, n in each.ranges(0, each.nbytes - len(each.head))]
-        assert sum(n for *_, n in whole) == sum(nbytes_of(p) for t in tensors for p in t)
+            assert read_back == [piece for piece in tensor if piece.nbytes]
+        whole = list(each.ranges(0, each.nbytes - len(each.head)))
+        assert sum(n for *_, n in whole) == sum(p.nbytes for t in tensors for p in t)
 
 
-def nbytes_of(piece: Any) -> int:
-    size: int = len(piece) if isinstance(piece, bytes) else piece[2]
-    return size
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
+def test_stretches_of_a_shard_are_those_of_a_byte_by_byte_reading(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    total = sum(sizes)
+    numbers = [data.draw(st.integers(0, 2)) for _ in sizes]
+    begins = [data.draw(st.integers(0, 50)) for _ in sizes]
+    every = [
+        (number, begin + at)
+        for number, begin, nbytes in zip(numbers, begins, sizes, strict=True)
+        for at in range(nbytes)
+    ]
+    header = Header(TensorTable.of(()), None, 8)
+    columns = [np.array(column, np.int64) for column in (numbers, begins, sizes)]
+    one = ViewShard("s.safetensors", 8 + total, header, bytes(8), ["a", "b", "c"], columns)
+    pairs = st.tuples(st.integers(0, total), st.integers(0, total)).map(sorted)
+    asked = data.draw(st.lists(pairs, max_size=6))
+    first, last = np.array(asked, np.int64).reshape(-1, 2).T
+    which, *found = (column.tolist() for column in one.columns(first, last))
+    rows = list(zip(which, *found, strict=True))
+    assert which == sorted(which)
+    for place, (begin, end) in enumerate(asked):
+        mine = [row[1:] for row in rows if row[0] == place]
+        assert [(n, at + i) for n, at, count in mine for i in range(count)] == every[begin:end]
+        assert all(count > 0 for *_, count in mine)
+        assert list(one.ranges(begin, end)) == [("abc"[n], at, count) for n, at, count in mine]
 
 
 @given(st.integers(0, 2**32))
@@ -456,8 +678,7 @@ def test_a_changed_value_is_refused_or_is_what_is_read(
     """Nothing is guessed: what is accepted says what the JSON says, for an independent reading."""
     lines = put(deepcopy(handmade.in_memory()), place, deepcopy(odd))
     try:
-        text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        found = read_manifest(gzip.compress(text), VIEW_NAME)
+        found = read_manifest(packed(lines), VIEW_NAME)
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 4000
         return
@@ -469,8 +690,7 @@ def test_a_changed_value_is_refused_or_is_what_is_read(
     listed = [[file.name, file.nbytes, file.stamp] for file in found.files]
     assert listed == [each for each in head["files"] if each[0] != DATA_NAME]
     for each, line in zip(found.shards, shards, strict=True):
-        text = json.dumps(line["header"], separators=(",", ":"), ensure_ascii=False).encode()
-        assert each.head[8:].rstrip() == text
+        assert each.head[8:].rstrip() == handmade.spelled(line["header"])
         assert hashlib.sha256(each.head).hexdigest() == line["header_sha256"]
         assert (each.file, each.nbytes) == (line["file"], line["nbytes"])
         columns = line["ranges"]
