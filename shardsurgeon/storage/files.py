@@ -22,7 +22,7 @@ from pathlib import Path
 from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
 from shardsurgeon.storage.pipes import is_stream, open_file, write_into
 from shardsurgeon.storage.sharing import BlockSharing, whole_blocks
-from shardsurgeon.storage.system import System, default_system
+from shardsurgeon.storage.system import BLOCK_NBYTES, System, default_system
 
 # In the folder of work that an interrupted command left: what it is and what is done of it.
 JOURNAL_NAME = "shardsurgeon.journal"
@@ -151,13 +151,13 @@ class FileCopier:
         """Copy parts of one file to another, in the order given.
 
         Whole blocks that lie alike in both files are shared where that works, and their edges
-        copied after all of them; the kernel is asked to copy what is left; where it declines, even
-        half-way, the rest goes through the buffer. Raises SourceReadError or OutputWriteError, with
-        the name of the file at fault.
+        copied after all of them. The kernel is asked to copy what is left and has a block or more;
+        where it declines, even half-way, the rest goes through the buffer. Raises SourceReadError
+        or OutputWriteError, with the name of the file at fault.
         """
         for begin, at, nbytes in self._share(source, target, parts) if self._sharing else parts:
             done = 0
-            while done < nbytes:
+            while nbytes >= BLOCK_NBYTES and done < nbytes:
                 count = self._system.kernel_copy(
                     source, begin + done, target, at + done, nbytes - done
                 )

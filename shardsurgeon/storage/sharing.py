@@ -52,8 +52,8 @@ class BlockSharing:
         """Whether blocks of this open file can be shared with files of the folder.
 
         Found by sharing one with a file that has no name, so that nothing appears and a kill leaves
-        nothing. It is the second block where that is not the last: the first would do, and tell
-        nothing, where blocks are larger than ours.
+        nothing. It is the second block: where a file system's blocks are larger than ours, none
+        begins there.
         """
         status = os.fstat(source.fileno())
         with self._probing:

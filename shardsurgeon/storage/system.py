@@ -109,6 +109,8 @@ def native() -> System:
             system = replace(system, kernel_copy=_copy_file_range)
     if os.name == "posix":
         system = replace(system, sync_folder=_sync_folder, rename=_rename)
+    if sys.platform != "win32" and hasattr(os, "preadv"):
+        system = replace(system, read_at=_read_at, write_at=_write_at)
     return system
 
 
@@ -152,6 +154,14 @@ def _seek_and_read(file: FileIO, buffer: memoryview, offset: int) -> int:
 def _seek_and_write(file: FileIO, data: memoryview, offset: int) -> int:
     file.seek(offset)
     return file.write(data) or 0
+
+
+def _read_at(file: FileIO, buffer: memoryview, offset: int) -> int:
+    return os.preadv(file.fileno(), [buffer], offset)
+
+
+def _write_at(file: FileIO, data: memoryview, offset: int) -> int:
+    return os.pwrite(file.fileno(), data, offset)
 
 
 def _decline(source: FileIO, begin: int, target: FileIO, at: int, nbytes: int) -> int:
