@@ -11,6 +11,7 @@ import stat
 import sys
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ from shardsurgeon.execution.transfer import RangeTransfer
 from shardsurgeon.execution.workers import Progress
 from shardsurgeon.storage.formats.view import VIEW_NAME
 from tests.operations.workbench import digests
+from tests.support import handmade_view
 from tests.support.hub.models import fixture_folder
 
 FIXTURES = ["deepseek_v3", "kimi_k2", "kimi_k25", "kimi_linear", "qwen3_5_moe", "qwen3_moe"]
@@ -106,6 +108,50 @@ def test_every_way_to_write_a_prune_has_its_view(
     assert digests(tmp_path / "made") == applied(model, tmp_path / "direct", **how)
 
 
+def with_header(text: bytes, data: bytes) -> bytes:
+    """A safetensors file of these."""
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["spaces", "ends of lines"])
+def test_a_shard_that_loses_nothing_has_its_header_as_the_source_spells_it(
+    model: Path, tmp_path: Path, indent: int | None
+) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    alone = "model.embed_tokens.weight"
+    before = model / index["weight_map"][alone]
+    raw = before.read_bytes()
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    others = json.loads(raw[8 : -len(data)])
+    entry = others.pop(alone)
+    begin, end = entry["data_offsets"]
+    own, entry["data_offsets"] = data[begin:end], [0, end - begin]
+    for each in others.values():
+        if each.get("data_offsets", [0])[0] >= end:
+            each["data_offsets"] = [offset - len(own) for offset in each["data_offsets"]]
+    before.write_bytes(with_header(handmade_view.spelled(others), data[:begin] + data[end:]))
+    header = {"__metadata__": {"format": "pt"}, alone: entry}
+    whole = with_header(json.dumps(header, indent=indent).encode() + b" " * 5001, own)
+    (model / "odd.safetensors").write_bytes(whole)
+    index["weight_map"][alone] = "odd.safetensors"
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    view = viewed(model, tmp_path / "v")
+    made = tmp_path / "made"
+    shardsurgeon.materialize(view, made)
+    assert digests(made) == applied(model, tmp_path / "direct")
+    assert whole in [path.read_bytes() for path in made.glob("*.safetensors")]
+    line = next(each for each in manifest(view)[1:] if alone in each["header"])
+    assert line["header"] == (header if indent is None else json.dumps(header, indent=indent))
+    with shardsurgeon.open_view(view, "pt") as found:
+        found.save_shard(line["file"], tmp_path / "one.safetensors")
+    assert (tmp_path / "one.safetensors").read_bytes() == whole
+    # And as the source of another view.
+    further = shardsurgeon.plan(view, model / "scores.pt", keep=4)
+    shardsurgeon.apply(further, tmp_path / "again", view=True)
+    shardsurgeon.materialize(tmp_path / "again", tmp_path / "made again")
+    assert whole in [path.read_bytes() for path in (tmp_path / "made again").glob("*.safetensors")]
+
+
 def test_layers_that_keep_different_numbers(model: Path, tmp_path: Path) -> None:
     how = {"allocate": "global", "allow_nonuniform": True}
     view = viewed(model, tmp_path / "v", **how)
@@ -180,7 +226,7 @@ def test_a_view_of_a_view_has_the_files_of_the_view(model: Path, tmp_path: Path)
     assert (tmp_path / "made/README.md").read_text() == "mine\n"
 
 
-def manifest(view: Path) -> list[dict[str, object]]:
+def manifest(view: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.open(view / VIEW_NAME)]
 
 
@@ -345,8 +391,7 @@ def test_a_range_that_names_another_expert_is_found(view: Path, model: Path) -> 
     one, two = (ends[header[each]["data_offsets"][0]] for each in (name, other))
     assert ranges["nbytes"][one] == ranges["nbytes"][two]
     ranges["begin"][one] = ranges["begin"][two]
-    text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    (view / VIEW_NAME).write_bytes(gzip.compress(text))
+    (view / VIEW_NAME).write_bytes(handmade_view.packed(lines))
     report = shardsurgeon.verify(model, view)
     assert not report.holds
     (difference,) = report.differences
