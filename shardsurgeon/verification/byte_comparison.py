@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import struct
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -128,7 +129,8 @@ class _Run:
 
     def problems(self, batch: list[Pair]) -> list[Problem]:
         """What is wrong with the bytes of some tensors; safe for several threads."""
-        with RangeComparer(self._source, self._pruned) as sides:
+        apart = self._sampling.tensors is not None
+        with RangeComparer(self._source, self._pruned, apart=apart) as sides:
             gap = GAP_NBYTES if self._sampling.nbytes is None else 0
             sides.expect(self._source_reads(batch), self._pruned_reads(batch), gap)
             found = ((pair, self._problem(sides, pair)) for pair in batch if not self.stopped)
@@ -182,14 +184,12 @@ class _Run:
         if limit is None or pair.nbytes <= limit:
             return pair.stretches()
         size = max(min(BLOCK_NBYTES, limit), 1)
-        blocks = [
-            (old + done, new + done, min(size, nbytes - done))
-            for old, new, nbytes in pair.stretches()
-            for done in range(0, nbytes, size)
-        ]
-        mean = sum(nbytes for *_, nbytes in blocks) / len(blocks)
-        count = min(max(int(limit / mean), 1), len(blocks))
-        return iter(random.Random(f"{self._sampling.seed} {pair.name}").sample(blocks, count))
+        stretches = list(pair.stretches())
+        ends = list(accumulate(-(-nbytes // size) for *_, nbytes in stretches))
+        mean = sum(nbytes for *_, nbytes in stretches) / ends[-1]
+        count = min(max(int(limit / mean), 1), ends[-1])
+        numbers = random.Random(f"{self._sampling.seed} {pair.name}").sample(range(ends[-1]), count)
+        return (_block(stretches, ends, number, size) for number in numbers)
 
     def _table_problem(self, sides: RangeComparer, pair: Pair, cut: Table) -> str | None:
         """Retained ids have their new numbers, the others any; no row names an expert twice."""
@@ -218,6 +218,17 @@ class _Run:
             self.done += nbytes
             if self._on_progress is not None and not self.stopped:
                 self._on_progress(min(self.done, self.total), self.total)
+
+
+def _block(
+    stretches: Sequence[tuple[int, int, int]], ends: Sequence[int], number: int, size: int
+) -> tuple[int, int, int]:
+    """A block of `size` bytes, or what is left of its stretch. ends: of each stretch, how many
+    blocks there are up to its end."""
+    at = bisect_right(ends, number)
+    old, new, nbytes = stretches[at]
+    done = (number - (ends[at - 1] if at else 0)) * size
+    return old + done, new + done, min(size, nbytes - done)
 
 
 def _integers(raw: bytes, width: int) -> list[int]:

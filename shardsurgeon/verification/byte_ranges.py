@@ -20,8 +20,10 @@ from shardsurgeon.storage.system import default_system
 
 # What is read of each side at a time; memory is twice this per worker.
 BLOCK_NBYTES = 1 << 20
-# What is read at least of a file here, so that small tensors and short rows need no call each.
+# What is read at least of a file here, so that small tensors and short rows need no call each; of
+# tensors that were picked here and there, whose neighbours are not asked for, so much.
 _AHEAD_NBYTES = 1 << 18
+_APART_NBYTES = 1 << 14
 # Over a network a gap of so many bytes costs less than another request.
 GAP_NBYTES = 1 << 16
 
@@ -41,9 +43,11 @@ class Step:
 class RangeComparer:
     """Compares ranges of source files with ranges of output files. For one thread."""
 
-    def __init__(self, source: Checkpoint, pruned: Checkpoint) -> None:
-        self._source = _BufferedFile(source)
-        self._pruned = _BufferedFile(pruned)
+    def __init__(self, source: Checkpoint, pruned: Checkpoint, *, apart: bool = False) -> None:
+        """apart: whether what is compared lies far apart."""
+        ahead = _APART_NBYTES if apart else _AHEAD_NBYTES
+        self._source = _BufferedFile(source, ahead)
+        self._pruned = _BufferedFile(pruned, ahead)
 
     def __enter__(self) -> RangeComparer:
         return self
@@ -166,7 +170,9 @@ class _BufferedFile:
     coming: what will be expected, in order, some of it together.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, ahead: int) -> None:
+        """ahead: bytes that are read at least of a file here."""
+        self._ahead = ahead
         self.buffer = bytearray(BLOCK_NBYTES)
         self.view = memoryview(self.buffer)
         self._source = checkpoint.source
@@ -210,7 +216,7 @@ class _BufferedFile:
             self._turn_to(file)
         if begin < self._begin or begin + nbytes > self._end:
             ahead = 0 if self._handle is None else self._sizes[file] - begin
-            self._fill(file, begin, max(nbytes, min(ahead, _AHEAD_NBYTES)))
+            self._fill(file, begin, max(nbytes, min(ahead, self._ahead)))
         return begin - self._begin
 
     def pieces(self, file: str, begin: int, nbytes: int) -> Iterator[bytes]:

@@ -166,6 +166,8 @@ class _Expected:
         self.count_before = anatomy.shared_count
         self._known: dict[Path, ModuleList] = {}
         self._texts: dict[Path, frozenset[str]] = {}
+        # What is said of a layer → the layers: a list may name every expert of each.
+        self._spelled_layers: dict[tuple[int | None, bool, bool | None], list[int]] = {}
         self._counts = ExpectedCounts(config, anatomy, keeps, no_mtp)
         self._mtp = set(keys.mtp_layers) if no_mtp else set()
         self._elsewhere = {tuple(dotted.split(".")) for dotted in keys.elsewhere}
@@ -280,6 +282,12 @@ class _Expected:
 
     def _layers(self, named: NamedExpert) -> list[int]:
         """The layers that an entry may mean, of those that have experts."""
+        spelled = named.layer, named.open_layer, named.mtp
+        if spelled not in self._spelled_layers:
+            self._spelled_layers[spelled] = self._find_layers(named)
+        return self._spelled_layers[spelled]
+
+    def _find_layers(self, named: NamedExpert) -> list[int]:
         retained = self._keeps.retained
         if named.layer is None:
             return list(retained)

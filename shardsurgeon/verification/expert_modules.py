@@ -11,14 +11,15 @@ tail, the head ends with a dot and the tail begins with one or is empty.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from shardsurgeon.checkpoint.quantization_lists import Reading
 from shardsurgeon.storage.formats.tensor_table import split_name
 from shardsurgeon.verification.module_names import Spelling, near, spelling
 
-# Entries times groups that are looked at one by one; of more entries every group is taken apart.
+# Entries times heads that are looked at one by one; of more entries every group is taken apart.
 _MOST_LOOKS = 200_000
 _DIGITS = re.compile(r"[0-9]+")
 _DIGIT = re.compile(r"[0-9]")
@@ -31,6 +32,11 @@ _TOKEN = re.compile(
 )
 # The same of fnmatch.
 _BLIND_GLOB = re.compile(r"[A-Za-z_.*-]*")
+# Readings in which text means more than the module of that name.
+_LONGER = {
+    *(Reading.SUBSTRING, Reading.ANYWHERE, Reading.COMPONENT, Reading.PART),
+    *(Reading.MODULE, Reading.SEARCH),
+}
 
 
 class Group(NamedTuple):
@@ -43,11 +49,26 @@ class Group(NamedTuple):
 def told_apart(entries: Iterable[str], how: Reading, groups: Collection[Group]) -> frozenset[Group]:
     """The groups of whose modules an entry may mean some and not the others."""
     doubtful = [entry for entry in dict.fromkeys(entries) if not _is_blind(entry, how)]
-    if len(doubtful) * len(groups) > _MOST_LOOKS:
+    heads: dict[str, set[str]] = {}
+    for group in groups:
+        heads.setdefault(group.head, set()).add(group.tail)
+    alone: list[str] = []
+    others: list[str] = []
+    for entry in doubtful:
+        (alone if _is_equal(entry, how) else others).append(entry)
+    begins_ends = ((begin, end) for begin, _, end in map(split_name, alone))
+    found = {Group(*each) for each in begins_ends}.intersection(groups)
+    if len(others) * len(heads) > _MOST_LOOKS:
         return frozenset(groups)
-    return frozenset(
-        group for group in groups if any(_may_tell(entry, how, group) for entry in doubtful)
-    )
+    for entry in others:
+        found.update(_may_tell(entry, how, heads))
+    return frozenset(found)
+
+
+def _is_equal(entry: str, how: Reading) -> bool:
+    """Whether an entry means the module of its name and no other."""
+    kind, _ = spelling(entry, how)
+    return kind is Spelling.TEXT and how not in _LONGER
 
 
 def _is_blind(entry: str, how: Reading) -> bool:
@@ -90,32 +111,37 @@ def _is_blind_regex(pattern: str) -> bool:
     return True
 
 
-def _may_tell(entry: str, how: Reading, group: Group) -> bool:
-    """Whether an entry may mean some modules of a group and not the others."""
+def _may_tell(entry: str, how: Reading, heads: Mapping[str, Collection[str]]) -> Iterator[Group]:
+    """The groups of whose modules an entry may mean some and not the others. heads: head of a group
+    → its tails."""
     kind, text = spelling(entry, how)
-    if kind is Spelling.TEXT:
-        return _text_may_tell(text, how, group)
-    begins, holds = near(entry, how)
-    if begins:
-        if kind is Spelling.GLOB and group.head.startswith(begins):
-            # What the names begin with is settled; the rest decides.
-            return _BLIND_GLOB.fullmatch(text[len(begins) :]) is None
-        return group.head.startswith(begins) or begins.startswith(group.head)
-    return not holds or holds in group.head or holds in group.tail or _covers(holds, group)
+    if kind is not Spelling.TEXT:
+        begins, holds = near(entry, how)
+        for head, tails in heads.items():
+            if begins and kind is Spelling.GLOB and head.startswith(begins):
+                # What the names begin with is settled; the rest decides.
+                may = _BLIND_GLOB.fullmatch(text[len(begins) :]) is None
+            else:
+                may = head.startswith(begins) or (bool(begins) and begins.startswith(head))
+            for tail in tails if may else ():
+                if holds in head or holds in tail or _covers(holds, head, tail):
+                    yield Group(head, tail)
+        return
+    for head, tails in heads.items():
+        if how is Reading.MODULE:
+            fits = len(text) > len(head) and _like(head).match(text) is not None
+            told = [tail for tail in tails if fits or _ends(text, tail)]
+        elif how is Reading.SEARCH:
+            told = [tail for tail in tails if _ends(f".{text}", tail)]
+        else:
+            told = [tail for tail in tails if _covers(text, head, tail)]
+        yield from (Group(head, tail) for tail in told)
 
 
-def _text_may_tell(text: str, how: Reading, group: Group) -> bool:
-    head, tail = group
-    if how is Reading.MODULE:
-        begins = text[: len(head)]
-        fits = all(a in (".", b) for a, b in zip(begins, head, strict=False))
-        return (len(text) > len(head) and fits) or _ends(text, tail)
-    if how in (Reading.SUBSTRING, Reading.ANYWHERE, Reading.COMPONENT, Reading.PART):
-        return _covers(text, group)
-    if how is Reading.SEARCH and _ends(f".{text}", tail):
-        return True
-    begins, _, ends = split_name(text)
-    return (begins, ends) == group
+@cache
+def _like(head: str) -> re.Pattern[str]:
+    """Of texts in which dots are any character, those that begin like a head."""
+    return re.compile("".join(f"[.{re.escape(each)}]" for each in head))
 
 
 def _ends(text: str, tail: str) -> bool:
@@ -123,9 +149,9 @@ def _ends(text: str, tail: str) -> bool:
     return text.endswith(tail) and text[: len(text) - len(tail)][-1:].isdigit()
 
 
-def _covers(text: str, group: Group) -> bool:
-    """Whether a text in a name of the group may have digits of its number in it."""
+def _covers(text: str, head: str, tail: str) -> bool:
+    """Whether a text in a name of a group may have digits of its number in it."""
     return any(
-        group.head.endswith(text[: digits.start()]) and group.tail.startswith(text[digits.end() :])
+        head.endswith(text[: digits.start()]) and tail.startswith(text[digits.end() :])
         for digits in _DIGITS.finditer(text)
     )

@@ -150,15 +150,20 @@ class _Modules:
     ) -> None:
         self._census = _Census(source, anatomy, keeps, mtp_dropped)
         self._known: dict[frozenset[Group], _Known] = {}
+        self._told: dict[tuple[tuple[str, ...], Reading], frozenset[Group]] = {}
         self._meant: dict[int, tuple[ModuleList, _Known, dict[str, set[str]]]] = {}
 
-    def asked_by(self, *lists: tuple[Iterable[str], Reading]) -> _Known:
+    def asked_by(self, *lists: tuple[tuple[str, ...], Reading]) -> _Known:
         """The modules that entries may tell apart. lists: entries and how they are read."""
-        groups = self._census.groups
-        apart = frozenset[Group]().union(*(told_apart(*each, groups) for each in lists))
+        apart = frozenset[Group]().union(*(self._told_apart(*each) for each in lists))
         if apart not in self._known:
             self._known[apart] = self._census.known(apart)
         return self._known[apart]
+
+    def _told_apart(self, entries: tuple[str, ...], how: Reading) -> frozenset[Group]:
+        if (entries, how) not in self._told:
+            self._told[entries, how] = told_apart(entries, how, self._census.groups.keys())
+        return self._told[entries, how]
 
     @cached_property
     def of_result(self) -> set[str]:

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _SELECTIONS = ("ratio", "keep", "target-size", "plan")
 _ROUNDINGS = ("floor", "nearest", "ceil")
 _POLICIES = ("scores", "plan")
 _MTP_POLICIES = (*_POLICIES, "router-norm", "last", "keep")
+# Types whose values are equal where `==` says so; it says so of 1 and true.
+_PLAIN = {int, float, str, type(None)}
 _OF_OTHERS = f"{CALIBRATION_FOLDER}reap_pruning_metadata.source"
 # Of these, and with a number behind their names where an earlier prune left some.
 _NO_SCORES = (_OF_OTHERS, RECIPE_NAME.removesuffix(".toml"), EVALUATION_NAME.removesuffix(".json"))
@@ -83,6 +86,9 @@ def _differences(path: str, expected: Any, found: Any, is_old: bool) -> Iterator
         for key in [key for key in expected if key in found]:
             yield from _differences(f"{path}{key}.", expected[key], found[key], is_old)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        # Of saliencies there are as many as experts.
+        if expected == found and _PLAIN.issuperset(map(type, chain(expected, found))):
+            return
         for number, pair in enumerate(zip(expected, found, strict=True)):
             yield from _differences(f"{path}{number}.", *pair, is_old)
     elif isinstance(expected, bool) != isinstance(found, bool) or expected != found:
