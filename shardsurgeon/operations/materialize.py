@@ -56,7 +56,7 @@ class MaterializeReport(Report):
     >>> written = shardsurgeon.apply(plan, "small-view", view=True)
     >>> report = shardsurgeon.materialize("small-view", "small", verify=False)
     >>> report.files, report.bytes_copied + report.bytes_shared, report.verification
-    (22, 589597, None)
+    (22, 592821, None)
     """
 
     view: str

@@ -193,7 +193,7 @@ class ApplyReport(Report):
     >>> plan = shardsurgeon.plan("fixtures/kimi_k25", "fixtures/kimi_k25/scores.pt", ratio=0.65)
     >>> report = shardsurgeon.apply(plan, "small", verify=False)
     >>> report.bytes_copied + report.bytes_shared, report.bytes_resumed, report.verification
-    (589597, 0, None)
+    (592821, 0, None)
     """
 
     plan: PlanReport
