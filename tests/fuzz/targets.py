@@ -463,6 +463,9 @@ TARGETS = [
     Target("metadata", provenance_edited, seeds.edits),
     Target("family", family, seeds.families, _TOML_WORDS),
     Target("quantization-lists", quantization_lists.run, quantization_lists.seeds),
-    *(Target(*told, (*_JSON_WORDS, *_HEADER_WORDS, b'"ranges":{')) for told in views.TARGETS),
+    *(
+        Target(*told, (*_JSON_WORDS, *_HEADER_WORDS, b',"header":', b',"ranges":{'))
+        for told in views.TARGETS
+    ),
     *(Target(*told) for told in hub_answers.targets(_JSON_WORDS)),
 ]
