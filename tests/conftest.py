@@ -31,7 +31,6 @@ settings.register_profile("shardsurgeon", deadline=None)
 settings.load_profile("shardsurgeon")
 
 
-
 def pytest_collection_finish() -> None:
     """Let the collector pass by what importing and collecting has made: a million objects that
     stay, and that it would look through again and again."""

@@ -31,8 +31,8 @@ from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segm
 from shardsurgeon.pruning.drafts import Draft, merged, repacked
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.pruning.request import MtpPolicy
-from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
-from shardsurgeon.storage.formats.tensor_table import UNNUMBERED, Series, TensorRecord
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, PAGE_NBYTES
+from shardsurgeon.storage.formats.tensor_table import UNNUMBERED, Column, Series, TensorRecord
 
 # Types of a table of expert ids, as numpy names them.
 _ID_TYPES = {"I32": "<i4", "I64": "<i8"}
@@ -360,11 +360,12 @@ class SizeEstimate:
     def _entries(self) -> dict[int, int]:
         """Layer → bytes of its experts' header entries. Cached, since it looks at every tensor."""
         entries = dict.fromkeys(self._anatomy.experts_per_layer, 0)
-        for shard in self._checkpoint.shards:
-            for record in shard.header.tensors:
-                role = self._anatomy.role(record)
-                if isinstance(role, ExpertTensor):
-                    entries[role.layer] += _entry_nbytes(record)
+        for table in self._checkpoint.tables:
+            layer, expert = self._anatomy.reader.experts(table)
+            nbytes = table.by_series([_entry_nbytes(each) for each in table.series])
+            nbytes += _digits(expert) + _digits(table.begin) + _digits(table.end)
+            for each in np.unique(layer[layer >= 0]).tolist():
+                entries[each] += int(nbytes[layer == each].sum())
         return entries
 
     def nbytes(self, kept: int | Mapping[int, int]) -> int:
@@ -379,6 +380,9 @@ class SizeEstimate:
             counts |= dict.fromkeys((layer.index for layer in self._anatomy.mtp_layers), 0)
         data = self._anatomy.total_nbytes(counts, drop_mtp=self._mtp is MtpPolicy.DROP)
         headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
+        # Where pages can be shared the data may begin up to one later, for them to agree.
+        tables = self._checkpoint.tables
+        headers += PAGE_NBYTES * sum(table.nbytes.max(initial=0) >= PAGE_NBYTES for table in tables)
         others = headers - sum(self._entries.values())
         entries = 0
         for layer in self._anatomy.layers:
@@ -388,9 +392,15 @@ class SizeEstimate:
         return data + others + entries
 
 
-def _entry_nbytes(record: TensorRecord) -> int:
-    """Bytes of a tensor's entry in a compact header."""
-    shape = ",".join(map(str, record.shape))
-    offsets = f"{record.begin},{record.end}"
-    frame = '"":{"dtype":"","shape":[],"data_offsets":[]},'
-    return len(frame) + len(record.name) + len(record.dtype) + len(shape) + len(offsets)
+def _entry_nbytes(series: Series) -> int:
+    """Bytes of a tensor's entry in a compact header, without the digits of its numbers."""
+    shape = ",".join(map(str, series.shape))
+    frame = '"":{"dtype":"","shape":[],"data_offsets":[,]},'
+    name = series.head + series.tail
+    return len(frame) + len(name.encode()) + len(series.dtype) + len(shape)
+
+
+def _digits(numbers: Column) -> Column:
+    """How many digits each number has."""
+    powers = 10 ** np.arange(1, 19)
+    return np.searchsorted(powers, np.maximum(numbers, 0), side="right") + 1
