@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from shardsurgeon.cli.main import main
 from tests.oracle.byte_oracle import read_config, read_tensors, same_bits
 
 ROOT = Path(__file__).parents[2]
@@ -75,15 +75,7 @@ def build_and_prune(name: str, build: Callable[[], Any], folder: Path, *options:
     """Write the fixture below `folder` and prune it by half (or by `options`)."""
     source, out = _fixtures("folder").write(build(), folder), folder / "pruned"
     arguments = [source / "scores.pt", "--model", source, *(options or ("--ratio", "0.5"))]
-    command = [sys.executable, "-m", "shardsurgeon", "apply", *arguments, "--no-verify", "-o", out]
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["apply", *map(str, arguments), "--no-verify", "-o", str(out)]) == 0
     metadata = json.loads((out / "calibration" / "reap_pruning_metadata.json").read_text())
     retained = {int(layer): entry["retained"] for layer, entry in metadata["layers"].items()}
     return Pair(name, source, out, retained)

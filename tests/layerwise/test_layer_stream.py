@@ -122,7 +122,7 @@ def test_where_a_layer_stays_each_expert_is_read_once_whatever_the_number_of_bat
 
 @pytest.mark.parametrize(
     ("lengths", "memory", "hold"),
-    [([2048] * 64, 120_000_000, Hold.LAYER), ([64] * 4, 1 << 34, Hold.GROUPS)],
+    [([512] * 64, 30_000_000, Hold.LAYER), ([64] * 4, 1 << 34, Hold.GROUPS)],
 )
 def test_the_prediction_of_the_cost_model_is_what_is_counted(
     without_mtp: Path,
@@ -132,7 +132,7 @@ def test_the_prediction_of_the_cost_model_is_what_is_counted(
     memory: int,
     hold: Hold,
 ) -> None:
-    """64 samples of 2,048 tokens in little memory, and a few short ones in a lot of it."""
+    """64 samples of 512 tokens in little memory, and a few short ones in a lot of it."""
     ids, size, device = token_ids(lengths), sizes(without_mtp), Recording()
     limits = Limits(4, False, memory, memory, states_budget=1 << 30)
     schedule = make_schedule(size, lengths, limits)

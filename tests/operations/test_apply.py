@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +90,21 @@ def test_a_file_that_was_written_anew_must_not_have_changed_meanwhile(
 
 
 @pytest.fixture
-def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many plans were in memory each time a result was checked."""
     found: list[int] = []
     real = verify.verify_checkpoint
 
     def check(*args: Any, **options: Any) -> Any:
         gc.collect()
-        found.append(plans_alive() - before)
+        found.append(plans_alive())
         return real(*args, **options)
 
     gc.collect()
-    before = plans_alive()
+    gc.freeze()  # what is there already is neither looked through nor counted
     monkeypatch.setattr(verify, "verify_checkpoint", check)
-    return found
+    yield found
+    gc.unfreeze()
 
 
 def test_the_plan_is_freed_before_the_result_is_checked(tmp_path: Path, alive: list[int]) -> None:

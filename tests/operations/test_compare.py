@@ -34,15 +34,16 @@ def test_a_model_is_opened_once_for_several_plans() -> None:
 
 def test_each_plan_is_let_go_of_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
-    before = sum(type(thing) is Plan for thing in gc.get_objects())
+    gc.freeze()  # what is there already is neither looked through nor counted
     alive: list[int] = []
     real = prune.plan_report
 
     def counted(*args: object) -> object:
         gc.collect()
-        alive.append(sum(type(thing) is Plan for thing in gc.get_objects()) - before)
+        alive.append(sum(type(thing) is Plan for thing in gc.get_objects()))
         return real(*args)
 
     monkeypatch.setattr(prune, "plan_report", counted)
     prune.compare(fixture_folder(FAMILY), scores_of(FAMILY), REQUESTS)
+    gc.unfreeze()
     assert alive == [1, 1, 1]

@@ -14,7 +14,7 @@ from shardsurgeon.pruning.module_names import Modules, needed_text
 from shardsurgeon.verification.module_names import Names
 from tests.fuzz import quantization_lists as lists
 
-TRIES = {"quick": 4000, "full": 20_000, "long": 200_000}
+TRIES = {"quick": 4000, "full": 8000, "long": 200_000}
 RETAINED = {1: (0, 1, 5, 12), 2: (1, 2, 3, 13), 3: (4, 5, 6, 7)}
 SPECIAL = set(r"*+?^$()[]{}|\\")
 BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"

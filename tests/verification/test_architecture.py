@@ -26,7 +26,7 @@ from shardsurgeon.errors import FamilyError, UsageError
 from shardsurgeon.operations import api
 from shardsurgeon.verification.architecture import check_architecture
 from shardsurgeon.verification.findings import ArchitectureReport
-from tests.families.specimens import FIXTURES, Specimen, builders, specimen
+from tests.families.specimens import FIXTURES, Specimen, builders, fixture, specimen
 from tests.oracle.byte_oracle import read_config
 
 pytestmark = pytest.mark.oracle
@@ -125,7 +125,7 @@ def mtp_layers(name: str) -> int:
 
 
 def written(name: str, folder: Path) -> Path:
-    path: Path = importlib.import_module("builders.folder").write(builders()[name](), folder)
+    path: Path = importlib.import_module("builders.folder").write(fixture(name), folder)
     return path
 
 

@@ -397,7 +397,7 @@ def test_damaged_files_raise_only_score_errors(
 PICKLED = zipfile.ZipFile(io.BytesIO(VALID)).read("archive/data.pkl")
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(PICKLED) - 1), st.integers(0, 255)), min_size=1),
     tail=st.binary(max_size=20),
@@ -416,7 +416,7 @@ def test_damaged_pickles_raise_only_score_errors(
 OPCODES = st.sampled_from([bytes([code]) for code in pickle_reader._OPERATIONS])
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(OPCODES, OPCODES, OPCODES, st.binary(max_size=3)), max_size=30))
 def test_random_opcodes_raise_only_score_errors(tmp_path: Path, parts: list[bytes]) -> None:
     with contextlib.suppress(ScoreError):

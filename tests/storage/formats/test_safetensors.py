@@ -329,7 +329,7 @@ def files(draw: st.DrawFn) -> tuple[bytes, int]:
     return "".join(tokens).encode(), max(0, begin + draw(st.sampled_from([0, 0, 0, 0, 1, -1])))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(files())
 def test_nothing_is_accepted_that_the_library_refuses(file: tuple[bytes, int]) -> None:
     raw, data_nbytes = file

@@ -671,7 +671,7 @@ PLACES = list(places_in(handmade.in_memory()))
 
 
 @given(st.sampled_from(PLACES), st.sampled_from(ODD))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_changed_value_is_refused_or_is_what_is_read(
     place: tuple[str | int, ...], odd: Any
 ) -> None:
