@@ -382,7 +382,8 @@ class SizeEstimate:
         headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
         # Where pages can be shared the data may begin up to one later, for them to agree.
         tables = self._checkpoint.tables
-        headers += PAGE_NBYTES * sum(table.nbytes.max(initial=0) >= PAGE_NBYTES for table in tables)
+        pages = sum(int(table.nbytes.max(initial=0)) >= PAGE_NBYTES for table in tables)
+        headers += pages * PAGE_NBYTES
         others = headers - sum(self._entries.values())
         entries = 0
         for layer in self._anatomy.layers:
