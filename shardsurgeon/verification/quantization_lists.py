@@ -212,12 +212,14 @@ class _Known:
 class _Row(NamedTuple):
     """A module of the source.
 
-    place: of its first tensor, among all; expert: its number, -1 of what is no expert's; old, new:
-    its name here and in the result, "" where it has none there; is_gone: whether it was dropped
-    with its MTP layer.
+    place: of its first tensor, among all; holds: whether it is the module that has the tensor's own
+    in it; expert: its number, -1 of what is no expert's; rank: among several of one tensor; old,
+    new: its name here and in the result, "" where it has none there; is_gone: whether it was
+    dropped with its MTP layer.
     """
 
     place: int
+    holds: bool
     expert: int
     rank: int
     old: str
@@ -248,11 +250,11 @@ class _Census:
             places = places[np.argsort(table.code[places], kind="stable")]
             begins = np.flatnonzero(np.diff(table.code[places], prepend=-1))
             for same in np.split(places, begins[1:]) if len(places) else ():
-                series = table.series[table.code[same[0]]]
-                module = series.tail.rpartition(".")[0] if "." in series.tail else series.tail
-                self._add(
-                    Group(series.head, module), int(layer[same[0]]), start + same, expert[same]
-                )
+                series, its = table.series[table.code[same[0]]], int(layer[same[0]])
+                tail = series.tail.rpartition(".")[0] if "." in series.tail else series.tail
+                self._add(Group(series.head, tail), its, start + same, expert[same])
+                is_gone = mtp_dropped and anatomy.reader.is_mtp(its)
+                self._others.append(_holder(start + int(same[0]), series.head, is_gone))
             for place in np.flatnonzero(layer < 0).tolist():
                 self._see(start + place, table[place])
             start += len(table)
@@ -271,7 +273,8 @@ class _Census:
                 kept = np.isin(numbers, list(self._new_ids.get(self.groups[group], ())))
                 firsts = np.array([kept.argmax()])
             for first in firsts.tolist():
-                rows.append(self._row(int(places[first]), int(numbers[first]), rank, group))
+                place, number = int(places[first]), int(numbers[first])
+                rows.append(self._row(place, number, rank, group))
         return _Known(rows)
 
     def _row(self, place: int, expert: int, rank: int, group: Group) -> _Row:
@@ -279,7 +282,7 @@ class _Census:
         is_gone = self._mtp_dropped and self._anatomy.reader.is_mtp(layer)
         new = self._new_ids.get(layer, {}).get(expert)
         old, called = (f"{group.head}{each}{group.tail}" for each in (expert, new))
-        return _Row(place, expert, rank, old, "" if new is None else called, is_gone)
+        return _Row(place, False, expert, rank, old, "" if new is None else called, is_gone)
 
     def _add(self, group: Group, layer: int, places: Column, numbers: Column) -> None:
         self.groups.setdefault(group, layer)
@@ -297,12 +300,13 @@ class _Census:
             old = module if len(module) >= role.end else name
             new = self._new_ids.get(role.layer, {}).get(role.expert)
             called = "" if new is None else role.renamed(old, new)
-            self._others.append(_Row(place, role.expert, 0, old, called, is_gone))
+            self._others.append(_Row(place, False, role.expert, 0, old, called, is_gone))
+            self._others.append(_holder(place, name[: role.begin], is_gone))
             return
         parent, _, last = module.rpartition(".")
         fused = f"{parent}.{_FUSED[last]}" if last in _FUSED else ""
         for each in sorted({name, module, fused} - {""}):
-            self._others.append(_Row(place, -1, 0, each, each, is_gone))
+            self._others.append(_Row(place, False, -1, 0, each, each, is_gone))
         # Stacked experts stand for modules of each of them.
         begin = name.rfind(".experts")
         if isinstance(role, Sliced) and not role.is_router and begin >= 0:
@@ -310,6 +314,12 @@ class _Census:
             for part in _STACKED:
                 group = Group(f"{name[:begin]}.experts.", f".{part}")
                 self._add(group, role.layer, np.full(len(numbers), place), numbers)
+
+
+def _holder(place: int, head: str, is_gone: bool) -> _Row:
+    """The module that has experts in it. head: what their names begin with."""
+    name = head.rstrip(".")
+    return _Row(place, True, -1, 0, name, name, is_gone)
 
 
 def _said(known: ModuleList, how: Reading, names: Names, sort: bool) -> dict[str, tuple[str, ...]]:

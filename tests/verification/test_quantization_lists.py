@@ -82,6 +82,8 @@ def test_a_spoiled_list_that_engines_read_otherwise_is_found(loop: str) -> None:
         ([r"re:.*e.perts\.1\..*"], [r"re:.*e.perts\.1\..*"]),
         ([NAME.format(1, 12)], [NAME.format(1, 2)]),
         ([NAME.format(1, 12)], []),
+        (["model.layers.2.mlp.experts"], []),
+        (["lm_head"], ["lm_head", "model.layers.2.mlp.experts"]),
         ([r"re:.*self_attn.*"], [r"re:.*self_attn.*", r"re:.*shared_experts.*"]),
     ],
 )
