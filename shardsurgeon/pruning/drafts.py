@@ -136,7 +136,13 @@ class Draft:
     @property
     def is_well_shared(self) -> bool:
         """Whether nearly all is shared that could be."""
-        return self.whole is not None or self.shared >= _WELL_SHARED * int(self._places[1].sum())
+        return self.shared >= _WELL_SHARED * int(self._places[1].sum())
+
+    def may_be_joined(self, other: Draft) -> bool:
+        """Whether the next one may be joined with it: one of them is not well shared, and neither
+        is a file of the source."""
+        well = self.is_well_shared and other.is_well_shared
+        return not well and self.whole is None and other.whole is None
 
     def finished(self, source: Source, file: str) -> OutputShard:
         """The output shard of that name."""
@@ -255,17 +261,14 @@ def merged(drafts: Sequence[Draft]) -> list[Draft]:
     """Those of which too little could be shared joined with their neighbours, where that helps.
 
     What moves tensors to where they can be shared are small tensors, and little of a shard has few
-    of them. None gets larger than the largest of the source's shards.
+    of them. None gets larger than the largest of the source's shards, and those that nothing is
+    taken from stay as they are.
     """
     most = max((draft.most for draft in drafts), default=0)
     found: list[Draft] = []
     for draft in drafts:
         last = found[-1] if found else None
-        if (
-            last is not None
-            and last.nbytes + draft.nbytes <= most
-            and not (last.is_well_shared and draft.is_well_shared)
-        ):
+        if last is not None and last.may_be_joined(draft) and last.nbytes + draft.nbytes <= most:
             both = joined([last, draft])
             if both.shared > last.shared + draft.shared:
                 found[-1] = both

@@ -347,8 +347,8 @@ def _fill(new: np.ndarray, old: np.ndarray, column: int, kept: int) -> None:
 class SizeEstimate:
     """Kept count → bytes of the weight files, headers included.
 
-    Never too few: header entries are counted as long as they are in the source, where expert
-    ids and offsets are at least as large.
+    Never too few: header entries are counted with the source's expert ids, which are at least as
+    large, and with the longest offsets that a result can have.
     """
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, mtp: MtpPolicy) -> None:
@@ -363,10 +363,26 @@ class SizeEstimate:
         for table in self._checkpoint.tables:
             layer, expert = self._anatomy.reader.experts(table)
             nbytes = table.by_series([_entry_nbytes(each) for each in table.series])
-            nbytes += _digits(expert) + _digits(table.begin) + _digits(table.end)
+            nbytes += _digits(expert) + 2 * self._longest
             for each in np.unique(layer[layer >= 0]).tolist():
                 entries[each] += int(nbytes[layer == each].sum())
         return entries
+
+    @property
+    def _longest(self) -> int:
+        """Digits of the largest offset that a tensor can have."""
+        return len(str(self._checkpoint.total_size))
+
+    @cached_property
+    def _headers(self) -> int:
+        """Bytes of all headers, if nothing were removed."""
+        tables = self._checkpoint.tables
+        headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
+        # Where pages can be shared the data may begin up to one later, for them to agree.
+        pages = sum(int(table.nbytes.max(initial=0)) >= PAGE_NBYTES for table in tables)
+        digits = sum(int((_digits(t.begin) + _digits(t.end)).sum()) for t in tables)
+        longest = 2 * self._longest * self._checkpoint.num_tensors
+        return headers + pages * PAGE_NBYTES + longest - digits
 
     def nbytes(self, kept: int | Mapping[int, int]) -> int:
         """Bytes of all weight files with `kept` experts in every MoE layer, or kept[layer]."""
@@ -379,12 +395,7 @@ class SizeEstimate:
         if self._mtp is MtpPolicy.DROP:
             counts |= dict.fromkeys((layer.index for layer in self._anatomy.mtp_layers), 0)
         data = self._anatomy.total_nbytes(counts, drop_mtp=self._mtp is MtpPolicy.DROP)
-        headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
-        # Where pages can be shared the data may begin up to one later, for them to agree.
-        tables = self._checkpoint.tables
-        pages = sum(int(table.nbytes.max(initial=0)) >= PAGE_NBYTES for table in tables)
-        headers += pages * PAGE_NBYTES
-        others = headers - sum(self._entries.values())
+        others = self._headers - sum(self._entries.values())
         entries = 0
         for layer in self._anatomy.layers:
             whole = self._entries[layer.index]
