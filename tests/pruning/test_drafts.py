@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -115,11 +116,39 @@ def test_a_prune_and_a_prune_of_it_lie_in_their_pages_as_the_source_does() -> No
         files = found | {"config.json": json.dumps(settings).encode()}
 
 
+def mixed() -> tiny.Tensors:
+    """Experts of U8, F16, F32 and I64, of which most positions suit no wider dtype than F16."""
+    numbers = np.random.default_rng(2)
+    found = {name: value for name, value in large().items() if ".experts." not in name}
+    for layer in MOE:
+        for expert in range(EXPERTS):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
+            found[name] = numbers.integers(0, 256, (2, 4097), dtype="u1")
+            found[f"{name}_scale"] = numbers.standard_normal(1).astype("f2")
+            found[f"{name}_zero_point"] = numbers.integers(0, 256, 3, dtype="u1")
+            found[f"{name}_scale_2"] = numbers.standard_normal(()).astype("f4")
+            found[f"{name}_shape"] = numbers.integers(0, 256, 2, dtype="i8")
+    return found
+
+
 def test_every_tensor_begins_at_a_multiple_of_its_elements_size() -> None:
-    for shard in planned(model(one=large()), range(0, EXPERTS, 2)):
-        for record in shard.tensors:
-            width = {"F32": 4, "I32": 4}[record.dtype]
-            assert (len(shard.header) + record.begin) % width == 0
+    weights, kept = mixed(), range(0, EXPERTS, 2)
+    files = model(one=weights)
+    (shard,) = planned(files, kept)
+    data = bytes_of(shard, files)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    found = load(data)
+    offset = {name: begin + header[name]["data_offsets"][0] for name in found}
+    assert [name for name, value in found.items() if offset[name] % value.itemsize] == []
+    widths = [found[name].itemsize for name in sorted(found, key=offset.__getitem__)]
+    assert {*widths} == {1, 2, 4, 8}
+    assert widths != sorted(widths, reverse=True)
+    # The library reads this layout as any other.
+    for name, value in found.items():
+        old = re.sub(r"(?<=experts\.)\d+", lambda new: str(kept[int(new[0])]), name)
+        whole = weights[old]
+        np.testing.assert_array_equal(value, whole[kept] if ".gate." in name else whole)
 
 
 def test_shards_of_which_too_little_could_be_shared_are_joined_where_that_helps() -> None:
