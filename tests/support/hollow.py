@@ -86,11 +86,10 @@ def carried_out(plan: Plan, source: HollowSource, name: str) -> HollowSource:
     files: dict[str, HollowFile] = {}
     for output in plan.shards:
         pieces, at = {0: output.header}, len(output.header)
-        for tensor in output.tensors:
-            for piece in tensor.pieces:
-                if isinstance(piece, Literal):
-                    pieces[at] = piece.data
-                at += piece.nbytes
+        for piece in output.pieces:
+            if isinstance(piece, Literal):
+                pieces[at] = piece.data
+            at += piece.nbytes
         files[output.file] = HollowFile(output.nbytes, pieces)
     for file, data in plan.generated_files:
         files[file] = whole(data)
