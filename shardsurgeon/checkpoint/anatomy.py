@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,8 +238,9 @@ class _Census:
     def __init__(self, location: str, reader: NameReader) -> None:
         self._location = location
         self._reader = reader
-        # Layer → part of a name around its expert's number → which experts have it.
-        self._parts: dict[int, dict[tuple[str, str], NDArray[np.bool_]]] = {}
+        # Layer → part of a name around its expert's number → the experts that have it. No mask of
+        # all experts, which a stranger's config may count in ten thousands, for each part.
+        self._parts: dict[int, dict[tuple[str, str], list[Column]]] = {}
         self._stored: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
         # Layer → expert beyond those that it should have → the part of one of its names.
         self._beyond: dict[int, dict[int, tuple[str, str]]] = {}
@@ -246,6 +248,7 @@ class _Census:
         self.incomplete: dict[int, dict[int, str]] = {}
         self._blocks: dict[int, LayerTensors] = {}
         self._own_nbytes: dict[int, Column] = {}
+        self._in_all = 0
         self._others: list[TensorRecord] = []
         self._stacked: set[int] = set()
         self._routers: dict[int, str] = {}
@@ -281,18 +284,24 @@ class _Census:
         """Note one tensor each of some experts; the one at `place` is among them."""
         series = table.series[table.code[place]]
         part = series.head, series.tail
-        count = self._reader.experts_of(layer)
-        own = self._own_nbytes.setdefault(layer, np.zeros(count, np.int64))
-        own[experts] += series.nbytes
+        if layer not in self._parts:
+            self._in_all += self._reader.experts_of(layer)
+        if self._in_all <= MAX_EXPERTS_IN_ALL:  # else `check` refuses it
+            own = self._own_nbytes.setdefault(layer, self._none(layer, np.int64))
+            own[experts] += series.nbytes
         stored = series.dtype, series.shape
         if self._stored.setdefault(part, stored) != stored:
             self.uneven.add(layer)
         parts = self._parts.setdefault(layer, {})
         if part not in parts:
-            parts[part] = np.zeros(count, bool)
+            parts[part] = []
             record = table[place]
             self._note(record, self._reader.role(record))
-        parts[part][experts] = True
+        parts[part].append(experts)
+
+    def _none(self, layer: int, kind: type[np.generic]) -> NDArray[Any]:
+        """A value for each expert of a layer: nothing."""
+        return np.zeros(self._reader.experts_of(layer), kind)
 
     def _see_other(self, record: TensorRecord) -> None:
         role = self._reader.role(record)
@@ -400,7 +409,9 @@ class _Census:
     def _check_experts(self, layer: int) -> None:
         parts, beyond = self._parts.get(layer, {}), self._beyond.get(layer, {})
         experts = self._reader.experts_of(layer)
-        present = np.logical_or.reduce([*parts.values(), np.zeros(experts, bool)])
+        present = self._none(layer, np.bool_)
+        for having in parts.values():
+            present[np.concatenate(having)] = True
         missing, surplus = np.flatnonzero(~present).tolist(), sorted(beyond)
         if missing or surplus:
             number = (missing or surplus)[0]
@@ -412,9 +423,15 @@ class _Census:
                 f"the shards hold {int(present.sum()) + len(beyond)}",
                 "experts must be 0..E-1 without gaps; fetch the checkpoint again",
             )
+        whole = present
         for (head, tail), having in parts.items():
-            for expert in np.flatnonzero(~having).tolist():
-                self.incomplete.setdefault(layer, {}).setdefault(expert, f"{head}{expert}{tail}")
+            has = self._none(layer, np.bool_)
+            has[np.concatenate(having)] = True
+            for expert in np.flatnonzero(whole & ~has).tolist():
+                self.incomplete.setdefault(layer, {})[expert] = f"{head}{expert}{tail}"
+            whole = whole & has
+            if not whole.any():
+                break
 
     def layers(self) -> tuple[MoELayer, ...]:
         """The layers found, with the sizes of their experts."""
@@ -431,7 +448,7 @@ class _Census:
 
     def _expert_nbytes(self, layer: int) -> tuple[int, ...]:
         """Bytes of each expert: its own tensors and its rows of stacked ones."""
-        own = self._own_nbytes.get(layer, np.zeros(self._reader.experts_of(layer), np.int64))
+        own = self._own_nbytes.get(layer, self._none(layer, np.int64))
         return tuple((own + self._rows.get(layer, 0)).tolist())
 
     def _carry(self, nbytes: int, mtp: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -84,6 +85,8 @@ def plan_shards(
 
     Raises FamilyError where an expert's row in a stacked tensor is not whole bytes.
     """
+    listed = {layer.index for layer in anatomy.layers if not (drop_mtp and layer.is_mtp)}
+    assert listed <= keep.layers.keys()
     planner = _Planner(anatomy, keep, tables or {}, drop_mtp)
     kept = [draft for shard in checkpoint.shards if len(draft := planner.draft(shard))]
     drafts = merged(kept) if max_shard_nbytes is None else repacked(kept, max_shard_nbytes)
@@ -127,20 +130,23 @@ class _Planner:
         self._tables = tables
         self._drop_mtp = drop_mtp
         self._retained = {layer: kept.retained for layer, kept in keep.layers.items()}
-        # Row of a layer, old number → new number, or -1. The last row is of dropped layers.
-        self._rows = {layer: row for row, layer in enumerate(self._retained)}
-        most = max(anatomy.experts_per_layer.values())
-        self._new_ids = np.full((len(self._rows) + 1, most), -1, np.int64)
-        for layer, retained in self._retained.items():
-            self._new_ids[self._rows[layer], list(retained)] = np.arange(len(retained))
+        # Old number → new number or -1, of one layer behind the other; layer → where it begins.
+        self._begins: dict[int, int] = {}
+        counts = anatomy.experts_per_layer
+        self._new_ids = np.full(sum(counts.values()), -1, np.int64)
+        for (layer, count), end in zip(counts.items(), accumulate(counts.values()), strict=True):
+            self._begins[layer] = end - count
+            dropped = drop_mtp and layer >= anatomy.num_layers
+            retained = () if dropped else self._retained.get(layer, ())
+            self._new_ids[end - count + np.array(retained, np.int64)] = np.arange(len(retained))
 
     def draft(self, shard: Shard) -> Draft:
         """The tensors that a source shard gives to the output, in source order."""
         table, begin = shard.header.tensors, shard.header.data_begin
         layer, expert = self._anatomy.reader.experts(table)
         owned = layer >= 0
-        row = table.by_series([self._row(each) for each in table.series])
-        number = np.where(owned, self._new_ids[row, np.where(owned, expert, 0)], table.number)
+        first = table.by_series([self._begin(each) for each in table.series])
+        number = np.where(owned, self._new_ids[np.where(owned, first + expert, 0)], table.number)
         stays = number >= np.where(owned, 0, UNNUMBERED)
         odd: dict[int, OutputTensor] = {}
         for place in np.flatnonzero(~owned).tolist():
@@ -153,11 +159,9 @@ class _Planner:
         places = np.flatnonzero(stays)
         return Draft.of(shard, table.select(places), number[places], odd, places)
 
-    def _row(self, series: Series) -> int:
+    def _begin(self, series: Series) -> int:
         layer = self._anatomy.reader.layer_of(series)
-        if layer is None or (self._drop_mtp and layer >= self._anatomy.num_layers):
-            return len(self._rows)
-        return self._rows[layer]
+        return 0 if layer is None else self._begins[layer]
 
     def tensor(self, record: TensorRecord, file: str, begin: int) -> OutputTensor | None:
         """What a source tensor, which begins at an offset of a file, becomes; None if nothing."""
@@ -168,7 +172,7 @@ class _Planner:
         if isinstance(role, Carried):
             return OutputTensor(record.name, record.dtype, record.shape, (whole,))
         if isinstance(role, ExpertTensor):
-            new_id = int(self._new_ids[self._rows[role.layer], role.expert])
+            new_id = int(self._new_ids[self._begins[role.layer] + role.expert])
             if new_id < 0:
                 return None
             name = role.renamed(record.name, new_id)
