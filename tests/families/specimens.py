@@ -23,7 +23,7 @@ from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.storage.formats.json_edit import Document
 from shardsurgeon.storage.formats.safetensors import Header
-from shardsurgeon.storage.formats.tensor_table import TensorRecord
+from shardsurgeon.storage.formats.tensor_table import TensorRecord, TensorTable
 from shardsurgeon.storage.source import MemorySource
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -68,7 +68,7 @@ class Specimen:
     def checkpoint(self) -> Checkpoint:
         """As `open_checkpoint` would give it; no byte of a tensor can be read."""
         records = tuple(TensorRecord(name, *kind, 0, 0) for name, kind in self.tensors.items())
-        shard = Shard("model.safetensors", 0, Header(records, None, 0), "")
+        shard = Shard("model.safetensors", 0, Header(TensorTable.of(records), None, 0), "")
         config = Document.parse(json.dumps(self.config).encode(), "config.json")
         return Checkpoint(
             MemorySource({}, name="specimen"), (), (shard,), config, None, None, (), ()
