@@ -31,7 +31,10 @@ def text_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a sharded checkpoint, from the shard its index names."""
+    """Every tensor of a checkpoint, from the shard its index names or, without one, its only."""
+    if (whole := folder / "model.safetensors").exists():
+        with safe_open(whole, "pt") as shard:
+            return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     tensors = {}
     for file in sorted(set(index["weight_map"].values())):
