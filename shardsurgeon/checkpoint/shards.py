@@ -228,9 +228,9 @@ def settle(source: Source, shards: Sequence[Shard], listed: Mapping[str, str]) -
     unlisted: list[str] = []
     for shard in shards:
         table = shard.header.tensors
-        homes = list(map(listed.get, table.names()))
+        names = table.names()
+        homes = list(map(listed.get, names))
         if {*homes} != {shard.file}:
-            names = list(table.names())
             unlisted += (name for name, home in zip(names, homes, strict=True) if home is None)
             stays = np.array([home in (None, shard.file) for home in homes], bool)
             superseded += ((shard.file, names[place]) for place in np.flatnonzero(~stays).tolist())

@@ -138,11 +138,12 @@ class Draft:
         """Whether nearly all is shared that could be."""
         return self.shared >= _WELL_SHARED * int(self._places[1].sum())
 
-    def may_be_joined(self, other: Draft) -> bool:
+    def may_take_in(self, other: Draft) -> bool:
         """Whether the next one may be joined with it: one of them is not well shared, and neither
         is a file of the source."""
-        well = self.is_well_shared and other.is_well_shared
-        return not well and self.whole is None and other.whole is None
+        if self.whole is not None or other.whole is not None:
+            return False
+        return not (self.is_well_shared and other.is_well_shared)
 
     def finished(self, source: Source, file: str) -> OutputShard:
         """The output shard of that name."""
@@ -268,9 +269,9 @@ def merged(drafts: Sequence[Draft]) -> list[Draft]:
     found: list[Draft] = []
     for draft in drafts:
         last = found[-1] if found else None
-        if last is not None and last.may_be_joined(draft) and last.nbytes + draft.nbytes <= most:
+        if last is not None and last.nbytes + draft.nbytes <= most and last.may_take_in(draft):
             both = joined([last, draft])
-            if both.shared > last.shared + draft.shared:
+            if both.is_well_shared or both.shared > last.shared + draft.shared:
                 found[-1] = both
                 continue
         found.append(draft)

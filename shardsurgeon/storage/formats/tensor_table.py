@@ -122,12 +122,11 @@ class TensorTable(Sequence[TensorRecord]):
         series: Series = self.series[self.code[place]]
         return series.name(int(self.number[place]))
 
-    def names(self) -> Iterator[str]:
+    def names(self) -> list[str]:
         """All names, in order; quicker than through records."""
         series = [(each.head, each.tail) for each in self.series]
-        for code, number in zip(self.code.tolist(), self.number.tolist(), strict=True):
-            head, tail = series[code]
-            yield f"{head}{number}{tail}" if number >= 0 else tail
+        rows = zip(map(series.__getitem__, self.code.tolist()), self.number.tolist(), strict=True)
+        return [f"{head}{number}{tail}" if number >= 0 else tail for (head, tail), number in rows]
 
     def examples(self) -> Iterator[TensorRecord]:
         """One tensor of each series that has any, in their order."""
