@@ -15,9 +15,10 @@ import numpy as np
 from shardsurgeon.checkpoint.shards import Shard
 from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Pieces, Segment
 from shardsurgeon.pruning.layout import Layout, lay_out, shared_nbytes
-from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, PAGE_NBYTES, build_header
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, build_header
 from shardsurgeon.storage.formats.tensor_table import Column, Series, TensorTable, split_name
 from shardsurgeon.storage.source import Source
+from shardsurgeon.storage.system import BLOCK_NBYTES
 
 # Of what could be shared with the source: a draft with less is joined with its neighbour.
 _WELL_SHARED = 0.95
@@ -107,7 +108,7 @@ class Draft:
     def _places(self) -> tuple[Column, Column]:
         """(phase, gain) of each tensor, as `lay_out` takes them."""
         nbytes = self.table.nbytes
-        phase, gain = _shared(self.begin % PAGE_NBYTES, nbytes)
+        phase, gain = _shared(self.begin % BLOCK_NBYTES, nbytes)
         for place, pieces in self.odd.items():
             phase[place], gain[place] = _shared_of_pieces(pieces)
         aligned = np.where(phase >= 0, phase, 0) % self._width == 0
@@ -124,7 +125,7 @@ class Draft:
     def layout(self) -> Layout:
         """The order of its tensors."""
         if self.whole is not None:
-            return Layout(np.arange(len(self)), self.whole.header.data_begin % PAGE_NBYTES)
+            return Layout(np.arange(len(self)), self.whole.header.data_begin % BLOCK_NBYTES)
         return lay_out(self.table.nbytes, self._width, *self._places)
 
     @cached_property
@@ -188,8 +189,8 @@ class Draft:
 
 def _shared(phase: Column, nbytes: Column) -> tuple[Column, Column]:
     """(phase, whole pages) of tensors that begin at such offsets in a page."""
-    pages = (phase + nbytes) // PAGE_NBYTES - -(-phase // PAGE_NBYTES)
-    return phase.copy(), np.maximum(pages, 0) * PAGE_NBYTES
+    pages = (phase + nbytes) // BLOCK_NBYTES - -(-phase // BLOCK_NBYTES)
+    return phase.copy(), np.maximum(pages, 0) * BLOCK_NBYTES
 
 
 def _shared_of_pieces(pieces: Sequence[Segment | Literal]) -> tuple[int, int]:
@@ -199,10 +200,10 @@ def _shared_of_pieces(pieces: Sequence[Segment | Literal]) -> tuple[int, int]:
     at = 0
     for piece in pieces:
         if isinstance(piece, Segment):
-            phase = (piece.begin - at) % PAGE_NBYTES
+            phase = (piece.begin - at) % BLOCK_NBYTES
             first, last = phase + at, phase + at + piece.nbytes
-            pages = max(last // PAGE_NBYTES - -(-first // PAGE_NBYTES), 0)
-            gains[phase] = gains.get(phase, 0) + pages * PAGE_NBYTES
+            pages = max(last // BLOCK_NBYTES - -(-first // BLOCK_NBYTES), 0)
+            gains[phase] = gains.get(phase, 0) + pages * BLOCK_NBYTES
         at += piece.nbytes
     return max(gains.items(), key=lambda item: (item[1], -item[0]), default=(-1, 0))
 

@@ -33,10 +33,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Column = NDArray[np.int64]
+from shardsurgeon.storage.formats.tensor_table import Column
+from shardsurgeon.storage.system import BLOCK_NBYTES
+
 Mask = NDArray[np.bool_]
 
-BLOCK = 4096
 # The data of a file begins at a multiple of this: the padding of the header sees to it.
 START_UNIT = 8
 # No better order is looked for when this part of what any could share is shared.
@@ -94,7 +95,7 @@ def lay_out(nbytes: Column, width: Column, phase: Column, gain: Column) -> Layou
         # Among equals the source's own order: it has the longest runs.
         best = max(_try(given, shard), best, key=_shared)
     # All positions of a file agree modulo the largest power of two that is in all sizes.
-    power = int(np.bitwise_or.reduce(nbytes, initial=BLOCK))
+    power = int(np.bitwise_or.reduce(nbytes, initial=BLOCK_NBYTES))
     enough = np.bincount(phase[large] % (power & -power), gain[large]).max() * ENOUGH
     walks = _walks(shard)
     while best.shared < enough and (order := next(walks, None)) is not None:
@@ -111,7 +112,7 @@ def shared_nbytes(
     """
     if start is None:
         return 0
-    agree = (start + _positions(order, nbytes)) % BLOCK == phase[order]
+    agree = (start + _positions(order, nbytes)) % BLOCK_NBYTES == phase[order]
     return int(gain[order][agree].sum())
 
 
@@ -123,8 +124,8 @@ def _positions(order: Column, nbytes: Column) -> Column:
 
 def _try(order: Column, shard: _Columns) -> _Tried:
     """What an order shares with the best of all starts."""
-    starts = (shard.phase[order] - _positions(order, shard.nbytes)) % BLOCK
-    shared = np.bincount(starts, shard.gain[order], minlength=BLOCK)[::START_UNIT]
+    starts = (shard.phase[order] - _positions(order, shard.nbytes)) % BLOCK_NBYTES
+    shared = np.bincount(starts, shard.gain[order], minlength=BLOCK_NBYTES)[::START_UNIT]
     place = int(shared.argmax())
     return _Tried(int(shared[place]), place * START_UNIT, order)
 
@@ -138,7 +139,7 @@ def _walks(shard: _Columns) -> Iterator[Column]:
     nbytes, width, phase, gain = shard
     # Large tensors that move the position and hold few bytes (norms, a router) help most as
     # fillers: they are walked to only where they were not needed.
-    moving = np.flatnonzero((phase >= 0) & (nbytes % BLOCK != 0))
+    moving = np.flatnonzero((phase >= 0) & (nbytes % BLOCK_NBYTES != 0))
     moving = moving[np.argsort(gain[moving], kind="stable")]
     minor = np.zeros(len(nbytes), dtype=bool)
     minor[moving[np.cumsum(gain[moving]) <= gain.sum() * MINOR]] = True
@@ -168,7 +169,7 @@ def _walked(shard: _Columns, first: Column, minor: Mask, beginning: int) -> Colu
     units = np.unique(first)[::-1].tolist()
     walk = _Walk(nbytes, beginning)
     left = np.ones(len(nbytes), dtype=bool)
-    whole = nbytes % BLOCK == 0
+    whole = nbytes % BLOCK_NBYTES == 0
     rounds = ((phase >= 0) & ~minor, ((phase < 0) | minor) & ~whole), (minor, (phase < 0) & ~whole)
     for unit, following in zip(units, [*units[1:], 0], strict=True):
         # Wider dtypes than the unit are all placed by now.
@@ -201,7 +202,7 @@ class _Reach:
     """Where sums of fillers lead: for each distance modulo 4096 what the cheapest one costs."""
 
     def __init__(self, fillers: list[_Filler]) -> None:
-        self.cost = np.full(BLOCK, inf)
+        self.cost = np.full(BLOCK_NBYTES, inf)
         self.cost[0] = 0
         self._layers: list[tuple[_Filler, int, Mask]] = []
         for filler in fillers:
@@ -222,7 +223,7 @@ class _Reach:
         if self.cost[distance] < inf:
             for filler, times, better in reversed(self._layers):
                 if better[distance]:
-                    distance = (distance - times * filler.step) % BLOCK
+                    distance = (distance - times * filler.step) % BLOCK_NBYTES
                     parts.append((filler, times))
         return parts
 
@@ -234,7 +235,7 @@ class _Walk:
     """
 
     def __init__(self, nbytes: Column, beginning: int) -> None:
-        self._moves, self._beginning = nbytes % BLOCK, beginning
+        self._moves, self._beginning = nbytes % BLOCK_NBYTES, beginning
         self.order: list[int] = []
         self.position = 0
         self.free = True
@@ -250,7 +251,7 @@ class _Walk:
         ends = [*begins[1:].tolist(), len(tensors)]
         # Phase → its tensors that are not placed yet.
         spans = dict(zip(nodes.tolist(), zip(begins.tolist(), ends, strict=True), strict=True))
-        waiting = bytearray(BLOCK)
+        waiting = bytearray(BLOCK_NBYTES)
         for node in spans:
             waiting[node] = 1
         if self.free:
@@ -273,7 +274,7 @@ class _Walk:
             elif near := _nearest(node, waiting, fillers):
                 self._spend([near])
             else:
-                parts = _Reach(fillers).cheapest((np.array(list(spans)) - node) % BLOCK)
+                parts = _Reach(fillers).cheapest((np.array(list(spans)) - node) % BLOCK_NBYTES)
                 if not parts:
                     return
                 self._spend(parts)
@@ -286,7 +287,9 @@ class _Walk:
         reach = _Reach(fillers) if any((n - self.position) % START_UNIT for n in nodes) else None
         for node in nodes:
             odd = (node - self.position) % START_UNIT
-            parts = reach.cheapest(np.arange(odd, BLOCK, START_UNIT)) if reach and odd else []
+            parts = (
+                reach.cheapest(np.arange(odd, BLOCK_NBYTES, START_UNIT)) if reach and odd else []
+            )
             if parts or not odd:
                 self._spend(parts)
                 self.position, self.free = node, False
@@ -298,7 +301,7 @@ class _Walk:
 
     def _put(self, tensors: list[int], moves: int) -> None:
         self.order += tensors
-        self.position = (self.position + moves) % BLOCK
+        self.position = (self.position + moves) % BLOCK_NBYTES
 
     def _spend(self, parts: list[tuple[_Filler, int]]) -> None:
         for filler, times in parts:
@@ -330,7 +333,7 @@ def _nearest(
             break
         at = position
         for times in range(1, filler.left + 1):
-            at = (at + filler.step) % BLOCK
+            at = (at + filler.step) % BLOCK_NBYTES
             if waiting[at]:
                 if times * filler.price < cheapest:
                     cheapest, found = times * filler.price, (filler, times)
@@ -350,7 +353,7 @@ def _beginnings(nodes: Column, gains: Column, fillers: list[_Filler]) -> list[in
     # Steps of one size visit the phases that agree modulo the largest power of two in it: these
     # lie on one circle, each at so many steps.
     power = step & -step
-    around = BLOCK // power
+    around = BLOCK_NBYTES // power
     steps = nodes // power * pow(step // power, -1, around) % around
     # Each circle is laid down twice, one circle behind the other, so that no walk is cut in two.
     along = nodes % power * (4 * around) + steps

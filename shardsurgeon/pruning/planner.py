@@ -32,8 +32,9 @@ from shardsurgeon.execution.plan import Literal, OutputShard, OutputTensor, Segm
 from shardsurgeon.pruning.drafts import Draft, merged, repacked
 from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.pruning.request import MtpPolicy
-from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, PAGE_NBYTES
+from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.formats.tensor_table import UNNUMBERED, Column, Series, TensorRecord
+from shardsurgeon.storage.system import BLOCK_NBYTES
 
 # Types of a table of expert ids, as numpy names them.
 _ID_TYPES = {"I32": "<i4", "I64": "<i8"}
@@ -383,10 +384,10 @@ class SizeEstimate:
         tables = self._checkpoint.tables
         headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
         # Where pages can be shared the data may begin up to one later, for them to agree.
-        pages = sum(int(table.nbytes.max(initial=0)) >= PAGE_NBYTES for table in tables)
+        pages = sum(int(table.nbytes.max(initial=0)) >= BLOCK_NBYTES for table in tables)
         digits = sum(int((_digits(t.begin) + _digits(t.end)).sum()) for t in tables)
         longest = 2 * self._longest * self._checkpoint.num_tensors
-        return headers + pages * PAGE_NBYTES + longest - digits
+        return headers + pages * BLOCK_NBYTES + longest - digits
 
     def nbytes(self, kept: int | Mapping[int, int]) -> int:
         """Bytes of all weight files with `kept` experts in every MoE layer, or kept[layer]."""

@@ -16,7 +16,7 @@ from shardsurgeon.operations import prune
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.planner import SizeEstimate, plan_shards
 from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
-from shardsurgeon.storage.formats.safetensors import PAGE_NBYTES
+from shardsurgeon.storage.system import BLOCK_NBYTES
 from tests.support import tiny
 from tests.support.hub.models import fixture_folder
 
@@ -35,7 +35,7 @@ def test_no_prune_is_larger_than_its_estimate(family: str) -> None:
     for kept in {counts[0], counts[len(counts) // 2], counts[-1]}:
         made = prune.plan(checkpoint, model / "scores.pt", SelectionRequest(keep=kept), out="x")
         nbytes = sum(shard.nbytes for shard in made.plan.shards)
-        assert nbytes <= estimate.nbytes(kept) < nbytes + 5 * PAGE_NBYTES * len(checkpoint.shards)
+        assert nbytes <= estimate.nbytes(kept) < nbytes + 5 * BLOCK_NBYTES * len(checkpoint.shards)
 
 
 EXPERTS, WIDTH = 512, 32
@@ -93,14 +93,14 @@ def sharable(shards: tuple[OutputShard, ...]) -> float:
         pages: dict[int, set[object]] = {}
         for piece in shard.pieces:
             assert isinstance(piece, Segment)
-            whole = (piece.begin + piece.nbytes) // PAGE_NBYTES - -(-piece.begin // PAGE_NBYTES)
+            whole = (piece.begin + piece.nbytes) // BLOCK_NBYTES - -(-piece.begin // BLOCK_NBYTES)
             wanted += max(whole, 0)
-            for page in range(at // PAGE_NBYTES, (at + piece.nbytes - 1) // PAGE_NBYTES + 1):
+            for page in range(at // BLOCK_NBYTES, (at + piece.nbytes - 1) // BLOCK_NBYTES + 1):
                 pages.setdefault(page, set()).add((piece.file, piece.begin - at))
             at += piece.nbytes
         for origins in pages.values():
             (_, shift), *others = origins
-            shared += not others and shift % PAGE_NBYTES == 0
+            shared += not others and shift % BLOCK_NBYTES == 0
     return shared / wanted
 
 

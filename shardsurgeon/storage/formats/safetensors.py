@@ -25,10 +25,9 @@ from shardsurgeon.storage.formats.columns import read_columns
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
 from shardsurgeon.storage.formats.tensor_table import Series, Stems, TensorRecord, TensorTable
 from shardsurgeon.storage.limits import HEADER
+from shardsurgeon.storage.system import BLOCK_NBYTES
 
 PREFIX_NBYTES = 8
-# What file systems share between files: whole pages, at offsets that agree in all but pages.
-PAGE_NBYTES = 4096
 
 _DTYPES_BY_BITS = (
     (4, "F4"),
@@ -152,7 +151,7 @@ def build_header(
 
     tensors: a table, or (name, dtype, shape, nbytes), in the order of their data, which follows
     without holes. The JSON is padded with spaces so that the data begins at a multiple of 8, or
-    so that its offset is `start` modulo PAGE_NBYTES.
+    so that its offset is `start` modulo BLOCK_NBYTES.
 
     Raises ValueError for tensors that no file can hold (repeated names, nbytes that do not
     match dtype and shape: a defect of the caller), HeaderError where the result is longer
@@ -166,7 +165,7 @@ def build_header(
         )
     _require_possible(tensors)
     text = _spelled(tensors, metadata).encode()
-    unit, rest = (8, 0) if start is None else (PAGE_NBYTES, start)
+    unit, rest = (8, 0) if start is None else (BLOCK_NBYTES, start)
     text += b" " * ((rest - PREFIX_NBYTES - len(text)) % unit)
     if len(text) > HEADER.nbytes:
         raise HeaderError(
