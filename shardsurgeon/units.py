@@ -8,6 +8,10 @@ from fractions import Fraction
 
 from shardsurgeon.errors import UsageError
 
+# What file systems that share blocks between files share: whole blocks of this size, in bytes, at
+# multiples of it in both files. Where blocks are larger, a probe finds that nothing can be shared.
+BLOCK_NBYTES = 4096
+
 _FACTORS = {
     "": 1,
     "B": 1,

@@ -16,7 +16,7 @@ import numpy as np
 
 from shardsurgeon.execution.plan import Literal, OutputShard, Segment
 from shardsurgeon.storage.sharing import whole_blocks
-from shardsurgeon.storage.system import BLOCK_NBYTES
+from shardsurgeon.units import BLOCK_NBYTES
 
 # Where blocks are shared, a smaller range between them is not worth a call that claims its blocks.
 _CLAIMED_NBYTES = 64 << 10

@@ -18,7 +18,7 @@ from shardsurgeon.pruning.layout import Layout, lay_out, shared_nbytes
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS, build_header
 from shardsurgeon.storage.formats.tensor_table import Column, Series, TensorTable, split_name
 from shardsurgeon.storage.source import Source
-from shardsurgeon.storage.system import BLOCK_NBYTES
+from shardsurgeon.units import BLOCK_NBYTES
 
 # Of what could be shared with the source: a draft with less is joined with its neighbour.
 _WELL_SHARED = 0.95

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardsurgeon.storage.formats.tensor_table import Column
-from shardsurgeon.storage.system import BLOCK_NBYTES
+from shardsurgeon.units import BLOCK_NBYTES
 
 Mask = NDArray[np.bool_]
 

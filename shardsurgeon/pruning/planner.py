@@ -34,7 +34,7 @@ from shardsurgeon.pruning.keep_lists import KeepList
 from shardsurgeon.pruning.request import MtpPolicy
 from shardsurgeon.storage.formats.safetensors import DTYPE_BITS
 from shardsurgeon.storage.formats.tensor_table import UNNUMBERED, Column, Series, TensorRecord
-from shardsurgeon.storage.system import BLOCK_NBYTES
+from shardsurgeon.units import BLOCK_NBYTES
 
 # Types of a table of expert ids, as numpy names them.
 _ID_TYPES = {"I32": "<i4", "I64": "<i8"}

@@ -22,7 +22,8 @@ from pathlib import Path
 from shardsurgeon.errors import OutputError, OutputWriteError, SourceReadError
 from shardsurgeon.storage.pipes import is_stream, open_file, write_into
 from shardsurgeon.storage.sharing import BlockSharing, whole_blocks
-from shardsurgeon.storage.system import BLOCK_NBYTES, System, default_system
+from shardsurgeon.storage.system import System, default_system
+from shardsurgeon.units import BLOCK_NBYTES
 
 # In the folder of work that an interrupted command left: what it is and what is done of it.
 JOURNAL_NAME = "shardsurgeon.journal"

@@ -12,7 +12,8 @@ import threading
 from io import FileIO
 from pathlib import Path
 
-from shardsurgeon.storage.system import BLOCK_NBYTES, System
+from shardsurgeon.storage.system import System
+from shardsurgeon.units import BLOCK_NBYTES
 
 
 def whole_blocks(begin: int, at: int, nbytes: int) -> tuple[int, int]:

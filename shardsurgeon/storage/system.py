@@ -29,10 +29,6 @@ else:
 
 RENAME_TRIES = 8
 
-# What file systems that share blocks between files share: whole blocks of this size, in bytes, at
-# multiples of it in both files. Where blocks are larger, a probe finds that nothing can be shared.
-BLOCK_NBYTES = 4096
-
 
 @dataclass(frozen=True, slots=True)
 class System:

@@ -16,7 +16,7 @@ from shardsurgeon.operations import prune
 from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.planner import SizeEstimate, plan_shards
 from shardsurgeon.pruning.request import MtpPolicy, SelectionRequest
-from shardsurgeon.storage.system import BLOCK_NBYTES
+from shardsurgeon.units import BLOCK_NBYTES
 from tests.support import tiny
 from tests.support.hub.models import fixture_folder
 

@@ -25,7 +25,7 @@ from shardsurgeon.storage.formats.columns import read_columns
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
 from shardsurgeon.storage.formats.tensor_table import Series, Stems, TensorRecord, TensorTable
 from shardsurgeon.storage.limits import HEADER
-from shardsurgeon.storage.system import BLOCK_NBYTES
+from shardsurgeon.units import BLOCK_NBYTES
 
 PREFIX_NBYTES = 8
 
