@@ -25,6 +25,7 @@ from shardsurgeon.storage.formats.tensor_table import (
     condensed,
     split_name,
 )
+from shardsurgeon.storage.limits import Limit
 
 parts = st.sampled_from(
     ["layers", "experts", "w", "0", "7", "10", "007", "1234567890", "gate_proj", "weight", "é", ""]
@@ -235,3 +236,20 @@ def test_experts_that_are_alike_are_shown_once() -> None:
         ("l.1.e.0.w.scale", 9),
         ("l.1.e.0.w.weight", 9),
     ]
+
+
+def test_what_could_take_too_much_memory_is_refused_and_not_read_quickly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("read quickly")
+
+    monkeypatch.setattr(safetensors, "read_columns", read)
+    monkeypatch.setattr(index, "find_weight_map", read)
+    entries = ",".join(f'"{n}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for n in range(9))
+    monkeypatch.setattr(safetensors, "HEADER", Limit(10**6, 1000))
+    with pytest.raises(HeaderError, match="its JSON could take"):
+        parse_header(f"{{{entries}}}".encode(), 10**6, "x")
+    monkeypatch.setattr(index, "INDEX", Limit(10**6, 100))
+    with pytest.raises(IndexFileError, match="its JSON could take"):
+        parse_index(b'{"weight_map":{"a":"m.safetensors"}}', "x")
