@@ -18,7 +18,13 @@ from shardsurgeon.checkpoint.layouts import is_companion, with_other_layouts
 from shardsurgeon.errors import FamilyError
 from shardsurgeon.families.schema import Family, Rule
 from shardsurgeon.families.templates import pattern
-from shardsurgeon.storage.formats.tensor_table import Column, Series, TensorRecord, TensorTable
+from shardsurgeon.storage.formats.tensor_table import (
+    Column,
+    Series,
+    TensorRecord,
+    TensorTable,
+    split_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +113,8 @@ class ExpertCounts:
     mtp: int
 
 
-class _Neighbours(NamedTuple):
-    """Names of one layer's expert tensors: their common beginning, and the endings seen so far.
-
-    experts: how many the layer has.
-    """
-
-    head: str
-    layer: int
-    experts: int
-    tails: set[str]
+# Beginnings and ends of names that are remembered: a model of 200,000 tensors has some thousands.
+_MOST_KNOWN = 100_000
 
 
 class NameReader:
@@ -152,10 +150,6 @@ class NameReader:
         self._moe_layers: frozenset[int] | None = None
         # (head, tail) of a series → what `layer_of` says of it.
         self._layers: dict[tuple[str, str], int | None] = {}
-        self._neighbours = _Neighbours("no tensor begins like this", -1, 0, set())
-        # Expert number as a name spells it → the number.
-        most = max(counts.every, counts.mtp, *counts.per_layer.values())
-        self._spelled = {str(expert): expert for expert in range(most)}
 
     def settle(self, moe_layers: Iterable[int]) -> None:
         """Say which layers have experts; from then on `role` refuses what no rule claims there."""
@@ -218,8 +212,10 @@ class NameReader:
     def role(self, record: TensorRecord) -> Role:
         """What removing experts does to a tensor. Raises FamilyError where no rule claims it."""
         name = record.name
-        if known := self._like_the_last(name):
-            return known
+        head, number, tail = split_name(name)
+        own = self._layer_of(head, tail)
+        if own is not None and number < self.experts_of(own):
+            return ExpertTensor(own, number, len(head), len(name) - len(tail))
         place = self.place(name)
         if place is None:
             return self._outside(name)
@@ -229,9 +225,7 @@ class NameReader:
                 expert = int(match["expert"])
                 if 0 <= expert - self.experts_of(layer) < self._tail:
                     return Surplus(layer, expert, *match.span("expert"))
-                role = ExpertTensor(layer, expert, *match.span("expert"))
-                self._remember(name, role)
-                return role
+                return ExpertTensor(layer, expert, *match.span("expert"))
         for regex, _ in self._counts:
             if regex.fullmatch(name, start) and record.shape != () and math.prod(record.shape) > 2:
                 return _counted(record, layer)
@@ -249,18 +243,25 @@ class NameReader:
     def layer_of(self, series: Series) -> int | None:
         """The layer whose experts have one tensor each in a series, its number the expert's; None
         for every other series."""
-        key = series.head, series.tail
-        if key not in self._layers:
-            self._layers[key] = self._layer_of(series)
-        return self._layers[key]
+        return self._layer_of(series.head, series.tail)
 
-    def _layer_of(self, series: Series) -> int | None:
-        place = self.place(series.name(0)) if series.head else None
+    def _layer_of(self, head: str, tail: str) -> int | None:
+        """Looked up: a large model has 200,000 tensors and a few thousand such names."""
+        if (head, tail) not in self._layers:
+            if len(self._layers) >= _MOST_KNOWN:
+                self._layers.clear()
+            self._layers[head, tail] = self._layer_by_rule(head, tail)
+        return self._layers[head, tail]
+
+    def _layer_by_rule(self, head: str, tail: str) -> int | None:
+        # Of a name without a number there is no head, and no layer either.
+        name = f"{head}0{tail}"
+        place = self.place(name) if head else None
         if place is None:
             return None
         for regex, _ in self._experts:
-            if match := regex.fullmatch(series.name(0), place[1]):
-                return place[0] if match.start("expert") == len(series.head) else None
+            if match := regex.fullmatch(name, place[1]):
+                return place[0] if match.start("expert") == len(head) else None
         return None
 
     def experts(self, table: TensorTable) -> tuple[Column, Column]:
@@ -270,29 +271,6 @@ class NameReader:
         layer = table.by_series([-1 if each is None else each for each in layers])
         most = table.by_series([0 if each is None else self.experts_of(each) for each in layers])
         return np.where(table.number < most, layer, -1), table.number
-
-    def _remember(self, name: str, role: ExpertTensor) -> None:
-        """Note a name's parts before and behind the expert's number: its neighbours share them."""
-        head = name[: role.begin]
-        if head != self._neighbours.head:
-            experts = self.experts_of(role.layer)
-            self._neighbours = _Neighbours(head, role.layer, experts, set())
-        self._neighbours.tails.add(name[role.end :])
-
-    def _like_the_last(self, name: str) -> ExpertTensor | None:
-        """The role of a tensor whose name differs from one seen in the expert's number only.
-
-        That saves trying the rules for most of the 200,000 tensors of a trillion-parameter model.
-        """
-        head, layer, experts, tails = self._neighbours
-        if not name.startswith(head):
-            return None
-        begin = len(head)
-        end = name.find(".", begin)
-        expert = self._spelled.get(name[begin:end])
-        if expert is None or expert >= experts or name[end:] not in tails:
-            return None
-        return ExpertTensor(layer, expert, begin, end)
 
     def _stacked_role(self, record: TensorRecord, layer: int, rule: Rule) -> Role:
         """A tensor of all experts: rows for each of them, or one value for all."""
