@@ -115,6 +115,23 @@ def test_layers_of_many_experts_each_have_a_limit_together() -> None:
     assert "its 20 layers with experts would have 1,310,720, no model has more than" in said
 
 
+@pytest.mark.parametrize(
+    "name", ["layers.{}.mlp.experts.0.up_proj.weight", "layers.1.mlp.experts.0.part{}.weight"]
+)
+def test_no_table_of_all_experts_is_made_for_each_tensor(name: str) -> None:
+    config = tiny.config(n_routed_experts=65_536, num_hidden_layers=2_000)
+    entries = {
+        f"model.{name.format(n)}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]}
+        for n in range(2_000)
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    files = {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors": len(text).to_bytes(8, "little") + text + bytes(2_000),
+    }
+    assert refusal(files)
+
+
 def test_names_that_change_their_layer_each_time_cost_no_table_each() -> None:
     family = family_for(tiny.config(), "config.json")
     reader = NameReader(family, 3, ExpertCounts(65_536, {}, 65_536), 0)
