@@ -17,12 +17,14 @@ from shardsurgeon.errors import IndexFileError
 from shardsurgeon.storage.formats.columns import find_weight_map, read_weight_map
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
 from shardsurgeon.storage.formats.tensor_table import TensorTable
-from shardsurgeon.storage.limits import INDEX, json_problem
+from shardsurgeon.storage.limits import INDEX, MIB, json_problem
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 
 _SUFFIX = ".safetensors"
+# A shorter weight map takes less memory than any index may, whatever it says.
+_UNCOUNTED = 32 * MIB
 _REMEDY = "fetch the index again"
 _MAX_DEPTH = 50  # of metadata, which json must be able to write again
 _QUOTE = json.encoder.encode_basestring_ascii
@@ -93,7 +95,8 @@ def parse_index(raw: bytes, where: str) -> Index:
 def _read(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str]]:
     """(members of the index, its weight map), the latter quickly where it is spelled as usual."""
     # What could take too much memory is for the strict reader, which refuses it.
-    place = None if json_problem(raw, INDEX) else find_weight_map(raw)
+    is_vast = len(raw) > _UNCOUNTED and json_problem(raw, INDEX)
+    place = None if is_vast else find_weight_map(raw)
     weight_map = read_weight_map(place) if place is not None else None
     if (
         place is not None

@@ -24,7 +24,7 @@ from shardsurgeon.errors import HeaderError
 from shardsurgeon.storage.formats.columns import read_columns
 from shardsurgeon.storage.formats.strict_json import Repeated, brief, is_text, read_object
 from shardsurgeon.storage.formats.tensor_table import Series, Stems, TensorRecord, TensorTable
-from shardsurgeon.storage.limits import HEADER, json_problem
+from shardsurgeon.storage.limits import HEADER, MIB, json_problem
 from shardsurgeon.units import BLOCK_NBYTES
 
 PREFIX_NBYTES = 8
@@ -42,6 +42,8 @@ DTYPE_BITS: dict[str, int] = {
 }
 
 _METADATA = "__metadata__"
+# Of a shorter header the columns take less memory than any header may, whatever it says.
+_UNCOUNTED = 16 * MIB
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_COUNT = 2**63 - 1  # readers count bits, and so bytes and elements, in 64-bit integers
 _LFS_PREFIX = b"version "  # how a Git LFS pointer file begins
@@ -97,7 +99,8 @@ def parse_header(raw: bytes, file_nbytes: int, where: str) -> Header:
     _check_length(len(raw), file_nbytes, where)
     data_begin = PREFIX_NBYTES + len(raw)
     # What could take too much memory is for the strict reader, which refuses it.
-    found = None if json_problem(raw, HEADER) else read_columns(raw, _extent_or_none)
+    is_vast = len(raw) > _UNCOUNTED and json_problem(raw, HEADER)
+    found = None if is_vast else read_columns(raw, _extent_or_none)
     if found is not None and _fills(found[0], file_nbytes - data_begin):
         reader = _HeaderReader(where)
         metadata = reader.load(found[1]) if found[1] else None

@@ -244,6 +244,8 @@ def test_what_could_take_too_much_memory_is_refused_and_not_read_quickly(
     def read(*_: object) -> None:
         raise AssertionError("read quickly")
 
+    monkeypatch.setattr(safetensors, "_UNCOUNTED", 0)
+    monkeypatch.setattr(index, "_UNCOUNTED", 0)
     monkeypatch.setattr(safetensors, "read_columns", read)
     monkeypatch.setattr(index, "find_weight_map", read)
     entries = ",".join(f'"{n}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for n in range(9))
