@@ -74,9 +74,9 @@ class Pieces:
     literals: tuple[bytes, ...] = ()
 
     @staticmethod
-    def of(pieces: Iterable[Segment | Literal]) -> Pieces:
-        """The columns of some pieces."""
-        files: dict[str, int] = {}
+    def of(pieces: Iterable[Segment | Literal], files: Iterable[str] = ()) -> Pieces:
+        """The columns of some pieces; files: those that come first in `files`."""
+        numbers = {name: number for number, name in enumerate(files)}
         literals: list[bytes] = []
         rows = []
         for piece in pieces:
@@ -84,9 +84,10 @@ class Pieces:
                 rows.append((-1, len(literals), piece.nbytes))
                 literals.append(piece.data)
             else:
-                rows.append((files.setdefault(piece.file, len(files)), piece.begin, piece.nbytes))
+                number = numbers.setdefault(piece.file, len(numbers))
+                rows.append((number, piece.begin, piece.nbytes))
         file, begin, nbytes = np.array(rows, np.int64).reshape(-1, 3).T
-        return Pieces(tuple(files), file, begin, nbytes, tuple(literals))
+        return Pieces(tuple(numbers), file, begin, nbytes, tuple(literals))
 
     def __iter__(self) -> Iterator[Segment | Literal]:
         rows = zip(self.file.tolist(), self.begin.tolist(), self.nbytes.tolist(), strict=True)
@@ -119,15 +120,6 @@ class OutputShard:
         ends = np.cumsum(self.pieces.nbytes)[self.pieces.file < 0]
         places = np.unique(np.searchsorted(self.tensors.end, ends))
         return [self.tensors.name(place) for place in places.tolist()]
-
-    def output_tensors(self) -> Iterator[OutputTensor]:
-        """Every tensor with its pieces."""
-        pieces = iter(self.pieces)
-        for record in self.tensors:
-            own: list[Segment | Literal] = []
-            while sum(piece.nbytes for piece in own) < record.nbytes:
-                own.append(next(pieces))
-            yield OutputTensor(record.name, record.dtype, record.shape, tuple(own))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -107,8 +108,8 @@ class Draft:
     @cached_property
     def _places(self) -> tuple[Column, Column]:
         """(phase, gain) of each tensor, as `lay_out` takes them."""
-        nbytes = self.table.nbytes
-        phase, gain = _shared(self.begin % BLOCK_NBYTES, nbytes)
+        phase = self.begin % BLOCK_NBYTES
+        gain = _whole_blocks(phase, self.table.nbytes)
         for place, pieces in self.odd.items():
             phase[place], gain[place] = _shared_of_pieces(pieces)
         aligned = np.where(phase >= 0, phase, 0) % self._width == 0
@@ -159,53 +160,38 @@ class Draft:
         return OutputShard(file, header, table, self._pieces(order))
 
     def _pieces(self, order: Column) -> Pieces:
+        """What the data is made of in an order: a piece of the source for each tensor, or its own
+        pieces."""
         file, begin, nbytes = self.file[order], self.begin[order], self.table.nbytes[order]
-        if not self.odd:
-            return Pieces(self.files, file, begin, nbytes)
-        places = np.empty(len(order), np.int64)
-        places[order] = np.arange(len(order))
-        columns: list[list[Column]] = [[], [], []]
-        literals: list[bytes] = []
-        numbers = {name: number for number, name in enumerate(self.files)}
-        done = 0
-        for at, pieces in sorted((int(places[at]), pieces) for at, pieces in self.odd.items()):
-            for column, values in zip(columns, (file, begin, nbytes), strict=True):
-                column.append(values[done:at])
-            rows = []
-            for piece in pieces:
-                if isinstance(piece, Literal):
-                    rows.append((-1, len(literals), piece.nbytes))
-                    literals.append(piece.data)
-                else:
-                    rows.append((numbers[piece.file], piece.begin, piece.nbytes))
-            for column, values in zip(columns, np.array(rows, np.int64).T, strict=True):
-                column.append(values)
-            done = at + 1
-        for column, values in zip(columns, (file, begin, nbytes), strict=True):
-            column.append(values[done:])
-        file, begin, nbytes = map(np.concatenate, columns)
-        return Pieces(self.files, file, begin, nbytes, tuple(literals))
+        is_odd = np.isin(order, list(self.odd))
+        odd = [self.odd[place] for place in order[is_odd].tolist()]
+        many = np.ones(len(order), np.int64)
+        many[is_odd] = [len(pieces) for pieces in odd]
+        own = Pieces.of(chain.from_iterable(odd), self.files)
+        slots = np.repeat(is_odd, many)
+        file, begin, nbytes = (np.repeat(column, many) for column in (file, begin, nbytes))
+        file[slots], begin[slots], nbytes[slots] = own.file, own.begin, own.nbytes
+        return Pieces(self.files, file, begin, nbytes, own.literals)
 
 
-def _shared(phase: Column, nbytes: Column) -> tuple[Column, Column]:
-    """(phase, whole pages) of tensors that begin at such offsets in a page."""
-    pages = (phase + nbytes) // BLOCK_NBYTES - -(-phase // BLOCK_NBYTES)
-    return phase.copy(), np.maximum(pages, 0) * BLOCK_NBYTES
+def _whole_blocks(at: Column, nbytes: Column) -> Column:
+    """Bytes of the whole blocks in stretches of a file that begin `at` there."""
+    first = -(-at // BLOCK_NBYTES)
+    return np.asarray(np.maximum((at + nbytes) // BLOCK_NBYTES - first, 0) * BLOCK_NBYTES)
 
 
 def _shared_of_pieces(pieces: Sequence[Segment | Literal]) -> tuple[int, int]:
-    """(phase, bytes of whole pages) of a tensor of several pieces: the phase at which most of them
-    agree with the source."""
-    gains: dict[int, int] = {}
-    at = 0
-    for piece in pieces:
-        if isinstance(piece, Segment):
-            phase = (piece.begin - at) % BLOCK_NBYTES
-            first, last = phase + at, phase + at + piece.nbytes
-            pages = max(last // BLOCK_NBYTES - -(-first // BLOCK_NBYTES), 0)
-            gains[phase] = gains.get(phase, 0) + pages * BLOCK_NBYTES
-        at += piece.nbytes
-    return max(gains.items(), key=lambda item: (item[1], -item[0]), default=(-1, 0))
+    """(phase, gain) of a tensor of several pieces: the phase at which most of them agree with the
+    source; (-1, 0) where none is the source's."""
+    made = Pieces.of(pieces)
+    at = np.cumsum(made.nbytes) - made.nbytes
+    at, begin, nbytes = (column[made.file >= 0] for column in (at, made.begin, made.nbytes))
+    phases, which = np.unique((begin - at) % BLOCK_NBYTES, return_inverse=True)
+    if not len(phases):
+        return -1, 0
+    gains = np.bincount(which, _whole_blocks(phases[which] + at, nbytes))
+    best = int(gains.argmax())
+    return int(phases[best]), int(gains[best])
 
 
 def joined(drafts: Sequence[Draft]) -> Draft:

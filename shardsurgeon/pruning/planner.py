@@ -383,11 +383,11 @@ class SizeEstimate:
         """Bytes of all headers, if nothing were removed."""
         tables = self._checkpoint.tables
         headers = sum(shard.header.data_begin for shard in self._checkpoint.shards)
-        # Where pages can be shared the data may begin up to one later, for them to agree.
-        pages = sum(int(table.nbytes.max(initial=0)) >= BLOCK_NBYTES for table in tables)
+        # Where blocks can be shared the data may begin up to one later, for them to agree.
+        blocks = sum(int(table.nbytes.max(initial=0)) >= BLOCK_NBYTES for table in tables)
         digits = sum(int((_digits(t.begin) + _digits(t.end)).sum()) for t in tables)
         longest = 2 * self._longest * self._checkpoint.num_tensors
-        return headers + pages * BLOCK_NBYTES + longest - digits
+        return headers + blocks * BLOCK_NBYTES + longest - digits
 
     def nbytes(self, kept: int | Mapping[int, int]) -> int:
         """Bytes of all weight files with `kept` experts in every MoE layer, or kept[layer]."""

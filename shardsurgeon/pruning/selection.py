@@ -12,7 +12,8 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from shardsurgeon.checkpoint.anatomy import Anatomy, MoELayer
+from shardsurgeon.checkpoint.anatomy import Anatomy
+from shardsurgeon.checkpoint.census import MoELayer
 from shardsurgeon.checkpoint.checkpoint import Checkpoint
 from shardsurgeon.errors import KeepListError, ScoreError, UsageError, VerificationError
 from shardsurgeon.pruning.counts import Counts

@@ -18,7 +18,7 @@ from shardsurgeon.execution.run import execute
 from shardsurgeon.execution.workers import Progress
 from shardsurgeon.storage.system import portable
 from tests.support.far_source import FILES, FarSource, far_job, noted
-from tests.support.tiny_job import SIDE, A, Job, content, make_job, shard, tensor
+from tests.support.tiny_job import SIDE, A, Job, content, make_job, shard, tensor, tensors_of
 
 # What tiny_job's plan wants: 30,001 + 5 bytes, then 39,000 + 9,000; the side files.
 SHARDS_WANTED = 30_006 + 48_000
@@ -250,7 +250,7 @@ def test_a_part_that_is_not_as_it_was_left_is_fetched_anew(
 def test_a_part_of_another_layout_is_not_gone_on_with(job: Job, out: Path) -> None:
     cut_once(job, out)
     one, two, three = job.plan.shards
-    other = shard(two.file, b"9" * 72, *reversed(list(two.output_tensors())))
+    other = shard(two.file, b"9" * 72, *reversed(list(tensors_of(two))))
     plan = replace(job.plan, shards=(one, other, three))
     with pytest.raises(OutputError, match=r"would write other bytes .*--restart"):
         execute(plan, FarSource(), out)

@@ -85,26 +85,26 @@ def bytes_of(shard: OutputShard, files: dict[str, bytes]) -> bytes:
 
 
 def sharable(shards: tuple[OutputShard, ...]) -> float:
-    """How many pages lie as in the source, of those that are whole in a tensor there; neighbours in
-    source and shard taken together."""
+    """How many blocks lie as in the source, of those that are whole in a tensor there; neighbours
+    in source and shard taken together."""
     shared = wanted = 0
     for shard in shards:
         at = len(shard.header)
-        pages: dict[int, set[object]] = {}
+        blocks: dict[int, set[object]] = {}
         for piece in shard.pieces:
             assert isinstance(piece, Segment)
             whole = (piece.begin + piece.nbytes) // BLOCK_NBYTES - -(-piece.begin // BLOCK_NBYTES)
             wanted += max(whole, 0)
-            for page in range(at // BLOCK_NBYTES, (at + piece.nbytes - 1) // BLOCK_NBYTES + 1):
-                pages.setdefault(page, set()).add((piece.file, piece.begin - at))
+            for block in range(at // BLOCK_NBYTES, (at + piece.nbytes - 1) // BLOCK_NBYTES + 1):
+                blocks.setdefault(block, set()).add((piece.file, piece.begin - at))
             at += piece.nbytes
-        for origins in pages.values():
+        for origins in blocks.values():
             (_, shift), *others = origins
             shared += not others and shift % BLOCK_NBYTES == 0
     return shared / wanted
 
 
-def test_a_prune_and_a_prune_of_it_lie_in_their_pages_as_the_source_does() -> None:
+def test_a_prune_and_a_prune_of_it_lie_in_their_blocks_as_the_source_does() -> None:
     files = model(one=large())
     for kept in (range(0, EXPERTS, 2), range(EXPERTS // 8, EXPERTS // 2)):
         shards = planned(files, kept)

@@ -20,6 +20,7 @@ from shardsurgeon.pruning.keep_lists import KeepList, LayerKeep
 from shardsurgeon.pruning.planner import check_expert_counts, expert_id_tables, plan_shards
 from shardsurgeon.storage.formats.index import HUGGING_FACE
 from tests.support import tiny
+from tests.support.tiny_job import tensors_of
 
 QWEN = {
     "model_type": "qwen3_5_moe",
@@ -190,7 +191,7 @@ def test_consecutive_rows_are_one_segment() -> None:
     shards = plan_shards(
         checkpoint, read_anatomy(checkpoint), keep(0, 1, 2, 5, 7, layers=(0, 1, 2))
     )
-    pieces = {t.name: t.pieces for shard in shards for t in shard.output_tensors()}
+    pieces = {t.name: t.pieces for shard in shards for t in tensors_of(shard)}
     assert len(pieces["mtp.layers.0.mlp.experts.down_proj"]) == 3
 
 

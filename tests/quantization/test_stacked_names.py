@@ -17,6 +17,7 @@ from shardsurgeon.operations.prune import Pruning, plan
 from shardsurgeon.pruning.request import SelectionRequest
 from shardsurgeon.scores.table import Scores
 from tests.support import tiny
+from tests.support.tiny_job import tensors_of
 
 PREFIX = "model.layers.0.mlp."
 
@@ -112,7 +113,7 @@ def test_a_declared_count_is_made_new(dtype: str) -> None:
     (tensor,) = (
         tensor
         for shard in made.plan.shards
-        for tensor in shard.output_tensors()
+        for tensor in tensors_of(shard)
         if tensor.name.endswith("counts")
     )
     first, rest = tensor.pieces

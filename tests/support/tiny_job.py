@@ -1,6 +1,7 @@
 """A tiny source, a plan for it that has every kind of piece, and the bytes it must give."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def shard(file: str, header: bytes, *tensors: OutputTensor) -> OutputShard:
         end += each.nbytes
     pieces = Pieces.of(piece for each in tensors for piece in each.pieces)
     return OutputShard(file, header, TensorTable.of(records), pieces)
+
+
+def tensors_of(made: OutputShard) -> Iterator[OutputTensor]:
+    """Every tensor of a shard with its pieces."""
+    pieces = iter(made.pieces)
+    for record in made.tensors:
+        own: list[Piece] = []
+        while sum(piece.nbytes for piece in own) < record.nbytes:
+            own.append(next(pieces))
+        yield OutputTensor(record.name, record.dtype, record.shape, tuple(own))
 
 
 @dataclass(frozen=True)

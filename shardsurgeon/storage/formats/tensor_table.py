@@ -71,7 +71,7 @@ def split_name(name: str) -> tuple[str, int, str]:
     return match[1], int(match[2]), name[match.end() :]
 
 
-@dataclass(frozen=True, eq=False, slots=False)
+@dataclass(frozen=True, eq=False)
 class TensorTable(Sequence[TensorRecord]):
     """The tensors of one file, in the order of their bytes.
 
