@@ -251,7 +251,8 @@ def architectures_of(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
 @cache
 def all_families() -> tuple[Family, ...]:
     """Every shipped family, sorted by name."""
-    return tuple(parse_family(_read(f"{name}.toml"), f"{name}.toml") for name in _shipped())
+    named = ((f"{name}.toml", _table_of(name)) for name in _shipped())
+    return tuple(_sound(_family(data, where), where) for where, data in named)
 
 
 @cache
@@ -262,8 +263,11 @@ def _shipped() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
 
-def _read(file_name: str) -> str:
-    return (resources.files("shardsurgeon.families") / file_name).read_text(encoding="utf-8")
+@cache
+def _table_of(name: str) -> dict[str, Any]:
+    """What a shipped family's file says; many others are like it, so that it is read once."""
+    file = resources.files("shardsurgeon.families") / f"{name}.toml"
+    return parse_toml(file.read_text(encoding="utf-8"), f"{name}.toml", FamilyError)
 
 
 def config_section(config: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
@@ -344,7 +348,7 @@ def _would_fit(family: Family, config: Mapping[str, Any], tensors: list[str]) ->
 
 
 def _family(data: dict[str, Any], where: str) -> Family:
-    data = _inherit(data, where)
+    data = dict(_inherit(data, where))
     config = _build(ConfigKeys, data.pop("config", {}), f"{where} [config]")
     tensors = _build(TensorNames, data.pop("tensors", {}), f"{where} [tensors]")
     view = _build(TransformersView, data.pop("transformers", {}), f"{where} [transformers]")
@@ -405,7 +409,7 @@ def _inherit(data: dict[str, Any], where: str) -> dict[str, Any]:
         near = difflib.get_close_matches(str(parent), _shipped(), n=1)
         remedy = f"did you mean {near[0]}?" if near else "name one of shardsurgeon/families"
         raise FamilyError(where, f"is like {parent!r}, which is no family", remedy)
-    base = _inherit(parse_toml(_read(f"{parent}.toml"), where, FamilyError), where)
+    base = _inherit(_table_of(parent), where)
     tables = {
         name: {**base[name], **_table(data.get(name, {}), f"{where} [{name}]")}
         for name in ("config", "tensors")

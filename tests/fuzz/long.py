@@ -37,7 +37,8 @@ FUZZED = [
     "pruning/keep_list_files.py", "pruning/keep_lists.py",
     "scores/files.py", "scores/shapes.py", "scores/table.py",
     "checkpoint/provenance.py", "execution/journal.py", "storage/hub/listing.py",
-    "checkpoint/config.py", "checkpoint/anatomy.py", "checkpoint/census.py", "checkpoint/quantization_names.py",
+    "checkpoint/config.py", "checkpoint/anatomy.py", "checkpoint/census.py",
+    "checkpoint/quantization_names.py",
     "families/schema.py", "families/templates.py",
 ]  # fmt: skip
 # What in these modules writes, or runs when they are imported.
